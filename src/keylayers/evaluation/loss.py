@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loss on data that neither training nor mask learning has seen."""
+
+from datasets import Dataset
+from transformers import Trainer
+
+from keylayers.mask.trainer_loss import TrainerLoss, mean_loss
+
+
+def held_out_loss(trainer: Trainer, dataset: Dataset) -> float:
+    """The trainer's own loss on `dataset` in nats, averaged over all labelled tokens of the set.
+
+    The model runs in evaluation mode and gets its mode back; the trainer keeps its metrics.
+    """
+    source = TrainerLoss(trainer)
+    with source.quiet():
+        return mean_loss(source, list(trainer.get_eval_dataloader(dataset)))

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One gate for each module (or block, or projection) on what a fine-tune added: `θ_0 + γ ⊙ Δθ`.
+
+`gated` puts the gates in, freezes everything else, and leaves no trace when its block ends.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from keylayers.errors import GuardError
+from keylayers.model_map import ModuleInfo
+from keylayers.options import Granularity
+from keylayers.preserve import preserved
+from keylayers.updates import Update
+
+Link = Literal["sigmoid", "identity"]
+
+
+class Gate(nn.Module):
+    """A number that scales one module's update, or those of a group of modules.
+
+    `score` is a parameter of shape (1,), because FSDP2 refuses 0-dim parameters, in float32 (float64 in a
+    float64 model), because in bfloat16 small steps round to nothing.
+    """
+
+    def __init__(self, score: float, link: Link, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.score = nn.Parameter(torch.full((1,), score, dtype=dtype))
+        self.link = link
+        self.num_calls = 0
+
+    def value(self) -> Float[Tensor, "1"]:
+        """γ: the sigmoid of the score, or the score itself."""
+        self.num_calls += 1
+        return torch.sigmoid(self.score) if self.link == "sigmoid" else self.score
+
+    def forward(self, hidden: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """`γ * hidden`, in the dtype of `hidden`."""
+        return hidden * self.value().to(hidden.device, hidden.dtype)
+
+
+class Gates:
+    """The gates that are in a model, seen as one vector in a fixed order.
+
+    Attributes:
+        groups: Gate name -> the modules it scales, in model order.
+    """
+
+    def __init__(self, gates: Mapping[str, Gate], groups: Mapping[str, tuple[str, ...]]) -> None:
+        self.groups = dict(groups)
+        self._gates = dict(gates)
+
+    def __len__(self) -> int:
+        return len(self._gates)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The score parameters, one a gate."""
+        return [gate.score for gate in self._gates.values()]
+
+    def scores(self) -> Float[Tensor, " gate"]:
+        """A copy of all scores, on the CPU."""
+        return torch.cat([gate.score.detach() for gate in self._gates.values()]).cpu()
+
+    def set_scores(self, scores: Float[Tensor, " gate"]) -> None:
+        """Give every gate the score at its place in `scores`."""
+        with torch.no_grad():
+            for gate, score in zip(self._gates.values(), scores, strict=True):
+                gate.score.fill_(float(score))
+
+    def gradient(self) -> Float[Tensor, " gate"]:
+        """A copy of ∂L/∂score of all gates, on the CPU.
+
+        Raises:
+            GuardError: a gate took no part in the last loss; the message names the first modules.
+        """
+        silent = [name for name, gate in self._gates.items() if gate.score.grad is None]
+        if silent:
+            raise GuardError(
+                f"every gate must take part in the loss, but {len(silent)} of {len(self)} did not, first "
+                f"{', '.join(silent[:3])}; fused kernels or merged weights bypass them"
+            )
+        return torch.cat([parameter.grad for parameter in self.parameters()]).detach().cpu()
+
+    def check_fired(self) -> None:
+        """Raise a GuardError unless every gate was used by the forward passes so far."""
+        idle = [name for name, gate in self._gates.items() if gate.num_calls == 0]
+        if idle:
+            raise GuardError(
+                f"every gate must be used by the forward pass, but {len(idle)} of {len(self)} were not, first "
+                f"{', '.join(idle[:3])}; fused kernels or merged weights bypass them"
+            )
+
+
+@contextlib.contextmanager
+def gated(
+    model: nn.Module,
+    updates: Sequence[Update],
+    *,
+    initial_score: float,
+    granularity: Granularity = "module",
+    link: Link = "sigmoid",
+) -> Iterator[Gates]:
+    """Gates on `updates` as the only trainable parameters of `model`, for the length of the block.
+
+    Args:
+        model: The model that the updates belong to.
+        updates: What to gate, from `lora_updates` or `dense_updates`.
+        initial_score: Every gate's score at first. The paper tries 4, 2 and 1 (from memory of its text).
+        granularity: One gate for each module, for each block, or for each projection.
+        link: `sigmoid` for γ = sigmoid(score) as in the paper, `identity` for γ = score.
+
+    Yields:
+        The gates. When the block ends, hooks, `requires_grad` flags, gradients, train and eval modes and
+        random state are as they were.
+    """
+    groups = group_modules([update.module for update in updates], granularity)
+    group_of = {module: name for name, modules in groups.items() for module in modules}
+    weight = next(model.parameters())
+    is_double = weight.dtype == torch.float64
+    dtype = torch.float64 if is_double else torch.float32
+    gates = {name: Gate(initial_score, link, dtype) for name in groups}
+    with preserved(model), contextlib.ExitStack() as stack:
+        for update in updates:
+            gate = gates[group_of[update.module.name]]
+            gate.to(update.layer.weight.device)
+            stack.enter_context(update.gated(gate))
+        yield Gates(gates, groups)
+
+
+def group_modules(
+    modules: Sequence[ModuleInfo], granularity: Granularity
+) -> dict[str, tuple[str, ...]]:
+    """Gate name -> names of the modules that share it, both in model order."""
+    names: dict[str, list[str]] = {}
+    for module in modules:
+        group = {
+            "module": module.name,
+            "block": f"block {module.block_index}",
+            "projection": module.projection,
+        }[granularity]
+        names.setdefault(group, []).append(module.name)
+    return {group: tuple(members) for group, members in names.items()}

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learn one score for each gate by gradient descent on the trainer's loss, with everything else frozen."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import Trainer, set_seed
+
+from keylayers.errors import GuardError
+from keylayers.gates import Gates, gated
+from keylayers.mask.trainer_loss import TrainerLoss
+from keylayers.options import MaskOptions
+from keylayers.updates import Update
+
+OnStep = Callable[[int, float], None]
+
+NUM_STRETCHES = 10
+
+
+@dataclass(frozen=True)
+class LearnedScores:
+    """What mask learning found.
+
+    Attributes:
+        scores: One score a module, in model order; modules that share a gate share the score.
+        standard_errors: Of each score, from the spread over batches; None with fewer than 20 steps.
+        losses: Loss of the masked model at each step, in nats.
+        seconds: Wall time.
+    """
+
+    module_names: tuple[str, ...]
+    scores: tuple[float, ...]
+    standard_errors: tuple[float, ...] | None
+    losses: tuple[float, ...] = field(repr=False)
+    seconds: float
+
+
+def learn_scores(
+    trainer: Trainer,
+    updates: Sequence[Update],
+    options: MaskOptions,
+    on_step: OnStep | None = None,
+) -> LearnedScores:
+    """The scores that gradient descent on the trainer's own loss gives the gates on `updates`.
+
+    Guards: the optimiser holds exactly the gates; every gate fires and has a gradient; the model's weights are
+    unchanged; the model and the random state are given back as they were.
+
+    Args:
+        trainer: Any transformers or TRL trainer; its model carries the updates.
+        updates: From `lora_updates` or `dense_updates` on that model.
+        options: How to learn.
+        on_step: Called after each step with its number, from 1, and its loss in nats.
+
+    Raises:
+        LossError: the loss became NaN or infinite.
+        GuardError: one of the guards failed.
+    """
+    start = time.perf_counter()
+    source = TrainerLoss(trainer)
+    losses, path = [], []
+    with (
+        gated(
+            trainer.model,
+            updates,
+            initial_score=options.initial_score,
+            granularity=options.granularity,
+        ) as gates,
+        source.quiet(),
+    ):
+        set_seed(trainer.args.seed if options.mask_seed is None else options.mask_seed)
+        optimizer = _optimizer(gates, options)
+        batches = source.batches()
+        path.append(gates.scores())
+        for step in range(1, options.mask_steps + 1):
+            optimizer.zero_grad()
+            losses.append(source.backward(next(batches), step=step))
+            gates.gradient()  # a guard: every gate took part
+            optimizer.step()
+            path.append(gates.scores())
+            if on_step is not None:
+                on_step(step, losses[-1])
+        gates.check_fired()
+        scores = _to_modules(gates, gates.scores(), updates)
+        errors = standard_errors(torch.stack(path))
+        module_errors = None if errors is None else tuple(_to_modules(gates, errors, updates))
+    names = tuple(update.module.name for update in updates)
+    seconds = time.perf_counter() - start
+    return LearnedScores(names, tuple(scores), module_errors, tuple(losses), seconds)
+
+
+def standard_errors(path: Float[Tensor, "step gate"]) -> Float[Tensor, " gate"] | None:
+    """How far each learned score would vary over other draws of the batches, to first order.
+
+    The path of a score is cut into ten equal stretches. What it moves in each is the sum of a slowly changing
+    drift and of batch noise; successive differences cancel the drift, so half their mean square is the noise
+    variance of a stretch (von Neumann's estimator), and ten of them add up to that of the whole path.
+
+    Args:
+        path: Scores before the first step and after each step.
+
+    Returns:
+        Standard errors in units of the score, or None if there are fewer than 20 steps.
+    """
+    num_steps = len(path) - 1
+    if num_steps < 2 * NUM_STRETCHES:
+        return None
+    ends = torch.linspace(0, num_steps, NUM_STRETCHES + 1).round().long()
+    moves = path[ends].diff(dim=0)
+    noise_variance = moves.diff(dim=0).square().mean(dim=0) / 2
+    return (NUM_STRETCHES * noise_variance).sqrt()
+
+
+def _optimizer(gates: Gates, options: MaskOptions) -> torch.optim.Optimizer:
+    """SGD or Adam without weight decay, over exactly the gates."""
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[options.mask_optimizer]
+    optimizer = kind(gates.parameters(), lr=options.resolved_learning_rate)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if held != {id(parameter) for parameter in gates.parameters()}:
+        raise GuardError("the mask optimiser must hold exactly the gates, but it holds something else")
+    return optimizer
+
+
+def _to_modules(
+    gates: Gates, values: Float[Tensor, " gate"], updates: Sequence[Update]
+) -> list[float]:
+    """A value for each update in order, from the gate that it shares."""
+    of_module = {
+        module: float(value)
+        for modules, value in zip(gates.groups.values(), values, strict=True)
+        for module in modules
+    }
+    return [of_module[update.module.name] for update in updates]

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load models, tokenizers, adapters and checkpoints from a folder or the hub.
+
+Only safetensors are read, never pickle; code that comes with a model runs only with `trust_remote_code`.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.hub import cached_file
+
+from keylayers.errors import ModelError
+from keylayers.options import Dtype, ModelOptions
+
+def torch_dtype(dtype: Dtype) -> torch.dtype:
+    """The dtype that weights are loaded in."""
+    if dtype == "auto":
+        return torch.bfloat16 if torch.accelerator.is_available() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+
+
+def load_model(source: ModelOptions) -> PreTrainedModel:
+    """The causal language model at `source`, on the CPU; trainers move it.
+
+    Raises:
+        ModelError: there is none, it needs code that is not trusted, or weights are missing.
+    """
+    check_folder(source.model, "config.json", "a model")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.model,
+            revision=source.revision,
+            dtype=torch_dtype(source.dtype),
+            trust_remote_code=source.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, SafetensorError, HfHubHTTPError, json.JSONDecodeError) as error:
+        raise ModelError(f"{source.model!r} must be a causal language model: {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"the checkpoint must hold every weight, but {source.model!r} lacks {len(missing)}, first {missing[0]}"
+        )
+    return model
+
+
+def load_tokenizer(source: ModelOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer at `source`, with a padding token (the end token where it has none).
+
+    Raises:
+        ModelError: there is none, or it has no end token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise ModelError(f"{source.model!r} must hold a tokenizer: {_first_line(error)}") from error
+    if tokenizer.eos_token is None:
+        raise ModelError(f"the tokenizer must have an end token, but that of {source.model!r} has none")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
+    """`model` with the PEFT adapter at `adapter`, all frozen.
+
+    Raises:
+        ModelError: no adapter, no safetensors, or an adapter for another base model.
+    """
+    check_folder(adapter, "adapter_config.json", "a PEFT adapter")
+    if Path(adapter).is_dir() and not (Path(adapter) / "adapter_model.safetensors").is_file():
+        raise ModelError(
+            f"the adapter {adapter!r} must hold adapter_model.safetensors, but does not; pickled weights are not "
+            f"loaded"
+        )
+    try:
+        tuned = PeftModel.from_pretrained(model, adapter, use_safetensors=True)
+        missing = _missing_adapter_weights(tuned, adapter)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(
+            f"the adapter must be one for this base model, but {adapter!r} does not fit: {_first_line(error)}"
+        ) from error
+    if missing:
+        raise ModelError(
+            f"the adapter must be one for this base model, but {adapter!r} and the model differ in {len(missing)} "
+            f"weights, first {missing[0]}"
+        )
+    return tuned
+
+
+def _missing_adapter_weights(tuned: PeftModel, adapter: str) -> list[str]:
+    """Names that are in the adapter's file or in the model, but not in both."""
+    from peft import get_peft_model_state_dict
+
+    if not Path(adapter).is_dir():
+        return []
+    with safe_open(Path(adapter) / "adapter_model.safetensors", framework="pt") as file:
+        stored = set(file.keys())
+    return sorted(stored ^ set(get_peft_model_state_dict(tuned)))
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """The tensors of a safetensors checkpoint by name, each read from disk when it is asked for."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = dict(files)
+
+    @staticmethod
+    def open(source: ModelOptions) -> "Checkpoint":
+        """The checkpoint at `source`; only its headers are read.
+
+        Raises:
+            ModelError: it holds no safetensors.
+        """
+        check_folder(source.model, "config.json", "a model")
+        files: dict[str, Path] = {}
+        try:
+            for path in _safetensors_files(source):
+                with safe_open(path, framework="pt") as file:
+                    files |= dict.fromkeys(file.keys(), path)
+        except (OSError, SafetensorError, HfHubHTTPError, ValueError) as error:
+            raise ModelError(
+                f"{source.model!r} must hold its weights as safetensors: {_first_line(error)}"
+            ) from error
+        return Checkpoint(files)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _safetensors_files(source: ModelOptions) -> list[Path]:
+    """The weight files of a checkpoint, in one piece or sharded, fetched from the hub where needed."""
+
+    def find(name: str, *, is_required: bool) -> Path | None:
+        found = cached_file(
+            source.model, name, revision=source.revision, _raise_exceptions_for_missing_entries=is_required
+        )
+        return None if found is None else Path(found)
+
+    index = find("model.safetensors.index.json", is_required=False)
+    if index is None:
+        single = find("model.safetensors", is_required=True)
+        assert single is not None
+        return [single]
+    shards = dict.fromkeys(json.loads(index.read_text())["weight_map"].values())
+    paths = [find(shard, is_required=True) for shard in shards]
+    return [path for path in paths if path is not None]
+
+
+def check_folder(name: str, wanted: str, kind: str) -> None:
+    """Refuse a path that is not there, or a folder that lacks the file `wanted`.
+
+    Raises:
+        ModelError: `name` cannot be `kind`.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / wanted).is_file():
+            raise ModelError(f"{name!r} must be {kind}, but the folder holds no {wanted}")
+    elif path.exists():
+        raise ModelError(f"{name!r} must be {kind}: a folder or a name on the hub, but it is a file")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
+        raise ModelError(f"{name!r} must be {kind}, but there is no such folder")
+
+
+def describe(source: ModelOptions, model: PreTrainedModel) -> dict[str, Any]:
+    """What a record says of a model: name, revision, kind, dtype."""
+    return {
+        "name": source.model,
+        "revision": source.revision,
+        "commit": getattr(model.config, "_commit_hash", None),
+        "model_type": model.config.model_type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "trust_remote_code": source.trust_remote_code,
+    }
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of a library's message, and what to do if it is the network."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, LocalEntryNotFoundError):
+            return "there is no such folder, and the hub cannot be reached to look for it there"
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every option of a run, once: these fields are the flags, their help and the keys of the YAML file.
+
+Field names are unique across the classes, because a sub-command shows those it needs side by side. Needs no
+torch. Defaults are keylayers' own unless a comment gives the paper's.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from keylayers.errors import ConfigError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DataFormat = Literal[
+    "alpaca", "sharegpt", "messages", "prompt-completion", "lima", "self-instruct", "text"
+]
+Granularity = Literal["module", "block", "projection"]
+MaskOptimizer = Literal["sgd", "adam"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, and how it is loaded.
+
+    Attributes:
+        model: Folder of the base model, or its name on the hub.
+        revision: Branch, tag or commit of the base model on the hub.
+        dtype: Of the weights; auto is float32 on a CPU and bfloat16 on an accelerator.
+        trust_remote_code: Run Python code that comes with the model. Off: nothing of it is executed.
+    """
+
+    model: str
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Which data, how it is read and split.
+
+    Attributes:
+        data: A json, jsonl, csv or parquet file, a folder of such, or a data set's name on the hub (owner/name or
+            owner/name:config).
+        data_split: Split of a hub data set.
+        format: How the columns are read; recognised by their names if not given.
+        chat_template: chatml, alpaca, or a Jinja file. The model's own if it has one, else alpaca.
+        max_length: Longest example in tokens; what is longer loses its end. At most the model's own limit.
+        max_examples: Use only the first so many examples.
+        held_out: Share of the examples (below 1) or their number that training and mask learning never see.
+        split_seed: Chooses the held-out examples, whatever the other seeds.
+    """
+
+    data: str
+    data_split: str = "train"
+    format: DataFormat | None = None
+    chat_template: str | None = None
+    max_length: int = 1024
+    max_examples: int | None = None
+    held_out: float = 0.1
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("max_length", self.max_length, 2)
+        if self.max_examples is not None:
+            _at_least("max_examples", self.max_examples, 2)
+        if not self.held_out > 0:
+            raise ConfigError(
+                f"`held_out` must be a share above 0 or a number of examples, got {self.held_out}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How a model is fine-tuned.
+
+    Attributes:
+        learning_rate: Peak learning rate. Not given: 2e-4 times 4096 / hidden size for LoRA, a tenth of that
+            for a full fine-tune.
+        batch_size: Examples a device takes at once.
+        gradient_accumulation: Batches added up for one step.
+        warmup_steps: Steps over which the learning rate rises; constant afterwards.
+        lora_rank: Rank r of the LoRA matrices.
+        lora_alpha: LoRA's alpha; the update is scaled by alpha / r.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        seed: Of LoRA's initial values, of the order of the batches, and of the mask's batches.
+    """
+
+    learning_rate: float | None = None
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    warmup_steps: int = 10
+    lora_rank: int = 16
+    lora_alpha: float = 32
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("batch_size", self.batch_size, 1)
+        _at_least("gradient_accumulation", self.gradient_accumulation, 1)
+        _at_least("warmup_steps", self.warmup_steps, 0)
+        _at_least("lora_rank", self.lora_rank, 1)
+        _above_zero("lora_alpha", self.lora_alpha)
+        if self.learning_rate is not None:
+            _above_zero("learning_rate", self.learning_rate)
+
+    def resolved_learning_rate(self, hidden_size: int, *, is_full: bool = False) -> float:
+        """The learning rate that is used: Adam's best one falls about as 1 / width."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 2e-4 * 4096 / hidden_size * (0.1 if is_full else 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StabilityOptions:
+    """When stage 1 ends: the loss is stable, or the cap is reached.
+
+    The paper learns masks after 25-50 % of training and finds them close to the final one, and finds one from 1 %
+    far from it (from memory of its text).
+
+    Attributes:
+        max_steps: Hard cap on the steps of stage 1.
+        window: Steps averaged on either side when the loss is compared with itself.
+        epsilon: Stage 1 is stable when the mean loss of the last window differs by less than this many nats
+            from that of the window before. 0 trains to the cap.
+    """
+
+    max_steps: int = 300
+    window: int = 30
+    epsilon: float = 0.02
+
+    def __post_init__(self) -> None:
+        _at_least("max_steps", self.max_steps, 1)
+        _at_least("window", self.window, 1)
+        if not self.epsilon >= 0:
+            raise ConfigError(f"`epsilon` must be 0 or more nats, got {self.epsilon}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskOptions:
+    """How the scores are learned, with everything else frozen.
+
+    Attributes:
+        granularity: One gate for each module, for each block, or for each projection.
+        mask_optimizer: Plain gradient descent (sgd) or adam. The paper's is not known to us.
+        mask_learning_rate: Of the scores. Not given: 10 for sgd, 0.05 for adam.
+        mask_steps: Gradient steps on the scores, one batch each.
+        initial_score: Every score at first; the gate is its sigmoid, so 2 is a gate of 0.88.
+        mask_seed: Of the order of the mask's batches. Not given: the training's seed.
+    """
+
+    granularity: Granularity = "module"
+    mask_optimizer: MaskOptimizer = "sgd"
+    mask_learning_rate: float | None = None
+    mask_steps: int = 60
+    initial_score: float = 2.0  # the paper tries 4, 2 and 1 (from memory of its text)
+    mask_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("mask_steps", self.mask_steps, 1)
+        if self.mask_learning_rate is not None:
+            _above_zero("mask_learning_rate", self.mask_learning_rate)
+
+    @property
+    def resolved_learning_rate(self) -> float:
+        """The learning rate that is used; experiments/LOG.md has the runs behind the defaults."""
+        if self.mask_learning_rate is not None:
+            return self.mask_learning_rate
+        return {"sgd": 10.0, "adam": 0.05}[self.mask_optimizer]
+
+
+def _at_least(name: str, value: int, lowest: int) -> None:
+    if value < lowest:
+        raise ConfigError(f"`{name}` must be at least {lowest}, got {value}")
+
+
+def _above_zero(name: str, value: float) -> None:
+    if not value > 0:
+        raise ConfigError(f"`{name}` must be above 0, got {value}")

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Work on somebody else's model and give it back exactly as it was."""
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from keylayers.errors import GuardError
+from keylayers.weights import fingerprint
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Freeze all parameters for the block, then restore flags, gradients, modes and random state.
+
+    Weights and saved buffers are compared before and after: they must not change inside the block.
+
+    Raises:
+        GuardError: a weight or saved buffer changed inside the block; the message names the first ones.
+    """
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for _, parameter in parameters]
+    modes = [(module, module.training) for module in model.modules()]
+    before = fingerprint(model.state_dict().items())
+    random_state = _random_state()
+    for parameter, _, _ in flags:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    try:
+        try:
+            yield
+        finally:
+            for parameter, requires_grad, grad in flags:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = grad
+            for module, mode in modes:
+                module.training = mode
+        _check_unchanged(before, fingerprint(model.state_dict().items()))
+    finally:
+        _set_random_state(random_state)
+
+
+def _check_unchanged(before: dict[str, int], after: dict[str, int]) -> None:
+    changed = [name for name in before if after.get(name) != before[name]]
+    if changed:
+        names = ", ".join(changed[:3])
+        raise GuardError(
+            f"only gates may change while scores are learned, but {len(changed)} tensors of the model changed, "
+            f"first {names}; something else trains it at the same time"
+        )
+
+
+def _random_state() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),  # the global state that trainers seed
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A ranking: the modules of a model in order of importance, with what made it. Needs no torch.
+
+Higher scores mean more important. Modules with equal scores keep the model's order and share the better rank
+(1, 2, 2, 4). A module without a score (`None`) comes after all others and has no rank.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from keylayers.errors import RankingError
+from keylayers.records import write_json
+
+if TYPE_CHECKING:
+    from keylayers.selection import Budget, Selection
+
+SCHEMA = "keylayers/ranking"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RankedModule:
+    """One module and its score.
+
+    Attributes:
+        name: Full name in the base model.
+        block_index: The decoder block it is in, from 0.
+        projection: Its kind, such as `q_proj`.
+        num_parameters: Weight and bias together.
+        score: Importance, higher is more; None if the method did not score it.
+        standard_error: Of the score, in its unit; None where it is not known.
+    """
+
+    name: str
+    block_index: int
+    projection: str
+    num_parameters: int
+    score: float | None
+    standard_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Modules in model order with their scores, and where they come from.
+
+    Attributes:
+        modules: In the model's order.
+        method: Name of the scoring method, such as `ila`.
+        granularity: `module`, `block` or `projection`: which modules share a score.
+        provenance: What made the ranking: model, data, options, seeds, versions, losses. JSON-able.
+    """
+
+    modules: tuple[RankedModule, ...]
+    method: str
+    granularity: str = "module"
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [module.name for module in self.modules]
+        if not names:
+            raise RankingError("a ranking must hold at least one module, got none")
+        repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+        if repeated:
+            raise RankingError(f"a ranking must name each module once, but repeats {repeated[0]}")
+        for module in self.modules:
+            if module.score is not None and not math.isfinite(module.score):
+                raise RankingError(
+                    f"a score must be a finite number or None, got {module.score} for {module.name}"
+                )
+
+    def ordered(self) -> list[RankedModule]:
+        """All modules, best first; ties in model order, modules without a score last."""
+        return sorted(
+            self.modules,
+            key=lambda module: math.inf if module.score is None else -module.score,
+        )
+
+    def ranks(self) -> dict[str, int | None]:
+        """Module name -> rank, 1 is the most important; equal scores share the better rank."""
+        ranks: dict[str, int | None] = {}
+        previous, rank = None, 0
+        for place, module in enumerate(self.ordered(), start=1):
+            if module.score != previous:
+                previous, rank = module.score, place
+            ranks[module.name] = None if module.score is None else rank
+        return ranks
+
+    def select(self, budget: "Budget") -> "Selection":
+        """The modules that `budget` buys, best first; `keylayers.selection` has the forms of a budget."""
+        from keylayers.selection import select
+
+        return select(self, budget)
+
+    def to_json(self) -> dict[str, Any]:
+        """The ranking file's content."""
+        ranks = self.ranks()
+        return {
+            "schema": SCHEMA,
+            "schema_version": SCHEMA_VERSION,
+            "method": self.method,
+            "granularity": self.granularity,
+            "modules": [{"rank": ranks[module.name], **asdict(module)} for module in self.modules],
+            "provenance": dict(self.provenance),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the ranking file, whole or not at all."""
+        write_json(Path(path), self.to_json())
+
+    @staticmethod
+    def load(path: str | Path) -> "Ranking":
+        """Read a ranking file.
+
+        Raises:
+            RankingError: it is missing, cut off, of another schema, or holds values that cannot be.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / "ranking.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RankingError(f"the ranking file must exist, but there is no {str(path)!r}") from None
+        except OSError as error:
+            raise RankingError(f"the ranking file {str(path)!r} cannot be read: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise RankingError(
+                f"{str(path)!r} must be whole JSON, but it is damaged or cut off ({error}); make it again with "
+                f"`keylayers rank`"
+            ) from None
+        return _from_json(content, str(path))
+
+
+def _from_json(content: Any, path: str) -> Ranking:
+    """The ranking in parsed JSON, or a RankingError that names the first thing that is wrong."""
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise RankingError(f"{path!r} must be a ranking file of keylayers (schema {SCHEMA!r}), but is not")
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise RankingError(
+            f"{path!r} must have schema version {SCHEMA_VERSION}, got {content.get('schema_version')!r}; use the "
+            f"keylayers version that wrote it"
+        )
+    rows = content.get("modules")
+    if not isinstance(rows, list):
+        raise RankingError(f"{path!r} must hold a list `modules`, got {type(rows).__name__}")
+    modules = tuple(_module_from_json(row, path, index) for index, row in enumerate(rows))
+    provenance = content.get("provenance", {})
+    if not isinstance(provenance, dict):
+        raise RankingError(f"{path!r} must hold a mapping `provenance`, got {type(provenance).__name__}")
+    return Ranking(
+        modules, str(content.get("method")), str(content.get("granularity", "module")), provenance
+    )
+
+
+def _module_from_json(row: Any, path: str, index: int) -> RankedModule:
+    kinds: dict[str, tuple[type, ...]] = {
+        "name": (str,),
+        "block_index": (int,),
+        "projection": (str,),
+        "num_parameters": (int,),
+        "score": (int, float, type(None)),
+        "standard_error": (int, float, type(None)),
+    }
+    if not isinstance(row, dict):
+        raise RankingError(f"{path!r}: module {index} must be a mapping, got {type(row).__name__}")
+    for name, kind in kinds.items():
+        value = row.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            expected = " or ".join("null" if k is type(None) else k.__name__ for k in kind)
+            raise RankingError(f"{path!r}: module {index}, {name!r} must be {expected}, got {value!r:.40}")
+    return RankedModule(**{name: row.get(name) for name in kinds})

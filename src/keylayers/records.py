@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What keylayers writes down: JSON files that are never half written, and what made them.
+
+Needs no torch. Every record says which versions, which commit and which machine it comes from, and never
+holds an environment variable or a token.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from keylayers._version import __version__
+from keylayers.errors import OutputError
+
+RECORDED_LIBRARIES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+)
+
+
+def environment() -> dict[str, Any]:
+    """The software and the kind of machine that a result comes from, for its record."""
+    versions = {}
+    for library in RECORDED_LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[library] = metadata.version(library)
+    return {
+        "keylayers": __version__,
+        "commit": source_commit(),
+        "python": platform.python_version(),
+        "libraries": versions,
+        "machine": platform.machine(),
+        "system": platform.system(),
+    }
+
+
+def source_commit() -> str | None:
+    """The git commit of keylayers' own source, `+dirty` if changed, None for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        is_dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", "src"))
+    except (OSError, subprocess.CalledProcessError):
+        return None  # no git on this machine, or not allowed to read the folder
+    return commit + ("+dirty" if is_dirty else "")
+
+
+def json_sha256(content: Any) -> str:
+    """The SHA-256 of `content` as canonical JSON (sorted keys), in hexadecimal."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` to `path` whole or not at all.
+
+    Raises:
+        OutputError: the place cannot be written; what was there before is untouched.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(_cannot_write(path, error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def output_folder(path: Path) -> Iterator[Path]:
+    """Make `path` and prove that it can be written, before any work is done.
+
+    If the work then fails and the folder is empty, it and the parents made for it are removed again.
+
+    Raises:
+        OutputError: the folder cannot be made or written.
+    """
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        _remove_empty(made)
+        raise OutputError(_cannot_write(path, error)) from error
+    try:
+        yield path
+    except BaseException:
+        _remove_empty(made)
+        raise
+
+
+@contextlib.contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` that takes its place when the block ends well, and vanishes when it fails.
+
+    Raises:
+        OutputError: the folder cannot be made or moved.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.exists():
+            path.replace(old)
+        temporary.replace(path)
+    except OSError as error:
+        if old.exists() and not path.exists():
+            old.replace(path)
+        raise OutputError(_cannot_write(path, error)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders, innermost first, as long as they are empty."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def _cannot_write(path: Path, error: OSError) -> str:
+    reason = error.strerror or str(error)
+    return f"the output must be a place that can be written, but {str(path)!r} is not: {reason}"

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A selection: the modules of a ranking that a budget buys. Needs no torch.
+
+Forms of a budget:
+
+| written | in Python | means |
+|---|---|---|
+| `0.3` | `0.3` | 30 % of the modules, rounded to the nearest count, a half up |
+| `17` | `17` | the best 17 modules |
+| `0.3x-params` | `"0.3x-params"` | best modules while they hold at most 30 % of all modules' parameters |
+| `--freeze 0.25` | `Freeze(0.25)` | all but the worst 25 % |
+
+A number with a decimal point is a fraction, without one a count: `1.0` is all modules, `1` is one module.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from keylayers.errors import ConfigError, RankingError
+from keylayers.ranking import RankedModule, Ranking
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """All modules but the worst `fraction` of them."""
+
+    fraction: float
+
+
+Budget = float | int | str | Freeze
+
+_PARAMS = re.compile(r"(.+)x-params")
+_FORMS = "a fraction such as 0.3, a count such as 17, or a fraction of parameters such as 0.3x-params"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Modules to train.
+
+    Attributes:
+        modules: The selected modules, in model order.
+        num_candidates: How many modules the ranking holds.
+        num_candidate_parameters: Their parameters together.
+        budget: The budget as it was written.
+        num_tied_out: Modules left out with the same score as the last one taken; ties go by model order.
+    """
+
+    modules: tuple[RankedModule, ...]
+    num_candidates: int
+    num_candidate_parameters: int
+    budget: str
+    num_tied_out: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Full names, in model order."""
+        return tuple(module.name for module in self.modules)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the selected modules' own weights and biases."""
+        return sum(module.num_parameters for module in self.modules)
+
+    def lora_config(self, **options: Any) -> "LoraConfig":
+        """A `peft.LoraConfig` that targets exactly these modules; `options` go to it as they are."""
+        from keylayers.apply.adapter import lora_config
+
+        return lora_config(self.names, **options)
+
+    def record(self) -> dict[str, Any]:
+        """The selection for a run record, JSON-able."""
+        return {
+            "budget": self.budget,
+            "modules": list(self.names),
+            "num_modules": len(self.modules),
+            "num_candidates": self.num_candidates,
+            "num_parameters": self.num_parameters,
+            "num_candidate_parameters": self.num_candidate_parameters,
+            "num_tied_out": self.num_tied_out,
+        }
+
+
+def select(ranking: Ranking, budget: Budget) -> Selection:
+    """The best modules that `budget` buys.
+
+    Raises:
+        ConfigError: the budget has no known form, or buys nothing or more than there is.
+        RankingError: the budget reaches modules that have no score.
+    """
+    ordered = ranking.ordered()
+    if isinstance(budget, str):
+        budget = parse_budget(budget)
+    count = _count(ordered, budget)
+    taken, left = ordered[:count], ordered[count:]
+    if taken[-1].score is None:
+        num_scored = sum(module.score is not None for module in ordered)
+        raise RankingError(
+            f"the budget must stay within the modules that have a score, but it takes {count} and only "
+            f"{num_scored} have one; lower the budget"
+        )
+    num_tied_out = sum(module.score == taken[-1].score for module in left)
+    names = {module.name for module in taken}
+    return Selection(
+        modules=tuple(module for module in ranking.modules if module.name in names),
+        num_candidates=len(ordered),
+        num_candidate_parameters=sum(module.num_parameters for module in ordered),
+        budget=f"all but the worst {budget.fraction}" if isinstance(budget, Freeze) else str(budget),
+        num_tied_out=num_tied_out,
+    )
+
+
+def parse_budget(text: str) -> Budget:
+    """The budget that `text` writes; `0.3x-params` stays text.
+
+    Raises:
+        ConfigError: it has none of the known forms.
+    """
+    if _PARAMS.fullmatch(text):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"`budget` must be {_FORMS}, got {text!r}") from None
+
+
+def _count(ordered: Sequence[RankedModule], budget: Budget) -> int:
+    """How many modules of `ordered` the budget buys."""
+    num_modules = len(ordered)
+    if isinstance(budget, Freeze):
+        if not 0 < budget.fraction < 1:
+            raise ConfigError(f"`freeze` must be above 0 and below 1, got {budget.fraction}")
+        return max(1, num_modules - _rounded(budget.fraction * num_modules))
+    if isinstance(budget, str):
+        return _count_within_parameters(ordered, budget)
+    if isinstance(budget, int):
+        if not 1 <= budget <= num_modules:
+            raise ConfigError(
+                f"`budget` as a count must be between 1 and {num_modules}, the ranking's modules, got {budget}; a "
+                f"fraction needs a decimal point"
+            )
+        return budget
+    if not 0 < budget <= 1:
+        raise ConfigError(f"`budget` as a fraction must be above 0 and at most 1, got {budget}")
+    return max(1, _rounded(budget * num_modules))
+
+
+def _count_within_parameters(ordered: Sequence[RankedModule], budget: str) -> int:
+    match = _PARAMS.fullmatch(budget)
+    try:
+        fraction = float(match[1]) if match else math.nan
+    except ValueError:
+        fraction = math.nan
+    if not 0 < fraction <= 1:
+        raise ConfigError(
+            f"`budget` as a fraction of parameters must be above 0x-params and at most 1x-params, got {budget!r}"
+        )
+    allowed = fraction * sum(module.num_parameters for module in ordered)
+    count = total = 0
+    for module in ordered:
+        total += module.num_parameters
+        if total > allowed * (1 + 1e-12):
+            break
+        count += 1
+    if count == 0:
+        raise ConfigError(
+            f"`budget` must allow at least the best module, {ordered[0].name} with "
+            f"{ordered[0].num_parameters:,} parameters, but {budget} allows {int(allowed):,}"
+        )
+    return count
+
+
+def _rounded(value: float) -> int:
+    """To the nearest integer, a half up."""
+    return math.floor(value + 0.5)
+
+
+def check_same_modules(ranking: Ranking, modules: Mapping[str, int]) -> None:
+    """Refuse a ranking of another model.
+
+    Args:
+        ranking: The ranking to be used.
+        modules: Module name -> number of parameters, of the model at hand.
+
+    Raises:
+        RankingError: a ranked module is missing in the model or has another size; names the first ones.
+    """
+    wrong = [
+        f"{module.name} ({module.num_parameters:,} parameters in the ranking, "
+        f"{f'{modules[module.name]:,}' if module.name in modules else 'none'} in the model)"
+        for module in ranking.modules
+        if modules.get(module.name) != module.num_parameters
+    ]
+    if wrong:
+        raise RankingError(
+            f"the ranking must be of this model, but {len(wrong)} of {len(ranking.modules)} modules differ, first "
+            f"{'; '.join(wrong[:3])}"
+        )

@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the name of a data set to tokenised examples for training and for the held-out loss.
+
+TRL takes a data set with `input_ids` and `labels` as it is, so what the loss counts is decided
+here. Duplicates go before the split, so that no held-out example is trained; which examples are
+held out depends on their content and the seed only, never on their order in the file.
+"""
+
+import hashlib
+import logging
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from keylayers.errors import ConfigError, DataError, did_you_mean
+from keylayers.training.chat import ChatTemplate, Encoded, encode_all, resolve_template
+from keylayers.training.formats import (
+    Conversation,
+    Converted,
+    Format,
+    Row,
+    conversations,
+    recognise,
+    require_columns,
+)
+
+if TYPE_CHECKING:
+    import datasets
+    import transformers
+
+logger = logging.getLogger(__name__)
+
+# File endings and the reader of `datasets` for each. Cells of CSV stay text, as "007" or "NA" must.
+_READERS: dict[str, tuple[str, dict[str, object]]] = {
+    ".json": ("json", {"parse_agent_traces": False}),
+    ".jsonl": ("json", {"parse_agent_traces": False}),
+    ".csv": ("csv", {"dtype": "str", "keep_default_na": False}),
+    ".parquet": ("parquet", {}),
+}
+_HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
+_READ_ROWS = 1000  # rows turned into Python objects at a time
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which examples to train on, and how they are rendered."""
+
+    data: str
+    """A file (json, jsonl, csv, parquet, maybe .gz), a folder, or the hub's owner/name[:config]."""
+    split: str = "train"
+    """The split to read, or a part of it such as `train[:10%]`."""
+    format: Format | None = None
+    """The format of the rows; recognised by their columns when not given."""
+    chat_template: str | None = None
+    """`alpaca`, `chatml` or a Jinja file; the model's own when not given, or else `alpaca`."""
+    max_length: int = 1024
+    """Longest example in tokens; what is longer loses its end."""
+    held_out: float = 0.1
+    """Examples kept from training to measure the loss: a fraction below 1, or a number from 1."""
+    max_examples: int | None = None
+    """Use a random choice of at most this many examples."""
+    data_seed: int = 0
+    """Seed of the random choices: which examples are used, and which are held out."""
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ConfigError(
+                f"`max_length` must be at least 2 tokens, got {self.max_length}; raise it."
+            )
+        if self.held_out <= 0 or (self.held_out >= 1 and self.held_out != int(self.held_out)):
+            raise ConfigError(
+                "`held_out` must be a fraction between 0 and 1 or a whole number of examples, "
+                f"got {self.held_out:g}; 0.1 keeps a tenth."
+            )
+        if self.max_examples is not None and self.max_examples < 2:
+            raise ConfigError(
+                "`max_examples` must be at least 2 (one to train, one held out), "
+                f"got {self.max_examples}; raise it."
+            )
+
+
+@dataclass(frozen=True)
+class DataCounts:
+    """What became of the rows; all are numbers of examples unless named otherwise."""
+
+    num_dropped_empty: int
+    """Without an answer, or with an empty one."""
+    num_duplicates: int
+    num_examples: int
+    """Left after that and after `max_examples`: training, held out and truncated away together."""
+    num_train: int
+    num_held_out: int
+    num_truncated: int
+    """Used, but without their end."""
+    num_truncated_away: int
+    """Not used: the prompt alone filled `max_length`."""
+    num_last_answer_only: int
+    """Used, with the loss on the last answer only, as the template hides where others are."""
+    num_train_tokens: int
+    num_label_tokens: int
+    """Tokens of the training examples that the loss counts."""
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Tokenised examples (columns `input_ids` and `labels`), and how they came about."""
+
+    train: "datasets.Dataset"
+    held_out: "datasets.Dataset"
+    options: DataOptions
+    format: Format
+    chat_template: ChatTemplate | None
+    """Nothing for plain text."""
+    max_length: int
+    """The length that was used, in tokens: the one asked for, or all that the model allows."""
+    content_sha256: str
+    """Hash of the conversations that were used, in order."""
+    counts: DataCounts
+
+    def record(self) -> dict[str, object]:
+        """What a JSON record of a run says about its data."""
+        asked = asdict(self.options)
+        return {
+            **asked,
+            "format": self.format,
+            "chat_template": asdict(self.chat_template) if self.chat_template else None,
+            "max_length": self.max_length,
+            "max_length_asked": self.options.max_length,
+            "content_sha256": self.content_sha256,
+            **asdict(self.counts),
+        }
+
+
+def prepare(
+    options: DataOptions,
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    max_positions: int | None = None,
+) -> PreparedData:
+    """The examples, tokenised and split.
+
+    Args:
+        options: what to read, and how.
+        tokenizer: of the model that is trained; stays as it is.
+        max_positions: the longest sequence that the model takes, in tokens.
+
+    Raises:
+        DataError: the data cannot be read, recognised, rendered or split.
+        ConfigError: an option cannot be used, or has no effect on this data.
+    """
+    format, converted = _read_conversations(options)
+    if format == "text" and options.chat_template is not None:
+        raise ConfigError(
+            "`chat_template` works on conversations, got plain text; leave the option out."
+        )
+    template = None if format == "text" else resolve_template(tokenizer, options.chat_template)
+    max_length = min(options.max_length, max_positions or options.max_length)
+    if max_length < options.max_length:
+        logger.info("max_length lowered from %d to the model's %d", options.max_length, max_length)
+
+    distinct = {one.digest(): one for one in converted.conversations}
+    chosen = list(distinct)
+    if options.max_examples is not None:
+        chosen = _pick(chosen, options.max_examples, f"use {options.data_seed}")
+    usable = _encode_usable([distinct[key] for key in chosen], tokenizer, template, max_length)
+    held_out = set(_hold_out(list(usable), options))
+    train = [one for key, one in usable.items() if key not in held_out]
+    return PreparedData(
+        train=_to_dataset(train),
+        held_out=_to_dataset([one for key, one in usable.items() if key in held_out]),
+        options=options,
+        format=format,
+        chat_template=template,
+        max_length=max_length,
+        content_sha256=_hash_all(chosen),
+        counts=DataCounts(
+            num_dropped_empty=converted.num_dropped_empty,
+            num_duplicates=len(converted.conversations) - len(distinct),
+            num_examples=len(chosen),
+            num_train=len(train),
+            num_held_out=len(held_out),
+            num_truncated=sum(one.is_truncated for one in usable.values()),
+            num_truncated_away=len(chosen) - len(usable),
+            num_last_answer_only=sum(one.is_last_answer_only for one in usable.values()),
+            num_train_tokens=sum(len(one.input_ids) for one in train),
+            num_label_tokens=sum(one.num_label_tokens for one in train),
+        ),
+    )
+
+
+def _encode_usable(
+    chosen: Sequence[Conversation],
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    template: ChatTemplate | None,
+    max_length: int,
+) -> dict[bytes, Encoded]:
+    """The examples that have anything to learn after truncation, by digest."""
+    encoded = list(encode_all(chosen, tokenizer, template, max_length))
+    usable = {
+        conversation.digest(): one
+        for conversation, one in zip(chosen, encoded, strict=True)
+        if one.num_label_tokens > 0
+    }
+    if not usable:
+        longest = max(one.num_prompt_tokens for one in encoded)
+        raise DataError(
+            f"Prompts must leave room for an answer in {max_length} tokens, got only prompts that "
+            f"leave none, the longest of {longest} tokens; raise `--max-length`, or use a model "
+            "with more positions."
+        )
+    return usable
+
+
+def _pick(keys: Sequence[bytes], count: int, salt: str) -> list[bytes]:
+    """`count` of the keys, at random, in their order."""
+    # A hash in place of a generator: the choice survives a new Python version and a reordered file.
+    order = sorted(keys, key=lambda key: hashlib.sha256(salt.encode() + key).digest())
+    picked = set(order[:count])
+    return [key for key in keys if key in picked]
+
+
+def _hold_out(keys: Sequence[bytes], options: DataOptions) -> list[bytes]:
+    asked = options.held_out
+    count = int(asked) if asked >= 1 else max(1, round(asked * len(keys)))
+    if count >= len(keys):
+        raise DataError(
+            f"At least one example must be left to train after {count} held out, got {len(keys)} "
+            "usable examples; lower `--held-out` or give more data."
+        )
+    return _pick(keys, count, f"hold out {options.data_seed}")
+
+
+def _hash_all(keys: Sequence[bytes]) -> str:
+    whole = hashlib.sha256()
+    for key in keys:
+        whole.update(key)
+    return whole.hexdigest()
+
+
+def _to_dataset(examples: Sequence[Encoded]) -> "datasets.Dataset":
+    from datasets import Dataset
+
+    return Dataset.from_dict(
+        {
+            "input_ids": [one.input_ids for one in examples],
+            "labels": [one.labels for one in examples],
+        }
+    )
+
+
+def _read_conversations(options: DataOptions) -> tuple[Format, Converted]:
+    """Everything usable in the data, in order, and the format it had."""
+    # The user's cache would hide edits of a file from the next run, and keep a copy of the data.
+    with tempfile.TemporaryDirectory(prefix="keylayers-data-") as cache, _quiet_datasets():
+        found = _open(options, cache)
+        if len(found) == 0:
+            raise DataError(
+                f"The data must have rows, got none in {options.data!r}; check it, or `--split`."
+            )
+        first_row = found[0]
+        format = options.format or recognise(found.column_names, first_row)
+        require_columns(format, found.column_names)
+        converted = conversations(_rows(found), format)
+    if not converted.conversations:
+        raise DataError(
+            f"The data must hold answers to learn, got {converted.num_dropped_empty} rows without "
+            f"one in the format {format!r}; check the columns or insist on another `--format`."
+        )
+    return format, converted
+
+
+def _rows(found: "datasets.Dataset") -> Iterator[Row]:
+    for batch in found.iter(batch_size=_READ_ROWS):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Keeps `datasets` from printing: what goes wrong is in the exception."""
+    import datasets
+
+    verbosity = datasets.logging.get_verbosity()
+    had_bars = not datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if had_bars:
+            datasets.enable_progress_bars()
+
+
+def _open(options: DataOptions, cache: str) -> "datasets.Dataset":
+    """The rows of a file, a folder or a hub data set; no code that comes with data is ever run."""
+    import datasets
+
+    path = Path(options.data).expanduser()
+    hub = _HUB_NAME.fullmatch(options.data)
+    try:
+        if path.is_dir() and any(
+            (path / name).is_file() for name in ("state.json", "dataset_dict.json")
+        ):
+            return _open_saved(path, options.split)
+        if path.is_dir():
+            _, reader_options = _reader_of_folder(path)
+            return datasets.load_dataset(
+                str(path), split=options.split, cache_dir=cache, **reader_options
+            )
+        if path.is_file():
+            reader, reader_options = _reader_of_file(path)
+            return datasets.load_dataset(
+                reader, data_files=str(path), split=options.split, cache_dir=cache, **reader_options
+            )
+        if hub is None or _suffix(path) in _READERS:
+            raise DataError(_missing(path))
+        return datasets.load_dataset(hub["name"], hub["config"], split=options.split)
+    except DataError:
+        raise
+    # What the readers raise for broken, mixed or missing data; Arrow's errors are among these.
+    except (
+        datasets.exceptions.DatasetsError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise DataError(_unreadable(options, error, is_hub=not path.exists())) from error
+
+
+def _open_saved(path: Path, split: str) -> "datasets.Dataset":
+    """A folder that `save_to_disk` wrote."""
+    from datasets import DatasetDict, load_from_disk
+
+    saved = load_from_disk(str(path))
+    splits = list(saved) if isinstance(saved, DatasetDict) else ["train"]
+    if split not in splits:
+        raise DataError(
+            f"`split` must be one of {', '.join(splits)} in {str(path)!r}, got {split!r}"
+            f"{did_you_mean(split, splits)}."
+        )
+    return saved[split] if isinstance(saved, DatasetDict) else saved
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
+
+
+def _reader_of_file(path: Path) -> tuple[str, dict[str, object]]:
+    suffix = _suffix(path)
+    if suffix not in _READERS:
+        raise DataError(
+            f"A data file must end in {', '.join(_READERS)} (or that and .gz), got {path.name!r}; "
+            "convert or rename it."
+        )
+    return _READERS[suffix]
+
+
+def _reader_of_folder(path: Path) -> tuple[str, dict[str, object]]:
+    found = sorted({_suffix(one) for one in path.rglob("*") if one.is_file()} & _READERS.keys())
+    if len({_READERS[suffix][0] for suffix in found}) != 1:
+        raise DataError(
+            f"A folder must hold data files of one kind ({', '.join(_READERS)}), got "
+            f"{' and '.join(found) or 'none'} in {str(path)!r}; give one of the files."
+        )
+    return _READERS[found[0]]
+
+
+def _missing(path: Path) -> str:
+    siblings = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    return (
+        "`data` must be a file, a folder or a hub data set as owner/name, "
+        f"got {str(path)!r}, which is none of them{did_you_mean(path.name, siblings)}."
+    )
+
+
+def _unreadable(options: DataOptions, error: BaseException, *, is_hub: bool) -> str:
+    """One line with the innermost cause, which is the one that names the place."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    reason = " ".join((str(error) if is_hub else str(cause)).split())[:200] or type(cause).__name__
+    if is_hub:
+        return (
+            f"{options.data!r} must be a file, a folder or a reachable hub data set; there is no "
+            f"such file, and the hub said: {reason}. Check the name, log in, or give a local file."
+        )
+    return (
+        f"{options.data!r} must be readable as a table with one type per column (split "
+        f"{options.split!r}), got: {reason}. Mend the file or choose another `--split`."
+    )

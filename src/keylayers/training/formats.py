@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of the common fine-tuning formats, turned into conversations.
+
+A format is recognised by its columns. Every format but plain text becomes a list of messages with
+the roles system, user and assistant, so that the rest of keylayers knows one form only.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from keylayers.errors import ConfigError, DataError, did_you_mean
+
+Format = Literal[
+    "messages", "sharegpt", "lima", "self-instruct", "alpaca", "prompt-completion", "text"
+]
+Role = Literal["system", "user", "assistant"]
+Row = Mapping[str, object]
+
+# The order decides for rows that fit several formats: UltraChat and No Robots carry `prompt` beside
+# `messages`, and Alpaca carries the joined `text` beside its own columns.
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+# Question and answer columns in use. `solution` comes before `answer` because LIMO keeps the worked
+# solution, which is what is trained, in the first and the bare result in the second.
+PAIRS = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "solution"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("problem", "solution"),
+    ("problem", "answer"),
+    ("instruction", "response"),
+)
+
+_COLUMNS: dict[Format, tuple[tuple[str, ...], ...]] = {
+    "messages": (("messages",),),
+    "sharegpt": (("conversations",),),
+    "lima": (("conversations",),),
+    "self-instruct": (("instruction", "instances"),),
+    "alpaca": (("instruction", "output"),),
+    "prompt-completion": PAIRS,
+    "text": (("text",),),
+}
+_ROLES: dict[str, Role] = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bing", "bard"), "assistant"),
+}
+_TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observation", "ipython")
+_SYSTEM_COLUMNS = ("system", "system_prompt")
+_DOCUMENT_COLUMNS = ("input", "context")  # what an instruction is about: Alpaca, Dolly
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages that end with an answer, or a plain `text` that has no roles."""
+
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+
+    def digest(self) -> bytes:
+        """The SHA-256 of the canonical form; equal exactly for equal conversations."""
+        turns = [[message.role, message.content] for message in self.messages]
+        return hashlib.sha256(json.dumps([turns, self.text]).encode("ascii")).digest()
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The usable conversations in the order of their rows, and how many had no answer to learn."""
+
+    conversations: list[Conversation]
+    num_dropped_empty: int
+
+
+def recognise(columns: Collection[str], first_row: Row) -> Format:
+    """The format that the columns show.
+
+    Args:
+        columns: the names of all columns.
+        first_row: tells ShareGPT from LIMA, whose column has the same name.
+
+    Raises:
+        DataError: no format has these columns, or they hold preference data.
+    """
+    _refuse_preferences(columns, first_row)
+    for format in FORMATS:
+        if any(set(names) <= set(columns) for names in _COLUMNS[format]):
+            if format == "sharegpt" and _holds_strings(first_row["conversations"]):
+                return "lima"
+            return format
+    raise DataError(
+        f"The columns must fit a known format, got {', '.join(columns) or 'none'}; known are "
+        f"{_describe_formats()}. Rename the columns, or insist on a format with `--format`."
+    )
+
+
+def require_columns(format: Format, columns: Collection[str]) -> None:
+    """Check that a format that was asked for by name can be read from these columns.
+
+    Raises:
+        ConfigError: there is no such format.
+        DataError: columns of the format are missing.
+    """
+    if format not in FORMATS:
+        raise ConfigError(
+            f"`format` must be one of {', '.join(FORMATS)}, got {format!r}"
+            f"{did_you_mean(format, FORMATS)}."
+        )
+    missing = [[name for name in names if name not in columns] for names in _COLUMNS[format]]
+    if all(missing):
+        fewest = min(missing, key=len)
+        raise DataError(
+            f"The format {format!r} needs the columns {_describe(format)}; "
+            f"{', '.join(fewest)} missing from {', '.join(columns) or 'no columns'}. "
+            "Rename the columns, or leave out `--format`."
+        )
+
+
+def conversations(rows: Iterable[Row], format: Format) -> Converted:
+    """The conversations in the rows.
+
+    Turns after the last answer are cut off. What then has no answer, or an empty one, is dropped
+    and counted.
+
+    Raises:
+        DataError: a value is not text, or a role is unknown; names the row, counted from 1.
+    """
+    convert = _CONVERTERS[format]
+    usable: list[Conversation] = []
+    num_dropped_empty = 0
+    for number, row in enumerate(rows, start=1):
+        for found in convert(row, number):
+            conversation = _end_with_answer(found)
+            if conversation is None:
+                num_dropped_empty += 1
+            else:
+                usable.append(conversation)
+    return Converted(usable, num_dropped_empty)
+
+
+def _end_with_answer(conversation: Conversation) -> Conversation | None:
+    """The conversation up to its last answer, or nothing if there is none to learn."""
+    if conversation.text is not None:
+        return conversation if conversation.text.strip() else None
+    messages = conversation.messages
+    while messages and messages[-1].role != "assistant":
+        messages = messages[:-1]
+    return Conversation(messages) if messages and messages[-1].content.strip() else None
+
+
+def _refuse_preferences(columns: Collection[str], first_row: Row) -> None:
+    """Preference data looks like plain answers, and half of those are the ones to avoid."""
+    if {"chosen", "rejected"} <= set(columns) or isinstance(first_row.get("label"), bool):
+        raise DataError(
+            "Supervised fine-tuning needs answers to imitate, got preference data (columns "
+            f"{', '.join(columns)}); choose a preference objective, keep the good answers only, "
+            "or insist on a format with `--format`."
+        )
+
+
+def _describe(format: Format) -> str:
+    return " or ".join(" + ".join(names) for names in _COLUMNS[format])
+
+
+def _describe_formats() -> str:
+    return "; ".join(f"{format} ({_describe(format)})" for format in FORMATS)
+
+
+def _holds_strings(turns: object) -> bool:
+    return isinstance(turns, list) and bool(turns) and isinstance(turns[0], str)
+
+
+def _text(value: object, column: str, number: int) -> str:
+    """The cell as text; an empty cell is an empty text."""
+    if value is None:
+        return ""
+    if isinstance(value, list) and all(_is_text_part(part) for part in value):
+        return "".join(part["text"] for part in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)  # the answers of GSM8K; a float is refused, as 1.50 would come back as 1.5
+    if not isinstance(value, str):
+        raise DataError(
+            f"`{column}` must be text, got {type(value).__name__} in row {number}; "
+            "turn it into text or remove the row."
+        )
+    return value
+
+
+def _is_text_part(part: object) -> bool:
+    """Content may come in parts, as for models that also see images; parts of text are accepted."""
+    return isinstance(part, dict) and isinstance(part.get("text"), str)
+
+
+def _system(row: Row, number: int) -> tuple[Message, ...]:
+    for column in _SYSTEM_COLUMNS:
+        if content := _text(row.get(column), column, number):
+            return (Message("system", content),)
+    return ()
+
+
+def _ask(row: Row, column: str, number: int) -> Message:
+    """The user's turn: the question, and below it the document that the question is about."""
+    parts = [
+        _text(row.get(name), name, number) for name in (column, *_DOCUMENT_COLUMNS) if row.get(name)
+    ]
+    return Message("user", "\n\n".join(parts))
+
+
+def _message(turn: object, number: int) -> Message:
+    """A turn in either spelling: `role` and `content`, or `from` and `value`."""
+    if not isinstance(turn, dict) or not ({"role", "from"} & turn.keys()):
+        raise DataError(
+            f"A turn must have role and content (or from and value), got {str(turn)[:60]!r} in row "
+            f"{number}; rewrite the row or insist on another `--format`."
+        )
+    name = turn.get("role") or turn.get("from")
+    if name in _TOOL_ROLES or turn.get("tool_calls"):
+        raise DataError(
+            f"A turn must be of system, user or assistant, got a tool's (role {name!r}) "
+            f"in row {number}: few chat templates render these; remove such rows."
+        )
+    if name not in _ROLES:
+        raise DataError(
+            f"A role must be one of {', '.join(_ROLES)}, got {name!r} in row {number}; rename it."
+        )
+    column = "content" if "content" in turn else "value"
+    return Message(_ROLES[name], _text(turn.get(column), column, number))
+
+
+def _messages(turns: object, column: str, number: int) -> tuple[Message, ...]:
+    if isinstance(turns, dict) and all(isinstance(values, list) for values in turns.values()):
+        # `datasets` stores a Sequence of structs as one list per field.
+        turns = [
+            dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)
+        ]
+    if turns is not None and not isinstance(turns, list):
+        raise DataError(
+            f"`{column}` must be a list of turns, got {type(turns).__name__} in row {number}; "
+            "rewrite the row or insist on another `--format`."
+        )
+    return tuple(_message(turn, number) for turn in turns or ())
+
+
+def _from_messages(row: Row, number: int) -> list[Conversation]:
+    column = "messages" if "messages" in row else "conversations"
+    found = _messages(row[column], column, number)
+    system = () if found[:1] and found[0].role == "system" else _system(row, number)
+    return [Conversation(system + found)]
+
+
+def _from_lima(row: Row, number: int) -> list[Conversation]:
+    turns = row["conversations"] or []
+    if not isinstance(turns, list):
+        raise DataError(
+            f"`conversations` must be a list of texts, got {type(turns).__name__} in row {number}; "
+            "rewrite the row or insist on another `--format`."
+        )
+    roles: tuple[Role, Role] = ("user", "assistant")
+    texts = [_text(turn, "conversations", number) for turn in turns]
+    return [Conversation(tuple(Message(roles[i % 2], text) for i, text in enumerate(texts)))]
+
+
+def _from_alpaca(row: Row, number: int) -> list[Conversation]:
+    answer = Message("assistant", _text(row["output"], "output", number))
+    history: list[Message] = []  # LLaMA-Factory: earlier turns as pairs of question and answer
+    for pair in row.get("history") or ():  # type: ignore[attr-defined]
+        if not (isinstance(pair, list) and len(pair) == 2):
+            raise DataError(
+                f"`history` must be a list of [question, answer], got {str(pair)[:60]!r} in row "
+                f"{number}; rewrite the row."
+            )
+        history.append(Message("user", _text(pair[0], "history", number)))
+        history.append(Message("assistant", _text(pair[1], "history", number)))
+    question = _ask(row, "instruction", number)
+    return [Conversation((*_system(row, number), *history, question, answer))]
+
+
+def _from_self_instruct(row: Row, number: int) -> list[Conversation]:
+    instances = row["instances"] or []
+    if not (isinstance(instances, list) and all(isinstance(one, dict) for one in instances)):
+        raise DataError(
+            f"`instances` must be a list of input and output, got {str(instances)[:60]!r} in row "
+            f"{number}; rewrite the row."
+        )
+    found = []
+    for instance in instances:
+        question = _ask({**instance, "instruction": row["instruction"]}, "instruction", number)
+        answer = Message("assistant", _text(instance.get("output"), "output", number))
+        found.append(Conversation((question, answer)))
+    return found
+
+
+def _from_pair(row: Row, number: int) -> list[Conversation]:
+    asked, answered = next(pair for pair in PAIRS if set(pair) <= row.keys())
+    if isinstance(row[asked], list):
+        question = _messages(row[asked], asked, number)
+    else:
+        question = (*_system(row, number), _ask(row, asked, number))
+    if isinstance(row[answered], list):
+        return [Conversation(question + _messages(row[answered], answered, number))]
+    answer = Message("assistant", _text(row[answered], answered, number))
+    return [Conversation((*question, answer))]
+
+
+def _from_text(row: Row, number: int) -> list[Conversation]:
+    return [Conversation(text=_text(row["text"], "text", number))]
+
+
+_CONVERTERS: dict[Format, Callable[[Row, int], list[Conversation]]] = {
+    "messages": _from_messages,
+    "sharegpt": _from_messages,
+    "lima": _from_lima,
+    "self-instruct": _from_self_instruct,
+    "alpaca": _from_alpaca,
+    "prompt-completion": _from_pair,
+    "text": _from_text,
+}

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one training path: every fine-tune of keylayers, LoRA or full, is an `SFTTrainer` made here.
+
+Options in which TRL differs from transformers (bf16, gradient checkpointing, learning rate, lengths) are all set, so that two
+runs of keylayers differ only in what their records say.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from huggingface_hub import constants
+from peft import PeftModel
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
+
+from keylayers.errors import LossError
+from keylayers.mask.stability import is_stable
+from keylayers.options import StabilityOptions, TrainingOptions
+
+OnStep = Callable[[int, float], None]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a fine-tune went.
+
+    Attributes:
+        losses: Training loss of each step in nats.
+        stopped_by: `stable` or `max_steps`.
+        seconds: Wall time.
+    """
+
+    losses: tuple[float, ...] = field(repr=False)
+    stopped_by: str
+    seconds: float
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps taken."""
+        return len(self.losses)
+
+
+def make_trainer(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    options: TrainingOptions,
+    *,
+    num_steps: int,
+) -> SFTTrainer:
+    """A trainer on `train` (columns `input_ids` and `labels`) for the parameters of `model` that are trainable.
+
+    It writes no files, prints nothing, reports to nobody and sends no telemetry.
+    """
+    is_full = not isinstance(model, PeftModel)
+    config = SFTConfig(
+        output_dir="keylayers-writes-nothing-here",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # the default shows the last good loss instead of NaN
+        max_steps=num_steps,
+        learning_rate=options.resolved_learning_rate(_hidden_size(model), is_full=is_full),
+        lr_scheduler_type="constant_with_warmup",  # a decaying rate would look like a stable loss
+        warmup_steps=options.warmup_steps,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        gradient_checkpointing=options.gradient_checkpointing,
+        bf16=model.dtype == torch.bfloat16,
+        fp16=model.dtype == torch.float16,
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        seed=options.seed,
+        data_seed=options.seed,
+        max_length=None,  # the data is cut to length when it is prepared
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    with _no_telemetry():
+        trainer = SFTTrainer(
+            model=model, args=config, train_dataset=train, processing_class=tokenizer
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def fine_tune(
+    trainer: SFTTrainer,
+    stability: StabilityOptions | None = None,
+    on_step: OnStep | None = None,
+) -> TrainingResult:
+    """Train until the trainer's last step, or until the loss is stable if a rule is given.
+
+    Args:
+        trainer: From `make_trainer`.
+        stability: When to stop early.
+        on_step: Called after each step with its number, from 1, and its loss in nats.
+
+    Raises:
+        LossError: the loss became NaN or infinite; says at which step.
+    """
+    watch = _LossWatch(stability, on_step)
+    trainer.add_callback(watch)
+    start = time.perf_counter()
+    try:
+        trainer.train()
+    finally:
+        trainer.remove_callback(watch)
+    stopped_by = "stable" if watch.is_stable else "max_steps"
+    return TrainingResult(tuple(watch.losses), stopped_by, time.perf_counter() - start)
+
+
+class _LossWatch(TrainerCallback):
+    """Collects the loss of each step, reports it, and stops training when it is stable or not finite."""
+
+    def __init__(self, stability: StabilityOptions | None, on_step: OnStep | None) -> None:
+        self.stability = stability
+        self.on_step = on_step
+        self.losses: list[float] = []
+        self.is_stable = False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        loss = float(logs["loss"])
+        if not math.isfinite(loss):
+            raise LossError(
+                f"the loss must be finite, but it is {loss} at training step {state.global_step}; lower "
+                f"`learning_rate` (now {args.learning_rate:.3g}) or use `dtype` float32"
+            )
+        self.losses.append(loss)
+        if self.on_step is not None:
+            self.on_step(len(self.losses), loss)
+        if self.stability is not None and is_stable(self.losses, self.stability):
+            self.is_stable = True
+            control.should_training_stop = True
+
+
+def _hidden_size(model: PreTrainedModel | PeftModel) -> int:
+    return int(model.config.get_text_config().hidden_size)
+
+
+@contextlib.contextmanager
+def _no_telemetry() -> Iterator[None]:
+    """TRL reports to a server when a trainer is built, unless this is set."""
+    before = constants.HF_HUB_DISABLE_TELEMETRY
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_TELEMETRY = before

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Offline, one thread, and keylayers imported inside fixtures so that shape checks install first."""
+
+import os
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # third-party deprecations at import
+    import torch
+
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data and a small real model beside the repository; tests that need them skip without."""
+    if not (SHARED / "models" / "english-2m").is_dir():
+        pytest.skip("needs ../shared (a small pre-trained model and real data), which is not here")
+    return SHARED

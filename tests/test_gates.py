@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+import random
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import in_float64, some_tokens, tiny_gpt2, tiny_llama, token_loss
+
+EPSILON = 1e-5
+
+
+def with_random_lora(model, **options):
+    tuned = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", **options))
+    torch.manual_seed(3)
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return tuned
+
+
+def with_random_difference(model):
+    """A base model and, by name, weights that differ from it everywhere."""
+    torch.manual_seed(4)
+    tuned = {
+        name: value + 0.1 * torch.randn_like(value) for name, value in model.state_dict().items()
+    }
+    return model, tuned
+
+
+def updates_of(kind):
+    from keylayers.updates import dense_updates, lora_updates
+
+    if kind == "lora":
+        model = with_random_lora(in_float64(tiny_llama()))
+        return model, lora_updates(model)
+    if kind == "rslora":
+        model = with_random_lora(in_float64(tiny_llama()), use_rslora=True)
+        return model, lora_updates(model)
+    if kind == "lora on Conv1D":
+        model = with_random_lora(in_float64(tiny_gpt2()), fan_in_fan_out=True)
+        return model, lora_updates(model)
+    if kind == "difference with biases":
+        model, tuned = with_random_difference(in_float64(tiny_llama(attention_bias=True)))
+        return model, dense_updates(model, tuned)
+    assert kind == "difference on Conv1D"
+    model, tuned = with_random_difference(in_float64(tiny_gpt2()))
+    return model, dense_updates(model, tuned)
+
+
+KINDS = ["lora", "rslora", "lora on Conv1D", "difference with biases", "difference on Conv1D"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("granularity", ["module", "block", "projection"])
+def test_gate_gradients_agree_with_finite_differences(kind, granularity):
+    from keylayers.gates import gated
+
+    model, updates = updates_of(kind)
+    tokens = some_tokens()
+    with gated(model, updates, initial_score=0.7, granularity=granularity) as gates:
+        token_loss(model, tokens).backward()
+        gradient = gates.gradient()
+        scores = gates.scores()
+        differences = torch.zeros_like(gradient)
+        with torch.no_grad():
+            for index in range(len(gates)):
+                step = torch.zeros_like(scores)
+                step[index] = EPSILON
+                gates.set_scores(scores + step)
+                above = token_loss(model, tokens)
+                gates.set_scores(scores - step)
+                differences[index] = (above - token_loss(model, tokens)) / (2 * EPSILON)
+    assert gradient.dtype == torch.float64
+    scale = differences.abs().max()
+    assert scale > 1e-4
+    assert float((gradient - differences).abs().max() / scale) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_open_gates_are_the_tuned_model_and_closed_gates_the_base(kind):
+    from keylayers.gates import gated
+
+    model, updates = updates_of(kind)
+    tokens = some_tokens()
+    with torch.no_grad():
+        if "lora" in kind:
+            open_loss = token_loss(model, tokens)
+            with model.disable_adapter():
+                closed_loss = token_loss(model, tokens)
+        else:
+            closed_loss = token_loss(model, tokens)
+            before = {name: value.clone() for name, value in model.state_dict().items()}
+            for update in updates:
+                update.layer.weight += update.delta_weight
+                if update.layer.bias is not None:
+                    update.layer.bias += update.delta_bias
+            open_loss = token_loss(model, tokens)
+            model.load_state_dict(before)
+        with gated(model, updates, initial_score=1.0, link="identity"):
+            assert float(token_loss(model, tokens)) == pytest.approx(float(open_loss), rel=1e-12)
+        with gated(model, updates, initial_score=0.0, link="identity"):
+            assert float(token_loss(model, tokens)) == pytest.approx(float(closed_loss), rel=1e-12)
+    assert abs(float(open_loss) - float(closed_loss)) > 1e-3
+
+
+def state_of(model):
+    return {
+        "weights": {name: value.clone() for name, value in model.state_dict().items()},
+        "children": [name for name, _ in model.named_modules()],
+        "hooks": [
+            (name, list(module._forward_hooks), list(module._forward_pre_hooks))
+            for name, module in model.named_modules()
+        ],
+        "own attributes": [(name, sorted(vars(module))) for name, module in model.named_modules()],
+        "flags": [parameter.requires_grad for parameter in model.parameters()],
+        "gradients": [
+            None if parameter.grad is None else parameter.grad.clone()
+            for parameter in model.parameters()
+        ],
+        "modes": [module.training for module in model.modules()],
+        "random": (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()),
+    }
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name in ("children", "hooks", "own attributes", "flags", "modes", "random"):
+        assert first[name] == second[name], name
+    assert first["weights"].keys() == second["weights"].keys()
+    for name, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][name]), name
+    for mine, other in zip(first["gradients"], second["gradients"], strict=True):
+        assert (mine is None) == (other is None)
+        assert mine is None or torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gates_leave_no_trace(kind):
+    from keylayers.gates import gated
+
+    model, updates = updates_of(kind)
+    model.train()
+    next(model.children()).eval()
+    token_loss(model, some_tokens()).backward()  # gradients that must come back
+    before = state_of(model)
+    with gated(model, updates, initial_score=2.0) as gates:
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert {id(p) for p in trainable} == {id(p) for p in gates.parameters()}
+        model.eval()
+        token_loss(model, some_tokens(seed=2)).backward()
+        torch.rand(3)
+        np.random.rand(3)
+    assert_same(before, state_of(model))
+
+
+def test_pythons_random_state_is_restored_too():
+    # on its own, because the shape checks of the other functions draw from it while tests run
+    from keylayers.preserve import preserved
+
+    model = tiny_llama()
+    before = random.getstate()
+    with preserved(model):
+        random.random()
+    assert random.getstate() == before
+
+
+def test_gates_leave_no_trace_when_the_block_fails():
+    from keylayers.gates import gated
+
+    model, updates = updates_of("lora")
+    before = state_of(model)
+    with pytest.raises(KeyError), gated(model, updates, initial_score=2.0):
+        raise KeyError
+    assert_same(before, state_of(model))
+
+
+def test_a_weight_that_changes_while_gates_are_in_is_reported():
+    from keylayers.errors import GuardError
+    from keylayers.gates import gated
+
+    model, updates = updates_of("lora")
+    with (
+        pytest.raises(GuardError, match=r"only gates may change .* first .*embed_tokens"),
+        gated(model, updates, initial_score=2.0),
+        torch.no_grad(),
+    ):
+        model.get_input_embeddings().weight[0, 0] += 1
+
+
+def test_a_gate_that_takes_no_part_is_reported():
+    from keylayers.errors import GuardError
+    from keylayers.gates import gated
+
+    model, updates = updates_of("lora")
+    with gated(model, updates, initial_score=2.0) as gates:
+        with pytest.raises(GuardError, match=r"every gate must be used .* 14 of 14 were not"):
+            gates.check_fired()
+        with pytest.raises(GuardError, match="every gate must take part in the loss"):
+            gates.gradient()
+
+
+REFUSED = [
+    ({"use_dora": True}, "DoRA"),
+    ({"lora_bias": True}, "lora_bias"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), REFUSED)
+def test_updates_that_a_gate_cannot_scale_exactly_are_refused(options, reason):
+    from keylayers.errors import ModelError
+    from keylayers.updates import lora_updates
+
+    with pytest.raises(ModelError, match=rf"a gate must scale the whole update.*{reason}"):
+        lora_updates(with_random_lora(tiny_gpt2(), fan_in_fan_out=True, **options))
+
+
+def test_merged_adapters_and_plain_models_are_refused():
+    from keylayers.errors import ModelError
+    from keylayers.updates import lora_updates
+
+    model = with_random_lora(tiny_llama())
+    model.merge_adapter()
+    with pytest.raises(ModelError, match="merged into the base weights"):
+        lora_updates(model)
+    with pytest.raises(ModelError, match="must carry a PEFT adapter"):
+        lora_updates(tiny_llama())
+
+
+def test_checkpoints_of_different_shapes_are_refused():
+    from keylayers.errors import ModelError
+    from keylayers.updates import dense_updates
+
+    model = tiny_llama()
+    tuned = dict(model.state_dict())
+    with pytest.raises(ModelError, match="must differ from the base"):
+        dense_updates(model, tuned)
+    tuned["model.layers.1.mlp.up_proj.weight"] = torch.zeros(5, 16)
+    with pytest.raises(ModelError, match=r"up_proj.weight is \(24, 16\) in the base and \(5, 16\)"):
+        dense_updates(model, tuned)
+    del tuned["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(ModelError, match=r"must hold model.layers.1.mlp.up_proj.weight"):
+        dense_updates(model, tuned)
+
+
+def test_lora_dropout_is_off_while_gates_are_in():
+    from keylayers.gates import gated
+    from keylayers.updates import lora_updates
+
+    model = with_random_lora(tiny_llama(), lora_dropout=0.5).train()
+    tokens = some_tokens()
+    with gated(model, lora_updates(model), initial_score=1.0), torch.no_grad():
+        assert torch.equal(token_loss(model, tokens), token_loss(model, tokens))
+    with torch.no_grad():
+        assert not torch.equal(token_loss(model, tokens), token_loss(model, tokens))
