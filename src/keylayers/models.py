@@ -25,6 +25,9 @@ from transformers.utils.hub import cached_file
 from keylayers.errors import ModelError
 from keylayers.options import Dtype, ModelOptions
 
+STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+
 def torch_dtype(dtype: Dtype) -> torch.dtype:
     """The dtype that weights are loaded in."""
     if dtype == "auto":
@@ -49,7 +52,9 @@ def load_model(source: ModelOptions) -> PreTrainedModel:
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError, HfHubHTTPError, json.JSONDecodeError) as error:
-        raise ModelError(f"{source.model!r} must be a causal language model: {_first_line(error)}") from error
+        raise ModelError(
+            f"{source.model!r} must be a causal language model: {_first_line(error)}"
+        ) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
@@ -71,7 +76,9 @@ def load_tokenizer(source: ModelOptions) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise ModelError(f"{source.model!r} must hold a tokenizer: {_first_line(error)}") from error
     if tokenizer.eos_token is None:
-        raise ModelError(f"the tokenizer must have an end token, but that of {source.model!r} has none")
+        raise ModelError(
+            f"the tokenizer must have an end token, but that of {source.model!r} has none"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -144,6 +151,16 @@ class Checkpoint(Mapping[str, Tensor]):
         with safe_open(self._files[name], framework="pt") as file:
             return file.get_tensor(name)
 
+    def dtype(self) -> torch.dtype:
+        """The dtype of most weights on disk."""
+        counts: dict[torch.dtype, int] = {}
+        for path in dict.fromkeys(self._files.values()):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a mapping
+                    stored = STORED_DTYPES.get(file.get_slice(name).get_dtype(), torch.float32)
+                    counts[stored] = counts.get(stored, 0) + 1
+        return max(counts, key=lambda dtype: counts[dtype])
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
@@ -156,7 +173,10 @@ def _safetensors_files(source: ModelOptions) -> list[Path]:
 
     def find(name: str, *, is_required: bool) -> Path | None:
         found = cached_file(
-            source.model, name, revision=source.revision, _raise_exceptions_for_missing_entries=is_required
+            source.model,
+            name,
+            revision=source.revision,
+            _raise_exceptions_for_missing_entries=is_required,
         )
         return None if found is None else Path(found)
 
@@ -181,9 +201,16 @@ def check_folder(name: str, wanted: str, kind: str) -> None:
         if not (path / wanted).is_file():
             raise ModelError(f"{name!r} must be {kind}, but the folder holds no {wanted}")
     elif path.exists():
-        raise ModelError(f"{name!r} must be {kind}: a folder or a name on the hub, but it is a file")
+        raise ModelError(
+            f"{name!r} must be {kind}: a folder or a name on the hub, but it is a file"
+        )
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
         raise ModelError(f"{name!r} must be {kind}, but there is no such folder")
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """The longest sequence that the model takes, in tokens, if its config says so."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def describe(source: ModelOptions, model: PreTrainedModel) -> dict[str, Any]:

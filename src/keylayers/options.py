@@ -5,8 +5,8 @@ Field names are unique across the classes, because a sub-command shows those it 
 torch. Defaults are keylayers' own unless a comment gives the paper's.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from keylayers.errors import ConfigError
 
@@ -16,6 +16,7 @@ DataFormat = Literal[
 ]
 Granularity = Literal["module", "block", "projection"]
 MaskOptimizer = Literal["sgd", "adam"]
+Comparison = Literal["all", "random", "first", "last", "worst"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +168,88 @@ class MaskOptions:
         if self.mask_learning_rate is not None:
             return self.mask_learning_rate
         return {"sgd": 10.0, "adam": 0.05}[self.mask_optimizer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateOptions:
+    """Where the update comes from; with neither, stage 1 makes it.
+
+    Attributes:
+        adapter: A PEFT LoRA adapter of the model, folder or hub name: stage 1 is skipped.
+        tuned: A second full checkpoint, fine-tuned from the model: stage 1 is skipped.
+    """
+
+    adapter: str | None = None
+    tuned: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.adapter is not None and self.tuned is not None:
+            raise ConfigError(
+                "at most one of `adapter` and `tuned` must be given, got both: there is one update to rank"
+            )
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """All options of one ranking run."""
+
+    model: ModelOptions
+    data: DataOptions
+    update: UpdateOptions = UpdateOptions()
+    training: TrainingOptions = TrainingOptions()
+    stability: StabilityOptions = StabilityOptions()
+    mask: MaskOptions = MaskOptions()
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by the name of its flag, for the record."""
+        parts = (self.model, self.data, self.update, self.training, self.stability, self.mask)
+        return {name: value for part in parts for name, value in asdict(part).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionOptions:
+    """Which modules are trained, and against what they are compared.
+
+    Attributes:
+        ranking: Ranking file, or the folder that holds ranking.json.
+        budget: How much is trained: 0.3 is 30 % of the modules, 17 is 17 modules, 0.3x-params is modules with 30 % of
+            the parameters.
+        freeze: Instead of a budget: train all but the worst share, such as 0.25.
+        update: lora trains an adapter on the selected modules; full trains their weights themselves.
+        steps: Optimiser steps. From the command line: as many as stage 1 of the ranking took, if it had one.
+        compare: Also train these sets of modules in the same way and show their held-out loss: all; or as many modules
+            as selected, random, first, last (of the network) or worst (of the ranking).
+    """
+
+    ranking: str
+    budget: str | None = None
+    freeze: float | None = None
+    update: Literal["lora", "full"] = "lora"
+    steps: int = 300
+    compare: tuple[Comparison, ...] = ()
+
+    def __post_init__(self) -> None:
+        _at_least("steps", self.steps, 1)
+        if (self.budget is None) == (self.freeze is None):
+            given = "neither" if self.budget is None else "both"
+            raise ConfigError(
+                f"exactly one of `budget` (such as 0.3) and `freeze` (such as 0.25) must be given, got {given}"
+            )
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """All options of one training run on a selection."""
+
+    selection: SelectionOptions
+    model: ModelOptions
+    data: DataOptions
+    training: TrainingOptions = TrainingOptions()
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by the name of its flag, for the record."""
+        parts = (self.selection, self.model, self.data, self.training)
+        return {name: value for part in parts for name, value in asdict(part).items()}
 
 
 def _at_least(name: str, value: int, lowest: int) -> None:

@@ -23,11 +23,11 @@ def preserved(model: nn.Module) -> Iterator[None]:
     Raises:
         GuardError: a weight or saved buffer changed inside the block; the message names the first ones.
     """
+    random_state = _random_state()
     parameters = list(model.named_parameters(remove_duplicate=False))
     flags = [(parameter, parameter.requires_grad, parameter.grad) for _, parameter in parameters]
     modes = [(module, module.training) for module in model.modules()]
     before = fingerprint(model.state_dict().items())
-    random_state = _random_state()
     for parameter, _, _ in flags:
         parameter.requires_grad_(False)
         parameter.grad = None

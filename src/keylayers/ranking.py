@@ -124,9 +124,13 @@ class Ranking:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise RankingError(f"the ranking file must exist, but there is no {str(path)!r}") from None
+            raise RankingError(
+                f"the ranking file must exist, but there is no {str(path)!r}"
+            ) from None
         except OSError as error:
-            raise RankingError(f"the ranking file {str(path)!r} cannot be read: {error.strerror}") from error
+            raise RankingError(
+                f"the ranking file {str(path)!r} cannot be read: {error.strerror}"
+            ) from error
         except (ValueError, RecursionError) as error:
             raise RankingError(
                 f"{str(path)!r} must be whole JSON, but it is damaged or cut off ({error}); make it again with "
@@ -138,7 +142,9 @@ class Ranking:
 def _from_json(content: Any, path: str) -> Ranking:
     """The ranking in parsed JSON, or a RankingError that names the first thing that is wrong."""
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise RankingError(f"{path!r} must be a ranking file of keylayers (schema {SCHEMA!r}), but is not")
+        raise RankingError(
+            f"{path!r} must be a ranking file of keylayers (schema {SCHEMA!r}), but is not"
+        )
     if content.get("schema_version") != SCHEMA_VERSION:
         raise RankingError(
             f"{path!r} must have schema version {SCHEMA_VERSION}, got {content.get('schema_version')!r}; use the "
@@ -150,7 +156,9 @@ def _from_json(content: Any, path: str) -> Ranking:
     modules = tuple(_module_from_json(row, path, index) for index, row in enumerate(rows))
     provenance = content.get("provenance", {})
     if not isinstance(provenance, dict):
-        raise RankingError(f"{path!r} must hold a mapping `provenance`, got {type(provenance).__name__}")
+        raise RankingError(
+            f"{path!r} must hold a mapping `provenance`, got {type(provenance).__name__}"
+        )
     return Ranking(
         modules, str(content.get("method")), str(content.get("granularity", "module")), provenance
     )
@@ -171,5 +179,7 @@ def _module_from_json(row: Any, path: str, index: int) -> RankedModule:
         value = row.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
             expected = " or ".join("null" if k is type(None) else k.__name__ for k in kind)
-            raise RankingError(f"{path!r}: module {index}, {name!r} must be {expected}, got {value!r:.40}")
+            raise RankingError(
+                f"{path!r}: module {index}, {name!r} must be {expected}, got {value!r:.40}"
+            )
     return RankedModule(**{name: row.get(name) for name in kinds})

@@ -21,6 +21,7 @@ from typing import Any
 from keylayers._version import __version__
 from keylayers.errors import OutputError
 
+RECORD = "keylayers.json"  # beside every adapter and checkpoint that keylayers writes
 RECORDED_LIBRARIES = (
     "torch",
     "transformers",
@@ -121,9 +122,12 @@ def output_folder(path: Path) -> Iterator[Path]:
 def replaced_folder(path: Path) -> Iterator[Path]:
     """A new folder beside `path` that takes its place when the block ends well, and vanishes when it fails.
 
+    Only a folder that keylayers made (it holds keylayers.json) is replaced.
+
     Raises:
-        OutputError: the folder cannot be made or moved.
+        OutputError: the folder cannot be made or moved, or holds something else.
     """
+    check_replaceable(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
@@ -139,6 +143,21 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuse to overwrite what keylayers did not make.
+
+    Raises:
+        OutputError: `path` is a file, or a folder with other contents.
+    """
+    if path.is_file():
+        raise OutputError(f"the output must be a folder, but {str(path)!r} is a file")
+    if path.is_dir() and any(path.iterdir()) and not (path / RECORD).is_file():
+        raise OutputError(
+            f"the output must be new, empty or made by keylayers, but {str(path)!r} holds other files; choose "
+            f"another folder"
+        )
 
 
 def _remove_empty(folders: list[Path]) -> None:

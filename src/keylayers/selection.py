@@ -36,7 +36,9 @@ class Freeze:
 Budget = float | int | str | Freeze
 
 _PARAMS = re.compile(r"(.+)x-params")
-_FORMS = "a fraction such as 0.3, a count such as 17, or a fraction of parameters such as 0.3x-params"
+_FORMS = (
+    "a fraction such as 0.3, a count such as 17, or a fraction of parameters such as 0.3x-params"
+)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,9 @@ def select(ranking: Ranking, budget: Budget) -> Selection:
         modules=tuple(module for module in ranking.modules if module.name in names),
         num_candidates=len(ordered),
         num_candidate_parameters=sum(module.num_parameters for module in ordered),
-        budget=f"all but the worst {budget.fraction}" if isinstance(budget, Freeze) else str(budget),
+        budget=f"all but the worst {budget.fraction}"
+        if isinstance(budget, Freeze)
+        else str(budget),
         num_tied_out=num_tied_out,
     )
 

@@ -12,24 +12,40 @@ from keylayers.model_map import base_model_of
 _SAME_WIDTH_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and values of the base model's parameters, in hexadecimal.
+def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, shapes and values, in the order given, in hexadecimal.
 
-    Values are taken as float32, so that a bfloat16 checkpoint has one hash whether it is loaded as bfloat16
-    or as float32. PEFT's own parameters are left out. Reads every weight once on the CPU, about a second a GB.
+    Floating-point values are taken as float32, so that a bfloat16 checkpoint has one hash whether it is loaded
+    as bfloat16 or as float32. Reads every value once on the CPU, about a second a GB.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(base_model_of(model).named_parameters()):
-        name = name.replace(".base_layer.", ".")
-        if ".lora_" in name or ".modules_to_save." in name or ".keygate." in name:
-            continue
-        name = name.replace(".original_module.", ".")
-        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        value = parameter.detach()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        value = tensor.detach().cpu()
         if value.is_floating_point():
-            value = value.to("cpu", torch.float32)
-        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            value = value.to(torch.float32)
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """The hash of the base model's parameters, the same with and without an adapter around them."""
+    return tensors_sha256(
+        (name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter)
+        for name, parameter in base_model_of(model).named_parameters()
+        if not _is_added(name)
+    )
+
+
+def adapter_sha256(model: nn.Module) -> str:
+    """The hash of what PEFT added to the model."""
+    parameters = base_model_of(model).named_parameters()
+    return tensors_sha256((name, parameter) for name, parameter in parameters if _is_added(name))
+
+
+def _is_added(name: str) -> bool:
+    """Whether a parameter of a wrapped model is PEFT's, not the base model's."""
+    return any(part in name for part in (".lora_", ".modules_to_save.", ".keygate."))
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A selection as `requires_grad` flags: full fine-tuning of exactly those modules."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keylayers.apply.adapter import prove_trainable
-from keylayers.errors import ModelError
+from keylayers.errors import GuardError, ModelError
 from keylayers.model_map import map_modules, module_by_name
+from keylayers.records import RECORD, replaced_folder, write_json
 
 
 def train_only(model: nn.Module, names: Sequence[str]) -> None:
@@ -28,3 +33,50 @@ def train_only(model: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         module_by_name(model, name).requires_grad_(True)
     prove_trainable(model, names)
+
+
+def round_to_stored(model: nn.Module, stored: torch.dtype) -> None:
+    """Round every weight to the dtype that it will be stored in, without changing its dtype in memory."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(stored))
+
+
+def prove_unchanged_elsewhere(
+    model: nn.Module, base: Mapping[str, Tensor], names: Sequence[str]
+) -> None:
+    """Refuse a model in which a weight outside the modules `names` differs from the base checkpoint.
+
+    Args:
+        model: The tuned model, in the dtype that it is stored in.
+        base: The base checkpoint's tensors by name.
+        names: The modules that were trained.
+
+    Raises:
+        GuardError: other weights changed; names the first.
+    """
+    selected = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+    changed = [
+        name
+        for name, parameter in model.named_parameters()
+        if name in base
+        and name not in selected
+        and not torch.equal(parameter.detach().cpu(), base[name].to(parameter.dtype))
+    ]
+    if changed:
+        raise GuardError(
+            f"only selected weights may change, but {len(changed)} others did, first {changed[0]}"
+        )
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    record: Mapping[str, Any],
+) -> None:
+    """Write an ordinary transformers checkpoint with its tokenizer and record, whole or not at all."""
+    with replaced_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_json(temporary / RECORD, record)

@@ -121,7 +121,9 @@ def _optimizer(gates: Gates, options: MaskOptions) -> torch.optim.Optimizer:
     optimizer = kind(gates.parameters(), lr=options.resolved_learning_rate)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if held != {id(parameter) for parameter in gates.parameters()}:
-        raise GuardError("the mask optimiser must hold exactly the gates, but it holds something else")
+        raise GuardError(
+            "the mask optimiser must hold exactly the gates, but it holds something else"
+        )
     return optimizer
 
 

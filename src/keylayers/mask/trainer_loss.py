@@ -31,18 +31,24 @@ class TrainerLoss:
             DataError: the trainer has no training data.
         """
         if self.trainer.train_dataset is None:
-            raise DataError("the trainer must have a `train_dataset` to learn a mask on, but it has none")
+            raise DataError(
+                "the trainer must have a `train_dataset` to learn a mask on, but it has none"
+            )
         loader = self.trainer.get_train_dataloader()
         epoch = 0
         while True:
-            if hasattr(loader, "set_epoch"):  # accelerate's loaders reshuffle by it, plain ones need not
+            if hasattr(
+                loader, "set_epoch"
+            ):  # accelerate's loaders reshuffle by it, plain ones need not
                 loader.set_epoch(epoch)
             num_batches = 0
             for batch in loader:
                 num_batches += 1
                 yield batch
             if num_batches == 0:
-                raise DataError("the trainer's data must give at least one batch, but it gives none")
+                raise DataError(
+                    "the trainer's data must give at least one batch, but it gives none"
+                )
             epoch += 1
 
     def loss(self, batch: Any) -> Tensor:

@@ -125,7 +125,7 @@ def resolve_template(
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"`chat_template` must be {', '.join(BUILT_IN)} or a readable Jinja file, got {name!r}"
-            f"{did_you_mean(name, BUILT_IN)}."
+            f"{did_you_mean(name, BUILT_IN)}"
         ) from error
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from keylayers.errors import ConfigError, DataError, did_you_mean
 from keylayers.training.chat import ChatTemplate, Encoded, encode_all, resolve_template
 from keylayers.training.formats import (
+    TEXT_COLUMNS,
     Conversation,
     Converted,
     Format,
@@ -34,11 +35,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# File endings and the reader of `datasets` for each. Cells of CSV stay text, as "007" or "NA" must.
+# File endings and the reader of `datasets` for each. CSV cells stay text, as "007" and "NA" must.
 _READERS: dict[str, tuple[str, dict[str, object]]] = {
     ".json": ("json", {"parse_agent_traces": False}),
     ".jsonl": ("json", {"parse_agent_traces": False}),
-    ".csv": ("csv", {"dtype": "str", "keep_default_na": False}),
+    ".csv": (
+        "csv",
+        {"converters": dict.fromkeys(TEXT_COLUMNS, str), "keep_default_na": False},
+    ),
     ".parquet": ("parquet", {}),
 }
 _HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
@@ -256,11 +260,9 @@ def _read_conversations(options: DataOptions) -> tuple[Format, Converted]:
     # The user's cache would hide edits of a file from the next run, and keep a copy of the data.
     with tempfile.TemporaryDirectory(prefix="keylayers-data-") as cache, _quiet_datasets():
         found = _open(options, cache)
-        if len(found) == 0:
-            raise DataError(
-                f"The data must have rows, got none in {options.data!r}; check it, or `--split`."
-            )
-        first_row = found[0]
+        first_row = next(_rows(found), None)
+        if first_row is None:
+            raise DataError(_empty(options))
         format = options.format or recognise(found.column_names, first_row)
         require_columns(format, found.column_names)
         converted = conversations(_rows(found), format)
@@ -273,9 +275,12 @@ def _read_conversations(options: DataOptions) -> tuple[Format, Converted]:
 
 
 def _rows(found: "datasets.Dataset") -> Iterator[Row]:
-    for batch in found.iter(batch_size=_READ_ROWS):
-        for values in zip(*batch.values(), strict=True):
-            yield dict(zip(batch, values, strict=True))
+    try:
+        for batch in found.iter(batch_size=_READ_ROWS):
+            for values in zip(*batch.values(), strict=True):
+                yield dict(zip(batch, values, strict=True))
+    except UnicodeDecodeError as error:
+        raise DataError(f"Data must be UTF-8 text, got: {error}; convert the file.") from error
 
 
 @contextmanager
@@ -306,21 +311,21 @@ def _open(options: DataOptions, cache: str) -> "datasets.Dataset":
             (path / name).is_file() for name in ("state.json", "dataset_dict.json")
         ):
             return _open_saved(path, options.split)
-        if path.is_dir():
-            _, reader_options = _reader_of_folder(path)
-            return datasets.load_dataset(
-                str(path), split=options.split, cache_dir=cache, **reader_options
+        if path.exists():
+            reader, reader_options = _reader(path)
+            files = (
+                {"path": reader, "data_files": str(path)} if path.is_file() else {"path": str(path)}
             )
-        if path.is_file():
-            reader, reader_options = _reader_of_file(path)
             return datasets.load_dataset(
-                reader, data_files=str(path), split=options.split, cache_dir=cache, **reader_options
+                split=options.split, cache_dir=cache, **files, **reader_options
             )
         if hub is None or _suffix(path) in _READERS:
             raise DataError(_missing(path))
         return datasets.load_dataset(hub["name"], hub["config"], split=options.split)
     except DataError:
         raise
+    except StopIteration as error:  # how `datasets` answers to an empty JSON file
+        raise DataError(_empty(options)) from error
     # What the readers raise for broken, mixed or missing data; Arrow's errors are among these.
     except (
         datasets.exceptions.DatasetsError,
@@ -341,7 +346,7 @@ def _open_saved(path: Path, split: str) -> "datasets.Dataset":
     if split not in splits:
         raise DataError(
             f"`split` must be one of {', '.join(splits)} in {str(path)!r}, got {split!r}"
-            f"{did_you_mean(split, splits)}."
+            f"{did_you_mean(split, splits)}"
         )
     return saved[split] if isinstance(saved, DatasetDict) else saved
 
@@ -350,31 +355,27 @@ def _suffix(path: Path) -> str:
     return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
 
 
-def _reader_of_file(path: Path) -> tuple[str, dict[str, object]]:
-    suffix = _suffix(path)
-    if suffix not in _READERS:
-        raise DataError(
-            f"A data file must end in {', '.join(_READERS)} (or that and .gz), got {path.name!r}; "
-            "convert or rename it."
-        )
-    return _READERS[suffix]
-
-
-def _reader_of_folder(path: Path) -> tuple[str, dict[str, object]]:
-    found = sorted({_suffix(one) for one in path.rglob("*") if one.is_file()} & _READERS.keys())
+def _reader(path: Path) -> tuple[str, dict[str, object]]:
+    """The reader for a file, or for the one kind of data files in a folder."""
+    files = [path] if path.is_file() else path.rglob("*")
+    found = sorted({_suffix(one) for one in files if one.is_file()} & _READERS.keys())
     if len({_READERS[suffix][0] for suffix in found}) != 1:
         raise DataError(
-            f"A folder must hold data files of one kind ({', '.join(_READERS)}), got "
-            f"{' and '.join(found) or 'none'} in {str(path)!r}; give one of the files."
+            f"Data files must be of one kind ({', '.join(_READERS)}, maybe with .gz), got "
+            f"{' and '.join(found) or 'none of these'} in {str(path)!r}; convert, or give one file."
         )
     return _READERS[found[0]]
+
+
+def _empty(options: DataOptions) -> str:
+    return f"The data must have rows, got none in {options.data!r}; check it, or `--split`."
 
 
 def _missing(path: Path) -> str:
     siblings = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
     return (
         "`data` must be a file, a folder or a hub data set as owner/name, "
-        f"got {str(path)!r}, which is none of them{did_you_mean(path.name, siblings)}."
+        f"got {str(path)!r}, which is none of them{did_you_mean(path.name, siblings)}"
     )
 
 

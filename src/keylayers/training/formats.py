@@ -55,6 +55,13 @@ _TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observ
 _SYSTEM_COLUMNS = ("system", "system_prompt")
 _DOCUMENT_COLUMNS = ("input", "context")  # what an instruction is about: Alpaca, Dolly
 
+# Every column that may hold text, for readers that would guess a type instead.
+TEXT_COLUMNS: tuple[str, ...] = (
+    *dict.fromkeys(name for pairs in _COLUMNS.values() for names in pairs for name in names),
+    *_SYSTEM_COLUMNS,
+    *_DOCUMENT_COLUMNS,
+)
+
 
 @dataclass(frozen=True)
 class Message:
@@ -117,7 +124,7 @@ def require_columns(format: Format, columns: Collection[str]) -> None:
     if format not in FORMATS:
         raise ConfigError(
             f"`format` must be one of {', '.join(FORMATS)}, got {format!r}"
-            f"{did_you_mean(format, FORMATS)}."
+            f"{did_you_mean(format, FORMATS)}"
         )
     missing = [[name for name in names if name not in columns] for names in _COLUMNS[format]]
     if all(missing):
@@ -172,7 +179,7 @@ def _refuse_preferences(columns: Collection[str], first_row: Row) -> None:
 
 
 def _describe(format: Format) -> str:
-    return " or ".join(" + ".join(names) for names in _COLUMNS[format])
+    return " or ".join("+".join(names) for names in _COLUMNS[format])
 
 
 def _describe_formats() -> str:
@@ -190,7 +197,9 @@ def _text(value: object, column: str, number: int) -> str:
     if isinstance(value, list) and all(_is_text_part(part) for part in value):
         return "".join(part["text"] for part in value)
     if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)  # the answers of GSM8K; a float is refused, as 1.50 would come back as 1.5
+        return str(
+            value
+        )  # the answers of GSM8K; a float is refused, as 1.50 would come back as 1.5
     if not isinstance(value, str):
         raise DataError(
             f"`{column}` must be text, got {type(value).__name__} in row {number}; "

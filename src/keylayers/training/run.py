@@ -8,7 +8,7 @@ runs of keylayers differ only in what their records say.
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +24,11 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
 from trl import SFTConfig, SFTTrainer
 
+from keylayers.apply.adapter import add_lora
 from keylayers.errors import LossError
 from keylayers.mask.stability import is_stable
 from keylayers.options import StabilityOptions, TrainingOptions
@@ -100,6 +102,12 @@ def make_trainer(
         )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def new_lora(model: PreTrainedModel, names: Sequence[str], options: TrainingOptions) -> PeftModel:
+    """`model` with fresh LoRA matrices on exactly `names`, drawn from the options' seed."""
+    set_seed(options.seed)
+    return add_lora(model, names, r=options.lora_rank, lora_alpha=options.lora_alpha)
 
 
 def fine_tune(

@@ -114,9 +114,34 @@ def dense_updates(model: nn.Module, tuned: Mapping[str, Tensor]) -> list[DenseUp
     return updates
 
 
+def take_other_weights(model: nn.Module, tuned: Mapping[str, Tensor]) -> list[str]:
+    """Give `model` the tuned values of everything that is not gated: embeddings, norms, output head.
+
+    With them the model with all gates open is the tuned model. The modules of the blocks keep θ_0.
+
+    Returns:
+        Names of the parameters whose values differed.
+
+    Raises:
+        ModelError: a parameter is missing in `tuned` or has another shape there.
+    """
+    gated = {f"{info.name}.{kind}" for info in map_modules(model) for kind in ("weight", "bias")}
+    changed = []
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name not in gated:
+                difference = _difference(tuned, name, parameter)
+                if bool(difference.any()):
+                    changed.append(name)
+                    parameter.copy_(tuned[name])
+    return changed
+
+
 def _difference(tuned: Mapping[str, Tensor], name: str, base: Tensor) -> Tensor:
     if name not in tuned:
-        raise ModelError(f"the tuned checkpoint must hold {name}, but it does not; is it another kind of model?")
+        raise ModelError(
+            f"the tuned checkpoint must hold {name}, but it does not; is it another kind of model?"
+        )
     value = tuned[name]
     if value.shape != base.shape:
         raise ModelError(

@@ -103,6 +103,8 @@ def _checked(layer: BaseTunerLayer, name: str) -> tuple[LoraLayer, str]:
     elif layer.lora_bias.get(adapter, False):
         reason = "`lora_bias=True` adds a bias that a gate on A does not scale"
     if reason is not None:
-        raise ModelError(f"a gate must scale the whole update, which it cannot for {name}: {reason}")
+        raise ModelError(
+            f"a gate must scale the whole update, which it cannot for {name}: {reason}"
+        )
     assert isinstance(layer, LoraLayer)
     return layer, adapter

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a run tells a person what it is doing; the command line draws it, a library stays silent."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+OnStep = Callable[[int, float], None]
+
+
+class Progress(Protocol):
+    """Where a run reports to."""
+
+    def stage(self, title: str, num_steps: int | None) -> AbstractContextManager[OnStep]:
+        """A part of the run, with a function to call after each of its steps with number and loss in nats."""
+        ...
+
+    def note(self, text: str) -> None:
+        """One line that a person should read."""
+        ...
+
+
+class Silent:
+    """Reports nothing."""
+
+    def stage(self, title: str, num_steps: int | None) -> AbstractContextManager[OnStep]:
+        """A part of the run that is not shown."""
+
+        def ignore(step: int, loss: float) -> None:
+            return None
+
+        return nullcontext(ignore)
+
+    def note(self, text: str) -> None:
+        """Not shown either."""

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train only the modules that a ranking and a budget select.
+
+The result is an ordinary PEFT adapter, or a checkpoint in which only the selected weights changed.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from keylayers.apply.adapter import prove_trainable, save_adapter
+from keylayers.apply.freeze import (
+    prove_unchanged_elsewhere,
+    round_to_stored,
+    save_checkpoint,
+    train_only,
+)
+from keylayers.evaluation.loss import held_out_loss
+from keylayers.model_map import map_modules
+from keylayers.models import Checkpoint, describe, load_model, load_tokenizer, max_positions
+from keylayers.options import Comparison, TrainOptions
+from keylayers.ranking import Ranking
+from keylayers.records import (
+    RECORD,
+    check_replaceable,
+    environment,
+    json_sha256,
+    output_folder,
+    write_json,
+)
+from keylayers.runs.progress import Progress, Silent
+from keylayers.selection import Freeze, Selection, check_same_modules, parse_budget, select
+from keylayers.training.data import prepare
+from keylayers.training.run import TrainingResult, fine_tune, make_trainer, new_lora
+from keylayers.weights import weights_sha256
+
+
+@dataclass(frozen=True)
+class TrainedSet:
+    """One set of modules and how well it trained.
+
+    Attributes:
+        label: What the set is.
+        num_modules: Its modules; 0 for the base model.
+        num_trained_parameters: Numbers that were trained.
+        held_out_loss_nats: Mean loss of a labelled token of the held-out examples.
+        num_steps: Optimiser steps; 0 for the base model.
+    """
+
+    label: str
+    num_modules: int
+    num_trained_parameters: int
+    held_out_loss_nats: float
+    num_steps: int
+
+
+def train(
+    options: TrainOptions, output: Path, progress: Progress | None = None
+) -> list[TrainedSet]:
+    """Train the selected modules, prove that only they were trained, and write the result to `output`.
+
+    Args:
+        options: Everything that decides the result.
+        output: Folder of the adapter or checkpoint; new, empty, or an earlier result of keylayers.
+        progress: Where to report to.
+
+    Returns:
+        Held-out losses: the base model, the selection, and what it is compared with.
+
+    Raises:
+        KeylayersError: a bad option, ranking, model, data set or output; nothing is left behind then.
+    """
+    progress = progress or Silent()
+    ranking = Ranking.load(options.selection.ranking)
+    wanted = options.selection
+    budget = (
+        Freeze(wanted.freeze) if wanted.freeze is not None else parse_budget(wanted.budget or "")
+    )
+    selection = select(ranking, budget)
+    check_replaceable(output)
+    with output_folder(output):
+        job = _Job(options, ranking, progress)
+        if selection.num_tied_out:
+            progress.note(
+                f"{selection.num_tied_out} modules left out have the same score as the last one taken; ties go by "
+                f"the model's order"
+            )
+        selected, model, result = job.train(selection.names, "selected")
+        rows = [job.base_row(), selected, *job.stage_1_row(ranking)]
+        record = job.record | {
+            "selection": selection.record(),
+            "ranking_sha256": json_sha256(ranking.to_json()),
+            "losses": list(result.losses),
+            "seconds": result.seconds,
+        }
+        job.save(model, output, record | {"results": [asdict(row) for row in rows]})
+        del model
+        for comparison in dict.fromkeys(wanted.compare):
+            names = compared_modules(ranking, selection, comparison, options.training.seed)
+            rows.append(job.train(names, comparison)[0])
+        write_json(output / RECORD, record | {"results": [asdict(row) for row in rows]})
+    return rows
+
+
+def compared_modules(
+    ranking: Ranking, selection: Selection, comparison: Comparison, seed: int
+) -> tuple[str, ...]:
+    """The modules of a control, in model order; as many as selected, but for `all`."""
+    names = [module.name for module in ranking.modules]
+    size = len(selection.modules)
+    if comparison == "all":
+        return tuple(names)
+    if comparison == "random":
+        chosen = set(random.Random(seed).sample(names, size))
+    elif comparison == "worst":
+        chosen = {module.name for module in ranking.ordered()[-size:]}
+    else:
+        chosen = set(names[:size] if comparison == "first" else names[-size:])
+    return tuple(name for name in names if name in chosen)
+
+
+class _Job:
+    """What all fine-tunes of one run share: options, data, tokenizer and the base model's loss."""
+
+    def __init__(self, options: TrainOptions, ranking: Ranking, progress: Progress) -> None:
+        self.options = options
+        self.progress = progress
+        self.is_full = options.selection.update == "full"
+        # A full update changes the weights themselves, which needs their float32 values.
+        self.source = replace(options.model, dtype="float32") if self.is_full else options.model
+        model = load_model(self.source)
+        infos = map_modules(model)
+        check_same_modules(ranking, {info.name: info.num_parameters for info in infos})
+        self.tokenizer = load_tokenizer(options.model)
+        self.data = prepare(options.data, self.tokenizer, max_positions(model))
+        for line in self.data.summary():
+            progress.note(line)
+        sha256 = weights_sha256(model)
+        if ranking.provenance.get("model", {}).get("weights_sha256", sha256) != sha256:
+            progress.note("the ranking was made on other weights of the same shapes")
+        self.record: dict[str, Any] = {
+            "environment": environment(),
+            "model": describe(self.source, model) | {"weights_sha256": sha256},
+            "data": self.data.record(),
+            "options": options.flat(),
+        }
+        self.stored_dtype = Checkpoint.open(self.source).dtype() if self.is_full else model.dtype
+        self.base_loss_nats: float | None = None
+        self._unused: PreTrainedModel | None = model
+
+    def train(
+        self, names: Sequence[str], label: str
+    ) -> tuple[TrainedSet, PreTrainedModel | PeftModel, TrainingResult]:
+        """Fine-tune a fresh copy of the model on exactly `names`."""
+        fresh = self._unused or load_model(self.source)
+        self._unused = None
+        training = self.options.training
+        model: PreTrainedModel | PeftModel = fresh
+        if self.is_full:
+            train_only(fresh, names)
+        else:
+            model = new_lora(fresh, names, training)
+        num_steps = self.options.selection.steps
+        trainer = make_trainer(
+            model, self.tokenizer, self.data.train, training, num_steps=num_steps
+        )
+        prove_trainable(model, names)
+        if self.base_loss_nats is None:  # LoRA's update is zero at first, so this is the base model
+            self.base_loss_nats = held_out_loss(trainer, self.data.held_out)
+        with self.progress.stage(f"training: {label}", num_steps) as on_step:
+            result = fine_tune(trainer, None, on_step)
+        prove_trainable(model, names)
+        if self.is_full:
+            round_to_stored(fresh, self.stored_dtype)
+        row = TrainedSet(
+            label=label,
+            num_modules=len(names),
+            num_trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            held_out_loss_nats=held_out_loss(trainer, self.data.held_out),
+            num_steps=result.num_steps,
+        )
+        return row, model, result
+
+    def base_row(self) -> TrainedSet:
+        """The base model beside the trained sets."""
+        assert self.base_loss_nats is not None
+        return TrainedSet("base model", 0, 0, self.base_loss_nats, 0)
+
+    def stage_1_row(self, ranking: Ranking) -> list[TrainedSet]:
+        """All modules as stage 1 of the ranking trained them, if it was on this model and this data."""
+        made_by = ranking.provenance
+        stage_1 = made_by.get("stage_1")
+        is_same = all(
+            made_by.get(part, {}).get(key) == self.record[part][key]
+            for part, key in (("model", "weights_sha256"), ("data", "split_sha256"))
+        )
+        if stage_1 is None or not is_same or self.is_full:
+            return []
+        return [
+            TrainedSet(
+                label="all (stage 1 of the ranking)",
+                num_modules=len(ranking.modules),
+                num_trained_parameters=stage_1["num_trained_parameters"],
+                held_out_loss_nats=made_by["held_out_loss_nats"]["tuned"],
+                num_steps=stage_1["num_steps"],
+            )
+        ]
+
+    def save(
+        self, model: PreTrainedModel | PeftModel, output: Path, record: dict[str, Any]
+    ) -> None:
+        """Write the adapter, or the checkpoint after a proof that only selected weights changed."""
+        if isinstance(model, PeftModel):
+            save_adapter(model, self.tokenizer, output, record)
+        else:
+            names = record["selection"]["modules"]
+            model = model.to(self.stored_dtype)
+            prove_unchanged_elsewhere(model, Checkpoint.open(self.source), names)
+            save_checkpoint(model, self.tokenizer, output, record)

@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss counts the answers with what closes them, and nothing else."""
+
+import json
+from itertools import groupby
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog. What is it? It is a fox!",
+    "### Instruction:\nWrite a poem.\n\n### Response:\nRoses are red,\n\nviolets are blue.  Two.",
+    "User: hello there\nBot: good day\n[INST] one two three [/INST] four </x>\n\n\n",
+]
+SPECIAL = ["<s>", "</s>", "<|user|>", "<|bot|>"]
+
+MARKED = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}<|bot|>{% generation %}"
+    "{{ m['content'] }}</s>{% endgeneration %}{% else %}<|user|>{{ m['content'] }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}"
+)
+BARE = (
+    "{% for m in messages %}{{ 'Bot:' if m['role'] == 'assistant' else 'User:' }}"
+    "{{ m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}Bot:{% endif %}"
+)
+
+
+def unmarked(template):
+    return template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+# A template, what closes an earlier answer, and what closes the last one.
+TEMPLATES = {
+    "marked": (MARKED, "{}</s>", "{}</s>"),
+    "unmarked": (unmarked(MARKED), "{}</s>", "{}</s>"),
+    "closing token outside the markers": (
+        MARKED.replace("</s>{% endgeneration %}", "{% endgeneration %}</s>"),
+        "{}</s>",
+        "{}</s>",
+    ),
+    "line end inside the markers": (
+        MARKED.replace("</s>{% endg", "{{ '</s>\n' }}{% endg"),
+        "{}</s>\n",
+        "{}</s>\n",
+    ),
+    "marked without a closing token": (MARKED.replace("</s>", "{{ '\n' }}"), "{}\n", "{}\n</s>"),
+    "plain words without markers": (BARE, "{}\n", "{}\n</s>"),
+    "no prompt for generation (Llama-2)": (
+        "{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST] {{ m['content'] }} [/INST]"
+        "{% else %} {{ m['content'] }} </s>{% endif %}{% endfor %}",
+        " {} </s>",
+        " {} </s>",
+    ),
+    "built-in alpaca": ("alpaca", "{}</s>", "{}</s>"),
+    "built-in chatml": ("chatml", "{}<|im_end|></s>", "{}<|im_end|></s>"),
+}
+TURNS = [
+    ("user", "What is it?"),
+    ("assistant", "It is a fox!\n\nTwo  blanks."),
+    ("user", "hello"),
+    ("assistant", "good day, naïve 🦊"),
+]
+
+# A template that cannot be used, and the message.
+BROKEN = {
+    "syntax": ("{% for %}", "'t' must render every conversation, it failed with: Expected"),
+    "its own refusal": (
+        "{{ raise_exception('System role not supported') }}",
+        "it failed with: System role not supported",
+    ),
+    "Python error": ("{{ 1 / 0 }}", "it failed with: division by zero"),
+    "wrong key": ("{{ messages[0]['text'] + 'a' }}", "it failed with: 'dict object' has no attr"),
+    "empty": ("", "it rendered nothing; mend the template or choose another `--chat-template`"),
+    "no answer": (
+        "{{ messages[0]['content'] }}",
+        "must render the whole answer, it lost 'good day",
+    ),
+    "no place": (
+        "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
+        "must show where the answer 'good day.*markers",
+    ),
+    "markers elsewhere": (
+        MARKED.replace("== 'assistant'", "== 'user'"),
+        "must show where the answer 'good day",
+    ),
+}
+
+
+def build_tokenizer(*, trim_offsets=True, start=False, eos="</s>"):
+    """A byte-level BPE tokenizer of a few hundred tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=SPECIAL,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    if start:
+        processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))]
+        )
+    inner.post_processor = processor
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token=eos)
+    tokenizer.add_special_tokens({"extra_special_tokens": SPECIAL[2:]})
+    return tokenizer
+
+
+def conversation_of(turns):
+    from keylayers.training.formats import Conversation, Message
+
+    return Conversation(tuple(Message(role, content) for role, content in turns))
+
+
+def template_of(text, tokenizer):
+    from keylayers.training import chat
+
+    if text in chat.BUILT_IN:
+        return chat.resolve_template(tokenizer, text)
+    return chat.ChatTemplate("t", text, "file")
+
+
+def encode(turns, tokenizer, template, max_length=10_000):
+    from keylayers.training import chat
+
+    return chat.encode(
+        conversation_of(turns), tokenizer, template_of(template, tokenizer), max_length
+    )
+
+
+def labelled_runs(encoded, tokenizer):
+    """What the loss counts, as the text of every unbroken run of labelled tokens."""
+    runs = groupby(zip(encoded.input_ids, encoded.labels, strict=True), lambda it: it[1] != -100)
+    found = []
+    for is_labelled, tokens in runs:
+        pairs = list(tokens)
+        if is_labelled:
+            assert all(token == label for token, label in pairs)
+            ids = [token for token, _ in pairs]
+            found.append(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    return found
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["blanks trimmed", "blanks kept"])
+def tokenizer(request):
+    return build_tokenizer(trim_offsets=request.param)
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_the_loss_counts_every_answer_with_its_closing_tokens(tokenizer, case):
+    template, earlier, last = TEMPLATES[case]
+    encoded = encode(TURNS, tokenizer, template)
+    expected = [earlier.format(TURNS[1][1]), last.format(TURNS[3][1])]
+    assert labelled_runs(encoded, tokenizer) == expected
+    assert not encoded.is_last_answer_only
+    assert not encoded.is_truncated
+
+
+@pytest.mark.parametrize("case", ["marked", "unmarked", "built-in alpaca", "built-in chatml"])
+def test_the_tokens_are_those_of_the_model_in_use(tokenizer, case):
+    template = template_of(TEMPLATES[case][0], tokenizer)
+    messages = [{"role": role, "content": content} for role, content in TURNS]
+    in_use = tokenizer.apply_chat_template(messages, chat_template=template.text)["input_ids"]
+    assert encode(TURNS, tokenizer, TEMPLATES[case][0]).input_ids == in_use
+
+
+TEXT = st.text(st.sampled_from("ab c\n\t.é🦊ß'1"), min_size=1, max_size=12)
+
+
+@pytest.mark.parametrize("template", [MARKED, unmarked(MARKED)], ids=["marked", "unmarked"])
+@settings(deadline=None)
+@given(st.lists(st.tuples(TEXT, TEXT.filter(str.strip)), min_size=1, max_size=3))
+def test_any_text_is_labelled_to_the_character(tokenizer, template, pairs):
+    turns = [turn for asked, said in pairs for turn in (("user", asked), ("assistant", said))]
+    encoded = encode(turns, tokenizer, template)
+    assert labelled_runs(encoded, tokenizer) == [said + "</s>" for _, said in pairs]
+    assert len(encoded.input_ids) == len(encoded.labels) == encoded.num_tokens
+
+
+def test_words_without_blanks_in_any_token_are_labelled_like_any_other():
+    """The closing line end is in no token; transformers' own mask then runs on to the end."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[UNK]", "</s>", "<|user|>", "<|bot|>", "q", "a", "r", "b"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="</s>", unk_token="[UNK]", extra_special_tokens=words[2:4]
+    )
+    turns = [("user", "q"), ("assistant", "a a"), ("user", "r"), ("assistant", "b")]
+    encoded = encode(turns, tokenizer, TEMPLATES["line end inside the markers"][0])
+    counted = [words[label] if label >= 0 else "-" for label in encoded.labels]
+    assert counted == ["-", "-", "-", "a", "a", "</s>", "-", "-", "-", "b", "</s>"]
+
+
+@pytest.mark.parametrize("case", ["marked", "unmarked", "plain words without markers"])
+def test_a_tokenizer_without_offsets_counts_the_same_answers(case):
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer()
+    assert not tokenizer.is_fast
+    template, earlier, last = TEMPLATES[case]
+    encoded = encode(TURNS, tokenizer, template)
+    expected = [earlier.format(TURNS[1][1]), last.format(TURNS[3][1])]
+    assert labelled_runs(encoded, tokenizer) == expected
+
+
+def test_a_template_that_rewrites_earlier_answers_leaves_the_last_one_to_learn(tokenizer):
+    thinking = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}"
+        "{% else %}<|bot|>{{ 'hm ' if loop.last }}{{ m['content'] }}</s>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|bot|>{% endif %}"
+    )
+    encoded = encode(TURNS, tokenizer, thinking)
+    assert labelled_runs(encoded, tokenizer) == ["hm " + TURNS[3][1] + "</s>"]
+    assert encoded.is_last_answer_only
+
+
+def test_a_conversation_may_begin_with_an_answer(tokenizer):
+    turns = [("assistant", "hello"), *TURNS[2:]]
+    for template in (MARKED, unmarked(MARKED), "alpaca"):
+        runs = labelled_runs(encode(turns, tokenizer, template), tokenizer)
+        assert runs == ["hello</s>", TURNS[3][1] + "</s>"]
+
+
+@pytest.mark.parametrize("template", ["alpaca", "chatml"])
+def test_built_in_templates_render_the_system_message(tokenizer, template):
+    encoded = encode([("system", "Be brief."), *TURNS], tokenizer, template)
+    assert "Be brief." in tokenizer.decode(encoded.input_ids)
+    assert "Be brief." not in "".join(labelled_runs(encoded, tokenizer))
+
+
+def test_the_alpaca_template_reads_as_in_alpaca(tokenizer):
+    encoded = encode(TURNS[2:], tokenizer, "alpaca")
+    text = tokenizer.decode(encoded.input_ids, clean_up_tokenization_spaces=False)
+    assert text == ("### Instruction:\nhello\n\n### Response:\ngood day, naïve 🦊</s>")
+
+
+@pytest.mark.parametrize(("start", "expected"), [(True, 1), (False, 0)])
+def test_a_built_in_template_starts_as_the_tokenizer_does(start, expected):
+    tokenizer = build_tokenizer(start=start)
+    encoded = encode(TURNS, tokenizer, "alpaca")
+    assert encoded.input_ids.count(tokenizer.bos_token_id) == expected
+
+
+def test_chatml_does_not_end_an_answer_twice():
+    tokenizer = build_tokenizer(eos="<|im_end|>")
+    encoded = encode(TURNS, tokenizer, "chatml")
+    assert labelled_runs(encoded, tokenizer)[-1] == TURNS[3][1] + "<|im_end|>"
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_template_that_cannot_be_used_is_refused_in_one_line(tokenizer, case):
+    from keylayers.errors import DataError
+
+    template, message = BROKEN[case]
+    with pytest.raises(DataError, match=message) as caught:
+        encode(TURNS, tokenizer, template)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_answer_that_cannot_be_ended_is_refused():
+    from keylayers.errors import DataError
+
+    with pytest.raises(DataError, match="set the tokenizer's `eos_token`"):
+        encode(TURNS, build_tokenizer(eos=None), BARE)
+
+
+def test_truncation_keeps_the_start_and_is_seen(tokenizer):
+    whole = encode(TURNS, tokenizer, MARKED)
+    cut = encode(TURNS, tokenizer, MARKED, max_length=9)
+    assert cut.input_ids == whole.input_ids[:9]
+    assert cut.labels == whole.labels[:9]
+    assert cut.is_truncated
+    assert cut.num_tokens == len(whole.input_ids)
+    assert (
+        cut.num_prompt_tokens
+        == whole.num_prompt_tokens
+        == whole.labels.index(next(label for label in whole.labels if label >= 0))
+    )
+    assert encode(TURNS, tokenizer, MARKED, max_length=3).num_label_tokens == 0
+
+
+def test_plain_text_counts_whole_and_ends(tokenizer):
+    from keylayers.training import chat
+    from keylayers.training.formats import Conversation
+
+    for start in (True, False):
+        tokenizer = build_tokenizer(start=start)
+        encoded = chat.encode(Conversation(text="The fox."), tokenizer, None, 100)
+        assert tokenizer.decode(encoded.input_ids) == "<s>" * start + "The fox.</s>"
+        assert encoded.labels == encoded.input_ids
+        # nothing predicts the first token
+        assert encoded.num_label_tokens == len(encoded.input_ids) - 1
+
+
+def test_many_are_encoded_like_one_by_one_across_batches(tokenizer, monkeypatch):
+    from keylayers.training import chat
+
+    monkeypatch.setattr(chat, "_BATCH_SIZE", 2)
+    template = template_of(MARKED, tokenizer)
+    many = [conversation_of([("user", "q"), ("assistant", "a" * i)]) for i in range(1, 6)]
+    together = list(chat.encode_all(many, tokenizer, template, 100))
+    assert together == [chat.encode(one, tokenizer, template, 100) for one in many]
+
+
+def test_the_models_own_template_is_used_unless_another_is_chosen(tokenizer, tmp_path):
+    from keylayers.training import chat
+
+    own = build_tokenizer()
+    own.chat_template = MARKED
+    assert chat.resolve_template(own, None) == chat.ChatTemplate("model", MARKED, "model")
+    assert chat.resolve_template(own, "alpaca").source == "built-in"
+    assert chat.resolve_template(tokenizer, None).name == "alpaca"
+    own.chat_template = {"default": BARE, "tool_use": MARKED}
+    assert chat.resolve_template(own, None).text == BARE
+    file = tmp_path / "mine.jinja"
+    file.write_text(BARE, encoding="utf-8")
+    assert chat.resolve_template(own, str(file)) == chat.ChatTemplate("mine.jinja", BARE, "file")
+
+
+def test_a_misspelt_template_gets_a_suggestion(tokenizer):
+    from keylayers.errors import ConfigError
+    from keylayers.training import chat
+
+    with pytest.raises(ConfigError, match="got 'chatlm', did you mean 'chatml'"):
+        chat.resolve_template(tokenizer, "chatlm")
+
+
+def test_named_templates_without_a_default_are_refused():
+    from keylayers.errors import ConfigError
+    from keylayers.training import chat
+
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = {"tool_use": MARKED, "rag": MARKED}
+    with pytest.raises(ConfigError, match="must have a default chat template"):
+        chat.resolve_template(tokenizer, None)
+
+
+def test_a_real_model_and_real_answers_agree_with_transformers_own_mask(shared):
+    from transformers import AutoTokenizer
+
+    from keylayers.training import chat, formats
+
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models/english-2m")
+    rows = json.loads((shared / "data/sft/alpaca_gpt4_999.json").read_text(encoding="utf-8"))
+    found = formats.conversations(rows[:200], "alpaca").conversations
+    own = chat.resolve_template(tokenizer, None)
+    bare = chat.ChatTemplate("bare", unmarked(own.text), "file")
+    marked = list(chat.encode_all(found, tokenizer, own, 10_000))
+    assert marked == list(chat.encode_all(found, tokenizer, bare, 10_000))
+    for conversation, encoded in zip(found, marked, strict=True):
+        messages = [{"role": m.role, "content": m.content} for m in conversation.messages]
+        theirs = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True)
+        assert encoded.input_ids == theirs["input_ids"]
+        assert [int(label >= 0) for label in encoded.labels] == theirs["assistant_masks"]
+        answer = conversation.messages[-1].content + "</s>"
+        assert labelled_runs(encoded, tokenizer) == [answer]
