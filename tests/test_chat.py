@@ -203,7 +203,7 @@ def test_words_without_blanks_in_any_token_are_labelled_like_any_other():
     assert counted == ["-", "-", "-", "a", "a", "</s>", "-", "-", "-", "b", "</s>"]
 
 
-@pytest.mark.parametrize("case", ["marked", "unmarked", "plain words without markers"])
+@pytest.mark.parametrize("case", ["marked", "unmarked", "built-in alpaca"])
 def test_a_tokenizer_without_offsets_counts_the_same_answers(case):
     from transformers import ByT5Tokenizer
 

@@ -18,7 +18,8 @@ class Agreement:
     Attributes:
         jaccard: Modules in both, divided by modules in either.
         chance_jaccard: The expected Jaccard of two random selections of the same sizes.
-        corrected: (jaccard - chance) / (1 - chance): 0 is chance, 1 the same set; None where chance is 1.
+        corrected: (jaccard - chance) / (1 - chance): 0 is chance, 1 the same set; None where
+            chance is 1.
     """
 
     first: int
@@ -39,7 +40,8 @@ def agreement(rankings: Sequence[Ranking], budget: Budget) -> list[Agreement]:
         if names != candidates[0]:
             odd = sorted(names ^ candidates[0])
             raise RankingError(
-                f"rankings must be of the same modules to be compared, but ranking {index + 1} and the first "
+                f"rankings must be of the same modules to be compared, but ranking {index + 1} "
+                f"and the first "
                 f"differ in {len(odd)}, first {odd[0]}"
             )
     chosen = [set(ranking.select(budget).names) for ranking in rankings]

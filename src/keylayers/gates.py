@@ -24,7 +24,8 @@ Link = Literal["sigmoid", "identity"]
 class Gate(nn.Module):
     """A number that scales one module's update, or those of a group of modules.
 
-    `score` is a parameter of shape (1,), because FSDP2 refuses 0-dim parameters, in float32 (float64 in a
+    `score` is a parameter of shape (1,), because FSDP2 refuses 0-dim parameters, in float32
+    (float64 in a
     float64 model), because in bfloat16 small steps round to nothing.
     """
 
@@ -81,7 +82,8 @@ class Gates:
         silent = [name for name, gate in self._gates.items() if gate.score.grad is None]
         if silent:
             raise GuardError(
-                f"every gate must take part in the loss, but {len(silent)} of {len(self)} did not, first "
+                f"every gate must take part in the loss, but {len(silent)} of {len(self)} did "
+                f"not, first "
                 f"{', '.join(silent[:3])}; fused kernels or merged weights bypass them"
             )
         return torch.cat([parameter.grad for parameter in self.parameters()]).detach().cpu()
@@ -91,7 +93,8 @@ class Gates:
         idle = [name for name, gate in self._gates.items() if gate.num_calls == 0]
         if idle:
             raise GuardError(
-                f"every gate must be used by the forward pass, but {len(idle)} of {len(self)} were not, first "
+                f"every gate must be used by the forward pass, but {len(idle)} of {len(self)} "
+                f"were not, first "
                 f"{', '.join(idle[:3])}; fused kernels or merged weights bypass them"
             )
 
@@ -110,12 +113,14 @@ def gated(
     Args:
         model: The model that the updates belong to.
         updates: What to gate, from `lora_updates` or `dense_updates`.
-        initial_score: Every gate's score at first. The paper tries 4, 2 and 1 (from memory of its text).
+        initial_score: Every gate's score at first. The paper tries 4, 2 and 1 (from memory of its
+            text).
         granularity: One gate for each module, for each block, or for each projection.
         link: `sigmoid` for γ = sigmoid(score) as in the paper, `identity` for γ = score.
 
     Yields:
-        The gates. When the block ends, hooks, `requires_grad` flags, gradients, train and eval modes and
+        The gates. When the block ends, hooks, `requires_grad` flags, gradients, train and eval
+        modes and
         random state are as they were.
     """
     groups = group_modules([update.module for update in updates], granularity)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The modules of a model: which weight matrices there are, in which block, of which kind.
 
-Found by structure (a `ModuleList` of blocks that hold linear layers), never by the model's name. A module is
-what the paper calls a layer: one weight matrix, by its full name in the base model, so that the name is the
-same whether or not PEFT has wrapped the model.
+Found by structure (a `ModuleList` of blocks that hold linear layers), never by the model's name. A
+module is what the paper calls a layer: one weight matrix, by its full name in the base model, so
+that the name is the same whether or not PEFT has wrapped the model.
 
-Names of axes in shapes, here and elsewhere: `module` one entry a module in model order; `gate` one entry a
-gate; `batch`, `token`, `d_in`, `d_out` and `r` (LoRA rank) as usual.
+Names of axes in shapes, here and elsewhere: `module` one entry a module in model order; `gate` one
+entry a gate; `batch`, `token`, `d_in`, `d_out` and `r` (LoRA rank) as usual.
 """
 
 import re
@@ -27,7 +27,8 @@ class ModuleInfo:
     Attributes:
         name: Full name in the base model, such as `model.layers.3.self_attn.q_proj`.
         block_index: The decoder block it is in, from 0.
-        projection: Its kind, the shortest ending of the name that tells the modules of a block apart.
+        projection: Its kind, the shortest ending of the name that tells the modules of a block
+            apart.
         shape: (d_out, d_in).
         num_parameters: Weight and bias together.
     """
@@ -105,12 +106,14 @@ def _block_stack(base: nn.Module) -> str:
     kind = type(base).__name__
     if not stacks:
         raise ModelError(
-            f"the model must hold a list of blocks with linear layers, but {kind} has none; keylayers works on "
+            f"the model must hold a list of blocks with linear layers, but {kind} has none; "
+            f"keylayers works on "
             f"transformer models with a `ModuleList` of blocks"
         )
     if len(stacks) > 1:
         raise ModelError(
-            f"the model must hold one list of blocks, but {kind} has {len(stacks)}: {', '.join(stacks)}; models "
+            f"the model must hold one list of blocks, but {kind} has {len(stacks)}: "
+            f"{', '.join(stacks)}; models "
             f"with several (encoder and decoder, vision and language) are not supported yet"
         )
     return stacks[0]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load models, tokenizers, adapters and checkpoints from a folder or the hub.
 
-Only safetensors are read, never pickle; code that comes with a model runs only with `trust_remote_code`.
+Only safetensors are read, never pickle; code that comes with a model runs only with
+`trust_remote_code`.
 """
 
 import json
@@ -58,7 +59,8 @@ def load_model(source: ModelOptions) -> PreTrainedModel:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
-            f"the checkpoint must hold every weight, but {source.model!r} lacks {len(missing)}, first {missing[0]}"
+            f"the checkpoint must hold every weight, but {source.model!r} lacks {len(missing)}, "
+            f"first {missing[0]}"
         )
     return model
 
@@ -93,7 +95,8 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
     check_folder(adapter, "adapter_config.json", "a PEFT adapter")
     if Path(adapter).is_dir() and not (Path(adapter) / "adapter_model.safetensors").is_file():
         raise ModelError(
-            f"the adapter {adapter!r} must hold adapter_model.safetensors, but does not; pickled weights are not "
+            f"the adapter {adapter!r} must hold adapter_model.safetensors, but does not; pickled "
+            f"weights are not "
             f"loaded"
         )
     try:
@@ -101,11 +104,13 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
         missing = _missing_adapter_weights(tuned, adapter)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(
-            f"the adapter must be one for this base model, but {adapter!r} does not fit: {_first_line(error)}"
+            f"the adapter must be one for this base model, but {adapter!r} does not fit: "
+            f"{_first_line(error)}"
         ) from error
     if missing:
         raise ModelError(
-            f"the adapter must be one for this base model, but {adapter!r} and the model differ in {len(missing)} "
+            f"the adapter must be one for this base model, but {adapter!r} and the model differ "
+            f"in {len(missing)} "
             f"weights, first {missing[0]}"
         )
     return tuned

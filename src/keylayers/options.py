@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every option of a run, once: these fields are the flags, their help and the keys of the YAML file.
+"""Every option of a run, once: these fields are the flags, their help and the keys of the YAML
+file.
 
-Field names are unique across the classes, because a sub-command shows those it needs side by side. Needs no
-torch. Defaults are keylayers' own unless a comment gives the paper's.
+Field names are unique across the classes, because a sub-command shows those it needs side by side.
+Needs no torch. Defaults are keylayers' own unless a comment gives the paper's.
 """
 
 from dataclasses import asdict, dataclass
@@ -19,6 +20,16 @@ MaskOptimizer = Literal["sgd", "adam"]
 Comparison = Literal["all", "random", "first", "last", "worst"]
 
 
+def _at_least(name: str, value: int, lowest: int) -> None:
+    if value < lowest:
+        raise ConfigError(f"`{name}` must be at least {lowest}, got {value}")
+
+
+def _above_zero(name: str, value: float) -> None:
+    if not value > 0:
+        raise ConfigError(f"`{name}` must be above 0, got {value}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """Which model, and how it is loaded.
@@ -27,7 +38,8 @@ class ModelOptions:
         model: Folder of the base model, or its name on the hub.
         revision: Branch, tag or commit of the base model on the hub.
         dtype: Of the weights; auto is float32 on a CPU and bfloat16 on an accelerator.
-        trust_remote_code: Run Python code that comes with the model. Off: nothing of it is executed.
+        trust_remote_code: Run Python code that comes with the model. Off: nothing of it is
+            executed.
     """
 
     model: str
@@ -41,14 +53,17 @@ class DataOptions:
     """Which data, how it is read and split.
 
     Attributes:
-        data: A json, jsonl, csv or parquet file, a folder of such, or a data set's name on the hub (owner/name or
+        data: A json, jsonl, csv or parquet file, a folder of such, or a data set's name on the hub
+            (owner/name or
             owner/name:config).
         data_split: Split of a hub data set.
         format: How the columns are read; recognised by their names if not given.
         chat_template: chatml, alpaca, or a Jinja file. The model's own if it has one, else alpaca.
-        max_length: Longest example in tokens; what is longer loses its end. At most the model's own limit.
+        max_length: Longest example in tokens; what is longer loses its end. At most the model's
+            own limit.
         max_examples: Use only the first so many examples.
-        held_out: Share of the examples (below 1) or their number that training and mask learning never see.
+        held_out: Share of the examples (below 1) or their number that training and mask learning
+            never see.
         split_seed: Chooses the held-out examples, whatever the other seeds.
     """
 
@@ -76,7 +91,8 @@ class TrainingOptions:
     """How a model is fine-tuned.
 
     Attributes:
-        learning_rate: Peak learning rate. Not given: 2e-4 times 4096 / hidden size for LoRA, a tenth of that
+        learning_rate: Peak learning rate. Not given: 2e-4 times 4096 / hidden size for LoRA, a
+            tenth of that
             for a full fine-tune.
         batch_size: Examples a device takes at once.
         gradient_accumulation: Batches added up for one step.
@@ -116,13 +132,15 @@ class TrainingOptions:
 class StabilityOptions:
     """When stage 1 ends: the loss is stable, or the cap is reached.
 
-    The paper learns masks after 25-50 % of training and finds them close to the final one, and finds one from 1 %
+    The paper learns masks after 25-50 % of training and finds them close to the final one, and
+    finds one from 1 %
     far from it (from memory of its text).
 
     Attributes:
         max_steps: Hard cap on the steps of stage 1.
         window: Steps averaged on either side when the loss is compared with itself.
-        epsilon: Stage 1 is stable when the mean loss of the last window differs by less than this many nats
+        epsilon: Stage 1 is stable when the mean loss of the last window differs by less than this
+            many nats
             from that of the window before. 0 trains to the cap.
     """
 
@@ -185,7 +203,8 @@ class UpdateOptions:
     def __post_init__(self) -> None:
         if self.adapter is not None and self.tuned is not None:
             raise ConfigError(
-                "at most one of `adapter` and `tuned` must be given, got both: there is one update to rank"
+                "at most one of `adapter` and `tuned` must be given, got both: there is one "
+                "update to rank"
             )
 
 
@@ -212,12 +231,16 @@ class SelectionOptions:
 
     Attributes:
         ranking: Ranking file, or the folder that holds ranking.json.
-        budget: How much is trained: 0.3 is 30 % of the modules, 17 is 17 modules, 0.3x-params is modules with 30 % of
+        budget: How much is trained: 0.3 is 30 % of the modules, 17 is 17 modules, 0.3x-params is
+            modules with 30 % of
             the parameters.
         freeze: Instead of a budget: train all but the worst share, such as 0.25.
-        update: lora trains an adapter on the selected modules; full trains their weights themselves.
-        steps: Optimiser steps. From the command line: as many as stage 1 of the ranking took, if it had one.
-        compare: Also train these sets of modules in the same way and show their held-out loss: all; or as many modules
+        update: lora trains an adapter on the selected modules; full trains their weights
+            themselves.
+        steps: Optimiser steps. From the command line: as many as stage 1 of the ranking took, if
+            it had one.
+        compare: Also train these sets of modules in the same way and show their held-out loss:
+            all; or as many modules
             as selected, random, first, last (of the network) or worst (of the ranking).
     """
 
@@ -233,7 +256,8 @@ class SelectionOptions:
         if (self.budget is None) == (self.freeze is None):
             given = "neither" if self.budget is None else "both"
             raise ConfigError(
-                f"exactly one of `budget` (such as 0.3) and `freeze` (such as 0.25) must be given, got {given}"
+                f"exactly one of `budget` (such as 0.3) and `freeze` (such as 0.25) must be "
+                f"given, got {given}"
             )
 
 
@@ -250,13 +274,3 @@ class TrainOptions:
         """Every option by the name of its flag, for the record."""
         parts = (self.selection, self.model, self.data, self.training)
         return {name: value for part in parts for name, value in asdict(part).items()}
-
-
-def _at_least(name: str, value: int, lowest: int) -> None:
-    if value < lowest:
-        raise ConfigError(f"`{name}` must be at least {lowest}, got {value}")
-
-
-def _above_zero(name: str, value: float) -> None:
-    if not value > 0:
-        raise ConfigError(f"`{name}` must be above 0, got {value}")

@@ -21,7 +21,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     Weights and saved buffers are compared before and after: they must not change inside the block.
 
     Raises:
-        GuardError: a weight or saved buffer changed inside the block; the message names the first ones.
+        GuardError: a weight or saved buffer changed inside the block; the message names the first
+            ones.
     """
     random_state = _random_state()
     parameters = list(model.named_parameters(remove_duplicate=False))
@@ -50,7 +51,8 @@ def _check_unchanged(before: dict[str, int], after: dict[str, int]) -> None:
     if changed:
         names = ", ".join(changed[:3])
         raise GuardError(
-            f"only gates may change while scores are learned, but {len(changed)} tensors of the model changed, "
+            f"only gates may change while scores are learned, but {len(changed)} tensors of the "
+            f"model changed, "
             f"first {names}; something else trains it at the same time"
         )
 

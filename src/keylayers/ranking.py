@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A ranking: the modules of a model in order of importance, with what made it. Needs no torch.
 
-Higher scores mean more important. Modules with equal scores keep the model's order and share the better rank
-(1, 2, 2, 4). A module without a score (`None`) comes after all others and has no rank.
+Higher scores mean more important. Modules with equal scores keep the model's order and share the
+better rank (1, 2, 2, 4). A module without a score (`None`) comes after all others and has no rank.
 """
 
 import json
@@ -80,14 +80,14 @@ class Ranking:
         )
 
     def ranks(self) -> dict[str, int | None]:
-        """Module name -> rank, 1 is the most important; equal scores share the better rank."""
+        """Module name -> rank, in model order; 1 is the most important, equal scores share it."""
         ranks: dict[str, int | None] = {}
         previous, rank = None, 0
         for place, module in enumerate(self.ordered(), start=1):
             if module.score != previous:
                 previous, rank = module.score, place
             ranks[module.name] = None if module.score is None else rank
-        return ranks
+        return {module.name: ranks[module.name] for module in self.modules}
 
     def select(self, budget: "Budget") -> "Selection":
         """The modules that `budget` buys, best first; `keylayers.selection` has the forms of a budget."""
@@ -133,7 +133,8 @@ class Ranking:
             ) from error
         except (ValueError, RecursionError) as error:
             raise RankingError(
-                f"{str(path)!r} must be whole JSON, but it is damaged or cut off ({error}); make it again with "
+                f"{str(path)!r} must be whole JSON, but it is damaged or cut off ({error}); make "
+                f"it again with "
                 f"`keylayers rank`"
             ) from None
         return _from_json(content, str(path))
@@ -147,7 +148,8 @@ def _from_json(content: Any, path: str) -> Ranking:
         )
     if content.get("schema_version") != SCHEMA_VERSION:
         raise RankingError(
-            f"{path!r} must have schema version {SCHEMA_VERSION}, got {content.get('schema_version')!r}; use the "
+            f"{path!r} must have schema version {SCHEMA_VERSION}, got "
+            f"{content.get('schema_version')!r}; use the "
             f"keylayers version that wrote it"
         )
     rows = content.get("modules")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What keylayers writes down: JSON files that are never half written, and what made them.
 
-Needs no torch. Every record says which versions, which commit and which machine it comes from, and never
-holds an environment variable or a token.
+Needs no torch. Every record says which versions, which commit and which machine it comes from, and
+never holds an environment variable or a token.
 """
 
 import contextlib
@@ -98,7 +98,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def output_folder(path: Path) -> Iterator[Path]:
     """Make `path` and prove that it can be written, before any work is done.
 
-    If the work then fails and the folder is empty, it and the parents made for it are removed again.
+    If the work then fails and the folder is empty, it and the parents made for it are removed
+    again.
 
     Raises:
         OutputError: the folder cannot be made or written.
@@ -120,7 +121,8 @@ def output_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` that takes its place when the block ends well, and vanishes when it fails.
+    """A new folder beside `path` that takes its place when the block ends well, and vanishes when
+    it fails.
 
     Only a folder that keylayers made (it holds keylayers.json) is replaced.
 
@@ -155,7 +157,8 @@ def check_replaceable(path: Path) -> None:
         raise OutputError(f"the output must be a folder, but {str(path)!r} is a file")
     if path.is_dir() and any(path.iterdir()) and not (path / RECORD).is_file():
         raise OutputError(
-            f"the output must be new, empty or made by keylayers, but {str(path)!r} holds other files; choose "
+            f"the output must be new, empty or made by keylayers, but {str(path)!r} holds other "
+            f"files; choose "
             f"another folder"
         )
 

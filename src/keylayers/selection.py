@@ -7,10 +7,12 @@ Forms of a budget:
 |---|---|---|
 | `0.3` | `0.3` | 30 % of the modules, rounded to the nearest count, a half up |
 | `17` | `17` | the best 17 modules |
-| `0.3x-params` | `"0.3x-params"` | best modules while they hold at most 30 % of all modules' parameters |
+| `0.3x-params` | `"0.3x-params"` | best modules while they hold at most 30 % of all modules'
+parameters |
 | `--freeze 0.25` | `Freeze(0.25)` | all but the worst 25 % |
 
-A number with a decimal point is a fraction, without one a count: `1.0` is all modules, `1` is one module.
+A number with a decimal point is a fraction, without one a count: `1.0` is all modules, `1` is one
+module.
 """
 
 import math
@@ -50,7 +52,8 @@ class Selection:
         num_candidates: How many modules the ranking holds.
         num_candidate_parameters: Their parameters together.
         budget: The budget as it was written.
-        num_tied_out: Modules left out with the same score as the last one taken; ties go by model order.
+        num_tied_out: Modules left out with the same score as the last one taken; ties go by model
+            order.
     """
 
     modules: tuple[RankedModule, ...]
@@ -103,7 +106,8 @@ def select(ranking: Ranking, budget: Budget) -> Selection:
     if taken[-1].score is None:
         num_scored = sum(module.score is not None for module in ordered)
         raise RankingError(
-            f"the budget must stay within the modules that have a score, but it takes {count} and only "
+            f"the budget must stay within the modules that have a score, but it takes {count} and "
+            f"only "
             f"{num_scored} have one; lower the budget"
         )
     num_tied_out = sum(module.score == taken[-1].score for module in left)
@@ -149,7 +153,8 @@ def _count(ordered: Sequence[RankedModule], budget: Budget) -> int:
     if isinstance(budget, int):
         if not 1 <= budget <= num_modules:
             raise ConfigError(
-                f"`budget` as a count must be between 1 and {num_modules}, the ranking's modules, got {budget}; a "
+                f"`budget` as a count must be between 1 and {num_modules}, the ranking's modules, "
+                f"got {budget}; a "
                 f"fraction needs a decimal point"
             )
         return budget
@@ -166,7 +171,8 @@ def _count_within_parameters(ordered: Sequence[RankedModule], budget: str) -> in
         fraction = math.nan
     if not 0 < fraction <= 1:
         raise ConfigError(
-            f"`budget` as a fraction of parameters must be above 0x-params and at most 1x-params, got {budget!r}"
+            f"`budget` as a fraction of parameters must be above 0x-params and at most 1x-params, "
+            f"got {budget!r}"
         )
     allowed = fraction * sum(module.num_parameters for module in ordered)
     count = total = 0
@@ -196,7 +202,8 @@ def check_same_modules(ranking: Ranking, modules: Mapping[str, int]) -> None:
         modules: Module name -> number of parameters, of the model at hand.
 
     Raises:
-        RankingError: a ranked module is missing in the model or has another size; names the first ones.
+        RankingError: a ranked module is missing in the model or has another size; names the first
+            ones.
     """
     wrong = [
         f"{module.name} ({module.num_parameters:,} parameters in the ranking, "
@@ -206,6 +213,7 @@ def check_same_modules(ranking: Ranking, modules: Mapping[str, int]) -> None:
     ]
     if wrong:
         raise RankingError(
-            f"the ranking must be of this model, but {len(wrong)} of {len(ranking.modules)} modules differ, first "
+            f"the ranking must be of this model, but {len(wrong)} of {len(ranking.modules)} "
+            f"modules differ, first "
             f"{'; '.join(wrong[:3])}"
         )

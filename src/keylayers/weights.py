@@ -15,7 +15,8 @@ _SAME_WIDTH_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64
 def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 over names, shapes and values, in the order given, in hexadecimal.
 
-    Floating-point values are taken as float32, so that a bfloat16 checkpoint has one hash whether it is loaded
+    Floating-point values are taken as float32, so that a bfloat16 checkpoint has one hash whether
+    it is loaded
     as bfloat16 or as float32. Reads every value once on the CPU, about a second a GB.
     """
     digest = hashlib.sha256()
@@ -51,7 +52,8 @@ def _is_added(name: str) -> bool:
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
     """For each tensor the 64-bit sum of its bit patterns, computed where the tensor lives.
 
-    One pass over memory without a copy. Any ordinary change of values changes the sum; a mere permutation of
+    One pass over memory without a copy. Any ordinary change of values changes the sum; a mere
+    permutation of
     a tensor's entries would not.
     """
     sums = {}

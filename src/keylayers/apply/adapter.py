@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A selection as a PEFT adapter on exactly those modules, and the proof of it.
 
-PEFT drops unknown names without a word and condenses lists of 20 names and more before saving, so that they
-can match more on another model. A grouped regular expression is saved as it is and stays exact; still, what
-PEFT really hit is compared with what was asked, and anything else is refused.
+PEFT drops unknown names without a word and condenses lists of 20 names and more before saving, so
+that they can match more on another model. A grouped regular expression is saved as it is and stays
+exact; still, what PEFT really hit is compared with what was asked, and anything else is refused.
 """
 
 import re
@@ -35,9 +35,10 @@ def lora_config(names: Sequence[str], **options: Any) -> LoraConfig:
 
 
 def target_regex(names: Iterable[str]) -> str:
-    """One regular expression that fully matches `names` and no other module name.
+    r"""One regular expression that fully matches `names` and no other module name.
 
-    Names that differ only in their block are grouped: `model\\.layers\\.(?:(?:5|7)\\.mlp\\.down_proj|...)`.
+    Names that differ only in their block are grouped:
+    `model\\.layers\\.(?:(?:5|7)\\.mlp\\.down_proj|...)`.
     """
     groups: dict[tuple[str, str], list[str]] = {}
     for name in names:
@@ -82,7 +83,8 @@ def save_adapter(
 def prove_trainable(model: nn.Module, names: Sequence[str]) -> None:
     """Refuse a model whose trainable modules are not exactly `names`.
 
-    A module counts as trainable if any parameter of it, or of the PEFT layer around it, has `requires_grad`.
+    A module counts as trainable if any parameter of it, or of the PEFT layer around it, has
+    `requires_grad`.
 
     Raises:
         ModelError: PEFT hit other modules than it was asked to.
@@ -94,13 +96,16 @@ def prove_trainable(model: nn.Module, names: Sequence[str]) -> None:
         missed = sorted(asked - set(model.targeted_module_names))
         extra = sorted(set(model.targeted_module_names) - asked)
         raise ModelError(
-            f"PEFT must put an adapter on exactly the selected modules, but missed {missed[:3]} and added "
-            f"{extra[:3]}; for some mixture-of-experts models PEFT rewrites the targets, which is not supported yet"
+            f"PEFT must put an adapter on exactly the selected modules, but missed {missed[:3]} "
+            f"and added "
+            f"{extra[:3]}; for some mixture-of-experts models PEFT rewrites the targets, which is "
+            f"not supported yet"
         )
     if trainable != asked:
         odd = sorted(trainable ^ asked)
         raise GuardError(
-            f"the trainable modules must be exactly the selection, but {len(odd)} differ, first {odd[0]}"
+            f"the trainable modules must be exactly the selection, but {len(odd)} differ, first "
+            f"{odd[0]}"
         )
 
 

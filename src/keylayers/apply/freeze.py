@@ -45,7 +45,8 @@ def round_to_stored(model: nn.Module, stored: torch.dtype) -> None:
 def prove_unchanged_elsewhere(
     model: nn.Module, base: Mapping[str, Tensor], names: Sequence[str]
 ) -> None:
-    """Refuse a model in which a weight outside the modules `names` differs from the base checkpoint.
+    """Refuse a model in which a weight outside the modules `names` differs from the base
+    checkpoint.
 
     Args:
         model: The tuned model, in the dtype that it is stored in.

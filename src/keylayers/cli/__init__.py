@@ -1,1 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The command line: one sub-command a file, loaded when it is called.
+
+Exit code 0 for success, 2 for a user's mistake (one line on stderr, nothing left behind), 1 for a
+failure of keylayers itself, 130 after Ctrl-C. `--traceback` shows where an error came from.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+from keylayers._version import __version__
+from keylayers.cli.config import from_config_file, from_ranking_file
+from keylayers.errors import KeylayersError
+
+app = App(
+    name="keylayers",
+    help="Find the weight matrices that a fine-tune of a language model really needs, and train "
+    "only those.",
+    version=__version__,
+    config=(from_config_file, from_ranking_file),
+    help_format="markdown",
+)
+# Help stands here too, so that `keylayers --help` loads no sub-command; a test compares the two.
+COMMANDS = {
+    "demo": "Rank, show and train on the built-in model: no network, a minute or two.",
+    "rank": "Rank the modules of a model for a fine-tune.",
+    "show": "Show a ranking: heatmap of blocks by projections, best and worst modules, provenance.",
+    "compare": "Show how far rankings pick the same modules, beside what chance would give.",
+    "train": "Train only the modules that a ranking and a budget select.",
+}
+for _name, _help in COMMANDS.items():
+    app.command(f"keylayers.cli.{_name}:app", name=_name, help=_help)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        arguments: Instead of the process's own.
+    """
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    is_traceback_wanted = "--traceback" in tokens
+    tokens = [token for token in tokens if token != "--traceback"]
+    _quiet_libraries()
+    try:
+        app(tokens, print_error=False, exit_on_error=False, result_action="return_value")
+    except KeyboardInterrupt:
+        _complain("stopped; what was finished is kept, nothing is half written")
+        return 130
+    except CycloptsError as error:
+        if is_traceback_wanted:
+            raise
+        _complain(" ".join(str(error).split()))
+        return 2
+    except KeylayersError as error:
+        if is_traceback_wanted:
+            raise
+        _complain(str(error))
+        return error.exit_code
+    return 0
+
+
+def run() -> None:
+    """The console script: `main` with the process's arguments, as its exit code."""
+    sys.exit(main())
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries from printing and from reporting to servers; before they are imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(f"keylayers: {' '.join(text.split())}\n")

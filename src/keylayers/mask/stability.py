@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """When stage 1 may stop: the loss is ε-stable.
 
-The paper asks that for every later step the expected loss changes by less than ε (from memory of its text). The
-future is not known while training runs, so keylayers compares the two latest windows: the mean loss of the
-last `window` steps against that of the `window` steps before. A mask from 25-50 % of training agrees with the
-final one, one from 1 % does not (from memory of the paper): a window should be a few per cent of a full training.
+The paper asks that for every later step the expected loss changes by less than ε (from memory of
+its text). The future is not known while training runs, so keylayers compares the two latest
+windows: the mean loss of the last `window` steps against that of the `window` steps before. A mask
+from 25-50 % of training agrees with the final one, one from 1 % does not (from memory of the
+paper): a window should be a few per cent of a full training.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer's own loss on the trainer's own batches, whichever trainer it is.
 
-Nothing here knows the objective: any `transformers.Trainer`, every TRL trainer and subclasses with their own
-`compute_loss` work, because gates are the only trainable parameters while masks are learned.
+Nothing here knows the objective: any `transformers.Trainer`, every TRL trainer and subclasses with
+their own `compute_loss` work, because gates are the only trainable parameters while masks are
+learned.
 """
 
 import contextlib
@@ -69,7 +70,8 @@ class TrainerLoss:
         value = float(loss.detach())
         if not math.isfinite(value):
             raise LossError(
-                f"the loss must be finite, but it is {value} at mask step {step}; lower the learning rate of "
+                f"the loss must be finite, but it is {value} at mask step {step}; lower the "
+                f"learning rate of "
                 f"stage 1 or load the model in float32"
             )
         loss.backward()  # not accelerator.backward, which divides by the accumulation steps
@@ -93,7 +95,8 @@ class TrainerLoss:
 
 
 def mean_loss(source: TrainerLoss, batches: list[Any]) -> float:
-    """Mean loss in nats over `batches`, each batch weighted by its labelled tokens (by its rows without labels).
+    """Mean loss in nats over `batches`, each batch weighted by its labelled tokens (by its rows
+    without labels).
 
     The model runs in evaluation mode and gets its mode back.
     """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rank the modules of a model for a fine-tune.
 
-Three ways in: a model and data (stage 1 fine-tunes, stage 2 learns the scores), an adapter that exists already, and
-a second checkpoint. The last two need stage 2 only.
+Three ways in: a model and data (stage 1 fine-tunes, stage 2 learns the scores), an adapter that
+exists already, and a second checkpoint. The last two need stage 2 only.
 """
 
 import time
@@ -46,13 +46,16 @@ METHOD = "ila"
 def rank_modules(
     trainer: Trainer, options: MaskOptions | None = None, on_step: OnStep | None = None
 ) -> Ranking:
-    """Rank the modules that the LoRA adapter of a trainer's model updates, by the trainer's own loss and data.
+    """Rank the modules that the LoRA adapter of a trainer's model updates, by the trainer's own
+    loss and data.
 
-    The trainer is one that you built and trained: TRL's or transformers' own, or a subclass with its own loss. It and
+    The trainer is one that you built and trained: TRL's or transformers' own, or a subclass with
+    its own loss. It and
     its model are given back as they were.
 
     Args:
-        trainer: Its `model` carries a LoRA adapter; its `train_dataset` is what the scores are learned on.
+        trainer: Its `model` carries a LoRA adapter; its `train_dataset` is what the scores are
+            learned on.
         options: How to learn the scores.
         on_step: Called after each step with its number, from 1, and its loss in nats.
 
@@ -150,7 +153,8 @@ def _update(
         others = take_other_weights(model, checkpoint)
         if others:
             progress.note(
-                f"not ranked, taken from the tuned checkpoint: {len(others)} other weights that differ "
+                f"not ranked, taken from the tuned checkpoint: {len(others)} other weights that "
+                f"differ "
                 f"({', '.join(others[:2])}, ...)"
             )
         record = {

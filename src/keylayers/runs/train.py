@@ -62,7 +62,8 @@ class TrainedSet:
 def train(
     options: TrainOptions, output: Path, progress: Progress | None = None
 ) -> list[TrainedSet]:
-    """Train the selected modules, prove that only they were trained, and write the result to `output`.
+    """Train the selected modules, prove that only they were trained, and write the result to
+    `output`.
 
     Args:
         options: Everything that decides the result.
@@ -73,7 +74,8 @@ def train(
         Held-out losses: the base model, the selection, and what it is compared with.
 
     Raises:
-        KeylayersError: a bad option, ranking, model, data set or output; nothing is left behind then.
+        KeylayersError: a bad option, ranking, model, data set or output; nothing is left behind
+            then.
     """
     progress = progress or Silent()
     ranking = Ranking.load(options.selection.ranking)
@@ -87,7 +89,8 @@ def train(
         job = _Job(options, ranking, progress)
         if selection.num_tied_out:
             progress.note(
-                f"{selection.num_tied_out} modules left out have the same score as the last one taken; ties go by "
+                f"{selection.num_tied_out} modules left out have the same score as the last one "
+                f"taken; ties go by "
                 f"the model's order"
             )
         selected, model, result = job.train(selection.names, "selected")

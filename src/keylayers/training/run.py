@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one training path: every fine-tune of keylayers, LoRA or full, is an `SFTTrainer` made here.
 
-Options in which TRL differs from transformers (bf16, gradient checkpointing, learning rate, lengths) are all set, so that two
-runs of keylayers differ only in what their records say.
+Options in which TRL differs from transformers (bf16, gradient checkpointing, learning rate,
+lengths) are all set, so that two runs of keylayers differ only in what their records say.
 """
 
 import contextlib
@@ -64,7 +64,8 @@ def make_trainer(
     *,
     num_steps: int,
 ) -> SFTTrainer:
-    """A trainer on `train` (columns `input_ids` and `labels`) for the parameters of `model` that are trainable.
+    """A trainer on `train` (columns `input_ids` and `labels`) for the parameters of `model` that
+    are trainable.
 
     It writes no files, prints nothing, reports to nobody and sends no telemetry.
     """
@@ -158,7 +159,8 @@ class _LossWatch(TrainerCallback):
         loss = float(logs["loss"])
         if not math.isfinite(loss):
             raise LossError(
-                f"the loss must be finite, but it is {loss} at training step {state.global_step}; lower "
+                f"the loss must be finite, but it is {loss} at training step {state.global_step}; "
+                f"lower "
                 f"`learning_rate` (now {args.learning_rate:.3g}) or use `dtype` float32"
             )
         self.losses.append(loss)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dense updates: the difference of two checkpoints, `Δθ = θ_t - θ_0`.
 
-Inside the block a module computes `(θ_0 + γ Δθ) x`. The gate's gradient is `⟨∂L/∂W, Δθ⟩ = Σ_tokens ⟨∂L/∂y, Δθ x⟩`; a
-custom autograd function computes it from `x` alone, so that neither the mixed weight nor `Δθ x` is kept for the
-backward pass. The mixed weight of one module at a time exists, twice a step.
+Inside the block a module computes `(θ_0 + γ Δθ) x`. The gate's gradient is `⟨∂L/∂W, Δθ⟩ = Σ_tokens
+⟨∂L/∂y, Δθ x⟩`; a custom autograd function computes it from `x` alone, so that neither the mixed
+weight nor `Δθ x` is kept for the backward pass. The mixed weight of one module at a time exists,
+twice a step.
 """
 
 import contextlib
@@ -93,7 +94,8 @@ def dense_updates(model: nn.Module, tuned: Mapping[str, Tensor]) -> list[DenseUp
 
     Args:
         model: The base model, θ_0; unchanged.
-        tuned: Parameter name -> value after fine-tuning, θ_t, for at least the modules of the blocks.
+        tuned: Parameter name -> value after fine-tuning, θ_t, for at least the modules of the
+            blocks.
 
     Raises:
         ModelError: a module is missing in `tuned`, has another shape there, or nothing differs.
@@ -108,14 +110,16 @@ def dense_updates(model: nn.Module, tuned: Mapping[str, Tensor]) -> list[DenseUp
         updates.append(DenseUpdate(info, layer, delta_weight, delta_bias))
     if not any(bool(update.delta_weight.any()) for update in updates):
         raise ModelError(
-            "the tuned checkpoint must differ from the base in the model's blocks, but every module is equal; is "
+            "the tuned checkpoint must differ from the base in the model's blocks, but every "
+            "module is equal; is "
             "it the same checkpoint?"
         )
     return updates
 
 
 def take_other_weights(model: nn.Module, tuned: Mapping[str, Tensor]) -> list[str]:
-    """Give `model` the tuned values of everything that is not gated: embeddings, norms, output head.
+    """Give `model` the tuned values of everything that is not gated: embeddings, norms, output
+    head.
 
     With them the model with all gates open is the tuned model. The modules of the blocks keep θ_0.
 
@@ -145,7 +149,8 @@ def _difference(tuned: Mapping[str, Tensor], name: str, base: Tensor) -> Tensor:
     value = tuned[name]
     if value.shape != base.shape:
         raise ModelError(
-            f"the two checkpoints must have the same shapes, but {name} is {tuple(base.shape)} in the base and "
+            f"the two checkpoints must have the same shapes, but {name} is {tuple(base.shape)} in "
+            f"the base and "
             f"{tuple(value.shape)} in the tuned one"
         )
     return value.to(base.device, base.dtype) - base.detach()

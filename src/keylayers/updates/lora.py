@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA updates: `scaling * B A x`, gated on the output of A.
 
-A gate on A's output (tokens × r) is the same function with the same gradient as a gate on B's output (tokens ×
-d_out), but only rank-r activations are kept for the backward pass: no measurable memory over a frozen model.
+A gate on A's output (tokens × r) is the same function with the same gradient as a gate on B's
+output (tokens × d_out), but only rank-r activations are kept for the backward pass: no measurable
+memory over a frozen model.
 
-Refused, because a gate on A would silently be wrong: DoRA (A also enters the norm), AdaLoRA (A is no module),
-`lora_bias` (B's bias is not scaled), `target_parameters` and merged adapters.
+Refused, because a gate on A would silently be wrong: DoRA (A also enters the norm), AdaLoRA (A is
+no module), `lora_bias` (B's bias is not scaled), `target_parameters` and merged adapters.
 """
 
 import contextlib
@@ -54,11 +55,13 @@ def lora_updates(model: nn.Module) -> list[LoraUpdate]:
     """The updates of the active adapter on the modules of the model's blocks, in model order.
 
     Raises:
-        ModelError: no PEFT adapter, several active ones, or a kind that a gate cannot scale exactly.
+        ModelError: no PEFT adapter, several active ones, or a kind that a gate cannot scale
+            exactly.
     """
     if not isinstance(model, PeftModel):
         raise ModelError(
-            f"the model must carry a PEFT adapter, got a plain {type(model).__name__}; fine-tune it with LoRA, or "
+            f"the model must carry a PEFT adapter, got a plain {type(model).__name__}; fine-tune "
+            f"it with LoRA, or "
             f"give the tuned checkpoint as `tuned`"
         )
     updates = []
@@ -68,7 +71,8 @@ def lora_updates(model: nn.Module) -> list[LoraUpdate]:
             updates.append(LoraUpdate(info, *_checked(layer, info.name)))
     if not updates:
         raise ModelError(
-            "the adapter must update at least one linear module inside the model's blocks, but it updates none"
+            "the adapter must update at least one linear module inside the model's blocks, but it "
+            "updates none"
         )
     return updates
 
@@ -87,7 +91,8 @@ def _checked(layer: BaseTunerLayer, name: str) -> tuple[LoraLayer, str]:
     """The layer and its one active adapter, or a ModelError that says what a gate cannot scale."""
     if len(layer.active_adapters) != 1:
         raise ModelError(
-            f"exactly one adapter must be active, but {name} has {layer.active_adapters}; choose one with "
+            f"exactly one adapter must be active, but {name} has {layer.active_adapters}; choose "
+            f"one with "
             f"model.set_adapter(name)"
         )
     adapter = layer.active_adapters[0]

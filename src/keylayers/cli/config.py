@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where options come from: flags win over the YAML file, which wins over what a ranking recorded."""
+
+from pathlib import Path
+from typing import Any
+
+from cyclopts import App, Group, Parameter
+from cyclopts.argument import Argument, ArgumentCollection
+from cyclopts.config import Dict
+
+from keylayers.errors import ConfigError, did_you_mean
+from keylayers.ranking import Ranking
+
+# Titles of option groups in `--help`, in the order in which they are shown.
+GROUPS = (
+    "Selection",
+    "Model",
+    "Data",
+    "An update that exists already",
+    "Fine-tuning",
+    "When stage 1 ends",
+    "Learning the scores",
+)
+
+# Of the options that a ranking records, those that `train` takes over where none is given.
+TAKEN_FROM_RANKING = (
+    "model",
+    "revision",
+    "trust_remote_code",
+    "data",
+    "data_split",
+    "format",
+    "chat_template",
+    "max_length",
+    "max_examples",
+    "held_out",
+    "split_seed",
+    "learning_rate",
+    "batch_size",
+    "gradient_accumulation",
+    "warmup_steps",
+    "lora_rank",
+    "lora_alpha",
+    "seed",
+)
+
+
+def flat(title: str) -> Parameter:
+    """Show the fields of an options class as flags of their own, together under `title`."""
+    return Parameter(name="*", group=Group(title, sort_key=GROUPS.index(title)))
+
+
+def from_config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Fill what no flag gives from the YAML file of `--config`.
+
+    Raises:
+        ConfigError: no such file, no mapping, or a key that is no option of this sub-command.
+    """
+    path = _given(arguments, "config")
+    if path is None:
+        return
+    options = _read_yaml(Path(path))
+    known = [name for argument in arguments if (name := _key(argument)) != "config"]
+    normal = {str(key).replace("-", "_"): value for key, value in options.items()}
+    for key in normal:
+        if key not in known:
+            raise ConfigError(
+                f"every key in {path!r} must be an option of `keylayers {' '.join(commands)}`, got "
+                f"{key!r}{did_you_mean(key, known)}"
+            )
+    _fill(app, arguments, normal, source=path)
+
+
+def from_ranking_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """For `train`, fill what is still missing with what the ranking's own run used."""
+    path = _given(arguments, "ranking") if commands == ("train",) else None
+    if path is None:
+        return
+    made_by = Ranking.load(path).provenance
+    recorded = made_by.get("options", {})
+    options = {name: recorded[name] for name in TAKEN_FROM_RANKING if name in recorded}
+    steps = made_by.get("stage_1", {}).get("num_steps")
+    if steps is not None:
+        options["steps"] = steps
+    _fill(app, arguments, options, source=path)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"`config` must be a YAML file, but {str(path)!r} cannot be read: {error.strerror}"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{str(path)!r} must be valid YAML, but is not: {reason}") from error
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise ConfigError(
+            f"{str(path)!r} must map options to values, got a {type(options).__name__}"
+        )
+    return options
+
+
+def _fill(app: App, arguments: ArgumentCollection, options: dict[str, Any], source: str) -> None:
+    """Give each argument without tokens its value from `options`; None means not given."""
+    values = {
+        _flag(argument): options[_key(argument)]
+        for argument in arguments
+        if options.get(_key(argument)) is not None
+    }
+    Dict(values, source=source, use_commands_as_keys=False)(app, (), arguments)
+
+
+def _given(arguments: ArgumentCollection, key: str) -> str | None:
+    """The text that was given for an option, if any."""
+    for argument in arguments:
+        if _key(argument) == key and argument.tokens:
+            return argument.tokens[0].value
+    return None
+
+
+def _flag(argument: Argument) -> str:
+    return argument.name.lstrip("-")
+
+
+def _key(argument: Argument) -> str:
+    """An option's name in YAML files and records: `mask_steps` for `--mask-steps`."""
+    return _flag(argument).replace("-", "_")

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A ranking in the terminal: heatmap, best and worst modules, provenance. Needs no torch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from keylayers.compare import Agreement
+from keylayers.ranking import Ranking
+
+# Cividis, dark to bright, by relative rank: readable for colour-blind people and in grey.
+SHADES = (
+    "#00204c", "#17336e", "#3a476b", "#53596c", "#696970",
+    "#7f7c75", "#969078", "#b0a573", "#cbba69", "#fdea45",
+)  # fmt: skip
+FIRST_BRIGHT_SHADE = 5
+
+
+def heatmap(ranking: Ranking) -> Table:
+    """Blocks down, projections across; each cell is the module's rank, brighter is more important."""
+    ranks = ranking.ranks()
+    projections = list(dict.fromkeys(module.projection for module in ranking.modules))
+    cells = {(module.block_index, module.projection): module for module in ranking.modules}
+    table = Table(box=None, padding=0, pad_edge=False, title_justify="left")
+    table.add_column("block ", justify="right", style="dim")
+    for projection in projections:
+        table.add_column(Text(f" {projection} "), justify="center")
+    for block in sorted({module.block_index for module in ranking.modules}):
+        row: list[RenderableType] = [f"{block} "]
+        for projection in projections:
+            module = cells.get((block, projection))
+            rank = None if module is None else ranks[module.name]
+            width = len(projection) + 2
+            row.append(_cell(rank, len(ranking.modules), width, is_missing=module is None))
+        table.add_row(*row)
+    return table
+
+
+def _cell(rank: int | None, num_modules: int, width: int, *, is_missing: bool) -> Text:
+    """A rank on a shade; `?` for a module without a score, blank where there is no module."""
+    if is_missing:
+        return Text(" " * width)
+    if rank is None:
+        return Text("?".center(width), style="dim")
+    position = 1 - (rank - 1) / max(1, num_modules - 1)
+    shade = min(len(SHADES) - 1, int(position * len(SHADES)))
+    colour = "black" if shade >= FIRST_BRIGHT_SHADE else "white"
+    return Text(str(rank).center(width), style=Style(color=colour, bgcolor=SHADES[shade]))
+
+
+def extremes(ranking: Ranking, count: int = 10) -> Table:
+    """The best and the worst modules with score and standard error."""
+    ordered = ranking.ordered()
+    ranks = ranking.ranks()
+    if len(ordered) > 2 * count:
+        chosen = [*ordered[:count], None, *ordered[-count:]]
+    else:
+        chosen = list(ordered)
+    table = Table(box=None, padding=(0, 2), pad_edge=False)
+    for title, justify in (("rank", "right"), ("module", "left"), ("score", "right")):
+        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+    table.add_column("± standard error", justify="right")
+    table.add_column("parameters", justify="right")
+    for module in chosen:
+        if module is None:
+            table.add_row("...", "", "", "", "")
+            continue
+        error = module.standard_error
+        table.add_row(
+            str(ranks[module.name] or "?"),
+            Text(module.name),
+            "not scored" if module.score is None else f"{module.score:.4f}",
+            "" if error is None else f"{error:.4f}",
+            f"{module.num_parameters:,}",
+        )
+    return table
+
+
+def provenance_lines(ranking: Ranking) -> list[str]:
+    """What made the ranking, for a person: model, data, method, losses, time."""
+    made_by = ranking.provenance
+    model, data = made_by.get("model", {}), made_by.get("data", {})
+    lines = [f"method    {ranking.method}, one gate per {ranking.granularity}"]
+    if model:
+        parts = (f"weights {model['weights_sha256'][:12]}",) if "weights_sha256" in model else ()
+        lines.append("model     " + ", ".join((str(model.get("name")), *parts)))
+    for kind in ("adapter", "tuned"):
+        if kind in made_by:
+            lines.append(f"{kind:<10}{made_by[kind].get('name')}")
+    if data:
+        lines.append(
+            f"data      {data.get('data')} ({data.get('format')}): {data.get('num_train')} examples "
+            f"to train, {data.get('num_held_out')} held out"
+        )
+    lines += _loss_lines(made_by)
+    environment = made_by.get("environment", {})
+    if environment:
+        commit = environment.get("commit")
+        source = f" at {commit[:12]}" if commit else ""
+        lines.append(f"made by   keylayers {environment.get('keylayers')}{source}")
+    return lines
+
+
+def _loss_lines(made_by: Mapping[str, Any]) -> list[str]:
+    lines = []
+    stage_1 = made_by.get("stage_1")
+    if stage_1:
+        lines.append(
+            f"stage 1   {stage_1['num_steps']} steps ({stage_1['stopped_by']}), "
+            f"{stage_1['seconds']:.0f} s"
+        )
+    mask = made_by.get("mask")
+    if mask:
+        lines.append(f"stage 2   {len(mask['losses'])} steps, {mask['seconds']:.0f} s")
+    losses = made_by.get("held_out_loss_nats")
+    if losses:
+        lines.append(f"held out  base {losses['base']:.3f}, tuned {losses['tuned']:.3f} nats per token")
+    return lines
+
+
+def ranking_report(ranking: Ranking) -> RenderableType:
+    """All of a ranking that a terminal shows."""
+    num_parameters = sum(module.num_parameters for module in ranking.modules)
+    title = f"{len(ranking.modules)} modules, {num_parameters:,} parameters; 1 is the most important"
+    provenance = Text("\n".join(provenance_lines(ranking)), style="dim")
+    return Group(
+        Text(title, style="bold"), heatmap(ranking), Text(), extremes(ranking), Text(), provenance
+    )
+
+
+def loss_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Trained sets side by side: modules, trained parameters, steps and held-out loss."""
+    table = Table(box=None, padding=(0, 2), pad_edge=False)
+    table.add_column("trained")
+    for title in ("modules", "trained parameters", "steps", "held-out loss (nats)"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(
+            Text(row["label"]),
+            f"{row['num_modules']:,}",
+            f"{row['num_trained_parameters']:,}",
+            f"{row['num_steps']:,}",
+            f"{row['held_out_loss_nats']:.4f}",
+        )
+    return table
+
+
+def agreement_table(pairs: Sequence[Agreement], names: Sequence[str]) -> Table:
+    """Jaccard of every pair, beside what two random selections of that size would have."""
+    table = Table(box=None, padding=(0, 2), pad_edge=False)
+    table.add_column("pair")
+    for title in ("Jaccard", "by chance", "above chance (0 to 1)"):
+        table.add_column(title, justify="right")
+    for pair in pairs:
+        table.add_row(
+            Text(f"{names[pair.first]}, {names[pair.second]}"),
+            f"{pair.jaccard:.2f}",
+            f"{pair.chance_jaccard:.2f}",
+            "" if pair.corrected is None else f"{pair.corrected:.2f}",
+        )
+    return table

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rankings import ranking_of
+
+SCORES = st.lists(st.none() | st.floats(-5, 5), min_size=1, max_size=20)
+
+
+def places(ranking):
+    return [module.name[-8:] for module in ranking.ordered()]
+
+
+def test_higher_scores_come_first_and_ties_keep_the_models_order():
+    ranking = ranking_of([1.0, 3.0, 2.0, 3.0, None, -1.0])
+    assert places(ranking) == [
+        "0.b_proj", "1.b_proj", "1.a_proj", "0.a_proj", "2.b_proj", "2.a_proj",
+    ]  # fmt: skip
+
+
+def test_equal_scores_share_the_better_rank_and_no_score_has_no_rank():
+    ranks = ranking_of([1.0, 3.0, 2.0, 3.0, None, -1.0]).ranks()
+    assert list(ranks.values()) == [4, 1, 3, 1, None, 5]
+
+
+def test_all_equal_scores_are_all_first():
+    assert set(ranking_of([0.5] * 6).ranks().values()) == {1}
+
+
+def test_one_module_is_a_ranking():
+    assert ranking_of([0.1]).ranks() == {"model.layers.0.a_proj": 1}
+
+
+@given(SCORES)
+def test_a_ranking_survives_the_round_trip_through_its_file(tmp_path_factory, scores):
+    from keylayers.ranking import Ranking
+
+    path = tmp_path_factory.mktemp("ranking") / "ranking.json"
+    ranking = ranking_of(scores, provenance={"seed": 3, "ünïcode": "✓"})
+    ranking.save(path)
+    assert Ranking.load(path) == ranking
+    assert Ranking.load(path.parent) == ranking
+
+
+@given(SCORES)
+def test_ranks_agree_with_counting_better_modules(scores):
+    ranking = ranking_of(scores)
+    for module in ranking.modules:
+        if module.score is None:
+            assert ranking.ranks()[module.name] is None
+        else:
+            better = sum(other is not None and other > module.score for other in scores)
+            assert ranking.ranks()[module.name] == better + 1
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_no_numbers_are_refused(score):
+    from keylayers.errors import RankingError
+
+    with pytest.raises(RankingError, match=r"finite number or None, got .* for model.layers.0.b_proj"):
+        ranking_of([1.0, score])
+
+
+def test_a_ranking_names_each_module_once():
+    from keylayers.errors import RankingError
+    from keylayers.ranking import Ranking
+
+    modules = ranking_of([1.0]).modules
+    with pytest.raises(RankingError, match=r"each module once, but repeats model.layers.0.a_proj"):
+        Ranking((*modules, *modules), "by hand")
+    with pytest.raises(RankingError, match="at least one module"):
+        Ranking((), "by hand")
+
+
+DAMAGE = [
+    (lambda text: text[: len(text) // 2], "must be whole JSON, but it is damaged or cut off"),
+    (lambda text: "", "damaged or cut off"),
+    (lambda text: "[1, 2]", "must be a ranking file of keylayers"),
+    (lambda text: text.replace("keylayers/ranking", "other"), "must be a ranking file of keylayers"),
+    (lambda text: text.replace('"schema_version": 1', '"schema_version": 9'), "schema version 1, got 9"),
+    (lambda text: text.replace('"score": 1.0', '"score": "high"'), "module 0, 'score' must be"),
+    (lambda text: text.replace('"score": 1.0', '"score": NaN'), "finite number or None"),
+    (lambda text: text.replace('"score": 1.0', '"score": true'), "module 0, 'score' must be"),
+    (lambda text: text.replace('"block_index": 0', '"block_index": null'), "'block_index' must be int"),
+    (lambda text: json.dumps({**json.loads(text), "modules": 3}), "must hold a list `modules`"),
+    (lambda text: json.dumps({**json.loads(text), "modules": [3]}), "module 0 must be a mapping"),
+    (lambda text: json.dumps({**json.loads(text), "provenance": 3}), "mapping `provenance`"),
+    (lambda text: "[" * 100_000, "damaged or cut off"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE)
+def test_damaged_files_are_refused_with_one_line(tmp_path, damage, message):
+    from keylayers.errors import RankingError
+    from keylayers.ranking import Ranking
+
+    path = tmp_path / "ranking.json"
+    ranking_of([1.0, 2.0]).save(path)
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(RankingError, match=message) as caught:
+        Ranking.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    from keylayers.errors import RankingError
+    from keylayers.ranking import Ranking
+
+    with pytest.raises(RankingError, match=r"must exist, but there is no '.*nowhere.json'"):
+        Ranking.load(tmp_path / "nowhere.json")
+
+
+def test_the_order_does_not_depend_on_pythons_hash_seed():
+    code = (
+        "import sys; sys.path[:0] = ['src', 'tests']\n"
+        "from rankings import ranking_of\n"
+        "ranking = ranking_of([1.0, 3.0, 3.0, 3.0, None, None, 0.0])\n"
+        "print([module.name for module in ranking.ordered()], ranking.select(3).names)"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(outputs) == 1
+    assert "a_proj" in outputs.pop()

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rankings import ranking_of
+
+# budget, how many of 56 modules
+COUNTS = [
+    (0.3, 17),  # 16.8
+    ("0.3", 17),
+    (0.25, 14),
+    (0.125, 7),
+    (0.0625, 4),  # 3.5, a half goes up
+    (1.0, 56),
+    ("1.0", 56),
+    ("1", 1),
+    (17, 17),
+    ("56", 56),
+    (0.001, 1),
+]
+
+
+@pytest.mark.parametrize(("budget", "count"), COUNTS)
+def test_a_budget_buys_the_nearest_number_of_modules(budget, count):
+    selection = ranking_of([float(index) for index in range(56)]).select(budget)
+    assert len(selection.modules) == count
+    best = [f"model.layers.{i // 2}.{'ab'[i % 2]}_proj" for i in range(56 - count, 56)]
+    assert list(selection.names) == best
+    assert selection.num_candidates == 56
+
+
+def test_freezing_a_quarter_trains_all_but_the_worst_quarter():
+    from keylayers.selection import Freeze
+
+    selection = ranking_of([float(index) for index in range(56)]).select(Freeze(0.25))
+    assert len(selection.modules) == 42
+    assert selection.names[0] == "model.layers.7.a_proj"
+
+
+def test_a_fraction_of_parameters_takes_the_best_while_they_fit():
+    ranking = ranking_of([5.0, 4.0, 3.0, 2.0], num_parameters=[10, 50, 20, 20])
+    assert len(ranking.select("0.6x-params").modules) == 2  # 60 of 100
+    assert len(ranking.select("0.59x-params").modules) == 1
+    assert ranking.select("1x-params").num_parameters == 100
+
+
+BAD = [
+    ("abc", r"`budget` must be a fraction such as 0.3, a count such as 17, .* got 'abc'"),
+    ("", r"`budget` must be a fraction"),
+    ("0", r"as a count must be between 1 and 4, the ranking's modules, got 0"),
+    ("5", r"as a count must be between 1 and 4"),
+    ("-1", r"as a count must be between 1 and 4"),
+    (0.0, r"as a fraction must be above 0 and at most 1, got 0.0"),
+    ("1.5", r"as a fraction must be above 0 and at most 1, got 1.5"),
+    ("nan", r"as a fraction must be above 0 and at most 1, got nan"),
+    ("inf", r"as a fraction must be above 0 and at most 1, got inf"),
+    ("0x-params", r"above 0x-params and at most 1x-params, got '0x-params'"),
+    ("2x-params", r"above 0x-params and at most 1x-params"),
+    ("ax-params", r"above 0x-params and at most 1x-params"),
+    ("0.1x-params", r"must allow at least the best module, model.layers.1.b_proj with 10 parameters"),
+]
+
+
+@pytest.mark.parametrize(("budget", "message"), BAD)
+def test_budgets_that_make_no_sense_are_refused(budget, message):
+    from keylayers.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=message):
+        ranking_of([1.0, 2.0, 3.0, 4.0]).select(budget)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 2.0])
+def test_freezing_nothing_or_everything_is_refused(fraction):
+    from keylayers.errors import ConfigError
+    from keylayers.selection import Freeze
+
+    with pytest.raises(ConfigError, match="`freeze` must be above 0 and below 1"):
+        ranking_of([1.0, 2.0]).select(Freeze(fraction))
+
+
+def test_modules_without_a_score_cannot_be_bought():
+    from keylayers.errors import RankingError
+
+    ranking = ranking_of([1.0, None, None, 2.0])
+    assert len(ranking.select(2).modules) == 2
+    with pytest.raises(RankingError, match="it takes 3 and only 2 have one"):
+        ranking.select(3)
+
+
+def test_a_tie_at_the_border_goes_by_model_order_and_is_counted():
+    selection = ranking_of([1.0, 2.0, 1.0, 1.0]).select(2)
+    assert selection.names == ("model.layers.0.a_proj", "model.layers.0.b_proj")
+    assert selection.num_tied_out == 2
+
+
+@given(
+    st.lists(st.floats(-1, 1) | st.integers(0, 2).map(float), min_size=1, max_size=30),
+    st.floats(0.01, 1),
+)
+def test_nothing_left_out_is_better_than_what_is_taken(scores, budget):
+    selection = ranking_of(scores).select(budget)
+    taken = [module.score for module in selection.modules]
+    left = [module.score for module in ranking_of(scores).modules if module not in selection.modules]
+    assert len(taken) + len(left) == len(scores)
+    assert not left or min(taken) >= max(left)
+    assert selection.num_tied_out == sum(score == min(taken) for score in left)
+
+
+def test_a_ranking_of_another_model_is_refused_with_the_first_names():
+    from keylayers.errors import RankingError
+    from keylayers.selection import check_same_modules
+
+    ranking = ranking_of([1.0, 2.0, 3.0])
+    here = {"model.layers.0.a_proj": 10, "model.layers.0.b_proj": 11, "model.layers.1.a_proj": 10}
+    check_same_modules(ranking, here | {"model.layers.0.b_proj": 10})
+    with pytest.raises(
+        RankingError,
+        match=r"1 of 3 modules differ, first model.layers.0.b_proj \(10 parameters in the ranking, "
+        r"11 in the model\)",
+    ):
+        check_same_modules(ranking, here)
+    with pytest.raises(RankingError, match="none in the model"):
+        check_same_modules(ranking, {})
