@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Offline, one thread, and keylayers imported inside fixtures so that shape checks install first."""
+"""Offline, one thread; keylayers is imported inside fixtures so that shape checks install."""
 
 import os
 import warnings

@@ -28,14 +28,6 @@ UNREADABLE = {
     "single.jsonl": (b'{"text": "abc"}\n', r"after 1 held out, got 1 usable"),
 }
 
-# Options that cannot be, and the message.
-IMPOSSIBLE = [
-    ({"max_length": 1}, r"`max_length` must be at least 2 tokens, got 1"),
-    ({"held_out": 0}, r"`held_out` must be a fraction .* or a whole number of examples, got 0"),
-    ({"held_out": 2.5}, r"got 2.5; 0.1 keeps a tenth"),
-    ({"max_examples": 1}, r"`max_examples` must be at least 2 \(one to train, one held out\)"),
-]
-
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -47,10 +39,11 @@ def tokenizer():
 
 @pytest.fixture
 def prepare(tokenizer):
-    from keylayers.training.data import DataOptions, prepare
+    from keylayers.options import DataOptions
+    from keylayers.training.data import prepare
 
     def run(data, max_positions=None, **options):
-        return prepare(DataOptions(str(data), **options), tokenizer, max_positions)
+        return prepare(DataOptions(data=str(data), **options), tokenizer, max_positions)
 
     return run
 
@@ -163,7 +156,7 @@ def test_the_split_depends_on_content_and_seed_only(prepare, alpaca, tmp_path, t
     reordered = write(tmp_path / "reordered.jsonl", ROWS[::-1])
     held_out = set(texts(prepare(alpaca, held_out=5).held_out, tokenizer))
     assert set(texts(prepare(reordered, held_out=5).held_out, tokenizer)) == held_out
-    assert set(texts(prepare(alpaca, held_out=5, data_seed=1).held_out, tokenizer)) != held_out
+    assert set(texts(prepare(alpaca, held_out=5, split_seed=1).held_out, tokenizer)) != held_out
 
 
 def test_duplicates_never_reach_both_sides_of_the_split(prepare, tmp_path, tokenizer):
@@ -174,34 +167,32 @@ def test_duplicates_never_reach_both_sides_of_the_split(prepare, tmp_path, token
     assert set(train) & set(held_out) == set()
 
 
-def test_fewer_examples_are_a_random_choice(prepare, alpaca, tokenizer):
-    chosen = [prepare(alpaca, max_examples=6, held_out=1, data_seed=seed) for seed in (0, 0, 1)]
-    assert [one.counts.num_examples for one in chosen] == [6, 6, 6]
-    assert chosen[0].content_sha256 == chosen[1].content_sha256 != chosen[2].content_sha256
-    everything = prepare(alpaca, max_examples=50)
-    assert everything.content_sha256 == prepare(alpaca).content_sha256
+def test_fewer_examples_are_the_first_distinct_ones(prepare, tmp_path, tokenizer):
+    path = write(tmp_path / "twice.jsonl", [ROWS[0], *ROWS])
+    prepared = prepare(path, max_examples=6, held_out=1)
+    assert (prepared.counts.num_examples, prepared.counts.num_train) == (6, 5)
+    whole = prepare(write(tmp_path / "six.jsonl", ROWS[:6]), held_out=1)
+    assert prepared.content_sha256 == whole.content_sha256
+    assert prepare(path, max_examples=50).content_sha256 == prepare(path).content_sha256
 
 
-def test_an_edited_file_is_read_anew_and_nothing_is_left_behind(prepare, alpaca):
+def test_an_edited_file_is_read_anew_and_nothing_is_left_behind(
+    prepare, alpaca, tmp_path, monkeypatch
+):
+    import tempfile
     from pathlib import Path
-    from tempfile import gettempdir
 
     import datasets
 
-    def traces():
-        cache = Path(datasets.config.HF_DATASETS_CACHE)
-        left = sorted(cache.rglob("*")) if cache.is_dir() else []
-        return (
-            left,
-            sorted(Path(gettempdir()).glob("keylayers-data-*")),
-            sorted(alpaca.parent.iterdir()),
-        )
-
-    before = traces()
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    places = [Path(datasets.config.HF_DATASETS_CACHE), tmp_path]
+    before = [sorted(place.rglob("*")) for place in places if place.is_dir()]
     first = prepare(alpaca)
     write(alpaca, [{**row, "output": "New."} for row in ROWS])
     assert prepare(alpaca).content_sha256 != first.content_sha256
-    assert traces() == before
+    assert [sorted(place.rglob("*")) for place in places if place.is_dir()] == before
 
 
 def test_datasets_prints_as_before_afterwards(prepare, alpaca, tmp_path):
@@ -239,25 +230,36 @@ def test_tokens_are_counted_in_the_training_examples(prepare, alpaca):
 
 
 def test_the_length_is_lowered_to_what_the_model_allows(prepare, alpaca):
-    record = prepare(alpaca, max_positions=52).record()
-    assert (record["max_length"], record["max_length_asked"]) == (52, 1024)
+    record = prepare(alpaca, max_positions=45).record()
+    assert (record["max_length"], record["max_length_asked"]) == (45, 1024)
     assert prepare(alpaca, max_positions=4000).max_length == 1024
-    assert max(len(ids) for ids in prepare(alpaca, max_positions=52).train["input_ids"]) == 52
+    assert max(len(ids) for ids in prepare(alpaca, max_positions=45).train["input_ids"]) == 45
 
 
 def test_prompts_that_leave_no_room_are_refused_with_the_lengths(prepare, alpaca):
     from keylayers.errors import DataError
 
-    message = r"in 10 tokens, got only prompts that leave none, the longest of 43 tokens"
+    message = r"in 10 tokens, got only prompts that leave none, the longest of 40 tokens"
     with pytest.raises(DataError, match=message):
         prepare(alpaca, max_length=10)
 
 
 def test_the_record_is_json_and_holds_options_counts_and_template(prepare, alpaca):
-    record = json.loads(json.dumps(prepare(alpaca, data_seed=3).record()))
-    assert (record["format"], record["data_seed"], record["num_train"]) == ("alpaca", 3, 18)
+    record = json.loads(json.dumps(prepare(alpaca, split_seed=3).record()))
+    assert (record["format"], record["split_seed"], record["num_train"]) == ("alpaca", 3, 18)
     assert record["chat_template"]["name"] == "alpaca"
     assert re.fullmatch("[0-9a-f]{64}", record["content_sha256"])
+
+
+def test_the_summary_says_what_was_left_out(prepare, tmp_path):
+    path = write(tmp_path / "a.jsonl", [*ROWS, ROWS[0], {"instruction": "q", "output": ""}])
+    first, left_out, length = prepare(path, max_positions=49).summary()
+    assert first.startswith(
+        "18 examples to train and 2 held out (format 'alpaca', chat template 'alpaca', up to 49"
+    )
+    assert left_out == "of the data: 1 without an answer, 1 duplicates, 10 cut at the end"
+    assert length == "max_length 1024 lowered to the 49 positions that the model has"
+    assert len(prepare(write(path, ROWS)).summary()) == 1
 
 
 def test_plain_text_has_no_template_and_counts_every_token(prepare, tmp_path):
@@ -296,13 +298,11 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line(prepare, tmp_path, na
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("options", "message"), IMPOSSIBLE)
-def test_an_impossible_option_is_refused(options, message):
+def test_a_number_of_held_out_examples_is_whole(prepare, alpaca):
     from keylayers.errors import ConfigError
-    from keylayers.training.data import DataOptions
 
-    with pytest.raises(ConfigError, match=message):
-        DataOptions("x", **options)
+    with pytest.raises(ConfigError, match=r"got 2.5; 0.1 keeps a tenth"):
+        prepare(alpaca, held_out=2.5)
 
 
 def test_holding_everything_out_is_refused(prepare, alpaca):
@@ -332,8 +332,8 @@ def test_a_split_that_is_not_there_is_refused(prepare, tmp_path, name):
     from keylayers.errors import DataError
 
     WRITERS[name](tmp_path / name)
-    with pytest.raises(DataError, match=r"trian"):
-        prepare(tmp_path / name, split="trian")
+    with pytest.raises(DataError, match=r"nowhere"):
+        prepare(tmp_path / name, data_split="nowhere")
 
 
 def test_a_folder_of_several_kinds_is_refused(prepare, tmp_path):
@@ -355,7 +355,7 @@ def test_a_hub_name_is_read_with_its_configuration(prepare, monkeypatch):
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    prepare("owner/name:main", split="train[:50%]")
+    prepare("owner/name:main", data_split="train[:50%]")
     prepare("owner/name")
     assert asked == [
         (("owner/name", "main"), {"split": "train[:50%]"}),
@@ -387,10 +387,11 @@ def test_an_unreachable_hub_name_says_why_in_one_line(prepare, monkeypatch):
 def test_real_data_is_prepared_for_a_real_model(shared, name, format, counts):
     from transformers import AutoTokenizer
 
-    from keylayers.training.data import DataOptions, prepare
+    from keylayers.options import DataOptions
+    from keylayers.training.data import prepare
 
     tokenizer = AutoTokenizer.from_pretrained(shared / "models/english-2m")
-    prepared = prepare(DataOptions(str(shared / "data" / name)), tokenizer, 512)
+    prepared = prepare(DataOptions(data=str(shared / "data" / name)), tokenizer, 512)
     assert prepared.format == format
     assert (prepared.counts.num_examples, prepared.counts.num_duplicates) == counts
     assert prepared.chat_template.source == "model"

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+
 from tiny_models import in_float64, some_tokens, tiny_gpt2, tiny_llama, token_loss
 
 EPSILON = 1e-5

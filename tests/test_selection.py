@@ -2,6 +2,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rankings import ranking_of
 
 # budget, how many of 56 modules
@@ -57,7 +58,10 @@ BAD = [
     ("0x-params", r"above 0x-params and at most 1x-params, got '0x-params'"),
     ("2x-params", r"above 0x-params and at most 1x-params"),
     ("ax-params", r"above 0x-params and at most 1x-params"),
-    ("0.1x-params", r"must allow at least the best module, model.layers.1.b_proj with 10 parameters"),
+    (
+        "0.1x-params",
+        r"must allow at least the best module, model.layers.1.b_proj with 10 parameters",
+    ),
 ]
 
 
@@ -100,7 +104,9 @@ def test_a_tie_at_the_border_goes_by_model_order_and_is_counted():
 def test_nothing_left_out_is_better_than_what_is_taken(scores, budget):
     selection = ranking_of(scores).select(budget)
     taken = [module.score for module in selection.modules]
-    left = [module.score for module in ranking_of(scores).modules if module not in selection.modules]
+    left = [
+        module.score for module in ranking_of(scores).modules if module not in selection.modules
+    ]
     assert len(taken) + len(left) == len(scores)
     assert not left or min(taken) >= max(left)
     assert selection.num_tied_out == sum(score == min(taken) for score in left)

@@ -42,7 +42,7 @@ def tiny_gpt2(num_blocks: int = 2) -> GPT2LMHeadModel:
 
 
 def in_float64(model: nn.Module) -> nn.Module:
-    """The model in float64 throughout; Llama's own RMSNorm computes in float32, so it is replaced."""
+    """The model in float64; Llama's RMSNorm computes in float32 and is replaced."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child).__name__ == "LlamaRMSNorm":
@@ -53,7 +53,7 @@ def in_float64(model: nn.Module) -> nn.Module:
 
 
 def token_loss(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Mean next-token loss in nats, in the model's own dtype (transformers' own loss is float32)."""
+    """Mean next-token loss in nats in the model's dtype (transformers' own is float32)."""
     logits = model(input_ids=input_ids).logits
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Agreement: how far rankings pick the same modules, beside what chance would give. Needs no torch."""
+"""Agreement: how far rankings pick the same modules, beside chance. Needs no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

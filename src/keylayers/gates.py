@@ -6,43 +6,17 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from keylayers.errors import GuardError
-from keylayers.model_map import ModuleInfo
+from keylayers.model_map import ModuleInfo, linear_of
 from keylayers.options import Granularity
 from keylayers.preserve import preserved
 from keylayers.updates import Update
-
-Link = Literal["sigmoid", "identity"]
-
-
-class Gate(nn.Module):
-    """A number that scales one module's update, or those of a group of modules.
-
-    `score` is a parameter of shape (1,), because FSDP2 refuses 0-dim parameters, in float32
-    (float64 in a
-    float64 model), because in bfloat16 small steps round to nothing.
-    """
-
-    def __init__(self, score: float, link: Link, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.score = nn.Parameter(torch.full((1,), score, dtype=dtype))
-        self.link = link
-        self.num_calls = 0
-
-    def value(self) -> Float[Tensor, "1"]:
-        """γ: the sigmoid of the score, or the score itself."""
-        self.num_calls += 1
-        return torch.sigmoid(self.score) if self.link == "sigmoid" else self.score
-
-    def forward(self, hidden: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """`γ * hidden`, in the dtype of `hidden`."""
-        return hidden * self.value().to(hidden.device, hidden.dtype)
+from keylayers.updates.gate import Gate, Link
 
 
 class Gates:
@@ -79,14 +53,15 @@ class Gates:
         Raises:
             GuardError: a gate took no part in the last loss; the message names the first modules.
         """
-        silent = [name for name, gate in self._gates.items() if gate.score.grad is None]
+        grads = {name: gate.score.grad for name, gate in self._gates.items()}
+        silent = [name for name, grad in grads.items() if grad is None]
         if silent:
             raise GuardError(
                 f"every gate must take part in the loss, but {len(silent)} of {len(self)} did "
                 f"not, first "
                 f"{', '.join(silent[:3])}; fused kernels or merged weights bypass them"
             )
-        return torch.cat([parameter.grad for parameter in self.parameters()]).detach().cpu()
+        return torch.cat([grad for grad in grads.values() if grad is not None]).detach().cpu()
 
     def check_fired(self) -> None:
         """Raise a GuardError unless every gate was used by the forward passes so far."""
@@ -132,7 +107,7 @@ def gated(
     with preserved(model), contextlib.ExitStack() as stack:
         for update in updates:
             gate = gates[group_of[update.module.name]]
-            gate.to(update.layer.weight.device)
+            gate.to(next(linear_of(update.layer).parameters()).device)
             stack.enter_context(update.gated(gate))
         yield Gates(gates, groups)
 

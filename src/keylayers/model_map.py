@@ -77,13 +77,14 @@ def module_by_name(model: nn.Module, name: str) -> nn.Module:
 
 
 def linear_of(module: nn.Module) -> nn.Module:
-    """The plain linear layer inside a PEFT layer, or the module itself."""
+    """The layer inside a PEFT layer, or the module itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _linear_modules(base: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every linear layer by name; PEFT's own matrices inside a wrapped layer are not separate modules."""
-    found, inside = [], ()
+    """Every linear layer by name; PEFT's matrices inside a wrapped layer are not among them."""
+    found: list[tuple[str, nn.Module]] = []
+    inside: tuple[str, ...] = ()
     for name, module in base.named_modules():
         if inside and name.startswith(inside):
             continue

@@ -174,7 +174,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
 
 def _safetensors_files(source: ModelOptions) -> list[Path]:
-    """The weight files of a checkpoint, in one piece or sharded, fetched from the hub where needed."""
+    """The weight files of a checkpoint, whole or sharded, fetched from the hub where needed."""
 
     def find(name: str, *, is_required: bool) -> Path | None:
         found = cached_file(

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every option of a run, once: these fields are the flags, their help and the keys of the YAML
-file.
+"""Every option of a run, once: the fields are the flags, their help and the YAML keys.
 
 Field names are unique across the classes, because a sub-command shows those it needs side by side.
 Needs no torch. Defaults are keylayers' own unless a comment gives the paper's.

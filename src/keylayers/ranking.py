@@ -90,7 +90,7 @@ class Ranking:
         return {module.name: ranks[module.name] for module in self.modules}
 
     def select(self, budget: "Budget") -> "Selection":
-        """The modules that `budget` buys, best first; `keylayers.selection` has the forms of a budget."""
+        """The modules that `budget` buys; `keylayers.selection` has the forms of a budget."""
         from keylayers.selection import select
 
         return select(self, budget)
@@ -184,4 +184,5 @@ def _module_from_json(row: Any, path: str, index: int) -> RankedModule:
             raise RankingError(
                 f"{path!r}: module {index}, {name!r} must be {expected}, got {value!r:.40}"
             )
-    return RankedModule(**{name: row.get(name) for name in kinds})
+    values: dict[str, Any] = {name: row.get(name) for name in kinds}
+    return RankedModule(**values)

@@ -51,7 +51,7 @@ def environment() -> dict[str, Any]:
 
 
 def source_commit() -> str | None:
-    """The git commit of keylayers' own source, `+dirty` if changed, None for an installed package."""
+    """The commit of keylayers' own source, `+dirty` if changed; None for an installed package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -121,8 +121,7 @@ def output_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` that takes its place when the block ends well, and vanishes when
-    it fails.
+    """A folder that takes the place of `path` when the block ends well and vanishes if not.
 
     Only a folder that keylayers made (it holds keylayers.json) is replaced.
 

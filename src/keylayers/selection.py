@@ -73,7 +73,7 @@ class Selection:
         return sum(module.num_parameters for module in self.modules)
 
     def lora_config(self, **options: Any) -> "LoraConfig":
-        """A `peft.LoraConfig` that targets exactly these modules; `options` go to it as they are."""
+        """A `peft.LoraConfig` for exactly these modules; `options` go to it as they are."""
         from keylayers.apply.adapter import lora_config
 
         return lora_config(self.names, **options)

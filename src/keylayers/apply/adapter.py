@@ -73,7 +73,7 @@ def save_adapter(
     folder: Path,
     record: Mapping[str, Any],
 ) -> None:
-    """Write an ordinary PEFT adapter with its tokenizer and `keylayers.json`, whole or not at all."""
+    """Write an ordinary PEFT adapter, its tokenizer and its record, whole or not at all."""
     with replaced_folder(folder) as temporary:
         model.save_pretrained(temporary, safe_serialization=True)
         tokenizer.save_pretrained(temporary)

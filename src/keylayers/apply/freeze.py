@@ -36,7 +36,7 @@ def train_only(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def round_to_stored(model: nn.Module, stored: torch.dtype) -> None:
-    """Round every weight to the dtype that it will be stored in, without changing its dtype in memory."""
+    """Round every weight to the dtype that it will be stored in; its dtype in memory stays."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(stored))
@@ -45,8 +45,7 @@ def round_to_stored(model: nn.Module, stored: torch.dtype) -> None:
 def prove_unchanged_elsewhere(
     model: nn.Module, base: Mapping[str, Tensor], names: Sequence[str]
 ) -> None:
-    """Refuse a model in which a weight outside the modules `names` differs from the base
-    checkpoint.
+    """Refuse a model that differs from its base outside the modules `names`.
 
     Args:
         model: The tuned model, in the dtype that it is stored in.
@@ -76,7 +75,7 @@ def save_checkpoint(
     folder: Path,
     record: Mapping[str, Any],
 ) -> None:
-    """Write an ordinary transformers checkpoint with its tokenizer and record, whole or not at all."""
+    """Write an ordinary checkpoint, its tokenizer and its record, whole or not at all."""
     with replaced_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -7,7 +7,6 @@ from cyclopts import App
 
 from keylayers.errors import ConfigError
 
-
 EXAMPLES = """Examples:
 
 ```

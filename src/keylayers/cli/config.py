@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where options come from: flags win over the YAML file, which wins over what a ranking recorded."""
+"""Where options come from: flags win over the YAML file, and that over a ranking's record."""
 
 from pathlib import Path
 from typing import Any

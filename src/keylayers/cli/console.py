@@ -18,7 +18,7 @@ OnStep = Callable[[int, float], None]
 
 
 class ConsoleProgress:
-    """Progress bars with loss and time left in a terminal; a line at the end of a stage elsewhere."""
+    """Progress bars with loss and time left in a terminal; elsewhere a line after each stage."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -44,7 +44,8 @@ def rank(
 ) -> None:
     """Rank the modules of a model for a fine-tune.
 
-    Stage 1 fine-tunes all modules with LoRA until the loss is stable; stage 2 freezes everything and
+    Stage 1 fine-tunes all modules with LoRA until the loss is stable; stage 2 freezes everything
+    and
     learns one gate per module. With --adapter or --tuned only stage 2 runs. Writes ranking.json and
     stage 1's adapter.
 

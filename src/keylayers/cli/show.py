@@ -7,7 +7,6 @@ from pathlib import Path
 
 from cyclopts import App
 
-
 EXAMPLES = """Examples:
 
 ```

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learn one score for each gate by gradient descent on the trainer's loss, with everything else frozen."""
+"""Learn a score for each gate by gradient descent on the trainer's loss, all else frozen."""
 
 import time
 from collections.abc import Callable, Sequence

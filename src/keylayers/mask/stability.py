@@ -20,7 +20,7 @@ def is_stable(losses: Sequence[float], options: StabilityOptions) -> bool:
 
 
 def change_nats(losses: Sequence[float], window: int) -> float | None:
-    """Mean of the last `window` losses minus mean of the `window` before; None before both are full."""
+    """Mean of the last `window` losses minus that of the `window` before; None if too few."""
     if len(losses) < 2 * window:
         return None
     last, before = losses[-window:], losses[-2 * window : -window]

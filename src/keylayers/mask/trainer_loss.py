@@ -95,8 +95,7 @@ class TrainerLoss:
 
 
 def mean_loss(source: TrainerLoss, batches: list[Any]) -> float:
-    """Mean loss in nats over `batches`, each batch weighted by its labelled tokens (by its rows
-    without labels).
+    """Mean loss in nats over `batches`, weighted by labelled tokens (without labels, by rows).
 
     The model runs in evaluation mode and gets its mode back.
     """

@@ -21,7 +21,7 @@ FIRST_BRIGHT_SHADE = 5
 
 
 def heatmap(ranking: Ranking) -> Table:
-    """Blocks down, projections across; each cell is the module's rank, brighter is more important."""
+    """Blocks down, projections across; each cell is a rank, brighter is more important."""
     ranks = ranking.ranks()
     projections = list(dict.fromkeys(module.projection for module in ranking.modules))
     cells = {(module.block_index, module.projection): module for module in ranking.modules}
@@ -93,7 +93,8 @@ def provenance_lines(ranking: Ranking) -> list[str]:
             lines.append(f"{kind:<10}{made_by[kind].get('name')}")
     if data:
         lines.append(
-            f"data      {data.get('data')} ({data.get('format')}): {data.get('num_train')} examples "
+            f"data      {data.get('data')} ({data.get('format')}): {data.get('num_train')} "
+            f"examples "
             f"to train, {data.get('num_held_out')} held out"
         )
     lines += _loss_lines(made_by)
@@ -118,14 +119,18 @@ def _loss_lines(made_by: Mapping[str, Any]) -> list[str]:
         lines.append(f"stage 2   {len(mask['losses'])} steps, {mask['seconds']:.0f} s")
     losses = made_by.get("held_out_loss_nats")
     if losses:
-        lines.append(f"held out  base {losses['base']:.3f}, tuned {losses['tuned']:.3f} nats per token")
+        lines.append(
+            f"held out  base {losses['base']:.3f}, tuned {losses['tuned']:.3f} nats per token"
+        )
     return lines
 
 
 def ranking_report(ranking: Ranking) -> RenderableType:
     """All of a ranking that a terminal shows."""
     num_parameters = sum(module.num_parameters for module in ranking.modules)
-    title = f"{len(ranking.modules)} modules, {num_parameters:,} parameters; 1 is the most important"
+    title = (
+        f"{len(ranking.modules)} modules, {num_parameters:,} parameters; 1 is the most important"
+    )
     provenance = Text("\n".join(provenance_lines(ranking)), style="dim")
     return Group(
         Text(title, style="bold"), heatmap(ranking), Text(), extremes(ranking), Text(), provenance

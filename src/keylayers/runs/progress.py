@@ -12,7 +12,7 @@ class Progress(Protocol):
     """Where a run reports to."""
 
     def stage(self, title: str, num_steps: int | None) -> AbstractContextManager[OnStep]:
-        """A part of the run, with a function to call after each of its steps with number and loss in nats."""
+        """A part of the run; gives a function to call after each step, with number and loss."""
         ...
 
     def note(self, text: str) -> None:

@@ -46,12 +46,10 @@ METHOD = "ila"
 def rank_modules(
     trainer: Trainer, options: MaskOptions | None = None, on_step: OnStep | None = None
 ) -> Ranking:
-    """Rank the modules that the LoRA adapter of a trainer's model updates, by the trainer's own
-    loss and data.
+    """Rank the modules that a trainer's LoRA adapter updates, by its own loss and data.
 
     The trainer is one that you built and trained: TRL's or transformers' own, or a subclass with
-    its own loss. It and
-    its model are given back as they were.
+    its own loss. It and its model are given back as they were.
 
     Args:
         trainer: Its `model` carries a LoRA adapter; its `train_dataset` is what the scores are
@@ -144,7 +142,10 @@ def _update(
         outside = ungated_tuner_layers(tuned)
         if outside:
             progress.note(f"not ranked, always on: the adapter's update of {', '.join(outside)}")
-        record = {"name": options.update.adapter, "weights_sha256": adapter_sha256(tuned)}
+        record: dict[str, Any] = {
+            "name": options.update.adapter,
+            "weights_sha256": adapter_sha256(tuned),
+        }
         return tuned, lora_updates(tuned), {"adapter": record}
     if options.update.tuned is not None:
         source = ModelOptions(model=options.update.tuned)
@@ -200,7 +201,7 @@ def _stage_1(
 def _held_out_losses(
     trainer: Trainer, updates: Sequence[Update], held_out: Dataset
 ) -> dict[str, float]:
-    """Held-out loss with all gates closed (the base model) and all open (the tuned one), in nats."""
+    """Held-out loss in nats with all gates closed (the base model) and all open (the tuned)."""
     losses = {}
     for name, value in (("base", 0.0), ("tuned", 1.0)):
         with gated(trainer.model, updates, initial_score=value, link="identity"):

@@ -62,8 +62,7 @@ class TrainedSet:
 def train(
     options: TrainOptions, output: Path, progress: Progress | None = None
 ) -> list[TrainedSet]:
-    """Train the selected modules, prove that only they were trained, and write the result to
-    `output`.
+    """Train the selected modules, prove that only they were trained, and write the result.
 
     Args:
         options: Everything that decides the result.
@@ -195,7 +194,7 @@ class _Job:
         return TrainedSet("base model", 0, 0, self.base_loss_nats, 0)
 
     def stage_1_row(self, ranking: Ranking) -> list[TrainedSet]:
-        """All modules as stage 1 of the ranking trained them, if it was on this model and this data."""
+        """All modules as stage 1 of the ranking trained them, if model and data are the same."""
         made_by = ranking.provenance
         stage_1 = made_by.get("stage_1")
         is_same = all(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from keylayers.errors import ConfigError, DataError, did_you_mean
+from keylayers.options import DataOptions
 from keylayers.training.chat import ChatTemplate, Encoded, encode_all, resolve_template
 from keylayers.training.formats import (
     TEXT_COLUMNS,
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     import datasets
     import transformers
 
-logger = logging.getLogger(__name__)
-
 # File endings and the reader of `datasets` for each. CSV cells stay text, as "007" and "NA" must.
 _READERS: dict[str, tuple[str, dict[str, object]]] = {
     ".json": ("json", {"parse_agent_traces": False}),
@@ -47,44 +46,6 @@ _READERS: dict[str, tuple[str, dict[str, object]]] = {
 }
 _HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
 _READ_ROWS = 1000  # rows turned into Python objects at a time
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """Which examples to train on, and how they are rendered."""
-
-    data: str
-    """A file (json, jsonl, csv, parquet, maybe .gz), a folder, or the hub's owner/name[:config]."""
-    split: str = "train"
-    """The split to read, or a part of it such as `train[:10%]`."""
-    format: Format | None = None
-    """The format of the rows; recognised by their columns when not given."""
-    chat_template: str | None = None
-    """`alpaca`, `chatml` or a Jinja file; the model's own when not given, or else `alpaca`."""
-    max_length: int = 1024
-    """Longest example in tokens; what is longer loses its end."""
-    held_out: float = 0.1
-    """Examples kept from training to measure the loss: a fraction below 1, or a number from 1."""
-    max_examples: int | None = None
-    """Use a random choice of at most this many examples."""
-    data_seed: int = 0
-    """Seed of the random choices: which examples are used, and which are held out."""
-
-    def __post_init__(self) -> None:
-        if self.max_length < 2:
-            raise ConfigError(
-                f"`max_length` must be at least 2 tokens, got {self.max_length}; raise it."
-            )
-        if self.held_out <= 0 or (self.held_out >= 1 and self.held_out != int(self.held_out)):
-            raise ConfigError(
-                "`held_out` must be a fraction between 0 and 1 or a whole number of examples, "
-                f"got {self.held_out:g}; 0.1 keeps a tenth."
-            )
-        if self.max_examples is not None and self.max_examples < 2:
-            raise ConfigError(
-                "`max_examples` must be at least 2 (one to train, one held out), "
-                f"got {self.max_examples}; raise it."
-            )
 
 
 @dataclass(frozen=True)
@@ -127,9 +88,8 @@ class PreparedData:
 
     def record(self) -> dict[str, object]:
         """What a JSON record of a run says about its data."""
-        asked = asdict(self.options)
         return {
-            **asked,
+            **asdict(self.options),
             "format": self.format,
             "chat_template": asdict(self.chat_template) if self.chat_template else None,
             "max_length": self.max_length,
@@ -137,6 +97,31 @@ class PreparedData:
             "content_sha256": self.content_sha256,
             **asdict(self.counts),
         }
+
+    def summary(self) -> list[str]:
+        """A line or two for people: what is trained, and what was left out."""
+        counts = self.counts
+        template = f", chat template {self.chat_template.name!r}" if self.chat_template else ""
+        lines = [
+            f"{counts.num_train} examples to train and {counts.num_held_out} held out "
+            f"(format {self.format!r}{template}, up to {self.max_length} tokens, the loss on "
+            f"{counts.num_label_tokens} of {counts.num_train_tokens})"
+        ]
+        left_out = {
+            "without an answer": counts.num_dropped_empty,
+            "duplicates": counts.num_duplicates,
+            "cut at the end": counts.num_truncated,
+            "too long for any answer": counts.num_truncated_away,
+            "with the loss on the last answer only": counts.num_last_answer_only,
+        }
+        if seen := [f"{number} {reason}" for reason, number in left_out.items() if number]:
+            lines.append(f"of the data: {', '.join(seen)}")
+        if self.max_length < self.options.max_length:
+            lines.append(
+                f"max_length {self.options.max_length} lowered to the {self.max_length} positions "
+                "that the model has"
+            )
+        return lines
 
 
 def prepare(
@@ -162,13 +147,8 @@ def prepare(
         )
     template = None if format == "text" else resolve_template(tokenizer, options.chat_template)
     max_length = min(options.max_length, max_positions or options.max_length)
-    if max_length < options.max_length:
-        logger.info("max_length lowered from %d to the model's %d", options.max_length, max_length)
-
     distinct = {one.digest(): one for one in converted.conversations}
-    chosen = list(distinct)
-    if options.max_examples is not None:
-        chosen = _pick(chosen, options.max_examples, f"use {options.data_seed}")
+    chosen = list(distinct)[: options.max_examples]
     usable = _encode_usable([distinct[key] for key in chosen], tokenizer, template, max_length)
     held_out = set(_hold_out(list(usable), options))
     train = [one for key, one in usable.items() if key not in held_out]
@@ -184,15 +164,22 @@ def prepare(
             num_dropped_empty=converted.num_dropped_empty,
             num_duplicates=len(converted.conversations) - len(distinct),
             num_examples=len(chosen),
-            num_train=len(train),
-            num_held_out=len(held_out),
-            num_truncated=sum(one.is_truncated for one in usable.values()),
             num_truncated_away=len(chosen) - len(usable),
-            num_last_answer_only=sum(one.is_last_answer_only for one in usable.values()),
-            num_train_tokens=sum(len(one.input_ids) for one in train),
-            num_label_tokens=sum(one.num_label_tokens for one in train),
+            **_count(list(usable.values()), train),
         ),
     )
+
+
+def _count(usable: Sequence[Encoded], train: Sequence[Encoded]) -> dict[str, int]:
+    """The part of the counts that follows from the tokens."""
+    return {
+        "num_train": len(train),
+        "num_held_out": len(usable) - len(train),
+        "num_truncated": sum(one.is_truncated for one in usable),
+        "num_last_answer_only": sum(one.is_last_answer_only for one in usable),
+        "num_train_tokens": sum(len(one.input_ids) for one in train),
+        "num_label_tokens": sum(one.num_label_tokens for one in train),
+    }
 
 
 def _encode_usable(
@@ -218,23 +205,23 @@ def _encode_usable(
     return usable
 
 
-def _pick(keys: Sequence[bytes], count: int, salt: str) -> list[bytes]:
-    """`count` of the keys, at random, in their order."""
-    # A hash in place of a generator: the choice survives a new Python version and a reordered file.
-    order = sorted(keys, key=lambda key: hashlib.sha256(salt.encode() + key).digest())
-    picked = set(order[:count])
-    return [key for key in keys if key in picked]
-
-
 def _hold_out(keys: Sequence[bytes], options: DataOptions) -> list[bytes]:
+    """The keys of the held-out examples."""
     asked = options.held_out
+    if asked >= 1 and asked != int(asked):
+        raise ConfigError(
+            "`held_out` must be a share below 1 or a whole number of examples, "
+            f"got {asked:g}; 0.1 keeps a tenth."
+        )
     count = int(asked) if asked >= 1 else max(1, round(asked * len(keys)))
     if count >= len(keys):
         raise DataError(
             f"At least one example must be left to train after {count} held out, got {len(keys)} "
             "usable examples; lower `--held-out` or give more data."
         )
-    return _pick(keys, count, f"hold out {options.data_seed}")
+    # A hash in place of a generator: the choice survives a new Python version and a reordered file.
+    salt = f"hold out {options.split_seed}".encode()
+    return sorted(keys, key=lambda key: hashlib.sha256(salt + key).digest())[:count]
 
 
 def _hash_all(keys: Sequence[bytes]) -> str:
@@ -263,8 +250,11 @@ def _read_conversations(options: DataOptions) -> tuple[Format, Converted]:
         first_row = next(_rows(found), None)
         if first_row is None:
             raise DataError(_empty(options))
-        format = options.format or recognise(found.column_names, first_row)
-        require_columns(format, found.column_names)
+        columns = found.column_names
+        if options.format is None:
+            format = recognise(columns, first_row)
+        else:
+            format = require_columns(options.format, columns)
         converted = conversations(_rows(found), format)
     if not converted.conversations:
         raise DataError(
@@ -310,18 +300,18 @@ def _open(options: DataOptions, cache: str) -> "datasets.Dataset":
         if path.is_dir() and any(
             (path / name).is_file() for name in ("state.json", "dataset_dict.json")
         ):
-            return _open_saved(path, options.split)
+            return _open_saved(path, options.data_split)
         if path.exists():
             reader, reader_options = _reader(path)
             files = (
                 {"path": reader, "data_files": str(path)} if path.is_file() else {"path": str(path)}
             )
             return datasets.load_dataset(
-                split=options.split, cache_dir=cache, **files, **reader_options
+                split=options.data_split, cache_dir=cache, **files, **reader_options
             )
         if hub is None or _suffix(path) in _READERS:
             raise DataError(_missing(path))
-        return datasets.load_dataset(hub["name"], hub["config"], split=options.split)
+        return datasets.load_dataset(hub["name"], hub["config"], split=options.data_split)
     except DataError:
         raise
     except StopIteration as error:  # how `datasets` answers to an empty JSON file
@@ -345,7 +335,7 @@ def _open_saved(path: Path, split: str) -> "datasets.Dataset":
     splits = list(saved) if isinstance(saved, DatasetDict) else ["train"]
     if split not in splits:
         raise DataError(
-            f"`split` must be one of {', '.join(splits)} in {str(path)!r}, got {split!r}"
+            f"`data_split` must be one of {', '.join(splits)} in {str(path)!r}, got {split!r}"
             f"{did_you_mean(split, splits)}"
         )
     return saved[split] if isinstance(saved, DatasetDict) else saved
@@ -368,7 +358,7 @@ def _reader(path: Path) -> tuple[str, dict[str, object]]:
 
 
 def _empty(options: DataOptions) -> str:
-    return f"The data must have rows, got none in {options.data!r}; check it, or `--split`."
+    return f"The data must have rows, got none in {options.data!r}; check it, or `--data-split`."
 
 
 def _missing(path: Path) -> str:
@@ -392,5 +382,5 @@ def _unreadable(options: DataOptions, error: BaseException, *, is_hub: bool) -> 
         )
     return (
         f"{options.data!r} must be readable as a table with one type per column (split "
-        f"{options.split!r}), got: {reason}. Mend the file or choose another `--split`."
+        f"{options.data_split!r}), got: {reason}. Mend the file or choose another `--data-split`."
     )

@@ -9,19 +9,14 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeAlias
 
 from keylayers.errors import ConfigError, DataError, did_you_mean
+from keylayers.options import DataFormat
 
-Format = Literal[
-    "messages", "sharegpt", "lima", "self-instruct", "alpaca", "prompt-completion", "text"
-]
+Format: TypeAlias = DataFormat
 Role = Literal["system", "user", "assistant"]
 Row = Mapping[str, object]
-
-# The order decides for rows that fit several formats: UltraChat and No Robots carry `prompt` beside
-# `messages`, and Alpaca carries the joined `text` beside its own columns.
-FORMATS: tuple[Format, ...] = get_args(Format)
 
 # Question and answer columns in use. `solution` comes before `answer` because LIMO keeps the worked
 # solution, which is what is trained, in the first and the bare result in the second.
@@ -37,6 +32,8 @@ PAIRS = (
     ("instruction", "response"),
 )
 
+# The order decides for rows that fit several formats: UltraChat and No Robots carry `prompt` beside
+# `messages`, and Alpaca carries the joined `text` beside its own columns.
 _COLUMNS: dict[Format, tuple[tuple[str, ...], ...]] = {
     "messages": (("messages",),),
     "sharegpt": (("conversations",),),
@@ -46,6 +43,8 @@ _COLUMNS: dict[Format, tuple[tuple[str, ...], ...]] = {
     "prompt-completion": PAIRS,
     "text": (("text",),),
 }
+FORMATS: tuple[Format, ...] = tuple(_COLUMNS)
+
 _ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
@@ -114,26 +113,28 @@ def recognise(columns: Collection[str], first_row: Row) -> Format:
     )
 
 
-def require_columns(format: Format, columns: Collection[str]) -> None:
-    """Check that a format that was asked for by name can be read from these columns.
+def require_columns(format: str, columns: Collection[str]) -> Format:
+    """The format that was asked for by name, if it can be read from these columns.
 
     Raises:
         ConfigError: there is no such format.
         DataError: columns of the format are missing.
     """
-    if format not in FORMATS:
+    asked = next((known for known in FORMATS if known == format), None)
+    if asked is None:
         raise ConfigError(
             f"`format` must be one of {', '.join(FORMATS)}, got {format!r}"
             f"{did_you_mean(format, FORMATS)}"
         )
-    missing = [[name for name in names if name not in columns] for names in _COLUMNS[format]]
+    missing = [[name for name in names if name not in columns] for names in _COLUMNS[asked]]
     if all(missing):
         fewest = min(missing, key=len)
         raise DataError(
-            f"The format {format!r} needs the columns {_describe(format)}; "
+            f"The format {format!r} needs the columns {_describe(asked)}; "
             f"{', '.join(fewest)} missing from {', '.join(columns) or 'no columns'}. "
             "Rename the columns, or leave out `--format`."
         )
+    return asked
 
 
 def conversations(rows: Iterable[Row], format: Format) -> Converted:

@@ -64,8 +64,7 @@ def make_trainer(
     *,
     num_steps: int,
 ) -> SFTTrainer:
-    """A trainer on `train` (columns `input_ids` and `labels`) for the parameters of `model` that
-    are trainable.
+    """A trainer of the trainable parameters of `model`, on rows of `input_ids` and `labels`.
 
     It writes no files, prints nothing, reports to nobody and sends no telemetry.
     """
@@ -138,7 +137,7 @@ def fine_tune(
 
 
 class _LossWatch(TrainerCallback):
-    """Collects the loss of each step, reports it, and stops training when it is stable or not finite."""
+    """Collects and reports the loss of each step; stops when it is stable or not finite."""
 
     def __init__(self, stability: StabilityOptions | None, on_step: OnStep | None) -> None:
         self.stability = stability

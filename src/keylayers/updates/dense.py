@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from keylayers.errors import ModelError
-from keylayers.model_map import ModuleInfo, map_modules, module_by_name
-from keylayers.updates.lora import GATE_CHILD
+from keylayers.model_map import ModuleInfo, linear_of, map_modules, module_by_name
+from keylayers.updates.gate import GATE_CHILD, Gate
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class DenseUpdate:
     """What full fine-tuning added to one module's weight, and to its bias if it has one."""
 
     module: ModuleInfo
-    layer: nn.Module
+    layer: nn.Linear | Conv1D
     delta_weight: Tensor
     delta_bias: Tensor | None
 
     @contextlib.contextmanager
-    def gated(self, gate: nn.Module) -> Iterator[None]:
+    def gated(self, gate: Gate) -> Iterator[None]:
         """Let the module, which holds θ_0, compute with `θ_0 + γ Δθ` inside the block."""
         is_transposed = not isinstance(self.layer, nn.Linear)  # Conv1D keeps (d_in, d_out)
         weight = self.layer.weight.T if is_transposed else self.layer.weight
@@ -48,7 +49,7 @@ class DenseUpdate:
             return y + bias.to(y.dtype)
 
         self.layer.add_module(GATE_CHILD, gate)
-        self.layer.forward = forward
+        self.layer.forward = forward  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -102,7 +103,8 @@ def dense_updates(model: nn.Module, tuned: Mapping[str, Tensor]) -> list[DenseUp
     """
     updates = []
     for info in map_modules(model):
-        layer = module_by_name(model, info.name)
+        layer = linear_of(module_by_name(model, info.name))
+        assert isinstance(layer, (nn.Linear, Conv1D))
         delta_weight = _difference(tuned, f"{info.name}.weight", layer.weight)
         delta_bias = None
         if layer.bias is not None:
@@ -118,8 +120,7 @@ def dense_updates(model: nn.Module, tuned: Mapping[str, Tensor]) -> list[DenseUp
 
 
 def take_other_weights(model: nn.Module, tuned: Mapping[str, Tensor]) -> list[str]:
-    """Give `model` the tuned values of everything that is not gated: embeddings, norms, output
-    head.
+    """Give `model` the tuned values of all that is not gated: embeddings, norms, head.
 
     With them the model with all gates open is the tuned model. The modules of the blocks keep θ_0.
 

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from keylayers.errors import ModelError
 from keylayers.model_map import ModuleInfo, base_model_of, map_modules
-
-GATE_CHILD = "keygate"
+from keylayers.updates.gate import GATE_CHILD, Gate
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class LoraUpdate:
     adapter: str
 
     @contextlib.contextmanager
-    def gated(self, gate: nn.Module) -> Iterator[None]:
+    def gated(self, gate: Gate) -> Iterator[None]:
         """Scale this update by `gate` inside the block; LoRA's dropout is off there."""
 
         def scale(_: nn.Module, __: tuple[Tensor, ...], hidden: Tensor) -> Tensor:
@@ -78,7 +77,7 @@ def lora_updates(model: nn.Module) -> list[LoraUpdate]:
 
 
 def ungated_tuner_layers(model: nn.Module) -> list[str]:
-    """PEFT layers outside the blocks (embeddings, output head): their update stays on while masks are learned."""
+    """PEFT layers outside the blocks (embeddings, head): not gated, their update stays on."""
     inside = {info.name for info in map_modules(model)}
     return [
         name
@@ -102,7 +101,7 @@ def _checked(layer: BaseTunerLayer, name: str) -> tuple[LoraLayer, str]:
     elif layer.merged:
         reason = "it is merged into the base weights; call model.unmerge_adapter() first"
     elif not isinstance(layer.lora_A, nn.ModuleDict) or adapter not in layer.lora_A:
-        reason = f"its A matrix is no module (AdaLoRA, embeddings, target_parameters): {type(layer).__name__}"
+        reason = f"A is no module in a {type(layer).__name__} (as in target_parameters)"
     elif layer.use_dora.get(adapter, False):
         reason = "DoRA's A also enters the norm of the weight"
     elif layer.lora_bias.get(adapter, False):
