@@ -131,7 +131,7 @@ def test_the_same_rows_give_the_same_examples_from_any_place(
 
 
 def test_the_examples_are_what_trl_takes_as_it_is(prepare, alpaca, tokenizer):
-    prepared = prepare(alpaca, held_out=4)
+    prepared = prepare(alpaca, held_out=4.0)
     assert prepared.train.column_names == prepared.held_out.column_names == ["input_ids", "labels"]
     for example in prepared.train:
         counted = [label for label in example["labels"] if label != -100]
@@ -154,9 +154,9 @@ def test_training_and_held_out_examples_are_all_of_them_in_order(prepare, alpaca
 
 def test_the_split_depends_on_content_and_seed_only(prepare, alpaca, tmp_path, tokenizer):
     reordered = write(tmp_path / "reordered.jsonl", ROWS[::-1])
-    held_out = set(texts(prepare(alpaca, held_out=5).held_out, tokenizer))
-    assert set(texts(prepare(reordered, held_out=5).held_out, tokenizer)) == held_out
-    assert set(texts(prepare(alpaca, held_out=5, split_seed=1).held_out, tokenizer)) != held_out
+    held_out = set(texts(prepare(alpaca, held_out=5.0).held_out, tokenizer))
+    assert set(texts(prepare(reordered, held_out=5.0).held_out, tokenizer)) == held_out
+    assert set(texts(prepare(alpaca, held_out=5.0, split_seed=1).held_out, tokenizer)) != held_out
 
 
 def test_duplicates_never_reach_both_sides_of_the_split(prepare, tmp_path, tokenizer):
@@ -169,9 +169,9 @@ def test_duplicates_never_reach_both_sides_of_the_split(prepare, tmp_path, token
 
 def test_fewer_examples_are_the_first_distinct_ones(prepare, tmp_path, tokenizer):
     path = write(tmp_path / "twice.jsonl", [ROWS[0], *ROWS])
-    prepared = prepare(path, max_examples=6, held_out=1)
+    prepared = prepare(path, max_examples=6, held_out=1.0)
     assert (prepared.counts.num_examples, prepared.counts.num_train) == (6, 5)
-    whole = prepare(write(tmp_path / "six.jsonl", ROWS[:6]), held_out=1)
+    whole = prepare(write(tmp_path / "six.jsonl", ROWS[:6]), held_out=1.0)
     assert prepared.content_sha256 == whole.content_sha256
     assert prepare(path, max_examples=50).content_sha256 == prepare(path).content_sha256
 
@@ -215,7 +215,7 @@ def test_the_counts_tell_what_became_of_every_row(prepare, tmp_path):
         {"instruction": "cut", "output": "x" * 100},
         {"instruction": "y" * 100, "output": "away"},
     ]
-    counts = prepare(write(tmp_path / "a.jsonl", rows), max_length=80, held_out=2).counts
+    counts = prepare(write(tmp_path / "a.jsonl", rows), max_length=80, held_out=2.0).counts
     assert (counts.num_dropped_empty, counts.num_duplicates) == (1, 1)
     assert (counts.num_examples, counts.num_train, counts.num_held_out) == (22, 19, 2)
     assert (counts.num_truncated, counts.num_truncated_away) == (1, 1)
@@ -266,7 +266,6 @@ def test_plain_text_has_no_template_and_counts_every_token(prepare, tmp_path):
     path = write(tmp_path / "text.jsonl", [{"text": f"Text {i}"} for i in range(4)])
     prepared = prepare(path)
     assert prepared.chat_template is None
-    assert prepared.record()["chat_template"] is None
     assert all(one["labels"] == one["input_ids"] for one in prepared.train)
 
 
@@ -281,7 +280,7 @@ def test_a_template_for_plain_text_is_refused_as_it_has_no_effect(prepare, tmp_p
 def test_cells_of_csv_stay_text(prepare, tmp_path, tokenizer):
     path = tmp_path / "a.csv"
     path.write_text("question,answer\nwho,007\nwhat,NA\nx,1.50\ny,\n", encoding="utf-8")
-    prepared = prepare(path, held_out=1)
+    prepared = prepare(path, held_out=1.0)
     found = texts(prepared.train, tokenizer) + texts(prepared.held_out, tokenizer)
     assert sorted(text.split("### Response:\n")[1] for text in found) == ["007", "1.50", "NA"]
     assert prepared.counts.num_dropped_empty == 1
@@ -309,7 +308,7 @@ def test_holding_everything_out_is_refused(prepare, alpaca):
     from keylayers.errors import DataError
 
     with pytest.raises(DataError, match=r"left to train after 20 held out, got 20 usable"):
-        prepare(alpaca, held_out=20)
+        prepare(alpaca, held_out=20.0)
 
 
 def test_a_missing_file_gets_a_suggestion(prepare, alpaca):

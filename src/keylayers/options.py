@@ -107,7 +107,7 @@ class TrainingOptions:
     gradient_accumulation: int = 1
     warmup_steps: int = 10
     lora_rank: int = 16
-    lora_alpha: float = 32
+    lora_alpha: int = 32
     gradient_checkpointing: bool = False
     seed: int = 0
 
@@ -116,7 +116,7 @@ class TrainingOptions:
         _at_least("gradient_accumulation", self.gradient_accumulation, 1)
         _at_least("warmup_steps", self.warmup_steps, 0)
         _at_least("lora_rank", self.lora_rank, 1)
-        _above_zero("lora_alpha", self.lora_alpha)
+        _at_least("lora_alpha", self.lora_alpha, 1)
         if self.learning_rate is not None:
             _above_zero("learning_rate", self.learning_rate)
 
