@@ -7,6 +7,7 @@ failure of keylayers itself, 130 after Ctrl-C. `--traceback` shows where an erro
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError
@@ -50,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("stopped; what was finished is kept, nothing is half written")
         return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except CycloptsError as error:
         if is_traceback_wanted:
             raise
@@ -75,6 +79,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    for library in ("peft", "transformers", "trl"):  # deprecations between them, not for users
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
 
 
 def _complain(text: str) -> None:

@@ -4,22 +4,24 @@
 import json
 import sys
 from pathlib import Path
+from typing import Annotated
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 EXAMPLES = """Examples:
 
 ```
 keylayers show out/ranking.json
-keylayers show out --as-json | jq '.modules[0].name'
+keylayers show out --json | jq '.modules[0].name'
 ```
 """
 
+JSON = Parameter(name="--json", negative=())
 app = App(help_epilogue=EXAMPLES)
 
 
 @app.default
-def show(ranking: Path, /, *, as_json: bool = False) -> None:
+def show(ranking: Path, /, *, as_json: Annotated[bool, JSON] = False) -> None:
     """Show a ranking: heatmap of blocks by projections, best and worst modules, provenance.
 
     Args:

@@ -53,7 +53,7 @@ def _cell(rank: int | None, num_modules: int, width: int, *, is_missing: bool) -
 
 
 def extremes(ranking: Ranking, count: int = 10) -> Table:
-    """The best and the worst modules with score and standard error."""
+    """The best and the worst modules; ± is the standard error of the score."""
     ordered = ranking.ordered()
     ranks = ranking.ranks()
     if len(ordered) > 2 * count:
@@ -61,9 +61,10 @@ def extremes(ranking: Ranking, count: int = 10) -> Table:
     else:
         chosen = list(ordered)
     table = Table(box=None, padding=(0, 2), pad_edge=False)
-    for title, justify in (("rank", "right"), ("module", "left"), ("score", "right")):
-        table.add_column(title, justify=justify)  # type: ignore[arg-type]
-    table.add_column("± standard error", justify="right")
+    table.add_column("rank", justify="right")
+    table.add_column("module", no_wrap=True, overflow="ignore")
+    table.add_column("score", justify="right")
+    table.add_column("±", justify="right")
     table.add_column("parameters", justify="right")
     for module in chosen:
         if module is None:

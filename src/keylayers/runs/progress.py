@@ -3,11 +3,12 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 OnStep = Callable[[int, float], None]
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Where a run reports to."""
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from keylayers.errors import ConfigError, DataError, did_you_mean
 from keylayers.options import DataOptions
+from keylayers.records import json_sha256
 from keylayers.training.chat import ChatTemplate, Encoded, encode_all, resolve_template
 from keylayers.training.formats import (
     TEXT_COLUMNS,
@@ -88,10 +89,14 @@ class PreparedData:
 
     def record(self) -> dict[str, object]:
         """What a JSON record of a run says about its data."""
+        template = asdict(self.chat_template) if self.chat_template else None
+        options = self.options
+        split = [self.content_sha256, options.held_out, options.split_seed, self.max_length]
         return {
-            **asdict(self.options),
+            **asdict(options),
+            "split_sha256": json_sha256([*split, template]),
             "format": self.format,
-            "chat_template": asdict(self.chat_template) if self.chat_template else None,
+            "chat_template": template,
             "max_length": self.max_length,
             "max_length_asked": self.options.max_length,
             "content_sha256": self.content_sha256,

@@ -85,7 +85,7 @@ def make_trainer(
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation,
-        gradient_checkpointing=options.gradient_checkpointing,
+        activation_checkpointing=options.gradient_checkpointing,  # its new name
         bf16=model.dtype == torch.bfloat16,
         fp16=model.dtype == torch.float16,
         use_cpu=not torch.accelerator.is_available(),

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the weight matrices that a fine-tune of a language model really needs, and train only those.
+
+    ranking = keylayers.rank_modules(trainer)          # any transformers or TRL trainer with LoRA
+    config = ranking.select(0.3).lora_config(r=16)     # an ordinary peft.LoraConfig
+
+Public names load when they are first used, so that importing keylayers is cheap and runs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from keylayers._version import __version__
+
+if TYPE_CHECKING:
+    from keylayers.compare import Agreement, agreement, chance_jaccard
+    from keylayers.errors import KeylayersError
+    from keylayers.mask.curve import MaskCurve, mask_curve
+    from keylayers.options import (
+        DataOptions,
+        MaskOptions,
+        ModelOptions,
+        RankOptions,
+        SelectionOptions,
+        StabilityOptions,
+        TrainingOptions,
+        TrainOptions,
+        UpdateOptions,
+    )
+    from keylayers.ranking import RankedModule, Ranking
+    from keylayers.runs.rank import rank, rank_modules
+    from keylayers.runs.train import TrainedSet, train
+    from keylayers.selection import Freeze, Selection
+
+_HOME = {
+    "Agreement": "compare",
+    "DataOptions": "options",
+    "Freeze": "selection",
+    "KeylayersError": "errors",
+    "MaskCurve": "mask.curve",
+    "MaskOptions": "options",
+    "ModelOptions": "options",
+    "RankOptions": "options",
+    "RankedModule": "ranking",
+    "Ranking": "ranking",
+    "Selection": "selection",
+    "SelectionOptions": "options",
+    "StabilityOptions": "options",
+    "TrainOptions": "options",
+    "TrainedSet": "runs.train",
+    "TrainingOptions": "options",
+    "UpdateOptions": "options",
+    "agreement": "compare",
+    "chance_jaccard": "compare",
+    "mask_curve": "mask.curve",
+    "rank": "runs.rank",
+    "rank_modules": "runs.rank",
+    "train": "runs.train",
+}
+
+__all__ = [
+    "Agreement",
+    "DataOptions",
+    "Freeze",
+    "KeylayersError",
+    "MaskCurve",
+    "MaskOptions",
+    "ModelOptions",
+    "RankOptions",
+    "RankedModule",
+    "Ranking",
+    "Selection",
+    "SelectionOptions",
+    "StabilityOptions",
+    "TrainOptions",
+    "TrainedSet",
+    "TrainingOptions",
+    "UpdateOptions",
+    "__version__",
+    "agreement",
+    "chance_jaccard",
+    "mask_curve",
+    "rank",
+    "rank_modules",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'keylayers' has no attribute {name!r}")
+    return getattr(import_module(f"keylayers.{_HOME[name]}"), name)

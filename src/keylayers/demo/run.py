@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo: everything that keylayers does, on the built-in model, without a network.
+
+Ranks three alignment data sets that ask the same questions and differ in the style of the answers,
+then trains the best 30 %, all modules and a random 30 % for the first of them.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from keylayers.compare import Agreement, agreement
+from keylayers.demo.world import STYLES, Style, alignment_examples
+from keylayers.options import (
+    DataOptions,
+    MaskOptions,
+    ModelOptions,
+    RankOptions,
+    SelectionOptions,
+    StabilityOptions,
+    TrainingOptions,
+    TrainOptions,
+)
+from keylayers.ranking import Ranking
+from keylayers.runs.progress import Progress, Silent
+from keylayers.runs.rank import rank
+from keylayers.runs.train import TrainedSet, train
+
+BASE = Path(__file__).parent / "base"
+NUM_EXAMPLES = 504
+BUDGET = 0.3
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found.
+
+    Attributes:
+        rankings: One for each style.
+        pairs: Agreement of the rankings at the demo's budget.
+        trained: Held-out losses of the base model and of what was trained.
+    """
+
+    rankings: dict[Style, Ranking]
+    pairs: list[Agreement]
+    trained: list[TrainedSet]
+
+
+def demo_options(style: Style, folder: Path, *, seed: int, max_steps: int) -> RankOptions:
+    """How the demo ranks one style; writes the style's data to `folder`."""
+    path = folder / f"{style}.jsonl"
+    rows = alignment_examples(style, NUM_EXAMPLES)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return RankOptions(
+        model=ModelOptions(model=str(BASE), dtype="float32"),
+        data=DataOptions(data=str(path)),
+        training=TrainingOptions(batch_size=16, lora_rank=8, lora_alpha=16, seed=seed),
+        stability=StabilityOptions(max_steps=max_steps),
+        mask=MaskOptions(),
+    )
+
+
+def demo(
+    output: Path, *, seed: int = 0, max_steps: int = 200, progress: Progress | None = None
+) -> DemoResult:
+    """Rank three styles, compare the rankings, and train on a selection.
+
+    Args:
+        output: Folder for data, rankings and adapters.
+        seed: Of everything.
+        max_steps: Cap of each fine-tune.
+        progress: Where to report to.
+    """
+    progress = progress or Silent()
+    output.mkdir(parents=True, exist_ok=True)
+    rankings: dict[Style, Ranking] = {}
+    for style in STYLES:
+        progress.note(f"--- {style} answers ---")
+        options = demo_options(style, output, seed=seed, max_steps=max_steps)
+        rankings[style] = rank(options, output / style, progress)
+    pairs = agreement(list(rankings.values()), BUDGET)
+    style = STYLES[0]
+    options = demo_options(style, output, seed=seed, max_steps=max_steps)
+    selection = SelectionOptions(
+        ranking=str(output / style),
+        budget=str(BUDGET),
+        steps=max_steps,
+        compare=("all", "random"),
+    )
+    progress.note(f"--- training on {style} answers ---")
+    train_options = TrainOptions(selection, options.model, options.data, options.training)
+    trained = train(train_options, output / f"{style}-best", progress)
+    return DemoResult(rankings, pairs, trained)
+
+
+def rows_of(result: DemoResult) -> list[dict[str, object]]:
+    """The trained sets for a table."""
+    return [asdict(row) for row in result.trained]

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The house as docs/architecture.md draws it: public names, the one direction of imports, lightness."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "keylayers"
+
+# Left to right: a file imports only from its own place or from places before it.
+ORDER = (
+    ("_version", "errors"),
+    ("records", "options"),
+    ("model_map",),
+    ("weights",),
+    ("preserve",),
+    ("updates",),
+    ("gates",),
+    ("mask",),
+    ("scores",),
+    ("ranking",),
+    ("selection",),
+    ("compare",),
+    ("apply",),
+    ("models",),
+    ("training",),
+    ("evaluation",),
+    ("report",),
+    ("runs",),
+    ("demo",),
+    ("cli",),
+)
+PLACE = {name: index for index, names in enumerate(ORDER) for name in names}
+# A method that is a shortcut to a later step imports it when it is called.
+SHORTCUTS = {("ranking", "selection"), ("selection", "apply")}
+
+
+def imports_of(path):
+    """(imported part of keylayers, whether at the top of the file)."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("keylayers."):
+            yield node.module.split(".")[1], node in tree.body
+
+
+FILES = [path for path in sorted(SOURCE.rglob("*.py")) if path != SOURCE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_point_one_way(path):
+    own = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    for imported, is_at_top in imports_of(path):
+        is_shortcut = (own, imported) in SHORTCUTS and not is_at_top
+        assert PLACE[imported] <= PLACE[own] or is_shortcut, f"{own} imports {imported}"
+
+
+def test_every_file_has_its_place():
+    tops = {path.relative_to(SOURCE).parts[0].removesuffix(".py") for path in FILES}
+    assert tops == set(PLACE)
+
+
+def test_the_public_names_are_exact():
+    import keylayers
+
+    assert sorted(keylayers.__all__) == keylayers.__all__
+    assert set(keylayers.__all__) == {*keylayers._HOME, "__version__"}
+    for name in keylayers.__all__:
+        assert getattr(keylayers, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = keylayers.nothing
+
+
+def heavy_modules_after(code):
+    """Which of the heavy libraries a fresh process has loaded after running `code`."""
+    heavy = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
+    script = f"import sys; sys.path.insert(0, {str(SOURCE.parent)!r})\n{code}\n"
+    script += f"print([name for name in {heavy} if name in sys.modules], file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    return done.stderr.strip()
+
+
+LIGHT = [
+    "import keylayers",
+    "from keylayers.cli import main; main(['--help'])",
+    "from keylayers.cli import main; main(['rank', '--help'])",
+    "from keylayers.cli import main; main(['train', '--help'])",
+    "from keylayers.cli import main; main(['show', 'no-such-file.json'])",
+    "import keylayers.ranking, keylayers.selection, keylayers.compare, keylayers.report.terminal",
+]
+
+
+@pytest.mark.parametrize("code", LIGHT)
+def test_light_uses_import_no_torch(code):
+    assert heavy_modules_after(code).endswith("[]")
+
+
+def test_the_test_of_lightness_can_fail():
+    assert heavy_modules_after("import torch").endswith("['torch']")
+
+
+def test_help_answers_within_half_a_second():
+    import time
+
+    command = [sys.executable, "-c", "from keylayers.cli import main; main(['--help'])"]
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run(command, capture_output=True, check=True, cwd=SOURCE.parent)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
