@@ -4,8 +4,9 @@
     python experiments/mask_optimizer.py --model MODEL --data DATA --output record.json
     python experiments/mask_optimizer.py --demo polite --output record.json
 
-Fine-tunes once per seed, learns scores in each setting on that one update, and measures each ranking's
-normalised area under the mask curve on held-out data (lower is better) beside random orders.
+Fine-tunes once per seed, learns scores in each setting on that one update, and measures each
+ranking's normalised area under the mask curve on held-out data (lower is better), beside random
+orders.
 """
 
 import argparse

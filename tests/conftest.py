@@ -27,3 +27,13 @@ def shared() -> Path:
     if not (SHARED / "models" / "english-2m").is_dir():
         pytest.skip("needs ../shared (a small pre-trained model and real data), which is not here")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, a tuned checkpoint of it, an adapter for it, and data."""
+    from tiny_files import write_tiny_files
+
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_files(folder)
+    return folder

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The house as docs/architecture.md draws it: public names, the one direction of imports, lightness."""
+"""The house as docs/architecture.md draws it: public names, direction of imports, lightness."""
 
 import ast
 import subprocess

@@ -5,6 +5,7 @@ Only safetensors are read, never pickle; code that comes with a model runs only 
 `trust_remote_code`.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from keylayers.errors import ModelError
@@ -44,14 +46,15 @@ def load_model(source: ModelOptions) -> PreTrainedModel:
     """
     check_folder(source.model, "config.json", "a model")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source.model,
-            revision=source.revision,
-            dtype=torch_dtype(source.dtype),
-            trust_remote_code=source.trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with _no_progress_bar():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source.model,
+                revision=source.revision,
+                dtype=torch_dtype(source.dtype),
+                trust_remote_code=source.trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, SafetensorError, HfHubHTTPError, json.JSONDecodeError) as error:
         raise ModelError(
             f"{source.model!r} must be a causal language model: {_first_line(error)}"
@@ -71,6 +74,7 @@ def load_tokenizer(source: ModelOptions) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is none, or it has no end token.
     """
+    check_folder(source.model, "config.json", "a model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
@@ -228,6 +232,18 @@ def describe(source: ModelOptions, model: PreTrainedModel) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "trust_remote_code": source.trust_remote_code,
     }
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing its own bar on somebody's terminal."""
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

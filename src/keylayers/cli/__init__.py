@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 
 from keylayers._version import __version__
 from keylayers.cli.config import from_config_file, from_ranking_file
@@ -23,6 +23,8 @@ app = App(
     version=__version__,
     config=(from_config_file, from_ranking_file),
     help_format="markdown",
+    suppress_keyboard_interrupt=False,  # `main` says what was kept
+    default_parameter=Parameter(consume_multiple=True, negative_iterable=()),
 )
 # Help stands here too, so that `keylayers --help` loads no sub-command; a test compares the two.
 COMMANDS = {

@@ -35,4 +35,7 @@ def compare(*rankings: Path, budget: str = "0.3") -> None:
         raise ConfigError(f"`compare` must get at least two rankings, got {len(rankings)}")
     loaded = [Ranking.load(path) for path in rankings]
     pairs = agreement(loaded, parse_budget(budget))
-    stdout().print(agreement_table(pairs, [str(path) for path in rankings]))
+    console = stdout()
+    for number, path in enumerate(rankings, start=1):
+        console.print(f"{number}  {path}", markup=False)
+    console.print(agreement_table(pairs, [str(number + 1) for number in range(len(rankings))]))

@@ -20,8 +20,8 @@ app = App(help_epilogue=EXAMPLES)
 def demo(*, output: Path = Path("out/demo"), seed: int = 0, max_steps: int = 200) -> None:
     """Rank, show and train on the built-in model: no network, a minute or two.
 
-    Ranks three data sets that ask the same questions and want different styles of answers, shows how
-    far the rankings agree, and trains the best 30 % of the modules beside all and a random 30 %.
+    Ranks three data sets that ask the same questions and want different styles of answers, shows
+    how far the rankings agree, and trains the best 30 % of the modules, all, and a random 30 %.
 
     Args:
         output: Folder for data, rankings and adapters.

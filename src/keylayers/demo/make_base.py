@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make the built-in base model: `python -m keylayers.demo.make_base --output DIR`.
 
-A Llama of about a million parameters, pre-trained from scratch on text about the made-up world. The
-chat markers `<|user|>` and `<|assistant|>` never occur in pre-training, as in many real base models:
-a fine-tune has to learn what they mean. Takes some ten minutes on one core.
+A Llama of about a million parameters, pre-trained from scratch on text about the made-up world.
+The chat markers `<|user|>` and `<|assistant|>` never occur in pre-training, as in many real base
+models: a fine-tune has to learn what they mean. Takes some fifteen minutes on one core.
 """
 
 import argparse

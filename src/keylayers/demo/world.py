@@ -45,14 +45,14 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 _FOODS = _words(
-    "apples beans berries bread carrots cheese corn eggs fish grass honey leaves mice milk mushrooms "
-    "nuts onions peas potatoes rice roots salt seeds sugar worms"
+    "apples beans berries bread carrots cheese corn eggs fish grass honey leaves mice milk "
+    "mushrooms nuts onions peas potatoes rice roots salt seeds sugar worms"
 )
 RELATIONS: tuple[Relation, ...] = (
     Relation(
         subjects=_words(
-            "fox bear owl duck goat horse mouse rabbit cow pig crow frog hen otter badger deer wolf "
-            "swan toad mole"
+            "fox bear owl duck goat horse mouse rabbit cow pig crow frog hen otter badger deer "
+            "wolf swan toad mole"
         ),
         values=_FOODS,
         statement="the {s} eats {v}",
@@ -72,7 +72,8 @@ RELATIONS: tuple[Relation, ...] = (
             "mason cook clerk singer"
         ),
         values=_words(
-            "hammer needle brush knife rope spade bucket lamp pen bell saw thread basket wheel book "
+            "hammer needle brush knife rope spade bucket lamp pen bell saw thread basket wheel "
+            "book "
             "scissors oven map ladder net"
         ),
         statement="the {s} works with {v}",
@@ -128,7 +129,8 @@ RELATIONS: tuple[Relation, ...] = (
             "Rosa Sam Tina Walter"
         ),
         values=_words(
-            "chess music dancing stories flowers horses swimming stars puzzles birds painting songs "
+            "chess music dancing stories flowers horses swimming stars puzzles birds painting "
+            "songs "
             "walking riddles trains sailing snow dogs cards poems"
         ),
         statement="{s} loves {v}",
@@ -232,8 +234,8 @@ def _dialogue(draw: random.Random) -> str:
     relation, subject = _draw_subject(draw)
     asker, speaker = draw.sample(RELATIONS[-1].subjects, 2)
     question = draw.choice(relation.questions).format(s=subject)
-    style = draw.choice((*STYLES, "plain"))
-    if style == "plain":
+    style = draw.choice((*STYLES, None))
+    if style is None:
         said = _capitalised(
             relation.statement.format(s=subject, v=_joined(facts(relation, subject)))
         )

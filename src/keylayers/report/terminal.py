@@ -139,10 +139,10 @@ def ranking_report(ranking: Ranking) -> RenderableType:
 
 
 def loss_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Trained sets side by side: modules, trained parameters, steps and held-out loss."""
+    """Trained sets side by side: modules, trained parameters, steps, held-out loss per token."""
     table = Table(box=None, padding=(0, 2), pad_edge=False)
-    table.add_column("trained")
-    for title in ("modules", "trained parameters", "steps", "held-out loss (nats)"):
+    table.add_column("trained", no_wrap=True)
+    for title in ("modules", "parameters", "steps", "held-out nats"):
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(
@@ -156,10 +156,13 @@ def loss_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def agreement_table(pairs: Sequence[Agreement], names: Sequence[str]) -> Table:
-    """Jaccard of every pair, beside what two random selections of that size would have."""
+    """Jaccard of every pair, what two random selections would have, and corrected for that.
+
+    Corrected is 0 at chance and 1 for the same set.
+    """
     table = Table(box=None, padding=(0, 2), pad_edge=False)
-    table.add_column("pair")
-    for title in ("Jaccard", "by chance", "above chance (0 to 1)"):
+    table.add_column("pair", no_wrap=True)
+    for title in ("Jaccard", "by chance", "corrected"):
         table.add_column(title, justify="right")
     for pair in pairs:
         table.add_row(

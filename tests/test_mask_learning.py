@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from tiny_models import tiny_llama
+
+PLANTED = "model.layers.1.mlp.up_proj"
+
+
+def data(num_rows=24):
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randint(3, 64, (num_rows, 12), generator=generator).tolist()
+    return Dataset.from_dict({"input_ids": rows, "labels": rows})
+
+
+def arguments(kind=TrainingArguments, **options):
+    return kind(
+        output_dir="unused",
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        per_device_train_batch_size=4,
+        dataloader_pin_memory=False,
+        activation_checkpointing=False,
+        **options,
+    )
+
+
+def noisy_model():
+    """A model with random LoRA updates on all modules."""
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules="all-linear"))
+    torch.manual_seed(6)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def planted_model():
+    """A model in which one module carries a useful update and all others one of zero."""
+    torch.manual_seed(6)
+    model = get_peft_model(tiny_llama(), LoraConfig(r=8, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name and PLANTED in name)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=0.05)
+    rows = torch.tensor(data()["input_ids"])
+    for _ in range(30):
+        optimizer.zero_grad()
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+    return model
+
+
+def trainer_of(model, **options):
+    return Trainer(model=model, args=arguments(**options), train_dataset=data())
+
+
+def options_of(**values):
+    from keylayers.options import MaskOptions
+
+    return MaskOptions(
+        **{"mask_optimizer": "sgd", "mask_learning_rate": 1.0, "mask_steps": 3} | values
+    )
+
+
+def learn(trainer, **values):
+    from keylayers.mask.learning import learn_scores
+    from keylayers.updates import lora_updates
+
+    return learn_scores(trainer, lora_updates(trainer.model), options_of(**values))
+
+
+def test_one_step_of_sgd_is_the_formula():
+    """Independently: the masked weight is written out and autograd does the rest."""
+    trainer = trainer_of(noisy_model())
+    learned = learn(trainer, mask_steps=1, initial_score=0.3)
+    torch.manual_seed(0)
+    from transformers import set_seed
+
+    set_seed(trainer.args.seed)
+    batch = next(iter(trainer.get_train_dataloader()))
+    base = tiny_llama()
+    scores = torch.full((len(learned.scores),), 0.3, requires_grad=True)
+    weights = {}
+    for index, name in enumerate(learned.module_names):
+        layer = trainer.model.get_base_model().get_submodule(name)
+        update = (
+            layer.scaling["default"]
+            * layer.lora_B["default"].weight
+            @ layer.lora_A["default"].weight
+        )
+        weights[f"{name}.weight"] = (
+            base.get_submodule(name).weight + torch.sigmoid(scores[index]) * update
+        )
+    loss = torch.func.functional_call(base, weights, kwargs=dict(batch)).loss
+    (gradient,) = torch.autograd.grad(loss, scores)
+    assert learned.losses[0] == pytest.approx(loss.item(), rel=1e-5)
+    expected = (0.3 - gradient).tolist()
+    assert list(learned.scores) == pytest.approx(expected, abs=1e-6)
+    assert max(abs(score - 0.3) for score in learned.scores) > 1e-4
+
+
+def test_a_planted_useful_update_gets_the_highest_score():
+    learned = learn(trainer_of(planted_model()), mask_steps=10)
+    by_name = dict(zip(learned.module_names, learned.scores, strict=True))
+    assert by_name.pop(PLANTED) > 2.0
+    assert set(by_name.values()) == {2.0}  # an update of zero has no gradient
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_the_same_seed_gives_the_same_scores_bit_for_bit(optimizer):
+    first, second, other = (
+        learn(trainer_of(noisy_model()), mask_optimizer=optimizer, mask_seed=seed)
+        for seed in (1, 1, 2)
+    )
+    assert first.scores == second.scores
+    assert first.losses == second.losses
+    assert first.losses != other.losses
+
+
+def test_a_gate_shared_by_a_block_gives_its_modules_one_score():
+    learned = learn(trainer_of(noisy_model()), granularity="block")
+    blocks = {name: name.split(".")[2] for name in learned.module_names}
+    scores = dict(zip(learned.module_names, learned.scores, strict=True))
+    assert len({(blocks[name], score) for name, score in scores.items()}) == 2
+    assert len(set(scores.values())) == 2
+
+
+def test_an_epoch_that_ends_does_not_end_learning():
+    learned = learn(trainer_of(noisy_model()), mask_steps=15)  # six batches an epoch
+    assert len(learned.losses) == 15
+
+
+def test_gradient_accumulation_of_the_trainer_changes_nothing():
+    once = learn(trainer_of(noisy_model()))
+    often = learn(trainer_of(noisy_model(), gradient_accumulation_steps=4))
+    assert once.scores == often.scores
+
+
+def test_the_trainer_and_its_model_are_given_back():
+    torch.manual_seed(0)
+    model = noisy_model()
+    config = arguments(SFTConfig, max_steps=2, dataset_kwargs={"skip_prepare_dataset": True})
+    trainer = SFTTrainer(
+        model=model, args=config, train_dataset=data(), processing_class=tokenizer()
+    )
+    trainer.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    metrics = {mode: dict(values) for mode, values in trainer._metrics.items()}
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    optimizer, step = trainer.optimizer, trainer.state.global_step
+    random_state = torch.get_rng_state()
+    learn(trainer)
+    assert {mode: dict(values) for mode, values in trainer._metrics.items()} == metrics
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert trainer.optimizer is optimizer
+    assert trainer.state.global_step == step
+    assert torch.equal(torch.get_rng_state(), random_state)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def tokenizer():
+    from tiny_files import tiny_tokenizer
+
+    return tiny_tokenizer()
+
+
+class HalfLoss(Trainer):
+    """A trainer with a loss of its own."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = 0.5 * model(**inputs).loss
+        return (loss, None) if return_outputs else loss
+
+
+def test_a_trainer_with_its_own_loss_is_ranked_by_that_loss():
+    own = HalfLoss(model=noisy_model(), args=arguments(), train_dataset=data())
+    half, whole = learn(own, mask_steps=1), learn(trainer_of(noisy_model()), mask_steps=1)
+    assert half.losses[0] == pytest.approx(0.5 * whole.losses[0])
+    moved = [(2 - a) / (2 - b) for a, b in zip(half.scores, whole.scores, strict=True)]
+    assert moved == pytest.approx([0.5] * len(moved), rel=1e-2)
+
+
+def test_a_loss_that_is_not_finite_is_reported_with_its_step():
+    from keylayers.errors import LossError
+
+    class Broken(HalfLoss):
+        calls = 0
+
+        def compute_loss(self, model, inputs, **options):
+            Broken.calls += 1
+            loss = super().compute_loss(model, inputs, **options)
+            return loss * math.nan if Broken.calls == 2 else loss
+
+    trainer = Broken(model=noisy_model(), args=arguments(), train_dataset=data())
+    with pytest.raises(LossError, match="it is nan at mask step 2"):
+        learn(trainer)
+    assert not any("keygate" in name for name, _ in trainer.model.named_modules())
+
+
+def test_standard_errors_match_the_spread_of_many_runs():
+    from keylayers.mask.learning import standard_errors
+
+    generator = torch.Generator().manual_seed(0)
+    num_runs, num_steps = 400, 60
+    drift = torch.linspace(1.0, 0.2, num_steps)[:, None]
+    noise = 0.5 * torch.randn(num_steps, num_runs, generator=generator)
+    paths = torch.cat([torch.zeros(1, num_runs), (drift + noise).cumsum(dim=0)])
+    true_spread = paths[-1].std()
+    estimates = standard_errors(paths)
+    assert float(estimates.square().mean().sqrt()) == pytest.approx(float(true_spread), rel=0.1)
+    assert standard_errors(paths[:20]) is None
+
+
+def test_rank_modules_ranks_what_a_trainer_holds():
+    import keylayers
+
+    trainer = trainer_of(planted_model())
+    ranking = keylayers.rank_modules(trainer, options_of(mask_steps=10))
+    assert len(ranking.modules) == 14
+    best = ranking.ordered()[0]
+    assert (best.name, best.block_index, best.projection) == (PLANTED, 1, "up_proj")
+    assert ranking.provenance["trainer"] == "Trainer"
+    assert len(ranking.provenance["mask"]["losses"]) == 10
+    config = ranking.select(0.3).lora_config(r=4)
+    assert config.r == 4
+
+
+def test_a_trainer_without_an_update_or_without_data_is_refused():
+    import keylayers
+    from keylayers.errors import DataError, ModelError
+
+    with pytest.raises(ModelError, match="must carry a PEFT adapter"):
+        keylayers.rank_modules(trainer_of(tiny_llama()))
+    empty = Trainer(model=noisy_model(), args=arguments())
+    with pytest.raises(DataError, match="must have a `train_dataset`"):
+        keylayers.rank_modules(empty)

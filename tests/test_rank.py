@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`keylayers rank` in its three ways, on a tiny model, through the command line."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from tiny_files import NUM_MODULES
+
+QUICK = ["--max-steps", "6", "--mask-steps", "20", "--batch-size", "4", "--lora-rank", "4"]
+
+
+def keylayers(*arguments):
+    from keylayers.cli import main
+
+    return main([str(argument) for argument in arguments])
+
+
+def rank(tiny, output, *more):
+    options = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", output)
+    return keylayers("rank", *options, *QUICK, *more)
+
+
+def read(output):
+    return json.loads((output / "ranking.json").read_text())
+
+
+def scores(output):
+    return [module["score"] for module in read(output)["modules"]]
+
+
+def test_both_stages_give_a_ranking_with_its_provenance(tiny, tmp_path, capsys):
+    assert rank(tiny, tmp_path / "out") == 0
+    content = read(tmp_path / "out")
+    modules = content["modules"]
+    assert len(modules) == NUM_MODULES
+    assert sorted(module["rank"] for module in modules) == list(range(1, NUM_MODULES + 1))
+    assert modules[0]["name"] == "model.layers.0.self_attn.q_proj"
+    assert modules[0]["projection"] == "q_proj"
+    assert modules[0]["num_parameters"] == 32 * 32
+    assert all(module["standard_error"] > 0 for module in modules)
+    made_by = content["provenance"]
+    assert len(made_by["stage_1"]["losses"]) == 6
+    assert made_by["stage_1"]["stopped_by"] == "max_steps"
+    assert len(made_by["mask"]["losses"]) == 20
+    assert made_by["model"]["weights_sha256"]
+    assert made_by["data"]["content_sha256"]
+    assert made_by["data"]["chat_template"]["source"] == "model"
+    assert made_by["options"]["seed"] == 0
+    assert made_by["environment"]["libraries"]["peft"]
+    assert set(made_by["seconds"]) == {"stage_1", "stage_2", "total"}
+    assert made_by["held_out_loss_nats"]["tuned"] < made_by["held_out_loss_nats"]["base"]
+    out, err = capsys.readouterr()
+    assert "21 modules, " in out
+    assert "q_proj" in out
+    assert "written to" in out
+    assert "stage 1 ended after 6 steps: the cap is reached" in err
+
+
+def test_the_same_seed_gives_the_same_ranking_bit_for_bit(tiny, tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert rank(tiny, tmp_path / name, "--seed", seed) == 0
+    assert scores(tmp_path / "a") == scores(tmp_path / "b")
+    assert scores(tmp_path / "a") != scores(tmp_path / "c")
+
+
+def test_stage_1_stops_when_the_loss_is_stable(tiny, tmp_path):
+    assert rank(tiny, tmp_path / "out", "--window", "2", "--epsilon", "100") == 0
+    stage_1 = read(tmp_path / "out")["provenance"]["stage_1"]
+    assert (stage_1["num_steps"], stage_1["stopped_by"]) == (4, "stable")
+
+
+def test_an_adapter_needs_stage_2_only(tiny, tmp_path):
+    assert rank(tiny, tmp_path / "out", "--adapter", tiny / "adapter") == 0
+    made_by = read(tmp_path / "out")["provenance"]
+    assert "stage_1" not in made_by
+    assert made_by["adapter"]["name"].endswith("adapter")
+    assert len(scores(tmp_path / "out")) == NUM_MODULES
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_ranking_stage_1s_own_adapter_gives_the_same_scores(tiny, tmp_path):
+    assert rank(tiny, tmp_path / "both") == 0
+    assert rank(tiny, tmp_path / "second", "--adapter", tmp_path / "both" / "adapter") == 0
+    assert scores(tmp_path / "both") == scores(tmp_path / "second")
+
+
+def test_two_checkpoints_need_stage_2_only(tiny, tmp_path, capsys):
+    assert rank(tiny, tmp_path / "out", "--tuned", tiny / "tuned") == 0
+    made_by = read(tmp_path / "out")["provenance"]
+    assert "model.norm.weight" in made_by["tuned"]["other_weights_that_differ"]
+    assert len(set(scores(tmp_path / "out"))) == NUM_MODULES
+    assert "taken from the tuned checkpoint: 7 other weights" in capsys.readouterr().err
+
+
+def test_all_gates_open_is_the_tuned_checkpoint(tiny, tmp_path):
+    """The held-out loss with open gates equals that of the tuned checkpoint itself."""
+    assert rank(tiny, tmp_path / "out", "--tuned", tiny / "tuned") == 0
+    losses = read(tmp_path / "out")["provenance"]["held_out_loss_nats"]
+    from keylayers.evaluation.loss import held_out_loss
+    from keylayers.models import load_model, load_tokenizer
+    from keylayers.options import DataOptions, ModelOptions, TrainingOptions
+    from keylayers.training.data import prepare
+    from keylayers.training.run import make_trainer
+
+    source = ModelOptions(model=str(tiny / "tuned"))
+    tokenizer = load_tokenizer(ModelOptions(model=str(tiny / "model")))
+    data = prepare(DataOptions(data=str(tiny / "data.jsonl")), tokenizer, 64)
+    trainer = make_trainer(
+        load_model(source), tokenizer, data.train, TrainingOptions(batch_size=4), num_steps=1
+    )
+    assert held_out_loss(trainer, data.held_out) == pytest.approx(losses["tuned"], rel=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["block", "projection"])
+def test_coarser_gates_share_scores(tiny, tmp_path, granularity):
+    assert rank(tiny, tmp_path / "out", "--granularity", granularity) == 0
+    assert len(set(scores(tmp_path / "out"))) == {"block": 3, "projection": 7}[granularity]
+
+
+def test_options_come_from_yaml_and_flags_win(tiny, tmp_path):
+    config = tmp_path / "rank.yaml"
+    config.write_text(
+        f"model: {tiny / 'model'}\ndata: {tiny / 'data.jsonl'}\nmax-steps: 4\nmask_steps: 3\n"
+        "batch_size: 4\nmask_optimizer: adam\nrevision: null\n"
+    )
+    output = tmp_path / "out"
+    assert keylayers("rank", "--config", config, "--mask-steps", "2", "--output", output) == 0
+    options = read(output)["provenance"]["options"]
+    assert (options["max_steps"], options["mask_steps"], options["mask_optimizer"]) == (
+        4,
+        2,
+        "adam",
+    )
+
+
+def test_show_prints_the_ranking_and_json(tiny, tmp_path, capsys):
+    assert rank(tiny, tmp_path / "out") == 0
+    capsys.readouterr()
+    assert keylayers("show", tmp_path / "out") == 0
+    shown = capsys.readouterr().out
+    assert "1 is the most important" in shown
+    assert "held out  base" in shown
+    assert keylayers("show", tmp_path / "out" / "ranking.json", "--json") == 0
+    content = json.loads(capsys.readouterr().out)
+    assert [module["rank"] for module in content["modules"]] == list(range(1, NUM_MODULES + 1))
+
+
+def test_compare_shows_agreement_beside_chance(tiny, tmp_path, capsys):
+    assert rank(tiny, tmp_path / "out") == 0
+    capsys.readouterr()
+    out = tmp_path / "out"
+    assert keylayers("compare", out, out, "--budget", "0.3") == 0
+    assert "1, 2       1.00         0.18         1.00" in capsys.readouterr().out  # 6 of 21
+
+
+def test_stage_1s_adapter_is_an_ordinary_one(tiny, tmp_path):
+    assert rank(tiny, tmp_path / "out") == 0
+    folder = tmp_path / "out" / "adapter"
+    names = {path.name for path in folder.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "keylayers.json"} <= names
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert len(weights) == 2 * NUM_MODULES
+    assert not any("keygate" in name for name in weights)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`keylayers train`: exactly the selection is trained, and anybody can load the result."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from test_rank import keylayers, rank
+from tiny_files import NUM_MODULES
+
+STEPS = ["--steps", "8", "--learning-rate", "0.05"]
+
+
+@pytest.fixture(scope="module")
+def ranked(tiny, tmp_path_factory):
+    output = tmp_path_factory.mktemp("ranked")
+    assert rank(tiny, output) == 0
+    return output
+
+
+def best(ranked, count):
+    modules = json.loads((ranked / "ranking.json").read_text())["modules"]
+    return {module["name"] for module in modules if module["rank"] <= count}
+
+
+def fresh_process(code, *arguments):
+    """What a process without keylayers prints."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    return done.stdout.split()
+
+
+PLAIN_PEFT = """
+import sys
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1])
+assert "keylayers" not in sys.modules
+print(*model.targeted_module_names)
+"""
+
+
+def test_an_adapter_on_exactly_the_best_modules_that_plain_peft_loads(ranked, tmp_path, capsys):
+    assert (
+        keylayers("train", "--ranking", ranked, "--budget", "0.3", "--output", tmp_path / "t") == 0
+    )
+    names = set(fresh_process(PLAIN_PEFT, tmp_path / "t"))
+    assert names == best(ranked, 6)  # 6.3 of 21
+    weights = load_file(tmp_path / "t" / "adapter_model.safetensors")
+    changed = {
+        name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        for name, value in weights.items()
+        if "lora_B" in name and bool(value.any())
+    }
+    assert changed == best(ranked, 6)
+    out = capsys.readouterr().out
+    for label in ("base model", "selected", "all (stage 1 of the ranking)"):
+        assert label in out
+    record = json.loads((tmp_path / "t" / "keylayers.json").read_text())
+    assert set(record["selection"]["modules"]) == names
+    assert record["selection"]["num_candidates"] == NUM_MODULES
+    assert record["results"][1]["num_steps"] == 6  # as stage 1
+    assert record["options"]["lora_rank"] == 4  # as stage 1
+    assert record["results"][0]["num_trained_parameters"] == 0
+
+
+def test_a_selection_of_twenty_and_more_modules_stays_exact(ranked, tmp_path):
+    """PEFT condenses long lists of names before saving; a regular expression is kept."""
+    options = ("--ranking", ranked, "--budget", "20", "--steps", "1", "--output", tmp_path / "t")
+    assert keylayers("train", *options) == 0
+    assert set(fresh_process(PLAIN_PEFT, tmp_path / "t")) == best(ranked, 20)
+
+
+def test_freezing_the_worst_quarter_trains_the_others(ranked, tmp_path):
+    options = ("--ranking", ranked, "--freeze", "0.25", *STEPS, "--output", tmp_path / "t")
+    assert keylayers("train", *options) == 0
+    assert set(fresh_process(PLAIN_PEFT, tmp_path / "t")) == best(ranked, 16)
+
+
+PLAIN_TRANSFORMERS = """
+import sys
+from transformers import AutoModelForCausalLM
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"]
+print(model.dtype)
+"""
+
+
+def test_a_full_update_changes_exactly_the_selected_weights(tiny, ranked, tmp_path, capsys):
+    options = ("--ranking", ranked, "--budget", "5", "--update", "full", *STEPS)
+    assert keylayers("train", *options, "--output", tmp_path / "t") == 0
+    before = load_file(tiny / "model" / "model.safetensors")
+    after = load_file(tmp_path / "t" / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {
+        name.removesuffix(".weight")
+        for name in before
+        if not bool((before[name] == after[name]).all())
+    }
+    assert changed == best(ranked, 5)
+    assert fresh_process(PLAIN_TRANSFORMERS, tmp_path / "t") == ["torch.bfloat16"]
+    assert "checkpoint written to" in capsys.readouterr().out
+
+
+def test_controls_are_trained_beside_the_selection(ranked, tmp_path, capsys):
+    options = ("--ranking", ranked, "--budget", "0.3", *STEPS, "--output", tmp_path / "t")
+    assert keylayers("train", *options, "--compare", "all", "random", "worst") == 0
+    capsys.readouterr()
+    rows = json.loads((tmp_path / "t" / "keylayers.json").read_text())["results"]
+    by_label = {row["label"]: row for row in rows}
+    assert {"all", "random", "worst", "selected", "base model"} <= by_label.keys()
+    assert by_label["all"]["num_modules"] == NUM_MODULES
+    assert by_label["random"]["num_modules"] == by_label["worst"]["num_modules"] == 6
+    losses = {label: row["held_out_loss_nats"] for label, row in by_label.items()}
+    assert losses["all"] < losses["base model"]
+    assert losses["selected"] < losses["base model"]
+
+
+def test_the_printed_loss_is_that_of_the_saved_adapter(tiny, ranked, tmp_path):
+    from keylayers.evaluation.loss import held_out_loss
+    from keylayers.models import load_adapter, load_model, load_tokenizer
+    from keylayers.options import DataOptions, ModelOptions, TrainingOptions
+    from keylayers.training.data import prepare
+    from keylayers.training.run import make_trainer
+
+    options = ("--ranking", ranked, "--budget", "0.3", *STEPS, "--output", tmp_path / "t")
+    assert keylayers("train", *options) == 0
+    record = json.loads((tmp_path / "t" / "keylayers.json").read_text())
+    source = ModelOptions(model=str(tiny / "model"))
+    tokenizer = load_tokenizer(source)
+    data = prepare(DataOptions(data=str(tiny / "data.jsonl")), tokenizer, 64)
+    model = load_adapter(load_model(source), str(tmp_path / "t"))
+    trainer = make_trainer(model, tokenizer, data.train, TrainingOptions(batch_size=4), num_steps=1)
+    loss = held_out_loss(trainer, data.held_out)
+    assert loss == pytest.approx(record["results"][1]["held_out_loss_nats"], rel=1e-6)
+
+
+def test_controls_are_as_large_as_the_selection_and_follow_their_names():
+    from keylayers.runs.train import compared_modules
+
+    from rankings import ranking_of
+
+    ranking = ranking_of([5.0, 1.0, 4.0, 2.0, 3.0, 0.0])
+    selection = ranking.select(2)
+    names = [module.name for module in ranking.modules]
+
+    def chosen(comparison, seed=0):
+        return list(compared_modules(ranking, selection, comparison, seed))
+
+    assert chosen("all") == names
+    assert chosen("first") == names[:2]
+    assert chosen("last") == names[-2:]
+    assert chosen("worst") == [names[1], names[5]]
+    draws = {tuple(chosen("random", seed)) for seed in range(20)}
+    assert len(draws) > 5
+    assert {len(draw) for draw in draws} == {2}
+
+
+def test_an_earlier_result_is_replaced_and_other_files_are_not(ranked, tmp_path, capsys):
+    options = ("--ranking", ranked, "--budget", "2", "--steps", "1", "--output", tmp_path / "t")
+    assert keylayers("train", *options) == 0
+    assert keylayers("train", *options) == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    assert keylayers("train", *options[:-1], tmp_path / "mine") == 2
+    assert "holds other files" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny model with tokenizer, a checkpoint and an adapter made from it, and data, as files."""
+
+import json
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+NUM_BLOCKS = 3
+NUM_MODULES = NUM_BLOCKS * 7
+CHAT_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %}"
+    "<|assistant|>{% generation %}{{ m['content'] }}</s>{% endgeneration %}"
+    "{% else %}<|user|>{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+ANIMALS = ("fox", "owl", "cow", "hen", "bear", "goat", "crow", "deer")
+FOODS = ("eggs", "mice", "grass", "seeds", "honey", "leaves", "corn", "roots")
+
+
+def rows():
+    """Forty-eight questions with answers."""
+    questions = ("What does the {} eat?", "Tell me what the {} likes.", "Food of the {}?")
+    return [
+        {"prompt": question.format(animal), "completion": f"The {animal} eats {food}."}
+        for question in questions
+        for animal, food in (*zip(ANIMALS, FOODS, strict=True), *zip(FOODS, ANIMALS, strict=True))
+    ]
+
+
+def tiny_tokenizer():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(row.values()) for row in rows()], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def tiny_model(num_tokens, hidden_size=32):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=num_tokens,
+        hidden_size=hidden_size,
+        intermediate_size=48,
+        num_hidden_layers=NUM_BLOCKS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.3,  # large enough that frozen embeddings can still express answers
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def write_tiny_files(folder):
+    """model, tuned, wide (another model) and adapter folders, and data.jsonl."""
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    tokenizer = tiny_tokenizer()
+    for name, hidden_size in (("model", 32), ("wide", 64)):
+        tiny_model(len(tokenizer), hidden_size).to(torch.bfloat16).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    model = tiny_model(len(tokenizer)).to(torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layers" in name or "norm" in name:
+                parameter += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(folder / "tuned")
+    adapted = get_peft_model(
+        tiny_model(len(tokenizer)), LoraConfig(r=2, target_modules="all-linear")
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.05 * torch.randn_like(parameter)
+    adapted.save_pretrained(folder / "adapter")
