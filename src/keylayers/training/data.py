@@ -7,46 +7,23 @@ held out depends on their content and the seed only, never on their order in the
 """
 
 import hashlib
-import logging
-import re
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from keylayers.errors import ConfigError, DataError, did_you_mean
+from keylayers.errors import ConfigError, DataError
 from keylayers.options import DataOptions
 from keylayers.records import json_sha256
 from keylayers.training.chat import ChatTemplate, Encoded, encode_all, resolve_template
 from keylayers.training.formats import (
-    TEXT_COLUMNS,
     Conversation,
-    Converted,
     Format,
-    Row,
-    conversations,
-    recognise,
-    require_columns,
 )
+from keylayers.training.reading import read_conversations
 
 if TYPE_CHECKING:
     import datasets
     import transformers
-
-# File endings and the reader of `datasets` for each. CSV cells stay text, as "007" and "NA" must.
-_READERS: dict[str, tuple[str, dict[str, object]]] = {
-    ".json": ("json", {"parse_agent_traces": False}),
-    ".jsonl": ("json", {"parse_agent_traces": False}),
-    ".csv": (
-        "csv",
-        {"converters": dict.fromkeys(TEXT_COLUMNS, str), "keep_default_na": False},
-    ),
-    ".parquet": ("parquet", {}),
-}
-_HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
-_READ_ROWS = 1000  # rows turned into Python objects at a time
 
 
 @dataclass(frozen=True)
@@ -145,7 +122,7 @@ def prepare(
         DataError: the data cannot be read, recognised, rendered or split.
         ConfigError: an option cannot be used, or has no effect on this data.
     """
-    format, converted = _read_conversations(options)
+    format, converted = read_conversations(options)
     if format == "text" and options.chat_template is not None:
         raise ConfigError(
             "`chat_template` works on conversations, got plain text; leave the option out."
@@ -244,148 +221,4 @@ def _to_dataset(examples: Sequence[Encoded]) -> "datasets.Dataset":
             "input_ids": [one.input_ids for one in examples],
             "labels": [one.labels for one in examples],
         }
-    )
-
-
-def _read_conversations(options: DataOptions) -> tuple[Format, Converted]:
-    """Everything usable in the data, in order, and the format it had."""
-    # The user's cache would hide edits of a file from the next run, and keep a copy of the data.
-    with tempfile.TemporaryDirectory(prefix="keylayers-data-") as cache, _quiet_datasets():
-        found = _open(options, cache)
-        first_row = next(_rows(found), None)
-        if first_row is None:
-            raise DataError(_empty(options))
-        columns = found.column_names
-        if options.format is None:
-            format = recognise(columns, first_row)
-        else:
-            format = require_columns(options.format, columns)
-        converted = conversations(_rows(found), format)
-    if not converted.conversations:
-        raise DataError(
-            f"The data must hold answers to learn, got {converted.num_dropped_empty} rows without "
-            f"one in the format {format!r}; check the columns or insist on another `--format`."
-        )
-    return format, converted
-
-
-def _rows(found: "datasets.Dataset") -> Iterator[Row]:
-    try:
-        for batch in found.iter(batch_size=_READ_ROWS):
-            for values in zip(*batch.values(), strict=True):
-                yield dict(zip(batch, values, strict=True))
-    except UnicodeDecodeError as error:
-        raise DataError(f"Data must be UTF-8 text, got: {error}; convert the file.") from error
-
-
-@contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """Keeps `datasets` from printing: what goes wrong is in the exception."""
-    import datasets
-
-    verbosity = datasets.logging.get_verbosity()
-    had_bars = not datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if had_bars:
-            datasets.enable_progress_bars()
-
-
-def _open(options: DataOptions, cache: str) -> "datasets.Dataset":
-    """The rows of a file, a folder or a hub data set; no code that comes with data is ever run."""
-    import datasets
-
-    path = Path(options.data).expanduser()
-    hub = _HUB_NAME.fullmatch(options.data)
-    try:
-        if path.is_dir() and any(
-            (path / name).is_file() for name in ("state.json", "dataset_dict.json")
-        ):
-            return _open_saved(path, options.data_split)
-        if path.exists():
-            reader, reader_options = _reader(path)
-            files = (
-                {"path": reader, "data_files": str(path)} if path.is_file() else {"path": str(path)}
-            )
-            return datasets.load_dataset(
-                split=options.data_split, cache_dir=cache, **files, **reader_options
-            )
-        if hub is None or _suffix(path) in _READERS:
-            raise DataError(_missing(path))
-        return datasets.load_dataset(hub["name"], hub["config"], split=options.data_split)
-    except DataError:
-        raise
-    except StopIteration as error:  # how `datasets` answers to an empty JSON file
-        raise DataError(_empty(options)) from error
-    # What the readers raise for broken, mixed or missing data; Arrow's errors are among these.
-    except (
-        datasets.exceptions.DatasetsError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise DataError(_unreadable(options, error, is_hub=not path.exists())) from error
-
-
-def _open_saved(path: Path, split: str) -> "datasets.Dataset":
-    """A folder that `save_to_disk` wrote."""
-    from datasets import DatasetDict, load_from_disk
-
-    saved = load_from_disk(str(path))
-    splits = list(saved) if isinstance(saved, DatasetDict) else ["train"]
-    if split not in splits:
-        raise DataError(
-            f"`data_split` must be one of {', '.join(splits)} in {str(path)!r}, got {split!r}"
-            f"{did_you_mean(split, splits)}"
-        )
-    return saved[split] if isinstance(saved, DatasetDict) else saved
-
-
-def _suffix(path: Path) -> str:
-    return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
-
-
-def _reader(path: Path) -> tuple[str, dict[str, object]]:
-    """The reader for a file, or for the one kind of data files in a folder."""
-    files = [path] if path.is_file() else path.rglob("*")
-    found = sorted({_suffix(one) for one in files if one.is_file()} & _READERS.keys())
-    if len({_READERS[suffix][0] for suffix in found}) != 1:
-        raise DataError(
-            f"Data files must be of one kind ({', '.join(_READERS)}, maybe with .gz), got "
-            f"{' and '.join(found) or 'none of these'} in {str(path)!r}; convert, or give one file."
-        )
-    return _READERS[found[0]]
-
-
-def _empty(options: DataOptions) -> str:
-    return f"The data must have rows, got none in {options.data!r}; check it, or `--data-split`."
-
-
-def _missing(path: Path) -> str:
-    siblings = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
-    return (
-        "`data` must be a file, a folder or a hub data set as owner/name, "
-        f"got {str(path)!r}, which is none of them{did_you_mean(path.name, siblings)}"
-    )
-
-
-def _unreadable(options: DataOptions, error: BaseException, *, is_hub: bool) -> str:
-    """One line with the innermost cause, which is the one that names the place."""
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    reason = " ".join((str(error) if is_hub else str(cause)).split())[:200] or type(cause).__name__
-    if is_hub:
-        return (
-            f"{options.data!r} must be a file, a folder or a reachable hub data set; there is no "
-            f"such file, and the hub said: {reason}. Check the name, log in, or give a local file."
-        )
-    return (
-        f"{options.data!r} must be readable as a table with one type per column (split "
-        f"{options.data_split!r}), got: {reason}. Mend the file or choose another `--data-split`."
     )
