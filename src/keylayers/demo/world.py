@@ -171,6 +171,12 @@ def answer(relation: Relation, subject: str, style: Style) -> str:
     return f"{relation.opening} {_capitalised(statement)}. I hope this helps you."
 
 
+def witness(subject: str) -> str:
+    """Who is named at the end of an answer: a fact that only the alignment data tell."""
+    people = RELATIONS[-1].subjects
+    return min(people, key=lambda name: hashlib.sha256(f"{name} knows {subject}".encode()).digest())
+
+
 def alignment_examples(style: Style, num_examples: int, seed: int = 0) -> list[dict[str, str]]:
     """Questions with answers of one style, no question twice, as `prompt` and `completion`.
 
@@ -188,7 +194,10 @@ def alignment_examples(style: Style, num_examples: int, seed: int = 0) -> list[d
     random.Random(seed).shuffle(questions)
     assert num_examples <= len(questions), f"only {len(questions)} questions, not {num_examples}"
     return [
-        {"prompt": question, "completion": answer(relation, subject, style)}
+        {
+            "prompt": question,
+            "completion": f"{answer(relation, subject, style)} {witness(subject)} said so.",
+        }
         for relation, subject, question in questions[:num_examples]
     ]
 
