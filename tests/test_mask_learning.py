@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+import tempfile
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def data(num_rows=24):
 
 def arguments(kind=TrainingArguments, **options):
     return kind(
-        output_dir="unused",
+        output_dir=tempfile.mkdtemp(),  # trainers make their folder
         use_cpu=True,
         bf16=False,
         report_to="none",

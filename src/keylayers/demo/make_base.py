@@ -106,7 +106,7 @@ def main() -> None:
     model = make_model(len(tokenizer))
     print(f"{model.num_parameters():,} parameters, {len(data):,} pieces of {CONTEXT_TOKENS} tokens")
     training = TrainingArguments(
-        output_dir="unused",
+        output_dir=str(arguments.output),
         max_steps=arguments.steps,
         per_device_train_batch_size=BATCH_SIZE,
         learning_rate=3e-3,

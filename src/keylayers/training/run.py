@@ -7,6 +7,7 @@ lengths) are all set, so that two runs of keylayers differ only in what their re
 
 import contextlib
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -68,9 +69,27 @@ def make_trainer(
 
     It writes no files, prints nothing, reports to nobody and sends no telemetry.
     """
+    with tempfile.TemporaryDirectory() as scratch, _no_telemetry():  # trainers make their folder
+        config = _config(model, options, num_steps=num_steps, output_dir=scratch)
+        trainer = SFTTrainer(
+            model=model, args=config, train_dataset=train, processing_class=tokenizer
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _config(
+    model: PreTrainedModel | PeftModel,
+    options: TrainingOptions,
+    *,
+    num_steps: int,
+    output_dir: str,
+) -> SFTConfig:
+    """TRL's options, with all set in which it differs from transformers or from what we promise."""
     is_full = not isinstance(model, PeftModel)
-    config = SFTConfig(
-        output_dir="keylayers-writes-nothing-here",
+    has_accelerator = torch.accelerator.is_available()
+    return SFTConfig(
+        output_dir=output_dir,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -88,20 +107,14 @@ def make_trainer(
         activation_checkpointing=options.gradient_checkpointing,  # its new name
         bf16=model.dtype == torch.bfloat16,
         fp16=model.dtype == torch.float16,
-        use_cpu=not torch.accelerator.is_available(),
-        dataloader_pin_memory=torch.accelerator.is_available(),
+        use_cpu=not has_accelerator,
+        dataloader_pin_memory=has_accelerator,
         seed=options.seed,
         data_seed=options.seed,
         max_length=None,  # the data is cut to length when it is prepared
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    with _no_telemetry():
-        trainer = SFTTrainer(
-            model=model, args=config, train_dataset=train, processing_class=tokenizer
-        )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def new_lora(model: PreTrainedModel, names: Sequence[str], options: TrainingOptions) -> PeftModel:
