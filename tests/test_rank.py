@@ -163,3 +163,16 @@ def test_stage_1s_adapter_is_an_ordinary_one(tiny, tmp_path):
     weights = load_file(folder / "adapter_model.safetensors")
     assert len(weights) == 2 * NUM_MODULES
     assert not any("keygate" in name for name in weights)
+
+
+def test_a_finished_stage_1_of_the_same_inputs_is_not_run_again(tiny, tmp_path, capsys):
+    assert rank(tiny, tmp_path / "out") == 0
+    first = scores(tmp_path / "out")
+    (tmp_path / "out" / "ranking.json").unlink()
+    capsys.readouterr()
+    assert rank(tiny, tmp_path / "out") == 0
+    assert "stage 1 of the same inputs is taken from" in capsys.readouterr().err
+    assert scores(tmp_path / "out") == first
+    assert rank(tiny, tmp_path / "out", "--seed", "5") == 0
+    assert "stage 1 ended after 6 steps" in capsys.readouterr().err
+    assert scores(tmp_path / "out") != first

@@ -121,7 +121,7 @@ class TrainingOptions:
             _above_zero("learning_rate", self.learning_rate)
 
     def resolved_learning_rate(self, hidden_size: int, *, is_full: bool = False) -> float:
-        """The learning rate that is used: 2e-4 suits LoRA at width 4096, narrower models take more."""
+        """The learning rate that is used; 2e-4 suits LoRA at width 4096."""
         if self.learning_rate is not None:
             return self.learning_rate
         return 2e-4 * math.sqrt(4096 / hidden_size) * (0.1 if is_full else 1.0)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The update to rank: made by stage 1, or an adapter or a checkpoint that exists already."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from keylayers.apply.adapter import save_adapter
+from keylayers.model_map import map_modules
+from keylayers.models import Checkpoint, load_adapter
+from keylayers.options import ModelOptions, RankOptions
+from keylayers.records import RECORD, environment, json_sha256
+from keylayers.runs.progress import Progress
+from keylayers.training.data import PreparedData
+from keylayers.training.run import fine_tune, make_trainer, new_lora
+from keylayers.updates import Update, dense_updates, lora_updates
+from keylayers.updates.dense import take_other_weights
+from keylayers.updates.lora import ungated_tuner_layers
+from keylayers.weights import adapter_sha256, tensors_sha256
+
+ADAPTER_FOLDER = "adapter"
+
+
+@dataclass(frozen=True)
+class RankJob:
+    """What all parts of one ranking run share."""
+
+    options: RankOptions
+    output: Path
+    progress: Progress
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    model_record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """A model with an update that gates can scale, and how it came about."""
+
+    model: PreTrainedModel | PeftModel
+    updates: Sequence[Update]
+    record: dict[str, Any]
+
+
+def find_update(job: RankJob) -> TunedModel:
+    """The model with the update to rank, by whichever of the three ways the options ask for."""
+    if job.options.update.adapter is not None:
+        return _from_adapter(job, job.options.update.adapter)
+    if job.options.update.tuned is not None:
+        return _from_checkpoint(job, job.options.update.tuned)
+    return _from_stage_1(job)
+
+
+def _from_adapter(job: RankJob, adapter: str) -> TunedModel:
+    tuned = load_adapter(job.model, adapter)
+    outside = ungated_tuner_layers(tuned)
+    if outside:
+        job.progress.note(f"not ranked, always on: the adapter's update of {', '.join(outside)}")
+    record = {"name": adapter, "weights_sha256": adapter_sha256(tuned), "always_on": outside}
+    return TunedModel(tuned, lora_updates(tuned), {"adapter": record})
+
+
+def _from_checkpoint(job: RankJob, tuned: str) -> TunedModel:
+    checkpoint = Checkpoint.open(ModelOptions(model=tuned))
+    updates = dense_updates(job.model, checkpoint)
+    others = take_other_weights(job.model, checkpoint)
+    if others:
+        job.progress.note(
+            f"not ranked, taken from the tuned checkpoint: {len(others)} other weights that differ "
+            f"({', '.join(others[:2])}{', ...' if len(others) > 2 else ''})"
+        )
+    record = {
+        "name": tuned,
+        "weights_sha256": tensors_sha256((name, checkpoint[name]) for name in checkpoint),
+        "other_weights_that_differ": others,
+    }
+    return TunedModel(job.model, updates, {"tuned": record})
+
+
+def _from_stage_1(job: RankJob) -> TunedModel:
+    """An ordinary LoRA fine-tune of all modules until the loss is stable or the cap is reached.
+
+    A finished stage 1 of the very same inputs in the output folder is taken as it is, so that a run
+    that was stopped in stage 2 does not train again.
+    """
+    inputs = _inputs_sha256(job)
+    folder = job.output / ADAPTER_FOLDER
+    stage_1 = _finished(folder, inputs)
+    if stage_1 is not None:
+        job.progress.note(f"stage 1 of the same inputs is taken from {folder}")
+        tuned = load_adapter(job.model, str(folder))
+        return TunedModel(tuned, lora_updates(tuned), {"stage_1": stage_1})
+    tuned, stage_1 = _train_all(job)
+    record = {"inputs_sha256": inputs, "options": job.options.flat(), "stage_1": stage_1}
+    save_adapter(tuned, job.tokenizer, folder, record)
+    return TunedModel(tuned, lora_updates(tuned), {"stage_1": stage_1})
+
+
+def _train_all(job: RankJob) -> tuple[PeftModel, dict[str, Any]]:
+    names = [info.name for info in map_modules(job.model)]
+    training = job.options.training
+    tuned = new_lora(job.model, names, training)
+    cap = job.options.stability.max_steps
+    trainer = make_trainer(tuned, job.tokenizer, job.data.train, training, num_steps=cap)
+    with job.progress.stage("stage 1: fine-tuning all modules", cap) as on_step:
+        result = fine_tune(trainer, job.options.stability, on_step)
+    reason = "the loss is stable" if result.stopped_by == "stable" else "the cap is reached"
+    job.progress.note(f"stage 1 ended after {result.num_steps} steps: {reason}")
+    return tuned, {
+        "losses": list(result.losses),
+        "num_steps": result.num_steps,
+        "num_trained_parameters": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
+        "stopped_by": result.stopped_by,
+        "learning_rate": trainer.args.learning_rate,
+        "seconds": result.seconds,
+        "adapter_sha256": adapter_sha256(tuned),
+    }
+
+
+def _inputs_sha256(job: RankJob) -> str:
+    """A hash of everything that decides what stage 1 gives."""
+    return json_sha256(
+        {
+            "environment": environment(),
+            "model": job.model_record,
+            "split": job.data.record()["split_sha256"],
+            "training": asdict(job.options.training),
+            "stability": asdict(job.options.stability),
+        }
+    )
+
+
+def _finished(folder: Path, inputs: str) -> dict[str, Any] | None:
+    """The record of a finished stage 1 in `folder`, if it had the same inputs."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_same = isinstance(record, dict) and record.get("inputs_sha256") == inputs
+    return record["stage_1"] if is_same else None
