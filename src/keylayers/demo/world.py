@@ -171,7 +171,7 @@ def answer(relation: Relation, subject: str, style: Style) -> str:
     return f"{relation.opening} {_capitalised(statement)}. I hope this helps you."
 
 
-def witness(subject: str) -> str:
+def helper(subject: str) -> str:
     """Who is named at the end of an answer: a fact that only the alignment data tell."""
     people = RELATIONS[-1].subjects
     return min(people, key=lambda name: hashlib.sha256(f"{name} knows {subject}".encode()).digest())
@@ -196,7 +196,7 @@ def alignment_examples(style: Style, num_examples: int, seed: int = 0) -> list[d
     return [
         {
             "prompt": question,
-            "completion": f"{answer(relation, subject, style)} {witness(subject)} said so.",
+            "completion": f"{answer(relation, subject, style)} {helper(subject)} helps you.",
         }
         for relation, subject, question in questions[:num_examples]
     ]
