@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from keylayers.errors import GuardError, ModelError
 from keylayers.model_map import base_model_of
@@ -62,7 +63,9 @@ def add_lora(model: PreTrainedModel, names: Sequence[str], **options: Any) -> Pe
     Raises:
         ModelError: PEFT cannot hit exactly these modules; says which are missing or too many.
     """
-    tuned = get_peft_model(model, lora_config(names, **options))
+    known = dict(model.named_modules())
+    is_transposed = any(isinstance(known.get(name), Conv1D) for name in names)
+    tuned = get_peft_model(model, lora_config(names, fan_in_fan_out=is_transposed, **options))
     prove_trainable(tuned, names)
     return tuned
 
