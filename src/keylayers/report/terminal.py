@@ -48,7 +48,7 @@ def _cell(rank: int | None, num_modules: int, width: int, *, is_missing: bool) -
         return Text("?".center(width), style="dim")
     position = 1 - (rank - 1) / max(1, num_modules - 1)
     shade = min(len(SHADES) - 1, int(position * len(SHADES)))
-    colour = "black" if shade >= FIRST_BRIGHT_SHADE else "white"
+    colour = "#000000" if shade >= FIRST_BRIGHT_SHADE else "#ffffff"
     return Text(str(rank).center(width), style=Style(color=colour, bgcolor=SHADES[shade]))
 
 
