@@ -163,7 +163,7 @@ class MaskOptions:
         mask_optimizer: Plain gradient descent (sgd) or adam. The paper's is not known to us.
         mask_learning_rate: Of the scores. Not given: 10 for sgd, 0.05 for adam.
         mask_steps: Gradient steps on the scores, one batch each.
-        initial_score: Every score at first; the gate is its sigmoid, so 2 is a gate of 0.88.
+        initial_score: Every score at first; the gate is its sigmoid, so 1 is a gate of 0.73.
         mask_seed: Of the order of the mask's batches. Not given: the training's seed.
     """
 
@@ -171,7 +171,7 @@ class MaskOptions:
     mask_optimizer: MaskOptimizer = "sgd"
     mask_learning_rate: float | None = None
     mask_steps: int = 60
-    initial_score: float = 2.0  # the paper tries 4, 2 and 1 (from memory of its text)
+    initial_score: float = 1.0  # the paper tries 4, 2 and 1 (from memory of its text)
     mask_seed: int | None = None
 
     def __post_init__(self) -> None:
