@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Docs hold: numbers come from records, commands and files that they name exist."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+from rankings import ranking_of
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_numbers_in_the_docs_come_from_the_records():
+    tables = runpy.run_path(str(ROOT / "experiments" / "table_mask_optimizer.py"))
+    assert tables["short_table"]() in README
+    assert tables["long_table"]() in (ROOT / "experiments" / "LOG.md").read_text()
+
+
+def test_the_readme_is_short_and_its_links_exist():
+    assert len(README.splitlines()) < 150
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert "docs/images/ranking.svg" in targets
+    for target in targets:
+        assert (ROOT / target).is_file(), target
+
+
+def test_the_architecture_names_every_file():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    source = ROOT / "src" / "keylayers"
+    folders_in_one_line = {"demo", "cli"}
+    for path in source.rglob("*.py"):
+        name = path.relative_to(source)
+        if name.name.startswith("__") or name.name == "_version.py":
+            continue
+        if name.parts[0] not in folders_in_one_line:
+            assert f"`{name}`" in text, name
+    for name in re.findall(r"`([a-z_/]+\.py)`", text):
+        places = (source / name, source / "cli" / name, ROOT / name)
+        assert any(place.is_file() for place in places), name
+
+
+COMMANDS = [
+    shlex.split(line.split("#")[0].strip())
+    for line in README.splitlines()
+    if line.startswith("    keylayers ")
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_commands_of_the_readme_parse(command, tmp_path, monkeypatch):
+    from keylayers.cli import app
+
+    options = {"model": "base", "data": "chats.jsonl"}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    ranking_of([1.0], provenance={"options": options}).save(tmp_path / "out" / "ranking.json")
+    function, bound, _ = app.parse_args(command[1:], print_error=False, exit_on_error=False)
+    assert function.__name__ == command[1]
+    assert bound.arguments or len(command) == 2
+
+
+def test_help_of_the_whole_is_that_of_the_parts():
+    from importlib import import_module
+
+    from keylayers.cli import COMMANDS as SHOWN
+
+    for name, text in SHOWN.items():
+        function = getattr(import_module(f"keylayers.cli.{name}"), name)
+        assert function.__doc__.splitlines()[0] == text
+
+
+def test_the_version_is_in_the_changelog():
+    import keylayers
+
+    assert f"## {keylayers.__version__}" in (ROOT / "CHANGELOG.md").read_text()
