@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the sub-commands show: results on stdout, progress and notes on stderr."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ from rich.progress import (
 )
 
 OnStep = Callable[[int, float], None]
+PIPE_WIDTH = 120
 
 
 class ConsoleProgress:
@@ -36,7 +38,9 @@ class ConsoleProgress:
             TimeRemainingColumn(),
         )
         last = 0
-        with Progress(*columns, console=self.console, transient=True) as bars:
+        start = time.perf_counter()
+        is_hidden = not self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=is_hidden) as bars:
             bar = bars.add_task(title, total=num_steps, loss="-")
 
             def on_step(step: int, loss: float) -> None:
@@ -45,7 +49,7 @@ class ConsoleProgress:
                 bars.update(bar, completed=step, loss=f"{loss:.3f}")
 
             yield on_step
-            seconds = bars.tasks[0].elapsed or 0.0
+        seconds = time.perf_counter() - start
         self.note(f"{title}: {last} steps, {seconds:.0f} s")
 
     def note(self, text: str) -> None:
@@ -54,5 +58,8 @@ class ConsoleProgress:
 
 
 def stdout() -> Console:
-    """Where results go; colours only in a terminal."""
-    return Console(highlight=False)
+    """Where results go; in a file or a pipe without colours, and wide enough for long names."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    return console
