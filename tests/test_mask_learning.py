@@ -68,9 +68,8 @@ def trainer_of(model, **options):
 def options_of(**values):
     from keylayers.options import MaskOptions
 
-    return MaskOptions(
-        **{"mask_optimizer": "sgd", "mask_learning_rate": 1.0, "mask_steps": 3} | values
-    )
+    own = {"mask_learning_rate": 1.0, "mask_steps": 3, "initial_score": 2.0}
+    return MaskOptions(**{"mask_optimizer": "sgd"} | own | values)
 
 
 def learn(trainer, **values):

@@ -6,7 +6,7 @@ Needs no torch. Defaults are keylayers' own unless a comment gives the paper's.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from keylayers.errors import ConfigError
@@ -17,6 +17,7 @@ DataFormat = Literal[
 ]
 Granularity = Literal["module", "block", "projection"]
 MaskOptimizer = Literal["sgd", "adam"]
+Method = Literal["ila", "path"]
 Comparison = Literal["all", "random", "first", "last", "worst"]
 
 
@@ -159,25 +160,50 @@ class MaskOptions:
     """How the scores are learned, with everything else frozen.
 
     Attributes:
+        method: ila learns the scores as published; path pays each update its share of the loss
+            reduction along the way from no update to all, in nats, without training scores.
         granularity: One gate for each module, for each block, or for each projection.
-        mask_optimizer: Plain gradient descent (sgd) or adam. The paper's is not known to us.
-        mask_learning_rate: Of the scores. Not given: 10 for sgd, 0.05 for adam.
-        mask_steps: Gradient steps on the scores, one batch each.
-        initial_score: Every score at first; the gate is its sigmoid, so 1 is a gate of 0.73.
+        mask_optimizer: Plain gradient descent (sgd) or adam (ila). The paper's is not known to us.
+        mask_learning_rate: Of the scores (ila). Not given: 10 for sgd, 0.05 for adam.
+        mask_steps: Gradient steps on the scores, one batch each (ila).
+        initial_score: Every score at first; the gate is its sigmoid, so 1 is a gate of 0.73 (ila).
+        path_points: Points of the integral from no update to all (path).
+        path_batches: Batches that the integral is averaged over (path).
         mask_seed: Of the order of the mask's batches. Not given: the training's seed.
     """
 
+    method: Method = "ila"
     granularity: Granularity = "module"
     mask_optimizer: MaskOptimizer = "sgd"
     mask_learning_rate: float | None = None
     mask_steps: int = 60
     initial_score: float = 1.0  # the paper tries 4, 2 and 1 (from memory of its text)
+    path_points: int = 8
+    path_batches: int = 8
     mask_seed: int | None = None
 
     def __post_init__(self) -> None:
         _at_least("mask_steps", self.mask_steps, 1)
+        _at_least("path_points", self.path_points, 1)
+        _at_least("path_batches", self.path_batches, 1)
+        self._refuse_options_without_effect()
         if self.mask_learning_rate is not None:
             _above_zero("mask_learning_rate", self.mask_learning_rate)
+
+    def _refuse_options_without_effect(self) -> None:
+        of_ila = ("mask_optimizer", "mask_learning_rate", "mask_steps", "initial_score")
+        of_path = ("path_points", "path_batches")
+        own, foreign = ("path", of_ila) if self.method == "path" else ("ila", of_path)
+        for field in fields(self):
+            if field.name in foreign and getattr(self, field.name) != field.default:
+                raise ConfigError(
+                    f"`{field.name}` must be left out with `method` {own}: it has no effect there"
+                )
+
+    @property
+    def num_passes(self) -> int:
+        """Forward and backward passes that the method takes, for progress."""
+        return self.mask_steps if self.method == "ila" else self.path_points * self.path_batches
 
     @property
     def resolved_learning_rate(self) -> float:

@@ -2,8 +2,7 @@
 """Learn a score for each gate by gradient descent on the trainer's loss, all else frozen."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -12,31 +11,12 @@ from transformers import Trainer, set_seed
 
 from keylayers.errors import GuardError
 from keylayers.gates import Gates, gated
+from keylayers.mask.module_scores import ModuleScores, OnStep, to_modules
 from keylayers.mask.trainer_loss import TrainerLoss
 from keylayers.options import MaskOptions
 from keylayers.updates import Update
 
-OnStep = Callable[[int, float], None]
-
 NUM_STRETCHES = 10
-
-
-@dataclass(frozen=True)
-class LearnedScores:
-    """What mask learning found.
-
-    Attributes:
-        scores: One score a module, in model order; modules that share a gate share the score.
-        standard_errors: Of each score, from the spread over batches; None with fewer than 20 steps.
-        losses: Loss of the masked model at each step, in nats.
-        seconds: Wall time.
-    """
-
-    module_names: tuple[str, ...]
-    scores: tuple[float, ...]
-    standard_errors: tuple[float, ...] | None
-    losses: tuple[float, ...] = field(repr=False)
-    seconds: float
 
 
 def learn_scores(
@@ -44,7 +24,7 @@ def learn_scores(
     updates: Sequence[Update],
     options: MaskOptions,
     on_step: OnStep | None = None,
-) -> LearnedScores:
+) -> ModuleScores:
     """The scores that gradient descent on the trainer's own loss gives the gates on `updates`.
 
     Guards: the optimiser holds exactly the gates; every gate fires and has a gradient; the model's
@@ -86,12 +66,17 @@ def learn_scores(
             if on_step is not None:
                 on_step(step, losses[-1])
         gates.check_fired()
-        scores = _to_modules(gates, gates.scores(), updates)
+        scores = to_modules(gates, gates.scores(), updates)
         errors = standard_errors(torch.stack(path))
-        module_errors = None if errors is None else tuple(_to_modules(gates, errors, updates))
-    names = tuple(update.module.name for update in updates)
-    seconds = time.perf_counter() - start
-    return LearnedScores(names, tuple(scores), module_errors, tuple(losses), seconds)
+        module_errors = None if errors is None else tuple(to_modules(gates, errors, updates))
+    return ModuleScores(
+        module_names=tuple(update.module.name for update in updates),
+        scores=tuple(scores),
+        standard_errors=module_errors,
+        unit="logit of the gate",
+        losses=tuple(losses),
+        seconds=time.perf_counter() - start,
+    )
 
 
 def standard_errors(path: Float[Tensor, "step gate"]) -> Float[Tensor, " gate"] | None:
@@ -129,15 +114,3 @@ def _optimizer(gates: Gates, options: MaskOptions) -> torch.optim.Optimizer:
             "the mask optimiser must hold exactly the gates, but it holds something else"
         )
     return optimizer
-
-
-def _to_modules(
-    gates: Gates, values: Float[Tensor, " gate"], updates: Sequence[Update]
-) -> list[float]:
-    """A value for each update in order, from the gate that it shares."""
-    of_module = {
-        module: float(value)
-        for modules, value in zip(gates.groups.values(), values, strict=True)
-        for module in modules
-    }
-    return [of_module[update.module.name] for update in updates]

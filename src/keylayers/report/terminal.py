@@ -117,7 +117,13 @@ def _loss_lines(made_by: Mapping[str, Any]) -> list[str]:
         )
     mask = made_by.get("mask")
     if mask:
-        lines.append(f"stage 2   {len(mask['losses'])} steps, {mask['seconds']:.0f} s")
+        unit = f", scores in {mask['score_unit']}" if "score_unit" in mask else ""
+        lines.append(f"stage 2   {len(mask['losses'])} passes, {mask['seconds']:.0f} s{unit}")
+    if mask and "loss_reduction_nats" in mask:
+        lines.append(
+            f"          scores sum to {mask['sum_of_scores_nats']:.3f} nats, the fine-tune lowers "
+            f"the loss by {mask['loss_reduction_nats']:.3f} on the same batches"
+        )
     losses = made_by.get("held_out_loss_nats")
     if losses:
         lines.append(

@@ -16,20 +16,18 @@ from transformers import Trainer
 
 from keylayers.evaluation.loss import held_out_loss
 from keylayers.gates import gated
-from keylayers.mask.learning import LearnedScores, OnStep
+from keylayers.mask.module_scores import ModuleScores, OnStep
 from keylayers.models import describe, load_model, load_tokenizer, max_positions
 from keylayers.options import MaskOptions, RankOptions
 from keylayers.ranking import RankedModule, Ranking
 from keylayers.records import check_replaceable, environment, output_folder
 from keylayers.runs.progress import Progress, Silent
 from keylayers.runs.update import ADAPTER_FOLDER, RankJob, find_update
-from keylayers.scores.ila import ila
+from keylayers.scores import METHODS
 from keylayers.training.data import prepare
 from keylayers.training.run import make_trainer
 from keylayers.updates import Update, lora_updates
 from keylayers.weights import weights_sha256
-
-METHOD = "ila"
 
 
 def rank_modules(
@@ -53,7 +51,7 @@ def rank_modules(
     """
     options = options or MaskOptions()
     updates = lora_updates(trainer.model)
-    learned = ila(trainer, updates, options, on_step)
+    learned = METHODS[options.method](trainer, updates, options, on_step)
     provenance = {
         "environment": environment(),
         "model": {
@@ -99,14 +97,15 @@ def rank(options: RankOptions, output: Path, progress: Progress | None = None) -
             job.tokenizer,
             job.data.train,
             options.training,
-            num_steps=options.mask.mask_steps,
+            num_steps=options.mask.num_passes,
         )
         provenance |= update.record
         provenance["held_out_loss_nats"] = _held_out_losses(
             trainer, update.updates, job.data.held_out
         )
-        with job.progress.stage("stage 2: learning scores", options.mask.mask_steps) as on_step:
-            learned = ila(trainer, update.updates, options.mask, on_step)
+        with job.progress.stage("stage 2: scoring modules", options.mask.num_passes) as on_step:
+            score = METHODS[options.mask.method]
+            learned = score(trainer, update.updates, options.mask, on_step)
         provenance["mask"] = _mask_record(learned, options.mask)
         provenance["seconds"] = {
             "stage_1": update.record.get("stage_1", {}).get("seconds", 0.0),
@@ -141,17 +140,20 @@ def _held_out_losses(
     return losses
 
 
-def _mask_record(learned: LearnedScores, options: MaskOptions) -> dict[str, Any]:
-    return {
+def _mask_record(learned: ModuleScores, options: MaskOptions) -> dict[str, Any]:
+    record: dict[str, Any] = {
         "losses": list(learned.losses),
         "seconds": learned.seconds,
-        "learning_rate": options.resolved_learning_rate,
+        "score_unit": learned.unit,
     }
+    if options.method == "ila":
+        record["learning_rate"] = options.resolved_learning_rate
+    return record | dict(learned.findings)
 
 
 def _to_ranking(
     updates: Sequence[Update],
-    learned: LearnedScores,
+    learned: ModuleScores,
     options: MaskOptions,
     provenance: dict[str, Any],
 ) -> Ranking:
@@ -167,4 +169,4 @@ def _to_ranking(
         )
         for update, score, error in zip(updates, learned.scores, errors, strict=True)
     )
-    return Ranking(modules, METHOD, options.granularity, provenance)
+    return Ranking(modules, options.method, options.granularity, provenance)

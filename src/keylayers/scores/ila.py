@@ -22,7 +22,8 @@ from collections.abc import Sequence
 
 from transformers import Trainer
 
-from keylayers.mask.learning import LearnedScores, OnStep, learn_scores
+from keylayers.mask.learning import learn_scores
+from keylayers.mask.module_scores import ModuleScores, OnStep
 from keylayers.options import MaskOptions
 from keylayers.updates import Update
 
@@ -32,6 +33,6 @@ def ila(
     updates: Sequence[Update],
     options: MaskOptions,
     on_step: OnStep | None = None,
-) -> LearnedScores:
+) -> ModuleScores:
     """The learned score of each update's module, as published; higher is more important."""
     return learn_scores(trainer, updates, options, on_step)
