@@ -135,7 +135,8 @@ TRAIN = [
     ("half a ranking", {"ranking": "{ranking}/half.json"}, "damaged or cut off"),
     ("no ranking", {"ranking": "{ranking}/none.json"}, "must exist"),
     ("another model", {"model": "{tiny}/wide"}, "first model.layers.0.self_attn.q_proj (1,024 par"),
-    ("an unknown control", {"compare": "middle"}, "random"),
+    ("a dtype with full", {"update": "full", "dtype": "bfloat16"}, "`dtype` must be left out"),
+    ("an unknown control", {"controls": "middle"}, "random"),
 ]
 
 

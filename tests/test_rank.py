@@ -135,6 +135,46 @@ def test_options_come_from_yaml_and_flags_win(tiny, tmp_path):
     )
 
 
+def test_lists_in_yaml_are_options_too(tiny, tmp_path):
+    assert rank(tiny, tmp_path / "out") == 0
+    config = tmp_path / "train.yaml"
+    config.write_text(
+        f"ranking: {tmp_path / 'out'}\nbudget: 0.3\nsteps: 1\ncontrols: [all, random]\n"
+        f"output: {tmp_path / 'best'}\n"
+    )
+    assert keylayers("train", "--config", config) == 0
+    rows = json.loads((tmp_path / "best" / "keylayers.json").read_text())["results"]
+    assert [row["label"] for row in rows][-2:] == ["all", "random"]
+
+
+def test_no_option_has_the_name_of_a_sub_command():
+    """cyclopts drops keys of a YAML file that are also names of sub-commands, without a word."""
+    from dataclasses import fields
+
+    from keylayers import options
+    from keylayers.cli import COMMANDS
+
+    names = {
+        field.name
+        for value in vars(options).values()
+        if isinstance(value, type) and value.__name__.endswith("Options")
+        for field in fields(value)
+        if value not in (options.RankOptions, options.TrainOptions)
+    }
+    assert "mask_steps" in names
+    assert not names & set(COMMANDS)
+
+
+def test_a_ranking_file_cannot_switch_on_the_code_of_a_model(tiny, tmp_path):
+    from keylayers.cli import app
+
+    assert rank(tiny, tmp_path / "out", "--trust-remote-code") == 0
+    assert read(tmp_path / "out")["provenance"]["options"]["trust_remote_code"] is True
+    command = ["train", "--ranking", str(tmp_path / "out"), "--budget", "0.3"]
+    _, bound, _ = app.parse_args(command, print_error=False, exit_on_error=False)
+    assert bound.arguments["model"].trust_remote_code is False
+
+
 def test_show_prints_the_ranking_and_json(tiny, tmp_path, capsys):
     assert rank(tiny, tmp_path / "out") == 0
     capsys.readouterr()

@@ -114,7 +114,7 @@ def test_a_full_update_changes_exactly_the_selected_weights(tiny, ranked, tmp_pa
 
 def test_controls_are_trained_beside_the_selection(ranked, tmp_path, capsys):
     options = ("--ranking", ranked, "--budget", "0.3", *STEPS, "--output", tmp_path / "t")
-    assert keylayers("train", *options, "--compare", "all", "random", "worst") == 0
+    assert keylayers("train", *options, "--controls", "all", "random", "worst") == 0
     capsys.readouterr()
     rows = json.loads((tmp_path / "t" / "keylayers.json").read_text())["results"]
     by_label = {row["label"]: row for row in rows}
@@ -146,7 +146,7 @@ def test_the_printed_loss_is_that_of_the_saved_adapter(tiny, ranked, tmp_path):
 
 
 def test_controls_are_as_large_as_the_selection_and_follow_their_names():
-    from keylayers.runs.train import compared_modules
+    from keylayers.runs.train import control_modules
 
     from rankings import ranking_of
 
@@ -154,8 +154,8 @@ def test_controls_are_as_large_as_the_selection_and_follow_their_names():
     selection = ranking.select(2)
     names = [module.name for module in ranking.modules]
 
-    def chosen(comparison, seed=0):
-        return list(compared_modules(ranking, selection, comparison, seed))
+    def chosen(control, seed=0):
+        return list(control_modules(ranking, selection, control, seed))
 
     assert chosen("all") == names
     assert chosen("first") == names[:2]

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
@@ -97,15 +98,16 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
         ModelError: no adapter, no safetensors, or an adapter for another base model.
     """
     check_folder(adapter, "adapter_config.json", "a PEFT adapter")
-    if Path(adapter).is_dir() and not (Path(adapter) / "adapter_model.safetensors").is_file():
+    folder = _local_adapter(adapter)
+    if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(
             f"the adapter {adapter!r} must hold adapter_model.safetensors, but does not; pickled "
             f"weights are not "
             f"loaded"
         )
     try:
-        tuned = PeftModel.from_pretrained(model, adapter, use_safetensors=True)
-        missing = _missing_adapter_weights(tuned, adapter)
+        tuned = PeftModel.from_pretrained(model, str(folder))
+        missing = _missing_adapter_weights(tuned, folder)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(
             f"the adapter must be one for this base model, but {adapter!r} does not fit: "
@@ -120,13 +122,20 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
     return tuned
 
 
-def _missing_adapter_weights(tuned: PeftModel, adapter: str) -> list[str]:
-    """Names that are in the adapter's file or in the model, but not in both."""
-    from peft import get_peft_model_state_dict
+def _local_adapter(adapter: str) -> Path:
+    """The adapter's folder; from the hub only its config and its safetensors are fetched."""
+    if Path(adapter).is_dir():
+        return Path(adapter)
+    files = ["adapter_config.json", "adapter_model.safetensors"]
+    try:
+        return Path(snapshot_download(adapter, allow_patterns=files))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise ModelError(f"{adapter!r} must be a PEFT adapter: {_first_line(error)}") from error
 
-    if not Path(adapter).is_dir():
-        return []
-    with safe_open(Path(adapter) / "adapter_model.safetensors", framework="pt") as file:
+
+def _missing_adapter_weights(tuned: PeftModel, folder: Path) -> list[str]:
+    """Names that are in the adapter's file or in the model, but not in both."""
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         stored = set(file.keys())
     return sorted(stored ^ set(get_peft_model_state_dict(tuned)))
 

@@ -18,7 +18,7 @@ DataFormat = Literal[
 Granularity = Literal["module", "block", "projection"]
 MaskOptimizer = Literal["sgd", "adam"]
 Method = Literal["ila", "path"]
-Comparison = Literal["all", "random", "first", "last", "worst"]
+Control = Literal["all", "random", "first", "last", "worst"]
 
 
 def _at_least(name: str, value: int, lowest: int) -> None:
@@ -264,7 +264,7 @@ class SelectionOptions:
             themselves.
         steps: Optimiser steps. From the command line: as many as stage 1 of the ranking took, if
             it had one.
-        compare: Also train these sets of modules in the same way and show their held-out loss:
+        controls: Also train these sets of modules in the same way and show their held-out loss:
             all; or as many modules
             as selected, random, first, last (of the network) or worst (of the ranking).
     """
@@ -274,7 +274,7 @@ class SelectionOptions:
     freeze: float | None = None
     update: Literal["lora", "full"] = "lora"
     steps: int = 300
-    compare: tuple[Comparison, ...] = ()
+    controls: tuple[Control, ...] = ()
 
     def __post_init__(self) -> None:
         _at_least("steps", self.steps, 1)
@@ -294,6 +294,13 @@ class TrainOptions:
     model: ModelOptions
     data: DataOptions
     training: TrainingOptions = TrainingOptions()
+
+    def __post_init__(self) -> None:
+        if self.selection.update == "full" and self.model.dtype not in ("auto", "float32"):
+            raise ConfigError(
+                f"`dtype` must be left out with `update` full, which trains float32 weights and "
+                f"saves in the base model's own dtype, got {self.model.dtype}"
+            )
 
     def flat(self) -> dict[str, Any]:
         """Every option by the name of its flag, for the record."""

@@ -147,10 +147,11 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path) -> None:
-    """Refuse to overwrite what keylayers did not make.
+    """Refuse to overwrite what keylayers did not make, before any work is done.
 
     Raises:
-        OutputError: `path` is a file, or a folder with other contents.
+        OutputError: `path` is a file, a folder with other contents, or in a place that cannot be
+            written.
     """
     if path.is_file():
         raise OutputError(f"the output must be a folder, but {str(path)!r} is a file")
@@ -160,6 +161,12 @@ def check_replaceable(path: Path) -> None:
             f"files; choose "
             f"another folder"
         )
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):  # the new folder is made beside the old one
+            pass
+    except OSError as error:
+        raise OutputError(_cannot_write(parent, error)) from error
 
 
 def _remove_empty(folders: list[Path]) -> None:

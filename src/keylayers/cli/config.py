@@ -22,11 +22,11 @@ GROUPS = (
     "Learning the scores",
 )
 
-# Of the options that a ranking records, those that `train` takes over where none is given.
+# Of the options that a ranking records, those that `train` takes over where none is given. Not
+# `trust_remote_code`: a file from elsewhere must not be able to switch it on.
 TAKEN_FROM_RANKING = (
     "model",
     "revision",
-    "trust_remote_code",
     "data",
     "data_split",
     "format",

@@ -20,7 +20,7 @@ EXAMPLES = """Examples:
 ```
 keylayers train --ranking out --budget 0.3 --output tuned
 keylayers train --ranking out --freeze 0.25 --steps 1000 --data all.jsonl
-keylayers train --ranking out --budget 17 --update full --compare all random
+keylayers train --ranking out --budget 17 --update full --controls all random
 ```
 """
 

@@ -85,7 +85,7 @@ def demo(
         ranking=str(output / style),
         budget=str(BUDGET),
         steps=max_steps,
-        compare=("all", "random"),
+        controls=("all", "random"),
     )
     progress.note(f"--- training on {style} answers ---")
     train_options = TrainOptions(selection, options.model, options.data, options.training)

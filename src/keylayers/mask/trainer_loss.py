@@ -16,13 +16,19 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from keylayers.errors import DataError, LossError
+from keylayers.errors import ConfigError, DataError, LossError
 
 
 class TrainerLoss:
     """Batches and losses of a trainer, without its optimiser, schedule, checkpoints or log."""
 
     def __init__(self, trainer: Trainer) -> None:
+        num_processes = trainer.accelerator.num_processes
+        if num_processes > 1:
+            raise ConfigError(
+                f"masks must be learned in one process, got {num_processes}: their gradients are "
+                f"not averaged over processes yet; start without a launcher"
+            )
         self.trainer = trainer
 
     def batches(self) -> Iterator[Any]:

@@ -18,7 +18,7 @@ from keylayers.evaluation.loss import held_out_loss
 from keylayers.gates import gated
 from keylayers.mask.module_scores import ModuleScores, OnStep
 from keylayers.models import describe, load_model, load_tokenizer, max_positions
-from keylayers.options import MaskOptions, RankOptions
+from keylayers.options import MaskOptions, RankOptions, UpdateOptions
 from keylayers.ranking import RankedModule, Ranking
 from keylayers.records import check_replaceable, environment, output_folder
 from keylayers.runs.progress import Progress, Silent
@@ -60,6 +60,7 @@ def rank_modules(
             "weights_sha256": weights_sha256(trainer.model),
         },
         "trainer": type(trainer).__name__,
+        "seed": trainer.args.seed if options.mask_seed is None else options.mask_seed,
         "options": asdict(options),
         "mask": _mask_record(learned, options),
     }
@@ -119,7 +120,8 @@ def rank(options: RankOptions, output: Path, progress: Progress | None = None) -
 
 def _prepared(options: RankOptions, output: Path, progress: Progress) -> RankJob:
     """Everything loaded and checked, before any long work."""
-    check_replaceable(output / ADAPTER_FOLDER)
+    if options.update == UpdateOptions():  # stage 1 will write its adapter
+        check_replaceable(output / ADAPTER_FOLDER)
     tokenizer = load_tokenizer(options.model)
     model = load_model(options.model)
     data = prepare(options.data, tokenizer, max_positions(model))

@@ -23,7 +23,7 @@ from keylayers.apply.freeze import (
 from keylayers.evaluation.loss import held_out_loss
 from keylayers.model_map import map_modules
 from keylayers.models import Checkpoint, describe, load_model, load_tokenizer, max_positions
-from keylayers.options import Comparison, TrainOptions
+from keylayers.options import Control, TrainOptions
 from keylayers.ranking import Ranking
 from keylayers.records import (
     RECORD,
@@ -102,27 +102,27 @@ def train(
         }
         job.save(model, output, record | {"results": [asdict(row) for row in rows]})
         del model
-        for comparison in dict.fromkeys(wanted.compare):
-            names = compared_modules(ranking, selection, comparison, options.training.seed)
-            rows.append(job.train(names, comparison)[0])
+        for control in dict.fromkeys(wanted.controls):
+            names = control_modules(ranking, selection, control, options.training.seed)
+            rows.append(job.train(names, control)[0])
         write_json(output / RECORD, record | {"results": [asdict(row) for row in rows]})
     return rows
 
 
-def compared_modules(
-    ranking: Ranking, selection: Selection, comparison: Comparison, seed: int
+def control_modules(
+    ranking: Ranking, selection: Selection, control: Control, seed: int
 ) -> tuple[str, ...]:
     """The modules of a control, in model order; as many as selected, but for `all`."""
     names = [module.name for module in ranking.modules]
     size = len(selection.modules)
-    if comparison == "all":
+    if control == "all":
         return tuple(names)
-    if comparison == "random":
+    if control == "random":
         chosen = set(random.Random(seed).sample(names, size))
-    elif comparison == "worst":
+    elif control == "worst":
         chosen = {module.name for module in ranking.ordered()[-size:]}
     else:
-        chosen = set(names[:size] if comparison == "first" else names[-size:])
+        chosen = set(names[:size] if control == "first" else names[-size:])
     return tuple(name for name in names if name in chosen)
 
 

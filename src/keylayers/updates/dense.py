@@ -36,7 +36,7 @@ class DenseUpdate:
         """Let the module, which holds θ_0, compute with `θ_0 + γ Δθ` inside the block."""
         is_transposed = not isinstance(self.layer, nn.Linear)  # Conv1D keeps (d_in, d_out)
         weight = self.layer.weight.T if is_transposed else self.layer.weight
-        delta = self.delta_weight.T if is_transposed else self.delta_weight
+        delta = (self.delta_weight.T if is_transposed else self.delta_weight).to(weight.device)
 
         def forward(x: Tensor) -> Tensor:
             value = gate.value()
@@ -45,7 +45,7 @@ class DenseUpdate:
                 return y
             bias = self.layer.bias
             if self.delta_bias is not None:
-                bias = bias + value * self.delta_bias
+                bias = bias + value.to(bias.device) * self.delta_bias.to(bias.device)
             return y + bias.to(y.dtype)
 
         self.layer.add_module(GATE_CHILD, gate)
