@@ -10,11 +10,11 @@ orders.
 """
 
 import argparse
-import json
 import random
 import statistics
 import tempfile
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,7 +40,30 @@ SETTINGS = [
 ]
 
 
-def run(arguments, seed):
+def score(trainer, updates, setting, seed):
+    """The scores of one setting of the published relaxation."""
+    return learn_scores(trainer, updates, replace(setting, mask_seed=seed))
+
+
+def describe(setting):
+    """How a record names a setting."""
+    return {
+        "optimizer": setting.mask_optimizer,
+        "learning_rate": setting.mask_learning_rate,
+        "initial_score": setting.initial_score,
+    }
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared: settings, how each scores modules, and how a record names it."""
+
+    settings: list
+    score: Callable
+    describe: Callable
+
+
+def run(arguments, seed, study):
     """One fine-tune, and the area of every setting and of random orders."""
     model_options = ModelOptions(model=arguments.model)
     tokenizer, model = load_tokenizer(model_options), load_model(model_options)
@@ -69,15 +92,12 @@ def run(arguments, seed):
         curve = mask_curve(trainer, updates, order, data.held_out, num_points=NUM_POINTS)
         record["random"].append(curve.normalised_area)
     print("random", [round(area, 3) for area in record["random"]], flush=True)
-    for setting in SETTINGS:
-        learned = learn_scores(trainer, updates, replace(setting, mask_seed=seed))
+    for setting in study.settings:
+        learned = study.score(trainer, updates, setting, seed)
         by_score = dict(zip(names, learned.scores, strict=True))
         order = sorted(names, key=lambda name: -by_score[name])
         curve = mask_curve(trainer, updates, order, data.held_out, num_points=NUM_POINTS)
-        result = {
-            "optimizer": setting.mask_optimizer,
-            "learning_rate": setting.mask_learning_rate,
-            "initial_score": setting.initial_score,
+        result = study.describe(setting) | {
             "area": curve.normalised_area,
             "seconds": learned.seconds,
         }
@@ -88,16 +108,14 @@ def run(arguments, seed):
 
 def demo_data(style, folder):
     """The demo's data of one style as a file, and the demo's model."""
-    from keylayers.demo.run import BASE, NUM_EXAMPLES
-    from keylayers.demo.world import alignment_examples
+    from keylayers.demo.run import BASE, write_data
 
     path = Path(folder) / f"{style}.jsonl"
-    rows = alignment_examples(style, NUM_EXAMPLES)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_data(path, style)
     return str(path), str(BASE)
 
 
-def main():
+def main(study):
     """Run every seed and write the record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model")
@@ -119,7 +137,7 @@ def main():
             name = f"demo {arguments.demo}"
         runs = []
         for seed in range(arguments.seeds):
-            record, data = run(arguments, seed)
+            record, data = run(arguments, seed, study)
             runs.append(record)
     options = {key: value for key, value in vars(arguments).items() if key != "output"}
     options["data"], options["model"] = Path(str(name)).name, Path(arguments.model).name
@@ -131,4 +149,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(Study(SETTINGS, score, describe))

@@ -22,6 +22,7 @@ from keylayers.options import (
     TrainOptions,
 )
 from keylayers.ranking import Ranking
+from keylayers.records import output_folder
 from keylayers.runs.progress import Progress, Silent
 from keylayers.runs.rank import rank
 from keylayers.runs.train import TrainedSet, train
@@ -47,17 +48,20 @@ class DemoResult:
 
 
 def demo_options(style: Style, folder: Path, *, seed: int, max_steps: int) -> RankOptions:
-    """How the demo ranks one style; writes the style's data to `folder`."""
-    path = folder / f"{style}.jsonl"
-    rows = alignment_examples(style, NUM_EXAMPLES)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    """How the demo ranks one style, whose data are in `folder`."""
     return RankOptions(
         model=ModelOptions(model=str(BASE), dtype="float32"),
-        data=DataOptions(data=str(path)),
+        data=DataOptions(data=str(folder / f"{style}.jsonl")),
         training=TrainingOptions(batch_size=16, lora_rank=8, lora_alpha=16, seed=seed),
         stability=StabilityOptions(max_steps=max_steps),
         mask=MaskOptions(),
     )
+
+
+def write_data(path: Path, style: Style) -> None:
+    """Write the questions and answers of one style, one JSON object a line."""
+    rows = alignment_examples(style, NUM_EXAMPLES)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def demo(
@@ -72,15 +76,19 @@ def demo(
         progress: Where to report to.
     """
     progress = progress or Silent()
-    output.mkdir(parents=True, exist_ok=True)
+    options = {
+        style: demo_options(style, output, seed=seed, max_steps=max_steps) for style in STYLES
+    }
+    with output_folder(output):
+        for style in STYLES:
+            write_data(Path(options[style].data.data), style)
     rankings: dict[Style, Ranking] = {}
     for style in STYLES:
         progress.note(f"--- {style} answers ---")
-        options = demo_options(style, output, seed=seed, max_steps=max_steps)
-        rankings[style] = rank(options, output / style, progress)
+        rankings[style] = rank(options[style], output / style, progress)
     pairs = agreement(list(rankings.values()), BUDGET)
     style = STYLES[0]
-    options = demo_options(style, output, seed=seed, max_steps=max_steps)
+    own = options[style]
     selection = SelectionOptions(
         ranking=str(output / style),
         budget=str(BUDGET),
@@ -88,7 +96,7 @@ def demo(
         controls=("all", "random"),
     )
     progress.note(f"--- training on {style} answers ---")
-    train_options = TrainOptions(selection, options.model, options.data, options.training)
+    train_options = TrainOptions(selection, own.model, own.data, own.training)
     trained = train(train_options, output / f"{style}-best", progress)
     return DemoResult(rankings, pairs, trained)
 
