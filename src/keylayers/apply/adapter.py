@@ -7,19 +7,17 @@ exact; still, what PEFT really hit is compared with what was asked, and anything
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from keylayers.errors import GuardError, ModelError
 from keylayers.model_map import base_model_of
-from keylayers.records import RECORD, replaced_folder, write_json
 
 
 def lora_config(names: Sequence[str], **options: Any) -> LoraConfig:
@@ -68,19 +66,6 @@ def add_lora(model: PreTrainedModel, names: Sequence[str], **options: Any) -> Pe
     tuned = get_peft_model(model, lora_config(names, fan_in_fan_out=is_transposed, **options))
     prove_trainable(tuned, names)
     return tuned
-
-
-def save_adapter(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    record: Mapping[str, Any],
-) -> None:
-    """Write an ordinary PEFT adapter, its tokenizer and its record, whole or not at all."""
-    with replaced_folder(folder) as temporary:
-        model.save_pretrained(temporary, safe_serialization=True)
-        tokenizer.save_pretrained(temporary)
-        write_json(temporary / RECORD, record)
 
 
 def prove_trainable(model: nn.Module, names: Sequence[str]) -> None:

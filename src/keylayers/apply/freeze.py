@@ -2,17 +2,13 @@
 """A selection as `requires_grad` flags: full fine-tuning of exactly those modules."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keylayers.apply.adapter import prove_trainable
 from keylayers.errors import GuardError, ModelError
 from keylayers.model_map import map_modules, module_by_name
-from keylayers.records import RECORD, replaced_folder, write_json
 
 
 def train_only(model: nn.Module, names: Sequence[str]) -> None:
@@ -67,16 +63,3 @@ def prove_unchanged_elsewhere(
         raise GuardError(
             f"only selected weights may change, but {len(changed)} others did, first {changed[0]}"
         )
-
-
-def save_checkpoint(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    record: Mapping[str, Any],
-) -> None:
-    """Write an ordinary checkpoint, its tokenizer and its record, whole or not at all."""
-    with replaced_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        write_json(temporary / RECORD, record)

@@ -13,13 +13,13 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from keylayers.apply.adapter import prove_trainable, save_adapter
+from keylayers.apply.adapter import prove_trainable
 from keylayers.apply.freeze import (
     prove_unchanged_elsewhere,
     round_to_stored,
-    save_checkpoint,
     train_only,
 )
+from keylayers.apply.saving import save_tuned
 from keylayers.evaluation.loss import held_out_loss
 from keylayers.model_map import map_modules
 from keylayers.models import Checkpoint, describe, load_model, load_tokenizer, max_positions
@@ -217,10 +217,8 @@ class _Job:
         self, model: PreTrainedModel | PeftModel, output: Path, record: dict[str, Any]
     ) -> None:
         """Write the adapter, or the checkpoint after a proof that only selected weights changed."""
-        if isinstance(model, PeftModel):
-            save_adapter(model, self.tokenizer, output, record)
-        else:
-            names = record["selection"]["modules"]
+        if not isinstance(model, PeftModel):
             model = model.to(self.stored_dtype)
+            names = record["selection"]["modules"]
             prove_unchanged_elsewhere(model, Checkpoint.open(self.source), names)
-            save_checkpoint(model, self.tokenizer, output, record)
+        save_tuned(model, self.tokenizer, output, record)

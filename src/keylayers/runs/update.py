@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keylayers.apply.adapter import save_adapter
+from keylayers.apply.saving import save_tuned
 from keylayers.model_map import map_modules
 from keylayers.models import Checkpoint, load_adapter
 from keylayers.options import ModelOptions, RankOptions
@@ -98,7 +98,7 @@ def _from_stage_1(job: RankJob) -> TunedModel:
         return TunedModel(tuned, lora_updates(tuned), {"stage_1": stage_1})
     tuned, stage_1 = _train_all(job)
     record = {"inputs_sha256": inputs, "options": job.options.flat(), "stage_1": stage_1}
-    save_adapter(tuned, job.tokenizer, folder, record)
+    save_tuned(tuned, job.tokenizer, folder, record)
     return TunedModel(tuned, lora_updates(tuned), {"stage_1": stage_1})
 
 
