@@ -40,9 +40,8 @@ def agreement(rankings: Sequence[Ranking], budget: Budget) -> list[Agreement]:
         if names != candidates[0]:
             odd = sorted(names ^ candidates[0])
             raise RankingError(
-                f"rankings must be of the same modules to be compared, but ranking {index + 1} "
-                f"and the first "
-                f"differ in {len(odd)}, first {odd[0]}"
+                f"rankings must be of the same modules to be compared, but ranking {index + 1} and "
+                f"the first differ in {len(odd)}, first {odd[0]}"
             )
     chosen = [set(ranking.select(budget).names) for ranking in rankings]
     pairs = []

@@ -57,9 +57,8 @@ class Gates:
         silent = [name for name, grad in grads.items() if grad is None]
         if silent:
             raise GuardError(
-                f"every gate must take part in the loss, but {len(silent)} of {len(self)} did "
-                f"not, first "
-                f"{', '.join(silent[:3])}; fused kernels or merged weights bypass them"
+                f"every gate must take part in the loss, but {len(silent)} of {len(self)} did not, "
+                f"first {', '.join(silent[:3])}; fused kernels or merged weights bypass them"
             )
         return torch.cat([grad for grad in grads.values() if grad is not None]).detach().cpu()
 
@@ -68,9 +67,8 @@ class Gates:
         idle = [name for name, gate in self._gates.items() if gate.num_calls == 0]
         if idle:
             raise GuardError(
-                f"every gate must be used by the forward pass, but {len(idle)} of {len(self)} "
-                f"were not, first "
-                f"{', '.join(idle[:3])}; fused kernels or merged weights bypass them"
+                f"every gate must be used by the forward pass, but {len(idle)} of {len(self)} were "
+                f"not, first {', '.join(idle[:3])}; fused kernels or merged weights bypass them"
             )
 
 
@@ -95,8 +93,7 @@ def gated(
 
     Yields:
         The gates. When the block ends, hooks, `requires_grad` flags, gradients, train and eval
-        modes and
-        random state are as they were.
+        modes and random state are as they were.
     """
     groups = group_modules([update.module for update in updates], granularity)
     group_of = {module: name for name, modules in groups.items() for module in modules}

@@ -102,8 +102,7 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(
             f"the adapter {adapter!r} must hold adapter_model.safetensors, but does not; pickled "
-            f"weights are not "
-            f"loaded"
+            f"weights are not loaded"
         )
     try:
         tuned = PeftModel.from_pretrained(model, str(folder))
@@ -115,9 +114,8 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
         ) from error
     if missing:
         raise ModelError(
-            f"the adapter must be one for this base model, but {adapter!r} and the model differ "
-            f"in {len(missing)} "
-            f"weights, first {missing[0]}"
+            f"the adapter must be one for this base model, but {adapter!r} and the model differ in "
+            f"{len(missing)} weights, first {missing[0]}"
         )
     return tuned
 

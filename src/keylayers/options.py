@@ -55,8 +55,7 @@ class DataOptions:
 
     Attributes:
         data: A json, jsonl, csv or parquet file, a folder of such, or a data set's name on the hub
-            (owner/name or
-            owner/name:config).
+            (owner/name or owner/name:config).
         data_split: Split of a hub data set.
         format: How the columns are read; recognised by their names if not given.
         chat_template: chatml, alpaca, or a Jinja file. The model's own if it has one, else alpaca.
@@ -133,15 +132,13 @@ class StabilityOptions:
     """When stage 1 ends: the loss is stable, or the cap is reached.
 
     The paper learns masks after 25-50 % of training and finds them close to the final one, and
-    finds one from 1 %
-    far from it (from memory of its text).
+    finds one from 1 % far from it (from memory of its text).
 
     Attributes:
         max_steps: Hard cap on the steps of stage 1.
         window: Steps averaged on either side when the loss is compared with itself.
         epsilon: Stage 1 is stable when the mean loss of the last window differs by less than this
-            many nats
-            from that of the window before. 0 trains to the cap.
+            many nats from that of the window before. 0 trains to the cap.
     """
 
     max_steps: int = 300
@@ -228,8 +225,8 @@ class UpdateOptions:
     def __post_init__(self) -> None:
         if self.adapter is not None and self.tuned is not None:
             raise ConfigError(
-                "at most one of `adapter` and `tuned` must be given, got both: there is one "
-                "update to rank"
+                "at most one of `adapter` and `tuned` must be given, got both: there is one update "
+                "to rank"
             )
 
 
@@ -257,16 +254,15 @@ class SelectionOptions:
     Attributes:
         ranking: Ranking file, or the folder that holds ranking.json.
         budget: How much is trained: 0.3 is 30 % of the modules, 17 is 17 modules, 0.3x-params is
-            modules with 30 % of
-            the parameters.
+            modules with 30 % of the parameters.
         freeze: Instead of a budget: train all but the worst share, such as 0.25.
         update: lora trains an adapter on the selected modules; full trains their weights
             themselves.
         steps: Optimiser steps. From the command line: as many as stage 1 of the ranking took, if
             it had one.
         controls: Also train these sets of modules in the same way and show their held-out loss:
-            all; or as many modules
-            as selected, random, first, last (of the network) or worst (of the ranking).
+            all; or as many modules as selected, random, first, last (of the network) or worst (of
+            the ranking).
     """
 
     ranking: str
@@ -281,8 +277,8 @@ class SelectionOptions:
         if (self.budget is None) == (self.freeze is None):
             given = "neither" if self.budget is None else "both"
             raise ConfigError(
-                f"exactly one of `budget` (such as 0.3) and `freeze` (such as 0.25) must be "
-                f"given, got {given}"
+                f"exactly one of `budget` (such as 0.3) and `freeze` (such as 0.25) must be given, "
+                f"got {given}"
             )
 
 

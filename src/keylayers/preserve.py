@@ -52,8 +52,7 @@ def _check_unchanged(before: dict[str, int], after: dict[str, int]) -> None:
         names = ", ".join(changed[:3])
         raise GuardError(
             f"only gates may change while scores are learned, but {len(changed)} tensors of the "
-            f"model changed, "
-            f"first {names}; something else trains it at the same time"
+            f"model changed, first {names}; something else trains it at the same time"
         )
 
 

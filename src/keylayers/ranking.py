@@ -134,8 +134,7 @@ class Ranking:
         except (ValueError, RecursionError) as error:
             raise RankingError(
                 f"{str(path)!r} must be whole JSON, but it is damaged or cut off ({error}); make "
-                f"it again with "
-                f"`keylayers rank`"
+                f"it again with `keylayers rank`"
             ) from None
         return _from_json(content, str(path))
 
@@ -149,8 +148,7 @@ def _from_json(content: Any, path: str) -> Ranking:
     if content.get("schema_version") != SCHEMA_VERSION:
         raise RankingError(
             f"{path!r} must have schema version {SCHEMA_VERSION}, got "
-            f"{content.get('schema_version')!r}; use the "
-            f"keylayers version that wrote it"
+            f"{content.get('schema_version')!r}; use the keylayers version that wrote it"
         )
     rows = content.get("modules")
     if not isinstance(rows, list):

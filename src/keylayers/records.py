@@ -158,8 +158,7 @@ def check_replaceable(path: Path) -> None:
     if path.is_dir() and any(path.iterdir()) and not (path / RECORD).is_file():
         raise OutputError(
             f"the output must be new, empty or made by keylayers, but {str(path)!r} holds other "
-            f"files; choose "
-            f"another folder"
+            f"files; choose another folder"
         )
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     try:

@@ -107,8 +107,7 @@ def select(ranking: Ranking, budget: Budget) -> Selection:
         num_scored = sum(module.score is not None for module in ordered)
         raise RankingError(
             f"the budget must stay within the modules that have a score, but it takes {count} and "
-            f"only "
-            f"{num_scored} have one; lower the budget"
+            f"only {num_scored} have one; lower the budget"
         )
     num_tied_out = sum(module.score == taken[-1].score for module in left)
     names = {module.name for module in taken}
@@ -154,8 +153,7 @@ def _count(ordered: Sequence[RankedModule], budget: Budget) -> int:
         if not 1 <= budget <= num_modules:
             raise ConfigError(
                 f"`budget` as a count must be between 1 and {num_modules}, the ranking's modules, "
-                f"got {budget}; a "
-                f"fraction needs a decimal point"
+                f"got {budget}; a fraction needs a decimal point"
             )
         return budget
     if not 0 < budget <= 1:
@@ -214,6 +212,5 @@ def check_same_modules(ranking: Ranking, modules: Mapping[str, int]) -> None:
     if wrong:
         raise RankingError(
             f"the ranking must be of this model, but {len(wrong)} of {len(ranking.modules)} "
-            f"modules differ, first "
-            f"{'; '.join(wrong[:3])}"
+            f"modules differ, first {'; '.join(wrong[:3])}"
         )

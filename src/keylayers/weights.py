@@ -16,8 +16,7 @@ def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 over names, shapes and values, in the order given, in hexadecimal.
 
     Floating-point values are taken as float32, so that a bfloat16 checkpoint has one hash whether
-    it is loaded
-    as bfloat16 or as float32. Reads every value once on the CPU, about a second a GB.
+    it is loaded as bfloat16 or as float32. Reads every value once on the CPU, about a second a GB.
     """
     digest = hashlib.sha256()
     for name, tensor in tensors:
@@ -53,8 +52,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
     """For each tensor the 64-bit sum of its bit patterns, computed where the tensor lives.
 
     One pass over memory without a copy. Any ordinary change of values changes the sum; a mere
-    permutation of
-    a tensor's entries would not.
+    permutation of a tensor's entries would not.
     """
     sums = {}
     for name, tensor in tensors:

@@ -37,7 +37,7 @@ def target_regex(names: Iterable[str]) -> str:
     r"""One regular expression that fully matches `names` and no other module name.
 
     Names that differ only in their block are grouped:
-    `model\\.layers\\.(?:(?:5|7)\\.mlp\\.down_proj|...)`.
+    `model\.layers\.(?:(?:5|7)\.mlp\.down_proj|...)`.
     """
     groups: dict[tuple[str, str], list[str]] = {}
     for name in names:
@@ -85,9 +85,8 @@ def prove_trainable(model: nn.Module, names: Sequence[str]) -> None:
         extra = sorted(set(model.targeted_module_names) - asked)
         raise ModelError(
             f"PEFT must put an adapter on exactly the selected modules, but missed {missed[:3]} "
-            f"and added "
-            f"{extra[:3]}; for some mixture-of-experts models PEFT rewrites the targets, which is "
-            f"not supported yet"
+            f"and added {extra[:3]}; for some mixture-of-experts models PEFT rewrites the targets, "
+            f"which is not supported yet"
         )
     if trainable != asked:
         odd = sorted(trainable ^ asked)

@@ -27,9 +27,8 @@ def learn_scores(
 ) -> ModuleScores:
     """The scores that gradient descent on the trainer's own loss gives the gates on `updates`.
 
-    Guards: the optimiser holds exactly the gates; every gate fires and has a gradient; the model's
-        weights are
-    unchanged; the model and the random state are given back as they were.
+    Guards: the optimiser holds exactly the gates; every gate fires and has a gradient; no weight of
+    the model changes; the model and the random state are given back as they were.
 
     Args:
         trainer: Any transformers or TRL trainer; its model carries the updates.
@@ -83,11 +82,9 @@ def standard_errors(path: Float[Tensor, "step gate"]) -> Float[Tensor, " gate"] 
     """How far each learned score would vary over other draws of the batches, to first order.
 
     The path of a score is cut into ten equal stretches. What it moves in each is the sum of a
-    slowly changing
-    drift and of batch noise; successive differences cancel the drift, so half their mean square is
-    the noise
-    variance of a stretch (von Neumann's estimator), and ten of them add up to that of the whole
-    path.
+    slowly changing drift and of batch noise; successive differences cancel the drift, so half their
+    mean square is the noise variance of a stretch (von Neumann's estimator), and ten of them add up
+    to that of the whole path.
 
     Args:
         path: Scores before the first step and after each step.

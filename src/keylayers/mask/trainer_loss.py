@@ -77,8 +77,7 @@ class TrainerLoss:
         if not math.isfinite(value):
             raise LossError(
                 f"the loss must be finite, but it is {value} at mask step {step}; lower the "
-                f"learning rate of "
-                f"stage 1 or load the model in float32"
+                f"learning rate of stage 1 or load the model in float32"
             )
         loss.backward()  # not accelerator.backward, which divides by the accumulation steps
         return value

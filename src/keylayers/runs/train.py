@@ -89,8 +89,7 @@ def train(
         if selection.num_tied_out:
             progress.note(
                 f"{selection.num_tied_out} modules left out have the same score as the last one "
-                f"taken; ties go by "
-                f"the model's order"
+                f"taken; ties go by the model's order"
             )
         selected, model, result = job.train(selection.names, "selected")
         rows = [job.base_row(), selected, *job.stage_1_row(ranking)]

@@ -172,8 +172,7 @@ class _LossWatch(TrainerCallback):
         if not math.isfinite(loss):
             raise LossError(
                 f"the loss must be finite, but it is {loss} at training step {state.global_step}; "
-                f"lower "
-                f"`learning_rate` (now {args.learning_rate:.3g}) or use `dtype` float32"
+                f"lower `learning_rate` (now {args.learning_rate:.3g}) or use `dtype` float32"
             )
         self.losses.append(loss)
         if self.on_step is not None:

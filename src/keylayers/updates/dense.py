@@ -113,8 +113,7 @@ def dense_updates(model: nn.Module, tuned: Mapping[str, Tensor]) -> list[DenseUp
     if not any(bool(update.delta_weight.any()) for update in updates):
         raise ModelError(
             "the tuned checkpoint must differ from the base in the model's blocks, but every "
-            "module is equal; is "
-            "it the same checkpoint?"
+            "module is equal; is it the same checkpoint?"
         )
     return updates
 
@@ -151,7 +150,6 @@ def _difference(tuned: Mapping[str, Tensor], name: str, base: Tensor) -> Tensor:
     if value.shape != base.shape:
         raise ModelError(
             f"the two checkpoints must have the same shapes, but {name} is {tuple(base.shape)} in "
-            f"the base and "
-            f"{tuple(value.shape)} in the tuned one"
+            f"the base and {tuple(value.shape)} in the tuned one"
         )
     return value.to(base.device, base.dtype) - base.detach()

@@ -60,8 +60,7 @@ def lora_updates(model: nn.Module) -> list[LoraUpdate]:
     if not isinstance(model, PeftModel):
         raise ModelError(
             f"the model must carry a PEFT adapter, got a plain {type(model).__name__}; fine-tune "
-            f"it with LoRA, or "
-            f"give the tuned checkpoint as `tuned`"
+            f"it with LoRA, or give the tuned checkpoint as `tuned`"
         )
     updates = []
     for info in map_modules(model):
@@ -91,8 +90,7 @@ def _checked(layer: BaseTunerLayer, name: str) -> tuple[LoraLayer, str]:
     if len(layer.active_adapters) != 1:
         raise ModelError(
             f"exactly one adapter must be active, but {name} has {layer.active_adapters}; choose "
-            f"one with "
-            f"model.set_adapter(name)"
+            f"one with model.set_adapter(name)"
         )
     adapter = layer.active_adapters[0]
     reason = None
