@@ -87,6 +87,19 @@ def test_freezing_the_worst_quarter_trains_the_others(ranked, tmp_path):
     assert set(fresh_process(PLAIN_PEFT, tmp_path / "t")) == best(ranked, 16)
 
 
+def test_the_chat_template_that_was_trained_with_is_saved(tiny, ranked, tmp_path):
+    from transformers import AutoTokenizer
+
+    from keylayers.training.chat import BUILT_IN
+
+    options = ("--ranking", ranked, "--budget", "2", "--steps", "1", "--output", tmp_path / "t")
+    assert keylayers("train", *options, "--chat-template", "alpaca") == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "t").chat_template == BUILT_IN["alpaca"]
+    assert keylayers("train", *options) == 0
+    own = AutoTokenizer.from_pretrained(tiny / "model").chat_template
+    assert AutoTokenizer.from_pretrained(tmp_path / "t").chat_template == own
+
+
 PLAIN_TRANSFORMERS = """
 import sys
 from transformers import AutoModelForCausalLM

@@ -125,6 +125,7 @@ def _prepared(options: RankOptions, output: Path, progress: Progress) -> RankJob
     tokenizer = load_tokenizer(options.model)
     model = load_model(options.model)
     data = prepare(options.data, tokenizer, max_positions(model))
+    data.give_template(tokenizer)
     for line in data.summary():
         progress.note(line)
     record = describe(options.model, model) | {"weights_sha256": weights_sha256(model)}

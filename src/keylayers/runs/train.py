@@ -139,6 +139,7 @@ class _Job:
         check_same_modules(ranking, {info.name: info.num_parameters for info in infos})
         self.tokenizer = load_tokenizer(options.model)
         self.data = prepare(options.data, self.tokenizer, max_positions(model))
+        self.data.give_template(self.tokenizer)
         for line in self.data.summary():
             progress.note(line)
         sha256 = weights_sha256(model)

@@ -80,6 +80,11 @@ class PreparedData:
             **asdict(self.counts),
         }
 
+    def give_template(self, tokenizer: "transformers.PreTrainedTokenizerBase") -> None:
+        """Let the tokenizer that is saved with the result render chats as training did."""
+        if self.chat_template is not None:
+            tokenizer.chat_template = self.chat_template.text
+
     def summary(self) -> list[str]:
         """A line or two for people: what is trained, and what was left out."""
         counts = self.counts
