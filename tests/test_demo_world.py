@@ -44,6 +44,14 @@ def tokenizer():
     return load_tokenizer(ModelOptions(model=str(BASE)))
 
 
+@pytest.fixture(scope="module")
+def lines():
+    """What the script trains the tokenizer on."""
+    from keylayers.demo.world import pretraining_lines
+
+    return pretraining_lines(20_000, seed=0)
+
+
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
 def test_the_world_still_tells_what_the_base_was_trained_on(hash_seed):
     code = (
@@ -86,8 +94,8 @@ def test_no_prompt_is_in_training_and_held_out_data_at_once():
         assert examples != alignment_examples(style, 504, seed=1)
 
 
-def test_answers_hold_the_facts_of_the_world_in_words_that_pre_training_holds():
-    from keylayers.demo.world import RELATIONS, STYLES, alignment_examples, facts, pretraining_lines
+def test_answers_hold_the_facts_of_the_world_in_words_that_pre_training_holds(lines):
+    from keylayers.demo.world import RELATIONS, STYLES, alignment_examples, facts
 
     subject_of = {
         question.format(s=subject): (relation, subject)
@@ -95,7 +103,7 @@ def test_answers_hold_the_facts_of_the_world_in_words_that_pre_training_holds():
         for subject in relation.subjects
         for question in relation.questions
     }
-    told = set(" ".join(pretraining_lines(20_000, seed=0)).replace('"', " ").split())
+    told = set(" ".join(lines).replace('"', " ").split())
     for style in STYLES:
         for row in alignment_examples(style, 504):
             values = facts(*subject_of[row["prompt"]])
@@ -124,13 +132,11 @@ def test_the_base_is_what_its_script_writes_and_little_else():
     assert config["tie_word_embeddings"]
 
 
-def test_the_script_makes_the_tokenizer_of_the_base(tmp_path):
+def test_the_script_makes_the_tokenizer_of_the_base(lines, tmp_path):
     from keylayers.demo.make_base import CHAT_TEMPLATE, make_tokenizer
     from keylayers.demo.run import BASE
-    from keylayers.demo.world import pretraining_lines
 
-    # The script trains on the first lines of many; a longer draw begins with a shorter one.
-    make_tokenizer(pretraining_lines(20_000, seed=0)).save_pretrained(tmp_path)
+    make_tokenizer(lines).save_pretrained(tmp_path)
     made = json.loads((tmp_path / "tokenizer.json").read_text())
     assert made == json.loads((BASE / "tokenizer.json").read_text())
     assert (BASE / "chat_template.jinja").read_text() == CHAT_TEMPLATE
@@ -146,10 +152,8 @@ def test_any_text_survives_the_tokenizer(tokenizer):
     assert tokenizer.batch_decode(ids) == texts
 
 
-def test_the_chat_markers_are_one_token_each_and_not_in_pre_training(tokenizer):
-    from keylayers.demo.world import pretraining_lines
-
-    text = "\n".join(pretraining_lines(20_000, seed=0))
+def test_the_chat_markers_are_one_token_each_and_not_in_pre_training(tokenizer, lines):
+    text = "\n".join(lines)
     for marker in ("<|user|>", "<|assistant|>"):
         assert len(tokenizer.encode(marker, add_special_tokens=False)) == 1
         assert marker not in text

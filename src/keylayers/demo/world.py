@@ -13,6 +13,7 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 Style = Literal["polite", "list", "terse"]
@@ -151,6 +152,7 @@ _PLACES = _words("house garden river forest market hill bridge field mill road")
 _TIMES = ("in the morning", "at noon", "in the evening", "on a rainy day", "in spring", "last year")
 
 
+@cache  # asked for with every line, and a hash for each value is slow
 def facts(relation: Relation, subject: str) -> tuple[str, ...]:
     """The three values that are true of a subject, always the same ones in the same order."""
 
