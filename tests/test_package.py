@@ -13,7 +13,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "keylayers"
 # Left to right: a file imports only from its own place or from places before it.
 ORDER = (
     ("_version", "errors"),
-    ("records", "options"),
+    ("records", "options", "progress"),
     ("model_map",),
     ("weights",),
     ("preserve",),

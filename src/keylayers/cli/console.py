@@ -2,7 +2,7 @@
 """What the sub-commands show: results on stdout, progress and notes on stderr."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -15,7 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-OnStep = Callable[[int, float], None]
+from keylayers.progress import OnStep
+
 PIPE_WIDTH = 120
 
 

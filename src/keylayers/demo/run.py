@@ -21,9 +21,9 @@ from keylayers.options import (
     TrainingOptions,
     TrainOptions,
 )
+from keylayers.progress import Progress, Silent
 from keylayers.ranking import Ranking
 from keylayers.records import output_folder
-from keylayers.runs.progress import Progress, Silent
 from keylayers.runs.rank import rank
 from keylayers.runs.train import TrainedSet, train
 

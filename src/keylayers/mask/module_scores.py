@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a scoring method gives: one score a module, and how it went."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jaxtyping import Float
@@ -9,8 +9,6 @@ from torch import Tensor
 
 from keylayers.gates import Gates
 from keylayers.updates import Update
-
-OnStep = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from transformers import Trainer
 
 from keylayers.evaluation.loss import held_out_loss
 from keylayers.gates import gated
-from keylayers.mask.module_scores import ModuleScores, OnStep
+from keylayers.mask.module_scores import ModuleScores
 from keylayers.models import describe, load_model, load_tokenizer, max_positions
 from keylayers.options import MaskOptions, RankOptions, UpdateOptions
+from keylayers.progress import OnStep, Progress, Silent
 from keylayers.ranking import RankedModule, Ranking
 from keylayers.records import check_replaceable, environment, output_folder
-from keylayers.runs.progress import Progress, Silent
 from keylayers.runs.update import ADAPTER_FOLDER, RankJob, find_update
 from keylayers.scores import METHODS
 from keylayers.training.data import prepare

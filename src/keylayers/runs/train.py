@@ -24,6 +24,7 @@ from keylayers.evaluation.loss import held_out_loss
 from keylayers.model_map import map_modules
 from keylayers.models import Checkpoint, describe, load_model, load_tokenizer, max_positions
 from keylayers.options import Control, TrainOptions
+from keylayers.progress import Progress, Silent
 from keylayers.ranking import Ranking
 from keylayers.records import (
     RECORD,
@@ -33,7 +34,6 @@ from keylayers.records import (
     output_folder,
     write_json,
 )
-from keylayers.runs.progress import Progress, Silent
 from keylayers.selection import Freeze, Selection, check_same_modules, parse_budget, select
 from keylayers.training.data import prepare
 from keylayers.training.run import TrainingResult, fine_tune, make_trainer, new_lora

@@ -14,8 +14,8 @@ from keylayers.apply.saving import save_tuned
 from keylayers.model_map import map_modules
 from keylayers.models import Checkpoint, load_adapter
 from keylayers.options import ModelOptions, RankOptions
+from keylayers.progress import Progress
 from keylayers.records import RECORD, environment, json_sha256
-from keylayers.runs.progress import Progress
 from keylayers.training.data import PreparedData
 from keylayers.training.run import fine_tune, make_trainer, new_lora
 from keylayers.updates import Update, dense_updates, lora_updates

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 
 from transformers import Trainer
 
-from keylayers.mask.module_scores import ModuleScores, OnStep
+from keylayers.mask.module_scores import ModuleScores
 from keylayers.options import MaskOptions, Method
+from keylayers.progress import OnStep
 from keylayers.scores.ila import ila
 from keylayers.scores.path import path
 from keylayers.updates import Update

@@ -28,9 +28,10 @@ from torch import Tensor
 from transformers import Trainer, set_seed
 
 from keylayers.gates import Gates, gated
-from keylayers.mask.module_scores import ModuleScores, OnStep, to_modules
+from keylayers.mask.module_scores import ModuleScores, to_modules
 from keylayers.mask.trainer_loss import TrainerLoss
 from keylayers.options import MaskOptions
+from keylayers.progress import OnStep
 from keylayers.updates import Update
 
 

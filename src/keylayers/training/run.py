@@ -9,7 +9,7 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,8 +33,7 @@ from keylayers.apply.adapter import add_lora
 from keylayers.errors import LossError
 from keylayers.mask.stability import is_stable
 from keylayers.options import StabilityOptions, TrainingOptions
-
-OnStep = Callable[[int, float], None]
+from keylayers.progress import OnStep
 
 
 @dataclass(frozen=True)
