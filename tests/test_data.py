@@ -159,6 +159,26 @@ def test_the_split_depends_on_content_and_seed_only(prepare, alpaca, tmp_path, t
     assert set(texts(prepare(alpaca, held_out=5.0, split_seed=1).held_out, tokenizer)) != held_out
 
 
+def test_three_splits_never_mix_and_the_held_out_one_is_the_same(prepare, alpaca, tokenizer):
+    two = prepare(alpaca, held_out=5.0)
+    assert two.mask is None
+    assert two.counts.num_mask == 0
+    three = prepare(alpaca, held_out=5.0, mask_data="held-out")
+    splits = [set(texts(split, tokenizer)) for split in (three.train, three.mask, three.held_out)]
+    assert [len(split) for split in splits] == [10, 5, 5]
+    assert len(set().union(*splits)) == 20
+    assert splits[2] == set(texts(two.held_out, tokenizer))
+    assert "10 examples to train, 5 for the mask and 5 held out" in three.summary()[0]
+    assert three.record()["split_sha256"] != two.record()["split_sha256"]
+
+
+def test_examples_for_the_mask_must_leave_some_to_train(prepare, alpaca):
+    from keylayers.errors import DataError
+
+    with pytest.raises(DataError, match="after 10 held out and 10 set aside for the mask, got 20"):
+        prepare(alpaca, held_out=10.0, mask_data="held-out")
+
+
 def test_duplicates_never_reach_both_sides_of_the_split(prepare, tmp_path, tokenizer):
     prepared = prepare(write(tmp_path / "twice.jsonl", [*ROWS, *ROWS, ROWS[0]]), held_out=0.5)
     assert prepared.counts.num_duplicates == 21

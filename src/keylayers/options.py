@@ -17,6 +17,7 @@ DataFormat = Literal[
 ]
 Granularity = Literal["module", "block", "projection"]
 MaskOptimizer = Literal["sgd", "adam"]
+MaskData = Literal["train", "held-out"]
 Method = Literal["ila", "path"]
 Control = Literal["all", "random", "first", "last", "worst"]
 
@@ -64,6 +65,9 @@ class DataOptions:
         max_examples: Use only the first so many examples.
         held_out: Share of the examples (below 1) or their number that training and mask learning
             never see.
+        mask_data: Where the scores are learned: on the training examples (train), or on as many
+            examples as are held out, set aside so that neither training nor the held-out loss
+            sees them (held-out).
         split_seed: Chooses the held-out examples, whatever the other seeds.
     """
 
@@ -74,6 +78,7 @@ class DataOptions:
     max_length: int = 1024
     max_examples: int | None = None
     held_out: float = 0.1
+    mask_data: MaskData = "train"
     split_seed: int = 0
 
     def __post_init__(self) -> None:

@@ -34,6 +34,7 @@ TAKEN_FROM_RANKING = (
     "max_length",
     "max_examples",
     "held_out",
+    "mask_data",
     "split_seed",
     "learning_rate",
     "batch_size",

@@ -96,7 +96,7 @@ def rank(options: RankOptions, output: Path, progress: Progress | None = None) -
         trainer = make_trainer(
             update.model,
             job.tokenizer,
-            job.data.train,
+            job.data.mask or job.data.train,
             options.training,
             num_steps=options.mask.num_passes,
         )

@@ -3,7 +3,8 @@
 
 TRL takes a data set with `input_ids` and `labels` as it is, so what the loss counts is decided
 here. Duplicates go before the split, so that no held-out example is trained; which examples are
-held out depends on their content and the seed only, never on their order in the file.
+held out depends on their content and the seed only, never on their order in the file. The held-out
+examples are the same whether or not others are set aside for the mask.
 """
 
 import hashlib
@@ -36,6 +37,8 @@ class DataCounts:
     num_examples: int
     """Left after that and after `max_examples`: training, held out and truncated away together."""
     num_train: int
+    num_mask: int
+    """Set aside for the mask; 0 if it is learned on the training examples."""
     num_held_out: int
     num_truncated: int
     """Used, but without their end."""
@@ -53,6 +56,8 @@ class PreparedData:
     """Tokenised examples (columns `input_ids` and `labels`), and how they came about."""
 
     train: "datasets.Dataset"
+    mask: "datasets.Dataset | None"
+    """Set aside to learn the mask on; nothing if it is learned on `train`."""
     held_out: "datasets.Dataset"
     options: DataOptions
     format: Format
@@ -68,7 +73,13 @@ class PreparedData:
         """What a JSON record of a run says about its data."""
         template = asdict(self.chat_template) if self.chat_template else None
         options = self.options
-        split = [self.content_sha256, options.held_out, options.split_seed, self.max_length]
+        split = [
+            self.content_sha256,
+            options.mask_data,
+            options.held_out,
+            options.split_seed,
+            self.max_length,
+        ]
         return {
             **asdict(options),
             "split_sha256": json_sha256([*split, template]),
@@ -89,8 +100,9 @@ class PreparedData:
         """A line or two for people: what is trained, and what was left out."""
         counts = self.counts
         template = f", chat template {self.chat_template.name!r}" if self.chat_template else ""
+        for_mask = f", {counts.num_mask} for the mask" if counts.num_mask else ""
         lines = [
-            f"{counts.num_train} examples to train and {counts.num_held_out} held out "
+            f"{counts.num_train} examples to train{for_mask} and {counts.num_held_out} held out "
             f"(format {self.format!r}{template}, up to {self.max_length} tokens, the loss on "
             f"{counts.num_label_tokens} of {counts.num_train_tokens})"
         ]
@@ -137,10 +149,11 @@ def prepare(
     distinct = {one.digest(): one for one in converted.conversations}
     chosen = list(distinct)[: options.max_examples]
     usable = _encode_usable([distinct[key] for key in chosen], tokenizer, template, max_length)
-    held_out = set(_hold_out(list(usable), options))
-    train = [one for key, one in usable.items() if key not in held_out]
+    held_out, mask = _hold_out(list(usable), options)
+    train = [one for key, one in usable.items() if key not in held_out and key not in mask]
     return PreparedData(
         train=_to_dataset(train),
+        mask=_to_dataset([one for key, one in usable.items() if key in mask]) if mask else None,
         held_out=_to_dataset([one for key, one in usable.items() if key in held_out]),
         options=options,
         format=format,
@@ -152,6 +165,8 @@ def prepare(
             num_duplicates=len(converted.conversations) - len(distinct),
             num_examples=len(chosen),
             num_truncated_away=len(chosen) - len(usable),
+            num_mask=len(mask),
+            num_held_out=len(held_out),
             **_count(list(usable.values()), train),
         ),
     )
@@ -161,7 +176,6 @@ def _count(usable: Sequence[Encoded], train: Sequence[Encoded]) -> dict[str, int
     """The part of the counts that follows from the tokens."""
     return {
         "num_train": len(train),
-        "num_held_out": len(usable) - len(train),
         "num_truncated": sum(one.is_truncated for one in usable),
         "num_last_answer_only": sum(one.is_last_answer_only for one in usable),
         "num_train_tokens": sum(len(one.input_ids) for one in train),
@@ -192,8 +206,8 @@ def _encode_usable(
     return usable
 
 
-def _hold_out(keys: Sequence[bytes], options: DataOptions) -> list[bytes]:
-    """The keys of the held-out examples."""
+def _hold_out(keys: Sequence[bytes], options: DataOptions) -> tuple[set[bytes], set[bytes]]:
+    """The keys of the held-out examples, and of as many for the mask if it gets its own."""
     asked = options.held_out
     if asked >= 1 and asked != int(asked):
         raise ConfigError(
@@ -201,14 +215,17 @@ def _hold_out(keys: Sequence[bytes], options: DataOptions) -> list[bytes]:
             f"got {asked:g}; 0.1 keeps a tenth."
         )
     count = int(asked) if asked >= 1 else max(1, round(asked * len(keys)))
-    if count >= len(keys):
+    num_for_mask = count if options.mask_data == "held-out" else 0
+    if count + num_for_mask >= len(keys):
+        also = f" and {num_for_mask} set aside for the mask" if num_for_mask else ""
         raise DataError(
-            f"At least one example must be left to train after {count} held out, got {len(keys)} "
-            "usable examples; lower `--held-out` or give more data."
+            f"At least one example must be left to train after {count} held out{also}, got "
+            f"{len(keys)} usable examples; lower `--held-out` or give more data."
         )
     # A hash in place of a generator: the choice survives a new Python version and a reordered file.
     salt = f"hold out {options.split_seed}".encode()
-    return sorted(keys, key=lambda key: hashlib.sha256(salt + key).digest())[:count]
+    drawn = sorted(keys, key=lambda key: hashlib.sha256(salt + key).digest())
+    return set(drawn[:count]), set(drawn[count : count + num_for_mask])
 
 
 def _hash_all(keys: Sequence[bytes]) -> str:

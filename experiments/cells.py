@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cells of the studies: one fine-tune of one model on one data set with one seed, kept in a folder.
+
+A cell has three splits that never mix: train (stage 1), mask (what scores may be learned on), and
+held out (what a ranking is measured on). Made once and taken from its folder afterwards.
+
+    python experiments/cells.py CELLS_FOLDER --shared SHARED_FOLDER     # makes all cells
+"""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from keylayers.demo.run import BASE, write_data
+from keylayers.evaluation.loss import held_out_loss
+from keylayers.model_map import map_modules
+from keylayers.models import load_model, load_tokenizer, max_positions
+from keylayers.options import DataOptions, ModelOptions, TrainingOptions
+from keylayers.records import environment, json_sha256, write_json
+from keylayers.training.data import prepare
+from keylayers.training.run import fine_tune, make_trainer, new_lora
+from keylayers.updates import lora_updates
+
+DEMO = ("polite", "list", "terse")
+REAL = ("alpaca", "dpo", "user")
+OVERFIT = "user-long"  # trained so long that the held-out loss rises again
+FILES = {
+    "alpaca": "sft/alpaca_gpt4_999.json",
+    "dpo": "preference/dpo_300.json",
+    "user": "sft/user_oriented_252.jsonl",
+    OVERFIT: "sft/user_oriented_252.jsonl",
+}
+# Steps of stage 1 at a constant rate; the two small sets would overfit in more.
+NUM_STEPS = {"alpaca": 200, "dpo": 50, "user": 50, OVERFIT: 100}
+NUM_HELD_OUT = 50  # and as many for the mask
+CHECKPOINT_FRACTIONS = (0.01, 0.25, 0.5)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Which fine-tune: `data` is a style of the demo or one of the real data sets."""
+
+    data: str
+    seed: int
+
+    @property
+    def steps(self):
+        """Of stage 1."""
+        return NUM_STEPS.get(self.data, 200)
+
+    @property
+    def max_length(self):
+        """Tokens of an example; the preference data has long prompts."""
+        return 256 if self.data == "dpo" else 128
+
+    @property
+    def name(self):
+        """Its folder."""
+        return f"{self.data}-{self.seed}"
+
+    @property
+    def is_demo(self):
+        """On the built-in model, not on `english-2m`."""
+        return self.data in DEMO
+
+    def training(self):
+        """How it is fine-tuned."""
+        if self.is_demo:
+            return TrainingOptions(batch_size=16, lora_rank=8, lora_alpha=16, seed=self.seed)
+        return TrainingOptions(seed=self.seed)
+
+
+ALL = [Cell(data, seed) for seed in range(5) for data in (*DEMO, *REAL, OVERFIT)]
+
+
+@dataclass
+class Loaded:
+    """A cell in memory, ready to be scored and measured."""
+
+    cell: Cell
+    trainer: object
+    train: object
+    mask: object
+    held_out: object
+    record: dict
+
+    @property
+    def updates(self):
+        """The updates that are ranked."""
+        return lora_updates(self.trainer.model)
+
+
+def data_file(cell, folder, shared):
+    """The cell's data as a file that keylayers reads."""
+    if cell.is_demo:
+        path = folder / f"{cell.data}.jsonl"
+        write_data(path, cell.data)
+    elif cell.data == "dpo":  # the chosen answers of the pairs, as conversations
+        path = folder / "dpo.jsonl"
+        pairs = json.loads((shared / "data" / FILES["dpo"]).read_text(encoding="utf-8"))
+        rows = [{"conversations": [*pair["conversations"], pair["chosen"]]} for pair in pairs]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        path = shared / "data" / FILES[cell.data]
+    return path
+
+
+def fresh(cell, folder, shared, names=None):
+    """The cell before its fine-tune: new LoRA on `names` (all modules if not given), and splits."""
+    model_path = BASE if cell.is_demo else shared / "models" / "english-2m"
+    options = ModelOptions(model=str(model_path), dtype="float32")
+    tokenizer, model = load_tokenizer(options), load_model(options)
+    data = prepare(
+        DataOptions(
+            data=str(data_file(cell, folder, shared)),
+            max_length=cell.max_length,
+            held_out=NUM_HELD_OUT,
+            mask_data="held-out",
+        ),
+        tokenizer,
+        max_positions(model),
+    )
+    names = names or [info.name for info in map_modules(model)]
+    tuned = new_lora(model, names, cell.training())
+    trainer = make_trainer(tuned, tokenizer, data.train, cell.training(), num_steps=cell.steps)
+    record = {"cell": asdict(cell) | {"steps": cell.steps}, "data": data.record()}
+    record["data"].pop("data")  # a path of this machine
+    return Loaded(cell, trainer, data.train, data.mask, data.held_out, record)
+
+
+class Watch(TrainerCallback):
+    """Keeps LoRA's values at some steps, and sums two first-order scores from stage 1's gradients.
+
+    `gate`: Σ_steps -⟨B, ∂L/∂B⟩, the gate's gradient at γ = 1; `path`: Σ_steps -⟨∂L/∂θ, Δθ_step⟩,
+    each module's part of the loss reduction along the way that training took.
+    """
+
+    def __init__(self, model, num_steps):
+        self.model = model
+        self.kept = {max(1, round(part * num_steps)): part for part in CHECKPOINT_FRACTIONS}
+        self.layers = [(one.layer, one.adapter) for one in lora_updates(model)]
+        self.gate = torch.zeros(len(self.layers), dtype=torch.float64)
+        self.path = torch.zeros(len(self.layers), dtype=torch.float64)
+        self.snapshots = {}
+
+    def _matrices(self):
+        for layer, adapter in self.layers:
+            yield layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Gradients are there, weights are still the old ones."""
+        self.before = [(a.detach().clone(), b.detach().clone()) for a, b in self._matrices()]
+        for index, (_, b) in enumerate(self._matrices()):
+            self.gate[index] -= float((b * b.grad).sum())
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        """Weights are the new ones, gradients are still there."""
+        for index, ((a, b), (a0, b0)) in enumerate(zip(self._matrices(), self.before, strict=True)):
+            self.path[index] -= float((a.grad * (a - a0)).sum() + (b.grad * (b - b0)).sum())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Keep the adapter's values."""
+        if state.global_step in self.kept:
+            values = get_peft_model_state_dict(self.model)
+            self.snapshots[self.kept[state.global_step]] = {k: v.clone() for k, v in values.items()}
+
+
+def load(cell, folder, shared, checkpoint=None):
+    """The fine-tuned cell, at its end or at an earlier step; made if it is not in `folder`."""
+    loaded = fresh(cell, folder, shared)
+    home = folder / cell.name
+    inputs = json_sha256(loaded.record | {"training": asdict(cell.training())})
+    path = home / "cell.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if record.get("inputs_sha256") != inputs:
+        record = _make(loaded, home) | {"inputs_sha256": inputs}
+        write_json(path, record)
+    name = "end" if checkpoint is None else f"at-{checkpoint}"
+    set_peft_model_state_dict(loaded.trainer.model, load_file(home / f"{name}.safetensors"))
+    return replace(loaded, record=record)
+
+
+def _make(loaded, home):
+    home.mkdir(parents=True, exist_ok=True)
+    trainer = loaded.trainer
+    watch = Watch(trainer.model, loaded.cell.steps)
+    trainer.add_callback(watch)
+    base = held_out_loss(trainer, loaded.held_out)
+    result = fine_tune(trainer)
+    trainer.remove_callback(watch)
+    for part, values in watch.snapshots.items():
+        save_file(values, home / f"at-{part}.safetensors")
+    end = {k: v.contiguous() for k, v in get_peft_model_state_dict(trainer.model).items()}
+    save_file(end, home / "end.safetensors")
+    return loaded.record | {
+        "environment": environment(),
+        "losses": list(result.losses),
+        "seconds": result.seconds,
+        "held_out_loss_nats": {"base": base, "tuned": held_out_loss(trainer, loaded.held_out)},
+        "stage_1_gate": watch.gate.tolist(),
+        "stage_1_path": watch.path.tolist(),
+    }
+
+
+def main():
+    """Make every cell."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shared", type=Path, required=True)
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th cell from the i-th")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    first, every = map(int, arguments.part.split("/"))
+    for cell in ALL[first::every]:
+        record = load(cell, arguments.folder, arguments.shared).record
+        print(cell.name, record["held_out_loss_nats"], f"{record['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
