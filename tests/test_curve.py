@@ -7,7 +7,7 @@ from test_mask_learning import PLANTED, data, planted_model, trainer_of
 
 
 def test_the_area_by_hand():
-    from keylayers.mask.curve import MaskCurve
+    from keylayers.curve import MaskCurve
 
     # heights 1, 0.25, 0 over counts 0, 1, 4: 1 * 0.625 + 3 * 0.125, over 4
     assert MaskCurve((0, 1, 4), (3.0, 1.5, 1.0)).normalised_area == pytest.approx(0.25)

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "keylayers"
 # Left to right: a file imports only from its own place or from places before it.
 ORDER = (
     ("_version", "errors"),
-    ("records", "options", "progress"),
+    ("records", "options", "progress", "curve"),
     ("model_map",),
     ("weights",),
     ("preserve",),

@@ -15,7 +15,8 @@ from keylayers._version import __version__
 if TYPE_CHECKING:
     from keylayers.compare import Agreement, agreement, chance_jaccard
     from keylayers.errors import KeylayersError
-    from keylayers.mask.curve import MaskCurve, mask_curve
+    from keylayers.curve import MaskCurve
+    from keylayers.mask.curve import mask_curve
     from keylayers.options import (
         DataOptions,
         MaskOptions,
@@ -37,7 +38,7 @@ _HOME = {
     "DataOptions": "options",
     "Freeze": "selection",
     "KeylayersError": "errors",
-    "MaskCurve": "mask.curve",
+    "MaskCurve": "curve",
     "MaskOptions": "options",
     "ModelOptions": "options",
     "RankOptions": "options",

@@ -71,6 +71,16 @@ def map_modules(model: nn.Module) -> tuple[ModuleInfo, ...]:
     )
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The model's blocks, in order.
+
+    Raises:
+        ModelError: no stack of blocks, or more than one.
+    """
+    base = base_model_of(model)
+    return list(base.get_submodule(_block_stack(base)).children())
+
+
 def module_by_name(model: nn.Module, name: str) -> nn.Module:
     """The module `name` of the base model; a PEFT layer where PEFT has put one."""
     return base_model_of(model).get_submodule(name)

@@ -18,7 +18,56 @@ DataFormat = Literal[
 Granularity = Literal["module", "block", "projection"]
 MaskOptimizer = Literal["sgd", "adam"]
 MaskData = Literal["train", "held-out"]
-Method = Literal["ila", "path"]
+Method = Literal[
+    "elimination",
+    "path",
+    "price",
+    "ila",
+    "leave-one-out",
+    "shapley",
+    "update-norm",
+    "gradient-norm",
+    "fisher",
+    "aletheia",
+    "adalora",
+    "lora-drop",
+    "eva",
+    "plop",
+    "spectrum",
+    "kappatune",
+    "block-influence",
+    "cka",
+    "first",
+    "last",
+    "middle",
+    "random",
+]
+_LEARNED = ("granularity", "mask_steps", "mask_optimizer", "mask_learning_rate")
+# The options that have an effect, beside `mask_seed`; the others must be left out.
+METHOD_OPTIONS: dict[Method, tuple[str, ...]] = {
+    "elimination": ("granularity", "mask_batches", "keep_fraction"),
+    "path": ("granularity", "mask_batches", "path_points"),
+    "price": (*_LEARNED, "price"),
+    "ila": (*_LEARNED, "initial_score"),
+    "leave-one-out": ("granularity", "mask_batches"),
+    "shapley": ("granularity", "mask_batches", "permutations"),
+    "update-norm": (),
+    "gradient-norm": ("mask_batches",),
+    "fisher": ("mask_batches",),
+    "aletheia": ("mask_batches",),
+    "adalora": ("mask_steps",),
+    "lora-drop": ("mask_batches",),
+    "eva": ("mask_batches",),
+    "plop": ("mask_batches",),
+    "spectrum": (),
+    "kappatune": (),
+    "block-influence": ("mask_batches",),
+    "cka": ("mask_batches",),
+    "first": (),
+    "last": (),
+    "middle": (),
+    "random": (),
+}
 Control = Literal["all", "random", "first", "last", "worst"]
 
 
@@ -159,53 +208,63 @@ class StabilityOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskOptions:
-    """How the scores are learned, with everything else frozen.
+    """How the modules are scored, with everything else frozen.
 
     Attributes:
-        method: ila learns the scores as published; path pays each update its share of the loss
-            reduction along the way from no update to all, in nats, without training scores.
-        granularity: One gate for each module, for each block, or for each projection.
-        mask_optimizer: Plain gradient descent (sgd) or adam (ila). The paper's is not known to us.
-        mask_learning_rate: Of the scores (ila). Not given: 10 for sgd, 0.05 for adam.
-        mask_steps: Gradient steps on the scores, one batch each (ila).
-        initial_score: Every score at first; the gate is its sigmoid, so 1 is a gate of 0.73 (ila).
+        method: elimination pays each update its share of the loss reduction in nats, in rounds that
+            keep ever fewer modules; ila learns a gate for each module as published; path is one
+            round of elimination; price learns gates that cost something. The others are known
+            rankings to compare with: docs/methods.md.
+        granularity: One gate for each module, for each block, or for each projection (elimination,
+            path, price, ila, leave-one-out, shapley).
+        mask_batches: Batches that a method looks at; elimination takes so many in each round.
         path_points: Points of the integral from no update to all (path).
-        path_batches: Batches that the integral is averaged over (path).
+        keep_fraction: Share of the modules that a round of elimination keeps for the next.
+        permutations: Random orders that Shapley values are averaged over (shapley).
+        mask_steps: Gradient steps on the scores, one batch each (ila, price); training steps
+            (adalora).
+        mask_optimizer: Plain gradient descent (sgd) or adam (ila, price). The paper's is not known
+            to us.
+        mask_learning_rate: Of the scores (ila, price). Not given: 10 for sgd, 0.05 for adam.
+        initial_score: Every score at first; the gate is its sigmoid, so 1 is a gate of 0.73 (ila).
+        price: Of the mean gate, in nats (price).
         mask_seed: Of the order of the mask's batches. Not given: the training's seed.
     """
 
-    method: Method = "ila"
+    method: Method = "elimination"
     granularity: Granularity = "module"
+    mask_batches: int = 4
+    path_points: int = 4
+    keep_fraction: float = 0.7
+    permutations: int = 8
+    mask_steps: int = 60
     mask_optimizer: MaskOptimizer = "sgd"
     mask_learning_rate: float | None = None
-    mask_steps: int = 60
     initial_score: float = 1.0  # the paper tries 4, 2 and 1 (from memory of its text)
-    path_points: int = 8
-    path_batches: int = 8
+    price: float = 2.0
     mask_seed: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least("mask_steps", self.mask_steps, 1)
-        _at_least("path_points", self.path_points, 1)
-        _at_least("path_batches", self.path_batches, 1)
+        for name in ("mask_batches", "path_points", "permutations", "mask_steps"):
+            _at_least(name, getattr(self, name), 1)
         self._refuse_options_without_effect()
+        if not 0 < self.keep_fraction < 1:
+            raise ConfigError(
+                f"`keep_fraction` must be above 0 and below 1, got {self.keep_fraction}"
+            )
+        if not self.price >= 0:
+            raise ConfigError(f"`price` must be 0 or more nats, got {self.price}")
         if self.mask_learning_rate is not None:
             _above_zero("mask_learning_rate", self.mask_learning_rate)
 
     def _refuse_options_without_effect(self) -> None:
-        of_ila = ("mask_optimizer", "mask_learning_rate", "mask_steps", "initial_score")
-        of_path = ("path_points", "path_batches")
-        own, foreign = ("path", of_ila) if self.method == "path" else ("ila", of_path)
+        own = ("method", "mask_seed", *METHOD_OPTIONS[self.method])
         for field in fields(self):
-            if field.name in foreign and getattr(self, field.name) != field.default:
+            if field.name not in own and getattr(self, field.name) != field.default:
                 raise ConfigError(
-                    f"`{field.name}` must be left out with `method` {own}: it has no effect there"
+                    f"`{field.name}` must be left out with `method` {self.method}: it has no "
+                    f"effect there"
                 )
-
-    @property
-    def num_passes(self) -> int:
-        """Forward and backward passes that the method takes, for progress."""
-        return self.mask_steps if self.method == "ila" else self.path_points * self.path_batches
 
     @property
     def resolved_learning_rate(self) -> float:

@@ -4,7 +4,7 @@
 from datasets import Dataset
 from transformers import Trainer
 
-from keylayers.mask.trainer_loss import TrainerLoss, mean_loss
+from keylayers.mask.trainer_loss import TrainerLoss, batch_losses
 
 
 def held_out_loss(trainer: Trainer, dataset: Dataset) -> float:
@@ -14,4 +14,4 @@ def held_out_loss(trainer: Trainer, dataset: Dataset) -> float:
     """
     source = TrainerLoss(trainer)
     with source.quiet():
-        return mean_loss(source, list(trainer.get_eval_dataloader(dataset)))
+        return batch_losses(source, list(trainer.get_eval_dataloader(dataset))).mean

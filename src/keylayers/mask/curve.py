@@ -1,52 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mask curve: the held-out loss when only the best k modules keep their update, not retrained.
-
-The measure of a ranking: a good one reaches the loss of all updates with few modules. A random
-order is the control.
-"""
+"""Measure mask curves: the held-out loss when only the best k modules keep their update."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
 from transformers import Trainer
 
+from keylayers.curve import MaskCurve
 from keylayers.gates import gated
-from keylayers.mask.trainer_loss import TrainerLoss, mean_loss
+from keylayers.mask.trainer_loss import BatchLosses, TrainerLoss, batch_losses
+from keylayers.progress import OnStep
 from keylayers.updates import Update
-
-
-@dataclass(frozen=True)
-class MaskCurve:
-    """Held-out loss against the number of modules that keep their update.
-
-    Attributes:
-        counts: How many of the best modules are kept, rising from 0 to all.
-        losses: Held-out loss in nats with so many.
-    """
-
-    counts: tuple[int, ...]
-    losses: tuple[float, ...]
-
-    @property
-    def normalised_area(self) -> float | None:
-        """Area under the curve, "no update" mapped to 1 and "all updates" to 0; lower is better.
-
-        Trapezoids over the fraction of modules. None where the update does not lower the held-out
-        loss, because the map is undefined then.
-        """
-        gain = self.losses[0] - self.losses[-1]
-        if gain <= 0:
-            return None
-        heights = [(loss - self.losses[-1]) / gain for loss in self.losses]
-        area = sum(
-            (right - left) * (low + high) / 2
-            for left, right, low, high in zip(
-                self.counts, self.counts[1:], heights, heights[1:], strict=False
-            )
-        )
-        return area / self.counts[-1]
 
 
 def mask_curve(
@@ -56,6 +21,7 @@ def mask_curve(
     held_out: Dataset,
     *,
     num_points: int | None = None,
+    on_step: OnStep | None = None,
 ) -> MaskCurve:
     """The curve of one order of the modules.
 
@@ -65,12 +31,23 @@ def mask_curve(
         order: Names of all updated modules, best first.
         held_out: Examples that neither training nor mask learning saw.
         num_points: Points on the curve, evenly spaced; every count if not given.
+        on_step: Called after each point with its number, from 1, and its loss in nats.
     """
-    total = len(order)
-    steps = total if num_points is None else min(total, num_points - 1)
-    counts = [round(total * step / steps) for step in range(steps + 1)]
+    counts = curve_counts(len(order), num_points)
     subsets = [order[:count] for count in counts]
-    return MaskCurve(tuple(counts), tuple(subset_losses(trainer, updates, subsets, held_out)))
+    measured = subset_losses(trainer, updates, subsets, held_out, on_step)
+    return MaskCurve(
+        counts=tuple(counts),
+        losses=tuple(one.mean for one in measured),
+        batch_losses=tuple(one.losses for one in measured),
+        batch_weights=measured[0].weights,
+    )
+
+
+def curve_counts(num_modules: int, num_points: int | None) -> list[int]:
+    """How many modules each point keeps, from none to all."""
+    steps = num_modules if num_points is None else min(num_modules, num_points - 1)
+    return [round(num_modules * step / steps) for step in range(steps + 1)]
 
 
 def subset_losses(
@@ -78,16 +55,19 @@ def subset_losses(
     updates: Sequence[Update],
     subsets: Sequence[Collection[str]],
     held_out: Dataset,
-) -> list[float]:
-    """Held-out loss in nats with only the updates of each subset of modules kept."""
+    on_step: OnStep | None = None,
+) -> list[BatchLosses]:
+    """Held-out losses in nats with only the updates of each subset of modules kept."""
     source = TrainerLoss(trainer)
-    losses = []
+    measured = []
     with source.quiet():
         batches = list(trainer.get_eval_dataloader(held_out))
         with gated(trainer.model, updates, initial_score=1.0, link="identity") as gates:
             names = [modules[0] for modules in gates.groups.values()]
-            for subset in subsets:
+            for step, subset in enumerate(subsets, start=1):
                 kept = set(subset)
                 gates.set_scores(torch.tensor([float(name in kept) for name in names]))
-                losses.append(mean_loss(source, batches))
-    return losses
+                measured.append(batch_losses(source, batches))
+                if on_step is not None:
+                    on_step(step, measured[-1].mean)
+    return measured

@@ -25,6 +25,9 @@ def learn_scores(
     updates: Sequence[Update],
     options: MaskOptions,
     on_step: OnStep | None = None,
+    *,
+    initial_score: float,
+    price: float = 0.0,
 ) -> ModuleScores:
     """The scores that gradient descent on the trainer's own loss gives the gates on `updates`.
 
@@ -36,6 +39,8 @@ def learn_scores(
         updates: From `lora_updates` or `dense_updates` on that model.
         options: How to learn.
         on_step: Called after each step with its number, from 1, and its loss in nats.
+        initial_score: Every score at first.
+        price: Of the mean gate, in nats, added to the loss.
 
     Raises:
         LossError: the loss became NaN or infinite.
@@ -48,7 +53,7 @@ def learn_scores(
         gated(
             trainer.model,
             updates,
-            initial_score=options.initial_score,
+            initial_score=initial_score,
             granularity=options.granularity,
         ) as gates,
         source.quiet(),
@@ -61,6 +66,7 @@ def learn_scores(
             optimizer.zero_grad()
             losses.append(source.backward(next(batches), step=step))
             gates.gradient()  # a guard: every gate took part
+            _add_price(gates, price)
             optimizer.step()
             path.append(gates.scores())
             if on_step is not None:
@@ -68,15 +74,25 @@ def learn_scores(
         gates.check_fired()
         scores = to_modules(gates, gates.scores(), updates)
         errors = standard_errors(torch.stack(path))
-        module_errors = None if errors is None else tuple(to_modules(gates, errors, updates))
+        module_errors = None if errors is None else to_modules(gates, errors, updates)
     return ModuleScores(
         module_names=tuple(update.module.name for update in updates),
-        scores=tuple(scores),
+        scores=scores,
         standard_errors=module_errors,
         unit="logit of the gate",
         losses=tuple(losses),
         seconds=time.perf_counter() - start,
+        num_forward=source.num_forward,
+        num_backward=source.num_backward,
     )
+
+
+def _add_price(gates: Gates, price: float) -> None:
+    """Add the gradient of `price` times the mean gate."""
+    for parameter in gates.parameters():
+        assert parameter.grad is not None
+        value = torch.sigmoid(parameter.detach())
+        parameter.grad += price / len(gates) * value * (1 - value)
 
 
 def standard_errors(path: Float[Tensor, "step gate"]) -> Float[Tensor, " gate"] | None:

@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -20,9 +21,11 @@ class ModuleScores:
         scores: One a module; modules that share a gate share the score.
         standard_errors: Of each score, from the spread over batches; None where there are too few.
         unit: What a score counts.
-        losses: Loss of the masked model at each step, in nats.
+        losses: Loss of the masked model at each pass, in nats.
         seconds: Wall time.
-        findings: Numbers of the method's own, for the record.
+        num_forward: Forward passes over a batch.
+        num_backward: Backward passes over a batch, for activations through frozen weights.
+        findings: What else the method found, JSON-able, for the record.
     """
 
     module_names: tuple[str, ...]
@@ -31,16 +34,41 @@ class ModuleScores:
     unit: str
     losses: tuple[float, ...] = field(repr=False)
     seconds: float
-    findings: Mapping[str, float] = field(default_factory=dict)
+    num_forward: int = 0
+    num_backward: int = 0
+    findings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def forward_equivalents(self) -> int:
+        """Cost in forward passes over a batch.
+
+        A backward pass through frozen weights has the matrix products of a forward pass: one for
+        each weight. So it counts as one.
+        """
+        return self.num_forward + self.num_backward
 
 
 def to_modules(
     gates: Gates, values: Float[Tensor, " gate"], updates: Sequence[Update]
-) -> list[float]:
+) -> tuple[float, ...]:
     """A value for each update in order, from the gate that it shares."""
     of_module = {
         module: float(value)
         for modules, value in zip(gates.groups.values(), values, strict=True)
         for module in modules
     }
-    return [of_module[update.module.name] for update in updates]
+    return tuple(of_module[update.module.name] for update in updates)
+
+
+def data_free(
+    updates: Sequence[Update], values: Sequence[float], *, unit: str, seconds: float
+) -> ModuleScores:
+    """Scores that no batch was needed for."""
+    return ModuleScores(
+        module_names=tuple(update.module.name for update in updates),
+        scores=tuple(values),
+        standard_errors=None,
+        unit=unit,
+        losses=(),
+        seconds=seconds,
+    )

@@ -10,19 +10,26 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer
 
 from keylayers.errors import ConfigError, DataError, LossError
 
 
 class TrainerLoss:
-    """Batches and losses of a trainer, without its optimiser, schedule, checkpoints or log."""
+    """Batches and losses of a trainer, without its optimiser, schedule, checkpoints or log.
 
-    def __init__(self, trainer: Trainer) -> None:
+    Attributes:
+        model: Whose loss it is: the trainer's own unless another is given.
+        num_forward: Forward passes over a batch so far.
+        num_backward: Backward passes over a batch so far.
+    """
+
+    def __init__(self, trainer: Trainer, model: nn.Module | None = None) -> None:
         num_processes = trainer.accelerator.num_processes
         if num_processes > 1:
             raise ConfigError(
@@ -30,6 +37,9 @@ class TrainerLoss:
                 f"not averaged over processes yet; start without a launcher"
             )
         self.trainer = trainer
+        self.model = trainer.model if model is None else model
+        self.num_forward = 0
+        self.num_backward = 0
 
     def batches(self) -> Iterator[Any]:
         """Training batches without end, shuffled anew in each epoch by the trainer's own sampler.
@@ -61,10 +71,11 @@ class TrainerLoss:
     def loss(self, batch: Any) -> Tensor:
         """The loss on one batch, with its graph; mean over whatever the trainer averages over."""
         trainer = self.trainer
-        trainer.model.train()
-        inputs = trainer._prepare_inputs(batch)
+        self.model.train()
+        inputs = trainer._prepare_inputs(dict(batch))  # TRL takes columns out of what it is given
+        self.num_forward += 1
         with trainer.compute_loss_context_manager():
-            return trainer.compute_loss(trainer.model, inputs)
+            return trainer.compute_loss(self.model, inputs)
 
     def backward(self, batch: Any, *, step: int) -> float:
         """Add the gradient of the loss on `batch` to the gates; the loss in nats.
@@ -73,14 +84,19 @@ class TrainerLoss:
             LossError: the loss is NaN or infinite; says at which step.
         """
         loss = self.loss(batch)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise LossError(
-                f"the loss must be finite, but it is {value} at mask step {step}; lower the "
-                f"learning rate of stage 1 or load the model in float32"
-            )
+        value = _finite(loss, step)
+        self.num_backward += 1
         loss.backward()  # not accelerator.backward, which divides by the accumulation steps
         return value
+
+    def value(self, batch: Any, *, step: int) -> float:
+        """The loss on `batch` in nats, without a graph.
+
+        Raises:
+            LossError: the loss is NaN or infinite; says at which step.
+        """
+        with torch.no_grad():
+            return _finite(self.loss(batch), step)
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -99,26 +115,51 @@ class TrainerLoss:
             del trainer.accelerator._dataloaders[num_loaders:]
 
 
-def mean_loss(source: TrainerLoss, batches: list[Any]) -> float:
-    """Mean loss in nats over `batches`, weighted by labelled tokens (without labels, by rows).
+def _finite(loss: Tensor, step: int) -> float:
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise LossError(
+            f"the loss must be finite, but it is {value} at mask step {step}; lower the "
+            f"learning rate of stage 1 or load the model in float32"
+        )
+    return value
 
-    The model runs in evaluation mode and gets its mode back.
+
+@dataclass(frozen=True)
+class BatchLosses:
+    """Losses of several batches.
+
+    Attributes:
+        losses: Mean loss of each batch in nats.
+        weights: Labelled tokens of each batch; without labels, its rows.
     """
-    model = source.trainer.model
+
+    losses: tuple[float, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Weighted mean in nats: over all labelled tokens of all batches."""
+        products = (loss * weight for loss, weight in zip(self.losses, self.weights, strict=True))
+        return sum(products) / sum(self.weights)
+
+
+def batch_losses(source: TrainerLoss, batches: list[Any]) -> BatchLosses:
+    """Loss in nats of each batch; the model runs in evaluation mode and gets its mode back."""
+    model = source.model
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    total = weight_sum = 0.0
+    losses, weights = [], []
     try:
         for batch in batches:
             inputs = source.trainer._prepare_inputs(dict(batch))
-            weight = _weight(inputs)
+            weights.append(_weight(inputs))
             with torch.no_grad(), source.trainer.compute_loss_context_manager():
-                total += weight * float(source.trainer.compute_loss(model, inputs))
-            weight_sum += weight
+                losses.append(float(source.trainer.compute_loss(model, inputs)))
     finally:
         for module, mode in modes:
             module.training = mode
-    return total / weight_sum
+    return BatchLosses(tuple(losses), tuple(weights))
 
 
 def _weight(inputs: dict[str, Any]) -> float:

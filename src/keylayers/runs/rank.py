@@ -29,6 +29,8 @@ from keylayers.training.run import make_trainer
 from keylayers.updates import Update, lora_updates
 from keylayers.weights import weights_sha256
 
+LEARNED = ("ila", "price")  # methods that take gradient steps on scores
+
 
 def rank_modules(
     trainer: Trainer, options: MaskOptions | None = None, on_step: OnStep | None = None
@@ -98,13 +100,14 @@ def rank(options: RankOptions, output: Path, progress: Progress | None = None) -
             job.tokenizer,
             job.data.mask or job.data.train,
             options.training,
-            num_steps=options.mask.num_passes,
+            num_steps=1,  # it is asked for losses, never to train
         )
         provenance |= update.record
         provenance["held_out_loss_nats"] = _held_out_losses(
             trainer, update.updates, job.data.held_out
         )
-        with job.progress.stage("stage 2: scoring modules", options.mask.num_passes) as on_step:
+        num_passes = None if options.mask.method not in LEARNED else options.mask.mask_steps
+        with job.progress.stage("stage 2: scoring modules", num_passes) as on_step:
             score = METHODS[options.mask.method]
             learned = score(trainer, update.updates, options.mask, on_step)
         provenance["mask"] = _mask_record(learned, options.mask)
@@ -148,8 +151,10 @@ def _mask_record(learned: ModuleScores, options: MaskOptions) -> dict[str, Any]:
         "losses": list(learned.losses),
         "seconds": learned.seconds,
         "score_unit": learned.unit,
+        "num_forward": learned.num_forward,
+        "num_backward": learned.num_backward,
     }
-    if options.method == "ila":
+    if options.method in LEARNED:
         record["learning_rate"] = options.resolved_learning_rate
     return record | dict(learned.findings)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods that score modules: one plain function a file, one explicit table of them.
+"""Methods that score modules: one plain function each, one explicit table of them.
 
 Every function takes a trainer, the updates of its model, options and a function to report steps to,
 and gives a score for each update's module; higher is more important.
@@ -12,10 +12,51 @@ from transformers import Trainer
 from keylayers.mask.module_scores import ModuleScores
 from keylayers.options import MaskOptions, Method
 from keylayers.progress import OnStep
+from keylayers.scores.adalora import adalora
+from keylayers.scores.aletheia import aletheia
+from keylayers.scores.block_influence import block_influence
+from keylayers.scores.cka import cka
+from keylayers.scores.depth import first, last, middle
+from keylayers.scores.elimination import elimination
+from keylayers.scores.eva import eva
+from keylayers.scores.fisher import fisher
+from keylayers.scores.gradient_norm import gradient_norm
 from keylayers.scores.ila import ila
+from keylayers.scores.kappatune import kappatune
+from keylayers.scores.leave_one_out import leave_one_out
+from keylayers.scores.lora_drop import lora_drop
 from keylayers.scores.path import path
+from keylayers.scores.plop import plop
+from keylayers.scores.price import price
+from keylayers.scores.random_order import random_order
+from keylayers.scores.shapley import shapley
+from keylayers.scores.spectrum import spectrum
+from keylayers.scores.update_norm import update_norm
 from keylayers.updates import Update
 
 ScoreFunction = Callable[[Trainer, Sequence[Update], MaskOptions, OnStep | None], ModuleScores]
 
-METHODS: dict[Method, ScoreFunction] = {"ila": ila, "path": path}
+METHODS: dict[Method, ScoreFunction] = {
+    "elimination": elimination,
+    "path": path,
+    "price": price,
+    "ila": ila,
+    "leave-one-out": leave_one_out,
+    "shapley": shapley,
+    "update-norm": update_norm,
+    "gradient-norm": gradient_norm,
+    "fisher": fisher,
+    "aletheia": aletheia,
+    "adalora": adalora,
+    "lora-drop": lora_drop,
+    "eva": eva,
+    "plop": plop,
+    "spectrum": spectrum,
+    "kappatune": kappatune,
+    "block-influence": block_influence,
+    "cka": cka,
+    "first": first,
+    "last": last,
+    "middle": middle,
+    "random": random_order,
+}

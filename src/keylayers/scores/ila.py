@@ -36,4 +36,4 @@ def ila(
     on_step: OnStep | None = None,
 ) -> ModuleScores:
     """The learned score of each update's module, as published; higher is more important."""
-    return learn_scores(trainer, updates, options, on_step)
+    return learn_scores(trainer, updates, options, on_step, initial_score=options.initial_score)

@@ -31,6 +31,11 @@ class DenseUpdate:
     delta_weight: Tensor
     delta_bias: Tensor | None
 
+    def delta(self) -> Float[Tensor, "d_out d_in"]:
+        """The whole update of the weight, Δθ, in float32."""
+        is_transposed = not isinstance(self.layer, nn.Linear)
+        return (self.delta_weight.T if is_transposed else self.delta_weight).float()
+
     @contextlib.contextmanager
     def gated(self, gate: Gate) -> Iterator[None]:
         """Let the module, which holds θ_0, compute with `θ_0 + γ Δθ` inside the block."""

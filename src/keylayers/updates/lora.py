@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from jaxtyping import Float
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -30,6 +31,12 @@ class LoraUpdate:
     module: ModuleInfo
     layer: LoraLayer
     adapter: str
+
+    def delta(self) -> Float[Tensor, "d_out d_in"]:
+        """The whole update of the weight, Δθ, in float32."""
+        a = self.layer.lora_A[self.adapter].weight.detach().float()
+        b = self.layer.lora_B[self.adapter].weight.detach().float()
+        return self.layer.scaling[self.adapter] * (b @ a)
 
     @contextlib.contextmanager
     def gated(self, gate: Gate) -> Iterator[None]:

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method under one measure: mask curves of every cell.
+
+    python experiments/rankings.py CELLS_FOLDER --shared SHARED_FOLDER
+
+For each cell (one fine-tune, see `cells.py`) every method scores the modules, and its order is
+measured by the held-out loss with only the best k updates kept. Controls: random orders, best
+first; they are the chance level. A finished cell is not run again. `--collect RECORD` writes one
+record of all cells.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import cells
+import torch
+
+from keylayers.mask.curve import mask_curve
+from keylayers.options import METHOD_OPTIONS, MaskOptions
+from keylayers.records import environment, write_json
+from keylayers.scores import METHODS
+
+NUM_POINTS = 11
+NUM_RANDOM_ORDERS = 5
+NUM_BATCHES = 8  # for every method that looks at batches, but for our own defaults
+PERMUTATIONS = 4
+OWN_DEFAULTS = ("elimination", "path")
+ON_BOTH = ("elimination", "path", "ila", "leave-one-out")  # mask data: held out, and training data
+STAGE_1 = {"stage-1-gate": "stage_1_gate", "stage-1-path": "stage_1_path"}
+
+
+def options_of(method, seed):
+    """How a method is run here."""
+    own = METHOD_OPTIONS[method]
+    chosen = {"method": method, "mask_seed": seed}
+    if "mask_batches" in own and method not in OWN_DEFAULTS:
+        chosen["mask_batches"] = NUM_BATCHES
+    if "permutations" in own:
+        chosen["permutations"] = PERMUTATIONS
+    return MaskOptions(**chosen)
+
+
+def curve_of(loaded, order):
+    """The curve of one order, for a record."""
+    curve = mask_curve(
+        loaded.trainer, loaded.updates, order, loaded.held_out, num_points=NUM_POINTS
+    )
+    return {"area": curve.normalised_area, "losses": list(curve.losses)}
+
+
+def measured(loaded, names, method, mask_data):
+    """One method's scores, curve and cost."""
+    loaded.trainer.train_dataset = loaded.mask if mask_data == "held-out" else loaded.train
+    found = METHODS[method](
+        loaded.trainer, loaded.updates, options_of(method, loaded.cell.seed), None
+    )
+    return {
+        "method": method,
+        "mask_data": mask_data,
+        "scores": list(found.scores),
+        "forward_equivalents": found.forward_equivalents,
+        "seconds": found.seconds,
+    } | curve_of(loaded, best_first(names, found.scores))
+
+
+def best_first(names, scores):
+    """Names by falling score, ties in model order."""
+    by_name = dict(zip(names, scores, strict=True))
+    return sorted(names, key=lambda name: -by_name[name])
+
+
+def run(cell, folder, shared):
+    """All methods on one cell."""
+    loaded = cells.load(cell, folder, shared)
+    names = [update.module.name for update in loaded.updates]
+    results = []
+    for index in range(NUM_RANDOM_ORDERS):
+        order = random.Random(f"{cell.name} {index}").sample(names, len(names))
+        results.append({"method": "random order", "mask_data": None} | curve_of(loaded, order))
+    for label, key in STAGE_1.items():
+        scores = loaded.record[key]
+        found = {"method": label, "mask_data": "train", "scores": scores, "forward_equivalents": 0}
+        results.append(found | curve_of(loaded, best_first(names, scores)))
+    for method in METHODS:
+        if method == "random":
+            continue
+        for mask_data in ("held-out", "train") if method in ON_BOTH else ("held-out",):
+            results.append(measured(loaded, names, method, mask_data))
+    return {
+        "cell": loaded.record["cell"],
+        "environment": environment(),
+        "stage_1_environment": loaded.record["environment"],
+        "data": loaded.record["data"],
+        "held_out_loss_nats": loaded.record["held_out_loss_nats"],
+        "modules": names,
+        "results": results,
+    }
+
+
+def collect(folder, path):
+    """One record of all cells, without what each repeats."""
+    found = []
+    for cell in cells.ALL:
+        home = folder / cell.name / "rankings.json"
+        if home.exists():
+            found.append(json.loads(home.read_text(encoding="utf-8")))
+    shared = {"environment": found[0]["environment"], "modules": found[0]["modules"]}
+    for one in found:
+        commits = {one["environment"]["commit"], shared["environment"]["commit"]}
+        assert len(commits) == 1, f"cells of one record must be of one commit, got {commits}"
+        one.pop("environment")
+        one.pop("modules")
+    write_json(path, shared | {"cells": found})
+
+
+def main():
+    """Run the cells that are asked for, or collect what is there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shared", type=Path)
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th cell from the i-th")
+    parser.add_argument("--collect", type=Path)
+    arguments = parser.parse_args()
+    if arguments.collect:
+        collect(arguments.folder, arguments.collect)
+        return
+    torch.set_num_threads(1)
+    first, every = map(int, arguments.part.split("/"))
+    for cell in cells.ALL[first::every]:
+        home = arguments.folder / cell.name / "rankings.json"
+        if home.exists():
+            continue
+        content = run(cell, arguments.folder, arguments.shared)
+        write_json(home, content)
+        areas = {one["method"]: one["area"] for one in content["results"]}
+        print(
+            cell.name, {name: area and round(area, 3) for name, area in areas.items()}, flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()

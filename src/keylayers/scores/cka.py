@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CKA: how much a block of the base model changes the geometry of a set of examples.
+
+    s_block = 1 - CKA(X, Y),   CKA = ‖Yᵀ X‖_F² / (‖Xᵀ X‖_F ‖Yᵀ Y‖_F)
+
+    X, Y: hidden states of each example's last token before and after the block, centred.
+
+Source: Ando Ogawa et al.: "Layer-wise LoRA fine-tuning: a similarity metric approach", 2026,
+    arXiv:2602.05988; linear CKA: Kornblith, Norouzi, Lee, Hinton: "Similarity of Neural Network
+    Representations Revisited", ICML 2019, arXiv:1905.00414, equation 3.
+Differs: the examples of `mask_batches` batches; no interval, because CKA is no mean over examples.
+Cost: `mask_batches` forward passes of the base model.
+    Where all examples end with the same token, the first block's input does not vary and its CKA
+    counts as 0.
+Blind to: the update, and the modules inside a block, which share its score. With fewer examples
+    than hidden dimensions CKA is biased upwards, in all blocks alike.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import Trainer
+
+from keylayers.mask.module_scores import ModuleScores
+from keylayers.mask.probe import observed_blocks, token_mask
+from keylayers.mask.scoring import scoring
+from keylayers.model_map import blocks_of
+from keylayers.options import MaskOptions
+from keylayers.progress import OnStep
+from keylayers.updates import Update
+
+
+def cka(
+    trainer: Trainer,
+    updates: Sequence[Update],
+    options: MaskOptions,
+    on_step: OnStep | None = None,
+) -> ModuleScores:
+    """1 - CKA over each update's block in the base model."""
+    with scoring(trainer, updates, options, on_step) as task:
+        before: list[list[Tensor]] = [[] for _ in blocks_of(trainer.model)]
+        after: list[list[Tensor]] = [[] for _ in before]
+
+        def see(block: int, hidden: Tensor, output: Tensor) -> None:
+            last = token_mask(batch, hidden).long().cumsum(dim=1).argmax(dim=1)
+            rows = torch.arange(len(hidden), device=hidden.device)
+            before[block].append(hidden[rows, last].float().cpu())
+            after[block].append(output[rows, last].float().cpu())
+
+        with observed_blocks(trainer.model, see):
+            for batch in task.batches:
+                task.loss(0.0, batch)
+        pairs = zip(before, after, strict=True)
+        change = torch.tensor([1 - linear_cka(torch.cat(x), torch.cat(y)) for x, y in pairs])
+        scores = change[[one.module.block_index for one in updates]]
+        return task.result(scores, unit="1 - CKA")
+
+
+def linear_cka(x: Float[Tensor, "example d"], y: Float[Tensor, "example e"]) -> float:
+    """Linear centred kernel alignment of two sets, in [0, 1]; 0 if one of them does not vary."""
+    x, y = x - x.mean(dim=0), y - y.mean(dim=0)
+    sizes = (x.T @ x).norm() * (y.T @ y).norm()
+    return float((y.T @ x).norm() ** 2 / sizes) if sizes > 0 else 0.0

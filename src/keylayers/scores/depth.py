@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Depth: the first, last or middle blocks, the habits that a ranking must beat.
+
+    first: s_i = -block      last: s_i = block      middle: s_i = -|block - (num_blocks - 1) / 2|
+
+Source: common practice (freeze the first n blocks, train the last n); the paper of ILA compares
+    with the first and last layers (from memory of it).
+Differs: nothing. The modules of a block share a score, so ties go by the model's order.
+Cost: none.
+Blind to: data, update and weights.
+"""
+
+from collections.abc import Callable, Sequence
+
+from transformers import Trainer
+
+from keylayers.mask.module_scores import ModuleScores, data_free
+from keylayers.options import MaskOptions
+from keylayers.progress import OnStep
+from keylayers.updates import Update
+
+
+def first(
+    trainer: Trainer,
+    updates: Sequence[Update],
+    options: MaskOptions,
+    on_step: OnStep | None = None,
+) -> ModuleScores:
+    """Higher the nearer a module's block is to the embeddings."""
+    return _by_block(updates, lambda block, num_blocks: -float(block))
+
+
+def last(
+    trainer: Trainer,
+    updates: Sequence[Update],
+    options: MaskOptions,
+    on_step: OnStep | None = None,
+) -> ModuleScores:
+    """Higher the nearer a module's block is to the output."""
+    return _by_block(updates, lambda block, num_blocks: float(block))
+
+
+def middle(
+    trainer: Trainer,
+    updates: Sequence[Update],
+    options: MaskOptions,
+    on_step: OnStep | None = None,
+) -> ModuleScores:
+    """Higher the nearer a module's block is to the middle of the network."""
+    return _by_block(updates, lambda block, num_blocks: -abs(block - (num_blocks - 1) / 2))
+
+
+def _by_block(updates: Sequence[Update], score: Callable[[int, int], float]) -> ModuleScores:
+    blocks = [update.module.block_index for update in updates]
+    values = [score(block, max(blocks) + 1) for block in blocks]
+    return data_free(updates, values, unit="blocks", seconds=0.0)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PLoP: place LoRA where a weight's features are least aligned with its inputs.
+
+    NFN_i = mean ‖W_i x̂‖ / mean ‖W_i ẑ‖,   x̂ = x / ‖x‖,   ẑ random of unit length;      s_i = -NFN_i
+
+Source: Hayou, Ghosh, Yu: "PLoP: Precise LoRA Placement for Efficient Finetuning of Large Models",
+    2025, arXiv:2506.20629; the score as in its code (soufiane001/plop), read, not copied.
+Differs: a score a module; the paper averages over the modules of a kind and picks kinds. Padding is
+    left out. For random unit vectors the norm is not sampled: mean ‖W ẑ‖² = ‖W‖_F² / d_in.
+Cost: `mask_batches` forward passes of the base model.
+Blind to: the loss and the update.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import Trainer
+
+from keylayers.mask.module_scores import ModuleScores
+from keylayers.mask.probe import observed_inputs, token_mask
+from keylayers.mask.scoring import Scoring, mean_and_error, scoring
+from keylayers.options import MaskOptions
+from keylayers.progress import OnStep
+from keylayers.updates import Update
+from keylayers.updates.base_weight import base_weight
+
+
+def plop(
+    trainer: Trainer,
+    updates: Sequence[Update],
+    options: MaskOptions,
+    on_step: OnStep | None = None,
+) -> ModuleScores:
+    """Minus the normalised feature norm of each update's module in the base model."""
+    with scoring(trainer, updates, options, on_step) as task:
+        norms = torch.stack([_feature_norms(task, batch) for batch in task.batches])
+        mean, error = mean_and_error(-norms)
+        return task.result(mean, unit="minus the feature norm", standard_errors=error)
+
+
+def _feature_norms(task: Scoring, batch: Any) -> Float[Tensor, " module"]:
+    norms = torch.zeros(len(task.updates))
+
+    def see(index: int, x: Tensor) -> None:
+        weight = base_weight(task.updates[index].layer)
+        tokens = x[token_mask(batch, x)].float()
+        unit = tokens / tokens.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+        by_chance = weight.norm() / weight.shape[1] ** 0.5
+        norms[index] = float((unit @ weight.T).norm(dim=-1).mean() / by_chance)
+
+    with observed_inputs(task.updates, see):
+        task.loss(0.0, batch)
+    return norms

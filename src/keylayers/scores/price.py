@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Price: learned gates that must be worth their price.
+
+    minimise over s   E[ L(θ_0 + sigmoid(s) ⊙ Δθ_t) ] + price · mean(sigmoid(s))    score_i = s_i
+
+The constraint that the published relaxation drops, as a penalty on the mean gate.
+
+Source: keylayers; the penalty form of the constraint in ILA's definition (Shi et al., COLM 2025,
+    arXiv:2410.17875; from memory of its text).
+Differs: gates start half open, where the slope of the sigmoid is largest.
+Cost: `mask_steps` forward and backward passes for activations.
+Blind to: the scale of the loss: `price` is in nats for the whole mask, and what is dear for one
+    data set is cheap for another.
+"""
+
+from collections.abc import Sequence
+
+from transformers import Trainer
+
+from keylayers.mask.learning import learn_scores
+from keylayers.mask.module_scores import ModuleScores
+from keylayers.options import MaskOptions
+from keylayers.progress import OnStep
+from keylayers.updates import Update
+
+HALF_OPEN = 0.0  # the score of a gate of one half
+
+
+def price(
+    trainer: Trainer,
+    updates: Sequence[Update],
+    options: MaskOptions,
+    on_step: OnStep | None = None,
+) -> ModuleScores:
+    """The learned score of each update's module under `options.price`; higher is more important."""
+    return learn_scores(
+        trainer, updates, options, on_step, initial_score=HALF_OPEN, price=options.price
+    )
