@@ -21,11 +21,11 @@ import torch
 
 from keylayers.evaluation.loss import held_out_loss
 from keylayers.mask.curve import mask_curve
-from keylayers.mask.learning import learn_scores
 from keylayers.model_map import map_modules
 from keylayers.models import load_model, load_tokenizer, max_positions
 from keylayers.options import DataOptions, MaskOptions, ModelOptions, TrainingOptions
 from keylayers.records import environment, write_json
+from keylayers.scores.ila import ila
 from keylayers.training.data import prepare
 from keylayers.training.run import fine_tune, make_trainer, new_lora
 from keylayers.updates import lora_updates
@@ -33,7 +33,9 @@ from keylayers.updates import lora_updates
 NUM_POINTS = 15
 NUM_RANDOM_ORDERS = 5
 SETTINGS = [
-    MaskOptions(mask_optimizer=optimizer, mask_learning_rate=rate, initial_score=score)
+    MaskOptions(
+        method="ila", mask_optimizer=optimizer, mask_learning_rate=rate, initial_score=score
+    )
     for optimizer, rates in (("sgd", (3.0, 10.0, 30.0)), ("adam", (0.01, 0.05)))
     for rate in rates
     for score in (4.0, 2.0, 1.0)
@@ -42,7 +44,7 @@ SETTINGS = [
 
 def score(trainer, updates, setting, seed):
     """The scores of one setting of the published relaxation."""
-    return learn_scores(trainer, updates, replace(setting, mask_seed=seed))
+    return ila(trainer, updates, replace(setting, mask_seed=seed))
 
 
 def describe(setting):

@@ -14,8 +14,8 @@ from keylayers.scores import METHODS
 
 SETTINGS = [
     MaskOptions(method="ila"),
-    MaskOptions(method="path", path_points=8, path_batches=2),
-    MaskOptions(method="path", path_points=8, path_batches=8),
+    MaskOptions(method="path", path_points=8, mask_batches=2),
+    MaskOptions(method="path", path_points=8, mask_batches=8),
 ]
 
 
@@ -26,7 +26,10 @@ def score(trainer, updates, setting, seed):
 
 def describe(setting):
     """How a record names a setting."""
-    return {"method": setting.method, "passes": setting.num_passes}
+    return {
+        "method": setting.method,
+        "passes": setting.mask_steps if setting.method == "ila" else 8 * setting.mask_batches,
+    }
 
 
 if __name__ == "__main__":

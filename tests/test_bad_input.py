@@ -192,12 +192,12 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tiny, tmp_path, capsys):
 
 
 def test_ctrl_c_leaves_no_half_written_file(tiny, tmp_path, capsys, monkeypatch):
-    from keylayers.mask import learning
+    from keylayers.mask.trainer_loss import TrainerLoss
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(learning, "_optimizer", interrupted)
+    monkeypatch.setattr(TrainerLoss, "backward", interrupted)
     arguments = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--adapter")
     output = ("--output", tmp_path / "out")
     assert keylayers("rank", *arguments, tiny / "adapter", *output, *QUICK) == 130

@@ -1,11 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
+import json
+import os
 import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rankings import ranking_of
+
+SCORES = st.lists(st.integers(-3, 3).map(float), min_size=2, max_size=12)
+
+# what the second run changes -> the kind of the pair
+KINDS = [
+    ({}, "same data and seed"),
+    ({"seed": 1}, "same data, other seed"),
+    ({"mask_seed": 4}, "same data, other seed"),
+    ({"content": "b"}, "other data"),
+    ({"content": "b", "seed": 1}, "other data"),
+    ({"method": "path"}, "other method"),
+    ({"granularity": "block"}, "other method"),
+    ({"method": "path", "content": "b"}, "other data and method"),
+    ({"weights": "w2"}, "other model"),
+    ({"weights": "w2", "content": "b", "method": "path"}, "other model"),
+    ({"content": None}, "unknown"),
+    ({"seed": None}, "unknown"),
+    ({"weights": None, "name": "m2"}, "other model"),
+    ({"weights": None, "name": None}, "unknown"),
+]
+
+
+def run_of(**changes):
+    """A ranking with a record such as `keylayers rank` writes."""
+    values = {"name": "m", "weights": "w", "content": "a", "seed": 0, "mask_seed": 3} | changes
+    made_by = {
+        "model": {"name": values["name"], "weights_sha256": values["weights"]},
+        "data": {"data": f"{values['content']}.jsonl", "content_sha256": values["content"]},
+        "options": {"seed": values["seed"], "mask_seed": values["mask_seed"]},
+    }
+    made = ranking_of([3.0, 2.0, 1.0, 0.0], provenance=made_by)
+    return replace(
+        made,
+        method=values.get("method", "ila"),
+        granularity=values.get("granularity", "module"),
+    )
+
+
+def with_errors(ranking, standard_error):
+    """The ranking with one standard error for every module."""
+    modules = tuple(replace(module, standard_error=standard_error) for module in ranking.modules)
+    return replace(ranking, modules=modules)
+
+
+def deep_ranking(columns):
+    """Projection -> the scores of its modules by block; None where a block lacks it."""
+    from keylayers.ranking import RankedModule, Ranking
+
+    num_blocks = max(len(scores) for scores in columns.values())
+    modules = [
+        RankedModule(f"layers.{block}.{projection}", block, projection, 10, scores[block])
+        for block in range(num_blocks)
+        for projection, scores in columns.items()
+        if block < len(scores) and scores[block] != "absent"
+    ]
+    return Ranking(tuple(modules), "by hand")
+
+
+def pair_of(first, second, budget=0.5):
+    from keylayers.compare import agreement
+
+    (pair,) = agreement([first, second], budget)
+    return pair
 
 
 def test_chance_is_what_random_selections_give():
@@ -20,10 +90,34 @@ def test_chance_is_what_random_selections_give():
     assert chance_jaccard(12, 5, 4) == pytest.approx(total / 20_000, abs=0.005)
 
 
+@given(st.integers(1, 6), st.data())
+def test_chance_is_the_mean_over_all_pairs_of_selections(num_modules, data):
+    from keylayers.compare import chance_jaccard
+
+    sizes = [data.draw(st.integers(1, num_modules)) for _ in range(2)]
+    every = [
+        len({*first} & {*second}) / len({*first} | {*second})
+        for first in itertools.combinations(range(num_modules), sizes[0])
+        for second in itertools.combinations(range(num_modules), sizes[1])
+    ]
+    assert chance_jaccard(num_modules, *sizes) == pytest.approx(sum(every) / len(every))
+
+
 def test_two_random_three_quarters_share_about_sixty_per_cent():
     from keylayers.compare import chance_jaccard
 
     assert chance_jaccard(224, 168, 168) == pytest.approx(0.60, abs=0.005)
+
+
+@given(st.integers(1, 30), st.data())
+def test_chance_lies_between_none_and_all(num_modules, data):
+    from keylayers.compare import chance_jaccard
+
+    size = data.draw(st.integers(1, num_modules))
+    other = data.draw(st.integers(1, num_modules))
+    chance = chance_jaccard(num_modules, size, other)
+    assert 0 <= chance <= min(size, other) / max(size, other) + 1e-12
+    assert chance == pytest.approx(chance_jaccard(num_modules, other, size))
 
 
 def test_agreement_by_hand():
@@ -43,29 +137,449 @@ def test_agreement_by_hand():
     assert pairs[0].chance_jaccard == pytest.approx(chance)
     assert pairs[0].corrected == 1.0
     assert pairs[1].corrected == pytest.approx(-chance / (1 - chance))
+    assert [pair.tau for pair in pairs] == pytest.approx([1, -1, -1])
+    assert [pair.top_weighted_tau for pair in pairs] == pytest.approx([1, -1, -1])
 
 
-def test_at_all_modules_agreement_says_nothing():
-    from keylayers.compare import agreement
-
-    (pair,) = agreement([ranking_of([1.0, 2.0]), ranking_of([2.0, 1.0])], 1.0)
+def test_at_all_modules_jaccard_says_nothing():
+    pair = pair_of(ranking_of([1.0, 2.0]), ranking_of([2.0, 1.0]), 1.0)
     assert (pair.jaccard, pair.chance_jaccard, pair.corrected) == (1.0, 1.0, None)
 
 
-def test_rankings_of_different_modules_are_refused():
+def test_tau_by_hand_corrects_for_ties():
+    # five pairs of six are ordered in the first ranking, all six in the second; four agree, one not
+    pair = pair_of(ranking_of([3.0, 3.0, 2.0, 1.0]), ranking_of([4.0, 2.0, 3.0, 1.0]))
+    assert pair.tau == pytest.approx((4 - 1) / (5 * 6) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("swapped", "exchanged_weight"),
+    [([3.0, 4.0, 2.0, 1.0], 1 + 1 / 2), ([4.0, 3.0, 1.0, 2.0], 1 / 3 + 1 / 4)],
+    ids=["at the top", "at the bottom"],
+)
+def test_top_weighted_tau_by_hand(swapped, exchanged_weight):
+    # a pair weighs 1 / rank + 1 / rank of its two modules; each module is in three pairs
+    total = 3 * (1 + 1 / 2 + 1 / 3 + 1 / 4)
+    pair = pair_of(ranking_of([4.0, 3.0, 2.0, 1.0]), ranking_of(swapped))
+    assert pair.top_weighted_tau == pytest.approx(1 - 2 * exchanged_weight / total)
+    assert pair.tau == pytest.approx(4 / 6)
+
+
+def test_tau_is_of_the_modules_that_both_score():
+    first = ranking_of([4.0, 3.0, None, 2.0, 1.0])
+    second = ranking_of([4.0, 3.0, 9.0, 2.0, None])
+    pair = pair_of(first, second, 2)
+    assert (pair.num_modules, pair.num_scored) == (5, 3)
+    assert pair.tau == pytest.approx(1)
+    assert pair.top_weighted_tau == pytest.approx(1)
+    assert pair.jaccard == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("other", [[5.0, 5.0, 5.0], [5.0, None, None]])
+def test_tau_is_not_defined_without_an_order(other):
+    pair = pair_of(ranking_of([3.0, 2.0, 1.0]), ranking_of(other), 1)
+    assert (pair.tau, pair.tau_interval, pair.top_weighted_tau) == (None, None, None)
+    assert pair.jaccard == 1.0
+
+
+def test_a_budget_that_reaches_modules_without_a_score_is_refused():
+    from keylayers.errors import RankingError
+
+    with pytest.raises(RankingError, match=r"it takes 2 and only 1 have one"):
+        pair_of(ranking_of([2.0, 1.0]), ranking_of([1.0, None]), 2)
+
+
+@given(SCORES, st.data())
+def test_every_measure_is_symmetric(scores, data):
+    others = data.draw(
+        st.lists(st.integers(-3, 3).map(float), min_size=len(scores), max_size=len(scores))
+    )
+    one = pair_of(ranking_of(scores), ranking_of(others))
+    other = pair_of(ranking_of(others), ranking_of(scores))
+    assert one.jaccard == other.jaccard
+    assert one.tau == pytest.approx(other.tau)
+    assert one.top_weighted_tau == pytest.approx(other.top_weighted_tau)
+
+
+@given(SCORES)
+def test_a_ranking_agrees_with_itself(scores):
+    pair = pair_of(ranking_of(scores), ranking_of(scores))
+    assert pair.jaccard == 1.0
+    if len(set(scores)) > 1:
+        assert pair.tau == pytest.approx(1)
+        assert pair.top_weighted_tau == pytest.approx(1)
+
+
+@given(SCORES, st.randoms(use_true_random=False))
+def test_the_order_of_the_modules_in_the_file_is_no_matter(scores, draw):
+    first, second = ranking_of(scores), ranking_of(scores[::-1])
+    modules = list(second.modules)
+    draw.shuffle(modules)
+    mixed = pair_of(first, replace(second, modules=tuple(modules)))
+    plain = pair_of(first, second)
+    assert mixed.tau == pytest.approx(plain.tau)
+    assert mixed.top_weighted_tau == pytest.approx(plain.top_weighted_tau)
+
+
+def test_there_is_an_interval_only_where_both_carry_standard_errors():
+    plain = ranking_of([4.0, 3.0, 2.0, 1.0])
+    noisy = with_errors(plain, 0.1)
+    partly = replace(noisy, modules=(*noisy.modules[:3], plain.modules[3]))
+    for first, second in ((plain, noisy), (noisy, plain), (noisy, partly)):
+        pair = pair_of(first, second)
+        assert (pair.jaccard_interval, pair.tau_interval) == (None, None)
+    pair = pair_of(noisy, noisy)
+    assert pair.jaccard_interval is not None
+    assert pair.tau_interval is not None
+
+
+def test_an_unscored_module_needs_no_standard_error():
+    noisy = with_errors(ranking_of([4.0, 3.0, 2.0, None]), 0.0)
+    modules = (*noisy.modules[:3], replace(noisy.modules[3], standard_error=None))
+    ranking = replace(noisy, modules=modules)
+    assert pair_of(ranking, ranking, 2).tau_interval == (1.0, 1.0)
+
+
+def test_without_noise_the_interval_is_the_value():
+    first = with_errors(ranking_of([4.0, 3.0, 2.0, 1.0]), 0.0)
+    second = with_errors(ranking_of([4.0, 2.0, 3.0, 1.0]), 0.0)
+    pair = pair_of(first, second)
+    assert pair.jaccard_interval == pytest.approx((pair.jaccard, pair.jaccard))
+    assert pair.tau_interval == pytest.approx((pair.tau, pair.tau))
+
+
+def test_more_noise_gives_a_wider_interval_and_drowns_the_agreement():
+    ranking = ranking_of([float(score) for score in range(40)])
+    widths, middles = [], []
+    for standard_error in (0.5, 5.0, 1e6):
+        noisy = with_errors(ranking, standard_error)
+        low, high = pair_of(noisy, noisy).tau_interval
+        widths.append(high - low)
+        middles.append((low + high) / 2)
+    assert widths == sorted(widths)
+    assert middles[0] > 0.9
+    assert middles[2] == pytest.approx(0, abs=0.05)
+    # tau of 40 unrelated values has the standard deviation sqrt(2 (2n + 5) / (9 n (n - 1)))
+    assert widths[2] == pytest.approx(2 * 1.96 * (2 * 85 / (9 * 40 * 39)) ** 0.5, rel=0.15)
+
+
+def test_modules_that_share_a_gate_share_the_noise():
     from keylayers.compare import agreement
+
+    # two blocks of two modules: with the noise of the block, ties within a block stay ties
+    ranking = with_errors(ranking_of([2.0, 2.0, 1.0, 1.0], granularity="block"), 100.0)
+    (pair,) = agreement([ranking, ranking], 0.5)
+    assert pair.tau_interval == pytest.approx((-1, 1))
+    assert pair.jaccard_interval == pytest.approx((0, 1))
+
+
+def test_intervals_are_the_same_each_time():
+    noisy = with_errors(ranking_of([4.0, 3.0, 2.0, 1.0, 0.0]), 2.0)
+    assert pair_of(noisy, noisy) == pair_of(noisy, noisy)
+
+
+@pytest.mark.parametrize(("changes", "kind"), KINDS, ids=lambda case: str(case))
+def test_the_kind_of_a_pair_comes_from_the_records(changes, kind):
+    from keylayers.compare import pair_kind
+
+    assert pair_kind(run_of(), run_of(**changes)) == kind
+    assert pair_kind(run_of(**changes), run_of()) == kind
+
+
+@pytest.mark.parametrize("record", [{}, {"model": "m", "data": "a", "options": None}])
+def test_the_kind_is_unknown_without_a_record(record):
+    from keylayers.compare import pair_kind
+
+    assert pair_kind(replace(run_of(), provenance=record), run_of()) == "unknown"
+
+
+def test_means_stand_by_kind():
+    from keylayers.compare import agreement, mean_by_kind
+
+    runs = [run_of(), run_of(seed=1), run_of(seed=2), run_of(content="b")]
+    reverse = tuple(
+        replace(module, score=-module.score if module.score else 0.0) for module in runs[0].modules
+    )
+    runs[2] = replace(runs[2], modules=reverse)
+    seeds, data = mean_by_kind(agreement(runs, 0.5))
+    assert (seeds.kind, seeds.num_pairs) == ("same data, other seed", 3)
+    assert seeds.jaccard == pytest.approx((1 + 0 + 0) / 3)
+    assert seeds.tau == pytest.approx((1 - 1 - 1) / 3)
+    assert (data.kind, data.num_pairs) == ("other data", 3)
+    assert data.jaccard == pytest.approx((1 + 1 + 0) / 3)
+
+
+def test_the_mean_leaves_out_what_is_not_defined():
+    from keylayers.compare import agreement, mean_by_kind
+
+    rankings = [ranking_of([2.0, 1.0]), ranking_of([2.0, 1.0]), ranking_of([1.0, 1.0])]
+    (mean,) = mean_by_kind(agreement(rankings, 1.0))
+    assert (mean.kind, mean.num_pairs, mean.corrected) == ("unknown", 3, None)
+    assert mean.tau == pytest.approx(1)
+
+
+def test_consensus_by_hand():
+    from keylayers.compare import consensus
+
+    first, second = ranking_of([9.0, 5.0, 5.0, 1.0]), ranking_of([3.0, 4.0, 2.0, 1.0])
+    merged = consensus([first, second])
+    # relative ranks: 1, 2.5, 2.5, 4 and 2, 1, 3, 4, each of 4
+    means = [1.5 / 4, 1.75 / 4, 2.75 / 4, 4 / 4]
+    assert [module.score for module in merged.modules] == pytest.approx([1 - m for m in means])
+    # of two values: half their distance
+    errors = [0.5 / 4, 0.75 / 4, 0.25 / 4, 0]
+    assert [module.standard_error for module in merged.modules] == pytest.approx(errors)
+    assert [module.name for module in merged.ordered()] == [m.name for m in first.modules]
+    assert (merged.method, merged.granularity) == ("consensus", "module")
+
+
+def test_consensus_lists_its_sources():
+    from keylayers.compare import consensus
+    from keylayers.records import json_sha256
+
+    runs = [run_of(), run_of(seed=1, granularity="block")]
+    merged = consensus(runs)
+    assert merged.provenance["sources"] == [
+        {
+            "method": "ila",
+            "model": "m",
+            "data": "a.jsonl",
+            "json_sha256": json_sha256(run.to_json()),
+        }
+        for run in runs
+    ]
+    assert merged.provenance["sources"][0] != merged.provenance["sources"][1]
+    assert merged.granularity == "module"
+    assert consensus([run_of(granularity="block")]).granularity == "block"
+
+
+def test_consensus_takes_each_module_from_the_rankings_that_score_it():
+    from keylayers.compare import consensus
+
+    merged = consensus([ranking_of([2.0, None, None, 1.0]), ranking_of([None, 2.0, None, 1.0])])
+    scores = [module.score for module in merged.modules]
+    assert scores == [0.5, 0.5, None, 0.0]
+    assert [module.standard_error for module in merged.modules] == [None, None, None, 0.0]
+
+
+@given(SCORES)
+def test_the_consensus_of_one_ranking_has_its_order(scores):
+    from keylayers.compare import consensus
+
+    ranking = ranking_of(scores)
+    merged = consensus([ranking])
+    assert merged.ranks() == ranking.ranks()
+    assert all(module.standard_error is None for module in merged.modules)
+
+
+def test_rankings_of_different_modules_have_no_consensus():
+    from keylayers.compare import consensus
     from keylayers.errors import RankingError
 
     with pytest.raises(RankingError, match=r"ranking 2 and the first differ in 1, first model"):
-        agreement([ranking_of([1.0, 2.0]), ranking_of([1.0])], 1)
+        consensus([ranking_of([1.0, 2.0]), ranking_of([1.0])])
+    with pytest.raises(RankingError, match=r"at least one ranking, got none"):
+        consensus([])
 
 
-@given(st.integers(1, 30), st.data())
-def test_chance_lies_between_none_and_all(num_modules, data):
-    from keylayers.compare import chance_jaccard
+def test_the_same_profile_at_another_depth_agrees_fully():
+    shallow = deep_ranking({"q": [8.0, 6.0, 4.0, 2.0], "v": [7.0, 5.0, 3.0, 1.0]})
+    deep = deep_ranking(
+        {"q": [80 - 10.0 * block for block in range(8)], "v": [75 - 10.0 * b for b in range(8)]}
+    )
+    for first, second in ((shallow, deep), (deep, shallow)):
+        pair = pair_of(first, second)
+        assert (pair.is_by_depth, pair.num_modules, pair.num_scored) == (True, 8, 8)
+        assert pair.jaccard == 1.0
+        assert pair.tau == pytest.approx(1)
+        assert pair.top_weighted_tau == pytest.approx(1)
+        assert pair.left_out == ()
 
-    size = data.draw(st.integers(1, num_modules))
-    other = data.draw(st.integers(1, num_modules))
-    chance = chance_jaccard(num_modules, size, other)
-    assert 0 <= chance <= min(size, other) / max(size, other) + 1e-12
-    assert chance == pytest.approx(chance_jaccard(num_modules, other, size))
+
+def test_ranks_between_blocks_are_interpolated_by_hand():
+    from keylayers.matching import match, scores_of
+
+    # depths 0, 1/2, 1 in the shallow model and 0, 1/3, 2/3, 1 in the deep one
+    shallow = deep_ranking({"q": [1.0, 3.0, 2.0]})
+    deep = deep_ranking({"q": [10.0, -500.0, 30.0, 20.0]})
+    matched = match(shallow, deep)
+    assert matched.standings_of_first(scores_of(shallow)) == pytest.approx([-1, -1 / 3, -2 / 3])
+    # ranks 3, 4, 1, 2 of 4; halfway between blocks 1 and 2 lies (4 + 1) / 2
+    at_depths = matched.standings_of_second(scores_of(deep))
+    assert at_depths == pytest.approx([-3 / 4, -2.5 / 4, -2 / 4])
+    assert pair_of(shallow, deep).tau == pytest.approx(1 / 3)
+
+
+def test_blocks_without_the_projection_or_a_score_are_bridged():
+    from keylayers.matching import match, scores_of
+
+    shallow = deep_ranking({"q": [2.0, 1.0]})
+    deep = deep_ranking({"q": ["absent", 5.0, None, 7.0, "absent"], "v": [0.0] * 5})
+    matched = match(shallow, deep)
+    # ranks 2 and 1 of 2, held constant to the first and the last block
+    assert matched.standings_of_second(scores_of(deep)) == pytest.approx([-1, -1 / 2])
+    assert matched.left_out == ("v",)
+
+
+def test_an_unscored_module_of_the_shallow_model_stays_unscored():
+    shallow = deep_ranking({"q": [3.0, None, 1.0]})
+    deep = deep_ranking({"q": [5.0, 4.0, 3.0, 2.0, 1.0]})
+    pair = pair_of(shallow, deep, 1)
+    assert (pair.num_modules, pair.num_scored) == (3, 2)
+    assert pair.tau == pytest.approx(1)
+
+
+def test_a_model_of_one_block_is_at_depth_zero():
+    one = deep_ranking({"q": [2.0], "v": [1.0]})
+    deep = deep_ranking({"q": [4.0, 1.0], "v": [3.0, 2.0]})
+    assert pair_of(one, deep).tau == pytest.approx(1)
+
+
+def test_models_of_different_shape_have_intervals_too():
+    shallow = with_errors(deep_ranking({"q": [3.0, 2.0, 1.0]}), 0.0)
+    deep = with_errors(deep_ranking({"q": [5.0, 4.0, 3.0, 2.0, 1.0]}), 0.0)
+    pair = pair_of(shallow, deep)
+    assert pair.tau_interval == pytest.approx((1, 1))
+    assert pair.jaccard_interval == pytest.approx((1, 1))
+
+
+def test_models_without_a_common_projection_are_refused():
+    from keylayers.errors import RankingError
+
+    with pytest.raises(
+        RankingError, match=r"must share a projection .* one has q, v and the other up"
+    ):
+        pair_of(deep_ranking({"q": [1.0], "v": [2.0]}), deep_ranking({"up": [1.0, 2.0]}))
+
+
+def test_results_do_not_depend_on_the_hash_seed():
+    script = """
+import sys
+sys.path[:0] = [{source!r}, {tests!r}]
+from test_compare import deep_ranking, with_errors
+from keylayers.compare import agreement, consensus
+a = with_errors(deep_ranking({{"q": [3.0, 2.0, 2.0], "v": [1.0, 1.0, 0.0], "x": [1.0] * 3}}), 1.0)
+b = with_errors(deep_ranking({{"v": [3.0, 2.0, 2.0, 1.0], "q": [1.0] * 4, "y": [1.0] * 4}}), 1.0)
+print(agreement([a, b, a], 0.5), consensus([a, a]).modules)
+"""
+    tests = Path(__file__).parent
+    script = script.format(source=str(tests.parent / "src"), tests=str(tests))
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "1", "2")
+    }
+    assert len(outputs) == 1
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two seeds with standard errors, another data set, and a model of another shape."""
+    made = {
+        "seed-0": with_errors(run_of(), 0.5),
+        "seed-1": with_errors(run_of(seed=1), 0.5),
+        "data": run_of(content="b"),
+        "deep": deep_ranking({"a_proj": [3.0, 2.0, 1.0], "c_proj": [1.0, 2.0, None]}),
+    }
+    paths = {name: tmp_path / f"{name}.json" for name in made}
+    for name, ranking in made.items():
+        ranking.save(paths[name])
+    return paths
+
+
+def compare(*arguments):
+    from keylayers.cli import main
+
+    return main(["compare", *map(str, arguments)])
+
+
+def test_compare_prints_pairs_means_and_notes(files, capsys):
+    names = ("seed-0", "seed-1", "data", "deep")
+    assert compare(*(files[name] for name in names), "--budget", "0.5") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    text = "\n".join(" ".join(line.split()) for line in lines)
+    assert "pair kind Jaccard by chance corrected tau-b top-weighted" in text
+    assert "1, 2 same data, other seed 1.00 [0.33, 1.00] 0.39 1.00 1.00 [" in text
+    assert "\n1, 3 other data 1.00 0.39 1.00 1.00 1.00\n" in text
+    assert "\n1, 4 1.00 0.50 1.00" in text
+    assert "mean of pairs Jaccard by chance corrected tau-b top-weighted" in text
+    assert "same data, other seed 1 1.00" in text
+    assert "other data 2 1.00" in text
+    assert "unknown kind 3 1.00" in text
+    owners = "1, 4; 2, 4; 3, 4"
+    assert f"{owners}: other modules, matched by projection and relative depth on 2" in text
+    assert f"{owners}: left out, as only one of the two has it: b_proj, c_proj" in text
+    assert "[ ] is the 95 % interval from the noise of the batches" in text
+
+
+def test_the_widest_table_fits(capsys, tmp_path):
+    from rich.console import Console
+
+    from keylayers.compare import Agreement
+    from keylayers.report.agreement import agreement_table
+
+    low = (-0.99, -0.88)
+    kind = "other data and method"
+    pair = Agreement(0, 1, kind, 9, 9, 0.5, (0.25, 0.75), 0.5, -0.5, -0.9, low, -0.9, False, ())
+    console = Console(width=120, highlight=False, color_system=None)
+    console.print(agreement_table([pair], ["10", "11"]))
+    (_, row) = capsys.readouterr().out.splitlines()
+    assert "10, 11" in row
+    assert "-0.90 [-0.99, -0.88]" in row
+
+
+def test_the_note_names_how_many_modules_both_score(tmp_path, capsys):
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    ranking_of([3.0, 2.0, 1.0, None]).save(paths[0])
+    ranking_of([3.0, 2.0, None, 1.0]).save(paths[1])
+    assert compare(*paths, "--budget", "2") == 0
+    out = capsys.readouterr().out
+    assert "1, 2: tau of the 2 of 4 modules that both score" in out
+    assert "[ ]" not in out
+
+
+def test_compare_writes_json(files, capsys):
+    assert compare(files["seed-0"], files["seed-1"], files["data"], "--json") == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["rankings"] == [str(files[name]) for name in ("seed-0", "seed-1", "data")]
+    assert content["budget"] == "0.3"
+    assert [pair["kind"] for pair in content["pairs"]] == [
+        "same data, other seed",
+        "other data",
+        "other data",
+    ]
+    assert content["pairs"][1]["tau_interval"] is None
+    assert content["means"][0]["num_pairs"] == 1
+
+
+def test_compare_writes_the_consensus(files, tmp_path, capsys):
+    from keylayers.ranking import Ranking
+
+    target = tmp_path / "consensus.json"
+    assert compare(files["seed-0"], files["data"], "--consensus", target) == 0
+    assert f"consensus of 2 rankings: {target}" in capsys.readouterr().out
+    merged = Ranking.load(target)
+    assert merged.ranks() == Ranking.load(files["data"]).ranks()
+    assert compare(files["seed-0"], target, "--json", "--consensus", tmp_path / "again.json") == 0
+    captured = capsys.readouterr()
+    assert len(json.loads(captured.out)["pairs"]) == 1
+    assert "consensus of 2 rankings" in captured.err
+
+
+def test_mistakes_are_told_in_a_line_and_nothing_is_written(files, tmp_path, capsys):
+    before = files["data"].read_bytes()
+    assert compare(files["seed-0"], files["data"], "--consensus", files["data"]) == 2
+    assert "must be a new file" in capsys.readouterr().err
+    assert files["data"].read_bytes() == before
+    target = tmp_path / "consensus.json"
+    assert compare(files["seed-0"], files["deep"], "--consensus", target) == 2
+    assert "rankings must be of the same modules" in capsys.readouterr().err
+    assert not target.exists()
+    assert compare(files["seed-0"]) == 2
+    assert "at least two rankings, got 1" in capsys.readouterr().err

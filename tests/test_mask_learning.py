@@ -69,14 +69,14 @@ def options_of(**values):
     from keylayers.options import MaskOptions
 
     own = {"mask_learning_rate": 1.0, "mask_steps": 3, "initial_score": 2.0}
-    return MaskOptions(**{"mask_optimizer": "sgd"} | own | values)
+    return MaskOptions(**{"method": "ila", "mask_optimizer": "sgd"} | own | values)
 
 
 def learn(trainer, **values):
-    from keylayers.mask.learning import learn_scores
+    from keylayers.scores.ila import ila
     from keylayers.updates import lora_updates
 
-    return learn_scores(trainer, lora_updates(trainer.model), options_of(**values))
+    return ila(trainer, lora_updates(trainer.model), options_of(**values))
 
 
 def test_one_step_of_sgd_is_the_formula():

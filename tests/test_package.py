@@ -23,6 +23,8 @@ ORDER = (
     ("scores",),
     ("ranking",),
     ("selection",),
+    ("verification",),
+    ("matching",),
     ("compare",),
     ("apply",),
     ("models",),

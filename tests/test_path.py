@@ -10,7 +10,7 @@ def score(trainer, **values):
     from keylayers.scores import METHODS
     from keylayers.updates import lora_updates
 
-    options = MaskOptions(**{"method": "path", "path_batches": 2} | values)
+    options = MaskOptions(**{"method": "path", "mask_batches": 2, "path_points": 8} | values)
     return METHODS["path"](trainer, lora_updates(trainer.model), options, None)
 
 
@@ -43,7 +43,7 @@ def test_scores_agree_with_differences_of_losses():
     from keylayers.updates import lora_updates
 
     trainer = trainer_of(noisy_model(), seed=3)
-    result = score(trainer, path_batches=1, path_points=64)
+    result = score(trainer, mask_batches=1, path_points=64)
     torch.manual_seed(0)
     from transformers import set_seed
 
@@ -88,8 +88,8 @@ def test_the_model_is_given_back():
 
 
 def test_standard_errors_need_two_batches():
-    assert score(trainer_of(noisy_model()), path_batches=1).standard_errors is None
-    errors = score(trainer_of(noisy_model()), path_batches=4).standard_errors
+    assert score(trainer_of(noisy_model()), mask_batches=1).standard_errors is None
+    errors = score(trainer_of(noisy_model()), mask_batches=4).standard_errors
     assert all(error > 0 for error in errors)
     assert len(data()) == 24
 
@@ -99,7 +99,7 @@ FOREIGN = [
     ({"method": "path", "mask_optimizer": "adam"}, "`mask_optimizer` must be left out"),
     ({"method": "path", "initial_score": 2.0}, "`initial_score` must be left out"),
     ({"method": "ila", "path_points": 3}, "`path_points` must be left out with `method` ila"),
-    ({"path_batches": 0}, "`path_batches` must be at least 1"),
+    ({"mask_batches": 0}, "`mask_batches` must be at least 1"),
 ]
 
 

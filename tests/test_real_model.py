@@ -15,7 +15,7 @@ SHORT = ["--max-length", "64", "--max-examples", "200"]
 def test_ranking_and_training_on_real_data(shared, tmp_path, capsys):
     model, data = shared / "models/english-2m", shared / "data/sft/alpaca_gpt4_999.json"
     options = ("--model", model, "--data", data, "--output", tmp_path / "out", *SHORT)
-    assert keylayers("rank", *options, "--max-steps", "30", "--mask-steps", "20") == 0
+    assert keylayers("rank", *options, "--max-steps", "30", "--mask-batches", "2") == 0
     content = json.loads((tmp_path / "out" / "ranking.json").read_text())
     assert len(content["modules"]) == 56
     assert content["provenance"]["data"]["format"] == "alpaca"

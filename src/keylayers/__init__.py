@@ -14,10 +14,11 @@ from keylayers._version import __version__
 
 if TYPE_CHECKING:
     from keylayers.compare import Agreement, agreement, chance_jaccard
-    from keylayers.errors import KeylayersError
     from keylayers.curve import MaskCurve
+    from keylayers.errors import KeylayersError
     from keylayers.mask.curve import mask_curve
     from keylayers.options import (
+        CurveOptions,
         DataOptions,
         MaskOptions,
         ModelOptions,
@@ -27,14 +28,18 @@ if TYPE_CHECKING:
         TrainingOptions,
         TrainOptions,
         UpdateOptions,
+        VerifyOptions,
     )
     from keylayers.ranking import RankedModule, Ranking
     from keylayers.runs.rank import rank, rank_modules
     from keylayers.runs.train import TrainedSet, train
+    from keylayers.runs.verify import verify
     from keylayers.selection import Freeze, Selection
+    from keylayers.verification import Verification
 
 _HOME = {
     "Agreement": "compare",
+    "CurveOptions": "options",
     "DataOptions": "options",
     "Freeze": "selection",
     "KeylayersError": "errors",
@@ -51,16 +56,20 @@ _HOME = {
     "TrainedSet": "runs.train",
     "TrainingOptions": "options",
     "UpdateOptions": "options",
+    "Verification": "verification",
+    "VerifyOptions": "options",
     "agreement": "compare",
     "chance_jaccard": "compare",
     "mask_curve": "mask.curve",
     "rank": "runs.rank",
     "rank_modules": "runs.rank",
     "train": "runs.train",
+    "verify": "runs.verify",
 }
 
 __all__ = [
     "Agreement",
+    "CurveOptions",
     "DataOptions",
     "Freeze",
     "KeylayersError",
@@ -77,6 +86,8 @@ __all__ = [
     "TrainedSet",
     "TrainingOptions",
     "UpdateOptions",
+    "Verification",
+    "VerifyOptions",
     "__version__",
     "agreement",
     "chance_jaccard",
@@ -84,6 +95,7 @@ __all__ = [
     "rank",
     "rank_modules",
     "train",
+    "verify",
 ]
 
 

@@ -312,13 +312,58 @@ class RankOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CurveOptions:
+    """How a ranking is verified.
+
+    Attributes:
+        points: Points on each mask curve, from none to all modules.
+        random_orders: How many random orders are measured beside the ranking, as its control.
+        order_seed: Of the random orders.
+        leave_one_out: Also measure the order by leave-one-out: one forward pass a module and batch,
+            so slow on large models.
+        margin: How much worse than all modules the recommended budget may be, as a share of what
+            the fine-tune lowered the held-out loss by.
+        eval_batch_size: Held-out examples that the model takes at once, at most.
+    """
+
+    points: int = 15
+    random_orders: int = 5
+    order_seed: int = 0
+    leave_one_out: bool = False
+    margin: float = 0.05
+    eval_batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        _at_least("points", self.points, 2)
+        _at_least("random_orders", self.random_orders, 1)
+        _at_least("eval_batch_size", self.eval_batch_size, 1)
+        if not 0 <= self.margin < 1:
+            raise ConfigError(f"`margin` must be a share from 0 to below 1, got {self.margin}")
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """All options of one verification."""
+
+    model: ModelOptions
+    data: DataOptions
+    update: UpdateOptions = UpdateOptions()
+    curve: CurveOptions = CurveOptions()
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by the name of its flag, for the record."""
+        parts = (self.model, self.data, self.update, self.curve)
+        return {name: value for part in parts for name, value in asdict(part).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
 class SelectionOptions:
     """Which modules are trained, and against what they are compared.
 
     Attributes:
         ranking: Ranking file, or the folder that holds ranking.json.
         budget: How much is trained: 0.3 is 30 % of the modules, 17 is 17 modules, 0.3x-params is
-            modules with 30 % of the parameters.
+            modules with 30 % of the parameters, auto is what `keylayers verify` recommended.
         freeze: Instead of a budget: train all but the worst share, such as 0.25.
         update: lora trains an adapter on the selected modules; full trains their weights
             themselves.

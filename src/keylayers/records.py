@@ -22,6 +22,7 @@ from keylayers._version import __version__
 from keylayers.errors import OutputError
 
 RECORD = "keylayers.json"  # beside every adapter and checkpoint that keylayers writes
+STAGE_1_ADAPTER = "adapter"  # the folder that `rank` leaves beside ranking.json
 RECORDED_LIBRARIES = (
     "torch",
     "transformers",

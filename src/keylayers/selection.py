@@ -10,6 +10,8 @@ Forms of a budget:
 | `0.3x-params` | `"0.3x-params"` | best modules while they hold at most 30 % of all modules'
 parameters |
 | `--freeze 0.25` | `Freeze(0.25)` | all but the worst 25 % |
+| `auto` | `verify(...).recommendation.num_modules` | the smallest budget that is nearly as good as
+all modules on the mask curve |
 
 A number with a decimal point is a fraction, without one a count: `1.0` is all modules, `1` is one
 module.
@@ -37,6 +39,7 @@ class Freeze:
 
 Budget = float | int | str | Freeze
 
+AUTO = "auto"
 _PARAMS = re.compile(r"(.+)x-params")
 _FORMS = (
     "a fraction such as 0.3, a count such as 17, or a fraction of parameters such as 0.3x-params"
@@ -128,6 +131,11 @@ def parse_budget(text: str) -> Budget:
     Raises:
         ConfigError: it has none of the known forms.
     """
+    if text == AUTO:
+        raise ConfigError(
+            "`budget` auto is for `keylayers train`; run `keylayers verify` and give the number of "
+            "modules that it recommends"
+        )
     if _PARAMS.fullmatch(text):
         return text
     try:

@@ -31,6 +31,7 @@ COMMANDS = {
     "demo": "Rank, show and train on the built-in model: no network, a minute or two.",
     "rank": "Rank the modules of a model for a fine-tune.",
     "show": "Show a ranking: heatmap of blocks by projections, best and worst modules, provenance.",
+    "verify": "Measure a ranking: held-out loss with only the best modules' updates kept.",
     "compare": "Show how far rankings pick the same modules, beside what chance would give.",
     "train": "Train only the modules that a ranking and a budget select.",
 }

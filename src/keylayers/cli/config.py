@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where options come from: flags win over the YAML file, and that over a ranking's record."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from cyclopts.config import Dict
 
 from keylayers.errors import ConfigError, did_you_mean
 from keylayers.ranking import Ranking
+from keylayers.records import STAGE_1_ADAPTER
 
 # Titles of option groups in `--help`, in the order in which they are shown.
 GROUPS = (
@@ -20,10 +22,11 @@ GROUPS = (
     "Fine-tuning",
     "When stage 1 ends",
     "Learning the scores",
+    "Measuring",
 )
 
-# Of the options that a ranking records, those that `train` takes over where none is given. Not
-# `trust_remote_code`: a file from elsewhere must not be able to switch it on.
+# Of the options that a ranking records, those that `train` and `verify` take over where none is
+# given. Not `trust_remote_code`: a file from elsewhere must not be able to switch it on.
 TAKEN_FROM_RANKING = (
     "model",
     "revision",
@@ -44,6 +47,7 @@ TAKEN_FROM_RANKING = (
     "lora_alpha",
     "seed",
 )
+TAKEN_TO_VERIFY = ("dtype", "adapter", "tuned")
 
 
 def flat(title: str) -> Parameter:
@@ -73,17 +77,37 @@ def from_config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCol
 
 
 def from_ranking_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """For `train`, fill what is still missing with what the ranking's own run used."""
-    path = _given(arguments, "ranking") if commands == ("train",) else None
+    """For `train` and `verify`, fill what is missing with what the ranking's own run used."""
+    path = _given(arguments, "ranking") if commands in (("train",), ("verify",)) else None
     if path is None:
         return
     made_by = Ranking.load(path).provenance
     recorded = made_by.get("options", {})
-    options = {name: recorded[name] for name in TAKEN_FROM_RANKING if name in recorded}
+    known = {_key(argument) for argument in arguments}
+    wanted = (
+        (*TAKEN_FROM_RANKING, *TAKEN_TO_VERIFY) if commands == ("verify",) else (TAKEN_FROM_RANKING)
+    )
+    options = {name: recorded[name] for name in wanted if name in recorded and name in known}
+    if commands == ("verify",):
+        options |= _update_of(Path(path), made_by, arguments)
+        _fill(app, arguments, options, source=path)
+        return
     steps = made_by.get("stage_1", {}).get("num_steps")
     if steps is not None:
         options["steps"] = steps
     _fill(app, arguments, options, source=path)
+
+
+def _update_of(
+    path: Path, made_by: Mapping[str, Any], arguments: ArgumentCollection
+) -> dict[str, Any]:
+    """The update that was ranked: the adapter that stage 1 left beside the file."""
+    if _given(arguments, "adapter") or _given(arguments, "tuned"):
+        return {"adapter": None, "tuned": None}
+    folder = path if path.is_dir() else path.parent
+    if "stage_1" in made_by and (folder / STAGE_1_ADAPTER).is_dir():
+        return {"adapter": str(folder / STAGE_1_ADAPTER)}
+    return {}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -31,7 +31,8 @@ def demo(*, output: Path = Path("out/demo"), seed: int = 0, max_steps: int = 200
     from keylayers.cli.console import ConsoleProgress, stdout
     from keylayers.demo.run import BUDGET, rows_of
     from keylayers.demo.run import demo as run
-    from keylayers.report.terminal import agreement_table, heatmap, loss_table, provenance_lines
+    from keylayers.report.agreement import agreement_table
+    from keylayers.report.terminal import heatmap, loss_table, provenance_lines
 
     result = run(output, seed=seed, max_steps=max_steps, progress=ConsoleProgress())
     console = stdout()

@@ -22,7 +22,7 @@ EXAMPLES = """Examples:
 ```
 keylayers rank --model meta-llama/Llama-3.2-1B --data tatsu-lab/alpaca --output out
 keylayers rank --model base --data chats.jsonl --adapter my-adapter
-keylayers rank --model base --tuned instruct --data chats.jsonl --mask-steps 100
+keylayers rank --model base --tuned instruct --data chats.jsonl --mask-batches 8
 keylayers rank --config rank.yaml --seed 1
 ```
 """
@@ -45,9 +45,8 @@ def rank(
     """Rank the modules of a model for a fine-tune.
 
     Stage 1 fine-tunes all modules with LoRA until the loss is stable; stage 2 freezes everything
-    and
-    learns one gate per module. With --adapter or --tuned only stage 2 runs. Writes ranking.json and
-    stage 1's adapter.
+    and scores the modules by gates on what the fine-tune added. With --adapter or --tuned only
+    stage 2 runs. Writes ranking.json and stage 1's adapter.
 
     Args:
         output: Folder for ranking.json and the adapter.

@@ -9,7 +9,6 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from keylayers.compare import Agreement
 from keylayers.ranking import Ranking
 
 # Cividis, dark to bright, by relative rank: readable for colour-blind people and in grey.
@@ -157,24 +156,5 @@ def loss_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['num_trained_parameters']:,}",
             f"{row['num_steps']:,}",
             f"{row['held_out_loss_nats']:.4f}",
-        )
-    return table
-
-
-def agreement_table(pairs: Sequence[Agreement], names: Sequence[str]) -> Table:
-    """Jaccard of every pair, what two random selections would have, and corrected for that.
-
-    Corrected is 0 at chance and 1 for the same set.
-    """
-    table = Table(box=None, padding=(0, 2), pad_edge=False)
-    table.add_column("pair", no_wrap=True)
-    for title in ("Jaccard", "by chance", "corrected"):
-        table.add_column(title, justify="right")
-    for pair in pairs:
-        table.add_row(
-            Text(f"{names[pair.first]}, {names[pair.second]}"),
-            f"{pair.jaccard:.2f}",
-            f"{pair.chance_jaccard:.2f}",
-            "" if pair.corrected is None else f"{pair.corrected:.2f}",
         )
     return table

@@ -21,8 +21,8 @@ from keylayers.models import describe, load_model, load_tokenizer, max_positions
 from keylayers.options import MaskOptions, RankOptions, UpdateOptions
 from keylayers.progress import OnStep, Progress, Silent
 from keylayers.ranking import RankedModule, Ranking
-from keylayers.records import check_replaceable, environment, output_folder
-from keylayers.runs.update import ADAPTER_FOLDER, RankJob, find_update
+from keylayers.records import STAGE_1_ADAPTER, check_replaceable, environment, output_folder
+from keylayers.runs.update import RankJob, find_update
 from keylayers.scores import METHODS
 from keylayers.training.data import prepare
 from keylayers.training.run import make_trainer
@@ -124,7 +124,7 @@ def rank(options: RankOptions, output: Path, progress: Progress | None = None) -
 def _prepared(options: RankOptions, output: Path, progress: Progress) -> RankJob:
     """Everything loaded and checked, before any long work."""
     if options.update == UpdateOptions():  # stage 1 will write its adapter
-        check_replaceable(output / ADAPTER_FOLDER)
+        check_replaceable(output / STAGE_1_ADAPTER)
     tokenizer = load_tokenizer(options.model)
     model = load_model(options.model)
     data = prepare(options.data, tokenizer, max_positions(model))

@@ -23,7 +23,7 @@ from keylayers.apply.saving import save_tuned
 from keylayers.evaluation.loss import held_out_loss
 from keylayers.model_map import map_modules
 from keylayers.models import Checkpoint, describe, load_model, load_tokenizer, max_positions
-from keylayers.options import Control, TrainOptions
+from keylayers.options import Control, SelectionOptions, TrainOptions
 from keylayers.progress import Progress, Silent
 from keylayers.ranking import Ranking
 from keylayers.records import (
@@ -34,9 +34,18 @@ from keylayers.records import (
     output_folder,
     write_json,
 )
-from keylayers.selection import Freeze, Selection, check_same_modules, parse_budget, select
+from keylayers.selection import (
+    AUTO,
+    Budget,
+    Freeze,
+    Selection,
+    check_same_modules,
+    parse_budget,
+    select,
+)
 from keylayers.training.data import prepare
 from keylayers.training.run import TrainingResult, fine_tune, make_trainer, new_lora
+from keylayers.verification import auto_budget, verification_file
 from keylayers.weights import weights_sha256
 
 
@@ -79,10 +88,7 @@ def train(
     progress = progress or Silent()
     ranking = Ranking.load(options.selection.ranking)
     wanted = options.selection
-    budget = (
-        Freeze(wanted.freeze) if wanted.freeze is not None else parse_budget(wanted.budget or "")
-    )
-    selection = select(ranking, budget)
+    selection = select(ranking, _budget(wanted, ranking))
     check_replaceable(output)
     with output_folder(output):
         job = _Job(options, ranking, progress)
@@ -106,6 +112,14 @@ def train(
             rows.append(job.train(names, control)[0])
         write_json(output / RECORD, record | {"results": [asdict(row) for row in rows]})
     return rows
+
+
+def _budget(wanted: SelectionOptions, ranking: Ranking) -> Budget:
+    if wanted.freeze is not None:
+        return Freeze(wanted.freeze)
+    if wanted.budget == AUTO:
+        return auto_budget(ranking, verification_file(wanted.ranking))
+    return parse_budget(wanted.budget or "")
 
 
 def control_modules(

@@ -13,17 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from keylayers.apply.saving import save_tuned
 from keylayers.model_map import map_modules
 from keylayers.models import Checkpoint, load_adapter
-from keylayers.options import ModelOptions, RankOptions
+from keylayers.options import ModelOptions, RankOptions, UpdateOptions
 from keylayers.progress import Progress
-from keylayers.records import RECORD, environment, json_sha256
+from keylayers.records import RECORD, STAGE_1_ADAPTER, environment, json_sha256
 from keylayers.training.data import PreparedData
 from keylayers.training.run import fine_tune, make_trainer, new_lora
 from keylayers.updates import Update, dense_updates, lora_updates
 from keylayers.updates.dense import take_other_weights
 from keylayers.updates.lora import ungated_tuner_layers
 from keylayers.weights import adapter_sha256, tensors_sha256
-
-ADAPTER_FOLDER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -50,28 +48,42 @@ class TunedModel:
 
 def find_update(job: RankJob) -> TunedModel:
     """The model with the update to rank, by whichever of the three ways the options ask for."""
-    if job.options.update.adapter is not None:
-        return _from_adapter(job, job.options.update.adapter)
-    if job.options.update.tuned is not None:
-        return _from_checkpoint(job, job.options.update.tuned)
-    return _from_stage_1(job)
+    if job.options.update == UpdateOptions():
+        return _from_stage_1(job)
+    return existing_update(job.model, job.options.update, job.progress)
 
 
-def _from_adapter(job: RankJob, adapter: str) -> TunedModel:
-    tuned = load_adapter(job.model, adapter)
+def existing_update(
+    model: PreTrainedModel, options: UpdateOptions, progress: Progress
+) -> TunedModel:
+    """The model with the update of an adapter or a second checkpoint.
+
+    Args:
+        model: The base model; it carries the adapter afterwards.
+        options: Either `adapter` or `tuned` is given.
+        progress: Where to say what is not gated.
+    """
+    if options.adapter is not None:
+        return _from_adapter(model, options.adapter, progress)
+    assert options.tuned is not None
+    return _from_checkpoint(model, options.tuned, progress)
+
+
+def _from_adapter(model: PreTrainedModel, adapter: str, progress: Progress) -> TunedModel:
+    tuned = load_adapter(model, adapter)
     outside = ungated_tuner_layers(tuned)
     if outside:
-        job.progress.note(f"not ranked, always on: the adapter's update of {', '.join(outside)}")
+        progress.note(f"not ranked, always on: the adapter's update of {', '.join(outside)}")
     record = {"name": adapter, "weights_sha256": adapter_sha256(tuned), "always_on": outside}
     return TunedModel(tuned, lora_updates(tuned), {"adapter": record})
 
 
-def _from_checkpoint(job: RankJob, tuned: str) -> TunedModel:
+def _from_checkpoint(model: PreTrainedModel, tuned: str, progress: Progress) -> TunedModel:
     checkpoint = Checkpoint.open(ModelOptions(model=tuned))
-    updates = dense_updates(job.model, checkpoint)
-    others = take_other_weights(job.model, checkpoint)
+    updates = dense_updates(model, checkpoint)
+    others = take_other_weights(model, checkpoint)
     if others:
-        job.progress.note(
+        progress.note(
             f"not ranked, taken from the tuned checkpoint: {len(others)} other weights that differ "
             f"({', '.join(others[:2])}{', ...' if len(others) > 2 else ''})"
         )
@@ -80,7 +92,7 @@ def _from_checkpoint(job: RankJob, tuned: str) -> TunedModel:
         "weights_sha256": tensors_sha256((name, checkpoint[name]) for name in checkpoint),
         "other_weights_that_differ": others,
     }
-    return TunedModel(job.model, updates, {"tuned": record})
+    return TunedModel(model, updates, {"tuned": record})
 
 
 def _from_stage_1(job: RankJob) -> TunedModel:
@@ -90,7 +102,7 @@ def _from_stage_1(job: RankJob) -> TunedModel:
     that was stopped in stage 2 does not train again.
     """
     inputs = _inputs_sha256(job)
-    folder = job.output / ADAPTER_FOLDER
+    folder = job.output / STAGE_1_ADAPTER
     stage_1 = _finished(folder, inputs)
     if stage_1 is not None:
         job.progress.note(f"stage 1 of the same inputs is taken from {folder}")

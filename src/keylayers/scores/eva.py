@@ -54,7 +54,11 @@ def eva(
     with scoring(trainer, updates, options, on_step) as task:
         batches = [trainer._prepare_inputs(dict(batch)) for batch in task.batches]
         config = LoraConfig(
-            r=MEAN_RANK, target_modules=names, eva_config=EvaConfig(rho=RHO), task_type="CAUSAL_LM"
+            task_type="CAUSAL_LM",
+            r=MEAN_RANK,
+            target_modules=names,
+            init_lora_weights="eva",
+            eva_config=EvaConfig(rho=RHO),
         )
         with contextlib.redirect_stdout(io.StringIO()):  # it prints when a batch is short
             components = get_eva_state_dict(

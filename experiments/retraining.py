@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training from scratch on what a ranking selects: the paper's claims at the size we have.
+
+    python experiments/retraining.py CELLS_FOLDER --shared SHARED_FOLDER
+
+Needs the rankings of `rankings.py`. For each cell every set of modules is trained from fresh LoRA
+matrices with the same data, order of batches and number of steps: paired by seed. Two losses: on
+the held-out examples (what was learned), and on text that the base model wrote itself (what was
+forgotten; its rise is an estimate of the divergence from the base model). Results are written one
+by one and never run again.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import cells
+import torch
+from datasets import Dataset
+
+from keylayers.evaluation.loss import held_out_loss
+from keylayers.records import environment, write_json
+from keylayers.training.run import fine_tune, make_trainer
+
+from rankings import best_first
+
+STEPS = 100
+BUDGETS = (0.1, 0.2, 0.3)
+FROZEN = 0.25
+NUM_OWN_TEXTS, OWN_TEXT_TOKENS = 48, 64
+
+
+def selections(cell, folder, budgets, methods):
+    """Label and budget -> modules to train: all, the best, all but the worst, and controls."""
+    found = json.loads((folder / cell.name / "rankings.json").read_text(encoding="utf-8"))
+    names = found["modules"]
+    orders = {
+        one["method"]: best_first(names, one["scores"])
+        for one in found["results"]
+        if "scores" in one and one["mask_data"] in (None, "held-out")
+    }
+    generator = random.Random(f"retraining {cell.name}")
+    orders["random"] = generator.sample(names, len(names))
+    chosen = {("all", 1.0): names}
+    for method in (*methods, "random"):
+        order = orders[method]
+        chosen[(f"freeze worst, {method}", 1 - FROZEN)] = order[: len(order) - len(order) // 4]
+        for budget in budgets:
+            chosen[(method, budget)] = order[: round(budget * len(order))]
+    return {key: [name for name in names if name in set(part)] for key, part in chosen.items()}
+
+
+def own_text(loaded):
+    """Text that the base model writes: LoRA's update is zero before training."""
+    model = loaded.trainer.model
+    tokenizer = loaded.trainer.processing_class
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else 1
+    torch.manual_seed(0)
+    start = torch.full((NUM_OWN_TEXTS, 1), first)
+    model.eval()
+    rows = model.generate(
+        input_ids=start,
+        attention_mask=torch.ones_like(start),
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=OWN_TEXT_TOKENS - 1,
+        min_new_tokens=OWN_TEXT_TOKENS - 1,
+    ).tolist()
+    model.train()
+    return Dataset.from_dict({"input_ids": rows, "labels": rows})
+
+
+def train(cell, folder, shared, names, texts):
+    """Held-out and own-text loss after training `names` from scratch."""
+    loaded = cells.fresh(cell, folder, shared, names)
+    texts = texts or own_text(loaded)
+    trainer = make_trainer(
+        loaded.trainer.model,
+        loaded.trainer.processing_class,
+        loaded.train,
+        cell.training(),
+        num_steps=STEPS,
+    )
+    before = held_out_loss(trainer, texts)
+    result = fine_tune(trainer)
+    return texts, {
+        "num_modules": len(names),
+        "num_trained_parameters": sum(
+            one.numel() for one in trainer.model.parameters() if one.requires_grad
+        ),
+        "held_out_loss_nats": held_out_loss(trainer, loaded.held_out),
+        "own_text_rise_nats": held_out_loss(trainer, texts) - before,
+        "seconds": result.seconds,
+    }
+
+
+def run(cell, folder, shared, budgets, methods):
+    """Every selection of one cell that is not in its file yet."""
+    path = folder / cell.name / "retraining.json"
+    content = {"environment": environment(), "steps": STEPS, "cell": cell.name, "results": []}
+    if path.exists():
+        content = json.loads(path.read_text(encoding="utf-8"))
+    finished = {(one["label"], one["budget"]) for one in content["results"]}
+    texts = None
+    for (label, budget), names in selections(cell, folder, budgets, methods).items():
+        if (label, budget) in finished:
+            continue
+        texts, found = train(cell, folder, shared, names, texts)
+        content["results"].append({"label": label, "budget": budget} | found)
+        write_json(path, content)
+        print(cell.name, label, budget, f"{found['held_out_loss_nats']:.4f}", flush=True)
+
+
+def main():
+    """Run the cells that are asked for, or collect what is there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shared", type=Path)
+    parser.add_argument("--data", nargs="+", default=["list", "alpaca"])
+    parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS)
+    parser.add_argument("--methods", nargs="+", default=["elimination", "ila", "first", "last"])
+    parser.add_argument("--collect", type=Path)
+    arguments = parser.parse_args()
+    wanted = [cell for cell in cells.ALL if cell.data in arguments.data]
+    if arguments.collect:
+        paths = [arguments.folder / cell.name / "retraining.json" for cell in cells.ALL]
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+        write_json(arguments.collect, {"cells": found})
+        return
+    torch.set_num_threads(1)
+    for cell in wanted:
+        run(cell, arguments.folder, arguments.shared, arguments.budgets, arguments.methods)
+
+
+if __name__ == "__main__":
+    main()

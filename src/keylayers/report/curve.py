@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A verification in the terminal: the mask curve, its area beside controls, the recommendation."""
+
+from collections.abc import Sequence
+from statistics import stdev
+
+from rich.bar import Bar
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from keylayers.curve import MaskCurve
+from keylayers.verification import Verification
+
+BAR_WIDTH = 30
+
+
+def verification_report(found: Verification) -> RenderableType:
+    """All of a verification that a terminal shows."""
+    lines = [area_line(found), *reading(found)]
+    title = "Held-out loss with the updates of only so many modules kept, in nats per token"
+    text = Text("\n".join(lines))
+    return Group(Text(title, style="bold"), curve_table(found), Text(), text)
+
+
+def curve_table(found: Verification) -> Table:
+    """One row a count: the curve as bars, and random orders and the reverse order as numbers."""
+    table = Table(box=None, padding=(0, 2), pad_edge=False)
+    table.add_column("kept", justify="right")
+    table.add_column("best first", justify="right")
+    table.add_column("")
+    table.add_column("random (± sd)", justify="right")
+    table.add_column("worst first", justify="right")
+    if found.leave_one_out:
+        table.add_column("leave-one-out", justify="right")
+    curve = found.best_first
+    low, high = _range(found)
+    means = found.random_means()
+    for index, count in enumerate(curve.counts):
+        loss = curve.losses[index]
+        spread = [one.losses[index] for one in found.random]
+        width = f" ± {stdev(spread):.3f}" if len(spread) > 1 else ""
+        row: list[RenderableType] = [
+            str(count),
+            f"{loss:.4f}",
+            Bar(high - low, 0, max(0.0, loss - low), width=BAR_WIDTH, color="cyan"),
+            f"{means[index]:.4f}{width}",
+            f"{found.worst_first.losses[index]:.4f}",
+        ]
+        if found.leave_one_out:
+            row.append(f"{found.leave_one_out.losses[index]:.4f}")
+        table.add_row(*row)
+    return table
+
+
+def _range(found: Verification) -> tuple[float, float]:
+    """From a little below the lowest loss to the highest, so that every bar can be seen."""
+    losses = [*found.best_first.losses, *found.random_means()]
+    low, high = min(losses), max(losses)
+    room = (high - low) / BAR_WIDTH
+    return (low - room, high) if high > low else (low - 1.0, high)
+
+
+def area_line(found: Verification) -> str:
+    """The normalised area beside those of the controls, or why there is none."""
+    area = found.best_first.normalised_area
+    if area is None:
+        return (
+            "normalised area: undefined, because all updates together do not lower the held-out "
+            "loss"
+        )
+    parts = [f"normalised area (0 is best): {area:.3f}"]
+    at_random = found.random_area()
+    if at_random is not None:
+        parts.append(f"random orders {at_random[0]:.3f} ± {at_random[1]:.3f}")
+    parts.append(f"worst first {_area(found.worst_first)}")
+    if found.leave_one_out:
+        parts.append(f"leave-one-out {_area(found.leave_one_out)}")
+    return ", ".join(parts)
+
+
+def _area(curve: MaskCurve) -> str:
+    return "undefined" if curve.normalised_area is None else f"{curve.normalised_area:.3f}"
+
+
+def reading(found: Verification) -> Sequence[str]:
+    """What the curve says about budgets, in sentences."""
+    curve = found.best_first
+    count, loss = curve.best
+    lines = [
+        f"base {curve.losses[0]:.4f}, all {curve.counts[-1]} modules {curve.losses[-1]:.4f}, best "
+        f"point {loss:.4f} with {count} modules"
+    ]
+    if found.is_overfit:
+        lines.append(
+            "some updates hurt: with fewer of them the held-out loss is lower than with all, so "
+            "the area says little; look at the best point, and train for fewer steps"
+        )
+    one = found.recommendation
+    if one is None:
+        lines.append("no budget is recommended: the fine-tune as a whole does not help")
+        return lines
+    lines.append(
+        f"recommended budget: {one.num_modules} of {curve.counts[-1]} modules, which lose "
+        f"{one.difference_nats:+.4f} nats against all"
+    )
+    lines.append(
+        f"  below {one.upper_nats:+.4f} with 95 % confidence over held-out batches; the margin is "
+        f"{one.margin_nats:.4f}, {100 * found.margin:g} % of what the fine-tune gained"
+    )
+    return lines

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The known rankings, each against a case worked out by hand or an independent implementation."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from test_mask_learning import noisy_model, trainer_of
+from test_scores import by_name, score
+
+from tiny_models import tiny_llama
+
+
+def batches_of(trainer, count):
+    """The batches that a method with the trainer's seed sees."""
+    from itertools import islice
+
+    from transformers import set_seed
+
+    from keylayers.mask.trainer_loss import TrainerLoss
+
+    set_seed(trainer.args.seed)
+    return list(islice(TrainerLoss(trainer).batches(), count))
+
+
+def test_random_order_is_a_shuffle_by_seed():
+    values = by_name(score(trainer_of(noisy_model()), "random"))
+    assert all(0 <= value < 1 for value in values.values())
+    assert values == by_name(score(trainer_of(noisy_model()), "random"))
+    assert values != by_name(score(trainer_of(noisy_model()), "random", mask_seed=1))
+
+
+def test_depth_by_hand():
+    from peft import LoraConfig, get_peft_model
+
+    from keylayers.options import MaskOptions
+    from keylayers.scores.depth import first, last, middle
+    from keylayers.updates import lora_updates
+
+    model = get_peft_model(tiny_llama(num_blocks=4), LoraConfig(r=2, target_modules=["o_proj"]))
+    updates = lora_updates(model)
+    found = [
+        method(trainer_of(model), updates, MaskOptions()).scores for method in (first, last, middle)
+    ]
+    assert found == [(0.0, -1.0, -2.0, -3.0), (0.0, 1.0, 2.0, 3.0), (-1.5, -0.5, -0.5, -1.5)]
+
+
+def test_update_norm_is_that_of_the_merged_weight():
+    model = noisy_model()
+    values = by_name(score(trainer_of(model), "update-norm"))
+    base = tiny_llama()
+    merged = model.merge_and_unload()
+    for name, value in values.items():
+        moved = merged.get_submodule(name).weight - base.get_submodule(name).weight
+        assert value == pytest.approx(moved.norm().item(), rel=1e-4)
+
+
+def test_gradient_norms_are_those_of_autograd_on_the_base_model():
+    trainer = trainer_of(noisy_model())
+    values = by_name(score(trainer, "gradient-norm"))
+    base = tiny_llama().train()
+    norms = dict.fromkeys(values, 0.0)
+    for batch in batches_of(trainer, 2):
+        base.zero_grad()
+        base(**batch).loss.backward()
+        for name in norms:
+            norms[name] += base.get_submodule(name).weight.grad.norm().item() / 2
+    assert values == pytest.approx(norms, rel=1e-4)
+
+
+def test_aletheia_adds_the_gradient_norms_of_a_block():
+    single = by_name(score(trainer_of(noisy_model()), "gradient-norm"))
+    values = by_name(score(trainer_of(noisy_model()), "aletheia"))
+    for block in (0, 1):
+        names = [name for name in values if f"layers.{block}." in name]
+        total = sum(single[name] for name in names)
+        assert [values[name] for name in names] == pytest.approx([total] * 7, rel=1e-5)
+
+
+def test_fisher_is_the_mean_squared_gradient_of_single_examples():
+    trainer = trainer_of(noisy_model())
+    values = by_name(score(trainer, "fisher", mask_batches=1))
+    (batch,) = batches_of(trainer, 1)
+    base = tiny_llama().train()
+    traces = dict.fromkeys(values, 0.0)
+    num_rows = len(batch["input_ids"])
+    for row in range(num_rows):
+        base.zero_grad()
+        base(**{key: value[row : row + 1] for key, value in batch.items()}).loss.backward()
+        for name in traces:
+            traces[name] += base.get_submodule(name).weight.grad.square().sum().item() / num_rows
+    assert values == pytest.approx(traces, rel=1e-4)  # rows of one length count alike
+
+
+def test_the_signal_to_noise_ratio_by_hand():
+    from keylayers.scores.spectrum import signal_to_noise
+
+    # σ = 10, 4, 3, 2, 1: quartiles 2 and 4, noise 2 / 1.349 · (1 + 1) = 2.965; 10, 4, 3 are signal
+    assert signal_to_noise(torch.diag(torch.tensor([10.0, 4, 3, 2, 1]))) == pytest.approx(
+        17 / 3 / 10
+    )
+    assert signal_to_noise(torch.eye(4)) == math.inf  # nothing is below a threshold of zero
+
+
+def test_spectrum_ranks_inside_each_kind():
+    from keylayers.scores.spectrum import signal_to_noise
+
+    values = by_name(score(trainer_of(noisy_model()), "spectrum"))
+    base = tiny_llama()
+    for kind in ("q_proj", "down_proj"):
+        pair = [name for name in values if name.endswith(kind)]
+        ratios = [signal_to_noise(base.get_submodule(name).weight.detach()) for name in pair]
+        assert sorted(values[name] for name in pair) == [0.5, 1.0]
+        assert (values[pair[0]] > values[pair[1]]) == (ratios[0] > ratios[1])
+
+
+def test_kappatune_is_pefts():
+    from peft.helpers import KappaTuneSelector
+
+    values = by_name(score(trainer_of(noisy_model()), "kappatune"))
+    selector = KappaTuneSelector(tiny_llama(), show_progress=False)
+    best = [name for name in selector.get_best_targets() if name in values]
+    assert sorted(values, key=lambda name: -values[name]) == best
+    kappas = selector._condition_numbers
+    assert values == pytest.approx({name: -kappas[name] for name in values}, rel=1e-5)
+
+
+def test_lora_drop_is_the_mean_squared_output_of_each_lora():
+    trainer = trainer_of(noisy_model())
+    values = by_name(score(trainer, "lora-drop", mask_batches=1))
+    (batch,) = batches_of(trainer, 1)
+    model, outputs = trainer.model.train(), {}
+    for name in values:
+        layer = model.get_base_model().get_submodule(name)
+        layer.lora_B["default"].register_forward_hook(
+            lambda _, __, y, name=name, scale=layer.scaling["default"]: outputs.update(
+                {name: (y * scale).square().sum(-1).mean().item()}
+            )
+        )
+    model(**batch)
+    assert values == pytest.approx(outputs, rel=1e-4)
+
+
+def test_plop_compares_feature_norms_with_those_of_random_inputs():
+    trainer = trainer_of(noisy_model())
+    name = "model.layers.1.mlp.down_proj"
+    value = by_name(score(trainer, "plop", mask_batches=1))[name]
+    (batch,) = batches_of(trainer, 1)
+    base, seen = tiny_llama(), {}
+    base.get_submodule(name).register_forward_hook(
+        lambda _, x, __: seen.update(x=x[0].flatten(0, 1))
+    )
+    base(**batch)
+    weight = base.get_submodule(name).weight
+    unit = nn.functional.normalize(seen["x"], dim=-1)
+    noise = nn.functional.normalize(torch.randn(20_000, weight.shape[1]), dim=-1)
+    ratio = (unit @ weight.T).norm(dim=-1).mean() / (noise @ weight.T).norm(dim=-1).mean()
+    assert value == pytest.approx(-ratio.item(), rel=0.05)  # mean norm against root mean square
+
+
+def test_block_influence_from_hidden_states():
+    trainer = trainer_of(noisy_model())
+    values = by_name(score(trainer, "block-influence", mask_batches=1))
+    (batch,) = batches_of(trainer, 1)
+    states = tiny_llama()(**batch, output_hidden_states=True).hidden_states
+    cosine = nn.functional.cosine_similarity(states[0], states[1], dim=-1).mean().item()
+    assert values["model.layers.0.mlp.up_proj"] == pytest.approx(1 - cosine, rel=1e-4)
+
+
+def test_padding_does_not_count():
+    from keylayers.mask.probe import token_mask
+
+    hidden = torch.zeros(2, 3, 4)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert token_mask({"attention_mask": mask}, hidden).tolist() == mask.bool().tolist()
+    assert token_mask({}, hidden).all()
+
+
+def test_linear_cka_against_centred_gram_matrices():
+    from keylayers.scores.cka import linear_cka
+
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(9, width, generator=generator) for width in (4, 6))
+    centre = torch.eye(9) - 1 / 9
+    grams = [centre @ one @ one.T @ centre for one in (x, y)]
+    hsic = [[(a * b).sum().item() for b in grams] for a in grams]
+    expected = hsic[0][1] / math.sqrt(hsic[0][0] * hsic[1][1])
+    assert linear_cka(x, y) == pytest.approx(expected, rel=1e-4)
+    rotation = torch.linalg.qr(torch.randn(4, 4, generator=generator))[0]
+    assert linear_cka(x, 3 * x @ rotation + 1) == pytest.approx(1.0, rel=1e-5)
+    assert linear_cka(torch.ones(9, 4), y) == 0.0
+
+
+def test_adalora_leaves_its_budget_and_eva_shares_out_its_own():
+    from keylayers.scores.adalora import TARGET_RANK
+    from keylayers.scores.eva import MEAN_RANK
+
+    ranks = score(trainer_of(noisy_model()), "adalora").scores
+    assert sum(int(rank) for rank in ranks) == TARGET_RANK * 14
+    values = by_name(score(trainer_of(noisy_model()), "eva"))
+    assert sum(values.values()) == MEAN_RANK * 14
+    block = "model.layers.0.self_attn."
+    assert values[block + "q_proj"] == values[block + "k_proj"]  # the same inputs
+
+
+def test_leave_one_out_from_models_with_one_update_set_to_zero():
+    trainer = trainer_of(noisy_model())
+    values = by_name(score(trainer, "leave-one-out", mask_batches=1))
+    (batch,) = batches_of(trainer, 1)
+    model = trainer.model
+    whole = model(**batch).loss.item()
+    for name in list(values)[::5]:
+        weight = model.get_base_model().get_submodule(name).lora_B["default"].weight
+        kept = weight.detach().clone()
+        with torch.no_grad():
+            weight.zero_()
+            without = model(**batch).loss.item()
+            weight.copy_(kept)
+        assert values[name] == pytest.approx(without - whole, abs=1e-5)
+
+
+def test_shapley_values_of_two_players_mix_their_two_orders():
+    trainer = trainer_of(noisy_model())
+    found = score(trainer, "shapley", granularity="block", mask_batches=1, permutations=20)
+    first, second = (by_name(found)[f"model.layers.{block}.mlp.up_proj"] for block in (0, 1))
+    (batch,) = batches_of(trainer, 1)
+    from keylayers.gates import gated
+    from keylayers.updates import lora_updates
+
+    losses = {}
+    updates = lora_updates(trainer.model)
+    with gated(
+        trainer.model, updates, initial_score=0.0, granularity="block", link="identity"
+    ) as gates:
+        for subset in ((0, 0), (1, 0), (0, 1), (1, 1)):
+            gates.set_scores(torch.tensor(subset, dtype=torch.float32))
+            losses[subset] = trainer.model(**batch).loss.item()
+    alone, after = losses[0, 0] - losses[1, 0], losses[0, 1] - losses[1, 1]
+    share = (first - after) / (alone - after)
+    assert share == pytest.approx(round(20 * share) / 20, abs=1e-3)
+    assert 0 < share < 1
+    assert first + second == pytest.approx(losses[0, 0] - losses[1, 1], abs=1e-5)
