@@ -106,13 +106,7 @@ def collect(folder, path):
         home = folder / cell.name / "rankings.json"
         if home.exists():
             found.append(json.loads(home.read_text(encoding="utf-8")))
-    shared = {"environment": found[0]["environment"], "modules": found[0]["modules"]}
-    for one in found:
-        commits = {one["environment"]["commit"], shared["environment"]["commit"]}
-        assert len(commits) == 1, f"cells of one record must be of one commit, got {commits}"
-        one.pop("environment")
-        one.pop("modules")
-    write_json(path, shared | {"cells": found})
+    write_json(path, {"cells": found})
 
 
 def main():
