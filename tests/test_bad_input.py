@@ -134,6 +134,7 @@ TRAIN = [
     ("budget and freeze", {"freeze": "0.25"}, "got both"),
     ("half a ranking", {"ranking": "{ranking}/half.json"}, "damaged or cut off"),
     ("no ranking", {"ranking": "{ranking}/none.json"}, "must exist"),
+    ("auto without verify", {"budget": "auto"}, "make it with `keylayers verify`"),
     ("another model", {"model": "{tiny}/wide"}, "first model.layers.0.self_attn.q_proj (1,024 par"),
     ("a dtype with full", {"update": "full", "dtype": "bfloat16"}, "`dtype` must be left out"),
     ("an unknown control", {"controls": "middle"}, "random"),
@@ -153,6 +154,40 @@ def test_train_refuses(tiny, ranking, tmp_path, capsys, changes, message):
     assert keylayers("train", *arguments) == 2
     assert message in complaint(capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+VERIFY = [
+    ("half a ranking", {"ranking": "{ranking}/half.json"}, "damaged or cut off"),
+    ("no ranking", {"ranking": "{ranking}/none.json"}, "must exist"),
+    ("another model", {"model": "{tiny}/wide"}, "for this base model"),
+    ("another model's checkpoint", {"model": "{tiny}/wide", "tuned": "{tiny}/wide"}, "must differ"),
+    ("no adapter", {"adapter": "{ranking}/none"}, "none"),
+    ("one point", {"points": "1"}, "`points` must be at least 2, got 1"),
+    ("no random order", {"random-orders": "0"}, "`random_orders` must be at least 1, got 0"),
+    ("a batch of none", {"eval-batch-size": "0"}, "`eval_batch_size` must be at least 1, got 0"),
+    ("a margin of all", {"margin": "1"}, "`margin` must be a share from 0 to below 1, got 1.0"),
+    ("a margin below 0", {"margin": "-0.1"}, "`margin` must be a share from 0 to below 1"),
+    ("a margin that is no number", {"margin": "nan"}, "`margin` must be a share from 0"),
+    ("an unknown option", {"point": "3"}, "--points"),
+    ("an option of train", {"budget": "0.3"}, "--budget"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [c[1:] for c in VERIFY], ids=[c[0] for c in VERIFY]
+)
+def test_verify_refuses(tiny, ranking, capsys, changes, message):
+    options = {"ranking": "{ranking}"} | changes
+    arguments = [
+        part
+        for name, value in options.items()
+        for part in (f"--{name}", value.format(tiny=tiny, ranking=ranking))
+    ]
+    before = sorted(ranking.rglob("*"))
+    capsys.readouterr()
+    assert keylayers("verify", *arguments) == 2
+    assert message in complaint(capsys)
+    assert sorted(ranking.rglob("*")) == before
 
 
 def test_code_that_comes_with_a_model_is_not_run(tiny, tmp_path, capsys):

@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import itertools
 import json
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -318,165 +314,6 @@ def test_the_mean_leaves_out_what_is_not_defined():
     assert mean.tau == pytest.approx(1)
 
 
-def test_consensus_by_hand():
-    from keylayers.compare import consensus
-
-    first, second = ranking_of([9.0, 5.0, 5.0, 1.0]), ranking_of([3.0, 4.0, 2.0, 1.0])
-    merged = consensus([first, second])
-    # relative ranks: 1, 2.5, 2.5, 4 and 2, 1, 3, 4, each of 4
-    means = [1.5 / 4, 1.75 / 4, 2.75 / 4, 4 / 4]
-    assert [module.score for module in merged.modules] == pytest.approx([1 - m for m in means])
-    # of two values: half their distance
-    errors = [0.5 / 4, 0.75 / 4, 0.25 / 4, 0]
-    assert [module.standard_error for module in merged.modules] == pytest.approx(errors)
-    assert [module.name for module in merged.ordered()] == [m.name for m in first.modules]
-    assert (merged.method, merged.granularity) == ("consensus", "module")
-
-
-def test_consensus_lists_its_sources():
-    from keylayers.compare import consensus
-    from keylayers.records import json_sha256
-
-    runs = [run_of(), run_of(seed=1, granularity="block")]
-    merged = consensus(runs)
-    assert merged.provenance["sources"] == [
-        {
-            "method": "ila",
-            "model": "m",
-            "data": "a.jsonl",
-            "json_sha256": json_sha256(run.to_json()),
-        }
-        for run in runs
-    ]
-    assert merged.provenance["sources"][0] != merged.provenance["sources"][1]
-    assert merged.granularity == "module"
-    assert consensus([run_of(granularity="block")]).granularity == "block"
-
-
-def test_consensus_takes_each_module_from_the_rankings_that_score_it():
-    from keylayers.compare import consensus
-
-    merged = consensus([ranking_of([2.0, None, None, 1.0]), ranking_of([None, 2.0, None, 1.0])])
-    scores = [module.score for module in merged.modules]
-    assert scores == [0.5, 0.5, None, 0.0]
-    assert [module.standard_error for module in merged.modules] == [None, None, None, 0.0]
-
-
-@given(SCORES)
-def test_the_consensus_of_one_ranking_has_its_order(scores):
-    from keylayers.compare import consensus
-
-    ranking = ranking_of(scores)
-    merged = consensus([ranking])
-    assert merged.ranks() == ranking.ranks()
-    assert all(module.standard_error is None for module in merged.modules)
-
-
-def test_rankings_of_different_modules_have_no_consensus():
-    from keylayers.compare import consensus
-    from keylayers.errors import RankingError
-
-    with pytest.raises(RankingError, match=r"ranking 2 and the first differ in 1, first model"):
-        consensus([ranking_of([1.0, 2.0]), ranking_of([1.0])])
-    with pytest.raises(RankingError, match=r"at least one ranking, got none"):
-        consensus([])
-
-
-def test_the_same_profile_at_another_depth_agrees_fully():
-    shallow = deep_ranking({"q": [8.0, 6.0, 4.0, 2.0], "v": [7.0, 5.0, 3.0, 1.0]})
-    deep = deep_ranking(
-        {"q": [80 - 10.0 * block for block in range(8)], "v": [75 - 10.0 * b for b in range(8)]}
-    )
-    for first, second in ((shallow, deep), (deep, shallow)):
-        pair = pair_of(first, second)
-        assert (pair.is_by_depth, pair.num_modules, pair.num_scored) == (True, 8, 8)
-        assert pair.jaccard == 1.0
-        assert pair.tau == pytest.approx(1)
-        assert pair.top_weighted_tau == pytest.approx(1)
-        assert pair.left_out == ()
-
-
-def test_ranks_between_blocks_are_interpolated_by_hand():
-    from keylayers.matching import match, scores_of
-
-    # depths 0, 1/2, 1 in the shallow model and 0, 1/3, 2/3, 1 in the deep one
-    shallow = deep_ranking({"q": [1.0, 3.0, 2.0]})
-    deep = deep_ranking({"q": [10.0, -500.0, 30.0, 20.0]})
-    matched = match(shallow, deep)
-    assert matched.standings_of_first(scores_of(shallow)) == pytest.approx([-1, -1 / 3, -2 / 3])
-    # ranks 3, 4, 1, 2 of 4; halfway between blocks 1 and 2 lies (4 + 1) / 2
-    at_depths = matched.standings_of_second(scores_of(deep))
-    assert at_depths == pytest.approx([-3 / 4, -2.5 / 4, -2 / 4])
-    assert pair_of(shallow, deep).tau == pytest.approx(1 / 3)
-
-
-def test_blocks_without_the_projection_or_a_score_are_bridged():
-    from keylayers.matching import match, scores_of
-
-    shallow = deep_ranking({"q": [2.0, 1.0]})
-    deep = deep_ranking({"q": ["absent", 5.0, None, 7.0, "absent"], "v": [0.0] * 5})
-    matched = match(shallow, deep)
-    # ranks 2 and 1 of 2, held constant to the first and the last block
-    assert matched.standings_of_second(scores_of(deep)) == pytest.approx([-1, -1 / 2])
-    assert matched.left_out == ("v",)
-
-
-def test_an_unscored_module_of_the_shallow_model_stays_unscored():
-    shallow = deep_ranking({"q": [3.0, None, 1.0]})
-    deep = deep_ranking({"q": [5.0, 4.0, 3.0, 2.0, 1.0]})
-    pair = pair_of(shallow, deep, 1)
-    assert (pair.num_modules, pair.num_scored) == (3, 2)
-    assert pair.tau == pytest.approx(1)
-
-
-def test_a_model_of_one_block_is_at_depth_zero():
-    one = deep_ranking({"q": [2.0], "v": [1.0]})
-    deep = deep_ranking({"q": [4.0, 1.0], "v": [3.0, 2.0]})
-    assert pair_of(one, deep).tau == pytest.approx(1)
-
-
-def test_models_of_different_shape_have_intervals_too():
-    shallow = with_errors(deep_ranking({"q": [3.0, 2.0, 1.0]}), 0.0)
-    deep = with_errors(deep_ranking({"q": [5.0, 4.0, 3.0, 2.0, 1.0]}), 0.0)
-    pair = pair_of(shallow, deep)
-    assert pair.tau_interval == pytest.approx((1, 1))
-    assert pair.jaccard_interval == pytest.approx((1, 1))
-
-
-def test_models_without_a_common_projection_are_refused():
-    from keylayers.errors import RankingError
-
-    with pytest.raises(
-        RankingError, match=r"must share a projection .* one has q, v and the other up"
-    ):
-        pair_of(deep_ranking({"q": [1.0], "v": [2.0]}), deep_ranking({"up": [1.0, 2.0]}))
-
-
-def test_results_do_not_depend_on_the_hash_seed():
-    script = """
-import sys
-sys.path[:0] = [{source!r}, {tests!r}]
-from test_compare import deep_ranking, with_errors
-from keylayers.compare import agreement, consensus
-a = with_errors(deep_ranking({{"q": [3.0, 2.0, 2.0], "v": [1.0, 1.0, 0.0], "x": [1.0] * 3}}), 1.0)
-b = with_errors(deep_ranking({{"v": [3.0, 2.0, 2.0, 1.0], "q": [1.0] * 4, "y": [1.0] * 4}}), 1.0)
-print(agreement([a, b, a], 0.5), consensus([a, a]).modules)
-"""
-    tests = Path(__file__).parent
-    script = script.format(source=str(tests.parent / "src"), tests=str(tests))
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", script],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("0", "1", "2")
-    }
-    assert len(outputs) == 1
-
-
 @pytest.fixture
 def files(tmp_path):
     """Two seeds with standard errors, another data set, and a model of another shape."""
@@ -558,28 +395,6 @@ def test_compare_writes_json(files, capsys):
     assert content["means"][0]["num_pairs"] == 1
 
 
-def test_compare_writes_the_consensus(files, tmp_path, capsys):
-    from keylayers.ranking import Ranking
-
-    target = tmp_path / "consensus.json"
-    assert compare(files["seed-0"], files["data"], "--consensus", target) == 0
-    assert f"consensus of 2 rankings: {target}" in capsys.readouterr().out
-    merged = Ranking.load(target)
-    assert merged.ranks() == Ranking.load(files["data"]).ranks()
-    assert compare(files["seed-0"], target, "--json", "--consensus", tmp_path / "again.json") == 0
-    captured = capsys.readouterr()
-    assert len(json.loads(captured.out)["pairs"]) == 1
-    assert "consensus of 2 rankings" in captured.err
-
-
-def test_mistakes_are_told_in_a_line_and_nothing_is_written(files, tmp_path, capsys):
-    before = files["data"].read_bytes()
-    assert compare(files["seed-0"], files["data"], "--consensus", files["data"]) == 2
-    assert "must be a new file" in capsys.readouterr().err
-    assert files["data"].read_bytes() == before
-    target = tmp_path / "consensus.json"
-    assert compare(files["seed-0"], files["deep"], "--consensus", target) == 2
-    assert "rankings must be of the same modules" in capsys.readouterr().err
-    assert not target.exists()
+def test_fewer_than_two_rankings_are_refused_in_a_line(files, capsys):
     assert compare(files["seed-0"]) == 2
     assert "at least two rankings, got 1" in capsys.readouterr().err

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from test_mask_learning import PLANTED, data, planted_model, trainer_of
+from test_mask_learning import PLANTED, data, noisy_model, planted_model, trainer_of
 
 
 def test_the_area_by_hand():
@@ -65,3 +68,167 @@ def test_the_held_out_loss_is_a_mean_over_tokens_not_over_batches():
     trainer.model.train()
     assert held_out_loss(trainer, mixed) == pytest.approx(total / count, rel=1e-5)
     assert trainer.model.training
+
+
+def test_the_best_point_is_the_smallest_count_with_the_lowest_loss():
+    from keylayers.curve import MaskCurve
+
+    assert MaskCurve((0, 2, 4, 6), (3.0, 1.0, 1.0, 2.0)).best == (2, 1.0)
+    assert MaskCurve((0, 2, 4, 6), (1.0, 1.0, 1.0, 1.0)).best == (0, 1.0)
+    assert MaskCurve((0, 2, 4, 6), (3.0, 2.0, 1.5, 1.0)).best == (6, 1.0)
+
+
+def paired_curve(differences, weights, num_modules=6):
+    """A curve whose points exceed its end by given amounts in each batch, then the end itself."""
+    from keylayers.curve import MaskCurve
+
+    end = np.linspace(1.0, 4.0, len(weights))  # differs far more between batches than points do
+    rows = [end + 2.0, *(end + np.array(one) for one in differences), end]
+    return MaskCurve(
+        counts=(*range(0, num_modules, num_modules // (len(rows) - 1)), num_modules),
+        losses=tuple(float(np.average(row, weights=weights)) for row in rows),
+        batch_losses=tuple(tuple(row.tolist()) for row in rows),
+        batch_weights=tuple(float(weight) for weight in weights),
+    )
+
+
+NOISY = (-0.9, 0.8, -0.7, 0.9, -0.8, 0.7, -0.6, 0.8)  # mean 0.025
+
+
+def test_all_modules_are_always_within_the_margin():
+    curve = paired_curve([NOISY, (0.5,) * 8], [1.0] * 8)
+    one = curve.smallest_within(0.0)
+    assert (one.num_modules, one.difference_nats, one.upper_nats) == (6, 0.0, 0.0)
+
+
+def test_no_module_is_no_budget_even_where_it_would_do():
+    from keylayers.curve import MaskCurve
+
+    one = MaskCurve((0, 3, 6), (1.0, 1.0, 1.0)).smallest_within(0.5)
+    assert one.num_modules == 3
+
+
+def test_the_smallest_budget_that_is_surely_within_the_margin_is_taken():
+    # 2 modules are within the margin at the point only, 4 surely
+    curve = paired_curve([NOISY, (0.125,) * 8], [1.0] * 8)
+    assert curve.losses[1] - curve.losses[-1] == pytest.approx(0.025)
+    one = curve.smallest_within(0.25)
+    assert (one.num_modules, one.margin_nats) == (4, 0.25)
+    assert one.difference_nats == pytest.approx(0.125)
+    wide = curve.smallest_within(2.0)  # not even the batch that differs most is above
+    assert wide.num_modules == 2
+    assert wide.upper_nats > wide.difference_nats + 0.1
+
+
+def test_the_upper_limit_is_that_of_an_independent_bootstrap_of_weighted_batches():
+    generator = np.random.default_rng(3)
+    differences = generator.normal(0.05, 0.2, size=12)
+    weights = generator.integers(20, 90, size=12)
+    curve = paired_curve([differences], weights)
+    one = curve.smallest_within(10.0)
+    picks = generator.integers(0, 12, size=(100_000, 12))
+    means = (differences[picks] * weights[picks]).sum(1) / weights[picks].sum(1)
+    assert one.num_modules == 3
+    assert one.difference_nats == pytest.approx(np.average(differences, weights=weights))
+    assert one.upper_nats > one.difference_nats
+    # 9999 resamples know this quantile to 2 % of the spread
+    assert one.upper_nats == pytest.approx(np.quantile(means, 0.95), abs=0.1 * means.std())
+    assert curve.smallest_within(10.0) == one
+
+
+def test_equal_differences_or_no_batches_leave_the_point_itself():
+    from keylayers.curve import MaskCurve
+
+    one = paired_curve([(0.125,) * 4], [3.0, 1.0, 2.0, 5.0]).smallest_within(1.0)
+    assert one.upper_nats == one.difference_nats == pytest.approx(0.125)
+    bare = MaskCurve((0, 3, 6), (3.0, 1.125, 1.0)).smallest_within(0.125)
+    assert (bare.num_modules, bare.difference_nats, bare.upper_nats) == (3, 0.125, 0.125)
+    single = paired_curve([(0.125,)], [7.0]).smallest_within(1.0)
+    assert single.upper_nats == single.difference_nats == pytest.approx(0.125)
+
+
+def test_a_curve_comes_back_from_json_as_it_was():
+    import json
+
+    from keylayers.curve import MaskCurve
+
+    for curve in (paired_curve([NOISY], [1.0] * 8), MaskCurve((0, 1), (1.0, 2.0))):
+        assert MaskCurve.from_json(json.loads(json.dumps(curve.to_json()))) == curve
+
+
+# Whole numbers, so that a shift is exact and no rounding decides a comparison.
+NUM_BATCHES = 4
+BATCHES = st.lists(
+    st.lists(st.integers(0, 60), min_size=NUM_BATCHES, max_size=NUM_BATCHES),
+    min_size=2,
+    max_size=6,
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(rows=BATCHES, shift=st.integers(-50, 50), margin=st.integers(0, 20).map(float))
+def test_a_constant_added_to_every_loss_changes_neither_area_nor_budget(rows, shift, margin):
+    from keylayers.curve import MaskCurve
+
+    def curve(added):
+        batches = tuple(tuple(float(loss + added) for loss in row) for row in rows)
+        return MaskCurve(
+            counts=tuple(range(len(rows))),
+            losses=tuple(sum(row) / NUM_BATCHES for row in batches),
+            batch_losses=batches,
+            batch_weights=(1.0,) * NUM_BATCHES,
+        )
+
+    assert curve(shift).normalised_area == curve(0).normalised_area
+    assert curve(shift).smallest_within(margin) == curve(0).smallest_within(margin)
+    assert curve(shift).best[0] == curve(0).best[0]
+
+
+@settings(deadline=None)
+@given(
+    counts=st.sets(st.integers(1, 200), min_size=1, max_size=10),
+    start=st.floats(1.0, 10.0),
+    gain=st.floats(0.1, 10.0),
+)
+def test_the_area_of_a_straight_line_is_a_half(counts, start, gain):
+    from keylayers.curve import MaskCurve
+
+    places = (0, *sorted(counts))
+    losses = tuple(start - gain * count / places[-1] for count in places)
+    assert MaskCurve(places, losses).normalised_area == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("num_points", [2, 4])
+def test_the_ends_of_the_curve_are_the_losses_with_gates_closed_and_open(num_points):
+    from keylayers.evaluation.loss import held_out_loss
+    from keylayers.gates import gated
+    from keylayers.mask.curve import mask_curve
+    from keylayers.updates import lora_updates
+
+    trainer = trainer_of(noisy_model())
+    updates = lora_updates(trainer.model)
+    rows = data(10)["input_ids"]
+    labels = [row[:6] + [-100] * 6 for row in rows[:3]] + rows[3:]
+    held_out = Dataset.from_dict({"input_ids": rows, "labels": labels})
+    names = [update.module.name for update in updates]
+    seen = []
+    curve = mask_curve(
+        trainer,
+        updates,
+        names,
+        held_out,
+        num_points=num_points,
+        on_step=lambda step, loss: seen.append((step, loss)),
+    )
+    for index, value in ((0, 0.0), (-1, 1.0)):
+        with gated(trainer.model, updates, initial_score=value, link="identity"):
+            assert curve.losses[index] == held_out_loss(trainer, held_out)
+    assert curve.losses[-1] == pytest.approx(held_out_loss(trainer, held_out), rel=1e-5)
+    assert len(curve.counts) == len(curve.losses) == len(curve.batch_losses) == num_points
+    assert (curve.counts[0], curve.counts[-1]) == (0, len(names))
+    assert seen == list(enumerate(curve.losses, start=1))
+    labelled = sum(label != -100 for row in labels for label in row[1:])
+    assert sum(curve.batch_weights) == labelled
+    assert len(set(curve.batch_weights)) > 1
+    for loss, row in zip(curve.losses, curve.batch_losses, strict=True):
+        assert loss == pytest.approx(np.average(row, weights=curve.batch_weights), rel=1e-6)

@@ -23,9 +23,11 @@ ORDER = (
     ("scores",),
     ("ranking",),
     ("selection",),
+    ("certainty",),
     ("verification",),
     ("matching",),
     ("compare",),
+    ("consensus",),
     ("apply",),
     ("models",),
     ("training",),
@@ -93,6 +95,7 @@ LIGHT = [
     "from keylayers.cli import main; main(['train', '--help'])",
     "from keylayers.cli import main; main(['show', 'no-such-file.json'])",
     "import keylayers.ranking, keylayers.selection, keylayers.compare, keylayers.report.terminal",
+    "import keylayers.certainty, keylayers.consensus",
 ]
 
 

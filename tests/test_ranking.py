@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -138,3 +139,133 @@ def test_the_order_does_not_depend_on_pythons_hash_seed():
     }
     assert len(outputs) == 1
     assert "a_proj" in outputs.pop()
+
+
+NO_ERRORS = [None] * 6
+# standard errors, arguments of `show` -> marked ranks, the line under the table
+SHOWN = [
+    (
+        [0.1, 0.1, 0.3, 0.1, 0.1, 0.1],
+        ["--budget", "0.5"],
+        ["3"],
+        "at budget 0.5 (3 of 6 modules), 1 module is not decided by the data (marked ~): its 95 % "
+        "interval contains the cut",
+    ),
+    (
+        [0.1, 0.9, 0.1, 0.1, 0.1, None],
+        [],
+        ["2"],
+        "at budget 0.3 (2 of 6 modules), 1 module is not decided by the data (marked ~): its 95 % "
+        "interval contains the cut; 1 without an interval",
+    ),
+    (
+        [9.0] * 6,
+        ["--budget", "0.4x-params"],
+        ["1", "2", "3", "4", "5", "6"],
+        "at budget 0.4x-params (2 of 6 modules), 6 modules are not decided by the data (marked ~): "
+        "their 95 % interval contains the cut",
+    ),
+    (
+        [9.0] * 6,
+        ["--budget", "6"],
+        [],
+        "at budget 6 (6 of 6 modules), every module's place is decided",
+    ),
+    (NO_ERRORS, [], [], "no intervals: the method gives none"),
+]
+
+
+def file_of(tmp_path, errors, scores=(6.0, 5.0, 4.0, 3.0, 2.0, 1.0), **options):
+    """A ranking file with these standard errors."""
+    ranking = ranking_of(list(scores), **options)
+    pairs = zip(ranking.modules, errors, strict=True)
+    modules = tuple(replace(module, standard_error=error) for module, error in pairs)
+    replace(ranking, modules=modules).save(tmp_path / "ranking.json")
+    return str(tmp_path)
+
+
+def show(*arguments):
+    from keylayers.cli import main
+
+    return main(["show", *arguments])
+
+
+@pytest.mark.parametrize(("errors", "arguments", "marked", "line"), SHOWN)
+def test_show_marks_what_the_data_do_not_decide(tmp_path, capsys, errors, arguments, marked, line):
+    assert show(file_of(tmp_path, errors), *arguments) == 0
+    out = capsys.readouterr().out
+    rows = [row.split() for row in out.splitlines() if row.startswith("~ ")]
+    assert [row[1] for row in rows] == marked
+    assert line in " ".join(out.split())
+
+
+def test_show_writes_what_is_decided_as_json(tmp_path, capsys):
+    from keylayers.ranking import Ranking
+
+    folder = file_of(tmp_path, [0.1, None, 0.1, 0.9], scores=(1.0, 2.0, 4.0, 3.0))
+    assert show(folder, "--json", "--budget", "0.5") == 0
+    text = capsys.readouterr().out
+    content = json.loads(text)
+    assert content["budget"] == "0.5"
+    assert [module["decided"] for module in content["modules"]] == [True, False, None, True]
+    (tmp_path / "shown.json").write_text(text)
+    shown, own = Ranking.load(tmp_path / "shown.json"), Ranking.load(folder)
+    assert shown.ranks() == {module.name: own.ranks()[module.name] for module in shown.modules}
+
+
+def test_show_shows_a_ranking_whose_budget_reaches_modules_without_a_score(tmp_path, capsys):
+    folder = file_of(tmp_path, [0.1, *[None] * 5], scores=(1.0, *[None] * 5))
+    assert show(folder) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "nothing is marked at budget 0.3: the budget must stay within" in out
+    assert show(folder, "--json") == 0
+    content = json.loads(capsys.readouterr().out)
+    assert [module["decided"] for module in content["modules"]] == [None] * 6
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [("auto", "auto is for `keylayers train`"), ("7", "between 1 and 6"), ("x", "must be a frac")],
+)
+def test_show_refuses_a_budget_that_cannot_be(tmp_path, capsys, form, budget, message):
+    assert show(file_of(tmp_path, NO_ERRORS), "--budget", budget, *form) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def rounds_of(*pairs):
+    """A record such as elimination leaves."""
+    rounds = [{"num_modules": size, "loss_reduction_nats": nats} for size, nats in pairs]
+    return {"mask": {"losses": [1.0], "seconds": 1.0, "rounds": rounds}}
+
+
+@pytest.mark.parametrize(
+    ("rounds", "granularity", "line"),
+    [
+        (
+            [(56, 2.0), (39, 1.94), (27, 1.84), (19, 1.66)],
+            "module",
+            "the last 39, 27, 19 modules in it carry 97 %, 92 %, 83 % of the loss reduction on the "
+            "mask's batches",
+        ),
+        (
+            [(9 - place, 1.0) for place in range(9)],
+            "block",
+            "the last 8, 7, 6, 5, 4, 3 blocks in it carry " + ", ".join(["100 %"] * 6) + " of the",
+        ),
+        ([(56, 0.0), (39, 1.94)], "module", None),
+        ([(56, -1.0), (39, 1.94)], "module", None),
+        ([(4, 1.0)], "module", None),
+        ([], "module", None),
+    ],
+)
+def test_the_rounds_of_an_elimination_are_told(rounds, granularity, line):
+    from keylayers.report.terminal import provenance_lines
+
+    made = ranking_of([1.0], provenance=rounds_of(*rounds), granularity=granularity)
+    lines = provenance_lines(made)
+    assert max(map(len, lines)) <= 120
+    text = " ".join(" ".join(lines).split())
+    assert line in text if line else "carry" not in text

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from keylayers._version import __version__
 
 if TYPE_CHECKING:
+    from keylayers.certainty import undecided
     from keylayers.compare import Agreement, agreement, chance_jaccard
-    from keylayers.curve import MaskCurve
+    from keylayers.consensus import consensus
+    from keylayers.curve import MaskCurve, Recommendation
     from keylayers.errors import KeylayersError
     from keylayers.mask.curve import mask_curve
     from keylayers.options import (
@@ -49,6 +51,7 @@ _HOME = {
     "RankOptions": "options",
     "RankedModule": "ranking",
     "Ranking": "ranking",
+    "Recommendation": "curve",
     "Selection": "selection",
     "SelectionOptions": "options",
     "StabilityOptions": "options",
@@ -60,10 +63,12 @@ _HOME = {
     "VerifyOptions": "options",
     "agreement": "compare",
     "chance_jaccard": "compare",
+    "consensus": "consensus",
     "mask_curve": "mask.curve",
     "rank": "runs.rank",
     "rank_modules": "runs.rank",
     "train": "runs.train",
+    "undecided": "certainty",
     "verify": "runs.verify",
 }
 
@@ -79,6 +84,7 @@ __all__ = [
     "RankOptions",
     "RankedModule",
     "Ranking",
+    "Recommendation",
     "Selection",
     "SelectionOptions",
     "StabilityOptions",
@@ -91,10 +97,12 @@ __all__ = [
     "__version__",
     "agreement",
     "chance_jaccard",
+    "consensus",
     "mask_curve",
     "rank",
     "rank_modules",
     "train",
+    "undecided",
     "verify",
 ]
 

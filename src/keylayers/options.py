@@ -42,11 +42,11 @@ Method = Literal[
     "middle",
     "random",
 ]
-_LEARNED = ("granularity", "mask_steps", "mask_optimizer", "mask_learning_rate")
+_LEARNED = ("granularity", "mask_steps", "mask_optimizer", "mask_learning_rate", "until_stable")
 # The options that have an effect, beside `mask_seed`; the others must be left out.
 METHOD_OPTIONS: dict[Method, tuple[str, ...]] = {
-    "elimination": ("granularity", "mask_batches", "keep_fraction"),
-    "path": ("granularity", "mask_batches", "path_points"),
+    "elimination": ("granularity", "mask_batches", "keep_fraction", "until_stable"),
+    "path": ("granularity", "mask_batches", "path_points", "until_stable"),
     "price": (*_LEARNED, "price"),
     "ila": (*_LEARNED, "initial_score"),
     "leave-one-out": ("granularity", "mask_batches"),
@@ -228,6 +228,9 @@ class MaskOptions:
         mask_learning_rate: Of the scores (ila, price). Not given: 10 for sgd, 0.05 for adam.
         initial_score: Every score at first; the gate is its sigmoid, so 1 is a gate of 0.73 (ila).
         price: Of the mean gate, in nats (price).
+        until_stable: Let the selection decide when to stop: when the best share so large, such as
+            0.3, has not changed for 10 steps (ila, price; `mask_steps` is the cap), or over two
+            more runs on other batches, all averaged (elimination, path; ten runs are the cap).
         mask_seed: Of the order of the mask's batches. Not given: the training's seed.
     """
 
@@ -242,6 +245,7 @@ class MaskOptions:
     mask_learning_rate: float | None = None
     initial_score: float = 1.0  # the paper tries 4, 2 and 1 (from memory of its text)
     price: float = 2.0
+    until_stable: float | None = None
     mask_seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -254,6 +258,10 @@ class MaskOptions:
             )
         if not self.price >= 0:
             raise ConfigError(f"`price` must be 0 or more nats, got {self.price}")
+        if self.until_stable is not None and not 0 < self.until_stable < 1:
+            raise ConfigError(
+                f"`until_stable` must be a share above 0 and below 1, got {self.until_stable}"
+            )
         if self.mask_learning_rate is not None:
             _above_zero("mask_learning_rate", self.mask_learning_rate)
 

@@ -149,6 +149,11 @@ def auto_budget(ranking: Ranking, path: Path) -> int:
 
 
 def verification_file(ranking: str | Path) -> Path:
-    """Where the verification of a ranking file, or of the folder that holds it, is written."""
+    """Where the verification of a ranking file, or of the folder that holds it, is written.
+
+    Beside ranking.json it is verification.json, beside other.json other.verification.json.
+    """
     path = Path(ranking)
-    return (path if path.is_dir() else path.parent) / FILE
+    if path.is_dir():
+        return path / FILE
+    return path.parent / (FILE if path.name == "ranking.json" else f"{path.stem}.{FILE}")

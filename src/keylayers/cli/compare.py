@@ -69,7 +69,7 @@ def compare(
 
 def _write_consensus(loaded: "Sequence[Ranking]", paths: Sequence[Path], target: Path) -> None:
     """Write the consensus, but never over one of its sources."""
-    from keylayers.compare import consensus
+    from keylayers.consensus import consensus
 
     for path in paths:
         source = path / "ranking.json" if path.is_dir() else path

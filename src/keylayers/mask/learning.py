@@ -12,12 +12,14 @@ from transformers import Trainer, set_seed
 from keylayers.errors import GuardError
 from keylayers.gates import Gates, gated
 from keylayers.mask.module_scores import ModuleScores, to_modules
+from keylayers.mask.settled import SettledSelection
 from keylayers.mask.trainer_loss import TrainerLoss
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
 from keylayers.updates import Update
 
 NUM_STRETCHES = 10
+PATIENCE_STEPS = 10
 
 
 def learn_scores(
@@ -49,6 +51,9 @@ def learn_scores(
     start = time.perf_counter()
     source = TrainerLoss(trainer)
     losses, path = [], []
+    watch = None
+    if options.until_stable is not None:
+        watch = SettledSelection(options.until_stable, PATIENCE_STEPS)
     with (
         gated(
             trainer.model,
@@ -71,6 +76,8 @@ def learn_scores(
             path.append(gates.scores())
             if on_step is not None:
                 on_step(step, losses[-1])
+            if watch is not None and watch.see(path[-1].tolist()) and step >= 2 * PATIENCE_STEPS:
+                break
         gates.check_fired()
         scores = to_modules(gates, gates.scores(), updates)
         errors = standard_errors(torch.stack(path))

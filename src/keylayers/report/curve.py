@@ -92,10 +92,10 @@ def reading(found: Verification) -> Sequence[str]:
         f"point {loss:.4f} with {count} modules"
     ]
     if found.is_overfit:
-        lines.append(
-            "some updates hurt: with fewer of them the held-out loss is lower than with all, so "
-            "the area says little; look at the best point, and train for fewer steps"
-        )
+        lines += [
+            "some updates hurt: with fewer of them the held-out loss is lower than with all",
+            "  so the area says little; look at the best point, and train for fewer steps",
+        ]
     one = found.recommendation
     if one is None:
         lines.append("no budget is recommended: the fine-tune as a whole does not help")

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A ranking in the terminal: heatmap, best and worst modules, provenance. Needs no torch."""
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -9,7 +10,10 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from keylayers.certainty import decisions, undecided
+from keylayers.errors import RankingError
 from keylayers.ranking import Ranking
+from keylayers.selection import Budget
 
 # Cividis, dark to bright, by relative rank: readable for colour-blind people and in grey.
 SHADES = (
@@ -18,9 +22,18 @@ SHADES = (
 )  # fmt: skip
 FIRST_BRIGHT_SHADE = 5
 
+UNDECIDED_MARK = "~"
+MAX_ROUNDS = 6  # of an elimination, beside its first
+PROVENANCE_WIDTH = 118  # columns; a pipe has 120
 
-def heatmap(ranking: Ranking) -> Table:
-    """Blocks down, projections across; each cell is a rank, brighter is more important."""
+
+def heatmap(ranking: Ranking, *, marked: Collection[str] = ()) -> Table:
+    """Blocks down, projections across; each cell is a rank, brighter is more important.
+
+    Args:
+        ranking: The ranking to show.
+        marked: Names of the modules whose rank gets a mark: their place is not decided.
+    """
     ranks = ranking.ranks()
     projections = list(dict.fromkeys(module.projection for module in ranking.modules))
     cells = {(module.block_index, module.projection): module for module in ranking.modules}
@@ -34,25 +47,33 @@ def heatmap(ranking: Ranking) -> Table:
             module = cells.get((block, projection))
             rank = None if module is None else ranks[module.name]
             width = len(projection) + 2
-            row.append(_cell(rank, len(ranking.modules), width, is_missing=module is None))
+            is_marked = module is not None and module.name in marked
+            text = None if rank is None else f"{rank}{UNDECIDED_MARK if is_marked else ''}"
+            position = 1 - ((rank or 1) - 1) / max(1, len(ranking.modules) - 1)
+            row.append(_cell("" if module is None else text, position, width))
         table.add_row(*row)
     return table
 
 
-def _cell(rank: int | None, num_modules: int, width: int, *, is_missing: bool) -> Text:
+def _cell(rank: str | None, position: float, width: int) -> Text:
     """A rank on a shade; `?` for a module without a score, blank where there is no module."""
-    if is_missing:
-        return Text(" " * width)
     if rank is None:
         return Text("?".center(width), style="dim")
-    position = 1 - (rank - 1) / max(1, num_modules - 1)
+    if not rank:
+        return Text(" " * width)
     shade = min(len(SHADES) - 1, int(position * len(SHADES)))
     colour = "#000000" if shade >= FIRST_BRIGHT_SHADE else "#ffffff"
-    return Text(str(rank).center(width), style=Style(color=colour, bgcolor=SHADES[shade]))
+    return Text(rank.center(width), style=Style(color=colour, bgcolor=SHADES[shade]))
 
 
-def extremes(ranking: Ranking, count: int = 10) -> Table:
-    """The best and the worst modules; ± is the standard error of the score."""
+def extremes(ranking: Ranking, count: int = 10, *, marked: Collection[str] = ()) -> Table:
+    """The best and the worst modules; ± is the standard error of the score.
+
+    Args:
+        ranking: The ranking to show.
+        count: How many modules of each end.
+        marked: Names of the modules to mark as undecided.
+    """
     ordered = ranking.ordered()
     ranks = ranking.ranks()
     if len(ordered) > 2 * count:
@@ -60,6 +81,7 @@ def extremes(ranking: Ranking, count: int = 10) -> Table:
     else:
         chosen = list(ordered)
     table = Table(box=None, padding=(0, 2), pad_edge=False)
+    table.add_column("", width=len(UNDECIDED_MARK))
     table.add_column("rank", justify="right")
     table.add_column("module", no_wrap=True, overflow="ignore")
     table.add_column("score", justify="right")
@@ -67,10 +89,11 @@ def extremes(ranking: Ranking, count: int = 10) -> Table:
     table.add_column("parameters", justify="right")
     for module in chosen:
         if module is None:
-            table.add_row("...", "", "", "", "")
+            table.add_row("", "...", "", "", "", "")
             continue
         error = module.standard_error
         table.add_row(
+            UNDECIDED_MARK if module.name in marked else "",
             str(ranks[module.name] or "?"),
             Text(module.name),
             "not scored" if module.score is None else f"{module.score:.4f}",
@@ -78,6 +101,28 @@ def extremes(ranking: Ranking, count: int = 10) -> Table:
             f"{module.num_parameters:,}",
         )
     return table
+
+
+def certainty_line(ranking: Ranking, budget: Budget) -> str:
+    """How many modules' places the data leave open at a budget, for a person.
+
+    Raises:
+        ConfigError: the budget has no known form, or buys nothing or more than there is.
+        RankingError: the budget reaches modules that have no score.
+    """
+    selection = ranking.select(budget)
+    known = list(decisions(ranking, budget).values())
+    num_unknown, num_open = known.count(None), known.count(False)
+    if num_unknown == len(known):
+        return "no intervals: the method gives none"
+    text = f"at budget {selection.budget} ({len(selection.modules)} of {len(known)} modules), "
+    if num_open:
+        modules, whose = ("module is", "its") if num_open == 1 else ("modules are", "their")
+        text += f"{num_open} {modules} not decided by the data (marked {UNDECIDED_MARK}): "
+        text += f"{whose} 95 % interval contains the cut"
+    else:
+        text += "every module's place is decided"
+    return text + (f"; {num_unknown} without an interval" if num_unknown else "")
 
 
 def provenance_lines(ranking: Ranking) -> list[str]:
@@ -97,7 +142,7 @@ def provenance_lines(ranking: Ranking) -> list[str]:
             f"examples "
             f"to train, {data.get('num_held_out')} held out"
         )
-    lines += _loss_lines(made_by)
+    lines += _loss_lines(made_by, ranking.granularity)
     environment = made_by.get("environment", {})
     if environment:
         commit = environment.get("commit")
@@ -106,7 +151,7 @@ def provenance_lines(ranking: Ranking) -> list[str]:
     return lines
 
 
-def _loss_lines(made_by: Mapping[str, Any]) -> list[str]:
+def _loss_lines(made_by: Mapping[str, Any], granularity: str) -> list[str]:
     lines = []
     stage_1 = made_by.get("stage_1")
     if stage_1:
@@ -123,6 +168,8 @@ def _loss_lines(made_by: Mapping[str, Any]) -> list[str]:
             f"          scores sum to {mask['sum_of_scores_nats']:.3f} nats, the fine-tune lowers "
             f"the loss by {mask['loss_reduction_nats']:.3f} on the same batches"
         )
+    if mask and "rounds" in mask:
+        lines += _round_lines(mask["rounds"], granularity)
     losses = made_by.get("held_out_loss_nats")
     if losses:
         lines.append(
@@ -131,15 +178,51 @@ def _loss_lines(made_by: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def ranking_report(ranking: Ranking) -> RenderableType:
-    """All of a ranking that a terminal shows."""
+def _round_lines(rounds: Sequence[Mapping[str, Any]], granularity: str) -> list[str]:
+    """What the last modules of an elimination carry of what all of them do."""
+    carried = [part["loss_reduction_nats"] for part in rounds]
+    if len(carried) < 2 or not carried[0] > 0:
+        return []
+    shown = slice(1, 1 + MAX_ROUNDS)
+    sizes = ", ".join(str(part["num_modules"]) for part in rounds[shown])
+    shares = ", ".join(f"{100 * nats / carried[0]:.0f} %" for nats in carried[shown])
+    text = (
+        f"the last {sizes} {granularity}s in it carry {shares} of the loss reduction on the mask's "
+        f"batches"
+    )
+    indent = " " * 10
+    return textwrap.wrap(text, PROVENANCE_WIDTH, initial_indent=indent, subsequent_indent=indent)
+
+
+def ranking_report(ranking: Ranking, *, budget: Budget = 0.3) -> RenderableType:
+    """All of a ranking that a terminal shows.
+
+    Args:
+        ranking: The ranking to show.
+        budget: Where the modules are marked whose place the data do not decide. One that reaches
+            modules without a score marks none, and a line says why.
+
+    Raises:
+        ConfigError: the budget has no known form, or buys nothing or more than there is.
+    """
     num_parameters = sum(module.num_parameters for module in ranking.modules)
     title = (
         f"{len(ranking.modules)} modules, {num_parameters:,} parameters; 1 is the most important"
     )
-    provenance = Text("\n".join(provenance_lines(ranking)), style="dim")
+    marked: tuple[str, ...] = ()
+    try:
+        marked = undecided(ranking, budget)
+        note = certainty_line(ranking, budget)
+    except RankingError as error:
+        note = f"nothing is marked at budget {budget}: {error}"
     return Group(
-        Text(title, style="bold"), heatmap(ranking), Text(), extremes(ranking), Text(), provenance
+        Text(title, style="bold"),
+        heatmap(ranking, marked=marked),
+        Text(),
+        extremes(ranking, marked=marked),
+        Text(note),
+        Text(),
+        Text("\n".join(provenance_lines(ranking)), style="dim"),
     )
 
 

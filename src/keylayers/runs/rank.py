@@ -23,13 +23,11 @@ from keylayers.progress import OnStep, Progress, Silent
 from keylayers.ranking import RankedModule, Ranking
 from keylayers.records import STAGE_1_ADAPTER, check_replaceable, environment, output_folder
 from keylayers.runs.update import RankJob, find_update
-from keylayers.scores import METHODS
+from keylayers.scores import STOPS_BY_ITSELF, score_modules
 from keylayers.training.data import prepare
 from keylayers.training.run import make_trainer
 from keylayers.updates import Update, lora_updates
 from keylayers.weights import weights_sha256
-
-LEARNED = ("ila", "price")  # methods that take gradient steps on scores
 
 
 def rank_modules(
@@ -53,7 +51,7 @@ def rank_modules(
     """
     options = options or MaskOptions()
     updates = lora_updates(trainer.model)
-    learned = METHODS[options.method](trainer, updates, options, on_step)
+    learned = score_modules(trainer, updates, options, on_step)
     provenance = {
         "environment": environment(),
         "model": {
@@ -106,10 +104,10 @@ def rank(options: RankOptions, output: Path, progress: Progress | None = None) -
         provenance["held_out_loss_nats"] = _held_out_losses(
             trainer, update.updates, job.data.held_out
         )
-        num_passes = None if options.mask.method not in LEARNED else options.mask.mask_steps
+        is_learned = options.mask.method in STOPS_BY_ITSELF
+        num_passes = options.mask.mask_steps if is_learned else None
         with job.progress.stage("stage 2: scoring modules", num_passes) as on_step:
-            score = METHODS[options.mask.method]
-            learned = score(trainer, update.updates, options.mask, on_step)
+            learned = score_modules(trainer, update.updates, options.mask, on_step)
         provenance["mask"] = _mask_record(learned, options.mask)
         provenance["seconds"] = {
             "stage_1": update.record.get("stage_1", {}).get("seconds", 0.0),
@@ -154,7 +152,7 @@ def _mask_record(learned: ModuleScores, options: MaskOptions) -> dict[str, Any]:
         "num_forward": learned.num_forward,
         "num_backward": learned.num_backward,
     }
-    if options.method in LEARNED:
+    if options.method in STOPS_BY_ITSELF:
         record["learning_rate"] = options.resolved_learning_rate
     return record | dict(learned.findings)
 

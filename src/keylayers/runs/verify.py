@@ -23,7 +23,7 @@ from keylayers.progress import Progress, Silent
 from keylayers.ranking import Ranking
 from keylayers.records import environment, json_sha256
 from keylayers.runs.update import existing_update
-from keylayers.scores import METHODS
+from keylayers.scores import score_modules
 from keylayers.selection import check_same_modules
 from keylayers.training.data import PreparedData, prepare
 from keylayers.training.run import make_trainer
@@ -31,7 +31,7 @@ from keylayers.updates import Update
 from keylayers.verification import Verification, verification_file
 from keylayers.weights import weights_sha256
 
-NUM_LEAVE_ONE_OUT_BATCHES = 8
+NUM_LEAVE_ONE_OUT_EXAMPLES = 64
 ENOUGH_BATCHES = 20  # of held-out examples, to resample them for an interval
 
 
@@ -104,8 +104,16 @@ def _prepared(ranking: Ranking, options: VerifyOptions, progress: Progress) -> _
             "give `adapter` or `tuned`"
         )
     tuned = existing_update(model, options.update, progress)
+    parts = [ranking.provenance.get(kind, {}) for kind in ("stage_1", "adapter", "tuned")]
+    ranked = {part.get("adapter_sha256", part.get("weights_sha256")) for part in parts} - {None}
+    if ranked and ranked.isdisjoint(part["weights_sha256"] for part in tuned.record.values()):
+        progress.note("the update is another one than was ranked")
     updated = {one.module.name: one.module.num_parameters for one in tuned.updates}
     check_same_modules(ranking, updated)
+    if num_missing := len(updated.keys() - {module.name for module in ranking.modules}):
+        raise RankingError(
+            f"the ranking must hold every module of the update, but {num_missing} are missing in it"
+        )
     batch_size = max(1, min(options.curve.eval_batch_size, len(data.held_out) // ENOUGH_BATCHES))
     trainer = make_trainer(
         tuned.model,
@@ -156,9 +164,11 @@ class _Curves:
 
 
 def _leave_one_out(job: _Job, curves: _Curves, progress: Progress) -> MaskCurve:
-    options = MaskOptions(method="leave-one-out", mask_batches=NUM_LEAVE_ONE_OUT_BATCHES)
-    num_passes = (len(job.updates) + 1) * NUM_LEAVE_ONE_OUT_BATCHES
+    batch_size = job.trainer.args.per_device_train_batch_size
+    num_batches = -(-NUM_LEAVE_ONE_OUT_EXAMPLES // batch_size)
+    options = MaskOptions(method="leave-one-out", mask_batches=num_batches)
+    num_passes = (len(job.updates) + 1) * num_batches
     with progress.stage("scoring: leave-one-out", num_passes) as on_step:
-        found = METHODS["leave-one-out"](job.trainer, job.updates, options, on_step)
+        found = score_modules(job.trainer, job.updates, options, on_step)
     by_name = dict(zip(found.module_names, found.scores, strict=True))
     return curves.measure(sorted(by_name, key=lambda name: -by_name[name]), "leave-one-out")

@@ -5,7 +5,7 @@ Every function takes a trainer, the updates of its model, options and a function
 and gives a score for each update's module; higher is more important.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from transformers import Trainer
 
@@ -29,12 +29,11 @@ from keylayers.scores.path import path
 from keylayers.scores.plop import plop
 from keylayers.scores.price import price
 from keylayers.scores.random_order import random_order
+from keylayers.scores.repeated import ScoreFunction, repeated
 from keylayers.scores.shapley import shapley
 from keylayers.scores.spectrum import spectrum
 from keylayers.scores.update_norm import update_norm
 from keylayers.updates import Update
-
-ScoreFunction = Callable[[Trainer, Sequence[Update], MaskOptions, OnStep | None], ModuleScores]
 
 METHODS: dict[Method, ScoreFunction] = {
     "elimination": elimination,
@@ -60,3 +59,29 @@ METHODS: dict[Method, ScoreFunction] = {
     "middle": middle,
     "random": random_order,
 }
+
+STOPS_BY_ITSELF: tuple[Method, ...] = ("ila", "price")  # `until_stable` ends their own loop
+
+
+def score_modules(
+    trainer: Trainer,
+    updates: Sequence[Update],
+    options: MaskOptions,
+    on_step: OnStep | None = None,
+) -> ModuleScores:
+    """Scores by the method that `options` names, repeated if they ask for a stable selection.
+
+    Args:
+        trainer: Any transformers or TRL trainer; its model carries the updates.
+        updates: From `lora_updates` or `dense_updates` on that model.
+        options: Which method, and how.
+        on_step: Called after each pass with its number, from 1, and its loss in nats.
+
+    Raises:
+        LossError: the loss became NaN or infinite.
+        GuardError: something else than the gates changed, or a gate took no part.
+    """
+    method = METHODS[options.method]
+    if options.until_stable is None or options.method in STOPS_BY_ITSELF:
+        return method(trainer, updates, options, on_step)
+    return repeated(method, trainer, updates, options, on_step)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rankings import ranking_of
+
+MODULES = st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 3)), min_size=1, max_size=12)
+# score and standard error of each module, budget -> places of the undecided, in model order
+CASES = {
+    "the cut is at 2.5": ([(4, 0.7), (3, 0.3), (2, 0.2), (1, 0.8)], 2, [1, 3]),
+    "one reaches far down": ([(4, 0.8), (3, 0.1), (2, 0.1), (1, 0.1)], 2, [0]),
+    "the interval ends at the cut": ([(1.96, 1.0), (-1.96, 1.0)], 1, [0, 1]),
+    "the interval ends before it": ([(1.96, 0.99), (-1.96, 0.99)], 1, []),
+    "a tie at the cut": ([(2, 0.0), (1, 0.0), (1, 0.0), (0, 0.0)], 2, [1, 2]),
+    "a tie away from the cut": ([(2, 0.0), (2, 0.0), (0, 0.0), (0, 0.0)], 2, []),
+    "no errors": ([(2, None), (1, None), (1, None)], 1, []),
+    "an error of some": ([(2, None), (1, 9.0), (1, None)], 1, [1]),
+    "no score": ([(2, 9.0), (1, 0.1), (None, 9.0)], 1, [0]),
+    "all that is left out has no score": ([(2, 9.0), (1, 9.0), (None, None)], 2, []),
+    "all modules": ([(2, 9.0), (2, 9.0), (1, 9.0)], 1.0, []),
+    "one module": ([(2, 9.0)], 0.3, []),
+    "a fraction, not in order": ([(0, 0.1), (3, 0.1), (1, 0.6), (2, 0.1)], 0.5, [2]),
+    "of parameters": ([(0, 9.0), (3, 0.1), (1, 0.1), (2, 0.1)], "0.5x-params", [0]),
+}
+
+
+def noisy(pairs):
+    """A ranking from a score and a standard error for each module."""
+    ranking = ranking_of([None if score is None else float(score) for score, _ in pairs])
+    modules = tuple(
+        replace(module, standard_error=None if error is None else float(error))
+        for module, (_, error) in zip(ranking.modules, pairs, strict=True)
+    )
+    return replace(ranking, modules=modules)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_undecided_by_hand(name):
+    from keylayers.certainty import undecided
+
+    pairs, budget, expected = CASES[name]
+    ranking = noisy(pairs)
+    assert undecided(ranking, budget) == tuple(ranking.modules[i].name for i in expected)
+
+
+def test_a_decision_is_unknown_without_an_interval():
+    from keylayers.certainty import decisions
+
+    ranking = noisy([(3, 0.1), (2, None), (1, 9.0), (None, 0.1)])
+    assert list(decisions(ranking, 1).values()) == [True, None, False, None]
+    assert list(decisions(ranking, 1)) == [module.name for module in ranking.modules]
+    assert list(decisions(ranking, 3).values()) == [True, None, True, None]
+
+
+def test_a_budget_that_cannot_be_is_refused():
+    from keylayers.certainty import undecided
+    from keylayers.errors import ConfigError, RankingError
+
+    ranking = noisy([(1, 0.1), (None, None)])
+    with pytest.raises(ConfigError, match="between 1 and 2"):
+        undecided(ranking, 3)
+    with pytest.raises(RankingError, match="it takes 2 and only 1 have one"):
+        undecided(ranking, 2)
+
+
+# Powers of two scale floating-point numbers exactly, so that ends of intervals stay on the cut.
+@given(MODULES, st.integers(-30, 30).map(lambda power: 2.0**power), st.data())
+def test_the_unit_of_the_scores_changes_nothing(pairs, factor, data):
+    from keylayers.certainty import undecided
+
+    budget = data.draw(st.integers(1, len(pairs)))
+    scaled = [(factor * score, factor * error) for score, error in pairs]
+    assert undecided(noisy(scaled), budget) == undecided(noisy(pairs), budget)
+
+
+@given(MODULES, st.data())
+def test_without_noise_all_but_ties_is_decided(pairs, data):
+    from keylayers.certainty import undecided
+
+    ranking = noisy([(score, 0) for score, _ in pairs])
+    budget = data.draw(st.integers(1, len(pairs)))
+    taken = set(ranking.select(budget).names)
+    inside = {module.score for module in ranking.modules if module.name in taken}
+    outside = {module.score for module in ranking.modules if module.name not in taken}
+    tied = tuple(module.name for module in ranking.modules if module.score in inside & outside)
+    assert undecided(ranking, budget) == tied
+
+
+@given(MODULES, st.data())
+def test_more_noise_never_decides_a_place(pairs, data):
+    from keylayers.certainty import undecided
+
+    budget = data.draw(st.integers(1, len(pairs)))
+    small = undecided(noisy(pairs), budget)
+    large = undecided(noisy([(score, error + 1) for score, error in pairs]), budget)
+    assert set(small) <= set(large)

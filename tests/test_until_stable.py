@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stop when the selection at the wanted budget no longer changes."""
+
+from statistics import fmean
+
+import pytest
+
+from test_mask_learning import noisy_model, planted_model, trainer_of
+
+
+def score(trainer, **values):
+    from keylayers.options import MaskOptions
+    from keylayers.scores import score_modules
+    from keylayers.updates import lora_updates
+
+    return score_modules(trainer, lora_updates(trainer.model), MaskOptions(**values))
+
+
+def test_a_selection_is_settled_after_so_many_equal_ones():
+    from keylayers.mask.settled import SettledSelection
+
+    watch = SettledSelection(0.5, patience=2)
+    orders = [[4, 3, 2, 1], [4, 3, 2, 1], [1, 2, 3, 4], [2, 1, 4, 3], [2, 1, 3, 4]]
+    found = [watch.see([float(score) for score in scores]) for scores in orders]
+    assert found == [False, False, False, False, True]  # order inside the selection is no change
+
+
+def test_learning_stops_before_its_cap_when_the_selection_stays():
+    found = score(trainer_of(planted_model()), method="ila", mask_steps=100, until_stable=0.05)
+    assert len(found.losses) == 20  # the planted module leads from the first step
+    whole = score(trainer_of(planted_model()), method="ila", mask_steps=20)
+    assert found.scores == whole.scores
+
+
+@pytest.mark.parametrize("method", ["elimination", "path"])
+def test_a_method_is_repeated_on_other_batches_and_averaged(method):
+    trainer = trainer_of(noisy_model(), seed=4)
+    found = score(trainer, method=method, mask_batches=1, until_stable=0.2)
+    repeats = found.findings["num_repeats"]
+    assert 3 <= repeats <= 10
+    assert found.findings["is_settled"] == (repeats < 10) or repeats == 10
+    single = [
+        score(trainer, method=method, mask_batches=1, mask_seed=4 + 1000 * index)
+        for index in range(repeats)
+    ]
+    assert len({one.scores for one in single}) == repeats
+    means = [fmean(scores) for scores in zip(*(one.scores for one in single), strict=True)]
+    assert list(found.scores) == pytest.approx(means)
+    assert found.forward_equivalents == sum(one.forward_equivalents for one in single)
+
+
+def test_repeats_stop_once_the_same_modules_lead():
+    found = score(trainer_of(planted_model()), mask_batches=2, until_stable=0.05)
+    assert found.findings["num_repeats"] == 3  # the first, and two that agree with it
+    assert found.findings["is_settled"]
+    assert all(error >= 0 for error in found.standard_errors)
+
+
+def test_a_share_out_of_range_and_a_method_without_draws_are_refused():
+    from keylayers.errors import ConfigError
+    from keylayers.options import MaskOptions
+
+    with pytest.raises(ConfigError, match="`until_stable` must be a share above 0 and below 1"):
+        MaskOptions(until_stable=1.0)
+    with pytest.raises(ConfigError, match="must be left out with `method` update-norm"):
+        MaskOptions(method="update-norm", until_stable=0.3)

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a verification says about a ranking, its file, and what the terminal shows of it."""
+
+import io
+import json
+
+import pytest
+
+from rankings import ranking_of
+
+FALLING = (3.0, 1.6, 1.02, 1.0)  # gains 2 nats; the margin of 5 % is 0.1
+COUNTS = (0, 2, 4, 6)
+
+
+def curve_of(losses, counts=COUNTS, **batches):
+    from keylayers.curve import MaskCurve
+
+    return MaskCurve(tuple(counts), tuple(losses), **batches)
+
+
+def verification_of(best_first=FALLING, random=((3.0, 2.5, 1.5, 1.0),), **options):
+    from keylayers.verification import Verification
+
+    return Verification(
+        ranking_sha256="0" * 64,
+        best_first=curve_of(best_first),
+        worst_first=curve_of((best_first[0], 2.9, 2.0, best_first[-1])),
+        random=tuple(curve_of(losses) for losses in random),
+        **options,
+    )
+
+
+def shown(found):
+    """What a terminal 120 columns wide shows."""
+    from rich.console import Console
+
+    from keylayers.report.curve import verification_report
+
+    console = Console(file=io.StringIO(), width=120, highlight=False)
+    console.print(verification_report(found))
+    return console.file.getvalue()
+
+
+def test_the_margin_is_a_share_of_what_the_fine_tune_gained():
+    one = verification_of().recommendation
+    assert (one.num_modules, one.margin_nats) == (4, pytest.approx(0.1))
+    assert one.difference_nats == pytest.approx(0.02)
+    assert verification_of(margin=0.35).recommendation.num_modules == 2  # 0.7 nats
+    assert verification_of(margin=0.0).recommendation.num_modules == 6
+
+
+@pytest.mark.parametrize("losses", [(1.0, 1.5, 0.2, 1.2), (1.0, 0.5, 0.7, 1.0)])
+def test_nothing_is_recommended_when_the_fine_tune_gains_nothing(losses):
+    found = verification_of(losses)
+    assert found.best_first.reduction_nats <= 0
+    assert found.recommendation is None
+
+
+# best first, random, is some subset better than all by 5 % of what all change?
+OVERFIT = [
+    ((3.0, 1.6, 1.02, 1.0), [(3.0, 2.5, 1.5, 1.0)], False),
+    ((3.0, 1.6, 0.95, 1.0), [(3.0, 2.5, 1.5, 1.0)], False),  # 0.05 of 0.1
+    ((3.0, 1.6, 0.85, 1.0), [(3.0, 2.5, 1.5, 1.0)], True),  # 0.15 of 0.1
+    ((3.0, 1.6, 1.02, 1.0), [(3.0, 0.8, 1.5, 1.0)], True),  # a random order shows it
+    ((3.0, 1.6, 1.02, 1.0), [(3.0, 0.8, 1.5, 1.0), (3.0, 1.2, 1.5, 1.0)], False),  # their mean
+    ((1.0, 1.1, 1.1, 2.0), [(1.0, 1.5, 1.8, 2.0)], True),  # no update is better than all
+    ((1.0, 1.0, 1.0, 1.0), [(1.0, 1.0, 1.0, 1.0)], False),
+]
+
+
+@pytest.mark.parametrize(("best_first", "random", "expected"), OVERFIT)
+def test_an_overfit_fine_tune_has_a_subset_that_is_better_than_all(best_first, random, expected):
+    assert verification_of(best_first, random).is_overfit is expected
+
+
+def test_the_area_of_random_orders_is_their_mean_and_spread():
+    # heights 1, 0.5, 0.5, 0 and 1, 1, 0, 0 over equal steps: 0.5 and 0.5; 1, 0, 0, 0: 1/6
+    straight, step, sharp = (3.0, 2.0, 2.0, 1.0), (3.0, 3.0, 1.0, 1.0), (3.0, 1.0, 1.0, 1.0)
+    assert verification_of(random=[straight, step]).random_area() == pytest.approx((0.5, 0.0))
+    mean, spread = verification_of(random=[straight, sharp]).random_area()
+    assert mean == pytest.approx((1 / 2 + 1 / 6) / 2)
+    assert spread == pytest.approx((1 / 2 - 1 / 6) / 2**0.5)
+    assert verification_of(random=[sharp]).random_area() == pytest.approx((1 / 6, 0.0))
+    assert verification_of(random=[(1.0, 1.0, 1.0, 2.0)]).random_area() is None
+    assert verification_of(random=[straight, sharp]).random_means() == [3.0, 1.5, 1.5, 1.0]
+
+
+def full_verification():
+    batches = {
+        "batch_losses": ((3.0, 3.0), (1.5, 1.7), (1.0, 1.04), (1.0, 1.0)),
+        "batch_weights": (5.0, 5.0),
+    }
+    from dataclasses import replace
+
+    found = verification_of(leave_one_out=curve_of((3.0, 2.0, 1.5, 1.0)), margin=0.03)
+    return replace(
+        found,
+        best_first=curve_of(FALLING, **batches),
+        provenance={"options": {"points": 4, "data": "chäts.jsonl"}},
+    )
+
+
+@pytest.mark.parametrize("make", [verification_of, full_verification])
+def test_a_saved_verification_is_loaded_as_it_was(tmp_path, make):
+    from keylayers.verification import Verification
+
+    found = make()
+    found.save(tmp_path / "verification.json")
+    assert Verification.load(tmp_path / "verification.json") == found
+
+
+def test_the_file_holds_what_was_concluded(tmp_path):
+    full_verification().save(tmp_path / "v.json")
+    content = json.loads((tmp_path / "v.json").read_text(encoding="utf-8"))
+    assert content["schema"] == "keylayers/verification"
+    assert content["is_overfit"] is False
+    assert content["recommendation"]["num_modules"] == 4
+    assert content["best_first"]["best"] == {"num_modules": 6, "loss_nats": 1.0}
+    verification_of((1.0, 1.0, 1.0, 1.0)).save(tmp_path / "v.json")
+    content = json.loads((tmp_path / "v.json").read_text(encoding="utf-8"))
+    assert content["recommendation"] is None
+    assert content["best_first"]["normalised_area"] is None
+
+
+def broken_files():
+    good = json.dumps({"schema": "keylayers/verification", "schema_version": 1})
+    return {
+        "cut off": good[:-9],
+        "empty": "",
+        "another schema": json.dumps({"schema": "keylayers/ranking", "schema_version": 1}),
+        "a later version": json.dumps({"schema": "keylayers/verification", "schema_version": 2}),
+        "no curves": good,
+        "a list": "[]",
+        "no JSON object": "null",
+        "bytes": "\ud800",
+    }
+
+
+@pytest.mark.parametrize("kind", broken_files())
+def test_a_broken_file_is_refused_in_one_line(tmp_path, kind):
+    from keylayers.errors import RankingError
+    from keylayers.verification import Verification
+
+    path = tmp_path / "verification.json"
+    path.write_bytes(broken_files()[kind].encode("utf-8", "surrogatepass"))
+    with pytest.raises(RankingError, match="must be a whole verification file, but is") as caught:
+        Verification.load(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "make it again with `keylayers verify`" in str(caught.value)
+
+
+def test_the_schema_of_another_file_is_named(tmp_path):
+    from keylayers.errors import RankingError
+    from keylayers.verification import Verification
+
+    path = tmp_path / "verification.json"
+    path.write_text(broken_files()["another schema"])
+    with pytest.raises(RankingError, match="it has schema 'keylayers/ranking'"):
+        Verification.load(path)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    from keylayers.errors import RankingError
+    from keylayers.verification import Verification
+
+    with pytest.raises(RankingError, match=r"no '.*none\.json'; make it with `keylayers verify`"):
+        Verification.load(tmp_path / "none.json")
+    with pytest.raises(RankingError, match="cannot be read: Is a directory"):
+        Verification.load(tmp_path)
+
+
+def test_the_file_lies_beside_the_ranking(tmp_path):
+    from keylayers.verification import verification_file
+
+    assert verification_file(tmp_path) == tmp_path / "verification.json"
+    assert verification_file(str(tmp_path / "ranking.json")) == tmp_path / "verification.json"
+
+
+def verified_ranking(folder, scores, **options):
+    """A ranking and the file of a verification that belongs to it."""
+    from dataclasses import replace
+
+    from keylayers.records import json_sha256
+
+    ranking = ranking_of(scores)
+    found = verification_of(**options)
+    path = folder / "verification.json"
+    replace(found, ranking_sha256=json_sha256(ranking.to_json())).save(path)
+    return ranking, path
+
+
+def test_the_automatic_budget_is_the_recommended_count(tmp_path):
+    from keylayers.verification import auto_budget
+
+    ranking, path = verified_ranking(tmp_path, [6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+    assert auto_budget(ranking, path) == 4
+
+
+def test_the_automatic_budget_is_refused_where_there_is_none(tmp_path):
+    from keylayers.errors import ConfigError, RankingError
+    from keylayers.verification import auto_budget
+
+    scores = [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+    ranking, path = verified_ranking(tmp_path, scores)
+    with pytest.raises(RankingError, match="the ranking changed since; run `keylayers verify` ag"):
+        auto_budget(ranking_of([*scores[:-1], 1.5]), path)
+    ranking, path = verified_ranking(tmp_path, scores, best_first=(1.0, 0.9, 0.9, 1.2))
+    with pytest.raises(ConfigError, match="`budget` auto needs a fine-tune that lowers the held-o"):
+        auto_budget(ranking, path)
+    path.unlink()
+    with pytest.raises(RankingError, match="the ranking must have been verified, but there is no"):
+        auto_budget(ranking, path)
+
+
+def test_the_report_has_a_row_for_each_count_and_a_recommendation():
+    text = shown(full_verification())
+    rows = [line.split() for line in text.splitlines() if line.strip()[:1].isdigit()]
+    assert [int(row[0]) for row in rows] == list(COUNTS)
+    assert [row[1] for row in rows] == [f"{loss:.4f}" for loss in FALLING]
+    assert [row[-1] for row in rows] == ["3.0000", "2.0000", "1.5000", "1.0000"]
+    assert [row[-2] for row in rows] == ["3.0000", "2.9000", "2.0000", "1.0000"]
+    # heights 1, 0.3, 0.01, 0; random 1, 0.75, 0.25, 0; worst 1, 0.95, 0.5, 0; one out 1, 0.5, 0.25
+    areas = ("0.270", "random orders 0.500 ± 0.000", "worst first 0.650", "leave-one-out 0.417")
+    assert f"normalised area (0 is best): {', '.join(areas)}" in text
+    assert "base 3.0000, all 6 modules 1.0000, best point 1.0000 with 6 modules" in text
+    assert "recommended budget: 4 of 6 modules, which lose +0.0200 nats against all" in text
+    assert "the margin is 0.0600, 3 % of what the fine-tune gained" in text
+    assert "hurt" not in text
+
+
+def test_the_spread_of_random_orders_is_shown_where_there_are_several():
+    text = shown(verification_of(random=[(3.0, 2.0, 2.0, 1.0), (3.0, 1.0, 1.0, 1.0)]))
+    assert "1.5000 ± 0.707" in text
+    assert "±" not in shown(verification_of()).splitlines()[3]
+
+
+def test_the_report_says_that_updates_hurt_and_which_point_is_best():
+    text = " ".join(shown(verification_of((3.0, 1.6, 0.7, 1.0))).split())
+    assert "some updates hurt" in text
+    assert "best point 0.7000 with 4 modules" in text
+    assert "train for fewer steps" in text
+
+
+def test_the_report_says_why_there_is_no_area_and_no_budget():
+    text = " ".join(shown(verification_of((1.0, 1.1, 1.2, 1.3))).split())
+    assert (
+        "normalised area: undefined, because all updates together do not lower the held-out loss"
+        in text
+    )
+    assert "no budget is recommended: the fine-tune as a whole does not help" in text
+    assert "recommended budget" not in text
+
+
+REPORTED = {
+    "one random order": {},
+    "several": {"random": [FALLING, (3.0, 2.0, 2.0, 1.0)], "margin": 0.0333},
+    "overfit": {"best_first": (3.0, 1.6, 0.7, 1.0)},
+    "undefined": {"best_first": (1.0, 1.1, 1.2, 1.3)},
+    "flat": {"best_first": (1.0,) * 4, "random": [(1.0,) * 4]},
+    "large": {"best_first": (30.0, 16.0, 10.2, 10.0), "random": [(30.0, 25.0, 15.0, 10.0)] * 3},
+}
+
+
+@pytest.mark.parametrize("kind", REPORTED)
+@pytest.mark.parametrize("is_with_leave_one_out", [False, True])
+def test_no_line_of_the_report_is_wider_than_120_columns(kind, is_with_leave_one_out):
+    loo = curve_of((30.0, 20.0, 15.0, 10.0)) if is_with_leave_one_out else None
+    text = shown(verification_of(leave_one_out=loo, **REPORTED[kind]))
+    lines = text.splitlines()
+    assert max(len(line) for line in lines) <= 120
+    rows = [line for line in lines if line.strip()[:1].isdigit()]
+    assert len(rows) == len(COUNTS)
+    assert not any("…" in line for line in lines)

@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`keylayers verify` and `train --budget auto` on a tiny model, through the command line."""
+
+import contextlib
+import io
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from test_rank import keylayers, rank
+from tiny_files import NUM_MODULES
+
+FAST = ("--points", "5", "--random-orders", "2")
+COUNTS = [0, 5, 10, 16, 21]  # five points over 21 modules
+OTHER_SPLIT = "other data or another split than the ranking's own"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A ranking that was verified: the folder, the file's content, and what was printed."""
+
+    folder: Path
+    code: int
+    out: str
+    err: str
+
+    def content(self):
+        return json.loads((self.folder / "verification.json").read_text(encoding="utf-8"))
+
+    def made_by(self):
+        return json.loads((self.folder / "ranking.json").read_text(encoding="utf-8"))["provenance"]
+
+
+def verify(folder, *more):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = keylayers("verify", "--ranking", folder, *FAST, *more)
+    return Run(folder, code, out.getvalue(), err.getvalue())
+
+
+def complaint(run):
+    """The last line on stderr, which is the only one that says what is wrong."""
+    assert (run.code, run.out) == (2, "")
+    assert "Traceback" not in run.err
+    errors = [line for line in run.err.splitlines() if line.startswith("keylayers: ")]
+    assert errors == run.err.splitlines()[-1:]
+    return errors[0]
+
+
+@pytest.fixture(scope="module")
+def ranked(tiny, tmp_path_factory):
+    """A ranking with its own stage 1."""
+    output = tmp_path_factory.mktemp("ranked") / "out"
+    assert rank(tiny, output) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def verified(ranked, tmp_path_factory):
+    """The same, verified with a margin that leaves modules out."""
+    folder = tmp_path_factory.mktemp("verified") / "out"
+    shutil.copytree(ranked, folder)
+    return verify(folder, "--margin", "0.5")
+
+
+@pytest.fixture
+def copy(ranked, tmp_path):
+    """A ranking of one's own, not verified."""
+    shutil.copytree(ranked, tmp_path / "own")
+    return tmp_path / "own"
+
+
+def rows(text):
+    """The rows of the curve table, as words without bars."""
+    lines = text[: text.index("normalised area")].splitlines()
+    split = [line.split() for line in lines if line.strip()[:1].isdigit()]
+    return [[word for word in words if word[0].isdigit()] for words in split]
+
+
+def test_the_curve_the_area_and_a_budget_are_shown(verified):
+    content = verified.content()
+    assert verified.code == 0
+    table = rows(verified.out)
+    assert [int(row[0]) for row in table] == COUNTS == content["best_first"]["counts"]
+    # kept, best first, random and its spread, worst first
+    assert [row[1] for row in table] == [f"{x:.4f}" for x in content["best_first"]["losses"]]
+    assert [row[-1] for row in table] == [f"{x:.4f}" for x in content["worst_first"]["losses"]]
+    assert {len(row) for row in table} == {5}
+    assert f"normalised area (0 is best): {content['best_first']['normalised_area']:.3f}" in (
+        verified.out
+    )
+    count = content["recommendation"]["num_modules"]
+    assert f"recommended budget: {count} of 21 modules" in verified.out
+    assert f"written to {verified.folder / 'verification.json'}" in verified.out.replace("\n", "")
+    assert max(len(line) for line in verified.out.splitlines() if "written" not in line) <= 120
+
+
+def test_the_curve_ends_at_the_rankings_own_held_out_losses(verified):
+    losses = verified.made_by()["held_out_loss_nats"]
+    content = verified.content()
+    assert losses["tuned"] < losses["base"]
+    curves = [content["best_first"], content["worst_first"], *content["random"]]
+    assert len(curves) == 4
+    for curve in curves:
+        assert curve["losses"][0] == pytest.approx(losses["base"], rel=1e-4)
+        assert curve["losses"][-1] == pytest.approx(losses["tuned"], rel=1e-4)
+    assert len({tuple(curve["losses"]) for curve in curves}) == 4  # four orders
+
+
+def test_model_data_and_update_are_those_of_the_ranking(tiny, verified):
+    taken = verified.content()["provenance"]
+    made_by = verified.made_by()
+    assert taken["options"]["model"] == str(tiny / "model")
+    assert taken["options"]["data"] == str(tiny / "data.jsonl")
+    assert taken["options"]["adapter"] == str(verified.folder / "adapter")
+    assert taken["options"]["tuned"] is None
+    assert taken["model"]["weights_sha256"] == made_by["model"]["weights_sha256"]
+    assert taken["data"]["split_sha256"] == made_by["data"]["split_sha256"]
+    assert taken["environment"]["libraries"]["peft"]
+    assert "the ranking was made on" not in verified.err
+    assert OTHER_SPLIT not in verified.err
+
+
+def test_only_the_verification_is_written(ranked, verified):
+    def files(folder):
+        return {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+
+    after = files(verified.folder)
+    assert after.pop("verification.json")
+    assert after == files(ranked)
+
+
+def test_it_belongs_to_the_ranking_and_comes_out_the_same_again(verified, copy):
+    from keylayers.ranking import Ranking
+    from keylayers.records import json_sha256
+
+    content = verified.content()
+    sha256 = json_sha256(Ranking.load(verified.folder).to_json())
+    assert content["ranking_sha256"] == sha256
+    again = verify(copy / "ranking.json", "--margin", "0.5")  # the file instead of its folder
+    assert again.code == 0
+    other = json.loads((copy / "verification.json").read_text())
+    for part in ("best_first", "worst_first", "random", "recommendation", "ranking_sha256"):
+        assert other[part] == content[part]
+
+
+def test_the_points_are_measured_with_exactly_the_best_modules(tiny, verified):
+    """Independently: PEFT's own model, with LoRA's B set to zero in the modules left out."""
+    import torch
+
+    from keylayers.evaluation.loss import held_out_loss
+    from keylayers.models import load_adapter, load_model, load_tokenizer
+    from keylayers.options import DataOptions, ModelOptions, TrainingOptions
+    from keylayers.training.data import prepare
+    from keylayers.training.run import make_trainer
+
+    source = ModelOptions(model=str(tiny / "model"))
+    tokenizer = load_tokenizer(source)
+    data = prepare(DataOptions(data=str(tiny / "data.jsonl")), tokenizer, 64)
+    modules = json.loads((verified.folder / "ranking.json").read_text())["modules"]
+    content = verified.content()
+    for curve, is_kept in (
+        ("best_first", lambda place: place <= COUNTS[1]),
+        ("worst_first", lambda place: place > NUM_MODULES - COUNTS[1]),
+    ):
+        model = load_adapter(load_model(source), str(verified.folder / "adapter"))
+        left_out = {one["name"] for one in modules if not is_kept(one["rank"])}
+        assert len(left_out) == NUM_MODULES - COUNTS[1]
+        with torch.no_grad():
+            for name in left_out:
+                model.get_base_model().get_submodule(name).lora_B["default"].weight.zero_()
+        options = TrainingOptions(batch_size=2)
+        trainer = make_trainer(model, tokenizer, data.train, options, num_steps=1)
+        loss = held_out_loss(trainer, data.held_out)
+        assert content[curve]["losses"][1] == pytest.approx(loss, rel=1e-5)
+
+
+def test_leave_one_out_adds_a_column_and_its_area(copy):
+    run = verify(copy, "--leave-one-out")
+    assert run.code == 0
+    loo = run.content()["leave_one_out"]
+    assert loo["counts"] == COUNTS
+    table = rows(run.out)
+    assert {len(row) for row in table} == {6}
+    assert [row[-1] for row in table] == [f"{loss:.4f}" for loss in loo["losses"]]
+    assert f"leave-one-out {loo['normalised_area']:.3f}" in run.out
+    assert (loo["losses"][0], loo["losses"][-1]) == (
+        run.content()["best_first"]["losses"][0],
+        run.content()["best_first"]["losses"][-1],
+    )
+
+
+@pytest.mark.parametrize(
+    "way", [("adapter", "adapter"), ("tuned", "tuned")], ids=["an adapter", "a checkpoint"]
+)
+def test_an_update_that_was_given_to_rank_is_taken_over(tiny, tmp_path, way):
+    option, name = way
+    assert rank(tiny, tmp_path / "out", f"--{option}", tiny / name) == 0
+    run = verify(tmp_path / "out")
+    assert run.code == 0
+    options = run.content()["provenance"]["options"]
+    assert options[option] == str(tiny / name)
+    assert options["adapter" if option == "tuned" else "tuned"] is None
+    losses = run.made_by()["held_out_loss_nats"]
+    measured = run.content()["best_first"]["losses"]
+    assert measured[0] == pytest.approx(losses["base"], rel=1e-4)
+    assert measured[-1] == pytest.approx(losses["tuned"], rel=1e-4)
+    assert [int(row[0]) for row in rows(run.out)] == COUNTS
+
+
+def test_an_update_that_is_given_wins_over_that_of_the_ranking(tiny, copy):
+    for option in ("adapter", "tuned"):
+        run = verify(copy, f"--{option}", tiny / option)
+        assert run.code == 0
+        options = run.content()["provenance"]["options"]
+        other = "adapter" if option == "tuned" else "tuned"
+        assert (options[option], options[other]) == (str(tiny / option), None)
+
+
+def test_a_mask_split_is_left_out_of_the_held_out_examples_again(tiny, tmp_path):
+    assert rank(tiny, tmp_path / "out", "--mask-data", "held-out") == 0
+    run = verify(tmp_path / "out")
+    assert run.code == 0
+    assert "5 for the mask and 5 held out" in run.err
+    assert OTHER_SPLIT not in run.err
+    losses = run.made_by()["held_out_loss_nats"]
+    assert run.content()["best_first"]["losses"][-1] == pytest.approx(losses["tuned"], rel=1e-4)
+
+
+def test_other_inputs_than_the_rankings_own_are_said(tiny, copy, tmp_path):
+    lines = (tiny / "data.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "other.jsonl").write_text("".join(lines[:40]))
+    assert OTHER_SPLIT in verify(copy, "--data", tmp_path / "other.jsonl").err
+    assert OTHER_SPLIT in verify(copy, "--split-seed", "7").err
+    changed = json.loads((copy / "ranking.json").read_text())
+    changed["provenance"]["model"]["weights_sha256"] = "0" * 64
+    (copy / "ranking.json").write_text(json.dumps(changed))
+    assert "the ranking was made on other weights of the same shapes" in verify(copy).err
+
+
+def train_auto(folder, output, capsys):
+    capsys.readouterr()
+    options = ("--ranking", folder, "--budget", "auto", "--steps", "2", "--output", output)
+    code = keylayers("train", *options)
+    out, err = capsys.readouterr()
+    return Run(output, code, out, err)
+
+
+def test_the_automatic_budget_trains_exactly_the_recommended_modules(verified, tmp_path, capsys):
+    run = train_auto(verified.folder, tmp_path / "t", capsys)
+    assert run.code == 0
+    count = verified.content()["recommendation"]["num_modules"]
+    assert 0 < count < NUM_MODULES
+    modules = json.loads((verified.folder / "ranking.json").read_text())["modules"]
+    best = {module["name"] for module in modules if module["rank"] <= count}
+    record = json.loads((tmp_path / "t" / "keylayers.json").read_text())
+    assert set(record["selection"]["modules"]) == best
+    assert record["selection"]["num_modules"] == count
+    assert record["options"]["budget"] == "auto"
+    from safetensors.torch import load_file
+
+    weights = load_file(tmp_path / "t" / "adapter_model.safetensors")
+    trained = {
+        name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        for name, value in weights.items()
+        if "lora_B" in name and bool(value.any())
+    }
+    assert trained == best
+
+
+def test_the_automatic_budget_needs_a_verification(copy, tmp_path, capsys):
+    line = complaint(train_auto(copy, tmp_path / "t", capsys))
+    assert "the ranking must have been verified" in line
+    assert "make it with `keylayers verify`" in line
+    assert not (tmp_path / "t").exists()
+
+
+def test_the_automatic_budget_needs_the_ranking_that_was_verified(verified, tmp_path, capsys):
+    shutil.copytree(verified.folder, tmp_path / "own")
+    path = tmp_path / "own" / "ranking.json"
+    content = json.loads(path.read_text())
+    content["modules"][3]["score"] += 1.0
+    path.write_text(json.dumps(content))
+    line = complaint(train_auto(tmp_path / "own", tmp_path / "t", capsys))
+    assert "the ranking changed since; run `keylayers verify` again" in line
+    assert not (tmp_path / "t").exists()
+    assert verify(tmp_path / "own", "--margin", "0.5").code == 0
+    assert train_auto(tmp_path / "own", tmp_path / "t", capsys).code == 0
+
+
+def test_the_automatic_budget_needs_a_fine_tune_that_helps(tiny, tmp_path, capsys):
+    assert rank(tiny, tmp_path / "out", "--tuned", tiny / "tuned") == 0  # weights plus noise
+    run = verify(tmp_path / "out")
+    losses = run.content()["best_first"]["losses"]
+    assert losses[-1] > losses[0]
+    assert "normalised area: undefined" in run.out
+    line = complaint(train_auto(tmp_path / "out", tmp_path / "t", capsys))
+    assert "`budget` auto needs a fine-tune that lowers the held-out loss" in line
+    assert not (tmp_path / "t").exists()
+
+
+def listing(folder):
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+def _no_adapter(folder):
+    shutil.rmtree(folder / "adapter")
+
+
+def _other_sizes(folder):
+    path = folder / "ranking.json"
+    content = json.loads(path.read_text())
+    content["modules"][0]["num_parameters"] += 1
+    path.write_text(json.dumps(content))
+
+
+def _fewer_modules(folder):
+    path = folder / "ranking.json"
+    content = json.loads(path.read_text())
+    content["modules"] = [module for module in content["modules"] if module["rank"] <= 12]
+    path.write_text(json.dumps(content))
+
+
+def _nothing(folder):
+    pass
+
+
+# what is done to the ranking's folder first, arguments, what the line says
+REFUSED = [
+    ("no adapter", _no_adapter, (), "give `adapter` or `tuned`"),
+    ("another model", _nothing, ("--model", "{tiny}/wide"), "for this base model"),
+    ("other sizes", _other_sizes, (), "the ranking must be of this model, but 1 of 21 modules"),
+    ("an unranked update", _fewer_modules, (), "must hold every module of the update, but 9"),
+    ("adapter and checkpoint", _nothing, ("--adapter", "a", "--tuned", "b"), "got both"),
+    ("missing data", _nothing, ("--data", "{tiny}/nowhere.jsonl"), "must be a file, a folder or"),
+]
+
+
+@pytest.mark.parametrize(
+    ("damage", "more", "message"), [case[1:] for case in REFUSED], ids=[c[0] for c in REFUSED]
+)
+def test_verify_refuses_and_writes_nothing(tiny, copy, damage, more, message):
+    damage(copy)
+    before = listing(copy)
+    assert message in complaint(verify(copy, *(part.format(tiny=tiny) for part in more)))
+    assert listing(copy) == before
+
+
+def test_a_failed_verify_leaves_an_earlier_file_as_it_was(verified, tmp_path):
+    shutil.copytree(verified.folder, tmp_path / "own")
+    _no_adapter(tmp_path / "own")
+    before = listing(tmp_path / "own")
+    complaint(verify(tmp_path / "own"))
+    assert listing(tmp_path / "own") == before
+
+
+def test_another_update_than_the_one_that_was_ranked_is_said(tiny, copy, tmp_path):
+    """As after a second `rank` that ended in stage 2: its adapter lies beside the old ranking."""
+    said = "the update is another one than was ranked"
+    assert said not in verify(copy).err
+    assert said in verify(copy, "--adapter", tiny / "adapter").err
+    assert rank(tiny, tmp_path / "second", "--seed", "5") == 0
+    shutil.rmtree(copy / "adapter")
+    shutil.copytree(tmp_path / "second" / "adapter", copy / "adapter")
+    assert said in verify(copy).err
+    assert rank(tiny, tmp_path / "tuned", "--tuned", tiny / "tuned") == 0
+    assert said not in verify(tmp_path / "tuned").err
