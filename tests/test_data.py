@@ -43,7 +43,10 @@ def prepare(tokenizer):
     from keylayers.training.data import prepare
 
     def run(data, max_positions=None, **options):
-        return prepare(DataOptions(data=str(data), **options), tokenizer, max_positions)
+        two_splits = {"mask_data": "train"}
+        return prepare(
+            DataOptions(data=str(data), **two_splits | options), tokenizer, max_positions
+        )
 
     return run
 

@@ -223,6 +223,21 @@ def test_standard_errors_match_the_spread_of_many_runs():
     assert standard_errors(paths[:20]) is None
 
 
+def test_scores_come_from_a_data_set_of_their_own_if_one_is_given():
+    import keylayers
+
+    trainer = trainer_of(noisy_model())
+    given = trainer.train_dataset
+    other = data(40).select(range(24, 40))
+    own = keylayers.rank_modules(trainer, options_of())
+    aside = keylayers.rank_modules(trainer, options_of(), mask_dataset=other)
+    assert trainer.train_dataset is given
+    trainer.train_dataset = other
+    again = keylayers.rank_modules(trainer, options_of())
+    assert [one.score for one in aside.modules] == [one.score for one in again.modules]
+    assert [one.score for one in aside.modules] != [one.score for one in own.modules]
+
+
 def test_rank_modules_ranks_what_a_trainer_holds():
     import keylayers
 

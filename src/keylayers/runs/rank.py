@@ -31,7 +31,11 @@ from keylayers.weights import weights_sha256
 
 
 def rank_modules(
-    trainer: Trainer, options: MaskOptions | None = None, on_step: OnStep | None = None
+    trainer: Trainer,
+    options: MaskOptions | None = None,
+    on_step: OnStep | None = None,
+    *,
+    mask_dataset: Dataset | None = None,
 ) -> Ranking:
     """Rank the modules that a trainer's LoRA adapter updates, by its own loss and data.
 
@@ -39,10 +43,11 @@ def rank_modules(
     its own loss. It and its model are given back as they were.
 
     Args:
-        trainer: Its `model` carries a LoRA adapter; its `train_dataset` is what the scores are
-            learned on.
-        options: How to learn the scores.
-        on_step: Called after each step with its number, from 1, and its loss in nats.
+        trainer: Its `model` carries a LoRA adapter.
+        options: How to score.
+        on_step: Called after each pass with its number, from 1, and its loss in nats.
+        mask_dataset: Examples to score on, in the form of the trainer's `train_dataset`; best such
+            that training did not see. Not given: the `train_dataset` itself.
 
     Raises:
         ModelError: the model carries no update that gates can scale.
@@ -51,7 +56,12 @@ def rank_modules(
     """
     options = options or MaskOptions()
     updates = lora_updates(trainer.model)
-    learned = score_modules(trainer, updates, options, on_step)
+    train_dataset = trainer.train_dataset
+    trainer.train_dataset = train_dataset if mask_dataset is None else mask_dataset
+    try:
+        learned = score_modules(trainer, updates, options, on_step)
+    finally:
+        trainer.train_dataset = train_dataset
     provenance = {
         "environment": environment(),
         "model": {
@@ -60,6 +70,7 @@ def rank_modules(
             "weights_sha256": weights_sha256(trainer.model),
         },
         "trainer": type(trainer).__name__,
+        "has_mask_dataset": mask_dataset is not None,
         "seed": trainer.args.seed if options.mask_seed is None else options.mask_seed,
         "options": asdict(options),
         "mask": _mask_record(learned, options),
