@@ -6,9 +6,9 @@
 Each trial draws a style of the demo's answers, three modules, and what the others carry: nothing,
 or noise. The three are fine-tuned (LoRA, the others' matrices fixed at zero); noise is a random B
 of the same Frobenius norm as theirs on average. A trial succeeds when the three have the three
-highest scores. The useful update must be useful: modules are drawn from those whose update alone lowers the
-held-out loss by at least a tenth of what all three lower it by; trials without are drawn again and
-counted. Chance for three of 56: 1 in 27,720.
+highest scores; chance is 1 in 27,720. The useful update must be useful: draws in which one of the
+three, alone, lowers the held-out loss by less than a tenth of what all three do are drawn again,
+and counted.
 """
 
 import argparse

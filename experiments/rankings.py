@@ -28,6 +28,8 @@ NUM_BATCHES = 8  # for every method that looks at batches, but for our own defau
 PERMUTATIONS = 4
 OWN_DEFAULTS = ("elimination", "path")
 ON_BOTH = ("elimination", "path", "ila", "leave-one-out")  # mask data: held out, and training data
+COMPARED = ("elimination", "path", "ila", "leave-one-out", "update-norm")
+KEPT_OF_DATA = ("content_sha256", "split_sha256", "num_train", "num_mask", "num_held_out")
 STAGE_1 = {"stage-1-gate": "stage_1_gate", "stage-1-path": "stage_1_path"}
 
 
@@ -100,13 +102,30 @@ def run(cell, folder, shared):
 
 
 def collect(folder, path):
-    """One record of all cells, without what each repeats."""
+    """One record of all cells: losses of every method, scores of those that are compared."""
     found = []
     for cell in cells.ALL:
         home = folder / cell.name / "rankings.json"
-        if home.exists():
-            found.append(json.loads(home.read_text(encoding="utf-8")))
-    write_json(path, {"cells": found})
+        if not home.exists():
+            continue
+        one = json.loads(home.read_text(encoding="utf-8"))
+        one["environment"] = short(one["environment"])
+        one["stage_1_environment"] = short(one["stage_1_environment"])
+        one["data"] = {key: one["data"][key] for key in KEPT_OF_DATA}
+        for result in one["results"]:
+            scores = result.pop("scores", None)
+            if result["method"] in COMPARED:
+                result["scores"] = [float(f"{score:.5g}") for score in scores]
+            result["losses"] = [round(loss, 6) for loss in result["losses"]]
+        found.append(one)
+    modules = found[0]["modules"]
+    assert all(one.pop("modules") == modules for one in found)
+    write_json(path, {"modules": modules, "cells": found})
+
+
+def short(made_in):
+    """Commit and versions."""
+    return {key: made_in[key] for key in ("commit", "keylayers", "libraries") if key in made_in}
 
 
 def main():

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of docs/claims.md and docs/methods.md, in Markdown, from the records of the studies.
+
+python experiments/findings.py       # prints them all; a test compares them with the docs
+"""
+
+import json
+import statistics
+from itertools import combinations
+from pathlib import Path
+
+from scipy.stats import kendalltau, t
+
+from keylayers.compare import chance_jaccard
+
+RECORDS = Path(__file__).parent / "records"
+DATA = {
+    "polite": "demo, polite",
+    "list": "demo, list",
+    "terse": "demo, terse",
+    "alpaca": "2 M, Alpaca-GPT4",
+    "dpo": "2 M, chosen answers",
+    "user": "2 M, user-oriented",
+}
+OVERFIT = "user-long"
+TITLES = {
+    "elimination": "**elimination** (default)",
+    "ila": "ILA as published, SGD",
+    "stage-1-path": "stage 1's own gradients along its way",
+    "stage-1-gate": "stage 1's own gate gradients",
+    "random order": "random orders",
+}
+SHORT = (
+    "elimination",
+    "leave-one-out",
+    "shapley",
+    "ila",
+    "adalora",
+    "gradient-norm",
+    "update-norm",
+    "spectrum",
+    "random order",
+)
+NUM_MODULES = 56
+
+
+def load(name):
+    """A record."""
+    return json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def markdown(titles, rows):
+    """A Markdown table."""
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def results(record, method, mask_data, data):
+    """The results of one method in every cell of one data set; random orders one each."""
+    return [
+        result
+        for cell in record["cells"]
+        if cell["cell"]["data"] == data
+        for result in cell["results"]
+        if result["method"] == method and result["mask_data"] == mask_data
+    ]
+
+
+def mean_areas(record, method, mask_data):
+    """Data set -> mean area over seeds."""
+    return {
+        data: statistics.mean(one["area"] for one in results(record, method, mask_data, data))
+        for data in DATA
+    }
+
+
+def variants(record):
+    """(method, mask data) of everything that was measured, best mean first."""
+    found = dict.fromkeys(
+        (one["method"], one["mask_data"]) for cell in record["cells"] for one in cell["results"]
+    )
+    return sorted(found, key=lambda one: statistics.mean(mean_areas(record, *one).values()))
+
+
+def method_rows(record, wanted=None):
+    """One row a method: mean areas, and cost in forward passes over a batch."""
+    seen = {}
+    for method, mask_data in variants(record):
+        seen.setdefault(method, []).append(mask_data)
+    rows = []
+    for method, mask_data in variants(record):
+        is_second = wanted is not None and mask_data != seen[method][0]
+        if (wanted is not None and method not in wanted) or is_second:
+            continue
+        areas = mean_areas(record, method, mask_data)
+        cost = results(record, method, mask_data, "alpaca")[0].get("forward_equivalents", 0)
+        title = TITLES.get(method, method)
+        if wanted is None and len(seen[method]) > 1:
+            title += f", mask on {mask_data} data"
+        numbers = [f"{area:.3f}" for area in (*areas.values(), statistics.mean(areas.values()))]
+        rows.append([title, *numbers, str(cost)])
+    return rows
+
+
+def methods_table():
+    """Every method in every data set: mean normalised area over five seeds."""
+    return markdown(["method", *DATA.values(), "mean", "passes"], method_rows(load("rankings")))
+
+
+def readme_table():
+    """The evidence in short: mean over three data sets each, of the better mask data."""
+    rows = []
+    for title, *numbers, mean, cost in method_rows(load("rankings"), SHORT):
+        values = [float(number) for number in numbers]
+        groups = (statistics.mean(values[:3]), statistics.mean(values[3:]))
+        rows.append([title, *(f"{value:.3f}" for value in groups), mean, cost])
+    return markdown(["method", "built-in model", "2 M model, real text", "mean", "passes"], rows)
+
+
+def against_table():
+    """The default against leave-one-out and random orders, cell by cell, paired."""
+    record = load("rankings")
+    rows = []
+    for data, name in DATA.items():
+        cells = [cell for cell in record["cells"] if cell["cell"]["data"] == data]
+        to_loo, num_below, num_below_all = [], 0, 0
+        for cell in cells:
+            found = {(r["method"], r["mask_data"]): r["area"] for r in cell["results"]}
+            at_random = [r["area"] for r in cell["results"] if r["method"] == "random order"]
+            own = found["elimination", "held-out"]
+            to_loo.append(own - min(found["leave-one-out", m] for m in ("held-out", "train")))
+            num_below += own < statistics.mean(at_random)
+            num_below_all += own < min(at_random)
+        mean, half = mean_and_half_width(to_loo)
+        rows.append(
+            [
+                name,
+                str(len(cells)),
+                f"{mean:+.3f} ± {half:.3f}",
+                f"{num_below} of {len(cells)}",
+                f"{num_below_all} of {len(cells)}",
+            ]
+        )
+    titles = ["data", "seeds", "area minus leave-one-out's better one (95 %)"]
+    return markdown([*titles, "below the mean random order", "below every random order"], rows)
+
+
+def mean_and_half_width(values):
+    """Mean, and half the width of its 95 % interval by Student's t."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return mean, float("nan")
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return mean, float(t.ppf(0.975, len(values) - 1)) * error
+
+
+def overfit_table():
+    """Where the fine-tune overfits: base, all, and the best point of each order's curve."""
+    rows = []
+    for cell in load("rankings")["cells"]:
+        if cell["cell"]["data"] != OVERFIT:
+            continue
+        found = {(r["method"], r["mask_data"]): r["losses"] for r in cell["results"]}
+        at_random = [r["losses"] for r in cell["results"] if r["method"] == "random order"]
+        losses = cell["held_out_loss_nats"]
+        own, train = found["elimination", "held-out"], found["elimination", "train"]
+        best = min(range(len(own)), key=lambda point: own[point])
+        means = [statistics.mean(column) for column in zip(*at_random, strict=True)]
+        rows.append(
+            [
+                str(cell["cell"]["seed"]),
+                f"{losses['base']:.3f}",
+                f"{losses['tuned']:.3f}",
+                f"{own[best]:.3f} ({round(NUM_MODULES * best / (len(own) - 1))})",
+                f"{min(train):.3f}",
+                f"{min(means):.3f}",
+            ]
+        )
+    titles = ["seed", "base", "all modules", "best point, mask on held-out data (modules)"]
+    return markdown([*titles, "best point, mask on training data", "best of random orders"], rows)
+
+
+def best_share(scores, budget):
+    """Indices of the best share by score, ties in model order."""
+    size = round(budget * len(scores))
+    return frozenset(sorted(range(len(scores)), key=lambda index: -scores[index])[:size])
+
+
+def overlap(first, second, budget):
+    """Jaccard index of two rankings' best shares."""
+    a, b = best_share(first, budget), best_share(second, budget)
+    return len(a & b) / len(a | b)
+
+
+def agreement_table():
+    """Seed to seed on the same data, and data to data with the same seed, beside chance."""
+    record = load("rankings")
+    groups = {"built-in model": list(DATA)[:3], "2 M model": list(DATA)[3:]}
+    rows = []
+    for method in ("elimination", "path", "ila", "leave-one-out", "update-norm"):
+        for group, members in groups.items():
+            scores = {
+                (cell["cell"]["data"], cell["cell"]["seed"]): one["scores"]
+                for cell in record["cells"]
+                for one in cell["results"]
+                if one["method"] == method
+                and one["mask_data"] == "held-out"
+                and cell["cell"]["data"] in members
+            }
+            kinds = {"seed": [], "data": []}
+            for one, other in combinations(scores, 2):
+                if one[0] == other[0]:
+                    kinds["seed"].append((scores[one], scores[other]))
+                elif one[1] == other[1]:
+                    kinds["data"].append((scores[one], scores[other]))
+            cells = []
+            for pairs in kinds.values():
+                for budget in (0.3, 0.75):
+                    cells.append(f"{statistics.mean(overlap(*p, budget) for p in pairs):.2f}")
+                cells.append(f"{statistics.mean(kendalltau(*p).statistic for p in pairs):.2f}")
+            rows.append([TITLES.get(method, method), group, *cells])
+    chance = [
+        f"{chance_jaccard(NUM_MODULES, size, size):.2f}"
+        for size in (round(0.3 * NUM_MODULES), round(0.75 * NUM_MODULES))
+    ]
+    rows.append(["chance", "", *chance, "0.00", *chance, "0.00"])
+    titles = ["method", "model", "seeds: 30 %", "75 %", "tau-b"]
+    return markdown([*titles, "data: 30 %", "75 %", "tau-b"], rows)
+
+
+def checkpoints_table():
+    """Agreement of each setting with the end of stage 1, or with the initial score 1."""
+    record = load("checkpoints")
+    rows = []
+    for data in dict.fromkeys(cell["data"] for cell in record["cells"]):
+        cells = [cell for cell in record["cells"] if cell["data"] == data]
+        labels = [one["label"] for one in cells[0]["settings"]]
+        for label in labels:
+            reference = "ila from 1" if label.startswith("ila") else "at 1 of stage 1"
+            if label == reference:
+                continue
+            pairs = []
+            for cell in cells:
+                scores = {one["label"]: one["scores"] for one in cell["settings"]}
+                pairs.append((scores[label], scores[reference]))
+            shares = [statistics.mean(overlap(*p, budget) for p in pairs) for budget in (0.3, 0.75)]
+            tau = statistics.mean(kendalltau(*p).statistic for p in pairs)
+            numbers = [f"{value:.2f}" for value in (*shares, tau)]
+            rows.append([DATA[data], label, reference, str(len(pairs)), *numbers])
+    titles = ["data", "ranking", "against", "seeds", "Jaccard 30 %", "75 %", "tau-b"]
+    return markdown(titles, rows)
+
+
+def retraining_table():
+    """Held-out loss after training from scratch, minus that of all modules, paired by seed."""
+    record = load("retraining")
+    rows = []
+    data_of = {cell["cell"]: cell["cell"].rsplit("-", 1)[0] for cell in record["cells"]}
+    for data in dict.fromkeys(data_of.values()):
+        cells = [cell for cell in record["cells"] if data_of[cell["cell"]] == data]
+        keys = [(one["label"], one["budget"]) for one in cells[0]["results"]]
+        for key in keys:
+            differences, forgotten, parameters = [], [], []
+            for cell in cells:
+                found = {(one["label"], one["budget"]): one for one in cell["results"]}
+                if key not in found:
+                    continue
+                whole, one = found["all", 1.0], found[key]
+                differences.append(one["held_out_loss_nats"] - whole["held_out_loss_nats"])
+                forgotten.append(one["own_text_rise_nats"])
+                parameters.append(one["num_trained_parameters"])
+            mean, half = mean_and_half_width(differences)
+            rows.append(
+                [
+                    DATA[data],
+                    key[0],
+                    f"{100 * key[1]:g} %",
+                    f"{statistics.mean(parameters):,.0f}",
+                    str(len(differences)),
+                    "0" if key[0] == "all" else f"{mean:+.3f} ± {half:.3f}",
+                    f"{statistics.mean(forgotten):.3f}",
+                ]
+            )
+    titles = ["data", "trained", "budget", "LoRA parameters", "seeds"]
+    return markdown([*titles, "held-out loss against all (95 %)", "forgotten, nats"], rows)
+
+
+def planted_line():
+    """How many planted truths were found."""
+    record = load("planted")
+    by_kind = {kind: [] for kind in ("nothing", "noise")}
+    for one in record["trials"]:
+        by_kind[one["others"]].append(one["is_found"])
+    parts = [f"{sum(found)} of {len(found)} with {kind}" for kind, found in by_kind.items()]
+    return f"{record['num_found']} of {len(record['trials'])} trials ({', '.join(parts)})"
+
+
+TABLES = (
+    readme_table,
+    methods_table,
+    against_table,
+    overfit_table,
+    agreement_table,
+    checkpoints_table,
+    retraining_table,
+    planted_line,
+)
+
+if __name__ == "__main__":
+    for make in TABLES:
+        print(make(), end="\n\n")
