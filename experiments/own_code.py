@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our scores of known rankings against the authors' own code, on one model.
+
+    python experiments/own_code.py --model MODEL --data DATA --spectrum FOLDER --plop FOLDER
+        --aletheia FOLDER --output record.json
+
+The folders are checkouts of QuixiAI/spectrum, soufiane001/plop and the `src` of
+aletheiaprotocol-ai/aletheia-lora; none of their code is kept here. KappaTune, EVA and AdaLoRA are
+PEFT's own code already.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import torch
+from datasets import Dataset
+from scipy.stats import kendalltau
+
+from keylayers.model_map import blocks_of, map_modules
+from keylayers.models import load_model, load_tokenizer, max_positions
+from keylayers.options import DataOptions, MaskOptions, ModelOptions, TrainingOptions
+from keylayers.records import environment, write_json
+from keylayers.scores import score_modules
+from keylayers.scores.spectrum import signal_to_noise
+from keylayers.training.data import prepare
+from keylayers.training.run import make_trainer, new_lora
+from keylayers.updates import lora_updates
+
+NUM_EXAMPLES = 5
+
+
+def compared(ours, theirs):
+    """How far two scores of the same things agree."""
+    names = list(ours)
+    pairs = [(ours[name], theirs[name]) for name in names]
+    relative = max(abs(a - b) / abs(b) for a, b in pairs)
+    return {
+        "num_scores": len(names),
+        "largest_relative_difference": relative,
+        "tau_b": float(kendalltau(*zip(*pairs, strict=True)).statistic),
+    }
+
+
+def spectrum(folder, model):
+    """Signal-to-noise ratios of every module."""
+    dialogs = ModuleType("prompt_toolkit.shortcuts")  # it asks in a terminal, only from its main
+    dialogs.checkboxlist_dialog = dialogs.input_dialog = None
+    sys.modules["prompt_toolkit"] = ModuleType("prompt_toolkit")
+    sys.modules["prompt_toolkit.shortcuts"] = dialogs
+    sys.path.insert(0, str(folder))
+    from spectrum import ModelModifier
+
+    theirs = ModelModifier()
+    theirs.model, theirs.layer_snr = model, {}
+    kinds = list(dict.fromkeys(one.projection for one in map_modules(model)))
+    for kind in kinds:
+        theirs.calculate_snr_for_layer(kind)
+    names = [one.name for one in map_modules(model)]
+    ours = {name: signal_to_noise(model.get_submodule(name).weight.detach()) for name in names}
+    return compared(ours, {name: theirs.layer_snr[name]["snr"] for name in names})
+
+
+def plop(folder, model, found, batch):
+    """Normalised feature norms of every module on one batch without padding."""
+    sys.path.insert(0, str(folder))
+    from src.metrics import calculate_nfn_scores
+
+    torch.manual_seed(0)
+    theirs = calculate_nfn_scores(model, batch)
+    ours = {name: -score for name, score in found.items()}
+    return compared(ours, {name: float(theirs[name]["nfn"]) for name in ours})
+
+
+def aletheia(folder, model, found, dataset):
+    """Summed gradient norms of every block, single examples, loss on all tokens."""
+    sys.path.insert(0, str(folder))
+    from aletheia_lora.probe import gradient_probe
+
+    num_blocks = len(blocks_of(model))
+    rows = [
+        {"input_ids": torch.tensor(ids), "attention_mask": torch.ones(len(ids), dtype=torch.long)}
+        for ids in dataset["input_ids"]
+    ]
+    theirs = gradient_probe(model, rows, num_blocks, probe_batches=len(rows))
+    ours = {
+        block: NUM_EXAMPLES * next(s for n, s in found.items() if f"layers.{block}." in n)
+        for block in range(num_blocks)
+    }
+    return compared(ours, theirs)
+
+
+def prepared(arguments):
+    """The base model, and a trainer on a few single examples of one length with the loss on all."""
+    options = ModelOptions(model=str(arguments.model), dtype="float32")
+    tokenizer, model = load_tokenizer(options), load_model(options)
+    data = prepare(
+        DataOptions(data=str(arguments.data), max_length=96, mask_data="train"),
+        tokenizer,
+        max_positions(model),
+    )
+    rows = [ids for ids in data.train["input_ids"] if len(ids) == 96][:NUM_EXAMPLES]
+    dataset = Dataset.from_dict({"input_ids": rows, "labels": rows})
+    training = TrainingOptions(batch_size=1)
+    tuned = new_lora(load_model(options), [one.name for one in map_modules(model)], training)
+    return SimpleNamespace(
+        model=model,
+        dataset=dataset,
+        trainer=make_trainer(tuned, tokenizer, dataset, training, num_steps=1),
+    )
+
+
+def main():
+    """Compare whichever checkouts are given."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--spectrum", type=Path, required=True)
+    parser.add_argument("--plop", type=Path, required=True)
+    parser.add_argument("--aletheia", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    task = prepared(arguments)
+
+    def scored(method):
+        options = MaskOptions(method=method, mask_batches=NUM_EXAMPLES)
+        found = score_modules(task.trainer, lora_updates(task.trainer.model), options)
+        return dict(zip(found.module_names, found.scores, strict=True))
+
+    batch = {"input_ids": torch.tensor(task.dataset["input_ids"])}
+    record = {
+        "environment": environment(),
+        "model": arguments.model.name,
+        "data": arguments.data.name,
+        "spectrum": spectrum(arguments.spectrum, task.model),
+        "plop": plop(arguments.plop, task.model, scored("plop"), batch),
+        "aletheia": aletheia(arguments.aletheia, task.model, scored("aletheia"), task.dataset),
+    }
+    for name in ("spectrum", "plop", "aletheia"):
+        print(name, record[name])
+    write_json(arguments.output, record)
+
+
+if __name__ == "__main__":
+    main()
