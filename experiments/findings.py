@@ -6,6 +6,7 @@ python experiments/findings.py       # prints them all; a test compares them wit
 
 import json
 import statistics
+import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -285,6 +286,38 @@ def retraining_table():
     return markdown([*titles, "held-out loss against all (95 %)", "forgotten, nats"], rows)
 
 
+def catalogue_table():
+    """Every method: what its file says it is, and the options that it takes."""
+    from keylayers.options import METHOD_OPTIONS
+    from keylayers.scores import METHODS
+
+    rows = []
+    for name, function in METHODS.items():
+        module = sys.modules[function.__module__]
+        title = module.__doc__.splitlines()[0].split(": ", 1)[1].rstrip(".")
+        file = module.__name__.rsplit(".", 1)[1]
+        options = ", ".join(f"`{one}`" for one in METHOD_OPTIONS[name]) or "none"
+        link = f"[{file}.py](../src/keylayers/scores/{file}.py)"
+        rows.append([f"`{name}`", title, link, options])
+    return markdown(["method", "score", "source, cost, blind spots", "options"], rows)
+
+
+def own_code_table():
+    """Our scores of rivals against the authors' own code."""
+    record = load("own_code")
+    rows = [
+        [
+            name,
+            str(record[name]["num_scores"]),
+            f"{record[name]['largest_relative_difference']:.1e}",
+            f"{record[name]['tau_b']:.3f}",
+        ]
+        for name in ("spectrum", "plop", "aletheia")
+    ]
+    titles = ["rival", "scores", "largest relative difference", "tau-b"]
+    return markdown(titles, rows)
+
+
 def planted_line():
     """How many planted truths were found."""
     record = load("planted")
@@ -303,6 +336,8 @@ TABLES = (
     agreement_table,
     checkpoints_table,
     retraining_table,
+    catalogue_table,
+    own_code_table,
     planted_line,
 )
 

@@ -40,7 +40,7 @@ def demo(*, output: Path = Path("out/demo"), seed: int = 0, max_steps: int = 200
         losses = next(line for line in provenance_lines(ranking) if line.startswith("held out"))
         console.print(f"\n[bold]{style} answers[/bold]: ranks, 1 is the most important; {losses}")
         console.print(heatmap(ranking))
-    console.print(f"\n[bold]Agreement of the best {BUDGET:.0%}[/bold]")
+    console.print(f"\n[bold]Agreement of the best {100 * BUDGET:g} %[/bold]")
     console.print(agreement_table(result.pairs, list(result.rankings)))
     first = next(iter(result.rankings))
     console.print(f"\n[bold]Training on {first} answers[/bold]")
