@@ -141,6 +141,23 @@ def test_passes_are_counted():
     assert score(trainer, "spectrum").forward_equivalents == 0
 
 
+@pytest.mark.parametrize("method", NAMES)
+def test_progress_knows_how_many_steps_a_method_reports(method):
+    from keylayers.options import METHOD_OPTIONS, MaskOptions
+    from keylayers.scores import METHODS, num_steps
+    from keylayers.updates import lora_updates
+
+    fast = {name: value for name, value in FAST.items() if name in METHOD_OPTIONS[method]}
+    options = MaskOptions(method=method, **fast)
+    trainer, seen = trainer_of(noisy_model()), []
+    METHODS[method](
+        trainer, lora_updates(trainer.model), options, lambda step, loss: seen.append(step)
+    )
+    assert seen == list(range(1, len(seen) + 1))
+    assert num_steps(options, 14) in (len(seen), None)
+    assert (num_steps(options, 14) is None) == (not seen)
+
+
 FOREIGN = [
     (
         {"method": "random", "mask_batches": 8},

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import Trainer
 
 from keylayers.evaluation.loss import held_out_loss
-from keylayers.gates import gated
+from keylayers.gates import gated, group_modules
 from keylayers.mask.module_scores import ModuleScores
 from keylayers.models import describe, load_model, load_tokenizer, max_positions
 from keylayers.options import MaskOptions, RankOptions, UpdateOptions
@@ -23,7 +23,7 @@ from keylayers.progress import OnStep, Progress, Silent
 from keylayers.ranking import RankedModule, Ranking
 from keylayers.records import STAGE_1_ADAPTER, check_replaceable, environment, output_folder
 from keylayers.runs.update import RankJob, find_update
-from keylayers.scores import STOPS_BY_ITSELF, score_modules
+from keylayers.scores import STOPS_BY_ITSELF, num_steps, score_modules
 from keylayers.training.data import prepare
 from keylayers.training.run import make_trainer
 from keylayers.updates import Update, lora_updates
@@ -115,9 +115,10 @@ def rank(options: RankOptions, output: Path, progress: Progress | None = None) -
         provenance["held_out_loss_nats"] = _held_out_losses(
             trainer, update.updates, job.data.held_out
         )
-        is_learned = options.mask.method in STOPS_BY_ITSELF
-        num_passes = options.mask.mask_steps if is_learned else None
-        with job.progress.stage("stage 2: scoring modules", num_passes) as on_step:
+        modules = [one.module for one in update.updates]
+        num_gates = len(group_modules(modules, options.mask.granularity))
+        total = num_steps(options.mask, num_gates)
+        with job.progress.stage("stage 2: scoring modules", total) as on_step:
             learned = score_modules(trainer, update.updates, options.mask, on_step)
         provenance["mask"] = _mask_record(learned, options.mask)
         provenance["seconds"] = {

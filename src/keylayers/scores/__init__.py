@@ -17,7 +17,7 @@ from keylayers.scores.aletheia import aletheia
 from keylayers.scores.block_influence import block_influence
 from keylayers.scores.cka import cka
 from keylayers.scores.depth import first, last, middle
-from keylayers.scores.elimination import elimination
+from keylayers.scores.elimination import elimination, round_sizes
 from keylayers.scores.eva import eva
 from keylayers.scores.fisher import fisher
 from keylayers.scores.gradient_norm import gradient_norm
@@ -60,6 +60,15 @@ METHODS: dict[Method, ScoreFunction] = {
     "random": random_order,
 }
 
+READS_BATCHES_ONCE: tuple[Method, ...] = (
+    "gradient-norm",
+    "fisher",
+    "aletheia",
+    "lora-drop",
+    "plop",
+    "block-influence",
+    "cka",
+)
 STOPS_BY_ITSELF: tuple[Method, ...] = ("ila", "price")  # `until_stable` ends their own loop
 
 
@@ -85,3 +94,20 @@ def score_modules(
     if options.until_stable is None or options.method in STOPS_BY_ITSELF:
         return method(trainer, updates, options, on_step)
     return repeated(method, trainer, updates, options, on_step)
+
+
+def num_steps(options: MaskOptions, num_gates: int) -> int | None:
+    """How many steps a method reports, for progress; None where that is not known beforehand."""
+    if options.method in STOPS_BY_ITSELF or options.method == "adalora":
+        return options.mask_steps
+    if options.until_stable is not None:
+        return None
+    if options.method == "elimination":
+        return options.mask_batches * len(round_sizes(num_gates, options.keep_fraction))
+    if options.method == "path":
+        return options.mask_batches * (options.path_points + 2)
+    if options.method == "leave-one-out":
+        return options.mask_batches * (num_gates + 1)
+    if options.method == "shapley":
+        return options.permutations * (num_gates + 1)
+    return options.mask_batches if options.method in READS_BATCHES_ONCE else None
