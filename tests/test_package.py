@@ -108,13 +108,18 @@ def test_the_test_of_lightness_can_fail():
     assert heavy_modules_after("import torch").endswith("['torch']")
 
 
-def test_help_answers_within_half_a_second():
-    import time
+def test_help_takes_less_than_half_a_second_of_the_processor():
+    """Processor time of the child: waiting for a busy machine does not count."""
+    import resource
+
+    def used():
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return spent.ru_utime + spent.ru_stime
 
     command = [sys.executable, "-c", "from keylayers.cli import main; main(['--help'])"]
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = used()
         subprocess.run(command, capture_output=True, check=True, cwd=SOURCE.parent)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(used() - before)
     assert min(seconds) < 0.5
