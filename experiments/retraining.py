@@ -28,6 +28,7 @@ from rankings import best_first
 STEPS = 100
 BUDGETS = (0.1, 0.2, 0.3)
 FROZEN = 0.25
+FROZEN_BY = ("elimination", "ila", "first", "last", "random")
 NUM_OWN_TEXTS, OWN_TEXT_TOKENS = 48, 64
 
 
@@ -45,7 +46,8 @@ def selections(cell, folder, budgets, methods):
     chosen = {("all", 1.0): names}
     for method in (*methods, "random"):
         order = orders[method]
-        chosen[(f"freeze worst, {method}", 1 - FROZEN)] = order[: len(order) - len(order) // 4]
+        if method in FROZEN_BY:
+            chosen[(f"freeze worst, {method}", 1 - FROZEN)] = order[: len(order) - len(order) // 4]
         for budget in budgets:
             chosen[(method, budget)] = order[: round(budget * len(order))]
     return {key: [name for name in names if name in set(part)] for key, part in chosen.items()}
