@@ -2,6 +2,7 @@
 """Every option of a run, once: the fields are the flags, their help and the YAML keys.
 
 Field names are unique across the classes, because a sub-command shows those it needs side by side.
+Longer than other files, because every option stands here and nowhere else.
 Needs no torch. Defaults are keylayers' own unless a comment gives the paper's.
 """
 
