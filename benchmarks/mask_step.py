@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from keylayers.gates import gated
-from keylayers.updates import lora_updates
+from keylayers.updates import adapter_updates
 from keylayers.updates.gate import Gate
 
 NUM_ROUNDS = 12
@@ -61,7 +61,7 @@ def frozen(model: PeftModel) -> Iterator[None]:
 @contextmanager
 def gates_on_a(model: PeftModel) -> Iterator[None]:
     """What keylayers does."""
-    with gated(model, lora_updates(model), initial_score=2.0):
+    with gated(model, adapter_updates(model), initial_score=2.0):
         yield
 
 
@@ -70,7 +70,7 @@ def gates_on_b(model: PeftModel) -> Iterator[None]:
     """The naive place for a gate."""
     handles = []
     with frozen(model):
-        for update in lora_updates(model):
+        for update in adapter_updates(model):
             gate = Gate(2.0, "sigmoid")
 
             def scale(_: nn.Module, __: Any, hidden: Tensor, gate: Gate = gate) -> Tensor:

@@ -25,7 +25,7 @@ from keylayers.options import DataOptions, ModelOptions, TrainingOptions
 from keylayers.records import environment, json_sha256, write_json
 from keylayers.training.data import prepare
 from keylayers.training.run import fine_tune, make_trainer, new_lora
-from keylayers.updates import lora_updates
+from keylayers.updates import adapter_updates
 
 DEMO = ("polite", "list", "terse")
 REAL = ("alpaca", "dpo", "user")
@@ -90,7 +90,7 @@ class Loaded:
     @property
     def updates(self):
         """The updates that are ranked."""
-        return lora_updates(self.trainer.model)
+        return adapter_updates(self.trainer.model)
 
 
 def data_file(cell, folder, shared):
@@ -141,7 +141,7 @@ class Watch(TrainerCallback):
     def __init__(self, model, num_steps):
         self.model = model
         self.kept = {max(1, round(part * num_steps)): part for part in CHECKPOINT_FRACTIONS}
-        self.layers = [(one.layer, one.adapter) for one in lora_updates(model)]
+        self.layers = [(one.layer, one.adapter) for one in adapter_updates(model)]
         self.gate = torch.zeros(len(self.layers), dtype=torch.float64)
         self.path = torch.zeros(len(self.layers), dtype=torch.float64)
         self.snapshots = {}

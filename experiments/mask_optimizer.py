@@ -28,7 +28,7 @@ from keylayers.records import environment, write_json
 from keylayers.scores.ila import ila
 from keylayers.training.data import prepare
 from keylayers.training.run import fine_tune, make_trainer, new_lora
-from keylayers.updates import lora_updates
+from keylayers.updates import adapter_updates
 
 NUM_POINTS = 15
 NUM_RANDOM_ORDERS = 5
@@ -80,7 +80,7 @@ def run(arguments, seed, study):
     trainer = make_trainer(tuned, tokenizer, data.train, training, num_steps=arguments.steps)
     base_loss = held_out_loss(trainer, data.held_out)
     fine_tune(trainer)
-    updates = lora_updates(tuned)
+    updates = adapter_updates(tuned)
     names = [update.module.name for update in updates]
     record = {
         "seed": seed,

@@ -26,7 +26,7 @@ from keylayers.scores import score_modules
 from keylayers.scores.spectrum import signal_to_noise
 from keylayers.training.data import prepare
 from keylayers.training.run import make_trainer, new_lora
-from keylayers.updates import lora_updates
+from keylayers.updates import adapter_updates
 
 NUM_EXAMPLES = 5
 
@@ -126,7 +126,7 @@ def main():
 
     def scored(method):
         options = MaskOptions(method=method, mask_batches=NUM_EXAMPLES)
-        found = score_modules(task.trainer, lora_updates(task.trainer.model), options)
+        found = score_modules(task.trainer, adapter_updates(task.trainer.model), options)
         return dict(zip(found.module_names, found.scores, strict=True))
 
     batch = {"input_ids": torch.tensor(task.dataset["input_ids"])}

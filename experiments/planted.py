@@ -24,7 +24,7 @@ from keylayers.options import MaskOptions
 from keylayers.records import environment, write_json
 from keylayers.scores import score_modules
 from keylayers.training.run import fine_tune, make_trainer
-from keylayers.updates import lora_updates
+from keylayers.updates import adapter_updates
 
 NUM_PLANTED = 3
 STEPS = 40
@@ -62,7 +62,7 @@ def trial(index, folder):
     names = draw.sample(every, NUM_PLANTED)
     has_noise = index % 2 == 1
     loaded, trainer = planted(cell, folder, names)
-    updates = lora_updates(trainer.model)
+    updates = adapter_updates(trainer.model)
     alone = [[name] for name in names]
     losses = [
         one.mean for one in subset_losses(trainer, updates, [[], names, *alone], loaded.held_out)

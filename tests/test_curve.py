@@ -20,10 +20,10 @@ def test_the_area_by_hand():
 
 def test_the_curve_of_a_planted_module_falls_when_it_enters():
     from keylayers.mask.curve import mask_curve
-    from keylayers.updates import lora_updates
+    from keylayers.updates import adapter_updates
 
     trainer = trainer_of(planted_model())
-    updates = lora_updates(trainer.model)
+    updates = adapter_updates(trainer.model)
     names = [update.module.name for update in updates]
     others = [name for name in names if name != PLANTED]
     first = mask_curve(trainer, updates, [PLANTED, *others], data())
@@ -39,10 +39,10 @@ def test_the_curve_of_a_planted_module_falls_when_it_enters():
 
 def test_few_points_reach_from_none_to_all():
     from keylayers.mask.curve import mask_curve
-    from keylayers.updates import lora_updates
+    from keylayers.updates import adapter_updates
 
     trainer = trainer_of(planted_model())
-    updates = lora_updates(trainer.model)
+    updates = adapter_updates(trainer.model)
     names = [update.module.name for update in updates]
     curve = mask_curve(trainer, updates, names, data(), num_points=5)
     assert curve.counts == (0, 4, 7, 10, 14)
@@ -203,10 +203,10 @@ def test_the_ends_of_the_curve_are_the_losses_with_gates_closed_and_open(num_poi
     from keylayers.evaluation.loss import held_out_loss
     from keylayers.gates import gated
     from keylayers.mask.curve import mask_curve
-    from keylayers.updates import lora_updates
+    from keylayers.updates import adapter_updates
 
     trainer = trainer_of(noisy_model())
-    updates = lora_updates(trainer.model)
+    updates = adapter_updates(trainer.model)
     rows = data(10)["input_ids"]
     labels = [row[:6] + [-100] * 6 for row in rows[:3]] + rows[3:]
     held_out = Dataset.from_dict({"input_ids": rows, "labels": labels})

@@ -28,7 +28,7 @@ def test_scores_agree_with_the_definition_written_out():
 
     from keylayers.gates import gated
     from keylayers.mask.trainer_loss import TrainerLoss
-    from keylayers.updates import lora_updates
+    from keylayers.updates import adapter_updates
 
     set_seed(3)
     batches = list(islice(TrainerLoss(trainer).batches(), 6))
@@ -36,7 +36,7 @@ def test_scores_agree_with_the_definition_written_out():
     points = [0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2]
     alive, total = list(range(14)), torch.zeros(14)
     model = trainer.model
-    with gated(model, lora_updates(model), initial_score=0.0, link="identity") as gates:
+    with gated(model, adapter_updates(model), initial_score=0.0, link="identity") as gates:
         for size, pair in zip((14, 7, 4), (batches[:2], batches[2:4], batches[4:]), strict=True):
             if size < 14:
                 alive = sorted(alive, key=lambda gate: -shares[gate])[:size]

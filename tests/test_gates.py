@@ -4,18 +4,22 @@ import random
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
-from tiny_models import in_float64, some_tokens, tiny_gpt2, tiny_llama, token_loss
+from tiny_models import TinyExperts, in_float64, some_tokens, tiny_gpt2, tiny_llama, token_loss
 
 EPSILON = 1e-5
 
 
-def with_random_lora(model, **options):
-    tuned = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", **options))
+def with_random_lora(model, config=None, **options):
+    """`model` with an adapter whose parameters are random; magnitudes grow by up to a third."""
+    options.setdefault("target_modules", "all-linear")
+    tuned = get_peft_model(model, config or LoraConfig(r=3, **options))
     torch.manual_seed(3)
     for name, parameter in tuned.named_parameters():
-        if "lora_" in name:
+        if "lora_magnitude" in name:
+            parameter.data *= 1 + 0.3 * torch.rand_like(parameter)
+        elif "lora_" in name and "ranknum" not in name:
             torch.nn.init.normal_(parameter, std=0.3)
     return tuned
 
@@ -29,27 +33,56 @@ def with_random_difference(model):
     return model, tuned
 
 
-def updates_of(kind):
-    from keylayers.updates import dense_updates, lora_updates
+def llama():
+    return in_float64(tiny_llama())
 
-    if kind == "lora":
-        model = with_random_lora(in_float64(tiny_llama()))
-        return model, lora_updates(model)
-    if kind == "rslora":
-        model = with_random_lora(in_float64(tiny_llama()), use_rslora=True)
-        return model, lora_updates(model)
-    if kind == "lora on Conv1D":
-        model = with_random_lora(in_float64(tiny_gpt2()), fan_in_fan_out=True)
-        return model, lora_updates(model)
-    if kind == "difference with biases":
-        model, tuned = with_random_difference(in_float64(tiny_llama(attention_bias=True)))
-        return model, dense_updates(model, tuned)
-    assert kind == "difference on Conv1D"
-    model, tuned = with_random_difference(in_float64(tiny_gpt2()))
+
+def gpt2():
+    return in_float64(tiny_gpt2())
+
+
+ADAPTERS = {
+    "lora": lambda: with_random_lora(llama()),
+    "rslora": lambda: with_random_lora(llama(), use_rslora=True),
+    "lora on Conv1D": lambda: with_random_lora(gpt2(), fan_in_fan_out=True),
+    "dora": lambda: with_random_lora(llama(), use_dora=True),
+    "dora on Conv1D": lambda: with_random_lora(gpt2(), use_dora=True, fan_in_fan_out=True),
+    "adalora": lambda: with_random_lora(
+        llama(), AdaLoraConfig(init_r=3, total_step=10, target_modules="all-linear")
+    ),
+    "lora on embeddings": lambda: with_random_lora(
+        llama(), target_modules=["embed_tokens", "q_proj", "lm_head"]
+    ),
+    "lora on both embeddings of GPT-2": lambda: with_random_lora(
+        gpt2(), target_modules=["wte", "wpe", "c_attn"], fan_in_fan_out=True
+    ),
+    "lora on experts": lambda: with_random_lora(
+        TinyExperts().double(),
+        target_modules=["mix"],
+        target_parameters=["experts.up_proj", "experts.down_proj"],
+    ),
+    "lora on the weight of a linear layer": lambda: with_random_lora(
+        TinyExperts().double(), target_modules=["lm_head"], target_parameters=["mix.weight"]
+    ),
+}
+DIFFERENCES = {
+    "difference with biases": lambda: in_float64(tiny_llama(attention_bias=True)),
+    "difference on Conv1D": gpt2,
+    "difference on experts": lambda: TinyExperts().double(),
+}
+
+
+def updates_of(kind):
+    from keylayers.updates import adapter_updates, dense_updates
+
+    if kind in ADAPTERS:
+        model = ADAPTERS[kind]()
+        return model, adapter_updates(model)
+    model, tuned = with_random_difference(DIFFERENCES[kind]())
     return model, dense_updates(model, tuned)
 
 
-KINDS = ["lora", "rslora", "lora on Conv1D", "difference with biases", "difference on Conv1D"]
+KINDS = [*ADAPTERS, *DIFFERENCES]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,17 +118,17 @@ def test_open_gates_are_the_tuned_model_and_closed_gates_the_base(kind):
     model, updates = updates_of(kind)
     tokens = some_tokens()
     with torch.no_grad():
-        if "lora" in kind:
+        if kind in ADAPTERS:
             open_loss = token_loss(model, tokens)
             with model.disable_adapter():
                 closed_loss = token_loss(model, tokens)
         else:
             closed_loss = token_loss(model, tokens)
             before = {name: value.clone() for name, value in model.state_dict().items()}
-            for update in updates:
-                update.layer.weight += update.delta_weight
-                if update.layer.bias is not None:
-                    update.layer.bias += update.delta_bias
+            ranked = [update.module.name + "." for update in updates]
+            for name, parameter in model.named_parameters():
+                if f"{name}.".startswith(tuple(ranked)):
+                    parameter.copy_(updates[0].tuned[name])
             open_loss = token_loss(model, tokens)
             model.load_state_dict(before)
         with gated(model, updates, initial_score=1.0, link="identity"):
@@ -202,7 +235,7 @@ def test_a_gate_that_takes_no_part_is_reported():
 
 
 REFUSED = [
-    ({"use_dora": True}, "DoRA"),
+    ({"use_dora": True, "target_modules": ["wte", "c_attn"]}, "DoRA on embeddings"),
     ({"lora_bias": True}, "lora_bias"),
 ]
 
@@ -210,22 +243,22 @@ REFUSED = [
 @pytest.mark.parametrize(("options", "reason"), REFUSED)
 def test_updates_that_a_gate_cannot_scale_exactly_are_refused(options, reason):
     from keylayers.errors import ModelError
-    from keylayers.updates import lora_updates
+    from keylayers.updates import adapter_updates
 
     with pytest.raises(ModelError, match=rf"a gate must scale the whole update.*{reason}"):
-        lora_updates(with_random_lora(tiny_gpt2(), fan_in_fan_out=True, **options))
+        adapter_updates(with_random_lora(tiny_gpt2(), fan_in_fan_out=True, **options))
 
 
 def test_merged_adapters_and_plain_models_are_refused():
     from keylayers.errors import ModelError
-    from keylayers.updates import lora_updates
+    from keylayers.updates import adapter_updates
 
     model = with_random_lora(tiny_llama())
     model.merge_adapter()
     with pytest.raises(ModelError, match="merged into the base weights"):
-        lora_updates(model)
+        adapter_updates(model)
     with pytest.raises(ModelError, match="must carry a PEFT adapter"):
-        lora_updates(tiny_llama())
+        adapter_updates(tiny_llama())
 
 
 def test_checkpoints_of_different_shapes_are_refused():
@@ -246,11 +279,11 @@ def test_checkpoints_of_different_shapes_are_refused():
 
 def test_lora_dropout_is_off_while_gates_are_in():
     from keylayers.gates import gated
-    from keylayers.updates import lora_updates
+    from keylayers.updates import adapter_updates
 
     model = with_random_lora(tiny_llama(), lora_dropout=0.5).train()
     tokens = some_tokens()
-    with gated(model, lora_updates(model), initial_score=1.0), torch.no_grad():
+    with gated(model, adapter_updates(model), initial_score=1.0), torch.no_grad():
         assert torch.equal(token_loss(model, tokens), token_loss(model, tokens))
     with torch.no_grad():
         assert not torch.equal(token_loss(model, tokens), token_loss(model, tokens))

@@ -74,9 +74,9 @@ def options_of(**values):
 
 def learn(trainer, **values):
     from keylayers.scores.ila import ila
-    from keylayers.updates import lora_updates
+    from keylayers.updates import adapter_updates
 
-    return ila(trainer, lora_updates(trainer.model), options_of(**values))
+    return ila(trainer, adapter_updates(trainer.model), options_of(**values))
 
 
 def test_one_step_of_sgd_is_the_formula():

@@ -8,10 +8,10 @@ from test_mask_learning import PLANTED, data, noisy_model, planted_model, traine
 def score(trainer, **values):
     from keylayers.options import MaskOptions
     from keylayers.scores import METHODS
-    from keylayers.updates import lora_updates
+    from keylayers.updates import adapter_updates
 
     options = MaskOptions(**{"method": "path", "mask_batches": 2, "path_points": 8} | values)
-    return METHODS["path"](trainer, lora_updates(trainer.model), options, None)
+    return METHODS["path"](trainer, adapter_updates(trainer.model), options, None)
 
 
 def test_scores_sum_to_the_loss_reduction():
@@ -40,7 +40,7 @@ def test_a_planted_module_carries_the_whole_reduction():
 def test_scores_agree_with_differences_of_losses():
     """Independently: slopes on the diagonal by central differences, trapezoids over t."""
     from keylayers.gates import gated
-    from keylayers.updates import lora_updates
+    from keylayers.updates import adapter_updates
 
     trainer = trainer_of(noisy_model(), seed=3)
     result = score(trainer, mask_batches=1, path_points=64)
@@ -53,7 +53,7 @@ def test_scores_agree_with_differences_of_losses():
     model.train()
     points = torch.linspace(0, 1, 41)
     slopes = []
-    with gated(model, lora_updates(model), initial_score=0.0, link="identity") as gates:
+    with gated(model, adapter_updates(model), initial_score=0.0, link="identity") as gates:
         for point in points:
             row = []
             for index in range(4):  # the first four modules

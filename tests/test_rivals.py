@@ -37,10 +37,10 @@ def test_depth_by_hand():
 
     from keylayers.options import MaskOptions
     from keylayers.scores.depth import first, last, middle
-    from keylayers.updates import lora_updates
+    from keylayers.updates import adapter_updates
 
     model = get_peft_model(tiny_llama(num_blocks=4), LoraConfig(r=2, target_modules=["o_proj"]))
-    updates = lora_updates(model)
+    updates = adapter_updates(model)
     found = [
         method(trainer_of(model), updates, MaskOptions()).scores for method in (first, last, middle)
     ]
@@ -227,10 +227,10 @@ def test_shapley_values_of_two_players_mix_their_two_orders():
     first, second = (by_name(found)[f"model.layers.{block}.mlp.up_proj"] for block in (0, 1))
     (batch,) = batches_of(trainer, 1)
     from keylayers.gates import gated
-    from keylayers.updates import lora_updates
+    from keylayers.updates import adapter_updates
 
     losses = {}
-    updates = lora_updates(trainer.model)
+    updates = adapter_updates(trainer.model)
     with gated(
         trainer.model, updates, initial_score=0.0, granularity="block", link="identity"
     ) as gates:

@@ -28,11 +28,11 @@ HAS_ERRORS = [
 def score(trainer, method, **values):
     from keylayers.options import METHOD_OPTIONS, MaskOptions
     from keylayers.scores import METHODS
-    from keylayers.updates import lora_updates
+    from keylayers.updates import adapter_updates
 
     fast = {name: value for name, value in FAST.items() if name in METHOD_OPTIONS[method]}
     options = MaskOptions(**{"method": method} | fast | values)
-    return METHODS[method](trainer, lora_updates(trainer.model), options, None)
+    return METHODS[method](trainer, adapter_updates(trainer.model), options, None)
 
 
 def by_name(found):
@@ -94,13 +94,13 @@ def test_scores_do_not_depend_on_the_order_of_the_updates(method):
         pytest.skip("draws in the order of the updates")
     from keylayers.options import METHOD_OPTIONS, MaskOptions
     from keylayers.scores import METHODS
-    from keylayers.updates import lora_updates
+    from keylayers.updates import adapter_updates
 
     fast = {name: value for name, value in FAST.items() if name in METHOD_OPTIONS[method]}
     found = []
     for step in (1, -1):
         trainer = trainer_of(noisy_model())
-        updates = lora_updates(trainer.model)[::step]
+        updates = adapter_updates(trainer.model)[::step]
         options = MaskOptions(method=method, **fast)
         found.append(by_name(METHODS[method](trainer, updates, options, None)))
     assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-6)
@@ -145,13 +145,13 @@ def test_passes_are_counted():
 def test_progress_knows_how_many_steps_a_method_reports(method):
     from keylayers.options import METHOD_OPTIONS, MaskOptions
     from keylayers.scores import METHODS, num_steps
-    from keylayers.updates import lora_updates
+    from keylayers.updates import adapter_updates
 
     fast = {name: value for name, value in FAST.items() if name in METHOD_OPTIONS[method]}
     options = MaskOptions(method=method, **fast)
     trainer, seen = trainer_of(noisy_model()), []
     METHODS[method](
-        trainer, lora_updates(trainer.model), options, lambda step, loss: seen.append(step)
+        trainer, adapter_updates(trainer.model), options, lambda step, loss: seen.append(step)
     )
     assert seen == list(range(1, len(seen) + 1))
     assert num_steps(options, 14) in (len(seen), None)

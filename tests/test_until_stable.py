@@ -11,9 +11,9 @@ from test_mask_learning import noisy_model, planted_model, trainer_of
 def score(trainer, **values):
     from keylayers.options import MaskOptions
     from keylayers.scores import score_modules
-    from keylayers.updates import lora_updates
+    from keylayers.updates import adapter_updates
 
-    return score_modules(trainer, lora_updates(trainer.model), MaskOptions(**values))
+    return score_modules(trainer, adapter_updates(trainer.model), MaskOptions(**values))
 
 
 def test_a_selection_is_settled_after_so_many_equal_ones():

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny models built from a config with random weights: the real code path, no download."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -39,6 +41,43 @@ def tiny_gpt2(num_blocks: int = 2) -> GPT2LMHeadModel:
         pad_token_id=0,
     )
     return GPT2LMHeadModel(config).eval()
+
+
+class TinyExperts(nn.Module):
+    """A mixture whose experts all take part in equal shares: every step of it runs in float64."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up_proj = nn.Parameter(0.3 * torch.randn(3, 16, 8))
+            self.down_proj = nn.Parameter(0.3 * torch.randn(3, 8, 16))
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            inner = torch.tanh(torch.einsum("bti,eoi->beto", hidden, self.up_proj))
+            return torch.einsum("beto,eio->bti", inner, self.down_proj) / 3
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(8, 8)
+            self.experts = TinyExperts.Experts()
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            mixed = self.mix(hidden).cumsum(dim=1)
+            return hidden + torch.tanh(mixed) + self.experts(hidden)
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed_tokens = nn.Embedding(VOCABULARY, 8)
+        self.layers = nn.ModuleList([TinyExperts.Block() for _ in range(2)])
+        self.lm_head = nn.Linear(8, VOCABULARY)
+
+    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+        hidden = self.embed_tokens(input_ids)
+        for block in self.layers:
+            hidden = block(hidden)
+        return SimpleNamespace(logits=self.lm_head(hidden))
 
 
 def in_float64(model: nn.Module) -> nn.Module:

@@ -85,7 +85,7 @@ def gated(
 
     Args:
         model: The model that the updates belong to.
-        updates: What to gate, from `lora_updates` or `dense_updates`.
+        updates: What to gate, from `adapter_updates` or `dense_updates`.
         initial_score: Every gate's score at first. The paper tries 4, 2 and 1 (from memory of its
             text).
         granularity: One gate for each module, for each block, or for each projection.
@@ -115,9 +115,10 @@ def group_modules(
     """Gate name -> names of the modules that share it, both in model order."""
     names: dict[str, list[str]] = {}
     for module in modules:
+        is_outside = module.block_index is None  # embeddings and head: each on its own
         group = {
             "module": module.name,
-            "block": f"block {module.block_index}",
+            "block": module.name if is_outside else f"block {module.block_index}",
             "projection": module.projection,
         }[granularity]
         names.setdefault(group, []).append(module.name)

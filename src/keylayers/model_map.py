@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The modules of a model: which weight matrices there are, in which block, of which kind.
 
-Found by structure (a `ModuleList` of blocks that hold linear layers), never by the model's name. A
-module is what the paper calls a layer: one weight matrix, by its full name in the base model, so
-that the name is the same whether or not PEFT has wrapped the model.
+Found by structure (a `ModuleList` of blocks that hold linear layers or stacked experts), never by
+the model's name. A module is what the paper calls a layer: one weight matrix, by its full name in
+the base model, so that the name is the same whether or not PEFT has wrapped the model. The experts
+of a mixture are one three-dimensional parameter a kind and block, and one module.
+
+A model with several stacks of blocks: an encoder and a decoder both count, and the decoder's blocks
+are numbered on from the encoder's. Towers for images or sound, which do not hold the embeddings of
+the text, count only where asked for.
 
 Names of axes in shapes, here and elsewhere: `module` one entry a module in model order; `gate` one
 entry a gate; `batch`, `token`, `d_in`, `d_out` and `r` (LoRA rank) as usual.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from peft import PeftModel
@@ -18,25 +24,27 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from keylayers.errors import ModelError
+from keylayers.options import Towers
 
 
 @dataclass(frozen=True)
 class ModuleInfo:
-    """One weight matrix that a fine-tune can update.
+    """One weight matrix, or one stack of experts' matrices, that a fine-tune can update.
 
     Attributes:
-        name: Full name in the base model, such as `model.layers.3.self_attn.q_proj`.
-        block_index: The decoder block it is in, from 0.
+        name: Full name in the base model, such as `model.layers.3.self_attn.q_proj`; of experts the
+            name of their parameter, such as `model.layers.3.mlp.experts.down_proj`.
+        block_index: The block it is in, from 0; None outside the blocks (embeddings, head).
         projection: Its kind, the shortest ending of the name that tells the modules of a block
             apart.
-        shape: (d_out, d_in).
+        shape: (d_out, d_in) of a linear layer; of embeddings and experts as stored.
         num_parameters: Weight and bias together.
     """
 
     name: str
-    block_index: int
+    block_index: int | None
     projection: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     num_parameters: int
 
 
@@ -45,40 +53,56 @@ def base_model_of(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def map_modules(model: nn.Module) -> tuple[ModuleInfo, ...]:
-    """All linear modules inside the model's blocks, in model order.
+def map_modules(model: nn.Module, towers: Towers = "language") -> tuple[ModuleInfo, ...]:
+    """All linear layers and stacked experts inside the model's blocks, in model order.
 
     Embeddings, norms and the output head are not among them, as in the paper.
 
     Args:
         model: A transformers model, wrapped by PEFT or not.
+        towers: The blocks of the language model alone, or those of images and sound too.
 
     Raises:
-        ModelError: no stack of blocks, or more than one.
+        ModelError: no stack of blocks, or several of which none is seen to be the language model.
     """
     base = base_model_of(model)
-    stack = _block_stack(base)
-    pattern = re.compile(re.escape(stack) + r"\.(\d+)\.(.+)")
+    weights = list(_weights(base))
     found: list[tuple[str, int, str, nn.Module]] = []
-    for name, linear in _linear_modules(base):
-        match = pattern.fullmatch(name)
-        if match:
-            found.append((name, int(match[1]), match[2], linear))
-    projections = _short_names(list(dict.fromkeys(path for _, _, path, _ in found)))
+    offset = 0
+    for stack in _block_stacks(base, towers):
+        pattern = re.compile(re.escape(stack) + r"\.(\d+)\.(.+)")
+        for name, holder in weights:
+            match = pattern.fullmatch(name)
+            if match:
+                found.append((name, offset + int(match[1]), match[2], holder))
+        offset += len(base.get_submodule(stack))  # type: ignore[arg-type]
+    kinds = _kinds([(block, path) for _, block, path, _ in found])
     return tuple(
-        ModuleInfo(name, block, projections[path], _shape(linear), _num_parameters(linear))
-        for name, block, path, linear in found
+        ModuleInfo(name, block, kinds[path], *_size(holder, name))
+        for name, block, path, holder in found
     )
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The model's blocks, in order.
+def outside_module(model: nn.Module, name: str) -> ModuleInfo:
+    """A module that is in no block, such as the embeddings, by its name in the base model."""
+    layer = linear_of(module_by_name(model, name))
+    return ModuleInfo(name, None, name.rpartition(".")[2], *_size(layer, name))
+
+
+def blocks_of(model: nn.Module, towers: Towers = "language") -> list[nn.Module]:
+    """The model's blocks, in the order of `block_index`.
 
     Raises:
-        ModelError: no stack of blocks, or more than one.
+        ModelError: no stack of blocks, or several of which none is seen to be the language model.
     """
     base = base_model_of(model)
-    return list(base.get_submodule(_block_stack(base)).children())
+    stacks = _block_stacks(base, towers)
+    return [block for stack in stacks for block in base.get_submodule(stack).children()]
+
+
+def is_in_stack(model: nn.Module, name: str) -> bool:
+    """Whether a module lies in any stack of blocks, of whichever tower."""
+    return any(name.startswith(stack + ".") for stack in _block_stacks(base_model_of(model), "all"))
 
 
 def module_by_name(model: nn.Module, name: str) -> nn.Module:
@@ -91,43 +115,95 @@ def linear_of(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _linear_modules(base: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every linear layer by name; PEFT's matrices inside a wrapped layer are not among them."""
-    found: list[tuple[str, nn.Module]] = []
-    inside: tuple[str, ...] = ()
-    for name, module in base.named_modules():
-        if inside and name.startswith(inside):
-            continue
+def experts_of(layer: nn.Module) -> list[str]:
+    """Names of the parameters of `layer` that stack experts' matrices: three-dimensional ones.
+
+    Torch's own layers have such weights too (convolutions), and are not meant.
+    """
+    if type(layer).__module__.startswith("torch.") or isinstance(layer, BaseTunerLayer):
+        return []
+    parameters = layer.named_parameters(recurse=False)
+    return [name for name, one in parameters if one.dim() == 3 and min(one.shape) > 1]
+
+
+def _weights(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every linear layer and every experts' parameter by its name in the base model, once.
+
+    PEFT's own matrices inside a wrapped layer are not among them.
+    """
+    seen: set[str] = set()
+    wrapped: tuple[str, ...] = ()
+    for full_name, module in base.named_modules():
         if isinstance(module, BaseTunerLayer):
-            inside = (*inside, name + ".")
-        if isinstance(linear_of(module), (nn.Linear, Conv1D)):
-            found.append((name, linear_of(module)))
-    return found
+            wrapped = (*wrapped, full_name + ".")
+        if any(
+            full_name.startswith(one) and not full_name.startswith(one + "base_layer")
+            for one in wrapped
+        ):
+            continue
+        layer = linear_of(module)
+        name = full_name.replace(".base_layer", "")
+        names = [f"{name}.{parameter}" for parameter in experts_of(layer)]
+        if isinstance(layer, (nn.Linear, Conv1D)):
+            names.append(name)
+        for one in names:
+            if one not in seen:
+                seen.add(one)
+                yield one, layer
 
 
-def _block_stack(base: nn.Module) -> str:
-    """The name of the one outermost `ModuleList` whose members hold linear layers."""
-    linear_names = [name for name, _ in _linear_modules(base)]
+def _block_stacks(base: nn.Module, towers: Towers) -> list[str]:
+    """Names of the outermost `ModuleList`s whose members hold weights, in model order."""
+    names = [name for name, _ in _weights(base)]
     stacks: list[str] = []
     for name, module in base.named_modules():
         is_nested = any(name.startswith(stack + ".") for stack in stacks)
-        holds_linear = any(linear.startswith(name + ".") for linear in linear_names)
-        if isinstance(module, nn.ModuleList) and holds_linear and not is_nested:
+        holds_weights = any(one.startswith(name + ".") for one in names)
+        if isinstance(module, nn.ModuleList) and holds_weights and not is_nested:
             stacks.append(name)
     kind = type(base).__name__
     if not stacks:
         raise ModelError(
             f"the model must hold a list of blocks with linear layers, but {kind} has none; "
-            f"keylayers works on "
-            f"transformer models with a `ModuleList` of blocks"
+            f"keylayers works on transformer models with a `ModuleList` of blocks"
         )
-    if len(stacks) > 1:
+    if len(stacks) == 1 or towers == "all":
+        return stacks
+    language = _nearest_to_embeddings(base, stacks)
+    if not language:
         raise ModelError(
-            f"the model must hold one list of blocks, but {kind} has {len(stacks)}: "
-            f"{', '.join(stacks)}; models "
-            f"with several (encoder and decoder, vision and language) are not supported yet"
+            f"the model must hold one list of blocks, or its text embeddings beside those of the "
+            f"language model, but {kind} has {len(stacks)}: {', '.join(stacks)}"
         )
-    return stacks[0]
+    return language
+
+
+def _nearest_to_embeddings(base: nn.Module, stacks: list[str]) -> list[str]:
+    """The stacks in the smallest part of the model that holds text embeddings and a stack.
+
+    Of these the ones fewest levels down: a tower for images may sit beside the blocks.
+    """
+    get_embeddings = getattr(base, "get_input_embeddings", None)
+    embeddings = get_embeddings() if get_embeddings is not None else None
+    name = next((name for name, module in base.named_modules() if module is embeddings), None)
+    while name:
+        name = name.rpartition(".")[0]
+        prefix = f"{name}." if name else ""
+        inside = [stack for stack in stacks if stack.startswith(prefix)]
+        if inside:
+            fewest = min(stack.count(".") for stack in inside)
+            return [stack for stack in inside if stack.count(".") == fewest]
+    return []
+
+
+def _kinds(found: list[tuple[int, str]]) -> dict[str, str]:
+    """Each path inside a block -> its kind; numbers on the way are left out where they can be."""
+    plain = {path: re.sub(r"\.\d+(?=\.)|^\d+\.", "", path) for _, path in found}
+    places = [(block, plain[path]) for block, path in found]
+    if len(set(places)) < len(places):  # such as one linear layer for each expert
+        plain = {path: path for path in plain}
+    short = _short_names(list(dict.fromkeys(plain.values())))
+    return {path: short[one] for path, one in plain.items()}
 
 
 def _short_names(paths: list[str]) -> dict[str, str]:
@@ -143,14 +219,16 @@ def _short_names(paths: list[str]) -> dict[str, str]:
     return short
 
 
-def _shape(linear: nn.Module) -> tuple[int, int]:
-    """(d_out, d_in); asked of the layer, because a quantised weight is packed."""
-    if isinstance(linear, nn.Linear):
-        return (linear.out_features, linear.in_features)
-    assert isinstance(linear, Conv1D)
-    return (linear.nf, linear.nx)
-
-
-def _num_parameters(linear: nn.Module) -> int:
-    d_out, d_in = _shape(linear)
-    return d_out * d_in + (d_out if linear.bias is not None else 0)
+def _size(layer: nn.Module, name: str) -> tuple[tuple[int, ...], int]:
+    """Shape and number of parameters; asked of the layer, because a quantised weight is packed."""
+    if isinstance(layer, nn.Linear):
+        shape: tuple[int, ...] = (layer.out_features, layer.in_features)
+    elif isinstance(layer, Conv1D):
+        shape = (layer.nf, layer.nx)
+    elif isinstance(layer, nn.Embedding):
+        return (layer.num_embeddings, layer.embedding_dim), layer.weight.numel()
+    else:
+        stacked = layer.get_parameter(name.rpartition(".")[2])
+        return tuple(stacked.shape), stacked.numel()
+    num_biases = shape[0] if layer.bias is not None else 0
+    return shape, shape[0] * shape[1] + num_biases

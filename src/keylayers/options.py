@@ -19,6 +19,7 @@ DataFormat = Literal[
 Granularity = Literal["module", "block", "projection"]
 MaskOptimizer = Literal["sgd", "adam"]
 MaskData = Literal["train", "held-out"]
+Towers = Literal["language", "all"]
 Method = Literal[
     "elimination",
     "path",

@@ -45,7 +45,7 @@ def adapter_sha256(model: nn.Module) -> str:
 
 def _is_added(name: str) -> bool:
     """Whether a parameter of a wrapped model is PEFT's, not the base model's."""
-    return any(part in name for part in (".lora_", ".modules_to_save.", ".keygate."))
+    return any(part in name for part in (".lora_", ".modules_to_save.", ".keygate"))
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:

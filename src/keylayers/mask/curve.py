@@ -27,7 +27,7 @@ def mask_curve(
 
     Args:
         trainer: Its model carries the updates; its loss is measured.
-        updates: From `lora_updates` or `dense_updates`.
+        updates: From `adapter_updates` or `dense_updates`.
         order: Names of all updated modules, best first.
         held_out: Examples that neither training nor mask learning saw.
         num_points: Points on the curve, evenly spaced; every count if not given.

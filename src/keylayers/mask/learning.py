@@ -38,7 +38,7 @@ def learn_scores(
 
     Args:
         trainer: Any transformers or TRL trainer; its model carries the updates.
-        updates: From `lora_updates` or `dense_updates` on that model.
+        updates: From `adapter_updates` or `dense_updates` on that model.
         options: How to learn.
         on_step: Called after each step with its number, from 1, and its loss in nats.
         initial_score: Every score at first.

@@ -120,7 +120,7 @@ def scoring(
 
     Args:
         trainer: Any transformers or TRL trainer; its model carries the updates.
-        updates: From `lora_updates` or `dense_updates` on that model.
+        updates: From `adapter_updates` or `dense_updates` on that model.
         options: How to score.
         on_step: Called after each pass with its number, from 1, and its loss in nats.
         num_batches: How many batches; `options.mask_batches` if not given.

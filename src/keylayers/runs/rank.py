@@ -26,7 +26,7 @@ from keylayers.runs.update import RankJob, find_update
 from keylayers.scores import STOPS_BY_ITSELF, num_steps, score_modules
 from keylayers.training.data import prepare
 from keylayers.training.run import make_trainer
-from keylayers.updates import Update, lora_updates
+from keylayers.updates import Update, adapter_updates
 from keylayers.weights import weights_sha256
 
 
@@ -55,7 +55,7 @@ def rank_modules(
         GuardError: something else than the gates changed, or a gate took no part.
     """
     options = options or MaskOptions()
-    updates = lora_updates(trainer.model)
+    updates = adapter_updates(trainer.model)
     train_dataset = trainer.train_dataset
     trainer.train_dataset = train_dataset if mask_dataset is None else mask_dataset
     try:

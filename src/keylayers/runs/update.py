@@ -18,9 +18,9 @@ from keylayers.progress import Progress
 from keylayers.records import RECORD, STAGE_1_ADAPTER, environment, json_sha256
 from keylayers.training.data import PreparedData
 from keylayers.training.run import fine_tune, make_trainer, new_lora
-from keylayers.updates import Update, dense_updates, lora_updates
+from keylayers.updates import Update, adapter_updates, dense_updates
+from keylayers.updates.adapter import always_on
 from keylayers.updates.dense import take_other_weights
-from keylayers.updates.lora import ungated_tuner_layers
 from keylayers.weights import adapter_sha256, tensors_sha256
 
 
@@ -71,11 +71,11 @@ def existing_update(
 
 def _from_adapter(model: PreTrainedModel, adapter: str, progress: Progress) -> TunedModel:
     tuned = load_adapter(model, adapter)
-    outside = ungated_tuner_layers(tuned)
+    outside = always_on(tuned)
     if outside:
-        progress.note(f"not ranked, always on: the adapter's update of {', '.join(outside)}")
+        progress.note(f"not ranked, always on: the adapter's own {', '.join(outside)}")
     record = {"name": adapter, "weights_sha256": adapter_sha256(tuned), "always_on": outside}
-    return TunedModel(tuned, lora_updates(tuned), {"adapter": record})
+    return TunedModel(tuned, adapter_updates(tuned), {"adapter": record})
 
 
 def _from_checkpoint(model: PreTrainedModel, tuned: str, progress: Progress) -> TunedModel:
@@ -107,11 +107,11 @@ def _from_stage_1(job: RankJob) -> TunedModel:
     if stage_1 is not None:
         job.progress.note(f"stage 1 of the same inputs is taken from {folder}")
         tuned = load_adapter(job.model, str(folder))
-        return TunedModel(tuned, lora_updates(tuned), {"stage_1": stage_1})
+        return TunedModel(tuned, adapter_updates(tuned), {"stage_1": stage_1})
     tuned, stage_1 = _train_all(job)
     record = {"inputs_sha256": inputs, "options": job.options.flat(), "stage_1": stage_1}
     save_tuned(tuned, job.tokenizer, folder, record)
-    return TunedModel(tuned, lora_updates(tuned), {"stage_1": stage_1})
+    return TunedModel(tuned, adapter_updates(tuned), {"stage_1": stage_1})
 
 
 def _train_all(job: RankJob) -> tuple[PeftModel, dict[str, Any]]:

@@ -82,7 +82,7 @@ def score_modules(
 
     Args:
         trainer: Any transformers or TRL trainer; its model carries the updates.
-        updates: From `lora_updates` or `dense_updates` on that model.
+        updates: From `adapter_updates` or `dense_updates` on that model.
         options: Which method, and how.
         on_step: Called after each pass with its number, from 1, and its loss in nats.
 

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dense updates: the difference of two checkpoints, `Δθ = θ_t - θ_0`.
 
-Inside the block a module computes `(θ_0 + γ Δθ) x`. The gate's gradient is `⟨∂L/∂W, Δθ⟩ = Σ_tokens
-⟨∂L/∂y, Δθ x⟩`; a custom autograd function computes it from `x` alone, so that neither the mixed
-weight nor `Δθ x` is kept for the backward pass. The mixed weight of one module at a time exists,
-twice a step.
+The model holds θ_0, and inside the block a module computes `θ_0 x + γ Δθ x`. θ_t is read one module
+at a time when it is needed, from memory or from disk, so that a pair of checkpoints needs no more
+memory than one model and its largest module. The gate's gradient is `⟨∂L/∂W, Δθ⟩ = Σ_tokens
+⟨∂L/∂y, Δθ x⟩`; a custom autograd function computes it from `x` alone, so that neither Δθ nor `Δθ x`
+is kept for the backward pass. The two products are added up and not the two weights: in bfloat16
+half of a small Δθ would round away in a mixed weight.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,39 +20,36 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from keylayers.errors import ModelError
-from keylayers.model_map import ModuleInfo, linear_of, map_modules, module_by_name
+from keylayers.model_map import ModuleInfo, experts_of, map_modules
+from keylayers.options import Towers
 from keylayers.updates.gate import GATE_CHILD, Gate
 
 
 @dataclass(frozen=True)
 class DenseUpdate:
-    """What full fine-tuning added to one module's weight, and to its bias if it has one."""
+    """What full fine-tuning added to one linear layer's weight, and to its bias if it has one."""
 
     module: ModuleInfo
     layer: nn.Linear | Conv1D
-    delta_weight: Tensor
-    delta_bias: Tensor | None
+    tuned: Mapping[str, Tensor]
 
     def delta(self) -> Float[Tensor, "d_out d_in"]:
         """The whole update of the weight, Δθ, in float32."""
-        is_transposed = not isinstance(self.layer, nn.Linear)
-        return (self.delta_weight.T if is_transposed else self.delta_weight).float()
+        return self._delta_weight().float()
 
     @contextlib.contextmanager
     def gated(self, gate: Gate) -> Iterator[None]:
         """Let the module, which holds θ_0, compute with `θ_0 + γ Δθ` inside the block."""
         is_transposed = not isinstance(self.layer, nn.Linear)  # Conv1D keeps (d_in, d_out)
-        weight = self.layer.weight.T if is_transposed else self.layer.weight
-        delta = (self.delta_weight.T if is_transposed else self.delta_weight).to(weight.device)
 
         def forward(x: Tensor) -> Tensor:
             value = gate.value()
-            y = _MixedLinear.apply(x, value, weight, delta)
+            weight = self.layer.weight.T if is_transposed else self.layer.weight
+            y = _GatedLinear.apply(x, value, weight, self._delta_weight)
             if self.layer.bias is None:
                 return y
-            bias = self.layer.bias
-            if self.delta_bias is not None:
-                bias = bias + value.to(bias.device) * self.delta_bias.to(bias.device)
+            delta = _difference(self.tuned, f"{self.module.name}.bias", self.layer.bias)
+            bias = self.layer.bias + value.to(delta.device) * delta
             return y + bias.to(y.dtype)
 
         self.layer.add_module(GATE_CHILD, gate)
@@ -61,9 +60,60 @@ class DenseUpdate:
             del self.layer.forward  # the class's own method shows again
             delattr(self.layer, GATE_CHILD)
 
+    def _delta_weight(self) -> Float[Tensor, "d_out d_in"]:
+        delta = _difference(self.tuned, f"{self.module.name}.weight", self.layer.weight)
+        return delta if isinstance(self.layer, nn.Linear) else delta.T
 
-class _MixedLinear(torch.autograd.Function):
-    """`x (θ_0 + γ Δ)ᵀ`, differentiable in `x` and `γ`."""
+
+@dataclass(frozen=True)
+class DenseExpertsUpdate:
+    """What full fine-tuning added to the stacked experts of one kind.
+
+    How a mixture uses its parameter is its own affair, so inside the block the mixed weight stands
+    in the parameter's place. It is kept for the backward pass: a second copy of the experts.
+    """
+
+    module: ModuleInfo
+    layer: nn.Module
+    tuned: Mapping[str, Tensor]
+
+    def delta(self) -> Float[Tensor, "..."]:
+        """The whole update of the parameter, Δθ, in its own shape, in float32."""
+        return self._delta().float()
+
+    @contextlib.contextmanager
+    def gated(self, gate: Gate) -> Iterator[None]:
+        """Let the experts, which hold θ_0, compute with `θ_0 + γ Δθ` inside the block."""
+        name = self.module.name.rpartition(".")[2]
+
+        def mix(*_: Any) -> None:
+            parameter = self.layer.get_parameter(name)
+            self.layer.__dict__[name] = parameter + gate(self._delta())
+
+        def restore(*_: Any) -> None:
+            self.layer.__dict__.pop(name, None)  # the parameter shows again
+
+        child = f"{GATE_CHILD}_{name}"  # one layer holds the experts of several kinds
+        self.layer.add_module(child, gate)
+        handles = [
+            self.layer.register_forward_pre_hook(mix),
+            self.layer.register_forward_hook(restore, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            restore()
+            delattr(self.layer, child)
+
+    def _delta(self) -> Tensor:
+        parameter = self.layer.get_parameter(self.module.name.rpartition(".")[2])
+        return _difference(self.tuned, self.module.name, parameter)
+
+
+class _GatedLinear(torch.autograd.Function):
+    """`θ_0 x + γ Δ x`, differentiable in `x` and `γ`; Δ is made anew where it is needed."""
 
     @staticmethod
     def forward(
@@ -71,51 +121,59 @@ class _MixedLinear(torch.autograd.Function):
         x: Float[Tensor, "... d_in"],
         gate: Float[Tensor, "1"],
         weight: Float[Tensor, "d_out d_in"],
-        delta: Float[Tensor, "d_out d_in"],
+        make_delta: Callable[[], Float[Tensor, "d_out d_in"]],
     ) -> Float[Tensor, "... d_out"]:
-        y = nn.functional.linear(x, _mix(gate, weight, delta))
         ctx.save_for_backward(x, gate)
-        ctx.weight, ctx.delta = weight, delta
-        return y
+        ctx.weight, ctx.make_delta = weight, make_delta
+        y = nn.functional.linear(x, weight)
+        return y.add_(nn.functional.linear(x, make_delta()) * gate.to(y.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, gate = ctx.saved_tensors
         grad_x = grad_gate = None
-        if ctx.needs_input_grad[0]:
-            mixed = _mix(gate, ctx.weight, ctx.delta).to(grad_y.dtype)
-            grad_x = (grad_y @ mixed).to(x.dtype)
+        through_delta = grad_y @ ctx.make_delta().to(grad_y.dtype)
         if ctx.needs_input_grad[1]:
-            through_delta = grad_y @ ctx.delta.to(grad_y.dtype)
             grad_gate = (through_delta * x).sum(dtype=gate.dtype).reshape(1)
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_y @ ctx.weight.to(grad_y.dtype)
+            grad_x = grad_x.add_(through_delta * gate.to(grad_x.dtype)).to(x.dtype)
         return grad_x, grad_gate, None, None
 
 
-def _mix(gate: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
-    return torch.addcmul(weight, gate.to(weight.dtype), delta)
-
-
-def dense_updates(model: nn.Module, tuned: Mapping[str, Tensor]) -> list[DenseUpdate]:
+def dense_updates(
+    model: nn.Module, tuned: Mapping[str, Tensor], towers: Towers = "language"
+) -> list[DenseUpdate | DenseExpertsUpdate]:
     """The difference between `tuned` and `model` for each module of the blocks, in model order.
 
     Args:
         model: The base model, θ_0; unchanged.
         tuned: Parameter name -> value after fine-tuning, θ_t, for at least the modules of the
-            blocks.
+            blocks. It is asked for one value at a time, and again whenever one is needed.
+        towers: Which stacks of blocks.
 
     Raises:
         ModelError: a module is missing in `tuned`, has another shape there, or nothing differs.
     """
-    updates = []
-    for info in map_modules(model):
-        layer = linear_of(module_by_name(model, info.name))
-        assert isinstance(layer, (nn.Linear, Conv1D))
-        delta_weight = _difference(tuned, f"{info.name}.weight", layer.weight)
-        delta_bias = None
-        if layer.bias is not None:
-            delta_bias = _difference(tuned, f"{info.name}.bias", layer.bias)
-        updates.append(DenseUpdate(info, layer, delta_weight, delta_bias))
-    if not any(bool(update.delta_weight.any()) for update in updates):
+    updates: list[DenseUpdate | DenseExpertsUpdate] = []
+    has_difference = False
+    for info in map_modules(model, towers):
+        holder, _, parameter = info.name.rpartition(".")
+        if parameter in experts_of(model.get_submodule(holder)):
+            updates.append(DenseExpertsUpdate(info, model.get_submodule(holder), tuned))
+        else:
+            layer = model.get_submodule(info.name)
+            assert isinstance(layer, (nn.Linear, Conv1D))
+            if not layer.weight.is_floating_point():
+                raise ModelError(
+                    f"the difference of two checkpoints needs a base that is not quantised, but "
+                    f"{info.name} holds packed {layer.weight.dtype}"
+                )
+            updates.append(DenseUpdate(info, layer, tuned))
+        has_difference |= any(
+            bool(_difference(tuned, name, value).any()) for name, value in _parameters(model, info)
+        )
+    if not has_difference:
         raise ModelError(
             "the tuned checkpoint must differ from the base in the model's blocks, but every "
             "module is equal; is it the same checkpoint?"
@@ -123,7 +181,9 @@ def dense_updates(model: nn.Module, tuned: Mapping[str, Tensor]) -> list[DenseUp
     return updates
 
 
-def take_other_weights(model: nn.Module, tuned: Mapping[str, Tensor]) -> list[str]:
+def take_other_weights(
+    model: nn.Module, tuned: Mapping[str, Tensor], towers: Towers = "language"
+) -> list[str]:
     """Give `model` the tuned values of all that is not gated: embeddings, norms, head.
 
     With them the model with all gates open is the tuned model. The modules of the blocks keep θ_0.
@@ -134,19 +194,35 @@ def take_other_weights(model: nn.Module, tuned: Mapping[str, Tensor]) -> list[st
     Raises:
         ModelError: a parameter is missing in `tuned` or has another shape there.
     """
-    gated = {f"{info.name}.{kind}" for info in map_modules(model) for kind in ("weight", "bias")}
+    infos = map_modules(model, towers)
+    gated = {name for info in infos for name, _ in _parameters(model, info)}
     changed = []
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name not in gated:
-                difference = _difference(tuned, name, parameter)
-                if bool(difference.any()):
+                value = _tuned_value(tuned, name, parameter)
+                if not torch.equal(value, parameter):
                     changed.append(name)
-                    parameter.copy_(tuned[name])
+                    parameter.copy_(value)
     return changed
 
 
+def _parameters(model: nn.Module, info: ModuleInfo) -> list[tuple[str, Tensor]]:
+    """The parameters of one module by name: the experts' own, or weight and bias."""
+    holder, _, last = info.name.rpartition(".")
+    if last in experts_of(model.get_submodule(holder)):
+        return [(info.name, model.get_parameter(info.name))]
+    layer = model.get_submodule(info.name)
+    return [(f"{info.name}.{name}", one) for name, one in layer.named_parameters(recurse=False)]
+
+
 def _difference(tuned: Mapping[str, Tensor], name: str, base: Tensor) -> Tensor:
+    """Δθ of one parameter, in the base's dtype and place, in memory of its own."""
+    return _tuned_value(tuned, name, base).sub(base.detach())
+
+
+def _tuned_value(tuned: Mapping[str, Tensor], name: str, base: Tensor) -> Tensor:
+    """θ_t of one parameter, in the base's dtype and place."""
     if name not in tuned:
         raise ModelError(
             f"the tuned checkpoint must hold {name}, but it does not; is it another kind of model?"
@@ -157,4 +233,4 @@ def _difference(tuned: Mapping[str, Tensor], name: str, base: Tensor) -> Tensor:
             f"the two checkpoints must have the same shapes, but {name} is {tuple(base.shape)} in "
             f"the base and {tuple(value.shape)} in the tuned one"
         )
-    return value.to(base.device, base.dtype) - base.detach()
+    return value.detach().to(base.device, base.dtype)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdaLoRA updates: `scaling / r · P Λ Q x`, gated on their input.
+
+A, Λ and B are parameters here and no modules, so nothing fires a hook between them. The update is
+linear in x and dropout is its first step: a gate in the place of dropout scales the whole update.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from peft.tuners.adalora.layer import AdaLoraLayer
+from torch import Tensor
+
+from keylayers.model_map import ModuleInfo
+from keylayers.updates.gate import Gate
+
+
+@dataclass(frozen=True)
+class AdaLoraUpdate:
+    """The singular vectors and values of one linear layer, as PEFT holds them."""
+
+    module: ModuleInfo
+    layer: AdaLoraLayer
+    adapter: str
+
+    def delta(self) -> Float[Tensor, "d_out d_in"]:
+        """The whole update of the weight, Δθ, in float32."""
+        a = self.layer.lora_A[self.adapter].detach().float()
+        values = self.layer.lora_E[self.adapter].detach().float()
+        b = self.layer.lora_B[self.adapter].detach().float()
+        scaling = self.layer.scaling[self.adapter] / (self._ranknum() + 1e-5)
+        return scaling * (b @ (a * values))
+
+    def ranks_left(self) -> int:
+        """How many singular values AdaLoRA's own importance has left above zero."""
+        return int((self.layer.lora_E[self.adapter].detach() != 0).sum())
+
+    def _ranknum(self) -> float:
+        return float(self.layer.ranknum[self.adapter])
+
+    @contextlib.contextmanager
+    def gated(self, gate: Gate) -> Iterator[None]:
+        """Scale this update by `gate` inside the block; AdaLoRA's dropout is off there."""
+        dropout = self.layer.lora_dropout[self.adapter]
+        self.layer.lora_dropout[self.adapter] = gate
+        try:
+            yield
+        finally:
+            self.layer.lora_dropout[self.adapter] = dropout

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The updates of a PEFT adapter: of which kind each is, or why a gate cannot scale it."""
+
+from peft import PeftModel
+from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from keylayers.errors import ModelError
+from keylayers.model_map import (
+    ModuleInfo,
+    base_model_of,
+    is_in_stack,
+    linear_of,
+    map_modules,
+    outside_module,
+)
+from keylayers.options import Towers
+from keylayers.updates.adalora import AdaLoraUpdate
+from keylayers.updates.dora import DoraUpdate
+from keylayers.updates.embedding import EmbeddingUpdate
+from keylayers.updates.experts import ParameterUpdate
+from keylayers.updates.lora import LoraUpdate
+
+AdapterUpdate = LoraUpdate | DoraUpdate | AdaLoraUpdate | EmbeddingUpdate | ParameterUpdate
+
+
+def adapter_updates(model: nn.Module) -> list[AdapterUpdate]:
+    """All updates of the active adapter: outside the blocks first, then in the blocks' order.
+
+    Raises:
+        ModelError: no PEFT adapter, several active ones, or a kind that a gate cannot scale
+            exactly.
+    """
+    if not isinstance(model, PeftModel):
+        raise ModelError(
+            f"the model must carry a PEFT adapter, got a plain {type(model).__name__}; fine-tune "
+            f"it with LoRA, or give the tuned checkpoint as `tuned`"
+        )
+    layers = tuner_layers(model)
+    inside = map_modules(model, towers_of(model))
+    known = {info.name for info in inside}
+    outside = [outside_module(model, name) for name in layers if name not in known]
+    infos = [*outside, *(info for info in inside if info.name in layers)]
+    if not infos:
+        raise ModelError(
+            "the adapter must update at least one linear layer, embedding or stack of experts, but "
+            "it updates none"
+        )
+    return [_update(info, layers[info.name]) for info in infos]
+
+
+def always_on(model: nn.Module) -> list[str]:
+    """What the adapter replaces as a whole (`modules_to_save`): not gated, its change stays on."""
+    return [
+        name
+        for name, module in base_model_of(model).named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+    ]
+
+
+def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    """Module name in the base model -> the PEFT layer around it, in model order.
+
+    PEFT nests one layer in another where an adapter updates several parameters of one module.
+    """
+    found = {}
+    for name, layer in base_model_of(model).named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            own = name.replace(".base_layer", "")
+            is_whole = isinstance(linear_of(layer), (nn.Linear, Conv1D, nn.Embedding))
+            if isinstance(layer, ParamWrapper) and not is_whole:
+                own = f"{own}.{layer.parameter_name}"
+            found[own] = layer
+    return found
+
+
+def towers_of(model: nn.Module) -> Towers:
+    """`all` if the model's adapter updates blocks of a tower beside the language model's."""
+    language = {info.name for info in map_modules(model)}
+    others = (name for name in tuner_layers(model) if name not in language)
+    return "all" if any(is_in_stack(model, name) for name in others) else "language"
+
+
+def _update(info: ModuleInfo, layer: BaseTunerLayer) -> AdapterUpdate:
+    """The update of one PEFT layer, or a ModelError that says what a gate cannot scale."""
+    if len(layer.active_adapters) != 1:
+        raise ModelError(
+            f"exactly one adapter must be active, but {info.name} has {layer.active_adapters}; "
+            f"choose one with model.set_adapter(name)"
+        )
+    adapter = layer.active_adapters[0]
+    reason = _why_not(layer, adapter)
+    if reason is not None:
+        raise ModelError(
+            f"a gate must scale the whole update, which it cannot for {info.name}: {reason}"
+        )
+    assert isinstance(layer, LoraLayer)
+    if isinstance(layer, AdaLoraLayer):
+        return AdaLoraUpdate(info, layer, adapter)
+    if isinstance(layer, ParamWrapper):
+        return ParameterUpdate(info, layer, adapter)
+    if isinstance(linear_of(layer), nn.Embedding):
+        return EmbeddingUpdate(info, layer, adapter)
+    if layer.use_dora.get(adapter, False):
+        return DoraUpdate(info, layer, adapter)
+    return LoraUpdate(info, layer, adapter)
+
+
+def _why_not(layer: BaseTunerLayer, adapter: str) -> str | None:
+    """Why no gate scales this layer's whole update, or None if one does."""
+    kind = type(layer).__name__
+    base = linear_of(layer)
+    if not isinstance(layer, LoraLayer):
+        return f"a {kind} is no LoRA layer"
+    if layer.merged:
+        return "it is merged into the base weights; call model.unmerge_adapter() first"
+    if layer.lora_bias.get(adapter, False):
+        return "`lora_bias=True` adds a bias that a gate on A does not scale"
+    is_dora = layer.use_dora.get(adapter, False)
+    if isinstance(base, nn.Embedding):
+        return "DoRA on embeddings has no one place to gate" if is_dora else None
+    if isinstance(layer, (ParamWrapper, AdaLoraLayer)):
+        return None
+    if not isinstance(base, (nn.Linear, Conv1D)):
+        return f"a {kind} on a {type(base).__name__} merges its weights or is no matrix product"
+    if adapter in layer.lora_variant and not is_dora:
+        variant = type(layer.lora_variant[adapter]).__name__
+        return f"the variant {variant} of LoRA is not known to be linear in A's output"
+    return None

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA on parameters: the stacked experts of a mixture, or a linear layer's weight itself.
+
+PEFT's `target_parameters` add `scaling · B_e A_e` to the parameter while the layer that holds it
+runs; A and B are read, not called, so no hook on them fires. The gate scales the factor that PEFT
+reads: rank-r numbers, not the whole stack.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor
+
+from keylayers.model_map import ModuleInfo
+from keylayers.updates.gate import GATE_CHILD, Gate
+
+
+@dataclass(frozen=True)
+class ParameterUpdate:
+    """The LoRA matrices of one parameter, as PEFT holds them."""
+
+    module: ModuleInfo
+    layer: ParamWrapper
+    adapter: str
+
+    def delta(self) -> Float[Tensor, "..."]:
+        """The whole update of the parameter, Δθ, in its own shape, in float32."""
+        return self.layer.get_delta_weight(self.adapter).detach().float()
+
+    @contextlib.contextmanager
+    def gated(self, gate: Gate) -> Iterator[None]:
+        """Scale this update by `gate` inside the block."""
+        factors, whole = self.layer.get_delta_factors, self.layer.get_delta_weight
+
+        def gated_factors(adapter: str) -> tuple[Tensor, Tensor, float]:
+            left, right, scaling = factors(adapter)
+            return left, gate(right), scaling
+
+        def gated_whole(adapter: str) -> Tensor:
+            return gate(whole(adapter))
+
+        self.layer.add_module(GATE_CHILD, gate)
+        self.layer.get_delta_factors = gated_factors
+        self.layer.get_delta_weight = gated_whole
+        try:
+            yield
+        finally:
+            del self.layer.get_delta_factors, self.layer.get_delta_weight
+            delattr(self.layer, GATE_CHILD)
