@@ -278,7 +278,7 @@ def _drawn_scores(ranking: Ranking, index: int) -> Float[np.ndarray, "draw modul
 
 def _gate(module: RankedModule, granularity: str) -> int | str:
     """What the modules that share a gate, and so a score, have in common."""
-    if granularity == "block":
+    if granularity == "block" and module.block_index is not None:
         return module.block_index
     return module.projection if granularity == "projection" else module.name
 

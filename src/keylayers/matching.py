@@ -158,16 +158,21 @@ def _projections(ranking: Ranking) -> tuple[str, ...]:
 
 def _size(ranking: Ranking) -> tuple[int, int]:
     """Blocks, then modules: what makes one model shallower than another."""
-    return max(module.block_index for module in ranking.modules), len(ranking.modules)
+    return max(map(_block, ranking.modules)), len(ranking.modules)
 
 
 def _places(modules: Sequence[RankedModule], projections: Collection[str]) -> Places:
     """Places of the modules of these projections, in the order of their blocks."""
     chosen = [place for place, module in enumerate(modules) if module.projection in projections]
-    return np.array(sorted(chosen, key=lambda place: modules[place].block_index), dtype=int)
+    return np.array(sorted(chosen, key=lambda place: _block(modules[place])), dtype=int)
 
 
 def _depths(ranking: Ranking) -> Scores:
     """Relative depth of every module: 0 in the first block, 1 in the last."""
-    blocks = np.array([module.block_index for module in ranking.modules], dtype=float)
+    blocks = np.array([_block(module) for module in ranking.modules], dtype=float)
     return blocks / max(1.0, blocks.max())
+
+
+def _block(module: RankedModule) -> int:
+    """The block that a module is in; the first for one outside, of which there is one a kind."""
+    return module.block_index or 0

@@ -28,7 +28,7 @@ class RankedModule:
 
     Attributes:
         name: Full name in the base model.
-        block_index: The decoder block it is in, from 0.
+        block_index: The block it is in, from 0; None outside the blocks (embeddings, head).
         projection: Its kind, such as `q_proj`.
         num_parameters: Weight and bias together.
         score: Importance, higher is more; None if the method did not score it.
@@ -36,7 +36,7 @@ class RankedModule:
     """
 
     name: str
-    block_index: int
+    block_index: int | None
     projection: str
     num_parameters: int
     score: float | None
@@ -167,7 +167,7 @@ def _from_json(content: Any, path: str) -> Ranking:
 def _module_from_json(row: Any, path: str, index: int) -> RankedModule:
     kinds: dict[str, tuple[type, ...]] = {
         "name": (str,),
-        "block_index": (int,),
+        "block_index": (int, type(None)),
         "projection": (str,),
         "num_parameters": (int,),
         "score": (int, float, type(None)),

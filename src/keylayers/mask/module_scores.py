@@ -8,6 +8,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from keylayers.errors import ModelError
 from keylayers.gates import Gates
 from keylayers.updates import Update
 
@@ -58,6 +59,21 @@ def to_modules(
         for module in modules
     }
     return tuple(of_module[update.module.name] for update in updates)
+
+
+def block_indices(updates: Sequence[Update]) -> list[int]:
+    """The block of each update's module, for methods that score whole blocks.
+
+    Raises:
+        ModelError: a module is in no block.
+    """
+    outside = [one.module.name for one in updates if one.module.block_index is None]
+    if outside:
+        raise ModelError(
+            f"a method that scores blocks needs every module in one, but {outside[0]} is in none; "
+            f"choose one that scores modules, such as elimination"
+        )
+    return [one.module.block_index or 0 for one in updates]
 
 
 def data_free(

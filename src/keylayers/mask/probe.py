@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from keylayers.model_map import blocks_of
 from keylayers.updates import Update
+from keylayers.updates.adapter import towers_of
+from keylayers.updates.base_weight import check_linear
 
 SeeInput = Callable[[int, Tensor], None]
 SeeGradient = Callable[[int, Tensor, Tensor], None]
@@ -29,6 +31,7 @@ def observed_inputs(updates: Sequence[Update], see: SeeInput) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for index, update in enumerate(updates):
+            check_linear(update.layer)
             stack.callback(update.layer.register_forward_hook(observe(index)).remove)
         yield
 
@@ -52,6 +55,7 @@ def observed_gradients(updates: Sequence[Update], see: SeeGradient) -> Iterator[
 
     with contextlib.ExitStack() as stack:
         for index, update in enumerate(updates):
+            check_linear(update.layer)
             stack.callback(update.layer.register_forward_hook(observe(index)).remove)
         yield
 
@@ -69,7 +73,7 @@ def observed_blocks(model: nn.Module, see: SeeBlock) -> Iterator[None]:
         return hook
 
     with contextlib.ExitStack() as stack:
-        for index, block in enumerate(blocks_of(model)):
+        for index, block in enumerate(blocks_of(model, towers_of(model))):
             handle = block.register_forward_hook(observe(index), with_kwargs=True)
             stack.callback(handle.remove)
         yield

@@ -41,8 +41,9 @@ def heatmap(ranking: Ranking, *, marked: Collection[str] = ()) -> Table:
     table.add_column("block ", justify="right", style="dim")
     for projection in projections:
         table.add_column(Text(f" {projection} "), justify="center")
-    for block in sorted({module.block_index for module in ranking.modules}):
-        row: list[RenderableType] = [f"{block} "]
+    blocks = {module.block_index for module in ranking.modules}
+    for block in sorted(blocks, key=lambda one: -1 if one is None else one):
+        row: list[RenderableType] = ["outside " if block is None else f"{block} "]
         for projection in projections:
             module = cells.get((block, projection))
             rank = None if module is None else ranks[module.name]

@@ -26,6 +26,7 @@ from keylayers.options import MaskOptions
 from keylayers.preserve import preserved
 from keylayers.progress import OnStep
 from keylayers.updates import Update
+from keylayers.updates.base_weight import check_linear
 
 INITIAL_RANK = 8
 TARGET_RANK = 2
@@ -39,6 +40,8 @@ def adalora(
 ) -> ModuleScores:
     """The rank that AdaLoRA leaves each update's module; the fraction is its tie-breaker."""
     start = time.perf_counter()
+    for update in updates:
+        check_linear(update.layer)
     names = [update.module.name for update in updates]
     with preserved(trainer.model):
         set_seed(trainer.args.seed if options.mask_seed is None else options.mask_seed)

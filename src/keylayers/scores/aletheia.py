@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from transformers import Trainer
 
-from keylayers.mask.module_scores import ModuleScores
+from keylayers.mask.module_scores import ModuleScores, block_indices
 from keylayers.mask.scoring import mean_and_error, scoring
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
@@ -32,7 +32,7 @@ def aletheia(
     on_step: OnStep | None = None,
 ) -> ModuleScores:
     """The summed gradient norm of each update's block in the base model."""
-    blocks = torch.tensor([update.module.block_index for update in updates])
+    blocks = torch.tensor(block_indices(updates))
     same_block = (blocks[:, None] == blocks[None, :]).float()
     with scoring(trainer, updates, options, on_step) as task:
         mean, error = mean_and_error(weight_gradient_norms(task) @ same_block)

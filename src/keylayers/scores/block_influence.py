@@ -18,13 +18,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Trainer
 
-from keylayers.mask.module_scores import ModuleScores
+from keylayers.mask.module_scores import ModuleScores, block_indices
 from keylayers.mask.probe import observed_blocks, token_mask
 from keylayers.mask.scoring import Scoring, mean_and_error, scoring
 from keylayers.model_map import blocks_of
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
 from keylayers.updates import Update
+from keylayers.updates.adapter import towers_of
 
 
 def block_influence(
@@ -36,13 +37,13 @@ def block_influence(
     """The influence of each update's block in the base model."""
     with scoring(trainer, updates, options, on_step) as task:
         influence = torch.stack([_influence(task, batch) for batch in task.batches])
-        mean, error = mean_and_error(influence[:, [one.module.block_index for one in updates]])
+        mean, error = mean_and_error(influence[:, block_indices(updates)])
         return task.result(mean, unit="1 - cosine", standard_errors=error)
 
 
 def _influence(task: Scoring, batch: Any) -> Float[Tensor, " block"]:
     model = task.source.model
-    influence = torch.zeros(len(blocks_of(model)))
+    influence = torch.zeros(len(blocks_of(model, towers_of(model))))
 
     def see(block: int, before: Tensor, after: Tensor) -> None:
         is_token = token_mask(batch, before)

@@ -23,13 +23,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import Trainer
 
-from keylayers.mask.module_scores import ModuleScores
+from keylayers.mask.module_scores import ModuleScores, block_indices
 from keylayers.mask.probe import observed_blocks, token_mask
 from keylayers.mask.scoring import scoring
 from keylayers.model_map import blocks_of
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
 from keylayers.updates import Update
+from keylayers.updates.adapter import towers_of
 
 
 def cka(
@@ -40,7 +41,9 @@ def cka(
 ) -> ModuleScores:
     """1 - CKA over each update's block in the base model."""
     with scoring(trainer, updates, options, on_step) as task:
-        before: list[list[Tensor]] = [[] for _ in blocks_of(trainer.model)]
+        before: list[list[Tensor]] = [
+            [] for _ in blocks_of(trainer.model, towers_of(trainer.model))
+        ]
         after: list[list[Tensor]] = [[] for _ in before]
 
         def see(block: int, hidden: Tensor, output: Tensor) -> None:
@@ -54,7 +57,7 @@ def cka(
                 task.loss(0.0, batch)
         pairs = zip(before, after, strict=True)
         change = torch.tensor([1 - linear_cka(torch.cat(x), torch.cat(y)) for x, y in pairs])
-        scores = change[[one.module.block_index for one in updates]]
+        scores = change[block_indices(updates)]
         return task.result(scores, unit="1 - CKA")
 
 

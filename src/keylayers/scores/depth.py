@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from transformers import Trainer
 
-from keylayers.mask.module_scores import ModuleScores, data_free
+from keylayers.mask.module_scores import ModuleScores, block_indices, data_free
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
 from keylayers.updates import Update
@@ -51,6 +51,6 @@ def middle(
 
 
 def _by_block(updates: Sequence[Update], score: Callable[[int, int], float]) -> ModuleScores:
-    blocks = [update.module.block_index for update in updates]
+    blocks = block_indices(updates)
     values = [score(block, max(blocks) + 1) for block in blocks]
     return data_free(updates, values, unit="blocks", seconds=0.0)

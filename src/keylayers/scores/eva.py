@@ -30,6 +30,7 @@ from keylayers.mask.scoring import scoring
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
 from keylayers.updates import Update
+from keylayers.updates.base_weight import check_linear
 
 MEAN_RANK = 4
 RHO = 4.0
@@ -43,6 +44,8 @@ def eva(
 ) -> ModuleScores:
     """The rank that EVA gives each update's module."""
     start = time.perf_counter()
+    for update in updates:
+        check_linear(update.layer)
     names = [update.module.name for update in updates]
     num_passes = 0
 

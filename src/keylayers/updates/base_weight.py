@@ -4,16 +4,30 @@
 from jaxtyping import Float
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from keylayers.errors import ModelError
 from keylayers.model_map import linear_of
 
 
 def base_weight(layer: nn.Module) -> Float[Tensor, "d_out d_in"]:
     """θ_0 of a module in float32, of a quantised one too, as (d_out, d_in) for `Conv1D` too."""
     linear = linear_of(layer)
+    check_linear(layer)
     weight = linear.weight
     assert isinstance(weight, Tensor)
     if not weight.is_floating_point():
         weight = dequantize_module_weight(linear)
     weight = weight.detach()
     return weight.float() if isinstance(linear, nn.Linear) else weight.T.float()
+
+
+def check_linear(layer: nn.Module) -> None:
+    """Raise a ModelError unless the layer is a matrix product, whose inputs and weight tell all."""
+    linear = linear_of(layer)
+    if not isinstance(linear, (nn.Linear, Conv1D)):
+        raise ModelError(
+            f"this method looks at the inputs or weights of linear layers, but the adapter also "
+            f"updates a {type(linear).__name__}; choose one that looks at losses, such as "
+            f"elimination"
+        )
