@@ -91,7 +91,7 @@ DAMAGE = [
     (lambda text: text.replace('"score": 1.0', '"score": "high"'), "module 0, 'score' must be"),
     (lambda text: text.replace('"score": 1.0', '"score": NaN'), "finite number or None"),
     (lambda text: text.replace('"score": 1.0', '"score": true'), "module 0, 'score' must be"),
-    (lambda text: text.replace('"block_index": 0', '"block_index": null'), "must be int"),
+    (lambda text: text.replace('"block_index": 0', '"block_index": 0.5'), "must be int or null"),
     (lambda text: json.dumps({**json.loads(text), "modules": 3}), "must hold a list `modules`"),
     (lambda text: json.dumps({**json.loads(text), "modules": [3]}), "module 0 must be a mapping"),
     (lambda text: json.dumps({**json.loads(text), "provenance": 3}), "mapping `provenance`"),

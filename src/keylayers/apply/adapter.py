@@ -3,34 +3,62 @@
 
 PEFT drops unknown names without a word and condenses lists of 20 names and more before saving, so
 that they can match more on another model. A grouped regular expression is saved as it is and stays
-exact; still, what PEFT really hit is compared with what was asked, and anything else is refused.
+exact. On mixtures of experts PEFT rewrites targets: an expression hits every block, and the dense
+feed-forward of one block becomes the experts of the others. There attention goes by a list of
+names, and everything that PEFT would rewrite by the names of its parameters. Either way, what PEFT
+really hit is compared with what was asked, and anything else is refused.
 """
 
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from keylayers.errors import GuardError, ModelError
-from keylayers.model_map import base_model_of
+from keylayers.model_map import base_model_of, map_modules
+from keylayers.updates.adapter import own_parameters, tuner_layers
+
+REWRITTEN = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""Last names that PEFT takes for those of experts in the models whose experts it knows."""
 
 
 def lora_config(names: Sequence[str], **options: Any) -> LoraConfig:
     """A `LoraConfig` whose target is exactly `names`.
 
     Args:
-        names: Full module names in the base model.
+        names: Full module names in the base model; without experts, which `add_lora` can place.
         options: Everything else of `LoraConfig`, such as `r` and `lora_alpha`.
     """
     if "target_modules" in options:
         raise TypeError("`target_modules` comes from the selection; leave it out")
     options.setdefault("task_type", "CAUSAL_LM")
     return LoraConfig(target_modules=target_regex(names), **options)
+
+
+def lora_targets(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+    """The fields of a PEFT config that put LoRA on exactly `names` of `model`.
+
+    Args:
+        model: The base model; with or without experts.
+        names: Full module names; those of stacked experts are names of parameters.
+    """
+    parameters = {name for name, one in model.named_parameters() if one.dim() == 3}
+    infos = map_modules(model, "all")
+    if not any(info.name in parameters for info in infos):
+        return {"target_modules": target_regex(names)}
+    modules, stacked = [], []
+    for name in names:
+        if name in parameters:
+            stacked.append(name)
+        elif name.rpartition(".")[2] in REWRITTEN:
+            stacked.append(f"{name}.weight")
+        else:
+            modules.append(name)
+    return {"target_modules": modules, "target_parameters": stacked}
 
 
 def target_regex(names: Iterable[str]) -> str:
@@ -58,12 +86,21 @@ def target_regex(names: Iterable[str]) -> str:
 def add_lora(model: PreTrainedModel, names: Sequence[str], **options: Any) -> PeftModel:
     """`model` wrapped by PEFT with new LoRA matrices on exactly `names`, only these trainable.
 
+    Args:
+        model: The base model.
+        names: Full module names.
+        options: Of `LoraConfig`, or of `AdaLoraConfig` if `total_step` is among them.
+
     Raises:
         ModelError: PEFT cannot hit exactly these modules; says which are missing or too many.
     """
     known = dict(model.named_modules())
-    is_transposed = any(isinstance(known.get(name), Conv1D) for name in names)
-    tuned = get_peft_model(model, lora_config(names, fan_in_fan_out=is_transposed, **options))
+    options.setdefault("task_type", "CAUSAL_LM")
+    options |= lora_targets(model, names)
+    if any(isinstance(known.get(name), Conv1D) for name in names):
+        options["fan_in_fan_out"] = True
+    kind = AdaLoraConfig if "total_step" in options else LoraConfig
+    tuned = get_peft_model(model, kind(**options))
     prove_trainable(tuned, names)
     return tuned
 
@@ -80,13 +117,12 @@ def prove_trainable(model: nn.Module, names: Sequence[str]) -> None:
     """
     asked = set(names)
     trainable = trainable_modules(model)
-    if isinstance(model, PeftModel) and set(model.targeted_module_names) != asked:
-        missed = sorted(asked - set(model.targeted_module_names))
-        extra = sorted(set(model.targeted_module_names) - asked)
+    hit = set(tuner_layers(model))
+    if isinstance(model, PeftModel) and hit != asked:
         raise ModelError(
-            f"PEFT must put an adapter on exactly the selected modules, but missed {missed[:3]} "
-            f"and added {extra[:3]}; for some mixture-of-experts models PEFT rewrites the targets, "
-            f"which is not supported yet"
+            f"PEFT must put an adapter on exactly the selected modules, but missed "
+            f"{sorted(asked - hit)[:3]} and added {sorted(hit - asked)[:3]}; for some mixtures of "
+            f"experts PEFT rewrites the targets"
         )
     if trainable != asked:
         odd = sorted(trainable ^ asked)
@@ -99,10 +135,16 @@ def prove_trainable(model: nn.Module, names: Sequence[str]) -> None:
 def trainable_modules(model: nn.Module) -> set[str]:
     """Names, in the base model, of the modules that hold a trainable parameter."""
     base = base_model_of(model)
-    wrapped = [name for name, layer in base.named_modules() if isinstance(layer, BaseTunerLayer)]
+    owners = {
+        id(one): name
+        for name, layer in tuner_layers(model).items()
+        for one in own_parameters(layer)
+    }
+    experts = {info.name for info in map_modules(model, "all")}
     found = set()
     for name, parameter in base.named_parameters():
         if parameter.requires_grad:
-            owners = [layer for layer in wrapped if name.startswith(layer + ".")]
-            found.add(owners[0] if owners else name.rpartition(".")[0])
+            plain = name.replace(".base_layer", "")
+            own = plain if plain in experts else plain.rpartition(".")[0]
+            found.add(owners.get(id(parameter), own))
     return found

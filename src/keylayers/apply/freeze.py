@@ -21,13 +21,17 @@ def train_only(model: nn.Module, names: Sequence[str]) -> None:
     Raises:
         ModelError: a name is no module of the model's blocks.
     """
-    known = {info.name for info in map_modules(model)}
+    known = {info.name for info in map_modules(model, "all")}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ModelError(f"every selected module must be in the model, but {unknown[0]} is not")
     model.requires_grad_(False)
+    parameters = dict(model.named_parameters())
     for name in names:
-        module_by_name(model, name).requires_grad_(True)
+        if name in parameters:  # stacked experts
+            parameters[name].requires_grad_(True)
+        else:
+            module_by_name(model, name).requires_grad_(True)
     prove_trainable(model, names)
 
 
@@ -51,7 +55,7 @@ def prove_unchanged_elsewhere(
     Raises:
         GuardError: other weights changed; names the first.
     """
-    selected = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+    selected = {f"{name}{kind}" for name in names for kind in ("", ".weight", ".bias")}
     changed = [
         name
         for name, parameter in model.named_parameters()

@@ -79,6 +79,12 @@ def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     return found
 
 
+def own_parameters(layer: BaseTunerLayer) -> list[nn.Parameter]:
+    """What the adapter itself holds of one layer, not the weights of the base below it."""
+    below = {id(one) for one in layer.base_layer.parameters()}
+    return [one for one in layer.parameters() if id(one) not in below]
+
+
 def towers_of(model: nn.Module) -> Towers:
     """`all` if the model's adapter updates blocks of a tower beside the language model's."""
     language = {info.name for info in map_modules(model)}
