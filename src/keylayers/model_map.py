@@ -47,6 +47,11 @@ class ModuleInfo:
     shape: tuple[int, ...]
     num_parameters: int
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether it is one parameter that stacks the matrices of several experts."""
+        return len(self.shape) == 3
+
 
 def base_model_of(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT model, or the model itself."""
@@ -56,7 +61,8 @@ def base_model_of(model: nn.Module) -> nn.Module:
 def map_modules(model: nn.Module, towers: Towers = "language") -> tuple[ModuleInfo, ...]:
     """All linear layers and stacked experts inside the model's blocks, in model order.
 
-    Embeddings, norms and the output head are not among them, as in the paper.
+    Embeddings, norms and the output head are not among them, as in the paper; nor are layers that
+    are read and not called, on which LoRA has no effect.
 
     Args:
         model: A transformers model, wrapped by PEFT or not.
@@ -73,7 +79,7 @@ def map_modules(model: nn.Module, towers: Towers = "language") -> tuple[ModuleIn
         pattern = re.compile(re.escape(stack) + r"\.(\d+)\.(.+)")
         for name, holder in weights:
             match = pattern.fullmatch(name)
-            if match:
+            if match and not _is_read(base, name):
                 found.append((name, offset + int(match[1]), match[2], holder))
         offset += len(base.get_submodule(stack))  # type: ignore[arg-type]
     kinds = _kinds([(block, path) for _, block, path, _ in found])
@@ -150,6 +156,17 @@ def _weights(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             if one not in seen:
                 seen.add(one)
                 yield one, layer
+
+
+def _is_read(base: nn.Module, name: str) -> bool:
+    """Whether a linear layer's weight is read and the layer never called, so that LoRA is idle.
+
+    In a state-space mixer, known by its `A_log`, the step projection enters the scan as a matrix
+    (and PEFT refuses the output projection, which fused kernels read in the same way).
+    """
+    mixer, _, last = name.rpartition(".")
+    is_mixer = hasattr(base.get_submodule(mixer), "A_log")
+    return is_mixer and last in ("dt_proj", "out_proj")
 
 
 def _block_stacks(base: nn.Module, towers: Towers) -> list[str]:

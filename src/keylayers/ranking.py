@@ -33,6 +33,7 @@ class RankedModule:
         num_parameters: Weight and bias together.
         score: Importance, higher is more; None if the method did not score it.
         standard_error: Of the score, in its unit; None where it is not known.
+        is_stacked: It is one parameter that stacks the matrices of several experts.
     """
 
     name: str
@@ -41,6 +42,7 @@ class RankedModule:
     num_parameters: int
     score: float | None
     standard_error: float | None = None
+    is_stacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,4 +185,5 @@ def _module_from_json(row: Any, path: str, index: int) -> RankedModule:
                 f"{path!r}: module {index}, {name!r} must be {expected}, got {value!r:.40}"
             )
     values: dict[str, Any] = {name: row.get(name) for name in kinds}
+    values["is_stacked"] = row.get("is_stacked", False) is True
     return RankedModule(**values)

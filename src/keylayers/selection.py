@@ -57,6 +57,7 @@ class Selection:
         budget: The budget as it was written.
         num_tied_out: Modules left out with the same score as the last one taken; ties go by model
             order.
+        is_of_mixture: The ranking holds stacked experts, which PEFT has its own ways with.
     """
 
     modules: tuple[RankedModule, ...]
@@ -64,6 +65,7 @@ class Selection:
     num_candidate_parameters: int
     budget: str
     num_tied_out: int = 0
+    is_of_mixture: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -79,7 +81,10 @@ class Selection:
         """A `peft.LoraConfig` for exactly these modules; `options` go to it as they are."""
         from keylayers.apply.adapter import lora_config
 
-        return lora_config(self.names, **options)
+        if not self.is_of_mixture:
+            return lora_config(self.names, **options)
+        stacked = {module.name for module in self.modules if module.is_stacked}
+        return lora_config(self.names, stacked=stacked, **options)
 
     def record(self) -> dict[str, Any]:
         """The selection for a run record, JSON-able."""
@@ -122,6 +127,7 @@ def select(ranking: Ranking, budget: Budget) -> Selection:
         if isinstance(budget, Freeze)
         else str(budget),
         num_tied_out=num_tied_out,
+        is_of_mixture=any(module.is_stacked for module in ordered),
     )
 
 

@@ -10,7 +10,7 @@ really hit is compared with what was asked, and anything else is refused.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
@@ -20,45 +20,42 @@ from transformers.pytorch_utils import Conv1D
 
 from keylayers.errors import GuardError, ModelError
 from keylayers.model_map import base_model_of, map_modules
-from keylayers.updates.adapter import own_parameters, tuner_layers
+from keylayers.updates.adapter import always_on, own_parameters, tuner_layers
 
 REWRITTEN = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """Last names that PEFT takes for those of experts in the models whose experts it knows."""
 
 
-def lora_config(names: Sequence[str], **options: Any) -> LoraConfig:
+def lora_config(
+    names: Sequence[str], *, stacked: Collection[str] | None = None, **options: Any
+) -> LoraConfig:
     """A `LoraConfig` whose target is exactly `names`.
 
     Args:
-        names: Full module names in the base model; without experts, which `add_lora` can place.
+        names: Full module names in the base model.
+        stacked: Those of `names` that are stacked experts; empty if the model has experts but
+            `names` holds none, None if it has none.
         options: Everything else of `LoraConfig`, such as `r` and `lora_alpha`.
     """
     if "target_modules" in options:
         raise TypeError("`target_modules` comes from the selection; leave it out")
     options.setdefault("task_type", "CAUSAL_LM")
-    return LoraConfig(target_modules=target_regex(names), **options)
+    return LoraConfig(**lora_targets(names, stacked), **options)
 
 
-def lora_targets(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
-    """The fields of a PEFT config that put LoRA on exactly `names` of `model`.
-
-    Args:
-        model: The base model; with or without experts.
-        names: Full module names; those of stacked experts are names of parameters.
-    """
-    parameters = {name for name, one in model.named_parameters() if one.dim() == 3}
-    infos = map_modules(model, "all")
-    if not any(info.name in parameters for info in infos):
+def lora_targets(names: Sequence[str], stacked: Collection[str] | None) -> dict[str, Any]:
+    """The fields of a PEFT config that put LoRA on exactly `names`; as `lora_config` takes them."""
+    if stacked is None:
         return {"target_modules": target_regex(names)}
-    modules, stacked = [], []
+    modules, parameters = [], []
     for name in names:
-        if name in parameters:
-            stacked.append(name)
+        if name in stacked:
+            parameters.append(name)
         elif name.rpartition(".")[2] in REWRITTEN:
-            stacked.append(f"{name}.weight")
+            parameters.append(f"{name}.weight")
         else:
             modules.append(name)
-    return {"target_modules": modules, "target_parameters": stacked}
+    return {"target_modules": modules, "target_parameters": parameters}
 
 
 def target_regex(names: Iterable[str]) -> str:
@@ -96,7 +93,8 @@ def add_lora(model: PreTrainedModel, names: Sequence[str], **options: Any) -> Pe
     """
     known = dict(model.named_modules())
     options.setdefault("task_type", "CAUSAL_LM")
-    options |= lora_targets(model, names)
+    experts = {info.name for info in map_modules(model, "all") if info.is_stacked}
+    options |= lora_targets(names, experts.intersection(names) if experts else None)
     if any(isinstance(known.get(name), Conv1D) for name in names):
         options["fan_in_fan_out"] = True
     kind = AdaLoraConfig if "total_step" in options else LoraConfig
@@ -133,7 +131,10 @@ def prove_trainable(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def trainable_modules(model: nn.Module) -> set[str]:
-    """Names, in the base model, of the modules that hold a trainable parameter."""
+    """Names, in the base model, of the modules that hold a trainable parameter.
+
+    The adapter's `modules_to_save`, such as a classification head, are not among them.
+    """
     base = base_model_of(model)
     owners = {
         id(one): name
@@ -141,9 +142,10 @@ def trainable_modules(model: nn.Module) -> set[str]:
         for one in own_parameters(layer)
     }
     experts = {info.name for info in map_modules(model, "all")}
+    heads = tuple(f"{name}." for name in always_on(model))
     found = set()
     for name, parameter in base.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not name.startswith(heads):
             plain = name.replace(".base_layer", "")
             own = plain if plain in experts else plain.rpartition(".")[0]
             found.add(owners.get(id(parameter), own))

@@ -184,6 +184,7 @@ def _to_ranking(
             num_parameters=update.module.num_parameters,
             score=score,
             standard_error=error,
+            is_stacked=update.module.is_stacked,
         )
         for update, score, error in zip(updates, learned.scores, errors, strict=True)
     )

@@ -21,7 +21,7 @@ from keylayers.apply.freeze import (
 )
 from keylayers.apply.saving import save_tuned
 from keylayers.evaluation.loss import held_out_loss
-from keylayers.model_map import map_modules
+from keylayers.model_map import map_modules, outside_module
 from keylayers.models import Checkpoint, describe, load_model, load_tokenizer, max_positions
 from keylayers.options import Control, SelectionOptions, TrainOptions
 from keylayers.progress import Progress, Silent
@@ -149,7 +149,12 @@ class _Job:
         # A full update changes the weights themselves, which needs their float32 values.
         self.source = replace(options.model, dtype="float32") if self.is_full else options.model
         model = load_model(self.source)
-        infos = map_modules(model)
+        names = {name for name, _ in model.named_modules()}
+        outside = [one.name for one in ranking.modules if one.block_index is None]
+        infos = [
+            *map_modules(model, "all"),
+            *(outside_module(model, name) for name in outside if name in names),
+        ]
         check_same_modules(ranking, {info.name: info.num_parameters for info in infos})
         self.tokenizer = load_tokenizer(options.model)
         self.data = prepare(options.data, self.tokenizer, max_positions(model))
