@@ -24,7 +24,7 @@ from keylayers.models import load_model, load_tokenizer, max_positions
 from keylayers.options import DataOptions, ModelOptions, TrainingOptions
 from keylayers.records import environment, json_sha256, write_json
 from keylayers.training.data import prepare
-from keylayers.training.run import fine_tune, make_trainer, new_lora
+from keylayers.training.run import fine_tune, make_trainer, new_adapter
 from keylayers.updates import adapter_updates
 
 DEMO = ("polite", "list", "terse")
@@ -124,7 +124,7 @@ def fresh(cell, folder, shared, names=None):
         max_positions(model),
     )
     names = names or [info.name for info in map_modules(model)]
-    tuned = new_lora(model, names, cell.training())
+    tuned = new_adapter(model, names, cell.training(), num_steps=1)
     trainer = make_trainer(tuned, tokenizer, data.train, cell.training(), num_steps=cell.steps)
     record = {"cell": asdict(cell) | {"steps": cell.steps}, "data": data.record()}
     record["data"].pop("data")  # a path of this machine

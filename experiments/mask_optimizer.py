@@ -27,7 +27,7 @@ from keylayers.options import DataOptions, MaskOptions, ModelOptions, TrainingOp
 from keylayers.records import environment, write_json
 from keylayers.scores.ila import ila
 from keylayers.training.data import prepare
-from keylayers.training.run import fine_tune, make_trainer, new_lora
+from keylayers.training.run import fine_tune, make_trainer, new_adapter
 from keylayers.updates import adapter_updates
 
 NUM_POINTS = 15
@@ -76,7 +76,7 @@ def run(arguments, seed, study):
     training = TrainingOptions(
         batch_size=arguments.batch_size, learning_rate=arguments.learning_rate, seed=seed
     )
-    tuned = new_lora(model, [info.name for info in map_modules(model)], training)
+    tuned = new_adapter(model, [info.name for info in map_modules(model)], training, num_steps=1)
     trainer = make_trainer(tuned, tokenizer, data.train, training, num_steps=arguments.steps)
     base_loss = held_out_loss(trainer, data.held_out)
     fine_tune(trainer)

@@ -25,7 +25,7 @@ from keylayers.records import environment, write_json
 from keylayers.scores import score_modules
 from keylayers.scores.spectrum import signal_to_noise
 from keylayers.training.data import prepare
-from keylayers.training.run import make_trainer, new_lora
+from keylayers.training.run import make_trainer, new_adapter
 from keylayers.updates import adapter_updates
 
 NUM_EXAMPLES = 5
@@ -103,7 +103,9 @@ def prepared(arguments):
     rows = [ids for ids in data.train["input_ids"] if len(ids) == 96][:NUM_EXAMPLES]
     dataset = Dataset.from_dict({"input_ids": rows, "labels": rows})
     training = TrainingOptions(batch_size=1)
-    tuned = new_lora(load_model(options), [one.name for one in map_modules(model)], training)
+    tuned = new_adapter(
+        load_model(options), [one.name for one in map_modules(model)], training, num_steps=1
+    )
     return SimpleNamespace(
         model=model,
         dataset=dataset,

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Architectures built from a config with random weights, and the whole way from LoRA to reload.
 
-    python tests/architectures.py        # the table in docs/architectures.md
+python tests/architectures.py        # the table in docs/architectures.md
 """
 
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -324,4 +325,4 @@ def table_row(architecture: Architecture, outcome: Outcome) -> str:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     for one in ARCHITECTURES:
-        print(table_row(one, whole_way(one)), flush=True)
+        sys.stdout.write(table_row(one, whole_way(one)) + "\n")

@@ -70,6 +70,7 @@ METHOD_OPTIONS: dict[Method, tuple[str, ...]] = {
     "middle": (),
     "random": (),
 }
+UpdateKind = Literal["lora", "rslora", "dora", "adalora", "full"]
 Control = Literal["all", "random", "first", "last", "worst"]
 
 
@@ -91,6 +92,10 @@ class ModelOptions:
         model: Folder of the base model, or its name on the hub.
         revision: Branch, tag or commit of the base model on the hub.
         dtype: Of the weights; auto is float32 on a CPU and bfloat16 on an accelerator.
+        towers: Blocks that count as the model's: those of the language model, or all, such as those
+            of its image tower too.
+        load_in_4bit: Load the base weights in 4 bits (NF4, double quantisation), as QLoRA does; the
+            adapter stays in `dtype`. Needs bitsandbytes.
         trust_remote_code: Run Python code that comes with the model. Off: nothing of it is
             executed.
     """
@@ -98,6 +103,8 @@ class ModelOptions:
     model: str
     revision: str | None = None
     dtype: Dtype = "auto"
+    towers: Towers = "language"
+    load_in_4bit: bool = False
     trust_remote_code: bool = False
 
 
@@ -147,17 +154,20 @@ class TrainingOptions:
     """How a model is fine-tuned.
 
     Attributes:
+        update: What is trained: an adapter (lora, rslora, dora, adalora), or the modules' weights
+            themselves (full).
         learning_rate: Peak learning rate. Not given: 2e-4 times the square root of 4096 / hidden
             size for LoRA, a tenth of that for a full fine-tune.
         batch_size: Examples a device takes at once.
         gradient_accumulation: Batches added up for one step.
         warmup_steps: Steps over which the learning rate rises; constant afterwards.
-        lora_rank: Rank r of the LoRA matrices.
+        lora_rank: Rank r of the LoRA matrices; for adalora the mean that its budget ends at.
         lora_alpha: LoRA's alpha; the update is scaled by alpha / r.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         seed: Of LoRA's initial values, of the order of the batches, and of the mask's batches.
     """
 
+    update: UpdateKind = "lora"
     learning_rate: float | None = None
     batch_size: int = 8
     gradient_accumulation: int = 1
@@ -175,6 +185,24 @@ class TrainingOptions:
         _at_least("lora_alpha", self.lora_alpha, 1)
         if self.learning_rate is not None:
             _above_zero("learning_rate", self.learning_rate)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the weights themselves are trained."""
+        return self.update == "full"
+
+    def check_weights(self, model: ModelOptions) -> None:
+        """Raise a ConfigError if the model is loaded in a way in which it cannot be trained."""
+        if self.is_full and model.load_in_4bit:
+            raise ConfigError(
+                "`load_in_4bit` must be left out with `update` full: packed weights cannot be "
+                "trained; choose lora"
+            )
+        if self.is_full and model.dtype not in ("auto", "float32"):
+            raise ConfigError(
+                f"`dtype` must be left out with `update` full, which trains float32 weights and "
+                f"saves in the base model's own dtype, got {model.dtype}"
+            )
 
     def resolved_learning_rate(self, hidden_size: int, *, is_full: bool = False) -> float:
         """The learning rate that is used; 2e-4 suits LoRA at width 4096."""
@@ -315,6 +343,15 @@ class RankOptions:
     stability: StabilityOptions = StabilityOptions()
     mask: MaskOptions = MaskOptions()
 
+    def __post_init__(self) -> None:
+        if self.update == UpdateOptions():
+            self.training.check_weights(self.model)
+        elif self.update.tuned is not None and self.model.load_in_4bit:
+            raise ConfigError(
+                "`load_in_4bit` must be left out with `tuned`: the difference of two checkpoints "
+                "needs the base's own weights"
+            )
+
     def flat(self) -> dict[str, Any]:
         """Every option by the name of its flag, for the record."""
         parts = (self.model, self.data, self.update, self.training, self.stability, self.mask)
@@ -375,8 +412,6 @@ class SelectionOptions:
         budget: How much is trained: 0.3 is 30 % of the modules, 17 is 17 modules, 0.3x-params is
             modules with 30 % of the parameters, auto is what `keylayers verify` recommended.
         freeze: Instead of a budget: train all but the worst share, such as 0.25.
-        update: lora trains an adapter on the selected modules; full trains their weights
-            themselves.
         steps: Optimiser steps. From the command line: as many as stage 1 of the ranking took, if
             it had one.
         controls: Also train these sets of modules in the same way and show their held-out loss:
@@ -387,7 +422,6 @@ class SelectionOptions:
     ranking: str
     budget: str | None = None
     freeze: float | None = None
-    update: Literal["lora", "full"] = "lora"
     steps: int = 300
     controls: tuple[Control, ...] = ()
 
@@ -411,11 +445,7 @@ class TrainOptions:
     training: TrainingOptions = TrainingOptions()
 
     def __post_init__(self) -> None:
-        if self.selection.update == "full" and self.model.dtype not in ("auto", "float32"):
-            raise ConfigError(
-                f"`dtype` must be left out with `update` full, which trains float32 weights and "
-                f"saves in the base model's own dtype, got {self.model.dtype}"
-            )
+        self.training.check_weights(self.model)
 
     def flat(self) -> dict[str, Any]:
         """Every option by the name of its flag, for the record."""

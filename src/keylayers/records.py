@@ -23,6 +23,7 @@ from keylayers.errors import OutputError
 
 RECORD = "keylayers.json"  # beside every adapter and checkpoint that keylayers writes
 STAGE_1_ADAPTER = "adapter"  # the folder that `rank` leaves beside ranking.json
+STAGE_1_CHECKPOINT = "tuned"  # the same after a full fine-tune
 RECORDED_LIBRARIES = (
     "torch",
     "transformers",

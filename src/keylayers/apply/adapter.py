@@ -98,7 +98,11 @@ def add_lora(model: PreTrainedModel, names: Sequence[str], **options: Any) -> Pe
     if any(isinstance(known.get(name), Conv1D) for name in names):
         options["fan_in_fan_out"] = True
     kind = AdaLoraConfig if "total_step" in options else LoraConfig
-    tuned = get_peft_model(model, kind(**options))
+    try:
+        tuned = get_peft_model(model, kind(**options))
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"PEFT cannot put this adapter on the model: {reason}") from error
     prove_trainable(tuned, names)
     return tuned
 

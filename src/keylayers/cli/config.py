@@ -11,7 +11,7 @@ from cyclopts.config import Dict
 
 from keylayers.errors import ConfigError, did_you_mean
 from keylayers.ranking import Ranking
-from keylayers.records import STAGE_1_ADAPTER
+from keylayers.records import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT
 
 # Titles of option groups in `--help`, in the order in which they are shown.
 GROUPS = (
@@ -101,12 +101,15 @@ def from_ranking_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
 def _update_of(
     path: Path, made_by: Mapping[str, Any], arguments: ArgumentCollection
 ) -> dict[str, Any]:
-    """The update that was ranked: the adapter that stage 1 left beside the file."""
+    """The update that was ranked: the adapter or checkpoint that stage 1 left beside the file."""
     if _given(arguments, "adapter") or _given(arguments, "tuned"):
         return {"adapter": None, "tuned": None}
     folder = path if path.is_dir() else path.parent
-    if "stage_1" in made_by and (folder / STAGE_1_ADAPTER).is_dir():
-        return {"adapter": str(folder / STAGE_1_ADAPTER)}
+    kinds = {"adapter": STAGE_1_ADAPTER, "tuned": STAGE_1_CHECKPOINT}
+    is_full = made_by.get("options", {}).get("update") == "full"
+    kind = "tuned" if is_full else "adapter"
+    if "stage_1" in made_by and (folder / kinds[kind]).is_dir():
+        return {kind: str(folder / kinds[kind])}
     return {}
 
 

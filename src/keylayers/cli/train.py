@@ -56,5 +56,5 @@ def train(
     rows = run(options, output, ConsoleProgress())
     console = stdout()
     console.print(loss_table([asdict(row) for row in rows]))
-    kind = "adapter" if selection.update == "lora" else "checkpoint"
+    kind = "checkpoint" if training.is_full else "adapter"
     console.print(f"\n{kind} written to {output}", markup=False)

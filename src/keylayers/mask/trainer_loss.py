@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from keylayers.errors import ConfigError, DataError, LossError
+from keylayers.updates.adalora import without_penalty
 
 
 class TrainerLoss:
@@ -74,7 +75,7 @@ class TrainerLoss:
         self.model.train()
         inputs = trainer._prepare_inputs(dict(batch))  # TRL takes columns out of what it is given
         self.num_forward += 1
-        with trainer.compute_loss_context_manager():
+        with trainer.compute_loss_context_manager(), without_penalty(self.model):
             return trainer.compute_loss(self.model, inputs)
 
     def backward(self, batch: Any, *, step: int) -> float:
@@ -154,7 +155,11 @@ def batch_losses(source: TrainerLoss, batches: list[Any]) -> BatchLosses:
         for batch in batches:
             inputs = source.trainer._prepare_inputs(dict(batch))
             weights.append(_weight(inputs))
-            with torch.no_grad(), source.trainer.compute_loss_context_manager():
+            with (
+                torch.no_grad(),
+                source.trainer.compute_loss_context_manager(),
+                without_penalty(model),
+            ):
                 losses.append(float(source.trainer.compute_loss(model, inputs)))
     finally:
         for module, mode in modes:

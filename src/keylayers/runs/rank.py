@@ -21,8 +21,14 @@ from keylayers.models import describe, load_model, load_tokenizer, max_positions
 from keylayers.options import MaskOptions, RankOptions, UpdateOptions
 from keylayers.progress import OnStep, Progress, Silent
 from keylayers.ranking import RankedModule, Ranking
-from keylayers.records import STAGE_1_ADAPTER, check_replaceable, environment, output_folder
-from keylayers.runs.update import RankJob, find_update
+from keylayers.records import (
+    STAGE_1_ADAPTER,
+    STAGE_1_CHECKPOINT,
+    check_replaceable,
+    environment,
+    output_folder,
+)
+from keylayers.runs.update import RankJob, base_options, find_update
 from keylayers.scores import STOPS_BY_ITSELF, num_steps, score_modules
 from keylayers.training.data import prepare
 from keylayers.training.run import make_trainer
@@ -135,8 +141,9 @@ def _prepared(options: RankOptions, output: Path, progress: Progress) -> RankJob
     """Everything loaded and checked, before any long work."""
     if options.update == UpdateOptions():  # stage 1 will write its adapter
         check_replaceable(output / STAGE_1_ADAPTER)
+        check_replaceable(output / STAGE_1_CHECKPOINT)
     tokenizer = load_tokenizer(options.model)
-    model = load_model(options.model)
+    model = load_model(base_options(options))
     data = prepare(options.data, tokenizer, max_positions(model))
     data.give_template(tokenizer)
     for line in data.summary():

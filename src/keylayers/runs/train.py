@@ -44,7 +44,7 @@ from keylayers.selection import (
     select,
 )
 from keylayers.training.data import prepare
-from keylayers.training.run import TrainingResult, fine_tune, make_trainer, new_lora
+from keylayers.training.run import TrainingResult, fine_tune, make_trainer, new_adapter
 from keylayers.verification import auto_budget, verification_file
 from keylayers.weights import weights_sha256
 
@@ -145,7 +145,7 @@ class _Job:
     def __init__(self, options: TrainOptions, ranking: Ranking, progress: Progress) -> None:
         self.options = options
         self.progress = progress
-        self.is_full = options.selection.update == "full"
+        self.is_full = options.training.is_full
         # A full update changes the weights themselves, which needs their float32 values.
         self.source = replace(options.model, dtype="float32") if self.is_full else options.model
         model = load_model(self.source)
@@ -181,12 +181,12 @@ class _Job:
         fresh = self._unused or load_model(self.source)
         self._unused = None
         training = self.options.training
+        num_steps = self.options.selection.steps
         model: PreTrainedModel | PeftModel = fresh
         if self.is_full:
             train_only(fresh, names)
         else:
-            model = new_lora(fresh, names, training)
-        num_steps = self.options.selection.steps
+            model = new_adapter(fresh, names, training, num_steps=num_steps)
         trainer = make_trainer(
             model, self.tokenizer, self.data.train, training, num_steps=num_steps
         )

@@ -3,25 +3,32 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from keylayers.apply.freeze import train_only
 from keylayers.apply.saving import save_tuned
 from keylayers.model_map import map_modules
-from keylayers.models import Checkpoint, load_adapter
-from keylayers.options import ModelOptions, RankOptions, UpdateOptions
+from keylayers.models import Checkpoint, load_adapter, load_model
+from keylayers.options import ModelOptions, RankOptions, Towers, UpdateOptions
 from keylayers.progress import Progress
-from keylayers.records import RECORD, STAGE_1_ADAPTER, environment, json_sha256
+from keylayers.records import (
+    RECORD,
+    STAGE_1_ADAPTER,
+    STAGE_1_CHECKPOINT,
+    environment,
+    json_sha256,
+)
 from keylayers.training.data import PreparedData
-from keylayers.training.run import fine_tune, make_trainer, new_lora
+from keylayers.training.run import fine_tune, make_trainer, new_adapter
 from keylayers.updates import Update, adapter_updates, dense_updates
 from keylayers.updates.adapter import always_on
 from keylayers.updates.dense import take_other_weights
-from keylayers.weights import adapter_sha256, tensors_sha256
+from keylayers.weights import adapter_sha256, tensors_sha256, weights_sha256
 
 
 @dataclass(frozen=True)
@@ -50,11 +57,15 @@ def find_update(job: RankJob) -> TunedModel:
     """The model with the update to rank, by whichever of the three ways the options ask for."""
     if job.options.update == UpdateOptions():
         return _from_stage_1(job)
-    return existing_update(job.model, job.options.update, job.progress)
+    towers = job.options.model.towers
+    return existing_update(job.model, job.options.update, job.progress, towers)
 
 
 def existing_update(
-    model: PreTrainedModel, options: UpdateOptions, progress: Progress
+    model: PreTrainedModel,
+    options: UpdateOptions,
+    progress: Progress,
+    towers: Towers = "language",
 ) -> TunedModel:
     """The model with the update of an adapter or a second checkpoint.
 
@@ -62,11 +73,12 @@ def existing_update(
         model: The base model; it carries the adapter afterwards.
         options: Either `adapter` or `tuned` is given.
         progress: Where to say what is not gated.
+        towers: Which stacks of blocks a second checkpoint is ranked on.
     """
     if options.adapter is not None:
         return _from_adapter(model, options.adapter, progress)
     assert options.tuned is not None
-    return _from_checkpoint(model, options.tuned, progress)
+    return _from_checkpoint(model, options.tuned, progress, towers)
 
 
 def _from_adapter(model: PreTrainedModel, adapter: str, progress: Progress) -> TunedModel:
@@ -78,10 +90,12 @@ def _from_adapter(model: PreTrainedModel, adapter: str, progress: Progress) -> T
     return TunedModel(tuned, adapter_updates(tuned), {"adapter": record})
 
 
-def _from_checkpoint(model: PreTrainedModel, tuned: str, progress: Progress) -> TunedModel:
+def _from_checkpoint(
+    model: PreTrainedModel, tuned: str, progress: Progress, towers: Towers
+) -> TunedModel:
     checkpoint = Checkpoint.open(ModelOptions(model=tuned))
-    updates = dense_updates(model, checkpoint)
-    others = take_other_weights(model, checkpoint)
+    updates = dense_updates(model, checkpoint, towers)
+    others = take_other_weights(model, checkpoint, towers)
     if others:
         progress.note(
             f"not ranked, taken from the tuned checkpoint: {len(others)} other weights that differ "
@@ -89,36 +103,58 @@ def _from_checkpoint(model: PreTrainedModel, tuned: str, progress: Progress) -> 
         )
     record = {
         "name": tuned,
-        "weights_sha256": tensors_sha256((name, checkpoint[name]) for name in checkpoint),
+        "weights_sha256": tensors_sha256(
+            (name, checkpoint[name]) for name, _ in model.named_parameters()
+        ),
         "other_weights_that_differ": others,
     }
     return TunedModel(model, updates, {"tuned": record})
 
 
+def base_options(options: RankOptions) -> ModelOptions:
+    """How the base model is loaded: stage 1 as a full fine-tune needs its float32 values."""
+    trains_weights = options.update == UpdateOptions() and options.training.is_full
+    return replace(options.model, dtype="float32") if trains_weights else options.model
+
+
 def _from_stage_1(job: RankJob) -> TunedModel:
-    """An ordinary LoRA fine-tune of all modules until the loss is stable or the cap is reached.
+    """An ordinary fine-tune of all modules until the loss is stable or the cap is reached.
 
     A finished stage 1 of the very same inputs in the output folder is taken as it is, so that a run
     that was stopped in stage 2 does not train again.
     """
     inputs = _inputs_sha256(job)
-    folder = job.output / STAGE_1_ADAPTER
+    is_full = job.options.training.is_full
+    folder = job.output / (STAGE_1_CHECKPOINT if is_full else STAGE_1_ADAPTER)
     stage_1 = _finished(folder, inputs)
+    model = job.model
     if stage_1 is not None:
         job.progress.note(f"stage 1 of the same inputs is taken from {folder}")
-        tuned = load_adapter(job.model, str(folder))
-        return TunedModel(tuned, adapter_updates(tuned), {"stage_1": stage_1})
-    tuned, stage_1 = _train_all(job)
-    record = {"inputs_sha256": inputs, "options": job.options.flat(), "stage_1": stage_1}
-    save_tuned(tuned, job.tokenizer, folder, record)
-    return TunedModel(tuned, adapter_updates(tuned), {"stage_1": stage_1})
+    else:
+        tuned, stage_1 = _train_all(job)
+        record = {"inputs_sha256": inputs, "options": job.options.flat(), "stage_1": stage_1}
+        save_tuned(tuned, job.tokenizer, folder, record)
+        if not is_full:
+            return TunedModel(tuned, adapter_updates(tuned), {"stage_1": stage_1})
+        model = load_model(base_options(job.options))  # θ_0 again; θ_t stays on disk
+    found = existing_update(
+        model,
+        UpdateOptions(tuned=str(folder)) if is_full else UpdateOptions(adapter=str(folder)),
+        job.progress,
+        job.options.model.towers,
+    )
+    return TunedModel(found.model, found.updates, {"stage_1": stage_1})
 
 
-def _train_all(job: RankJob) -> tuple[PeftModel, dict[str, Any]]:
-    names = [info.name for info in map_modules(job.model)]
+def _train_all(job: RankJob) -> tuple[PreTrainedModel | PeftModel, dict[str, Any]]:
+    names = [info.name for info in map_modules(job.model, job.options.model.towers)]
     training = job.options.training
-    tuned = new_lora(job.model, names, training)
     cap = job.options.stability.max_steps
+    tuned: PreTrainedModel | PeftModel = job.model
+    if training.is_full:
+        train_only(job.model, names)
+    else:
+        tuned = new_adapter(job.model, names, training, num_steps=cap)
     trainer = make_trainer(tuned, job.tokenizer, job.data.train, training, num_steps=cap)
     with job.progress.stage("stage 1: fine-tuning all modules", cap) as on_step:
         result = fine_tune(trainer, job.options.stability, on_step)
@@ -131,8 +167,15 @@ def _train_all(job: RankJob) -> tuple[PeftModel, dict[str, Any]]:
         "stopped_by": result.stopped_by,
         "learning_rate": trainer.args.learning_rate,
         "seconds": result.seconds,
-        "adapter_sha256": adapter_sha256(tuned),
+        **_tuned_sha256(tuned),
     }
+
+
+def _tuned_sha256(tuned: PreTrainedModel | PeftModel) -> dict[str, str]:
+    """What tells this fine-tune from another: the hash of the adapter, or of all weights."""
+    if isinstance(tuned, PeftModel):
+        return {"adapter_sha256": adapter_sha256(tuned)}
+    return {"weights_sha256": weights_sha256(tuned)}
 
 
 def _inputs_sha256(job: RankJob) -> str:

@@ -103,7 +103,7 @@ def _prepared(ranking: Ranking, options: VerifyOptions, progress: Progress) -> _
             "the update that was ranked must be there to be masked, but the ranking names none; "
             "give `adapter` or `tuned`"
         )
-    tuned = existing_update(model, options.update, progress)
+    tuned = existing_update(model, options.update, progress, options.model.towers)
     parts = [ranking.provenance.get(kind, {}) for kind in ("stage_1", "adapter", "tuned")]
     ranked = {part.get("adapter_sha256", part.get("weights_sha256")) for part in parts} - {None}
     if ranked and ranked.isdisjoint(part["weights_sha256"] for part in tuned.record.values()):

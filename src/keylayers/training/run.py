@@ -34,6 +34,7 @@ from keylayers.errors import LossError
 from keylayers.mask.stability import is_stable
 from keylayers.options import StabilityOptions, TrainingOptions
 from keylayers.progress import OnStep
+from keylayers.updates.adalora import is_adalora
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,35 @@ def _config(
     )
 
 
-def new_lora(model: PreTrainedModel, names: Sequence[str], options: TrainingOptions) -> PeftModel:
-    """`model` with fresh LoRA matrices on exactly `names`, drawn from the options' seed."""
+def new_adapter(
+    model: PreTrainedModel, names: Sequence[str], options: TrainingOptions, *, num_steps: int
+) -> PeftModel:
+    """`model` with a fresh adapter on exactly `names`, drawn from the options' seed.
+
+    Args:
+        model: The base model.
+        names: Full module names.
+        options: Which kind of adapter, and how large.
+        num_steps: Of the training to come; AdaLoRA spreads its budget over them.
+    """
     set_seed(options.seed)
-    return add_lora(model, names, r=options.lora_rank, lora_alpha=options.lora_alpha)
+    rank, kind = options.lora_rank, options.update
+    shape: dict[str, Any] = {"r": rank, "lora_alpha": options.lora_alpha}
+    if (
+        kind == "adalora"
+    ):  # from 1.5 times the budget down to it, as the paper has it (from memory of its text)
+        warm_up, settled = num_steps // 10, num_steps // 2
+        shape = {
+            "init_r": rank + (rank + 1) // 2,
+            "target_r": rank,
+            "lora_alpha": options.lora_alpha,
+            "tinit": warm_up,
+            "tfinal": settled,
+            "total_step": num_steps,
+        }
+    shape |= {"use_rslora": True} if kind == "rslora" else {}
+    shape |= {"use_dora": True} if kind == "dora" else {}
+    return add_lora(model, names, **shape)
 
 
 def fine_tune(
@@ -138,12 +164,15 @@ def fine_tune(
         LossError: the loss became NaN or infinite; says at which step.
     """
     watch = _LossWatch(stability, on_step)
-    trainer.add_callback(watch)
+    callbacks = [watch, *([_RankAllocation()] if is_adalora(trainer.model) else [])]
+    for callback in callbacks:
+        trainer.add_callback(callback)
     start = time.perf_counter()
     try:
         trainer.train()
     finally:
-        trainer.remove_callback(watch)
+        for callback in callbacks:
+            trainer.remove_callback(callback)
     stopped_by = "stable" if watch.is_stable else "max_steps"
     return TrainingResult(tuple(watch.losses), stopped_by, time.perf_counter() - start)
 
@@ -179,6 +208,21 @@ class _LossWatch(TrainerCallback):
         if self.stability is not None and is_stable(self.losses, self.stability):
             self.is_stable = True
             control.should_training_stop = True
+
+
+class _RankAllocation(TrainerCallback):
+    """Lets AdaLoRA move its budget between modules, after each step and before gradients go."""
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PeftModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None
+        model.base_model.update_and_allocate(state.global_step + 1)
 
 
 def _hidden_size(model: PreTrainedModel | PeftModel) -> int:

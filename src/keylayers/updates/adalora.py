@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxtyping import Float
+from peft import PeftModel
+from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from keylayers.model_map import ModuleInfo
 from keylayers.updates.gate import Gate
@@ -49,3 +51,29 @@ class AdaLoraUpdate:
             yield
         finally:
             self.layer.lora_dropout[self.adapter] = dropout
+
+
+def is_adalora(model: nn.Module) -> bool:
+    """Whether the model carries an AdaLoRA adapter."""
+    return isinstance(model, PeftModel) and isinstance(model.base_model, AdaLoraModel)
+
+
+@contextlib.contextmanager
+def without_penalty(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model's loss is that of the data alone.
+
+    AdaLoRA adds a penalty for singular vectors that are not orthogonal, in evaluation too; it has
+    no gate, and a loss with it is no longer in nats.
+    """
+    if not is_adalora(model):
+        yield
+        return
+    assert isinstance(model, PeftModel)
+    weights = {name: one.orth_reg_weight for name, one in model.peft_config.items()}
+    for config in model.peft_config.values():
+        config.orth_reg_weight = 0.0
+    try:
+        yield
+    finally:
+        for name, weight in weights.items():
+            model.peft_config[name].orth_reg_weight = weight
