@@ -7,6 +7,7 @@ Only safetensors are read, never pickle; code that comes with a model runs only 
 
 import contextlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
@@ -126,7 +127,13 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
             f"weights are not loaded"
         )
     try:
-        tuned = PeftModel.from_pretrained(model, str(folder))
+        with warnings.catch_warnings():
+            # PEFT writes AdaLoRA's ranks under names of parameters, and warns of them when it reads
+            warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+            # AdaLoRA's model cannot compute a loss unless it was loaded as one to train
+            is_adalora = PeftConfig.from_pretrained(str(folder)).peft_type == PeftType.ADALORA
+            tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=is_adalora)
+            tuned.requires_grad_(False)
         missing = _missing_adapter_weights(tuned, folder)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(

@@ -30,6 +30,8 @@ GROUPS = (
 TAKEN_FROM_RANKING = (
     "model",
     "revision",
+    "towers",
+    "load_in_4bit",
     "data",
     "data_split",
     "format",
@@ -39,6 +41,7 @@ TAKEN_FROM_RANKING = (
     "held_out",
     "mask_data",
     "split_seed",
+    "update",
     "learning_rate",
     "batch_size",
     "gradient_accumulation",

@@ -13,6 +13,7 @@ from rich.text import Text
 from keylayers.certainty import decisions, undecided
 from keylayers.errors import RankingError
 from keylayers.ranking import Ranking
+from keylayers.report.adalora import adalora_line, ranks_left
 from keylayers.selection import Budget
 
 # Cividis, dark to bright, by relative rank: readable for colour-blind people and in grey.
@@ -88,6 +89,9 @@ def extremes(ranking: Ranking, count: int = 10, *, marked: Collection[str] = ())
     table.add_column("score", justify="right")
     table.add_column("±", justify="right")
     table.add_column("parameters", justify="right")
+    own_ranks = ranks_left(ranking)
+    if own_ranks:
+        table.add_column("AdaLoRA's r", justify="right")
     for module in chosen:
         if module is None:
             table.add_row("", "...", "", "", "", "")
@@ -100,6 +104,7 @@ def extremes(ranking: Ranking, count: int = 10, *, marked: Collection[str] = ())
             "not scored" if module.score is None else f"{module.score:.4f}",
             "" if error is None else f"{error:.4f}",
             f"{module.num_parameters:,}",
+            *([str(own_ranks.get(module.name, "?"))] if own_ranks else []),
         )
     return table
 
@@ -216,6 +221,8 @@ def ranking_report(ranking: Ranking, *, budget: Budget = 0.3) -> RenderableType:
         note = certainty_line(ranking, budget)
     except RankingError as error:
         note = f"nothing is marked at budget {budget}: {error}"
+    if beside := adalora_line(ranking, budget):
+        note = f"{note}\n{beside}"
     return Group(
         Text(title, style="bold"),
         heatmap(ranking, marked=marked),

@@ -32,7 +32,7 @@ from keylayers.runs.update import RankJob, base_options, find_update
 from keylayers.scores import STOPS_BY_ITSELF, num_steps, score_modules
 from keylayers.training.data import prepare
 from keylayers.training.run import make_trainer
-from keylayers.updates import Update, adapter_updates
+from keylayers.updates import AdaLoraUpdate, Update, adapter_updates
 from keylayers.weights import weights_sha256
 
 
@@ -80,7 +80,7 @@ def rank_modules(
         "seed": trainer.args.seed if options.mask_seed is None else options.mask_seed,
         "options": asdict(options),
         "mask": _mask_record(learned, options),
-    }
+    } | _adalora_record(updates)
     return _to_ranking(updates, learned, options, provenance)
 
 
@@ -127,6 +127,7 @@ def rank(options: RankOptions, output: Path, progress: Progress | None = None) -
         with job.progress.stage("stage 2: scoring modules", total) as on_step:
             learned = score_modules(trainer, update.updates, options.mask, on_step)
         provenance["mask"] = _mask_record(learned, options.mask)
+        provenance |= _adalora_record(update.updates)
         provenance["seconds"] = {
             "stage_1": update.record.get("stage_1", {}).get("seconds", 0.0),
             "stage_2": learned.seconds,
@@ -174,6 +175,12 @@ def _mask_record(learned: ModuleScores, options: MaskOptions) -> dict[str, Any]:
     if options.method in STOPS_BY_ITSELF:
         record["learning_rate"] = options.resolved_learning_rate
     return record | dict(learned.findings)
+
+
+def _adalora_record(updates: Sequence[Update]) -> dict[str, Any]:
+    """What AdaLoRA's own importance thinks of the modules, to be seen beside the scores."""
+    ranks = {one.module.name: one.ranks_left() for one in updates if isinstance(one, AdaLoraUpdate)}
+    return {"adalora_ranks_left": ranks} if ranks else {}
 
 
 def _to_ranking(

@@ -26,6 +26,7 @@ from keylayers.records import (
 from keylayers.training.data import PreparedData
 from keylayers.training.run import fine_tune, make_trainer, new_adapter
 from keylayers.updates import Update, adapter_updates, dense_updates
+from keylayers.updates.adalora import is_adalora
 from keylayers.updates.adapter import always_on
 from keylayers.updates.dense import take_other_weights
 from keylayers.weights import adapter_sha256, tensors_sha256, weights_sha256
@@ -134,15 +135,14 @@ def _from_stage_1(job: RankJob) -> TunedModel:
         tuned, stage_1 = _train_all(job)
         record = {"inputs_sha256": inputs, "options": job.options.flat(), "stage_1": stage_1}
         save_tuned(tuned, job.tokenizer, folder, record)
-        if not is_full:
+        if not is_full and not is_adalora(tuned):
             return TunedModel(tuned, adapter_updates(tuned), {"stage_1": stage_1})
-        model = load_model(base_options(job.options))  # θ_0 again; θ_t stays on disk
-    found = existing_update(
-        model,
-        UpdateOptions(tuned=str(folder)) if is_full else UpdateOptions(adapter=str(folder)),
-        job.progress,
-        job.options.model.towers,
-    )
+        # θ_0 again, with θ_t on disk; or AdaLoRA as it is written, without the ranks that it cut
+        model = load_model(base_options(job.options))
+    where = UpdateOptions(tuned=str(folder)) if is_full else UpdateOptions(adapter=str(folder))
+    found = existing_update(model, where, job.progress, job.options.model.towers)
+    if not is_full:
+        stage_1 |= {"adapter_sha256": found.record["adapter"]["weights_sha256"]}
     return TunedModel(found.model, found.updates, {"stage_1": stage_1})
 
 

@@ -20,7 +20,7 @@ from keylayers.model_map import (
     outside_module,
 )
 from keylayers.options import Towers
-from keylayers.updates.adalora import AdaLoraUpdate
+from keylayers.updates.adalora import AdaLoraUpdate, is_adalora
 from keylayers.updates.dora import DoraUpdate
 from keylayers.updates.embedding import EmbeddingUpdate
 from keylayers.updates.experts import ParameterUpdate
@@ -40,6 +40,11 @@ def adapter_updates(model: nn.Module) -> list[AdapterUpdate]:
         raise ModelError(
             f"the model must carry a PEFT adapter, got a plain {type(model).__name__}; fine-tune "
             f"it with LoRA, or give the tuned checkpoint as `tuned`"
+        )
+    if is_adalora(model) and not hasattr(model.base_model, "trainable_adapter_name"):
+        raise ModelError(
+            "an AdaLoRA adapter must be loaded to be trained, or PEFT cannot compute its loss; "
+            "give is_trainable=True to PeftModel.from_pretrained"
         )
     layers = tuner_layers(model)
     inside = map_modules(model, towers_of(model))

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdaLoRA's own importance beside a ranking of its adapter. Needs no torch."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from keylayers.compare import agreement
+from keylayers.errors import RankingError
+from keylayers.ranking import Ranking
+from keylayers.selection import Budget
+
+
+def ranks_left(ranking: Ranking) -> dict[str, int]:
+    """Module name -> the LoRA rank that AdaLoRA left it; empty for other updates."""
+    found = ranking.provenance.get("adalora_ranks_left")
+    if not isinstance(found, Mapping):
+        return {}
+    ranks = {module.name: found.get(module.name) for module in ranking.modules}
+    return {name: rank for name, rank in ranks.items() if isinstance(rank, int)}
+
+
+def adalora_line(ranking: Ranking, budget: Budget) -> str | None:
+    """How far the ranking and AdaLoRA's own allocation agree, for a person; None without one."""
+    ranks = ranks_left(ranking)
+    if len(ranks) < len(ranking.modules):
+        return None
+    own = replace(
+        ranking,
+        method="adalora",
+        modules=tuple(
+            replace(module, score=float(ranks[module.name]), standard_error=None)
+            for module in ranking.modules
+        ),
+    )
+    try:
+        found = agreement([ranking, own], budget)[0]
+    except RankingError:
+        return None
+    tau = "none" if found.tau is None else f"{found.tau:.2f}"
+    return (
+        f"AdaLoRA's own budget (last column) agrees with the scores by tau-b {tau}, Jaccard "
+        f"{found.jaccard:.2f} at budget {budget} (chance {found.chance_jaccard:.2f})"
+    )

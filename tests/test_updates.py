@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kind of update the whole way: rank, verify, train the selection, prove what changed."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tiny_files import NUM_MODULES
+
+QUICK = ["--max-steps", "8", "--mask-batches", "2", "--batch-size", "4", "--lora-rank", "4"]
+ADAPTERS = ("rslora", "dora", "adalora")
+KINDS = (*ADAPTERS, "full")
+
+
+def keylayers(*arguments):
+    from keylayers.cli import main
+
+    return main([str(argument) for argument in arguments])
+
+
+def rank(tiny, output, *more):
+    options = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", output)
+    return keylayers("rank", *options, *QUICK, *more)
+
+
+def read(output):
+    return json.loads((output / "ranking.json").read_text())
+
+
+def scores(output):
+    return [module["score"] for module in read(output)["modules"]]
+
+
+@pytest.fixture(scope="module")
+def ranked(tiny, tmp_path_factory):
+    folders = {}
+    for kind in KINDS:
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        assert rank(tiny, folders[kind], "--update", kind) == 0
+    return folders
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_ranking_holds_every_module_and_the_update_it_was_made_from(ranked, kind):
+    content = read(ranked[kind])
+    assert len(content["modules"]) == NUM_MODULES
+    assert len(set(scores(ranked[kind]))) == NUM_MODULES
+    losses = content["provenance"]["held_out_loss_nats"]
+    assert losses["tuned"] < losses["base"]
+    assert content["provenance"]["options"]["update"] == kind
+    folder = "tuned" if kind == "full" else "adapter"
+    assert [one.name for one in ranked[kind].iterdir() if one.is_dir()] == [folder]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_update_that_a_run_left_gives_the_same_ranking(tiny, ranked, kind, tmp_path):
+    where = ("--tuned", ranked[kind] / "tuned")
+    if kind != "full":
+        where = ("--adapter", ranked[kind] / "adapter")
+    dtype = ("--dtype", "float32")  # as a full fine-tune has it
+    assert rank(tiny, tmp_path / "again", *where, *dtype) == 0
+    assert scores(tmp_path / "again") == scores(ranked[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stopped_run_takes_its_stage_1_over(tiny, ranked, kind, capsys):
+    before = scores(ranked[kind])
+    assert rank(tiny, ranked[kind], "--update", kind) == 0
+    assert "stage 1 of the same inputs is taken from" in capsys.readouterr().err
+    assert scores(ranked[kind]) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_verify_finds_the_update_beside_the_ranking(ranked, kind, capsys):
+    options = ("--points", "4", "--random-orders", "1")
+    assert keylayers("verify", "--ranking", ranked[kind], *options) == 0
+    found = json.loads((ranked[kind] / "verification.json").read_text())
+    losses = found["best_first"]["losses"]
+    recorded = read(ranked[kind])["provenance"]["held_out_loss_nats"]
+    assert losses[0] == pytest.approx(recorded["base"], abs=1e-4)
+    assert losses[-1] == pytest.approx(recorded["tuned"], abs=1e-4)
+    assert "another one than was ranked" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["lora", *ADAPTERS])
+def test_the_kind_of_the_ranking_is_trained_on_exactly_the_selection(ranked, kind, tmp_path):
+    options = ("--budget", "5", "--steps", "4", "--output", tmp_path / "t")
+    given = ("--update", "lora") if kind == "lora" else ()
+    assert keylayers("train", "--ranking", ranked.get(kind, ranked["dora"]), *options, *given) == 0
+    modules = sorted(read(ranked.get(kind, ranked["dora"]))["modules"], key=lambda one: one["rank"])
+    weights = load_file(tmp_path / "t" / "adapter_model.safetensors")
+    trained = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in weights}
+    assert trained == {module["name"] for module in modules[:5]}
+    config = json.loads((tmp_path / "t" / "adapter_config.json").read_text())
+    assert (config["peft_type"] == "ADALORA") == (kind == "adalora")
+    assert config.get("use_dora", False) == (kind == "dora")
+    assert config.get("use_rslora", False) == (kind == "rslora")
+
+
+@pytest.mark.parametrize("kind", ["lora", *KINDS])
+def test_several_steps_change_exactly_the_selected_modules(tiny, kind):
+    from keylayers.apply.freeze import train_only
+    from keylayers.model_map import map_modules
+    from keylayers.models import load_model, load_tokenizer
+    from keylayers.options import DataOptions, ModelOptions, TrainingOptions
+    from keylayers.training.data import prepare
+    from keylayers.training.run import fine_tune, make_trainer, new_adapter
+    from keylayers.updates.adapter import own_parameters, tuner_layers
+
+    source = ModelOptions(model=str(tiny / "model"), dtype="float32")
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    selected = [info.name for info in map_modules(model)][1::4]
+    options = TrainingOptions(update=kind, learning_rate=0.05, warmup_steps=0, lora_rank=4)
+    if kind == "full":
+        train_only(model, selected)
+    else:
+        model = new_adapter(model, selected, options, num_steps=6)
+    data = prepare(DataOptions(data=str(tiny / "data.jsonl")), tokenizer, 64)
+    trainer = make_trainer(model, tokenizer, data.train, options, num_steps=6)
+    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+    fine_tune(trainer)
+    owners = {
+        id(one): name
+        for name, layer in tuner_layers(model).items()
+        for one in own_parameters(layer)
+    }
+    changed = {
+        owners.get(id(one), name.removesuffix(".weight"))
+        for name, one in model.named_parameters()
+        if not torch.equal(one, before[name])
+    }
+    assert changed == set(selected)
+
+
+def test_adaloras_own_importance_stands_beside_ours(ranked, capsys):
+    ranks = read(ranked["adalora"])["provenance"]["adalora_ranks_left"]
+    assert len(ranks) == NUM_MODULES
+    assert 0 < sum(ranks.values()) <= NUM_MODULES * 6
+    assert len(set(ranks.values())) > 1
+    assert keylayers("show", ranked["adalora"]) == 0
+    out = capsys.readouterr().out
+    assert "AdaLoRA's r" in out
+    assert "AdaLoRA's own budget (last column) agrees with the scores by tau-b" in out
+    assert keylayers("show", ranked["dora"]) == 0
+    assert "AdaLoRA" not in capsys.readouterr().out
+
+
+def test_adaloras_penalty_is_no_part_of_a_held_out_loss(tiny, ranked):
+    """The loss of plain cross-entropy on the model's own logits, without PEFT's penalty."""
+    from keylayers.evaluation.loss import held_out_loss
+    from keylayers.models import load_adapter, load_model, load_tokenizer
+    from keylayers.options import DataOptions, ModelOptions, TrainingOptions
+    from keylayers.training.data import prepare
+    from keylayers.training.run import make_trainer
+
+    source = ModelOptions(model=str(tiny / "model"), dtype="float32")
+    model = load_adapter(load_model(source), str(ranked["adalora"] / "adapter"))
+    tokenizer = load_tokenizer(source)
+    data = prepare(DataOptions(data=str(tiny / "data.jsonl")), tokenizer, 64)
+    trainer = make_trainer(model, tokenizer, data.train, TrainingOptions(), num_steps=1)
+    total = count = 0.0
+    with torch.no_grad():
+        for batch in trainer.get_eval_dataloader(data.held_out):
+            logits = model(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+            labels = batch["labels"][:, 1:].flatten()
+            total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            count += float((labels != -100).sum())
+    assert held_out_loss(trainer, data.held_out) == pytest.approx(total / count, rel=1e-5)
+    weights = [one.orth_reg_weight for one in model.peft_config.values()]
+    assert weights == [0.5]
+
+
+BAD = [
+    (("--update", "full", "--load-in-4bit"), "`load_in_4bit` must be left out with `update` full"),
+    (("--update", "full", "--dtype", "bfloat16"), "`dtype` must be left out with `update` full"),
+    (("--update", "prefix"), "prefix"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_weights_that_cannot_be_trained_are_refused(tiny, tmp_path, options, message, capsys):
+    assert rank(tiny, tmp_path / "out", *options) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
