@@ -270,11 +270,34 @@ def test_checkpoints_of_different_shapes_are_refused():
     with pytest.raises(ModelError, match="must differ from the base"):
         dense_updates(model, tuned)
     tuned["model.layers.1.mlp.up_proj.weight"] = torch.zeros(5, 16)
-    with pytest.raises(ModelError, match=r"up_proj.weight is \(24, 16\) in the base and \(5, 16\)"):
+    with pytest.raises(
+        ModelError, match=r"up_proj.weight is \(24, 16\) in the model and \(5, 16\)"
+    ):
         dense_updates(model, tuned)
     del tuned["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(ModelError, match=r"must hold model.layers.1.mlp.up_proj.weight"):
         dense_updates(model, tuned)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_the_whole_update_is_what_merging_adds_to_the_weight(kind):
+    model, updates = updates_of(kind)
+    before = [weight_of(update).clone() for update in updates]
+    deltas = [update.delta() for update in updates]
+    model.merge_adapter()
+    for update, weight, delta in zip(updates, before, deltas, strict=True):
+        merged = weight_of(update) - weight
+        assert delta.shape == update.module.shape
+        if delta.shape != merged.shape or "Conv1D" in kind or "GPT-2" in kind:
+            is_transposed = not isinstance(update.layer.get_base_layer(), torch.nn.Embedding)
+            merged = merged.T if is_transposed else merged
+        torch.testing.assert_close(delta, merged.float(), rtol=1e-4, atol=1e-5)
+
+
+def weight_of(update):
+    layer = update.layer.get_base_layer()
+    name = update.module.name.rpartition(".")[2] if update.module.is_stacked else "weight"
+    return layer.get_parameter(name).detach()
 
 
 def test_lora_dropout_is_off_while_gates_are_in():

@@ -186,3 +186,41 @@ def test_weights_that_cannot_be_trained_are_refused(tiny, tmp_path, options, mes
     assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_fine_tune_in_one_run_is_ranked_from_a_copy_of_its_start(tiny):
+    """The same scores as from the two checkpoints on disk; the model keeps what it has learned."""
+    from keylayers import MaskOptions, module_weights, rank_modules
+    from keylayers.apply.freeze import train_only
+    from keylayers.errors import ModelError
+    from keylayers.model_map import map_modules
+    from keylayers.models import load_model, load_tokenizer
+    from keylayers.options import DataOptions, ModelOptions, TrainingOptions
+    from keylayers.scores import score_modules
+    from keylayers.training.data import prepare
+    from keylayers.training.run import fine_tune, make_trainer
+    from keylayers.updates import dense_updates
+
+    source = ModelOptions(model=str(tiny / "model"), dtype="float32")
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    names = [info.name for info in map_modules(model)]
+    train_only(model, names)
+    start = module_weights(model)
+    assert set(start) == {f"{name}.weight" for name in names}
+    data = prepare(DataOptions(data=str(tiny / "data.jsonl")), tokenizer, 64)
+    options = TrainingOptions(update="full", learning_rate=0.01, batch_size=4)
+    trainer = make_trainer(model, tokenizer, data.train, options, num_steps=4)
+    fine_tune(trainer)
+    end = {name: one.detach().clone() for name, one in model.named_parameters()}
+    mask = MaskOptions(mask_batches=2)
+    ranking = rank_modules(trainer, mask, base_weights=start)
+    assert all(torch.equal(one, end[name]) for name, one in model.named_parameters())
+
+    base = load_model(source)
+    other = make_trainer(base, tokenizer, data.train, options, num_steps=4)
+    expected = score_modules(other, dense_updates(base, end), mask)
+    assert [one.score for one in ranking.modules] == list(expected.scores)
+    del start["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(ModelError, match=r"the base weights must hold model.layers.1.mlp.up_proj"):
+        rank_modules(trainer, mask, base_weights=start)
+    assert all(torch.equal(one, end[name]) for name, one in model.named_parameters())

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from keylayers.runs.train import TrainedSet, train
     from keylayers.runs.verify import verify
     from keylayers.selection import Freeze, Selection
+    from keylayers.updates.dense import module_weights
     from keylayers.verification import Verification
 
 _HOME = {
@@ -65,6 +66,7 @@ _HOME = {
     "chance_jaccard": "compare",
     "consensus": "consensus",
     "mask_curve": "mask.curve",
+    "module_weights": "updates.dense",
     "rank": "runs.rank",
     "rank_modules": "runs.rank",
     "train": "runs.train",
@@ -99,6 +101,7 @@ __all__ = [
     "chance_jaccard",
     "consensus",
     "mask_curve",
+    "module_weights",
     "rank",
     "rank_modules",
     "train",

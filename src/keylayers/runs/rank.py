@@ -6,12 +6,13 @@ exists already, and a second checkpoint. The last two need stage 2 only.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from torch import Tensor
 from transformers import Trainer
 
 from keylayers.evaluation.loss import held_out_loss
@@ -32,7 +33,8 @@ from keylayers.runs.update import RankJob, base_options, find_update
 from keylayers.scores import STOPS_BY_ITSELF, num_steps, score_modules
 from keylayers.training.data import prepare
 from keylayers.training.run import make_trainer
-from keylayers.updates import AdaLoraUpdate, Update, adapter_updates
+from keylayers.updates import AdaLoraUpdate, Update, adapter_updates, dense_updates
+from keylayers.updates.dense import back_at_base
 from keylayers.weights import weights_sha256
 
 
@@ -42,18 +44,21 @@ def rank_modules(
     on_step: OnStep | None = None,
     *,
     mask_dataset: Dataset | None = None,
+    base_weights: Mapping[str, Tensor] | None = None,
 ) -> Ranking:
-    """Rank the modules that a trainer's LoRA adapter updates, by its own loss and data.
+    """Rank the modules that a trainer's fine-tune updated, by its own loss and data.
 
     The trainer is one that you built and trained: TRL's or transformers' own, or a subclass with
     its own loss. It and its model are given back as they were.
 
     Args:
-        trainer: Its `model` carries a LoRA adapter.
+        trainer: Its `model` carries a LoRA adapter, or was fine-tuned as a whole.
         options: How to score.
         on_step: Called after each pass with its number, from 1, and its loss in nats.
         mask_dataset: Examples to score on, in the form of the trainer's `train_dataset`; best such
             that training did not see. Not given: the `train_dataset` itself.
+        base_weights: After a full fine-tune: what the modules held before, by parameter name, from
+            `keylayers.module_weights(model)` or a checkpoint.
 
     Raises:
         ModelError: the model carries no update that gates can scale.
@@ -61,11 +66,18 @@ def rank_modules(
         GuardError: something else than the gates changed, or a gate took no part.
     """
     options = options or MaskOptions()
-    updates = adapter_updates(trainer.model)
+    model = trainer.model
     train_dataset = trainer.train_dataset
     trainer.train_dataset = train_dataset if mask_dataset is None else mask_dataset
+    updates: Sequence[Update]
     try:
-        learned = score_modules(trainer, updates, options, on_step)
+        if base_weights is None:
+            updates = adapter_updates(model)
+            learned = score_modules(trainer, updates, options, on_step)
+        else:
+            with back_at_base(model, base_weights) as tuned:
+                updates = dense_updates(model, tuned)
+                learned = score_modules(trainer, updates, options, on_step)
     finally:
         trainer.train_dataset = train_dataset
     provenance = {

@@ -40,7 +40,7 @@ class AdaLoraUpdate:
         return int((self.layer.lora_E[self.adapter].detach() != 0).sum())
 
     def _ranknum(self) -> float:
-        return float(self.layer.ranknum[self.adapter])
+        return float(self.layer.ranknum[self.adapter].detach())
 
     @contextlib.contextmanager
     def gated(self, gate: Gate) -> Iterator[None]:

@@ -181,6 +181,48 @@ def dense_updates(
     return updates
 
 
+def module_weights(
+    model: nn.Module, towers: Towers = "language", device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """A copy of the weights of all modules of the blocks, by name: θ_0, if taken before training.
+
+    Args:
+        model: A model without an adapter.
+        towers: Which stacks of blocks.
+        device: Where the copy is kept; off the accelerator unless asked otherwise.
+    """
+    infos = map_modules(model, towers)
+    named = [pair for info in infos for pair in _parameters(model, info)]
+    return {name: one.detach().to(device, copy=True) for name, one in named}
+
+
+@contextlib.contextmanager
+def back_at_base(
+    model: nn.Module, base: Mapping[str, Tensor], towers: Towers = "language"
+) -> Iterator[dict[str, Tensor]]:
+    """Inside the block the modules hold θ_0 again; yields what they held, θ_t, on the CPU.
+
+    Args:
+        model: The tuned model; it holds θ_t again, bit for bit, when the block ends.
+        base: θ_0 by name, from `module_weights`; asked for one value at a time.
+        towers: Which stacks of blocks.
+
+    Raises:
+        ModelError: a module is missing in `base` or has another shape there.
+    """
+    tuned = module_weights(model, towers)
+    parameters = {name: one for name, one in model.named_parameters() if name in tuned}
+    try:
+        with torch.no_grad():
+            for name, one in parameters.items():
+                one.copy_(_tuned_value(base, name, one, "the base weights"))
+        yield tuned
+    finally:
+        with torch.no_grad():
+            for name, one in parameters.items():
+                one.copy_(tuned[name])
+
+
 def take_other_weights(
     model: nn.Module, tuned: Mapping[str, Tensor], towers: Towers = "language"
 ) -> list[str]:
@@ -221,16 +263,16 @@ def _difference(tuned: Mapping[str, Tensor], name: str, base: Tensor) -> Tensor:
     return _tuned_value(tuned, name, base).sub(base.detach())
 
 
-def _tuned_value(tuned: Mapping[str, Tensor], name: str, base: Tensor) -> Tensor:
-    """θ_t of one parameter, in the base's dtype and place."""
-    if name not in tuned:
+def _tuned_value(
+    weights: Mapping[str, Tensor], name: str, model: Tensor, whose: str = "the tuned checkpoint"
+) -> Tensor:
+    """The value of one parameter, θ_t or θ_0, in the dtype and place that the model has it in."""
+    if name not in weights:
+        raise ModelError(f"{whose} must hold {name}, but it does not; is it another kind of model?")
+    value = weights[name]
+    if value.shape != model.shape:
         raise ModelError(
-            f"the tuned checkpoint must hold {name}, but it does not; is it another kind of model?"
+            f"the two checkpoints must have the same shapes, but {name} is {tuple(model.shape)} in "
+            f"the model and {tuple(value.shape)} in {whose}"
         )
-    value = tuned[name]
-    if value.shape != base.shape:
-        raise ModelError(
-            f"the two checkpoints must have the same shapes, but {name} is {tuple(base.shape)} in "
-            f"the base and {tuple(value.shape)} in the tuned one"
-        )
-    return value.detach().to(base.device, base.dtype)
+    return value.detach().to(model.device, model.dtype)
