@@ -4,7 +4,7 @@
 import argparse
 from pathlib import Path
 
-from benchmarks import mask_step
+from benchmarks import checkpoint_pair, mask_step
 from keylayers.records import environment, write_json
 
 
@@ -14,8 +14,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("out/bench"))
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    result = mask_step.run()
-    write_json(arguments.output / "mask_step.json", {"environment": environment(), **result})
+    for benchmark in (mask_step, checkpoint_pair):
+        name = benchmark.__name__.rpartition(".")[2]
+        result = benchmark.run()
+        write_json(arguments.output / f"{name}.json", {"environment": environment(), **result})
     print(f"records in {arguments.output}")
 
 

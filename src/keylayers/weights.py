@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from keylayers.model_map import base_model_of
 
+_PIECE = 1 << 22  # entries
 _SAME_WIDTH_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -51,11 +52,13 @@ def _is_added(name: str) -> bool:
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
     """For each tensor the 64-bit sum of its bit patterns, computed where the tensor lives.
 
-    One pass over memory without a copy. Any ordinary change of values changes the sum; a mere
-    permutation of a tensor's entries would not.
+    One pass over memory, piece by piece, for a sum in 64 bits first makes a wider copy of what it
+    adds up. Any ordinary change of values changes the sum; a mere permutation of a tensor's entries
+    would not.
     """
     sums = {}
     for name, tensor in tensors:
         bits = tensor.detach().contiguous().view(_SAME_WIDTH_INT[tensor.element_size()])
-        sums[name] = bits.sum(dtype=torch.int64)
+        pieces = bits.reshape(-1).split(_PIECE)
+        sums[name] = sum((one.sum(dtype=torch.int64) for one in pieces), torch.zeros(()).long())
     return {name: int(total) for name, total in sums.items()}

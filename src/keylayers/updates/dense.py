@@ -25,6 +25,21 @@ from keylayers.options import Towers
 from keylayers.updates.gate import GATE_CHILD, Gate
 
 
+class Workspace:
+    """Memory for one Δθ at a time, used again and again: as large as the largest module."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def difference(self, value: Tensor, base: Tensor) -> Tensor:
+        """`value - base`, which holds until the next difference is asked for."""
+        held, size = self._buffer, base.numel()
+        if (held.dtype, held.device) != (base.dtype, base.device) or held.numel() < size:
+            self._buffer = torch.empty(base.numel(), dtype=base.dtype, device=base.device)
+        out = self._buffer[:size].view(base.shape)
+        return torch.sub(value, base.detach(), out=out)
+
+
 @dataclass(frozen=True)
 class DenseUpdate:
     """What full fine-tuning added to one linear layer's weight, and to its bias if it has one."""
@@ -32,10 +47,11 @@ class DenseUpdate:
     module: ModuleInfo
     layer: nn.Linear | Conv1D
     tuned: Mapping[str, Tensor]
+    workspace: Workspace
 
     def delta(self) -> Float[Tensor, "d_out d_in"]:
         """The whole update of the weight, Δθ, in float32."""
-        return self._delta_weight().float()
+        return self._delta_weight().to(torch.float32, copy=True)
 
     @contextlib.contextmanager
     def gated(self, gate: Gate) -> Iterator[None]:
@@ -61,7 +77,9 @@ class DenseUpdate:
             delattr(self.layer, GATE_CHILD)
 
     def _delta_weight(self) -> Float[Tensor, "d_out d_in"]:
-        delta = _difference(self.tuned, f"{self.module.name}.weight", self.layer.weight)
+        base = self.layer.weight
+        value = _tuned_value(self.tuned, f"{self.module.name}.weight", base)
+        delta = self.workspace.difference(value, base)
         return delta if isinstance(self.layer, nn.Linear) else delta.T
 
 
@@ -156,6 +174,7 @@ def dense_updates(
         ModelError: a module is missing in `tuned`, has another shape there, or nothing differs.
     """
     updates: list[DenseUpdate | DenseExpertsUpdate] = []
+    workspace = Workspace()
     has_difference = False
     for info in map_modules(model, towers):
         holder, _, parameter = info.name.rpartition(".")
@@ -169,9 +188,10 @@ def dense_updates(
                     f"the difference of two checkpoints needs a base that is not quantised, but "
                     f"{info.name} holds packed {layer.weight.dtype}"
                 )
-            updates.append(DenseUpdate(info, layer, tuned))
+            updates.append(DenseUpdate(info, layer, tuned, workspace))
         has_difference |= any(
-            bool(_difference(tuned, name, value).any()) for name, value in _parameters(model, info)
+            not torch.equal(_tuned_value(tuned, name, value), value)
+            for name, value in _parameters(model, info)
         )
     if not has_difference:
         raise ModelError(
