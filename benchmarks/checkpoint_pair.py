@@ -6,8 +6,8 @@ parameters, float32) and the same batch, one after the other, and report the pea
 held after loading. The goal: ranking needs no more than the bare pass and the largest module.
 """
 
-import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,40 +18,38 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from keylayers.mask.module_scores import ModuleScores
 from keylayers.models import Checkpoint, load_model
 from keylayers.options import MaskOptions, ModelOptions
 from keylayers.scores import score_modules
 from keylayers.updates import dense_updates
 from keylayers.updates.dense import take_other_weights
 
+NUM_ROUNDS = 3
 TOKENS, VOCABULARY = 64, 32_000
 MIB = 1024**2
 
 
 def run() -> dict[str, Any]:
-    """Make the pair, measure both sides, print the table."""
+    """Make the pair, measure both sides in turn, print the table."""
+    peaks: dict[str, list[float]] = {"bare": [], "rank": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sizes = make_pair(folder)
-        sides = {side: measured(side, folder) for side in ("bare", "rank")}
-    extra = sides["rank"]["peak_mib"] - sides["bare"]["peak_mib"]
-    result = {
-        **sizes,
-        **{f"{side}_{key}": value for side, found in sides.items() for key, value in found.items()},
-        "extra_mib": extra,
-        "extra_in_largest_modules": extra / sizes["largest_module_mib"],
-        "pair_in_memory_mib": sizes["checkpoint_mib"],
-    }
+        for _ in range(NUM_ROUNDS):
+            for side, found in peaks.items():
+                found.append(measured(side, folder))
+    medians = {side: statistics.median(found) for side, found in peaks.items()}
+    extra = medians["rank"] - medians["bare"]
+    largest = sizes["largest_module_mib"]
     print(f"checkpoint {sizes['checkpoint_mib']:.0f} MiB, {sizes['num_parameters']:,} parameters")
-    for side, found in sides.items():
-        print(f"{side:<6}peak {found['peak_mib']:.0f} MiB, {found['seconds']:.1f} s")
+    for side, found in peaks.items():
+        print(f"{side:<6}peak {medians[side]:.0f} MiB ({min(found):.0f} to {max(found):.0f})")
     print(
-        f"ranking holds {extra:+.0f} MiB more than the bare pass: "
-        f"{result['extra_in_largest_modules']:.2f} of the largest module "
-        f"({sizes['largest_module_mib']:.0f} MiB); a second model would be {sizes['checkpoint_mib']:.0f}"
+        f"ranking holds {extra:+.0f} MiB more than the bare pass: {extra / largest:.2f} of the "
+        f"largest module ({largest:.0f} MiB); goal at most 1; a second model would be "
+        f"{sizes['checkpoint_mib']:.0f}"
     )
-    return result
+    return {**sizes, "peak_mib": peaks, "extra_in_largest_modules": extra / largest}
 
 
 def make_pair(folder: Path) -> dict[str, Any]:
@@ -80,8 +78,8 @@ def make_pair(folder: Path) -> dict[str, Any]:
     }
 
 
-def measured(side: str, folder: Path) -> dict[str, float]:
-    """What one side reports from a process of its own."""
+def measured(side: str, folder: Path) -> float:
+    """The peak that one side reports from a process of its own, in MiB."""
     command = [
         sys.executable,
         "-W",
@@ -92,8 +90,7 @@ def measured(side: str, folder: Path) -> dict[str, float]:
         str(folder),
     ]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ})
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return float(done.stdout.splitlines()[-1])
 
 
 def child(side: str, folder: Path) -> None:
@@ -101,23 +98,22 @@ def child(side: str, folder: Path) -> None:
     model = load_model(ModelOptions(model=str(folder / "base"), dtype="float32"))
     tokens = torch.randint(0, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     reset_peak()
-    seconds = bare(model, tokens) if side == "bare" else rank(model, tokens, folder).seconds
-    print(json.dumps({"peak_mib": peak_mib(), "seconds": seconds}))
+    if side == "bare":
+        bare(model, tokens)
+    else:
+        rank(model, tokens, folder)
+    print(peak_mib())
 
 
-def bare(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
+def bare(model: LlamaForCausalLM, tokens: torch.Tensor) -> None:
     """One forward and backward pass for activations through the frozen model."""
-    import time
-
-    start = time.perf_counter()
     model.requires_grad_(False)
     embedded = model.get_input_embeddings()(tokens).requires_grad_(True)
     model(inputs_embeds=embedded, labels=tokens).loss.backward()
-    return time.perf_counter() - start
 
 
-def rank(model: LlamaForCausalLM, tokens: torch.Tensor, folder: Path) -> ModuleScores:
-    """Scores of all modules from one batch at two points, as `keylayers rank --tuned` finds them."""
+def rank(model: LlamaForCausalLM, tokens: torch.Tensor, folder: Path) -> None:
+    """Scores of all modules from one batch at two points, as `keylayers rank --tuned` does."""
     checkpoint = Checkpoint.open(ModelOptions(model=str(folder / "tuned")))
     updates = dense_updates(model, checkpoint)
     take_other_weights(model, checkpoint)
@@ -129,7 +125,7 @@ def rank(model: LlamaForCausalLM, tokens: torch.Tensor, folder: Path) -> ModuleS
     dataset = Dataset.from_dict({"input_ids": rows, "labels": rows})
     trainer = Trainer(model=model, args=arguments, train_dataset=dataset)
     options = MaskOptions(method="path", mask_batches=1, path_points=2)
-    return score_modules(trainer, updates, options)
+    score_modules(trainer, updates, options)
 
 
 def reset_peak() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from keylayers.model_map import base_model_of
 
-_PIECE = 1 << 22  # entries
+_PIECE = 1 << 18  # entries
 _SAME_WIDTH_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
