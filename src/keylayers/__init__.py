@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from keylayers.errors import KeylayersError
     from keylayers.mask.curve import mask_curve
     from keylayers.options import (
+        BudgetOptions,
         CurveOptions,
         DataOptions,
         MaskOptions,
         ModelOptions,
+        PruneOptions,
         RankOptions,
         SelectionOptions,
         StabilityOptions,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
         VerifyOptions,
     )
     from keylayers.ranking import RankedModule, Ranking
+    from keylayers.runs.prune import PrunedUpdate, prune
     from keylayers.runs.rank import rank, rank_modules
     from keylayers.runs.train import TrainedSet, train
     from keylayers.runs.verify import verify
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Agreement": "compare",
+    "BudgetOptions": "options",
     "CurveOptions": "options",
     "DataOptions": "options",
     "Freeze": "selection",
@@ -48,6 +52,8 @@ _HOME = {
     "MaskCurve": "curve",
     "MaskOptions": "options",
     "ModelOptions": "options",
+    "PruneOptions": "options",
+    "PrunedUpdate": "runs.prune",
     "RankOptions": "options",
     "RankedModule": "ranking",
     "Ranking": "ranking",
@@ -65,6 +71,7 @@ _HOME = {
     "chance_jaccard": "compare",
     "consensus": "consensus",
     "mask_curve": "mask.curve",
+    "prune": "runs.prune",
     "rank": "runs.rank",
     "rank_modules": "runs.rank",
     "train": "runs.train",
@@ -74,6 +81,7 @@ _HOME = {
 
 __all__ = [
     "Agreement",
+    "BudgetOptions",
     "CurveOptions",
     "DataOptions",
     "Freeze",
@@ -81,6 +89,8 @@ __all__ = [
     "MaskCurve",
     "MaskOptions",
     "ModelOptions",
+    "PruneOptions",
+    "PrunedUpdate",
     "RankOptions",
     "RankedModule",
     "Ranking",
@@ -99,6 +109,7 @@ __all__ = [
     "chance_jaccard",
     "consensus",
     "mask_curve",
+    "prune",
     "rank",
     "rank_modules",
     "train",
