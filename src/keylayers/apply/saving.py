@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tuned model on disk: an ordinary adapter or checkpoint, its tokenizer and its record."""
+"""A tuned model on disk: adapter or checkpoint, tokenizer, record; whether bits are the same."""
 
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keylayers.records import RECORD, replaced_folder, write_json
@@ -36,3 +38,14 @@ def copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:
             target = folder / path.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
+
+
+def has_same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bits; NaN equals itself here."""
+    is_alike = one.dtype == other.dtype and one.shape == other.shape
+    return is_alike and torch.equal(bits_of(one), bits_of(other))
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """A tensor's bytes in row-major order."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
