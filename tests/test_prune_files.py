@@ -78,7 +78,6 @@ KINDS = [
     ("LoRA", {}, set()),
     ("rsLoRA", {"use_rslora": True}, set()),
     ("DoRA", {"use_dora": True}, set()),
-    ("B with a bias", {"lora_bias": True}, set()),
     ("stored in bfloat16", {"dtype": torch.bfloat16}, set()),
     (
         "ranks and alphas of their own",
@@ -93,7 +92,6 @@ KINDS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed")  # such adapters are not merged
 @pytest.mark.parametrize(("options", "outside"), [k[1:] for k in KINDS], ids=[k[0] for k in KINDS])
 def test_the_pruned_adapter_is_the_full_one_without_the_other_modules(tmp_path, options, outside):
     save_adapter(tmp_path / "full", **options)

@@ -150,7 +150,11 @@ def _missing_adapter_weights(tuned: PeftModel, folder: Path) -> list[str]:
     """Names that are in the adapter's file or in the model, but not in both."""
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         stored = set(file.keys())
-    return sorted(stored ^ set(get_peft_model_state_dict(tuned)))
+    # PEFT also saves the base's embeddings where they are targets, but not for each form of target.
+    of_base = set(tuned.state_dict())
+    return sorted(
+        (stored - of_base) ^ set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
+    )
 
 
 class Checkpoint(Mapping[str, Tensor]):

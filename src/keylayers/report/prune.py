@@ -63,5 +63,8 @@ def reading(found: Mapping[str, Any]) -> list[str]:
         lines.append("the full update does not lower the held-out loss of the base model")
     else:
         share = 100 * (base - pruned) / (base - full)
-        lines.append(f"{kept} of {num_modules} modules carry {share:.0f} % of the loss reduction")
+        lines.append(
+            f"with {kept} of {num_modules} modules it keeps {share:.0f} % of what the full one "
+            f"lowers the loss by"
+        )
     return lines
