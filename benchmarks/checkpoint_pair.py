@@ -107,6 +107,7 @@ def child(side: str, folder: Path) -> None:
 
 def bare(model: LlamaForCausalLM, tokens: torch.Tensor) -> None:
     """One forward and backward pass for activations through the frozen model."""
+    trainer_of(model, tokens)  # so that both sides hold one
     model.requires_grad_(False)
     embedded = model.get_input_embeddings()(tokens).requires_grad_(True)
     model(inputs_embeds=embedded, labels=tokens).loss.backward()
@@ -117,6 +118,12 @@ def rank(model: LlamaForCausalLM, tokens: torch.Tensor, folder: Path) -> None:
     checkpoint = Checkpoint.open(ModelOptions(model=str(folder / "tuned")))
     updates = dense_updates(model, checkpoint)
     take_other_weights(model, checkpoint)
+    options = MaskOptions(method="path", mask_batches=1, path_points=2)
+    score_modules(trainer_of(model, tokens), updates, options)
+
+
+def trainer_of(model: LlamaForCausalLM, tokens: torch.Tensor) -> Trainer:
+    """A plain trainer of the one batch; its loader has been used once."""
     rows = tokens.tolist()
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
@@ -124,8 +131,8 @@ def rank(model: LlamaForCausalLM, tokens: torch.Tensor, folder: Path) -> None:
         )
     dataset = Dataset.from_dict({"input_ids": rows, "labels": rows})
     trainer = Trainer(model=model, args=arguments, train_dataset=dataset)
-    options = MaskOptions(method="path", mask_batches=1, path_points=2)
-    score_modules(trainer, updates, options)
+    next(iter(trainer.get_train_dataloader()))
+    return trainer
 
 
 def reset_peak() -> None:

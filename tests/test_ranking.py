@@ -226,7 +226,11 @@ def test_show_shows_a_ranking_whose_budget_reaches_modules_without_a_score(tmp_p
 @pytest.mark.parametrize("form", [[], ["--json"]])
 @pytest.mark.parametrize(
     ("budget", "message"),
-    [("auto", "auto is for `keylayers train`"), ("7", "between 1 and 6"), ("x", "must be a frac")],
+    [
+        ("auto", "auto is for `keylayers train` and `prune`"),
+        ("7", "between 1 and 6"),
+        ("x", "must be a frac"),
+    ],
 )
 def test_show_refuses_a_budget_that_cannot_be(tmp_path, capsys, form, budget, message):
     assert show(file_of(tmp_path, NO_ERRORS), "--budget", budget, *form) == 2

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from keylayers.errors import KeylayersError
     from keylayers.mask.curve import mask_curve
     from keylayers.options import (
+        BudgetOptions,
         CurveOptions,
         DataOptions,
         MaskOptions,
         ModelOptions,
+        PruneOptions,
         RankOptions,
         SelectionOptions,
         StabilityOptions,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
         VerifyOptions,
     )
     from keylayers.ranking import RankedModule, Ranking
+    from keylayers.runs.prune import PrunedUpdate, prune
     from keylayers.runs.rank import rank, rank_modules
     from keylayers.runs.train import TrainedSet, train
     from keylayers.runs.verify import verify
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Agreement": "compare",
+    "BudgetOptions": "options",
     "CurveOptions": "options",
     "DataOptions": "options",
     "Freeze": "selection",
@@ -49,6 +53,8 @@ _HOME = {
     "MaskCurve": "curve",
     "MaskOptions": "options",
     "ModelOptions": "options",
+    "PruneOptions": "options",
+    "PrunedUpdate": "runs.prune",
     "RankOptions": "options",
     "RankedModule": "ranking",
     "Ranking": "ranking",
@@ -67,6 +73,7 @@ _HOME = {
     "consensus": "consensus",
     "mask_curve": "mask.curve",
     "module_weights": "updates.dense",
+    "prune": "runs.prune",
     "rank": "runs.rank",
     "rank_modules": "runs.rank",
     "train": "runs.train",
@@ -76,6 +83,7 @@ _HOME = {
 
 __all__ = [
     "Agreement",
+    "BudgetOptions",
     "CurveOptions",
     "DataOptions",
     "Freeze",
@@ -83,6 +91,8 @@ __all__ = [
     "MaskCurve",
     "MaskOptions",
     "ModelOptions",
+    "PruneOptions",
+    "PrunedUpdate",
     "RankOptions",
     "RankedModule",
     "Ranking",
@@ -102,6 +112,7 @@ __all__ = [
     "consensus",
     "mask_curve",
     "module_weights",
+    "prune",
     "rank",
     "rank_modules",
     "train",

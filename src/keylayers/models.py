@@ -8,7 +8,7 @@ Only safetensors are read, never pickle; code that comes with a model runs only 
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,18 @@ from transformers.utils.hub import cached_file
 from keylayers.errors import ModelError
 from keylayers.options import Dtype, ModelOptions
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+CONFIG_FILES = ("config.json", "generation_config.json", "*.py")  # what stands beside weights
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
@@ -120,7 +132,7 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
         ModelError: no adapter, no safetensors, or an adapter for another base model.
     """
     check_folder(adapter, "adapter_config.json", "a PEFT adapter")
-    folder = _local_adapter(adapter)
+    folder = local_folder(adapter, ADAPTER_FILES, "a PEFT adapter")
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(
             f"the adapter {adapter!r} must hold adapter_model.safetensors, but does not; pickled "
@@ -148,22 +160,29 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
     return tuned
 
 
-def _local_adapter(adapter: str) -> Path:
-    """The adapter's folder; from the hub only its config and its safetensors are fetched."""
-    if Path(adapter).is_dir():
-        return Path(adapter)
-    files = ["adapter_config.json", "adapter_model.safetensors"]
+def local_folder(name: str, patterns: Sequence[str], kind: str) -> Path:
+    """The folder `name`, or a copy of the files of the hub repository that match `patterns`.
+
+    Raises:
+        ModelError: neither is there; says that it must be `kind`.
+    """
+    if Path(name).is_dir():
+        return Path(name)
     try:
-        return Path(snapshot_download(adapter, allow_patterns=files))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ModelError(f"{adapter!r} must be a PEFT adapter: {_first_line(error)}") from error
+        raise ModelError(f"{name!r} must be {kind}: {_first_line(error)}") from error
 
 
 def _missing_adapter_weights(tuned: PeftModel, folder: Path) -> list[str]:
     """Names that are in the adapter's file or in the model, but not in both."""
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         stored = set(file.keys())
-    return sorted(stored ^ set(get_peft_model_state_dict(tuned)))
+    # PEFT also saves the base's embeddings where they are targets, but not for each form of target.
+    of_base = set(tuned.state_dict())
+    return sorted(
+        (stored - of_base) ^ set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
+    )
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -171,6 +190,11 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self._files = dict(files)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Tensor name -> the file that holds it."""
+        return dict(self._files)
 
     @staticmethod
     def open(source: ModelOptions) -> "Checkpoint":

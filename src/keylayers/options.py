@@ -404,14 +404,34 @@ class VerifyOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectionOptions:
-    """Which modules are trained, and against what they are compared.
+class BudgetOptions:
+    """Which modules of a ranking are taken.
 
     Attributes:
         ranking: Ranking file, or the folder that holds ranking.json.
-        budget: How much is trained: 0.3 is 30 % of the modules, 17 is 17 modules, 0.3x-params is
+        budget: How much is taken: 0.3 is 30 % of the modules, 17 is 17 modules, 0.3x-params is
             modules with 30 % of the parameters, auto is what `keylayers verify` recommended.
-        freeze: Instead of a budget: train all but the worst share, such as 0.25.
+        freeze: Instead of a budget: take all but the worst share, such as 0.25.
+    """
+
+    ranking: str
+    budget: str | None = None
+    freeze: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.budget is None) == (self.freeze is None):
+            given = "neither" if self.budget is None else "both"
+            raise ConfigError(
+                f"exactly one of `budget` (such as 0.3) and `freeze` (such as 0.25) must be given, "
+                f"got {given}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionOptions(BudgetOptions):
+    """Which modules are trained, and against what they are compared.
+
+    Attributes:
         steps: Optimiser steps. From the command line: as many as stage 1 of the ranking took, if
             it had one.
         controls: Also train these sets of modules in the same way and show their held-out loss:
@@ -419,20 +439,12 @@ class SelectionOptions:
             the ranking).
     """
 
-    ranking: str
-    budget: str | None = None
-    freeze: float | None = None
     steps: int = 300
     controls: tuple[Control, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _at_least("steps", self.steps, 1)
-        if (self.budget is None) == (self.freeze is None):
-            given = "neither" if self.budget is None else "both"
-            raise ConfigError(
-                f"exactly one of `budget` (such as 0.3) and `freeze` (such as 0.25) must be given, "
-                f"got {given}"
-            )
 
 
 @dataclass(frozen=True)
@@ -450,4 +462,19 @@ class TrainOptions:
     def flat(self) -> dict[str, Any]:
         """Every option by the name of its flag, for the record."""
         parts = (self.selection, self.model, self.data, self.training)
+        return {name: value for part in parts for name, value in asdict(part).items()}
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """All options of one pruning of an update that exists already."""
+
+    selection: BudgetOptions
+    model: ModelOptions
+    data: DataOptions
+    update: UpdateOptions = UpdateOptions()
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by the name of its flag, for the record."""
+        parts = (self.selection, self.model, self.data, self.update)
         return {name: value for part in parts for name, value in asdict(part).items()}

@@ -139,8 +139,8 @@ def parse_budget(text: str) -> Budget:
     """
     if text == AUTO:
         raise ConfigError(
-            "`budget` auto is for `keylayers train`; run `keylayers verify` and give the number of "
-            "modules that it recommends"
+            "`budget` auto is for `keylayers train` and `prune`; run `keylayers verify` and give "
+            "the number of modules that it recommends"
         )
     if _PARAMS.fullmatch(text):
         return text

@@ -10,8 +10,10 @@ from typing import Any
 
 from keylayers.curve import MaskCurve, Recommendation
 from keylayers.errors import ConfigError, RankingError
+from keylayers.options import BudgetOptions
 from keylayers.ranking import Ranking
 from keylayers.records import json_sha256, write_json
+from keylayers.selection import AUTO, Budget, Freeze, parse_budget
 
 SCHEMA = "keylayers/verification"
 SCHEMA_VERSION = 1
@@ -146,6 +148,20 @@ def auto_budget(ranking: Ranking, path: Path) -> int:
             "it; train for fewer steps, or give a budget"
         )
     return found.recommendation.num_modules
+
+
+def budget_of(wanted: BudgetOptions, ranking: Ranking) -> Budget:
+    """The budget that the options write, `auto` looked up in the verification of the ranking.
+
+    Raises:
+        ConfigError: the budget has no known form, or `auto` has none to give.
+        RankingError: `auto`, but the ranking is not verified as it is.
+    """
+    if wanted.freeze is not None:
+        return Freeze(wanted.freeze)
+    if wanted.budget == AUTO:
+        return auto_budget(ranking, verification_file(wanted.ranking))
+    return parse_budget(wanted.budget or "")
 
 
 def verification_file(ranking: str | Path) -> Path:

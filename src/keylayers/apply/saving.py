@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tuned model on disk: an ordinary adapter or checkpoint, its tokenizer and its record."""
+"""A tuned model on disk: adapter or checkpoint, tokenizer, record; whether bits are the same."""
 
+import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keylayers.records import RECORD, replaced_folder, write_json
@@ -32,3 +35,23 @@ def save_tuned(
             model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_json(temporary / RECORD, record)
+
+
+def copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:
+    """Copy those files of `source` that match `patterns` to the same places in `folder`."""
+    for path in dict.fromkeys(path for pattern in patterns for path in source.glob(pattern)):
+        if path.is_file():
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def has_same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bits; NaN equals itself here."""
+    is_alike = one.dtype == other.dtype and one.shape == other.shape
+    return is_alike and torch.equal(bits_of(one), bits_of(other))
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """A tensor's bytes in row-major order."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -34,6 +34,8 @@ COMMANDS = {
     "verify": "Measure a ranking: held-out loss with only the best modules' updates kept.",
     "compare": "Show how far rankings pick the same modules, beside what chance would give.",
     "train": "Train only the modules that a ranking and a budget select.",
+    "prune": "Cut an adapter, or a tuned checkpoint, to the modules that a ranking and a budget "
+    "select.",
 }
 for _name, _help in COMMANDS.items():
     app.command(f"keylayers.cli.{_name}:app", name=_name, help=_help)

@@ -25,8 +25,8 @@ GROUPS = (
     "Measuring",
 )
 
-# Of the options that a ranking records, those that `train` and `verify` take over where none is
-# given. Not `trust_remote_code`: a file from elsewhere must not be able to switch it on.
+# Of the options that a ranking records, those that `train`, `verify` and `prune` take over where
+# none is given. Not `trust_remote_code`: a file from elsewhere must not be able to switch it on.
 TAKEN_FROM_RANKING = (
     "model",
     "revision",
@@ -50,7 +50,9 @@ TAKEN_FROM_RANKING = (
     "lora_alpha",
     "seed",
 )
-TAKEN_TO_VERIFY = ("dtype", "adapter", "tuned")
+WITH_RANKING = (("train",), ("verify",), ("prune",))
+WITH_UPDATE = (("verify",), ("prune",))  # they open the update that was ranked once more
+TAKEN_WITH_UPDATE = ("dtype", "adapter", "tuned")
 
 
 def flat(title: str) -> Parameter:
@@ -80,18 +82,18 @@ def from_config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCol
 
 
 def from_ranking_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """For `train` and `verify`, fill what is missing with what the ranking's own run used."""
-    path = _given(arguments, "ranking") if commands in (("train",), ("verify",)) else None
+    """Where a ranking is given, fill what is missing with what the ranking's own run used."""
+    path = _given(arguments, "ranking") if commands in WITH_RANKING else None
     if path is None:
         return
     made_by = Ranking.load(path).provenance
     recorded = made_by.get("options", {})
     known = {_key(argument) for argument in arguments}
     wanted = (
-        (*TAKEN_FROM_RANKING, *TAKEN_TO_VERIFY) if commands == ("verify",) else (TAKEN_FROM_RANKING)
+        (*TAKEN_FROM_RANKING, *TAKEN_WITH_UPDATE) if commands in WITH_UPDATE else TAKEN_FROM_RANKING
     )
     options = {name: recorded[name] for name in wanted if name in recorded and name in known}
-    if commands == ("verify",):
+    if commands in WITH_UPDATE:
         options |= _update_of(Path(path), made_by, arguments)
         _fill(app, arguments, options, source=path)
         return

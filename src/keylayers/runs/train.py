@@ -21,9 +21,8 @@ from keylayers.apply.freeze import (
 )
 from keylayers.apply.saving import save_tuned
 from keylayers.evaluation.loss import held_out_loss
-from keylayers.model_map import map_modules, outside_module
 from keylayers.models import Checkpoint, describe, load_model, load_tokenizer, max_positions
-from keylayers.options import Control, SelectionOptions, TrainOptions
+from keylayers.options import Control, TrainOptions
 from keylayers.progress import Progress, Silent
 from keylayers.ranking import Ranking
 from keylayers.records import (
@@ -34,18 +33,11 @@ from keylayers.records import (
     output_folder,
     write_json,
 )
-from keylayers.selection import (
-    AUTO,
-    Budget,
-    Freeze,
-    Selection,
-    check_same_modules,
-    parse_budget,
-    select,
-)
+from keylayers.runs.reopen import sizes_of
+from keylayers.selection import Selection, check_same_modules, select
 from keylayers.training.data import prepare
 from keylayers.training.run import TrainingResult, fine_tune, make_trainer, new_adapter
-from keylayers.verification import auto_budget, verification_file
+from keylayers.verification import budget_of
 from keylayers.weights import weights_sha256
 
 
@@ -88,7 +80,7 @@ def train(
     progress = progress or Silent()
     ranking = Ranking.load(options.selection.ranking)
     wanted = options.selection
-    selection = select(ranking, _budget(wanted, ranking))
+    selection = select(ranking, budget_of(wanted, ranking))
     check_replaceable(output)
     with output_folder(output):
         job = _Job(options, ranking, progress)
@@ -112,14 +104,6 @@ def train(
             rows.append(job.train(names, control)[0])
         write_json(output / RECORD, record | {"results": [asdict(row) for row in rows]})
     return rows
-
-
-def _budget(wanted: SelectionOptions, ranking: Ranking) -> Budget:
-    if wanted.freeze is not None:
-        return Freeze(wanted.freeze)
-    if wanted.budget == AUTO:
-        return auto_budget(ranking, verification_file(wanted.ranking))
-    return parse_budget(wanted.budget or "")
 
 
 def control_modules(
@@ -149,13 +133,7 @@ class _Job:
         # A full update changes the weights themselves, which needs their float32 values.
         self.source = replace(options.model, dtype="float32") if self.is_full else options.model
         model = load_model(self.source)
-        names = {name for name, _ in model.named_modules()}
-        outside = [one.name for one in ranking.modules if one.block_index is None]
-        infos = [
-            *map_modules(model, "all"),
-            *(outside_module(model, name) for name in outside if name in names),
-        ]
-        check_same_modules(ranking, {info.name: info.num_parameters for info in infos})
+        check_same_modules(ranking, sizes_of(model, ranking))
         self.tokenizer = load_tokenizer(options.model)
         self.data = prepare(options.data, self.tokenizer, max_positions(model))
         self.data.give_template(self.tokenizer)

@@ -5,34 +5,22 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import Trainer
 
 from keylayers.curve import MaskCurve
-from keylayers.errors import RankingError
 from keylayers.mask.curve import mask_curve
-from keylayers.models import describe, load_model, load_tokenizer, max_positions
-from keylayers.options import (
-    MaskOptions,
-    TrainingOptions,
-    UpdateOptions,
-    VerifyOptions,
-)
+from keylayers.options import MaskOptions, VerifyOptions
 from keylayers.progress import Progress, Silent
 from keylayers.ranking import Ranking
 from keylayers.records import environment, json_sha256
-from keylayers.runs.update import existing_update
+from keylayers.runs.reopen import loss_trainer, reopen
 from keylayers.scores import score_modules
-from keylayers.selection import check_same_modules
-from keylayers.training.data import PreparedData, prepare
-from keylayers.training.run import make_trainer
+from keylayers.training.data import PreparedData
 from keylayers.updates import Update
 from keylayers.verification import Verification, verification_file
-from keylayers.weights import weights_sha256
 
 NUM_LEAVE_ONE_OUT_EXAMPLES = 64
-ENOUGH_BATCHES = 20  # of held-out examples, to resample them for an interval
 
 
 def verify(
@@ -53,7 +41,10 @@ def verify(
     """
     progress = progress or Silent()
     loaded = Ranking.load(ranking)
-    job = _prepared(loaded, options, progress)
+    opened = reopen(loaded, progress, model=options.model, data=options.data, update=options.update)
+    tuned, batch_size = opened.tuned, options.curve.eval_batch_size
+    trainer = loss_trainer(tuned.model, opened.tokenizer, opened.data, batch_size)
+    job = _Job(trainer, tuned.updates, opened.data)
     order = [module.name for module in loaded.ordered()]
     curves = _Curves(job, options.curve.points, progress)
     best_first = curves.measure(order, "best first")
@@ -73,7 +64,7 @@ def verify(
         margin=options.curve.margin,
         provenance={
             "environment": environment(),
-            "model": job.model_record,
+            "model": opened.model_record,
             "data": job.data.record(),
             "options": options.flat(),
         },
@@ -87,60 +78,6 @@ class _Job:
     trainer: Trainer
     updates: Sequence[Update]
     data: PreparedData
-    model_record: dict[str, Any]
-
-
-def _prepared(ranking: Ranking, options: VerifyOptions, progress: Progress) -> _Job:
-    """Everything loaded and checked, before any long work."""
-    tokenizer, model = load_tokenizer(options.model), load_model(options.model)
-    data = prepare(options.data, tokenizer, max_positions(model))
-    for line in data.summary():
-        progress.note(line)
-    record = describe(options.model, model) | {"weights_sha256": weights_sha256(model)}
-    _note_other_inputs(ranking, record, data, progress)
-    if options.update == UpdateOptions():
-        raise RankingError(
-            "the update that was ranked must be there to be masked, but the ranking names none; "
-            "give `adapter` or `tuned`"
-        )
-    tuned = existing_update(model, options.update, progress, options.model.towers)
-    parts = [ranking.provenance.get(kind, {}) for kind in ("stage_1", "adapter", "tuned")]
-    ranked = {part.get("adapter_sha256", part.get("weights_sha256")) for part in parts} - {None}
-    if ranked and ranked.isdisjoint(part["weights_sha256"] for part in tuned.record.values()):
-        progress.note("the update is another one than was ranked")
-    updated = {one.module.name: one.module.num_parameters for one in tuned.updates}
-    check_same_modules(ranking, updated)
-    if num_missing := len(updated.keys() - {module.name for module in ranking.modules}):
-        raise RankingError(
-            f"the ranking must hold every module of the update, but {num_missing} are missing in it"
-        )
-    batch_size = max(1, min(options.curve.eval_batch_size, len(data.held_out) // ENOUGH_BATCHES))
-    trainer = make_trainer(
-        tuned.model,
-        tokenizer,
-        data.mask or data.train,
-        TrainingOptions(batch_size=batch_size),
-        num_steps=1,  # it is asked for losses, never to train
-    )
-    return _Job(trainer, tuned.updates, data, record)
-
-
-def _note_other_inputs(
-    ranking: Ranking, model: dict[str, Any], data: PreparedData, progress: Progress
-) -> None:
-    """Say what differs from the ranking's own run, where that is known."""
-    made_by = ranking.provenance
-    if (
-        made_by.get("model", {}).get("weights_sha256", model["weights_sha256"])
-        != (model["weights_sha256"])
-    ):
-        progress.note("the ranking was made on other weights of the same shapes")
-    split = data.record()["split_sha256"]
-    if made_by.get("data", {}).get("split_sha256", split) != split:
-        progress.note(
-            "other data or another split than the ranking's own: held-out examples may have been "
-            "seen in training"
-        )
 
 
 class _Curves:

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`keylayers prune`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App
+
+from keylayers.cli.config import flat
+from keylayers.options import (
+    BudgetOptions,
+    DataOptions,
+    ModelOptions,
+    PruneOptions,
+    UpdateOptions,
+)
+
+EXAMPLES = """Examples:
+
+```
+keylayers prune --ranking out --budget 0.3
+keylayers prune --ranking r.json --adapter my-adapter --freeze 0.25 --output smaller
+keylayers prune --ranking r.json --model base --tuned instruct --budget auto --data chats.jsonl
+```
+"""
+
+app = App(help_epilogue=EXAMPLES)
+
+
+@app.default
+def prune(
+    *,
+    selection: Annotated[BudgetOptions, flat("Selection")],
+    model: Annotated[ModelOptions, flat("Model")],
+    data: Annotated[DataOptions, flat("Data")],
+    update: Annotated[UpdateOptions, flat("An update that exists already")] = UpdateOptions(),
+    output: Path = Path("pruned"),
+    config: Path | None = None,
+) -> None:
+    """Cut an adapter, or a tuned checkpoint, to the modules that a ranking and a budget select.
+
+    Nothing is trained. Writes an ordinary PEFT adapter without the other modules, or a checkpoint
+    in which these have the base's weights again, and shows the held-out loss before and after.
+    Model, update and data that are not given are those of the ranking.
+
+    Args:
+        output: Folder of the adapter or checkpoint.
+        config: YAML file with any of these options; flags win over it.
+    """
+    from dataclasses import asdict
+
+    from keylayers.cli.console import ConsoleProgress, stdout
+    from keylayers.report.prune import pruning_report
+    from keylayers.runs.prune import prune as run
+
+    found = run(PruneOptions(selection, model, data, update), output, ConsoleProgress())
+    console = stdout()
+    console.print(pruning_report(asdict(found)))
+    console.print(f"\n{found.kind} written to {output}", markup=False)

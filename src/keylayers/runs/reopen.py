@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Open what a ranking was made of once more: model, data and the update that was ranked."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from keylayers.errors import RankingError
+from keylayers.model_map import map_modules, outside_module
+from keylayers.models import describe, load_model, load_tokenizer, max_positions
+from keylayers.options import DataOptions, ModelOptions, TrainingOptions, UpdateOptions
+from keylayers.progress import Progress
+from keylayers.ranking import Ranking
+from keylayers.runs.update import TunedModel, existing_update
+from keylayers.selection import check_same_modules
+from keylayers.training.data import PreparedData, prepare
+from keylayers.training.run import make_trainer
+from keylayers.weights import weights_sha256
+
+ENOUGH_BATCHES = 20  # of held-out examples, to resample them for an interval
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """A model with the update that was ranked, and data.
+
+    Attributes:
+        tuned: The model, its update, and what is known of it.
+        tokenizer: The model's own.
+        data: Split as the options say.
+        model_record: What a record says of the base model.
+    """
+
+    tuned: TunedModel
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    model_record: dict[str, Any]
+
+
+def reopen(
+    ranking: Ranking,
+    progress: Progress,
+    *,
+    model: ModelOptions,
+    data: DataOptions,
+    update: UpdateOptions,
+) -> Reopened:
+    """Everything loaded and checked against the ranking, before any long work.
+
+    Raises:
+        RankingError: no update to open, or one of other modules than were ranked.
+        KeylayersError: a bad model, data set or update.
+    """
+    tokenizer, base = load_tokenizer(model), load_model(model)
+    prepared = prepare(data, tokenizer, max_positions(base))
+    for line in prepared.summary():
+        progress.note(line)
+    record = describe(model, base) | {"weights_sha256": weights_sha256(base)}
+    _note_other_inputs(ranking, record, prepared, progress)
+    if update == UpdateOptions():
+        raise RankingError(
+            "the update that was ranked must be there to be masked, but the ranking names none; "
+            "give `adapter` or `tuned`"
+        )
+    known = sizes_of(base, ranking)
+    tuned = existing_update(base, update, progress, model.towers)
+    parts = [ranking.provenance.get(kind, {}) for kind in ("stage_1", "adapter", "tuned")]
+    ranked = {part.get("adapter_sha256", part.get("weights_sha256")) for part in parts} - {None}
+    if ranked and ranked.isdisjoint(part["weights_sha256"] for part in tuned.record.values()):
+        progress.note("the update is another one than was ranked")
+    check_same_modules(ranking, known)
+    _check_same_update(ranking, {one.module.name for one in tuned.updates})
+    return Reopened(tuned, tokenizer, prepared, record)
+
+
+def sizes_of(model: PreTrainedModel, ranking: Ranking) -> dict[str, int]:
+    """Module name -> number of parameters: all in blocks, and the ranked ones outside them."""
+    names = {name for name, _ in model.named_modules()}
+    outside = [one.name for one in ranking.modules if one.block_index is None and one.name in names]
+    infos = (*map_modules(model, "all"), *(outside_module(model, name) for name in outside))
+    return {info.name: info.num_parameters for info in infos}
+
+
+def _check_same_update(ranking: Ranking, updated: Collection[str]) -> None:
+    """Refuse an update of more or of fewer modules than were ranked."""
+    names = [module.name for module in ranking.modules]
+    absent = [name for name in names if name not in updated]
+    if absent:
+        raise RankingError(
+            f"the update must be of every module of the ranking, but {len(absent)} of {len(names)} "
+            f"are not updated, first {absent[0]}; give the update that was ranked, or rank this one"
+        )
+    unranked = [name for name in updated if name not in names]
+    if unranked:
+        raise RankingError(
+            f"the ranking must hold every module of the update, but {len(unranked)} are missing in "
+            f"it, first {min(unranked)}; rank this update"
+        )
+
+
+def _note_other_inputs(
+    ranking: Ranking, model: dict[str, Any], data: PreparedData, progress: Progress
+) -> None:
+    """Say what differs from the ranking's own run, where that is known."""
+    made_by = ranking.provenance
+    if (
+        made_by.get("model", {}).get("weights_sha256", model["weights_sha256"])
+        != (model["weights_sha256"])
+    ):
+        progress.note("the ranking was made on other weights of the same shapes")
+    split = data.record()["split_sha256"]
+    if made_by.get("data", {}).get("split_sha256", split) != split:
+        progress.note(
+            "other data or another split than the ranking's own: held-out examples may have been "
+            "seen in training"
+        )
+
+
+def loss_trainer(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    batch_size: int,
+) -> Trainer:
+    """A trainer that is asked for losses, never to train.
+
+    Args:
+        model: Whose losses are wanted.
+        tokenizer: The model's own.
+        data: What the losses will be measured on.
+        batch_size: Examples at once, at most; fewer where the held-out examples are few.
+    """
+    batch_size = max(1, min(batch_size, len(data.held_out) // ENOUGH_BATCHES))
+    training = TrainingOptions(batch_size=batch_size)
+    return make_trainer(model, tokenizer, data.mask or data.train, training, num_steps=1)

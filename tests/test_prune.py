@@ -1,0 +1,457 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`keylayers prune` on a tiny model, through the command line; what it writes anybody can load."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from test_rank import keylayers, rank
+from test_train import PLAIN_PEFT, PLAIN_TRANSFORMERS, best, fresh_process
+from test_verify import Run, listing
+from tiny_files import NUM_MODULES, tiny_model, tiny_tokenizer
+
+PREFIX = "base_model.model."
+
+
+@pytest.fixture(scope="module")
+def ranked(tiny, tmp_path_factory):
+    """A ranking with its own stage 1."""
+    output = tmp_path_factory.mktemp("ranked") / "out"
+    assert rank(tiny, output) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def ranked_pair(tiny, tmp_path_factory):
+    """A ranking of two checkpoints."""
+    output = tmp_path_factory.mktemp("pair") / "out"
+    assert rank(tiny, output, "--tuned", tiny / "tuned") == 0
+    return output
+
+
+@pytest.fixture
+def prune(tmp_path, capsys):
+    """Run `keylayers prune` into a folder of the test's own."""
+
+    def run(folder, *more):
+        capsys.readouterr()
+        output = tmp_path / "cut"
+        code = keylayers("prune", "--ranking", folder, "--output", output, *more)
+        return Run(output, code, *capsys.readouterr())
+
+    return run
+
+
+def complaint(run):
+    assert (run.code, run.out) == (2, "")
+    errors = [line for line in run.err.splitlines() if line.startswith("keylayers: ")]
+    assert errors == run.err.splitlines()[-1:]
+    return errors[0]
+
+
+def record(run):
+    return json.loads((run.folder / "keylayers.json").read_text())
+
+
+def row(run, label):
+    """The cells of a row of the table."""
+    line = next(line for line in run.out.splitlines() if line.startswith(label))
+    return line.removeprefix(label).split()
+
+
+def modules_of(path):
+    return {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in load_file(path)}
+
+
+def test_the_adapter_of_stage_1_is_cut_to_the_best_modules(ranked, prune):
+    run = prune(ranked, "--budget", "0.3")
+    assert run.code == 0
+    kept = best(ranked, 6)  # 6.3 of 21
+    assert set(fresh_process(PLAIN_PEFT, run.folder)) == kept
+    assert modules_of(run.folder / "adapter_model.safetensors") == kept
+    before = load_file(ranked / "adapter" / "adapter_model.safetensors")
+    after = load_file(run.folder / "adapter_model.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert f"adapter written to {run.folder}" in run.out.replace("\n", "")
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (run.folder / name).read_bytes() == (ranked / "adapter" / name).read_bytes()
+    made = record(run)
+    assert set(made["selection"]["modules"]) == set(made["result"]["modules"]) == kept
+    assert made["options"]["adapter"] == str(ranked / "adapter")
+    assert (
+        made["adapter"]["weights_sha256"]
+        == (
+            json.loads((ranked / "ranking.json").read_text())["provenance"]["stage_1"][
+                "adapter_sha256"
+            ]
+        )
+    )
+
+
+def plain_loss(tiny, model, adapter=None, off=()):
+    """Held-out loss of a model, or of PEFT's own with LoRA's B set to zero in the modules `off`."""
+    from keylayers.evaluation.loss import held_out_loss
+    from keylayers.models import load_adapter, load_model, load_tokenizer
+    from keylayers.options import DataOptions, ModelOptions, TrainingOptions
+    from keylayers.training.data import prepare
+    from keylayers.training.run import make_trainer
+
+    tokenizer = load_tokenizer(ModelOptions(model=str(tiny / "model")))
+    data = prepare(DataOptions(data=str(tiny / "data.jsonl")), tokenizer, 64)
+    loaded = load_model(ModelOptions(model=str(model)))
+    if adapter is not None:
+        loaded = load_adapter(loaded, str(adapter))
+    with torch.no_grad():
+        for name in off:
+            loaded.get_base_model().get_submodule(name).lora_B["default"].weight.zero_()
+    training = TrainingOptions(batch_size=2)
+    trainer = make_trainer(loaded, tokenizer, data.train, training, num_steps=1)
+    return held_out_loss(trainer, data.held_out)
+
+
+def test_the_printed_losses_are_those_of_the_base_the_full_and_the_pruned(tiny, ranked, prune):
+    run = prune(ranked, "--budget", "0.3")
+    found = record(run)["result"]
+    every = best(ranked, NUM_MODULES)
+    for key, label, off in (
+        ("base_loss_nats", "none (base model)", every),
+        ("full_loss_nats", "full adapter", ()),
+        ("pruned_loss_nats", "pruned adapter", every - best(ranked, 6)),
+    ):
+        loss = plain_loss(tiny, tiny / "model", ranked / "adapter", off)
+        assert found[key] == pytest.approx(loss, rel=1e-5)
+        assert row(run, label)[-1] == f"{found[key]:.4f}"
+    assert found["base_loss_nats"] > found["pruned_loss_nats"] > found["full_loss_nats"]
+
+
+def test_sizes_are_those_on_disk(ranked, prune):
+    run = prune(ranked, "--budget", "0.3")
+    found = record(run)["result"]
+    for part, folder, count in (("full", ranked / "adapter", 21), ("pruned", run.folder, 6)):
+        path = folder / "adapter_model.safetensors"
+        num_parameters = sum(value.numel() for value in load_file(path).values())
+        size = {
+            "num_modules": count,
+            "num_parameters": num_parameters,
+            "num_bytes": path.stat().st_size,
+        }
+        assert found[part] == size
+        cells = [str(count), f"{num_parameters:,}", f"{path.stat().st_size / 2**20:.2f}"]
+        assert row(run, f"{part} adapter")[:3] == cells
+
+
+def test_a_budget_of_all_writes_the_same_adapter_and_says_so(ranked, prune):
+    run = prune(ranked, "--budget", "1.0")
+    assert run.code == 0
+    assert "the budget keeps every module, so nothing is pruned" in run.err
+    assert "all 21 modules are kept: the weights are those of the full one" in run.out
+    name = "adapter_model.safetensors"
+    before, after = load_file(ranked / "adapter" / name), load_file(run.folder / name)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_adapter_that_is_given_wins_and_freeze_keeps_all_but_the_worst(tiny, ranked, prune):
+    run = prune(ranked, "--freeze", "0.25", "--adapter", tiny / "adapter")
+    assert run.code == 0
+    assert "the update is another one than was ranked" in run.err
+    assert modules_of(run.folder / "adapter_model.safetensors") == best(ranked, 16)
+    before = load_file(tiny / "adapter" / "adapter_model.safetensors")
+    after = load_file(run.folder / "adapter_model.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert not (run.folder / "tokenizer.json").exists()  # the adapter's folder holds none
+
+
+def test_the_automatic_budget_is_the_verified_one(ranked, prune, tmp_path, capsys):
+    shutil.copytree(ranked, tmp_path / "own")
+    assert "make it with `keylayers verify`" in complaint(
+        prune(tmp_path / "own", "--budget", "auto")
+    )
+    fast = ("--points", "5", "--random-orders", "1", "--margin", "0.5")
+    assert keylayers("verify", "--ranking", tmp_path / "own", *fast) == 0
+    verified = json.loads((tmp_path / "own" / "verification.json").read_text())
+    run = prune(tmp_path / "own", "--budget", "auto")
+    count = verified["recommendation"]["num_modules"]
+    assert modules_of(run.folder / "adapter_model.safetensors") == best(ranked, count)
+    at = verified["best_first"]["counts"].index(count)
+    loss = record(run)["result"]["pruned_loss_nats"]
+    assert loss == pytest.approx(verified["best_first"]["losses"][at], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("embedding", ["embed_tokens", "model.embed_tokens"])
+@pytest.mark.parametrize("budget", [1, 3])
+def test_the_update_of_an_embedding_is_a_module_like_others(
+    tiny, tmp_path, prune, embedding, budget
+):
+    """PEFT saves the base's embedding too, but not when the target is a full name."""
+    names = [f"model.layers.{block}.self_attn.q_proj" for block in range(3)]
+    partial(tiny, tmp_path / "adapter", [*names, embedding])
+    assert rank(tiny, tmp_path / "out", "--adapter", tmp_path / "adapter") == 0
+    run = prune(tmp_path / "out", "--budget", budget)
+    assert run.code == 0
+    kept = best(tmp_path / "out", budget)
+    assert set(fresh_process(PLAIN_PEFT, run.folder)) == kept
+    before = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    after = load_file(run.folder / "adapter_model.safetensors")
+    gone = {name for name in before if not any(f".{one}." in name for one in kept)}
+    assert after.keys() == before.keys() - gone
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+def tensors(folder):
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"], ids=["one file", "shards"])
+def test_a_checkpoint_carries_only_the_important_differences(
+    tiny, ranked_pair, prune, tmp_path, shard
+):
+    from transformers import AutoModelForCausalLM
+
+    tuned = tmp_path / "tuned"
+    model = AutoModelForCausalLM.from_pretrained(tiny / "tuned", dtype="auto")
+    model.save_pretrained(tuned, max_shard_size=shard)
+    tiny_tokenizer().save_pretrained(tuned)
+    run = prune(ranked_pair, "--budget", "5", "--tuned", tuned)
+    assert run.code == 0
+    base, old, new = tensors(tiny / "model"), tensors(tuned), tensors(run.folder)
+    pruned = {f"{name}.weight" for name in best(ranked_pair, 21) - best(ranked_pair, 5)}
+    assert {name for name in new if not torch.equal(new[name], old[name])} == pruned
+    assert {name for name in pruned if torch.equal(new[name], base[name])} == pruned
+    assert new.keys() == old.keys()
+    assert {value.dtype for value in new.values()} == {torch.bfloat16}
+    written = {path.name for path in run.folder.iterdir()}
+    assert written == {path.name for path in tuned.iterdir()} | {"keylayers.json"}
+    assert (len(written) > 8) == (shard == "20KB")
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (run.folder / name).read_bytes() == (tuned / name).read_bytes()
+    assert fresh_process(PLAIN_TRANSFORMERS, run.folder) == ["torch.bfloat16"]
+    assert f"writing {len(old)} tensors, 16 of them from the base" in run.err
+    num_bytes = sum(path.stat().st_size for path in tuned.glob("*.safetensors"))
+    assert record(run)["result"]["pruned"]["num_bytes"] == num_bytes
+    assert row(run, "pruned checkpoint")[0] == "5"
+
+
+def test_the_losses_of_a_checkpoint_are_measured_on_what_was_written(tiny, ranked_pair, prune):
+    run = prune(ranked_pair, "--budget", "1.0")
+    found = record(run)["result"]
+    assert found["pruned_loss_nats"] == pytest.approx(found["full_loss_nats"], rel=1e-5)
+    run = prune(ranked_pair, "--budget", "3")  # tuned is the base plus noise: less is better
+    found = record(run)["result"]
+    assert found["pruned_loss_nats"] < found["full_loss_nats"]
+    difference = found["full_loss_nats"] - found["pruned_loss_nats"]
+    line = f"the pruned checkpoint is better than the full one, by {difference:.4f} nats on the 5"
+    assert line in run.out
+    for key, folder in (("base", tiny / "model"), ("full", tiny / "tuned"), ("pruned", run.folder)):
+        assert found[f"{key}_loss_nats"] == pytest.approx(plain_loss(tiny, folder), rel=1e-5)
+
+
+# losses of base, full and pruned, kept of 10 modules, what is said
+READINGS = [
+    ((2.0, 1.0, 1.5), 4, ["is worse than the full one, by 0.5000 nats", "it keeps 50 % of what"]),
+    (
+        (2.0, 1.0, 0.9),
+        4,
+        ["is better than the full one, by 0.1000 nats", "with 4 of 10 modules it keeps 110 %"],
+    ),
+    ((2.0, 1.0, 1.00001), 4, ["is as good as the full one on the 7", "keeps 100 %"]),
+    ((2.0, 1.0, 1.0), 10, ["all 10 modules are kept", "keeps 100 %"]),
+    ((1.0, 1.2, 1.1), 4, ["is better than the full one, by 0.1000", "does not lower the held-out"]),
+]
+
+
+@pytest.mark.parametrize(("losses", "kept", "said"), READINGS)
+def test_it_says_plainly_what_is_better(losses, kept, said):
+    from keylayers.report.prune import reading
+
+    names = ("base_loss_nats", "full_loss_nats", "pruned_loss_nats")
+    found = dict(zip(names, losses, strict=True)) | {
+        "kind": "adapter",
+        "modules": ["x"] * kept,
+        "full": {"num_modules": 10},
+        "num_held_out": 7,
+    }
+    lines = reading(found)
+    assert len(lines) == len(said)
+    assert all(part in line for part, line in zip(said, lines, strict=True))
+
+
+def partial(tiny, folder, names):
+    """An adapter for the tiny model on other modules than all."""
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model(len(tiny_tokenizer()))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=names))
+    adapted.peft_config["default"].base_model_name_or_path = str(tiny / "model")
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter += 0.02 * torch.randn_like(parameter)
+    adapted.save_pretrained(folder)
+
+
+def edit(folder, change):
+    path = folder / "ranking.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def _keep_12(content):
+    content["modules"] = [module for module in content["modules"] if module["rank"] <= 12]
+
+
+def _other_names(content):
+    for module in content["modules"]:
+        module["name"] = module["name"].replace("mlp", "ffn")
+
+
+def _no_options(content):
+    content["provenance"] = {}
+
+
+# what is wrong, what is done to the ranking, arguments, what the line says
+REFUSED = [
+    ("a ranking of another model", _other_names, (), "the ranking must be of this model, but 9"),
+    ("modules that were not ranked", _keep_12, (), "must hold every module of the update, but 9"),
+    ("an adapter on fewer modules", None, ("--adapter", "{here}/fewer"), "but 15 of 21 are not"),
+    ("an adapter for another model", None, ("--model", "{tiny}/wide"), "for this base model"),
+    ("none kept", None, ("--budget", "0.001x-params"), "must allow at least the best module"),
+    ("a budget of 0", None, ("--budget", "0"), "between 1 and 21"),
+    ("budget and freeze", None, ("--freeze", "0.5"), "got both"),
+    ("adapter and checkpoint", None, ("--adapter", "a", "--tuned", "b"), "got both"),
+    ("no data in the ranking", _no_options, ("--model", "m"), "--data"),
+    ("data that are gone", None, ("--data", "{here}/gone.jsonl"), "must be a file, a folder or"),
+    ("the same checkpoint", None, ("--tuned", "{tiny}/model"), "must differ from the base"),
+    ("a file as output", None, ("--output", "{here}/file"), "the output must be a folder"),
+    ("other files there", None, ("--output", "{here}/mine"), "holds other files"),
+    ("the adapter as output", None, ("--output", "{here}/own/adapter"), "must lie apart from what"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "message"), [case[1:] for case in REFUSED], ids=[c[0] for c in REFUSED]
+)
+def test_prune_refuses_and_writes_nothing(tiny, ranked, tmp_path, capsys, change, more, message):
+    shutil.copytree(ranked, tmp_path / "own")
+    partial(tiny, tmp_path / "fewer", ["q_proj", "v_proj"])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    (tmp_path / "file").touch()
+    if change is not None:
+        edit(tmp_path / "own", change)
+    before = listing(tmp_path)
+    arguments = [part.format(tiny=tiny, here=tmp_path) for part in more]
+    options = {"--ranking": tmp_path / "own", "--budget": "0.3", "--output": tmp_path / "cut"}
+    options |= dict(zip(arguments[::2], arguments[1::2], strict=True))
+    capsys.readouterr()
+    code = keylayers("prune", *(part for option in options.items() for part in option))
+    assert message in complaint(Run(tmp_path, code, *capsys.readouterr()))
+    assert listing(tmp_path) == before
+
+
+def _a_weight_is_lost(folder):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {next(iter(tensors)): torch.zeros(4, 32)}, path)
+
+
+def _a_target_too_many(folder):
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["target_modules"] = f"{config['target_modules']}|lm_head"
+    path.write_text(json.dumps(config))
+    path = folder / "adapter_model.safetensors"
+    name = f"{PREFIX}lm_head.lora_"
+    more = {f"{name}A.weight": torch.zeros(4, 32)}
+    more |= {f"{name}B.weight": torch.zeros(len(tiny_tokenizer()), 4)}
+    save_file(load_file(path) | more, path)
+
+
+def _interrupted(folder):
+    raise KeyboardInterrupt
+
+
+# what happens to the pruned adapter before it is loaded once more, exit code, what the line says
+FAILURES = [
+    (_a_weight_is_lost, 1, "its held-out loss is"),
+    (_a_target_too_many, 1, "exactly the kept modules, but 1 differ, first lm_head"),
+    (_interrupted, 130, "nothing is half written"),
+]
+
+
+@pytest.mark.parametrize(("damage", "code", "message"), FAILURES)
+def test_an_adapter_that_fails_its_proof_leaves_the_earlier_one(
+    ranked, prune, monkeypatch, damage, code, message
+):
+    from keylayers.runs import prune_steps
+
+    earlier = prune(ranked, "--budget", "2")
+    before = listing(earlier.folder.parent)
+    write = prune_steps.prune_adapter
+
+    def write_badly(source, folder, **names):
+        write(source, folder, **names)
+        damage(folder)
+
+    monkeypatch.setattr(prune_steps, "prune_adapter", write_badly)
+    run = prune(ranked, "--budget", "3")
+    assert (run.code, run.out) == (code, "")
+    assert message in run.err.splitlines()[-1]
+    assert listing(earlier.folder.parent) == before
+    monkeypatch.undo()
+    assert prune(ranked, "--budget", "3").code == 0
+    assert modules_of(earlier.folder / "adapter_model.safetensors") == best(ranked, 3)
+
+
+def test_a_checkpoint_that_fails_its_proof_is_not_written(ranked_pair, prune, monkeypatch):
+    from keylayers.runs import prune_steps
+
+    def write_badly(files, base, folder, *, restored):
+        restore_modules(files, base, folder, restored=restored[1:])
+
+    restore_modules = prune_steps.restore_modules
+    monkeypatch.setattr(prune_steps, "restore_modules", write_badly)
+    run = prune(ranked_pair, "--budget", "3")
+    assert (run.code, run.out) == (1, "")
+    assert "must be the tuned one but for the pruned modules, but 1 tensors differ" in run.err
+    assert list(run.folder.parent.iterdir()) == []
+
+
+def test_the_python_call_gives_what_is_printed(tiny, ranked, tmp_path):
+    import keylayers
+
+    options = keylayers.PruneOptions(
+        keylayers.BudgetOptions(ranking=str(ranked), budget="4"),
+        keylayers.ModelOptions(model=str(tiny / "model")),
+        keylayers.DataOptions(data=str(tiny / "data.jsonl")),
+        keylayers.UpdateOptions(adapter=str(ranked / "adapter")),
+    )
+    found = keylayers.prune(options, tmp_path / "cut")
+    assert (found.kind, set(found.modules)) == ("adapter", best(ranked, 4))
+    assert (found.full.num_modules, found.pruned.num_modules) == (NUM_MODULES, 4)
+    assert found.base_loss_nats > found.pruned_loss_nats > found.full_loss_nats
+    nothing = keylayers.PruneOptions(options.selection, options.model, options.data)
+    with pytest.raises(keylayers.KeylayersError, match="give `adapter` or `tuned`"):
+        keylayers.prune(nothing, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_ranking_file_cannot_switch_on_the_code_of_a_model(ranked, tmp_path):
+    from keylayers.cli import app
+
+    shutil.copytree(ranked, tmp_path / "own")
+    edit(
+        tmp_path / "own",
+        lambda content: content["provenance"]["options"].update(
+            trust_remote_code=True, dtype="bfloat16"
+        ),
+    )
+    command = ["prune", "--ranking", str(tmp_path / "own"), "--budget", "0.3"]
+    _, bound, _ = app.parse_args(command, print_error=False, exit_on_error=False)
+    assert bound.arguments["model"].trust_remote_code is False
+    assert bound.arguments["model"].dtype == "bfloat16"  # the ranking's own
