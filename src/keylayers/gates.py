@@ -16,6 +16,7 @@ from keylayers.model_map import ModuleInfo, linear_of
 from keylayers.options import Granularity
 from keylayers.preserve import preserved
 from keylayers.updates import Update
+from keylayers.updates.frozen import kept_frozen
 from keylayers.updates.gate import Gate, Link
 
 
@@ -26,9 +27,16 @@ class Gates:
         groups: Gate name -> the modules it scales, in model order.
     """
 
-    def __init__(self, gates: Mapping[str, Gate], groups: Mapping[str, tuple[str, ...]]) -> None:
+    def __init__(
+        self,
+        gates: Mapping[str, Gate],
+        groups: Mapping[str, tuple[str, ...]],
+        model: nn.Module,
+    ) -> None:
         self.groups = dict(groups)
         self._gates = dict(gates)
+        self._model = model
+        self._is_checked = False
 
     def __len__(self) -> int:
         return len(self._gates)
@@ -51,8 +59,12 @@ class Gates:
         """A copy of ∂L/∂score of all gates, on the CPU.
 
         Raises:
-            GuardError: a gate took no part in the last loss; the message names the first modules.
+            GuardError: a gate took no part in the last loss, or something else than gates did in
+                the first one; the message names the first modules.
         """
+        if not self._is_checked:  # once here and once at the end: it asks every parameter
+            self.check_alone()
+            self._is_checked = True
         grads = {name: gate.score.grad for name, gate in self._gates.items()}
         silent = [name for name, grad in grads.items() if grad is None]
         if silent:
@@ -69,6 +81,26 @@ class Gates:
             raise GuardError(
                 f"every gate must be used by the forward pass, but {len(idle)} of {len(self)} were "
                 f"not, first {', '.join(idle[:3])}; fused kernels or merged weights bypass them"
+            )
+
+    def check_alone(self) -> None:
+        """Raise a GuardError if anything in the model but the gates is trainable or has a gradient.
+
+        A trainer that thaws weights in its loss would otherwise cost the memory of training them.
+        """
+        gates = {id(parameter) for parameter in self.parameters()}
+        others = [
+            (name, "was thawed" if parameter.grad is None else "got a gradient")
+            for name, parameter in self._model.named_parameters()
+            if id(parameter) not in gates
+            and (parameter.requires_grad or parameter.grad is not None)
+        ]
+        if others:
+            name, what = others[0]
+            raise GuardError(
+                f"only gates may be trained while scores are learned, but the trainer's loss "
+                f"trains {len(others)} other parameters, first {name}, which {what}; keep "
+                f"`requires_grad` as it is inside `compute_loss`"
             )
 
 
@@ -101,12 +133,14 @@ def gated(
     is_double = weight.dtype == torch.float64
     dtype = torch.float64 if is_double else torch.float32
     gates = {name: Gate(initial_score, link, dtype) for name in groups}
-    with preserved(model), contextlib.ExitStack() as stack:
+    with preserved(model), kept_frozen(model), contextlib.ExitStack() as stack:
         for update in updates:
             gate = gates[group_of[update.module.name]]
             gate.to(next(linear_of(update.layer).parameters()).device)
             stack.enter_context(update.gated(gate))
-        yield Gates(gates, groups)
+        inside = Gates(gates, groups, model)
+        yield inside
+        inside.check_alone()
 
 
 def group_modules(

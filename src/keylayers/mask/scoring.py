@@ -18,7 +18,7 @@ from transformers import Trainer, set_seed
 
 from keylayers.gates import Gates, gated
 from keylayers.mask.module_scores import ModuleScores, to_modules
-from keylayers.mask.trainer_loss import TrainerLoss
+from keylayers.mask.trainer_loss import TrainerLoss, counts_tokens, samples
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
 from keylayers.updates import Update
@@ -47,6 +47,16 @@ class Scoring:
         self._on_step = on_step
         self._losses: list[float] = []
         self._start = time.perf_counter()
+
+    @property
+    def loss_unit(self) -> str:
+        """What a difference of losses counts: nats only where the loss is one of tokens."""
+        return "nats per token" if counts_tokens(self.batches[0]) else "the trainer's loss"
+
+    @property
+    def compares_losses(self) -> bool:
+        """Whether the loss at two masks can be compared: not where the trainer samples its data."""
+        return not samples(self.source.trainer)
 
     def open(self, values: Float[Tensor, " gate"] | float) -> None:
         """Set the gates: one value for all, or one each."""

@@ -7,10 +7,10 @@ learned.
 """
 
 import contextlib
-import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from keylayers.errors import ConfigError, DataError, LossError
+from keylayers.mask.trainer_state import unchanged_trainer
 from keylayers.updates.adalora import without_penalty
 
 
@@ -36,6 +37,11 @@ class TrainerLoss:
             raise ConfigError(
                 f"masks must be learned in one process, got {num_processes}: their gradients are "
                 f"not averaged over processes yet; start without a launcher"
+            )
+        if getattr(trainer, "use_vllm", False):
+            raise ConfigError(
+                "completions must be sampled from the masked model, but vLLM holds a copy without "
+                "gates; build the trainer with use_vllm=False"
             )
         self.trainer = trainer
         self.model = trainer.model if model is None else model
@@ -60,7 +66,7 @@ class TrainerLoss:
             ):  # accelerate's loaders reshuffle by it, plain ones need not
                 loader.set_epoch(epoch)
             num_batches = 0
-            for batch in loader:
+            for batch in islice(loader, None, None, _num_repeats(self.trainer)):
                 num_batches += 1
                 yield batch
             if num_batches == 0:
@@ -69,14 +75,25 @@ class TrainerLoss:
                 )
             epoch += 1
 
-    def loss(self, batch: Any) -> Tensor:
-        """The loss on one batch, with its graph; mean over whatever the trainer averages over."""
+    def parts(self, batch: Any) -> list[Any]:
+        """What the loss is taken on: the batch as the trainer prepares it.
+
+        A trainer that samples generates completions of the model as it is now, with its gates, and
+        never again uses old ones; it cuts them into as many parts as it would take steps on them.
+        """
         trainer = self.trainer
         self.model.train()
-        inputs = trainer._prepare_inputs(dict(batch))  # TRL takes columns out of what it is given
-        self.num_forward += 1
-        with trainer.compute_loss_context_manager(), without_penalty(self.model):
-            return trainer.compute_loss(self.model, inputs)
+        if not samples(trainer):
+            return [trainer._prepare_inputs(_own_copy(batch))]
+        trainer._buffered_inputs = None  # or it would go on with completions of another mask
+        prepared = trainer._prepare_inputs(_own_copy(batch))
+        return trainer._buffered_inputs or [prepared]
+
+    def loss(self, part: Any) -> Tensor:
+        """The loss on one part, with its graph; mean over whatever the trainer averages over."""
+        self.model.train()
+        with self.trainer.compute_loss_context_manager(), without_penalty(self.model):
+            return self.trainer.compute_loss(self.model, _own_copy(part))
 
     def backward(self, batch: Any, *, step: int) -> float:
         """Add the gradient of the loss on `batch` to the gates; the loss in nats.
@@ -84,11 +101,15 @@ class TrainerLoss:
         Raises:
             LossError: the loss is NaN or infinite; says at which step.
         """
-        loss = self.loss(batch)
-        value = _finite(loss, step)
+        parts = self.parts(batch)
+        self.num_forward += 1
         self.num_backward += 1
-        loss.backward()  # not accelerator.backward, which divides by the accumulation steps
-        return value
+        total = 0.0
+        for part in parts:
+            loss = self.loss(part) / len(parts)
+            total += _finite(loss, step)
+            loss.backward()  # not accelerator.backward, which divides by the accumulation steps
+        return total
 
     def value(self, batch: Any, *, step: int) -> float:
         """The loss on `batch` in nats, without a graph.
@@ -96,24 +117,40 @@ class TrainerLoss:
         Raises:
             LossError: the loss is NaN or infinite; says at which step.
         """
+        self.num_forward += 1
         with torch.no_grad():
-            return _finite(self.loss(batch), step)
+            parts = self.parts(batch)
+            return sum(_finite(self.loss(part), step) for part in parts) / len(parts)
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
-        """Give the trainer back with the metrics and data loaders that it had."""
-        trainer = self.trainer
-        metrics = copy.deepcopy(getattr(trainer, "_metrics", None))  # TRL's running averages
-        num_tokens = getattr(trainer, "_total_train_tokens", None)
-        num_loaders = len(trainer.accelerator._dataloaders)
-        try:
+        """Give the trainer back with the metrics, buffers and data loaders that it had."""
+        with unchanged_trainer(self.trainer):
+            # Some losses divide by it, and it exists only once a trainer has trained.
+            self.trainer.current_gradient_accumulation_steps = 1
             yield
-        finally:
-            if metrics is not None:
-                trainer._metrics = metrics
-            if num_tokens is not None:
-                trainer._total_train_tokens = num_tokens
-            del trainer.accelerator._dataloaders[num_loaders:]
+
+
+def _num_repeats(trainer: Trainer) -> int:
+    """How often the data loader gives the same prompts in a row, for completions used that often."""
+    if not samples(trainer):
+        return 1
+    return int(trainer.args.steps_per_generation * getattr(trainer, "num_iterations", 1))
+
+
+def samples(trainer: Trainer) -> bool:
+    """Whether the trainer learns from completions that it samples and rewards (GRPO, RLOO).
+
+    Its loss is no function of its inputs, and only the loss's gradient means something.
+    """
+    return hasattr(trainer, "reward_funcs")
+
+
+def _own_copy(batch: Any) -> Any:
+    """A batch that trainers may take columns out of: a dictionary, or a list of examples."""
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    return [_own_copy(one) for one in batch] if isinstance(batch, list) else batch
 
 
 def _finite(loss: Tensor, step: int) -> float:
@@ -146,29 +183,51 @@ class BatchLosses:
 
 
 def batch_losses(source: TrainerLoss, batches: list[Any]) -> BatchLosses:
-    """Loss in nats of each batch; the model runs in evaluation mode and gets its mode back."""
-    model = source.model
+    """Loss in nats of each batch; the model runs in evaluation mode and gets its mode back.
+
+    Raises:
+        ConfigError: the trainer samples its own data, so that its loss tells nothing.
+    """
+    model, trainer = source.model, source.trainer
+    if samples(trainer):
+        raise ConfigError(
+            f"a held-out loss must be a function of the data, but {type(trainer).__name__} samples "
+            f"completions and its loss is near zero whatever the model; compare mean rewards"
+        )
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     losses, weights = [], []
     try:
         for batch in batches:
-            inputs = source.trainer._prepare_inputs(dict(batch))
+            inputs = trainer._prepare_inputs(_own_copy(batch))
             weights.append(_weight(inputs))
             with (
                 torch.no_grad(),
-                source.trainer.compute_loss_context_manager(),
+                trainer.compute_loss_context_manager(),
                 without_penalty(model),
             ):
-                losses.append(float(source.trainer.compute_loss(model, inputs)))
+                losses.append(float(trainer.compute_loss(model, inputs)))
     finally:
         for module, mode in modes:
             module.training = mode
     return BatchLosses(tuple(losses), tuple(weights))
 
 
+def counts_tokens(inputs: Any) -> bool:
+    """Whether a batch has a label for each token: then the loss is a mean over labelled tokens.
+
+    Labels of another shape (a class or a number for each row) are one for each row.
+    """
+    labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+    is_whole = isinstance(labels, Tensor) and not labels.is_floating_point()
+    return is_whole and labels.dim() > 1 and labels.shape[-1] > 1
+
+
 def _weight(inputs: dict[str, Any]) -> float:
-    """How many labelled next tokens a batch holds; without labels, how many rows."""
-    if "labels" in inputs:
+    """How many labelled next tokens a batch holds; without a label for each token, its rows.
+
+    A batch of pairs (DPO, reward) has two rows for each pair, or one, in every batch alike.
+    """
+    if counts_tokens(inputs):
         return max(1.0, float((inputs["labels"][..., 1:] != -100).sum()))
     return float(len(next(iter(inputs.values()))))

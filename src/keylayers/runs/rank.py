@@ -18,6 +18,7 @@ from transformers import Trainer
 from keylayers.evaluation.loss import held_out_loss
 from keylayers.gates import gated, group_modules
 from keylayers.mask.module_scores import ModuleScores
+from keylayers.mask.trainer_data import prepared_for
 from keylayers.models import describe, load_model, load_tokenizer, max_positions
 from keylayers.options import MaskOptions, RankOptions, UpdateOptions
 from keylayers.progress import OnStep, Progress, Silent
@@ -55,12 +56,16 @@ def rank_modules(
         trainer: Its `model` carries a LoRA adapter, or was fine-tuned as a whole.
         options: How to score.
         on_step: Called after each pass with its number, from 1, and its loss in nats.
-        mask_dataset: Examples to score on, in the form of the trainer's `train_dataset`; best such
-            that training did not see. Not given: the `train_dataset` itself.
+        mask_dataset: Examples to score on, best such that training did not see, in the format that
+            the trainer was built with or that of its `train_dataset` (SFT, DPO, KTO, reward: their
+            own code prepares them; ORPO and other trainers: only the latter). Not given: the
+            `train_dataset` itself.
         base_weights: After a full fine-tune: what the modules held before, by parameter name, from
             `keylayers.module_weights(model)` or a checkpoint.
 
     Raises:
+        ConfigError: the trainer samples its own data (GRPO) and the method compares losses.
+        DataError: `mask_dataset` lacks what the trainer reads.
         ModelError: the model carries no update that gates can scale.
         LossError: the loss became NaN or infinite.
         GuardError: something else than the gates changed, or a gate took no part.
@@ -68,7 +73,8 @@ def rank_modules(
     options = options or MaskOptions()
     model = trainer.model
     train_dataset = trainer.train_dataset
-    trainer.train_dataset = train_dataset if mask_dataset is None else mask_dataset
+    if mask_dataset is not None:
+        trainer.train_dataset = prepared_for(trainer, mask_dataset)
     updates: Sequence[Update]
     try:
         if base_weights is None:

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 from transformers import Trainer
 
+from keylayers.errors import ConfigError
 from keylayers.mask.module_scores import ModuleScores
+from keylayers.mask.trainer_loss import samples
 from keylayers.options import MaskOptions, Method
 from keylayers.progress import OnStep
 from keylayers.scores.adalora import adalora
@@ -69,6 +71,24 @@ READS_BATCHES_ONCE: tuple[Method, ...] = (
     "block-influence",
     "cka",
 )
+# For a trainer that samples its data: the gradient of its loss means something, its value does not,
+# and its batches hold no tokens to look at.
+FOR_SAMPLED_DATA: tuple[Method, ...] = (
+    "elimination",
+    "path",
+    "price",
+    "ila",
+    "gradient-norm",
+    "fisher",
+    "aletheia",
+    "update-norm",
+    "spectrum",
+    "kappatune",
+    "first",
+    "last",
+    "middle",
+    "random",
+)
 STOPS_BY_ITSELF: tuple[Method, ...] = ("ila", "price")  # `until_stable` ends their own loop
 
 
@@ -87,9 +107,17 @@ def score_modules(
         on_step: Called after each pass with its number, from 1, and its loss in nats.
 
     Raises:
+        ConfigError: the method needs a loss that is a function of the data, and the trainer samples
+            its own.
         LossError: the loss became NaN or infinite.
         GuardError: something else than the gates changed, or a gate took no part.
     """
+    if samples(trainer) and options.method not in FOR_SAMPLED_DATA:
+        raise ConfigError(
+            f"`method` {options.method} needs a loss that is a function of the data, but "
+            f"{type(trainer).__name__} samples completions anew for each mask; choose elimination, "
+            f"path, ila or price, which use only its gradient"
+        )
     method = METHODS[options.method]
     if options.until_stable is None or options.method in STOPS_BY_ITSELF:
         return method(trainer, updates, options, on_step)

@@ -46,13 +46,10 @@ def path(
     with scoring(trainer, updates, options, on_step) as task:
         all_open = torch.ones(len(task.gates))
         mean, error = mean_and_error(path_shares(task, task.batches, all_open, options.path_points))
-        reduction = float((task.losses(0.0) - task.losses(1.0)).mean())
+        findings = {"sum_of_scores_nats": float(mean.sum())}
+        if task.compares_losses:
+            reduction = (task.losses(0.0) - task.losses(1.0)).mean()
+            findings["loss_reduction_nats"] = float(reduction)
         return task.result(
-            mean,
-            unit="nats per token",
-            standard_errors=error,
-            findings={
-                "sum_of_scores_nats": float(mean.sum()),
-                "loss_reduction_nats": reduction,
-            },
+            mean, unit=task.loss_unit, standard_errors=error, findings=findings
         )

@@ -37,10 +37,10 @@ class ParameterUpdate:
 
         def gated_factors(adapter: str) -> tuple[Tensor, Tensor, float]:
             left, right, scaling = factors(adapter)
-            return left, gate(right), scaling
+            return left, gate(right) if adapter == self.adapter else right, scaling
 
         def gated_whole(adapter: str) -> Tensor:
-            return gate(whole(adapter))
+            return gate(whole(adapter)) if adapter == self.adapter else whole(adapter)
 
         self.layer.add_module(GATE_CHILD, gate)
         self.layer.get_delta_factors = gated_factors

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examples to score on, in the form that the trainer's batches are made from.
+
+TRL's trainers tokenise what they are given when they are built. Other examples are prepared by the
+trainer's own code, so that they cannot be read in another way than its training data was.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import Trainer
+
+from keylayers.errors import DataError
+from keylayers.mask.trainer_state import unchanged_trainer
+from keylayers.preserve import preserved
+
+REFERENCE = "ref_"  # columns that trainers compute with their reference model begin so
+
+
+def prepared_for(trainer: Trainer, dataset: Dataset) -> Dataset:
+    """`dataset` with the columns that the trainer reads; itself if it has them all.
+
+    Raises:
+        DataError: a column is missing that the trainer cannot make from the others.
+    """
+    missing = _missing(trainer, dataset)
+    if not missing:
+        return dataset
+    made = dataset
+    with unchanged_trainer(trainer), preserved(trainer.model):
+        trainer.model.eval()
+        arguments = _arguments(trainer)
+        if arguments is not None and any(not name.startswith(REFERENCE) for name in missing):
+            made = _tokenised(trainer, made, arguments)
+        if len(made) and any(name.startswith(REFERENCE) for name in missing):
+            made = _with_reference(trainer, made)
+    missing = _missing(trainer, made)
+    if missing or len(made) == 0:
+        kind = type(trainer).__name__
+        what = f"it lacks {', '.join(missing)}" if missing else "no row of it is left"
+        raise DataError(
+            f"`mask_dataset` must hold what {kind} reads, but {what}; keep part of the raw data "
+            f"out of training in the same format, or take rows of `trainer.train_dataset`"
+        )
+    return made
+
+
+def _missing(trainer: Trainer, dataset: Dataset) -> list[str]:
+    """Columns of the trainer's data that its batches are made from and `dataset` has not."""
+    own = getattr(trainer.train_dataset, "column_names", None)
+    if own is None or dataset.column_names is None:
+        return []  # a stream tells its columns only when it is read
+    read = own
+    if trainer.args.remove_unused_columns:
+        trainer._set_signature_columns_if_needed()
+        read = [name for name in own if name in trainer._signature_columns]
+    return [name for name in read if name not in dataset.column_names]
+
+
+def _arguments(trainer: Trainer) -> dict[str, Any] | None:
+    """What the trainer's own preparation is to be called with; None if it has none."""
+    if not hasattr(trainer, "_prepare_dataset") or getattr(trainer, "_skip_prepare_dataset", False):
+        return None
+    known = {
+        "processing_class": trainer.processing_class,
+        "args": trainer.args,
+        "packing": getattr(trainer.args, "packing", False),
+        "formatting_func": getattr(trainer, "_formatting_func", None),
+        "dataset_name": "mask",
+    }
+    asked = [name for name in inspect.signature(trainer._prepare_dataset).parameters][1:]
+    return {name: known[name] for name in asked} if set(asked) <= set(known) else None
+
+
+def _tokenised(trainer: Trainer, dataset: Dataset, arguments: dict[str, Any]) -> Dataset:
+    try:
+        return trainer._prepare_dataset(dataset, **arguments)
+    except KeyError as error:  # what the trainer's code says of a column that is not there
+        raise DataError(
+            f"`mask_dataset` must have the columns that {type(trainer).__name__} was given, but "
+            f"it lacks {error}; it has {', '.join(dataset.column_names)}"
+        ) from error
+
+
+def _with_reference(trainer: Trainer, dataset: Dataset) -> Dataset:
+    """The log-probabilities of the trainer's own reference, as a trainer adds them when built."""
+    if not hasattr(trainer, "_precompute_ref_logps"):
+        return dataset
+    with torch.no_grad():
+        return trainer._precompute_ref_logps(
+            dataset, "mask", trainer.args.per_device_train_batch_size
+        )
