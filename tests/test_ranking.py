@@ -237,39 +237,3 @@ def test_show_refuses_a_budget_that_cannot_be(tmp_path, capsys, form, budget, me
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""
-
-
-def rounds_of(*pairs):
-    """A record such as elimination leaves."""
-    rounds = [{"num_modules": size, "loss_reduction_nats": nats} for size, nats in pairs]
-    return {"mask": {"losses": [1.0], "seconds": 1.0, "rounds": rounds}}
-
-
-@pytest.mark.parametrize(
-    ("rounds", "granularity", "line"),
-    [
-        (
-            [(56, 2.0), (39, 1.94), (27, 1.84), (19, 1.66)],
-            "module",
-            "the last 39, 27, 19 modules in it carry 97 %, 92 %, 83 % of the loss reduction on the "
-            "mask's batches",
-        ),
-        (
-            [(9 - place, 1.0) for place in range(9)],
-            "block",
-            "the last 8, 7, 6, 5, 4, 3 blocks in it carry " + ", ".join(["100 %"] * 6) + " of the",
-        ),
-        ([(56, 0.0), (39, 1.94)], "module", None),
-        ([(56, -1.0), (39, 1.94)], "module", None),
-        ([(4, 1.0)], "module", None),
-        ([], "module", None),
-    ],
-)
-def test_the_rounds_of_an_elimination_are_told(rounds, granularity, line):
-    from keylayers.report.terminal import provenance_lines
-
-    made = ranking_of([1.0], provenance=rounds_of(*rounds), granularity=granularity)
-    lines = provenance_lines(made)
-    assert max(map(len, lines)) <= 120
-    text = " ".join(" ".join(lines).split())
-    assert line in text if line else "carry" not in text

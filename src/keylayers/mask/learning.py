@@ -63,9 +63,10 @@ def learn_scores(
         ) as gates,
         source.quiet(),
     ):
-        set_seed(trainer.args.seed if options.mask_seed is None else options.mask_seed)
+        seed = trainer.args.seed if options.mask_seed is None else options.mask_seed
+        set_seed(seed)
         optimizer = _optimizer(gates, options)
-        batches = source.batches()
+        batches = source.batches(seed)
         path.append(gates.scores())
         for step in range(1, options.mask_steps + 1):
             optimizer.zero_grad()

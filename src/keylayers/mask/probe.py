@@ -88,3 +88,11 @@ def token_mask(batch: Mapping[str, Any], hidden: Float[Tensor, "batch token d"])
     if isinstance(given, Tensor) and given.shape == mask.shape:
         mask = given.to(hidden.device).bool()
     return mask
+
+
+def per_example(
+    flat: Float[Tensor, "... d"], batch: Mapping[str, Any]
+) -> Float[Tensor, "batch token d"]:
+    """What flows through a module, with its examples apart: some models flatten all tokens."""
+    rows = len(next(iter(batch.values())))
+    return flat if flat.dim() == 3 else flat.reshape(rows, -1, flat.shape[-1])

@@ -144,8 +144,9 @@ def scoring(
         link="identity",
     )
     with gates_in as gates, source.quiet():
-        set_seed(trainer.args.seed if options.mask_seed is None else options.mask_seed)
-        batches = list(islice(source.batches(), num_batches or options.mask_batches))
+        seed = trainer.args.seed if options.mask_seed is None else options.mask_seed
+        set_seed(seed)
+        batches = list(islice(source.batches(seed), num_batches or options.mask_batches))
         yield Scoring(source, updates, gates, batches, on_step)
 
 

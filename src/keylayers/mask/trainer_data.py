@@ -70,7 +70,7 @@ def _arguments(trainer: Trainer) -> dict[str, Any] | None:
         "formatting_func": getattr(trainer, "_formatting_func", None),
         "dataset_name": "mask",
     }
-    asked = [name for name in inspect.signature(trainer._prepare_dataset).parameters][1:]
+    asked = list(inspect.signature(trainer._prepare_dataset).parameters)[1:]
     return {name: known[name] for name in asked} if set(asked) <= set(known) else None
 
 

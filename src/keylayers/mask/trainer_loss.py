@@ -7,9 +7,10 @@ learned.
 """
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -48,8 +49,11 @@ class TrainerLoss:
         self.num_forward = 0
         self.num_backward = 0
 
-    def batches(self) -> Iterator[Any]:
+    def batches(self, seed: int) -> Iterator[Any]:
         """Training batches without end, shuffled anew in each epoch by the trainer's own sampler.
+
+        Args:
+            seed: Of the order, in place of the trainer's; inside `quiet` alone.
 
         Raises:
             DataError: the trainer has no training data.
@@ -58,6 +62,7 @@ class TrainerLoss:
             raise DataError(
                 "the trainer must have a `train_dataset` to learn a mask on, but it has none"
             )
+        self._reseed(seed)
         loader = self.trainer.get_train_dataloader()
         epoch = 0
         while True:
@@ -75,6 +80,14 @@ class TrainerLoss:
                 )
             epoch += 1
 
+    def _reseed(self, seed: int) -> None:
+        """Let samplers draw by `seed`, whether accelerate seeds them or the trainer does."""
+        trainer = self.trainer
+        trainer.args = copy.copy(trainer.args)
+        trainer.args.seed = trainer.args.data_seed = seed
+        accelerator = trainer.accelerator
+        accelerator.dataloader_config = replace(accelerator.dataloader_config, data_seed=seed)
+
     def parts(self, batch: Any) -> list[Any]:
         """What the loss is taken on: the batch as the trainer prepares it.
 
@@ -82,7 +95,7 @@ class TrainerLoss:
         never again uses old ones; it cuts them into as many parts as it would take steps on them.
         """
         trainer = self.trainer
-        self.model.train()
+        self.model.train()  # a sampler keeps no buffer in evaluation
         if not samples(trainer):
             return [trainer._prepare_inputs(_own_copy(batch))]
         trainer._buffered_inputs = None  # or it would go on with completions of another mask
@@ -90,8 +103,12 @@ class TrainerLoss:
         return trainer._buffered_inputs or [prepared]
 
     def loss(self, part: Any) -> Tensor:
-        """The loss on one part, with its graph; mean over whatever the trainer averages over."""
-        self.model.train()
+        """The loss on one part, with its graph; mean over whatever the trainer averages over.
+
+        The model runs as in evaluation: two losses are compared that differ by their gates, and
+        must not differ by what dropout drew.
+        """
+        _without_chance(self.model)
         with self.trainer.compute_loss_context_manager(), without_penalty(self.model):
             return self.trainer.compute_loss(self.model, _own_copy(part))
 
@@ -132,7 +149,7 @@ class TrainerLoss:
 
 
 def _num_repeats(trainer: Trainer) -> int:
-    """How often the data loader gives the same prompts in a row, for completions used that often."""
+    """How often the loader gives the same prompts in a row, for completions used that often."""
     if not samples(trainer):
         return 1
     return int(trainer.args.steps_per_generation * getattr(trainer, "num_iterations", 1))
@@ -144,6 +161,14 @@ def samples(trainer: Trainer) -> bool:
     Its loss is no function of its inputs, and only the loss's gradient means something.
     """
     return hasattr(trainer, "reward_funcs")
+
+
+def _without_chance(model: nn.Module) -> None:
+    """Evaluation mode, save for blocks that are recomputed: they do so in training mode alone."""
+    model.eval()
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
 
 
 def _own_copy(batch: Any) -> Any:
@@ -219,8 +244,9 @@ def counts_tokens(inputs: Any) -> bool:
     Labels of another shape (a class or a number for each row) are one for each row.
     """
     labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
-    is_whole = isinstance(labels, Tensor) and not labels.is_floating_point()
-    return is_whole and labels.dim() > 1 and labels.shape[-1] > 1
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return False
+    return labels.dim() > 1 and labels.shape[-1] > 1
 
 
 def _weight(inputs: dict[str, Any]) -> float:

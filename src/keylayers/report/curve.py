@@ -96,6 +96,8 @@ def reading(found: Verification) -> Sequence[str]:
             "some updates hurt: with fewer of them the held-out loss is lower than with all",
             "  so the area says little; look at the best point, and train for fewer steps",
         ]
+    if carried := _carried(curve):
+        lines.append(carried)
     one = found.recommendation
     if one is None:
         lines.append("no budget is recommended: the fine-tune as a whole does not help")
@@ -109,3 +111,17 @@ def reading(found: Verification) -> Sequence[str]:
         f"{one.margin_nats:.4f}, {100 * found.margin:g} % of what the fine-tune gained"
     )
     return lines
+
+
+def _carried(curve: MaskCurve) -> str | None:
+    """How much of what the fine-tune gained the best modules carry; None if it gained nothing."""
+    gained = curve.losses[0] - curve.losses[-1]
+    if not gained > 0:
+        return None
+    points = list(zip(curve.counts, curve.losses, strict=True))
+    shown = [(count, loss) for count, loss in points[1:] if count <= curve.counts[-1] / 2]
+    if not shown:
+        return None
+    counts = ", ".join(str(count) for count, _ in shown)
+    shares = ", ".join(f"{100 * (curve.losses[0] - loss) / gained:.0f} %" for _, loss in shown)
+    return f"the best {counts} modules carry {shares} of what all of them gained"

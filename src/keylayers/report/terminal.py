@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A ranking in the terminal: heatmap, best and worst modules, provenance. Needs no torch."""
 
-import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -24,8 +23,6 @@ SHADES = (
 FIRST_BRIGHT_SHADE = 5
 
 UNDECIDED_MARK = "~"
-MAX_ROUNDS = 6  # of an elimination, beside its first
-PROVENANCE_WIDTH = 118  # columns; a pipe has 120
 
 
 def heatmap(ranking: Ranking, *, marked: Collection[str] = ()) -> Table:
@@ -148,7 +145,7 @@ def provenance_lines(ranking: Ranking) -> list[str]:
             f"examples "
             f"to train, {data.get('num_held_out')} held out"
         )
-    lines += _loss_lines(made_by, ranking.granularity)
+    lines += _loss_lines(made_by)
     environment = made_by.get("environment", {})
     if environment:
         commit = environment.get("commit")
@@ -157,7 +154,7 @@ def provenance_lines(ranking: Ranking) -> list[str]:
     return lines
 
 
-def _loss_lines(made_by: Mapping[str, Any], granularity: str) -> list[str]:
+def _loss_lines(made_by: Mapping[str, Any]) -> list[str]:
     lines = []
     stage_1 = made_by.get("stage_1")
     if stage_1:
@@ -174,30 +171,12 @@ def _loss_lines(made_by: Mapping[str, Any], granularity: str) -> list[str]:
             f"          scores sum to {mask['sum_of_scores_nats']:.3f} nats, the fine-tune lowers "
             f"the loss by {mask['loss_reduction_nats']:.3f} on the same batches"
         )
-    if mask and "rounds" in mask:
-        lines += _round_lines(mask["rounds"], granularity)
     losses = made_by.get("held_out_loss_nats")
     if losses:
         lines.append(
             f"held out  base {losses['base']:.3f}, tuned {losses['tuned']:.3f} nats per token"
         )
     return lines
-
-
-def _round_lines(rounds: Sequence[Mapping[str, Any]], granularity: str) -> list[str]:
-    """What the last modules of an elimination carry of what all of them do."""
-    carried = [part["loss_reduction_nats"] for part in rounds]
-    if len(carried) < 2 or not carried[0] > 0:
-        return []
-    shown = slice(1, 1 + MAX_ROUNDS)
-    sizes = ", ".join(str(part["num_modules"]) for part in rounds[shown])
-    shares = ", ".join(f"{100 * nats / carried[0]:.0f} %" for nats in carried[shown])
-    text = (
-        f"the last {sizes} {granularity}s in it carry {shares} of the loss reduction on the mask's "
-        f"batches"
-    )
-    indent = " " * 10
-    return textwrap.wrap(text, PROVENANCE_WIDTH, initial_indent=indent, subsequent_indent=indent)
 
 
 def ranking_report(ranking: Ranking, *, budget: Budget = 0.3) -> RenderableType:

@@ -44,11 +44,12 @@ def adalora(
         check_linear(update.layer)
     names = [update.module.name for update in updates]
     with preserved(trainer.model):
-        set_seed(trainer.args.seed if options.mask_seed is None else options.mask_seed)
+        seed = trainer.args.seed if options.mask_seed is None else options.mask_seed
+        set_seed(seed)
         model = _adaptive_copy(trainer, names, options.mask_steps)
         source = TrainerLoss(trainer, model)
         with source.quiet():
-            losses = _train(source, options.mask_steps, on_step)
+            losses = _train(source, options.mask_steps, seed, on_step)
         scores = []
         for name in names:
             values = model.get_base_model().get_submodule(name).lora_E["default"].detach().abs()
@@ -85,11 +86,11 @@ def _adaptive_copy(trainer: Trainer, names: list[str], num_steps: int) -> PeftMo
     return get_peft_model(base, config)
 
 
-def _train(source: TrainerLoss, num_steps: int, on_step: OnStep | None) -> list[float]:
+def _train(source: TrainerLoss, num_steps: int, seed: int, on_step: OnStep | None) -> list[float]:
     """Train the copy, lowering its budget after each step."""
     trained = [one for one in source.model.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=source.trainer.args.learning_rate, weight_decay=0.0)
-    batches = source.batches()
+    batches = source.batches(seed)
     model = source.model
     assert isinstance(model, PeftModel)
     losses = []

@@ -8,10 +8,11 @@
 
 A hard budget on the mask, as the definition of importance has it (`‖γ‖ < H`), lowered step by step:
 modules that can stand in for each other are told apart, because one of them is soon closed for good
-and the other then carries what both did. In each round the scores sum to what the modules still in
-it achieve together, up to the noise of its batches; the record keeps these sums, so that a reader
-sees how much of the loss reduction the last 17 modules carry. Every round sees new batches, and
-each batch stands at a point of its own on the integral.
+and the other then carries what both did. In each round the scores estimate, in nats, what the
+modules still in it achieve together; the record keeps these sums. Each batch stands at a point of
+its own on the integral, so a sum is off by the noise of single batches, some 15 % in the demo:
+`keylayers verify` measures what the best modules carry. Every round draws its batches anew, from
+the same examples where these are few.
 
 Source: keylayers. The scores of a round are those of `path`; the rounds are recursive feature
     elimination: Guyon, Weston, Barnhill, Vapnik: "Gene Selection for Cancer Classification using
@@ -21,8 +22,8 @@ Differs: nothing is retrained between rounds; the score is the mean over rounds,
 Cost: rounds x `mask_batches` forward and backward passes for activations; the number of rounds
     grows with the logarithm of the number of modules (56 modules: 8 rounds, 224 modules: 12).
 Blind to: what a module would add to sets that are no set of best modules. Standard errors take the
-    sets of the rounds as given, and overstate the noise of the batches, because the slope changes
-    between the points that they stand at.
+    sets of the rounds as given and the batches of the rounds as independent, which few examples are
+    not; they overstate the noise inside a round, because the slope changes between the points.
 """
 
 from collections.abc import Sequence

@@ -25,6 +25,7 @@ from peft.tuners.lora.eva import get_eva_state_dict
 from torch import nn
 from transformers import Trainer
 
+from keylayers.errors import ConfigError
 from keylayers.mask.module_scores import ModuleScores
 from keylayers.mask.scoring import scoring
 from keylayers.options import MaskOptions
@@ -56,6 +57,7 @@ def eva(
 
     with scoring(trainer, updates, options, on_step) as task:
         batches = [trainer._prepare_inputs(dict(batch)) for batch in task.batches]
+        _check_long_enough(batches)
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=MEAN_RANK,
@@ -82,3 +84,18 @@ def eva(
         seconds=time.perf_counter() - start,
         num_forward=num_passes,
     )
+
+
+def _check_long_enough(batches: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse batches of too few labelled tokens: PEFT skips them and looks on for ever.
+
+    Raises:
+        ConfigError: no batch has as many as the components that are asked for.
+    """
+    needed = int(MEAN_RANK * RHO)
+    longest = max(int((one["labels"] != -100).sum()) for one in batches if "labels" in one)
+    if longest < needed:
+        raise ConfigError(
+            f"eva needs batches of at least {needed} labelled tokens, but the longest has "
+            f"{longest}; raise `batch_size`"
+        )

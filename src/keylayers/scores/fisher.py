@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from keylayers.mask.module_scores import ModuleScores
-from keylayers.mask.probe import observed_gradients
+from keylayers.mask.probe import observed_gradients, per_example
 from keylayers.mask.scoring import Scoring, mean_and_error, scoring
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
@@ -49,6 +49,7 @@ def _traces(task: Scoring, batch: Any) -> Float[Tensor, " module"]:
 
     def see(index: int, x: Tensor, grad_y: Tensor) -> None:
         # ‖Σ_t g_t x_tᵀ‖² = Σ_tu (g_t·g_u)(x_t·x_u): no gradient of the weight is made
+        x, grad_y = per_example(x, batch), per_example(grad_y, batch)
         rows = zip(x.float(), grad_y.float(), strict=True)
         squares = [float((_gram(x_row) * _gram(grad_row)).sum()) for x_row, grad_row in rows]
         traces[index] = sum(squares) * len(x)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from keylayers.mask.module_scores import ModuleScores
-from keylayers.mask.probe import observed_inputs, token_mask
+from keylayers.mask.probe import observed_inputs, per_example, token_mask
 from keylayers.mask.scoring import Scoring, mean_and_error, scoring
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
@@ -46,6 +46,7 @@ def _feature_norms(task: Scoring, batch: Any) -> Float[Tensor, " module"]:
 
     def see(index: int, x: Tensor) -> None:
         weight = base_weight(task.updates[index].layer)
+        x = per_example(x, batch)
         tokens = x[token_mask(batch, x)].float()
         unit = tokens / tokens.norm(dim=-1, keepdim=True).clamp_min(1e-8)
         by_chance = weight.norm() / weight.shape[1] ** 0.5
