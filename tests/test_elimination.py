@@ -31,7 +31,7 @@ def test_scores_agree_with_the_definition_written_out():
     from keylayers.updates import adapter_updates
 
     set_seed(3)
-    batches = list(islice(TrainerLoss(trainer).batches(), 6))
+    batches = list(islice(TrainerLoss(trainer).batches(trainer.args.seed), 6))
     # Gauss-Legendre with two points on (0, 1)
     points = [0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2]
     alive, total = list(range(14)), torch.zeros(14)

@@ -22,7 +22,7 @@ def batches_of(trainer, count):
     from keylayers.mask.trainer_loss import TrainerLoss
 
     set_seed(trainer.args.seed)
-    return list(islice(TrainerLoss(trainer).batches(), count))
+    return list(islice(TrainerLoss(trainer).batches(trainer.args.seed), count))
 
 
 def test_random_order_is_a_shuffle_by_seed():
