@@ -18,6 +18,7 @@ from keylayers.weights import fingerprint
 def preserved(model: nn.Module) -> Iterator[None]:
     """Freeze all parameters for the block, then restore flags, gradients, modes and random state.
 
+    And every attribute of every module: hooks, active adapters, switches for checkpointing.
     Weights and saved buffers are compared before and after: they must not change inside the block.
 
     Raises:
@@ -27,7 +28,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     random_state = _random_state()
     parameters = list(model.named_parameters(remove_duplicate=False))
     flags = [(parameter, parameter.requires_grad, parameter.grad) for _, parameter in parameters]
-    modes = [(module, module.training) for module in model.modules()]
+    attributes = [_Attributes(module) for module in model.modules()]
     before = fingerprint(model.state_dict().items())
     for parameter, _, _ in flags:
         parameter.requires_grad_(False)
@@ -35,15 +36,34 @@ def preserved(model: nn.Module) -> Iterator[None]:
     try:
         try:
             yield
+            after = fingerprint(model.state_dict().items())
         finally:
+            for one in attributes:
+                one.restore()
             for parameter, requires_grad, grad in flags:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = grad
-            for module, mode in modes:
-                module.training = mode
-        _check_unchanged(before, fingerprint(model.state_dict().items()))
+        _check_unchanged(before, after)
     finally:
         _set_random_state(random_state)
+
+
+class _Attributes:
+    """What a module holds under each name; trainers switch, hook and unhook as they go."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._attributes = vars(module)
+        self._values = dict(self._attributes)
+        held = (value for value in self._values.values() if isinstance(value, dict))
+        self._contents = [(one, dict(one)) for one in held]  # hooks, buffers, parts
+
+    def restore(self) -> None:
+        """Give the module its attributes back; handles of hooks know the dictionaries they are in."""
+        self._attributes.clear()
+        self._attributes.update(self._values)
+        for held, contents in self._contents:
+            held.clear()
+            held.update(contents)
 
 
 def _check_unchanged(before: dict[str, int], after: dict[str, int]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from keylayers.model_map import blocks_of
@@ -24,8 +25,12 @@ def observed_inputs(updates: Sequence[Update], see: SeeInput) -> Iterator[None]:
     """Inside the block, call `see(index, x)` with each module's input, (batch, token, d_in)."""
 
     def observe(index: int) -> Callable[..., None]:
+        layer = updates[index].layer
+        active = _active(layer)
+
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], __: Any) -> None:
-            see(index, inputs[0].detach())
+            if _active(layer) == active:  # a trainer's reference runs through the same layers
+                see(index, inputs[0].detach())
 
         return hook
 
@@ -64,8 +69,13 @@ def observed_gradients(updates: Sequence[Update], see: SeeGradient) -> Iterator[
 def observed_blocks(model: nn.Module, see: SeeBlock) -> Iterator[None]:
     """Inside the block, call `see(block_index, input, output)`, both (batch, token, d_model)."""
 
+    tuned = next((one for one in model.modules() if isinstance(one, BaseTunerLayer)), model)
+    active = _active(tuned)
+
     def observe(index: int) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            if _active(tuned) != active:
+                return
             hidden = inputs[0] if inputs else named["hidden_states"]
             after = output if isinstance(output, Tensor) else output[0]
             see(index, hidden.detach(), after.detach())
@@ -77,6 +87,13 @@ def observed_blocks(model: nn.Module, see: SeeBlock) -> Iterator[None]:
             handle = block.register_forward_hook(observe(index), with_kwargs=True)
             stack.callback(handle.remove)
         yield
+
+
+def _active(layer: nn.Module) -> list[str] | None:
+    """The adapters that are switched on; None without any."""
+    if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters:
+        return None
+    return list(layer.active_adapters)
 
 
 def token_mask(batch: Mapping[str, Any], hidden: Float[Tensor, "batch token d"]) -> Tensor:

@@ -25,18 +25,12 @@ def prepared_for(trainer: Trainer, dataset: Dataset) -> Dataset:
     Raises:
         DataError: a column is missing that the trainer cannot make from the others.
     """
-    missing = _missing(trainer, dataset)
-    if not missing:
-        return dataset
     made = dataset
-    with unchanged_trainer(trainer), preserved(trainer.model):
-        trainer.model.eval()
-        arguments = _arguments(trainer)
-        if arguments is not None and any(not name.startswith(REFERENCE) for name in missing):
-            made = _tokenised(trainer, made, arguments)
-        if len(made) and any(name.startswith(REFERENCE) for name in missing):
-            made = _with_reference(trainer, made)
-    missing = _missing(trainer, made)
+    with unchanged_trainer(trainer):
+        missing = _missing(trainer, dataset)
+        if missing:
+            made = _made(trainer, dataset, missing)
+            missing = _missing(trainer, made)
     if missing or len(made) == 0:
         kind = type(trainer).__name__
         what = f"it lacks {', '.join(missing)}" if missing else "no row of it is left"
@@ -45,6 +39,19 @@ def prepared_for(trainer: Trainer, dataset: Dataset) -> Dataset:
             f"out of training in the same format, or take rows of `trainer.train_dataset`"
         )
     return made
+
+
+def _made(trainer: Trainer, dataset: Dataset, missing: list[str]) -> Dataset:
+    """What the trainer's own code makes of `dataset`, as far as it can."""
+    arguments = _arguments(trainer)
+    has_reference = any(name.startswith(REFERENCE) for name in missing)
+    with preserved(trainer.model):  # the reference is computed by switching adapters
+        trainer.model.eval()
+        if arguments is not None and any(not name.startswith(REFERENCE) for name in missing):
+            dataset = _tokenised(trainer, dataset, arguments)
+        if has_reference and len(dataset) > 0:
+            dataset = _with_reference(trainer, dataset)
+    return dataset
 
 
 def _missing(trainer: Trainer, dataset: Dataset) -> list[str]:

@@ -1,0 +1,407 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores for trainers that users build: each objective, each way of giving it an adapter."""
+
+import itertools
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from tiny_files import NUM_MODULES
+from trainers import CASES, DATA, TOKENIZER, WithOwnLoss, build, lora
+
+IDS = ["-".join(case).replace(" ", "-") for case in CASES]
+# trl 1.16 asks transformers 5.23 for names that transformers renamed; gone when trl follows
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
+STEP = 2**-6  # of the gates in a finite difference
+
+
+@pytest.fixture(scope="module")
+def trainer_of():
+    """Each trainer is built and trained once; every test must leave it as it was."""
+    built = {}
+
+    def get(kind, way):
+        if (kind, way) not in built:
+            built[kind, way] = build(kind, way)
+        return built[kind, way]
+
+    return get
+
+
+def rank(trainer, method="elimination", mask_dataset=None, **values):
+    from keylayers import MaskOptions, rank_modules
+
+    few = {"elimination": {"mask_batches": 2}, "path": {"mask_batches": 2}}
+    few |= {"ila": {"mask_steps": 3}, "price": {"mask_steps": 3}}
+    options = MaskOptions(**{"method": method} | few.get(method, {}) | values)
+    return rank_modules(trainer, options, mask_dataset=mask_dataset)
+
+
+def scores_of(trainer, method="elimination", **values):
+    return [module.score for module in rank(trainer, method, **values).modules]
+
+
+def frozen(value):
+    """A value as something that can be compared: containers by content, tensors by bits."""
+    if isinstance(value, dict):
+        return {key: frozen(held) for key, held in value.items()}
+    if isinstance(value, torch.Tensor):
+        return (value.dtype, value.tolist())
+    if isinstance(value, (str, bytes, bool, int, float, type(None))):
+        return value
+    if isinstance(value, (list, tuple)) or type(value).__name__ == "deque":
+        return [frozen(held) for held in value]
+    return id(value)
+
+
+def everything(trainer):
+    """The trainer and its model: weights, flags, gradients, modes, hooks, adapters, state."""
+    model = trainer.model
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    owners = (trainer, trainer.state, trainer.accelerator, trainer.accelerator.gradient_state)
+    return {
+        "weights": {name: one.tolist() for name, one in model.state_dict().items()},
+        "flags": {name: one.requires_grad for name, one in model.named_parameters()},
+        "gradients": {name: frozen(one.grad) for name, one in model.named_parameters()},
+        "modes": {name: one.training for name, one in model.named_modules()},
+        "attributes": {name: sorted(vars(one)) for name, one in model.named_modules()},
+        "hooks": [len(one._forward_hooks) + len(one._forward_pre_hooks) for one in model.modules()],
+        "dropouts": [id(one.lora_dropout[name]) for one in layers for name in one.lora_dropout],
+        "active": [(one.active_adapters, one.disable_adapters) for one in layers],
+        "adapters": (model.active_adapter, sorted(model.peft_config)),
+        "state": [frozen(vars(owner)) for owner in owners],
+        # not Python's own: the shape checks of these tests draw from it
+        "random": frozen([np.random.get_state()[1].tolist(), torch.get_rng_state()]),
+    }
+
+
+def assert_same(before, after):
+    for part, value in before.items():
+        assert after[part] == value, part
+
+
+@pytest.mark.parametrize(("kind", "way"), CASES, ids=IDS)
+@pytest.mark.parametrize("method", ["elimination", "ila"])
+def test_every_module_gets_a_score_and_all_is_as_before(trainer_of, kind, way, method):
+    trainer = trainer_of(kind, way)
+    before = everything(trainer)
+    scores = scores_of(trainer, method)
+    assert_same(before, everything(trainer))
+    assert len(scores) == NUM_MODULES
+    assert all(math.isfinite(score) for score in scores)
+    assert len(set(scores)) == NUM_MODULES  # each gate has a gradient of its own
+    assert scores_of(trainer, method) == scores
+
+
+def hold_what_has_no_gradient(trainer, source, batch):
+    """KTO's estimate of the divergence is a number to its loss: the same at every gate here."""
+    if not hasattr(trainer, "_compute_kl_logps"):
+        return
+    estimate, found = trainer._compute_kl_logps, []
+    trainer._compute_kl_logps = lambda *given: found.append(estimate(*given)) or found[-1]
+    source.value(batch, step=1)
+    held = itertools.cycle(found)
+    trainer._compute_kl_logps = lambda *_: next(held)
+
+
+@pytest.mark.parametrize(("kind", "way"), CASES, ids=IDS)
+def test_the_gradient_of_the_gates_is_the_slope_of_the_trainers_own_loss(trainer_of, kind, way):
+    """Central differences at two steps, with their leading error cancelled (Richardson).
+
+    What is left is float32's noise: a loss L comes with an error of some roundings, 2**-24 L each
+    and never below those of the numbers near 1 that it is made of. Measured are up to three; eight
+    are allowed. Four losses enter, with weights that sum to 1.5 / STEP.
+    """
+    from keylayers.gates import gated
+    from keylayers.mask.trainer_loss import TrainerLoss
+    from keylayers.updates import adapter_updates
+
+    trainer = trainer_of(kind, way)
+    source = TrainerLoss(trainer)
+    updates = adapter_updates(trainer.model)
+    with (
+        gated(trainer.model, updates, initial_score=0.0, link="identity") as gates,
+        source.quiet(),
+    ):
+        batch = next(source.batches())
+        at = 0.3 + 0.6 * torch.rand(len(gates), generator=torch.Generator().manual_seed(1))
+        gates.set_scores(at)
+        hold_what_has_no_gradient(trainer, source, batch)
+        held = source.parts(batch)
+        source.parts = lambda _: held  # GRPO: the same completions at every gate
+        loss = source.backward(batch, step=1)
+        gradient = gates.gradient()
+
+        def slope(direction):
+            values = []
+            for steps in (1, -1, 2, -2):
+                gates.set_scores(at + steps * STEP * direction)
+                values.append(source.value(batch, step=1))
+            near, far = values[0] - values[1], values[2] - values[3]
+            return (4 * near / (2 * STEP) - far / (4 * STEP)) / 3
+
+        slopes = torch.tensor([slope(direction) for direction in torch.eye(len(gates))])
+    noise = 8 * 2**-24 * max(1.0, abs(loss)) * 1.5 / STEP
+    assert (slopes - gradient).abs().max() < noise
+    assert gradient.abs().median() > 10 * noise  # the noise could not hide a wrong gradient
+
+
+@pytest.mark.parametrize("kind", ["DPO", "KTO", "GRPO"])
+def test_nothing_but_gates_is_ever_trainable_while_a_trainer_switches_adapters(trainer_of, kind):
+    from keylayers.gates import gated
+    from keylayers.mask.trainer_loss import TrainerLoss
+    from keylayers.updates import adapter_updates
+
+    for way in ("config", "model"):
+        trainer = trainer_of(kind, way)
+        assert ("ref" in trainer.model.peft_config) == (way == "model")
+        source = TrainerLoss(trainer)
+        with gated(trainer.model, adapter_updates(trainer.model), initial_score=0.5) as gates:
+            own = {id(parameter) for parameter in gates.parameters()}
+            seen = []
+
+            def see(module, _, own=own, seen=seen):
+                seen += [id(one) in own for one in module.parameters() if one.requires_grad]
+
+            handle = trainer.model.register_forward_pre_hook(see)
+            with source.quiet():
+                for step, batch in enumerate(itertools.islice(source.batches(), 2)):
+                    source.backward(batch, step=step)
+            handle.remove()
+            assert len(seen) >= 4 * len(gates)  # two policies and two references at the least
+            assert all(seen)
+            assert [one.grad is not None for one in trainer.model.parameters()].count(True) == len(
+                gates
+            )
+
+
+def test_a_trainer_that_thaws_weights_in_its_loss_is_stopped():
+    class Thawing(WithOwnLoss):
+        def compute_loss(self, model, inputs, **named):
+            for name, parameter in model.named_parameters():
+                if "layers.1.mlp.up_proj.lora_A" in name:
+                    parameter.requires_grad_(True)
+            return super().compute_loss(model, inputs, **named)
+
+    from keylayers.errors import GuardError
+
+    trainer = build("own loss", "model", trainer_class=Thawing)
+    before = everything(trainer)
+    first = r"1 other parameters, first base_model\S+layers\.1\.mlp\.up_proj\.lora_A\S+"
+    with pytest.raises(GuardError, match=f"only gates may be trained.+{first}, which got a grad"):
+        rank(trainer)
+    with pytest.raises(GuardError, match=f"{first}, which was thawed"):
+        rank(trainer, "leave-one-out")  # never goes backward
+    assert_same(before, everything(trainer))
+
+
+def reference_log_probabilities(trainer, gate):
+    """What DPO compares with, on the first batch, with all gates at `gate`."""
+    from keylayers.gates import gated
+    from keylayers.mask.trainer_loss import TrainerLoss
+    from keylayers.updates import adapter_updates
+
+    source = TrainerLoss(trainer)
+    with (
+        gated(trainer.model, adapter_updates(trainer.model), initial_score=gate, link="identity"),
+        source.quiet(),
+    ):
+        batch = next(iter(trainer.get_train_dataloader()))
+        return torch.cat(trainer.compute_ref_log_probs(trainer.model, batch))
+
+
+def test_the_reference_is_the_base_or_where_the_user_began_at_every_gate(trainer_of):
+    from trl.trainer.utils import use_adapter
+
+    for way, adapter in (("config", None), ("model", "ref")):
+        trainer = trainer_of("DPO", way)
+        torch.manual_seed(0)
+        closed, half, opened = (reference_log_probabilities(trainer, at) for at in (0.0, 0.5, 1.0))
+        assert torch.equal(closed, half)
+        assert torch.equal(closed, opened)
+        torch.manual_seed(0)
+        batch = next(iter(trainer.get_train_dataloader()))
+        flags = [one.requires_grad for one in trainer.model.parameters()]
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+
+        def log_probabilities(model, inputs=batch, labels=labels):
+            with torch.no_grad():
+                logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+            losses = nn.functional.cross_entropy(
+                logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none"
+            )
+            return -losses.sum(dim=1)
+
+        with use_adapter(trainer.model, adapter):
+            own = log_probabilities(trainer.model)
+        tuned = log_probabilities(trainer.model)
+        for one, flag in zip(trainer.model.parameters(), flags, strict=True):
+            one.requires_grad_(flag)
+        assert torch.allclose(own, closed, atol=1e-3)
+        assert not torch.allclose(tuned, closed, atol=0.1)
+
+
+def test_grpo_generates_with_the_masked_model_and_anew_for_each_mask(trainer_of):
+    from keylayers.gates import gated
+    from keylayers.mask.trainer_loss import TrainerLoss
+    from keylayers.updates import adapter_updates
+
+    trainer = trainer_of("GRPO", "config")
+    old = trainer._buffered_inputs
+    assert old is not None
+    trainer.generation_config.do_sample, sampled = False, trainer.generation_config.do_sample
+    source = TrainerLoss(trainer)
+
+    def completions(gates, value):
+        gates.set_scores(torch.full((len(gates),), value))
+        parts = source.parts(batch)
+        assert len(parts) == trainer.args.steps_per_generation
+        found = zip(
+            torch.cat([part["prompt_ids"] for part in parts]).tolist(),
+            torch.cat([part["completion_ids"] for part in parts]).tolist(),
+            strict=True,
+        )
+        return sorted(found)  # the parts are shuffled
+
+    def greedy(model):
+        prompts = TOKENIZER(
+            [row["prompt"] for row in batch], return_tensors="pt", padding=True, padding_side="left"
+        )
+        made = model.generate(**prompts, do_sample=False, max_new_tokens=6, temperature=None)
+        length = prompts["input_ids"].shape[1]
+        return sorted((row[:length].tolist(), row[length:].tolist()) for row in made)
+
+    try:
+        with (
+            source.quiet(),
+            gated(
+                trainer.model, adapter_updates(trainer.model), initial_score=1.0, link="identity"
+            ) as gates,
+        ):
+            batch = next(source.batches())
+            closed, opened = completions(gates, 0.0), completions(gates, 1.0)
+        trainer.model.eval()
+        flags = [one.requires_grad for one in trainer.model.parameters()]
+        assert opened == greedy(trainer.model)
+        with trainer.model.disable_adapter():
+            assert closed == greedy(trainer.model)
+        for one, flag in zip(trainer.model.parameters(), flags, strict=True):
+            one.requires_grad_(flag)
+        assert closed != opened
+    finally:
+        trainer.generation_config.do_sample = sampled
+        trainer.model.train()
+    assert trainer._buffered_inputs is old
+
+
+def test_grpo_sees_each_prompt_once_an_epoch(trainer_of):
+    from keylayers.mask.trainer_loss import TrainerLoss
+
+    trainer = trainer_of("GRPO", "config")
+    source = TrainerLoss(trainer)
+    per_batch = 2 * trainer.args.steps_per_generation // trainer.num_generations
+    with source.quiet():
+        drawn = list(itertools.islice(source.batches(), 8 // per_batch))
+    prompts = [row["prompt"] for batch in drawn for row in batch]
+    assert sorted(set(prompts)) == sorted(DATA["GRPO"]()["prompt"])
+    assert len(prompts) == 8 * trainer.num_generations
+
+
+@pytest.mark.parametrize("method", ["leave-one-out", "shapley", "lora-drop", "eva", "cka"])
+def test_a_method_that_compares_losses_is_refused_where_losses_mean_nothing(trainer_of, method):
+    from keylayers.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=f"{method} needs a loss.+GRPO.+elimination, path, ila"):
+        rank(trainer_of("GRPO", "model"), method)
+
+
+@pytest.mark.parametrize("method", ["path", "price", "fisher", "update-norm"])
+def test_grpo_is_scored_by_methods_that_use_its_gradient_or_no_data(trainer_of, method):
+    trainer = trainer_of("GRPO", "model")
+    before = everything(trainer)
+    ranking = rank(trainer, method)
+    assert_same(before, everything(trainer))
+    assert all(math.isfinite(module.score) for module in ranking.modules)
+    assert "loss_reduction_nats" not in ranking.provenance["mask"]
+
+
+def test_a_copy_of_the_model_that_gates_cannot_reach_is_refused(trainer_of):
+    from keylayers.errors import ConfigError
+
+    trainer = trainer_of("GRPO", "model")
+    trainer.use_vllm = True
+    try:
+        with pytest.raises(ConfigError, match=re.escape("use_vllm=False")):
+            rank(trainer)
+    finally:
+        trainer.use_vllm = False
+
+
+def test_a_held_out_loss_of_sampled_completions_is_refused(trainer_of):
+    from keylayers.errors import ConfigError
+    from keylayers.evaluation.loss import held_out_loss
+
+    with pytest.raises(ConfigError, match="held-out loss must be a function of the data.+rewards"):
+        held_out_loss(trainer_of("GRPO", "model"), DATA["GRPO"]())
+
+
+@pytest.mark.parametrize("kind", ["DPO", "KTO", "Reward"])
+def test_lora_drop_looks_at_the_model_and_not_at_its_reference(trainer_of, kind):
+    """Independently: the inputs of the trained model's layers, without the trainer's loss."""
+    trainer = trainer_of(kind, "config")
+    scores = {one.name: one.score for one in rank(trainer, "lora-drop", mask_batches=1).modules}
+    from keylayers.updates import adapter_updates
+
+    updates = adapter_updates(trainer.model)
+    from transformers import set_seed
+
+    set_seed(trainer.args.seed)
+    batch = next(iter(trainer.get_train_dataloader()))
+    inputs = {}
+    handles = [
+        one.layer.register_forward_hook(
+            lambda _, given, __, name=one.module.name: inputs.update({name: given[0]})
+        )
+        for one in updates
+    ]
+    with torch.no_grad():
+        trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    for handle in handles:
+        handle.remove()
+    for one in updates:
+        x = inputs[one.module.name][batch["attention_mask"].bool()]
+        expected = (x @ one.delta().T).square().sum(dim=-1).mean()
+        assert scores[one.module.name] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_the_head_of_a_reward_model_stays_as_trained_at_every_gate(trainer_of):
+    from keylayers.gates import gated
+    from keylayers.updates import adapter_updates
+
+    trainer = trainer_of("Reward", "config")
+    head = trainer.model.get_base_model().score
+    trained, original = head.modules_to_save["default"].weight, head.original_module.weight
+    assert not torch.equal(trained, original)
+    batch = next(iter(trainer.get_train_dataloader()))
+    hidden = {}
+    handle = head.register_forward_pre_hook(lambda _, given: hidden.update(last=given[0]))
+    updates = adapter_updates(trainer.model)
+    with gated(trainer.model, updates, initial_score=0.0, link="identity"), torch.no_grad():
+        rewards = trainer.model(**batch).logits
+    handle.remove()
+    every = hidden["last"] @ trained.T
+    last = batch["attention_mask"].sum(dim=1) - 1
+    assert torch.allclose(rewards, every[torch.arange(len(last)), last], atol=1e-5)
+
+
+def test_lora_on_an_adapter_of_another_name_and_dora_leave_the_reference_alone():
+    for options in ({"use_dora": True}, {"r": 3}):
+        trainer = build("DPO", "model", peft=lora("DPO", **options))
+        closed, opened = (reference_log_probabilities(trainer, at) for at in (0.0, 1.0))
+        assert torch.equal(closed, opened)
+        assert all(math.isfinite(score) for score in scores_of(trainer))

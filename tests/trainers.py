@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trainers as users build them, on tiny models: every objective, and both ways to give an adapter."""
+
+import tempfile
+import warnings
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForSequenceClassification, Trainer, TrainingArguments
+
+from tiny_files import rows, tiny_model, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+COMMON = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "disable_tqdm": True,
+    "per_device_train_batch_size": 4,
+    "dataloader_pin_memory": False,
+    "max_steps": 2,
+    "learning_rate": 0.01,
+}
+
+
+def preferences(first=0, num_rows=8):
+    """Questions with a right and a wrong answer, of different lengths."""
+    part = rows()[first : first + num_rows]
+    return Dataset.from_list(
+        [
+            {"prompt": one["prompt"], "chosen": one["completion"], "rejected": other["completion"]}
+            for one, other in zip(part, [*part[1:], part[0]], strict=True)
+        ]
+    )
+
+
+def judged(first=0, num_rows=8):
+    """Questions with answers that are right every other time."""
+    part = rows()[first : first + num_rows]
+    return Dataset.from_list([row | {"label": place % 2 == 0} for place, row in enumerate(part)])
+
+
+def answered(first=0, num_rows=8):
+    return Dataset.from_list(rows()[first : first + num_rows])
+
+
+def prompts(first=0, num_rows=8):
+    return Dataset.from_list([{"prompt": row["prompt"]} for row in rows()[first:][:num_rows]])
+
+
+def tokens(first=0, num_rows=8):
+    made = TOKENIZER([row["prompt"] + row["completion"] for row in rows()[first:][:num_rows]])
+    ids = [one[:12] for one in made["input_ids"]]
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def length_reward(completions, **_):
+    """How many different letters a completion has: some reward that completions differ in."""
+    return [float(len(set(one))) for one in completions]
+
+
+class WithOwnLoss(Trainer):
+    """A subclass with a loss of its own: the mean cube root of the token losses."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")  # losses may take columns out
+        logits = model(**inputs).logits[:, :-1].flatten(0, 1)
+        each = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="none")
+        return (each + 0.1).pow(1 / 3).mean()
+
+
+def _trl(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations of third parties at import
+        if name == "ORPO":
+            from trl.experimental import orpo as trl
+        else:
+            import trl
+        return getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
+
+
+DATA = {
+    "SFT": answered,
+    "DPO": preferences,
+    "KTO": judged,
+    "ORPO": preferences,
+    "Reward": preferences,
+    "GRPO": prompts,
+    "plain": tokens,
+    "own loss": tokens,
+}
+# TRL's trainers take a `peft_config` or a ready model; transformers' own takes a ready model.
+FROM_TRL = ("SFT", "DPO", "KTO", "ORPO", "Reward", "GRPO")
+CASES = [(kind, "config") for kind in FROM_TRL] + [(kind, "model") for kind in DATA]
+OPTIONS = {
+    "KTO": {"beta": 0.5},
+    "ORPO": {"max_length": 64},
+    "GRPO": {
+        "beta": 0.1,  # with a reference
+        "num_generations": 2,
+        "max_completion_length": 6,
+        "num_iterations": 2,  # so that the loss depends on the model's own probabilities
+        "epsilon": 0.9,  # without a kink where the tests take differences
+        "epsilon_high": 9.0,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    },
+}
+
+
+def lora(kind, **options):
+    is_reward = kind == "Reward"
+    return LoraConfig(
+        **{
+            "r": 2,
+            "target_modules": "all-linear",
+            "task_type": "SEQ_CLS" if is_reward else "CAUSAL_LM",
+            "modules_to_save": ["score"] if is_reward else None,
+        }
+        | options
+    )
+
+
+def base_model(kind):
+    plain = tiny_model(len(TOKENIZER))
+    if kind != "Reward":
+        return plain
+    config = plain.config
+    config.num_labels = 1
+    torch.manual_seed(1)
+    return LlamaForSequenceClassification(config)
+
+
+def with_noise(model, std=0.1, seed=3):
+    """The trained adapter's B away from zero, so that every gate has something to scale."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B.default" in name:
+                parameter += std * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def build(kind, way, *, is_trained=True, data=None, peft=None, trainer_class=None, **options):
+    """A trainer of one kind, given its adapter as `peft_config` or as a ready `PeftModel`."""
+    own_class = trainer_class
+    model = base_model(kind)
+    peft = peft or lora(kind)
+    named = {}
+    if kind in FROM_TRL:
+        trainer_class, config_class = _trl(kind)
+        named["processing_class"] = TOKENIZER
+    else:
+        trainer_class = WithOwnLoss if kind == "own loss" else Trainer
+        config_class = TrainingArguments
+    if way == "config":
+        named["peft_config"] = peft
+    else:
+        model = with_noise(get_peft_model(model, peft))
+    if kind == "GRPO":
+        named["reward_funcs"] = length_reward
+    trainer_class = own_class or trainer_class
+    train = DATA[kind]() if data is None else data
+    own = COMMON | OPTIONS.get(kind, {}) | options
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what TRL says of its own defaults
+        arguments = config_class(output_dir=tempfile.mkdtemp(), **own)
+        trainer = trainer_class(model=model, args=arguments, train_dataset=train, **named)
+        if is_trained:
+            trainer.train()
+    with_noise(trainer.model, seed=4)
+    return trainer
