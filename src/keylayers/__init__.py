@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         VerifyOptions,
     )
     from keylayers.ranking import RankedModule, Ranking
+    from keylayers.runs.callback import FreezeUnimportant
     from keylayers.runs.rank import rank, rank_modules
     from keylayers.runs.train import TrainedSet, train
     from keylayers.runs.verify import verify
@@ -44,6 +45,7 @@ _HOME = {
     "CurveOptions": "options",
     "DataOptions": "options",
     "Freeze": "selection",
+    "FreezeUnimportant": "runs.callback",
     "KeylayersError": "errors",
     "MaskCurve": "curve",
     "MaskOptions": "options",
@@ -77,6 +79,7 @@ __all__ = [
     "CurveOptions",
     "DataOptions",
     "Freeze",
+    "FreezeUnimportant",
     "KeylayersError",
     "MaskCurve",
     "MaskOptions",

@@ -118,7 +118,7 @@ def _train_all(job: RankJob) -> tuple[PeftModel, dict[str, Any]]:
     names = [info.name for info in map_modules(job.model)]
     training = job.options.training
     tuned = new_lora(job.model, names, training)
-    cap = job.options.stability.max_steps
+    cap = job.options.stability.stage_1_cap
     trainer = make_trainer(tuned, job.tokenizer, job.data.train, training, num_steps=cap)
     with job.progress.stage("stage 1: fine-tuning all modules", cap) as on_step:
         result = fine_tune(trainer, job.options.stability, on_step)
