@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from test_mask_learning import data, tokenizer
+
 from tiny_models import tiny_llama
 
 NUM_STEPS = 14
@@ -378,10 +379,6 @@ def test_states_restored_by_transformers_do_not_replace_the_callback(tmp_path):
     assert callback.frozen_at_step == FREEZE_STEP
 
 
-def dora_model():
-    return get_peft_model(tiny_llama(), LoraConfig(r=2, use_dora=True, target_modules="all-linear"))
-
-
 REFUSED = [
     ({"freeze_fraction": 0.0}, "`freeze_fraction` must be above 0 and below 1, got 0.0"),
     ({"freeze_fraction": 1.0}, "`freeze_fraction` must be above 0 and below 1, got 1.0"),
@@ -403,6 +400,9 @@ def test_what_cannot_work_is_refused_before_any_step(tmp_path):
     late = freezing(stability=StabilityOptions(max_steps=NUM_STEPS))
     with pytest.raises(ConfigError, match="must be below the run's 14 steps, got 14; leave it"):
         run(Trainer, tmp_path, late)
+    none = freezing(freeze_fraction=0.01)
+    with pytest.raises(ConfigError, match="at least one of the adapter's 14 modules"):
+        run(Trainer, tmp_path, none)
     with pytest.raises(ConfigError, match="must hold one FreezeUnimportant at most, got 2"):
         run(Trainer, tmp_path, freezing(), freezing())
     plain = make(Trainer, tmp_path)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
 
@@ -55,13 +56,19 @@ class HaltedUpdates:
             )
 
 
-def check_can_halt(updates: Sequence[LoraUpdate], action: FreezeAction) -> None:
-    """Refuse updates that `action` would not treat exactly, before any training.
+def check_can_halt(model: nn.Module, action: FreezeAction) -> None:
+    """Refuse a model whose updates `action` would not treat exactly, before any training.
 
     Raises:
-        ModelError: an update is not zero when its B is.
+        ModelError: it has no LoRA adapter, or an update is not zero when its B is.
     """
-    for update in updates:
+    if not isinstance(model, PeftModel):
+        raise ModelError(
+            f"the model must carry a LoRA adapter, got a plain {type(model).__name__}: a "
+            f"checkpoint does not hold the weights that a full fine-tune started from; use "
+            f"`keylayers rank`, then `keylayers train --update full`"
+        )
+    for update in lora_updates(model):
         odd = {name.partition(".")[0] for name in _own(update)} - {"lora_A", "lora_B"}
         if action == "remove" and odd:
             raise ModelError(
@@ -100,12 +107,18 @@ def halt_updates(
         if action == "remove" and ".lora_B." in name:
             with torch.no_grad():
                 parameter.zero_()
-    if trainable_modules(model) != before - asked:
-        raise GuardError(
-            f"exactly the {len(asked)} least important modules must stop being trained, but "
-            f"{len(before - trainable_modules(model))} did"
-        )
+    prove_kept(model, [name for name in before if name not in asked])
     return HaltedUpdates(tuple(names), parameters, fingerprint(parameters.items()))
+
+
+def prove_kept(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise a GuardError unless the modules that are still trained are exactly `names`."""
+    differ = trainable_modules(model) ^ set(names)
+    if differ:
+        raise GuardError(
+            f"the trainable modules must be exactly the {len(names)} that were kept, but "
+            f"{len(differ)} differ, first {min(differ)}"
+        )
 
 
 def _own(update: LoraUpdate) -> dict[str, nn.Parameter]:

@@ -13,14 +13,14 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from keylayers.apply.halt import HaltedUpdates, check_can_halt, halt_updates
-from keylayers.errors import ConfigError, ModelError
+from keylayers.errors import ConfigError
 from keylayers.mask.stability import is_stable
 from keylayers.options import FreezeAction, MaskOptions, StabilityOptions
 from keylayers.progress import Progress, Silent
 from keylayers.ranking import Ranking
 from keylayers.runs.rank import rank_modules
 from keylayers.selection import Freeze, Selection, check_same_modules
-from keylayers.training.under_way import StepLosses, loaders_kept, trainer_of
+from keylayers.training.under_way import StepLosses, check_one_process, loaders_kept, trainer_of
 from keylayers.updates import lora_updates
 
 # Where the trainer's state keeps what the callback has found. Not the way of `ExportableState`:
@@ -100,11 +100,7 @@ class FreezeUnimportant(TrainerCallback):
         self._first_step_after = 0
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse what cannot work; in a run that resumes, take over what was found before."""
         self._stop_watching()  # after a run that ended with an error, or starts over
@@ -120,11 +116,7 @@ class FreezeUnimportant(TrainerCallback):
         self._remember(state)
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Learn the mask and freeze when it is time: between two steps, all gradients are gone."""
         if self._halted is not None and state.global_step == self._first_step_after:
@@ -143,11 +135,7 @@ class FreezeUnimportant(TrainerCallback):
         self._remember(state)
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Lay the ranking into the checkpoint, for `keylayers show`; resuming does not need it."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -155,11 +143,7 @@ class FreezeUnimportant(TrainerCallback):
             self.ranking.save(folder / "ranking.json")
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Prove that what is frozen did not change; say so if nothing was frozen."""
         self._stop_watching()
@@ -182,20 +166,14 @@ class FreezeUnimportant(TrainerCallback):
             raise ConfigError(
                 f"a trainer must hold one {type(self).__name__} at most, got {len(same)}"
             )
-        accelerator = trainer.accelerator
-        if accelerator.num_processes > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        check_one_process(trainer)
+        check_can_halt(trainer.model, self.action)
+        num_modules = len(lora_updates(trainer.model))
+        if Freeze(self.freeze_fraction).num_kept(num_modules) == num_modules:
             raise ConfigError(
-                f"masks must be learned in one process without DeepSpeed and FSDP, got "
-                f"{accelerator.num_processes} of {accelerator.distributed_type}; start without a "
-                f"launcher"
+                f"`freeze_fraction` must be at least one of the adapter's {num_modules} modules, "
+                f"got {self.freeze_fraction}, which freezes none"
             )
-        if not hasattr(trainer.model, "peft_config"):
-            raise ModelError(
-                f"the model must carry a LoRA adapter, got a plain {type(trainer.model).__name__}: "
-                f"a checkpoint does not hold the weights that a full fine-tune started from; use "
-                f"`keylayers rank` and `keylayers train --update full`"
-            )
-        check_can_halt(lora_updates(trainer.model), self.action)
         self.stability.cap_within(state.max_steps)
 
     def _rank_and_freeze(self, state: TrainerState) -> None:
@@ -203,9 +181,7 @@ class FreezeUnimportant(TrainerCallback):
         why = "the loss is stable" if self.reason == "stable" else "the cap is reached"
         self.progress.note(f"step {state.global_step}: {why}; ranking by {self.mask.method}")
         with loaders_kept(self._trainer):
-            self.ranking = rank_modules(
-                self._trainer, self.mask, mask_dataset=self.mask_dataset
-            )
+            self.ranking = rank_modules(self._trainer, self.mask, mask_dataset=self.mask_dataset)
         self.selection = self.ranking.select(Freeze(self.freeze_fraction))
         kept = set(self.selection.names)
         self.frozen = tuple(one.name for one in self.ranking.modules if one.name not in kept)

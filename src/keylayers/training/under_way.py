@@ -11,6 +11,7 @@ subclasses to change, is the loss of each batch itself.
 import contextlib
 import sys
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +26,7 @@ def trainer_of(callback: TrainerCallback) -> Trainer:
     Raises:
         ConfigError: no trainer that holds the callback is on the call stack.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, Trainer) and callback in caller.callback_handler.callbacks:
@@ -35,6 +36,17 @@ def trainer_of(callback: TrainerCallback) -> Trainer:
         f"{type(callback).__name__} must be called by the trainer that holds it, but none is on "
         f"the call stack; give it as `trainer`"
     )
+
+
+def check_one_process(trainer: Trainer) -> None:
+    """Raise a ConfigError if the model is spread over processes, or wrapped by what spreads it."""
+    accelerator = trainer.accelerator
+    if accelerator.num_processes > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ConfigError(
+            f"masks must be learned in one process without DeepSpeed and FSDP, got "
+            f"{accelerator.num_processes} with {accelerator.distributed_type}; start without a "
+            f"launcher"
+        )
 
 
 class StepLosses:
