@@ -77,6 +77,26 @@ def test_the_readme_is_short_and_its_links_exist():
         assert (ROOT / target).is_file(), target
 
 
+# Of TRL's own defaults; the example is to stay what a user would write.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")
+def test_the_example_of_the_callback_runs(tmp_path, monkeypatch, capsys):
+    """As it is printed, in a folder of its own."""
+    from keylayers import Ranking
+
+    text = (ROOT / "docs" / "callback.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(example, "docs/callback.md", "exec"), names)
+    assert "frozen after step " in capsys.readouterr().out
+    callback = names["callback"]
+    ranking = Ranking.load("ranking.json")
+    assert len(ranking.modules) == 56
+    assert len(callback.frozen) == 14
+    assert Ranking.load("run/checkpoint-20") == ranking
+
+
 def test_the_architecture_names_every_file():
     text = (ROOT / "docs" / "architecture.md").read_text()
     source = ROOT / "src" / "keylayers"

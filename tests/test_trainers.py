@@ -128,7 +128,7 @@ def test_the_gradient_of_the_gates_is_the_slope_of_the_trainers_own_loss(trainer
         gated(trainer.model, updates, initial_score=0.0, link="identity") as gates,
         source.quiet(),
     ):
-        batch = next(source.batches())
+        batch = next(source.batches(0))
         at = 0.3 + 0.6 * torch.rand(len(gates), generator=torch.Generator().manual_seed(1))
         gates.set_scores(at)
         hold_what_has_no_gradient(trainer, source, batch)
@@ -170,7 +170,7 @@ def test_nothing_but_gates_is_ever_trainable_while_a_trainer_switches_adapters(t
 
             handle = trainer.model.register_forward_pre_hook(see)
             with source.quiet():
-                for step, batch in enumerate(itertools.islice(source.batches(), 2)):
+                for step, batch in enumerate(itertools.islice(source.batches(0), 2)):
                     source.backward(batch, step=step)
             handle.remove()
             assert len(seen) >= 4 * len(gates)  # two policies and two references at the least
@@ -283,7 +283,7 @@ def test_grpo_generates_with_the_masked_model_and_anew_for_each_mask(trainer_of)
                 trainer.model, adapter_updates(trainer.model), initial_score=1.0, link="identity"
             ) as gates,
         ):
-            batch = next(source.batches())
+            batch = next(source.batches(0))
             closed, opened = completions(gates, 0.0), completions(gates, 1.0)
         trainer.model.eval()
         flags = [one.requires_grad for one in trainer.model.parameters()]
@@ -306,7 +306,7 @@ def test_grpo_sees_each_prompt_once_an_epoch(trainer_of):
     source = TrainerLoss(trainer)
     per_batch = 2 * trainer.args.steps_per_generation // trainer.num_generations
     with source.quiet():
-        drawn = list(itertools.islice(source.batches(), 8 // per_batch))
+        drawn = list(itertools.islice(source.batches(0), 8 // per_batch))
     prompts = [row["prompt"] for batch in drawn for row in batch]
     assert sorted(set(prompts)) == sorted(DATA["GRPO"]()["prompt"])
     assert len(prompts) == 8 * trainer.num_generations
@@ -346,7 +346,7 @@ def test_a_held_out_loss_of_sampled_completions_is_refused(trainer_of):
     from keylayers.errors import ConfigError
     from keylayers.evaluation.loss import held_out_loss
 
-    with pytest.raises(ConfigError, match="held-out loss must be a function of the data.+rewards"):
+    with pytest.raises(ConfigError, match=r"held-out loss must be a function of the data.+rewards"):
         held_out_loss(trainer_of("GRPO", "model"), DATA["GRPO"]())
 
 

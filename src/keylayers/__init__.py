@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         VerifyOptions,
     )
     from keylayers.ranking import RankedModule, Ranking
+    from keylayers.runs.callback import FreezeUnimportant
     from keylayers.runs.prune import PrunedUpdate, prune
     from keylayers.runs.rank import rank, rank_modules
     from keylayers.runs.train import TrainedSet, train
@@ -49,6 +50,7 @@ _HOME = {
     "CurveOptions": "options",
     "DataOptions": "options",
     "Freeze": "selection",
+    "FreezeUnimportant": "runs.callback",
     "KeylayersError": "errors",
     "MaskCurve": "curve",
     "MaskOptions": "options",
@@ -87,6 +89,7 @@ __all__ = [
     "CurveOptions",
     "DataOptions",
     "Freeze",
+    "FreezeUnimportant",
     "KeylayersError",
     "MaskCurve",
     "MaskOptions",

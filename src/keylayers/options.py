@@ -72,6 +72,7 @@ METHOD_OPTIONS: dict[Method, tuple[str, ...]] = {
 }
 UpdateKind = Literal["lora", "rslora", "dora", "adalora", "full"]
 Control = Literal["all", "random", "first", "last", "worst"]
+FreezeAction = Literal["freeze", "remove"]
 
 
 def _at_least(name: str, value: int, lowest: int) -> None:
@@ -219,21 +220,43 @@ class StabilityOptions:
     finds one from 1 % far from it (from memory of its text).
 
     Attributes:
-        max_steps: Hard cap on the steps of stage 1.
+        max_steps: Hard cap on the steps of stage 1. Not given: 300; inside one run (--rank-first),
+            half of the run's steps.
         window: Steps averaged on either side when the loss is compared with itself.
         epsilon: Stage 1 is stable when the mean loss of the last window differs by less than this
             many nats from that of the window before. 0 trains to the cap.
     """
 
-    max_steps: int = 300
+    max_steps: int | None = None
     window: int = 30
     epsilon: float = 0.02
 
     def __post_init__(self) -> None:
-        _at_least("max_steps", self.max_steps, 1)
+        if self.max_steps is not None:
+            _at_least("max_steps", self.max_steps, 1)
         _at_least("window", self.window, 1)
         if not self.epsilon >= 0:
             raise ConfigError(f"`epsilon` must be 0 or more nats, got {self.epsilon}")
+
+    @property
+    def stage_1_cap(self) -> int:
+        """The cap of a stage 1 of its own."""
+        return 300 if self.max_steps is None else self.max_steps
+
+    def cap_within(self, num_steps: int) -> int:
+        """The last step after which a mask is learned inside a run of `num_steps`.
+
+        Raises:
+            ConfigError: no step would be left after it.
+        """
+        if self.max_steps is None:
+            return max(1, num_steps // 2)  # the paper learns it after 25-50 % (from memory)
+        if self.max_steps >= num_steps:
+            raise ConfigError(
+                f"`max_steps`, after which the mask is learned at the latest, must be below the "
+                f"run's {num_steps} steps, got {self.max_steps}; leave it out for half of them"
+            )
+        return self.max_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -428,10 +451,19 @@ class BudgetOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectionOptions(BudgetOptions):
+class SelectionOptions:
     """Which modules are trained, and against what they are compared.
 
     Attributes:
+        ranking: Ranking file, or the folder that holds ranking.json.
+        rank_first: Instead of a ranking: train all modules until the loss is stable, rank them,
+            stop training the worst, and let the same run go on.
+        budget: How much is trained: 0.3 is 30 % of the modules, 17 is 17 modules, 0.3x-params is
+            modules with 30 % of the parameters, auto is what `keylayers verify` recommended.
+        freeze: Instead of a budget: train all but the worst share, such as 0.25, which is what
+            --rank-first takes if nothing is given.
+        action: What happens to the worst modules inside the run (--rank-first): freeze keeps what
+            they have learned, remove sets it to zero.
         steps: Optimiser steps. From the command line: as many as stage 1 of the ranking took, if
             it had one.
         controls: Also train these sets of modules in the same way and show their held-out loss:
@@ -439,29 +471,105 @@ class SelectionOptions(BudgetOptions):
             the ranking).
     """
 
+    ranking: str | None = None
+    rank_first: bool = False
+    budget: str | None = None
+    freeze: float | None = None
+    action: FreezeAction = "freeze"
     steps: int = 300
     controls: tuple[Control, ...] = ()
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         _at_least("steps", self.steps, 1)
+        if self.freeze is not None and not 0 < self.freeze < 1:
+            raise ConfigError(f"`freeze` must be above 0 and below 1, got {self.freeze}")
+        if (self.ranking is None) != self.rank_first:
+            given = "both" if self.rank_first else "neither"
+            raise ConfigError(
+                f"exactly one of `ranking` (a file) and `rank_first` (rank inside the run) must be "
+                f"given, got {given}"
+            )
+        if self.rank_first:
+            self._check_rank_first()
+        elif (self.budget is None) == (self.freeze is None):
+            given = "neither" if self.budget is None else "both"
+            raise ConfigError(
+                f"exactly one of `budget` (such as 0.3) and `freeze` (such as 0.25) must be given, "
+                f"got {given}"
+            )
+        elif self.action != "freeze":
+            raise ConfigError(
+                f"`action` must be left out without `rank_first`, got {self.action}: modules that "
+                f"a ranking leaves out are never trained"
+            )
+
+    def _check_rank_first(self) -> None:
+        if self.budget is not None:
+            raise ConfigError(
+                f"`budget` must be left out with `rank_first`, got {self.budget}; give the share "
+                f"that is no longer trained as `freeze`, such as 0.25"
+            )
+        if self.steps < 2:
+            raise ConfigError(
+                f"`steps` must be at least 2 with `rank_first`, one before the ranking and one "
+                f"after it, got {self.steps}"
+            )
+        if "worst" in self.controls:
+            raise ConfigError(
+                "`controls` with `rank_first` must be of all, random, first and last, got worst; "
+                "train it on the ranking that this run writes"
+            )
+
+    @property
+    def resolved_freeze(self) -> float:
+        """The share that is no longer trained with `rank_first`; a quarter as in the paper."""
+        return 0.25 if self.freeze is None else self.freeze
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """All options of one training run on a selection."""
+    """All options of one training run on a selection.
+
+    Attributes:
+        selection: What is trained.
+        model: Which model.
+        data: Which data.
+        training: How it is fine-tuned.
+        stability: With `rank_first`: when the loss is stable.
+        mask: With `rank_first`: how the modules are scored.
+    """
 
     selection: SelectionOptions
     model: ModelOptions
     data: DataOptions
     training: TrainingOptions = TrainingOptions()
+    stability: StabilityOptions = StabilityOptions()
+    mask: MaskOptions = MaskOptions()
 
     def __post_init__(self) -> None:
         self.training.check_weights(self.model)
+        if self.selection.rank_first:
+            if self.training.is_full:
+                raise ConfigError(
+                    "`update` must be an adapter with `rank_first`, got full: ranking needs the "
+                    "weights that a full fine-tune started from; make a ranking first with "
+                    "`keylayers rank`"
+                )
+            self.stability.cap_within(self.selection.steps)
+            return
+        for part in (self.stability, self.mask):
+            for one in fields(part):
+                if getattr(part, one.name) != one.default:
+                    raise ConfigError(
+                        f"`{one.name}` must be left out without `rank_first`: the modules are "
+                        f"ranked already"
+                    )
 
     def flat(self) -> dict[str, Any]:
         """Every option by the name of its flag, for the record."""
-        parts = (self.selection, self.model, self.data, self.training)
+        parts: list[Any] = [self.selection, self.model, self.data, self.training]
+        if self.selection.rank_first:
+            parts += [self.stability, self.mask]
         return {name: value for part in parts for name, value in asdict(part).items()}
 
 

@@ -138,7 +138,20 @@ class Ranking:
                 f"{str(path)!r} must be whole JSON, but it is damaged or cut off ({error}); make "
                 f"it again with `keylayers rank`"
             ) from None
-        return _from_json(content, str(path))
+        return Ranking.from_json(content, str(path))
+
+    @staticmethod
+    def from_json(content: Any, source: str) -> "Ranking":
+        """The ranking in a ranking file's content.
+
+        Args:
+            content: As from `to_json`.
+            source: Where it comes from, for the message.
+
+        Raises:
+            RankingError: it is of another schema, or holds values that cannot be.
+        """
+        return _from_json(content, source)
 
 
 def _from_json(content: Any, path: str) -> Ranking:

@@ -36,6 +36,10 @@ class Freeze:
 
     fraction: float
 
+    def num_kept(self, num_modules: int) -> int:
+        """How many of `num_modules` are left; at least one."""
+        return max(1, num_modules - _rounded(self.fraction * num_modules))
+
 
 Budget = float | int | str | Freeze
 
@@ -160,7 +164,7 @@ def _count(ordered: Sequence[RankedModule], budget: Budget) -> int:
     if isinstance(budget, Freeze):
         if not 0 < budget.fraction < 1:
             raise ConfigError(f"`freeze` must be above 0 and below 1, got {budget.fraction}")
-        return max(1, num_modules - _rounded(budget.fraction * num_modules))
+        return budget.num_kept(num_modules)
     if isinstance(budget, str):
         return _count_within_parameters(ordered, budget)
     if isinstance(budget, int):

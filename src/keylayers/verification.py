@@ -10,7 +10,7 @@ from typing import Any
 
 from keylayers.curve import MaskCurve, Recommendation
 from keylayers.errors import ConfigError, RankingError
-from keylayers.options import BudgetOptions
+from keylayers.options import BudgetOptions, SelectionOptions
 from keylayers.ranking import Ranking
 from keylayers.records import json_sha256, write_json
 from keylayers.selection import AUTO, Budget, Freeze, parse_budget
@@ -150,7 +150,7 @@ def auto_budget(ranking: Ranking, path: Path) -> int:
     return found.recommendation.num_modules
 
 
-def budget_of(wanted: BudgetOptions, ranking: Ranking) -> Budget:
+def budget_of(wanted: BudgetOptions | SelectionOptions, ranking: Ranking) -> Budget:
     """The budget that the options write, `auto` looked up in the verification of the ranking.
 
     Raises:
@@ -160,6 +160,7 @@ def budget_of(wanted: BudgetOptions, ranking: Ranking) -> Budget:
     if wanted.freeze is not None:
         return Freeze(wanted.freeze)
     if wanted.budget == AUTO:
+        assert wanted.ranking is not None
         return auto_budget(ranking, verification_file(wanted.ranking))
     return parse_budget(wanted.budget or "")
 

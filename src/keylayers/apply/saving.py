@@ -21,8 +21,16 @@ def save_tuned(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     record: Mapping[str, Any],
+    beside: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write a PEFT model's adapter, or a whole checkpoint, all or nothing.
+
+    Args:
+        model: What was tuned.
+        tokenizer: Its tokenizer.
+        folder: New, or an earlier result of keylayers.
+        record: How it came about.
+        beside: Names and contents of further JSON files.
 
     Raises:
         OutputError: the folder cannot be written, or holds what keylayers did not make.
@@ -34,6 +42,8 @@ def save_tuned(
                 warnings.filterwarnings("ignore", message=".* LoRA tensor.* have invalid shape")
             model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        for name, content in (beside or {}).items():
+            write_json(temporary / name, content)
         write_json(temporary / RECORD, record)
 
 

@@ -9,8 +9,10 @@ from cyclopts import App
 from keylayers.cli.config import flat
 from keylayers.options import (
     DataOptions,
+    MaskOptions,
     ModelOptions,
     SelectionOptions,
+    StabilityOptions,
     TrainingOptions,
     TrainOptions,
 )
@@ -21,6 +23,7 @@ EXAMPLES = """Examples:
 keylayers train --ranking out --budget 0.3 --output tuned
 keylayers train --ranking out --freeze 0.25 --steps 1000 --data all.jsonl
 keylayers train --ranking out --budget 17 --update full --controls all random
+keylayers train --rank-first --model meta-llama/Llama-3.2-1B --data chats.jsonl --steps 1000
 ```
 """
 
@@ -30,10 +33,12 @@ app = App(help_epilogue=EXAMPLES)
 @app.default
 def train(
     *,
-    selection: Annotated[SelectionOptions, flat("Selection")],
     model: Annotated[ModelOptions, flat("Model")],
     data: Annotated[DataOptions, flat("Data")],
+    selection: Annotated[SelectionOptions | None, flat("Selection")] = None,
     training: Annotated[TrainingOptions, flat("Fine-tuning")] = TrainingOptions(),
+    stability: Annotated[StabilityOptions, flat("When stage 1 ends")] = StabilityOptions(),
+    mask: Annotated[MaskOptions, flat("Learning the scores")] = MaskOptions(),
     output: Path = Path("tuned"),
     config: Path | None = None,
 ) -> None:
@@ -41,6 +46,7 @@ def train(
 
     Writes an ordinary PEFT adapter, or with --update full a checkpoint in which only the selected
     weights changed. Model, data and training options that are not given are those of the ranking.
+    With --rank-first there is no ranking yet: it is made inside the run, and written to the output.
 
     Args:
         output: Folder of the adapter or checkpoint.
@@ -52,7 +58,9 @@ def train(
     from keylayers.report.terminal import loss_table
     from keylayers.runs.train import train as run
 
-    options = TrainOptions(selection, model, data, training)
+    # With nothing given this says what is missing; as a default it would be made at import.
+    selection = selection or SelectionOptions()
+    options = TrainOptions(selection, model, data, training, stability, mask)
     rows = run(options, output, ConsoleProgress())
     console = stdout()
     console.print(loss_table([asdict(row) for row in rows]))

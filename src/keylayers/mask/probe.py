@@ -68,7 +68,6 @@ def observed_gradients(updates: Sequence[Update], see: SeeGradient) -> Iterator[
 @contextlib.contextmanager
 def observed_blocks(model: nn.Module, see: SeeBlock) -> Iterator[None]:
     """Inside the block, call `see(block_index, input, output)`, both (batch, token, d_model)."""
-
     tuned = next((one for one in model.modules() if isinstance(one, BaseTunerLayer)), model)
     active = _active(tuned)
 
@@ -107,9 +106,9 @@ def token_mask(batch: Mapping[str, Any], hidden: Float[Tensor, "batch token d"])
     return mask
 
 
-def per_example(
-    flat: Float[Tensor, "... d"], batch: Mapping[str, Any]
-) -> Float[Tensor, "batch token d"]:
+def per_example(flat: Float[Tensor, "... d"], batch: Any) -> Float[Tensor, "example token d"]:
     """What flows through a module, with its examples apart: some models flatten all tokens."""
-    rows = len(next(iter(batch.values())))
-    return flat if flat.dim() == 3 else flat.reshape(rows, -1, flat.shape[-1])
+    if flat.dim() == 3:
+        return flat
+    rows = len(next(iter(batch.values()))) if isinstance(batch, Mapping) else len(batch)
+    return flat.reshape(rows, -1, flat.shape[-1])

@@ -162,6 +162,12 @@ def _loss_lines(made_by: Mapping[str, Any]) -> list[str]:
             f"stage 1   {stage_1['num_steps']} steps ({stage_1['stopped_by']}), "
             f"{stage_1['seconds']:.0f} s"
         )
+    inside = made_by.get("inside_run")
+    if inside:
+        lines.append(
+            f"stage 1   inside a run, until step {inside['at_step']} of {inside['num_steps']} "
+            f"({inside['reason']})"
+        )
     mask = made_by.get("mask")
     if mask:
         unit = f", scores in {mask['score_unit']}" if "score_unit" in mask else ""

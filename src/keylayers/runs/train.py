@@ -5,7 +5,7 @@ The result is an ordinary PEFT adapter, or a checkpoint in which only the select
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from keylayers.apply.adapter import prove_trainable
-from keylayers.apply.freeze import (
-    prove_unchanged_elsewhere,
-    round_to_stored,
-    train_only,
-)
+from keylayers.apply.freeze import prove_unchanged_elsewhere, round_to_stored, train_only
+from keylayers.apply.halt import prove_kept
 from keylayers.apply.saving import save_tuned
 from keylayers.evaluation.loss import held_out_loss
+from keylayers.model_map import map_modules
 from keylayers.models import Checkpoint, describe, load_model, load_tokenizer, max_positions
 from keylayers.options import Control, TrainOptions
 from keylayers.progress import Progress, Silent
@@ -33,6 +31,8 @@ from keylayers.records import (
     output_folder,
     write_json,
 )
+from keylayers.runs.callback import FreezeUnimportant
+from keylayers.runs.rank_first import train_and_freeze
 from keylayers.runs.reopen import sizes_of
 from keylayers.selection import Selection, check_same_modules, select
 from keylayers.training.data import prepare
@@ -78,12 +78,16 @@ def train(
             then.
     """
     progress = progress or Silent()
-    ranking = Ranking.load(options.selection.ranking)
     wanted = options.selection
+    if wanted.ranking is None:
+        check_replaceable(output)
+        with output_folder(output):
+            return train_and_freeze(TrainJob(options, None, progress), output)
+    ranking = Ranking.load(wanted.ranking)
     selection = select(ranking, budget_of(wanted, ranking))
     check_replaceable(output)
     with output_folder(output):
-        job = _Job(options, ranking, progress)
+        job = TrainJob(options, ranking, progress)
         if selection.num_tied_out:
             progress.note(
                 f"{selection.num_tied_out} modules left out have the same score as the last one "
@@ -123,24 +127,27 @@ def control_modules(
     return tuple(name for name in names if name in chosen)
 
 
-class _Job:
+class TrainJob:
     """What all fine-tunes of one run share: options, data, tokenizer and the base model's loss."""
 
-    def __init__(self, options: TrainOptions, ranking: Ranking, progress: Progress) -> None:
+    def __init__(self, options: TrainOptions, ranking: Ranking | None, progress: Progress) -> None:
         self.options = options
         self.progress = progress
         self.is_full = options.training.is_full
         # A full update changes the weights themselves, which needs their float32 values.
         self.source = replace(options.model, dtype="float32") if self.is_full else options.model
         model = load_model(self.source)
-        check_same_modules(ranking, sizes_of(model, ranking))
+        self.names = [info.name for info in map_modules(model, options.model.towers)]
+        if ranking is not None:
+            check_same_modules(ranking, sizes_of(model, ranking))
         self.tokenizer = load_tokenizer(options.model)
         self.data = prepare(options.data, self.tokenizer, max_positions(model))
         self.data.give_template(self.tokenizer)
         for line in self.data.summary():
             progress.note(line)
         sha256 = weights_sha256(model)
-        if ranking.provenance.get("model", {}).get("weights_sha256", sha256) != sha256:
+        made_by = {} if ranking is None else ranking.provenance
+        if made_by.get("model", {}).get("weights_sha256", sha256) != sha256:
             progress.note("the ranking was made on other weights of the same shapes")
         self.record: dict[str, Any] = {
             "environment": environment(),
@@ -153,9 +160,9 @@ class _Job:
         self._unused: PreTrainedModel | None = model
 
     def train(
-        self, names: Sequence[str], label: str
+        self, names: Sequence[str], label: str, callback: FreezeUnimportant | None = None
     ) -> tuple[TrainedSet, PreTrainedModel | PeftModel, TrainingResult]:
-        """Fine-tune a fresh copy of the model on exactly `names`."""
+        """Fine-tune a fresh copy of the model on exactly `names`, or what `callback` leaves."""
         fresh = self._unused or load_model(self.source)
         self._unused = None
         training = self.options.training
@@ -171,9 +178,15 @@ class _Job:
         prove_trainable(model, names)
         if self.base_loss_nats is None:  # LoRA's update is zero at first, so this is the base model
             self.base_loss_nats = held_out_loss(trainer, self.data.held_out)
+        if callback is not None:
+            trainer.add_callback(callback)
         with self.progress.stage(f"training: {label}", num_steps) as on_step:
             result = fine_tune(trainer, None, on_step)
-        prove_trainable(model, names)
+        if callback is None or callback.selection is None:
+            prove_trainable(model, names)
+        else:
+            names = callback.selection.names
+            prove_kept(model, names)
         if self.is_full:
             round_to_stored(fresh, self.stored_dtype)
         row = TrainedSet(
@@ -211,11 +224,15 @@ class _Job:
         ]
 
     def save(
-        self, model: PreTrainedModel | PeftModel, output: Path, record: dict[str, Any]
+        self,
+        model: PreTrainedModel | PeftModel,
+        output: Path,
+        record: dict[str, Any],
+        beside: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         """Write the adapter, or the checkpoint after a proof that only selected weights changed."""
         if not isinstance(model, PeftModel):
             model = model.to(self.stored_dtype)
             names = record["selection"]["modules"]
             prove_unchanged_elsewhere(model, Checkpoint.open(self.source), names)
-        save_tuned(model, self.tokenizer, output, record)
+        save_tuned(model, self.tokenizer, output, record, beside)

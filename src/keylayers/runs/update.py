@@ -149,7 +149,7 @@ def _from_stage_1(job: RankJob) -> TunedModel:
 def _train_all(job: RankJob) -> tuple[PreTrainedModel | PeftModel, dict[str, Any]]:
     names = [info.name for info in map_modules(job.model, job.options.model.towers)]
     training = job.options.training
-    cap = job.options.stability.max_steps
+    cap = job.options.stability.stage_1_cap
     tuned: PreTrainedModel | PeftModel = job.model
     if training.is_full:
         train_only(job.model, names)

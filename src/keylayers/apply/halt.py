@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stop training some LoRA updates while the rest of the model goes on, and the proof of it.
+
+The parameters stay in the optimiser's groups, without a gradient and without state. Optimisers skip
+a parameter that has no gradient: neither momentum nor weight decay moves it. Taken out of the
+groups, they would make the optimiser's state in a checkpoint unreadable for a run that resumes,
+because trainers build the optimiser of all parameters before any callback is asked.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.optim import Optimizer
+
+from keylayers.apply.adapter import trainable_modules
+from keylayers.errors import GuardError, ModelError
+from keylayers.options import FreezeAction
+from keylayers.updates import AdapterUpdate, adapter_updates
+from keylayers.updates.adalora import is_adalora
+from keylayers.weights import fingerprint
+
+
+@dataclass(frozen=True)
+class HaltedUpdates:
+    """Updates that are no longer trained.
+
+    Attributes:
+        names: Their modules.
+        parameters: Their LoRA matrices by full name.
+        before: Fingerprint of the matrices from when training of them stopped.
+    """
+
+    names: tuple[str, ...]
+    parameters: dict[str, nn.Parameter]
+    before: dict[str, int]
+
+    def keep_flags(self) -> None:
+        """Set the flags again, after something loaded weights."""
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(False)
+
+    def check(self) -> None:
+        """Raise a GuardError if a matrix has changed or can be trained."""
+        after = fingerprint(self.parameters.items())
+        moved = [
+            name
+            for name, parameter in self.parameters.items()
+            if parameter.requires_grad or after[name] != self.before[name]
+        ]
+        if moved:
+            raise GuardError(
+                f"what is frozen must stay as it is, but {len(moved)} LoRA matrices changed, first "
+                f"{moved[0]}; something else trains or sets them"
+            )
+
+
+def check_can_halt(model: nn.Module, action: FreezeAction) -> None:
+    """Refuse a model whose updates `action` would not treat exactly, before any training.
+
+    Raises:
+        ModelError: it has no LoRA adapter, or an update is not zero when its B is.
+    """
+    if not isinstance(model, PeftModel):
+        raise ModelError(
+            f"the model must carry a LoRA adapter, got a plain {type(model).__name__}: a "
+            f"checkpoint does not hold the weights that a full fine-tune started from; use "
+            f"`keylayers rank`, then `keylayers train --update full`"
+        )
+    if is_adalora(model):
+        raise ModelError(
+            "no module may be frozen while AdaLoRA moves its budget between all of them; use lora, "
+            "or `keylayers rank --update adalora` and then train its selection"
+        )
+    for update in adapter_updates(model):
+        odd = {name.partition(".")[0] for name in _own(update)} - {"lora_A", "lora_B"}
+        if action == "remove" and odd:
+            raise ModelError(
+                f"with `action` remove an update must be zero when its B is, which it is not for "
+                f"{update.module.name} with {', '.join(sorted(odd))}; use `action` freeze"
+            )
+
+
+def halt_updates(
+    model: nn.Module, names: Sequence[str], action: FreezeAction, optimizer: Optimizer
+) -> HaltedUpdates:
+    """Stop training the LoRA updates of the modules `names`; to be called between two steps.
+
+    Args:
+        model: Carries the updates and is being trained.
+        names: Modules whose updates are no longer trained.
+        action: `freeze` leaves the updates as they are, `remove` sets them to zero.
+        optimizer: Of the run; what it remembers of the matrices is dropped.
+
+    Raises:
+        GuardError: other modules than `names` stopped being trained too.
+    """
+    asked = set(names)
+    before = trainable_modules(model)
+    parameters = {
+        f"{update.module.name}.{name}": parameter
+        for update in adapter_updates(model)
+        if update.module.name in asked
+        for name, parameter in _own(update).items()
+    }
+    state = getattr(optimizer, "optimizer", optimizer).state  # accelerate wraps optimisers
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+        state.pop(parameter, None)
+        if action == "remove" and ".lora_B." in name:
+            with torch.no_grad():
+                parameter.zero_()
+    prove_kept(model, [name for name in before if name not in asked])
+    return HaltedUpdates(tuple(names), parameters, fingerprint(parameters.items()))
+
+
+def prove_kept(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise a GuardError unless the modules that are still trained are exactly `names`."""
+    differ = trainable_modules(model) ^ set(names)
+    if differ:
+        raise GuardError(
+            f"the trainable modules must be exactly the {len(names)} that were kept, but "
+            f"{len(differ)} differ, first {min(differ)}"
+        )
+
+
+def _own(update: AdapterUpdate) -> dict[str, nn.Parameter]:
+    """The parameters of the update's own adapter, by their names in its layer."""
+    return {
+        name: parameter
+        for name, parameter in update.layer.named_parameters()
+        if name.partition(".")[0] != "base_layer" and update.adapter in name.split(".")
+    }

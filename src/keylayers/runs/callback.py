@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's algorithm inside one run: learn the mask when the loss is stable, freeze, go on.
+
+What the callback has found travels in the trainer's own state, which each checkpoint holds, so a
+run that resumes goes on as if it had never stopped.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any, get_args
+
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from keylayers.apply.halt import HaltedUpdates, check_can_halt, halt_updates
+from keylayers.errors import ConfigError
+from keylayers.mask.stability import is_stable
+from keylayers.options import FreezeAction, MaskOptions, StabilityOptions
+from keylayers.progress import Progress, Silent
+from keylayers.ranking import Ranking
+from keylayers.runs.rank import rank_modules
+from keylayers.selection import Freeze, Selection, check_same_modules
+from keylayers.training.under_way import StepLosses, check_one_process, loaders_kept, trainer_of
+from keylayers.updates import adapter_updates
+
+# Where the trainer's state keeps what the callback has found. Not the way of `ExportableState`:
+# transformers would build a new callback from it and drop the user's, with its `mask_dataset`.
+STATE_KEY = "keylayers.FreezeUnimportant"
+
+
+class FreezeUnimportant(TrainerCallback):
+    """Freezes the least important modules of a LoRA fine-tune while it runs.
+
+    For any transformers or TRL trainer whose model carries a LoRA adapter, in one process. Until
+    the freeze the run is bit for bit what it would have been without the callback.
+
+    Attributes:
+        ranking: What was found; None before.
+        selection: The modules that are still trained; None before.
+        frozen: The modules that are not, in model order; empty before.
+        frozen_at_step: The step after which they no longer were; None before.
+        reason: `stable` or `max_steps`; None before.
+    """
+
+    def __init__(
+        self,
+        freeze_fraction: float = 0.25,
+        *,
+        action: FreezeAction = "freeze",
+        stability: StabilityOptions | None = None,
+        mask: MaskOptions | None = None,
+        mask_dataset: Dataset | None = None,
+        trainer: Trainer | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Check the options; nothing is done before training begins.
+
+        Args:
+            freeze_fraction: Share of the modules that is no longer trained; the paper freezes a
+                quarter.
+            action: `freeze` keeps what these modules have learned, `remove` sets it to zero.
+            stability: When the loss is stable, by steps whatever `logging_steps` is; and
+                `max_steps`, after which the mask is learned in any case (half the run's steps if
+                not given).
+            mask: How the modules are scored.
+            mask_dataset: Examples to score on, in the form of the trainer's `train_dataset`; best
+                such that training does not see. Not given: the `train_dataset` itself.
+            trainer: Only where it is not found by itself, as under a trainer's wrapper.
+            progress: Where to say what was done.
+
+        Raises:
+            ConfigError: an option has a value that cannot be used.
+        """
+        if not 0 < freeze_fraction < 1:
+            raise ConfigError(
+                f"`freeze_fraction` must be above 0 and below 1, got {freeze_fraction}"
+            )
+        if action not in get_args(FreezeAction):
+            raise ConfigError(f"`action` must be freeze or remove, got {action!r}")
+        self.freeze_fraction = freeze_fraction
+        self.action = action
+        self.stability = stability or StabilityOptions()
+        self.mask = mask or MaskOptions()
+        self.mask_dataset = mask_dataset
+        self.progress = progress or Silent()
+        self._given_trainer = trainer
+        self._trainer: Trainer | None = None
+        self._losses: StepLosses | None = None
+        self._halted: HaltedUpdates | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.ranking: Ranking | None = None
+        self.selection: Selection | None = None
+        self.frozen: tuple[str, ...] = ()
+        self.frozen_at_step: int | None = None
+        self.reason: str | None = None
+        self._recent: list[float] = []
+        self._halted = None
+        self._first_step_after = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse what cannot work; in a run that resumes, take over what was found before."""
+        self._stop_watching()  # after a run that ended with an error, or starts over
+        trainer = self._given_trainer or trainer_of(self)
+        self._check(trainer, state)
+        self._trainer = trainer
+        self._forget()
+        saved = state.stateful_callbacks.get(STATE_KEY)
+        if saved is not None:
+            self._take_over(saved, state)
+        if self.ranking is None:
+            self._losses = StepLosses(trainer)
+        self._remember(state)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Learn the mask and freeze when it is time: between two steps, all gradients are gone."""
+        if self._halted is not None and state.global_step == self._first_step_after:
+            self._halted.check()  # an optimiser that moves what has no gradient shows at once
+        if self._losses is None:
+            return
+        window = 2 * self.stability.window
+        self._recent = [*self._recent, self._losses.take()][-window:]
+        if state.global_step < state.max_steps:
+            if is_stable(self._recent, self.stability):
+                self.reason = "stable"
+            elif state.global_step >= self.stability.cap_within(state.max_steps):
+                self.reason = "max_steps"
+        if self.reason is not None:
+            self._rank_and_freeze(state)
+        self._remember(state)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Lay the ranking into the checkpoint, for `keylayers show`; resuming does not need it."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.ranking is not None and state.is_world_process_zero and folder.is_dir():
+            self.ranking.save(folder / "ranking.json")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Prove that what is frozen did not change; say so if nothing was frozen."""
+        self._stop_watching()
+        if self._halted is None:
+            warnings.warn(
+                f"nothing was frozen: training ended at step {state.global_step} before the loss "
+                f"was stable or `max_steps` reached",
+                stacklevel=2,
+            )
+            return
+        self._halted.keep_flags()  # loading the best checkpoint sets them
+        best = state.best_global_step if args.load_best_model_at_end else None
+        if best is None or best >= (self.frozen_at_step or 0):
+            self._halted.check()
+        self._trainer = None
+
+    def _check(self, trainer: Trainer, state: TrainerState) -> None:
+        same = [one for one in trainer.callback_handler.callbacks if isinstance(one, type(self))]
+        if len(same) > 1:
+            raise ConfigError(
+                f"a trainer must hold one {type(self).__name__} at most, got {len(same)}"
+            )
+        check_one_process(trainer)
+        check_can_halt(trainer.model, self.action)
+        num_modules = len(adapter_updates(trainer.model))
+        if Freeze(self.freeze_fraction).num_kept(num_modules) == num_modules:
+            raise ConfigError(
+                f"`freeze_fraction` must be at least one of the adapter's {num_modules} modules, "
+                f"got {self.freeze_fraction}, which freezes none"
+            )
+        self.stability.cap_within(state.max_steps)
+
+    def _rank_and_freeze(self, state: TrainerState) -> None:
+        assert self._trainer is not None
+        why = "the loss is stable" if self.reason == "stable" else "the cap is reached"
+        self.progress.note(f"step {state.global_step}: {why}; ranking by {self.mask.method}")
+        with loaders_kept(self._trainer):
+            self.ranking = rank_modules(self._trainer, self.mask, mask_dataset=self.mask_dataset)
+        self.selection = self.ranking.select(Freeze(self.freeze_fraction))
+        kept = set(self.selection.names)
+        self.frozen = tuple(one.name for one in self.ranking.modules if one.name not in kept)
+        self.frozen_at_step = state.global_step
+        self._freeze(state)
+        self._stop_watching()
+        if self.action == "remove":
+            # A checkpoint from before must not come back as the best: it has what was removed.
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        done = {"freeze": "frozen", "remove": "set to zero and frozen"}[self.action]
+        self.progress.note(
+            f"step {state.global_step}: {len(self.frozen)} of {len(self.ranking.modules)} modules "
+            f"are {done}"
+        )
+
+    def _take_over(self, saved: dict[str, Any], state: TrainerState) -> None:
+        """Go on where the run that wrote the checkpoint stopped.
+
+        Raises:
+            ConfigError: it has frozen something else than is asked for now.
+            RankingError: it is of another model.
+        """
+        self._recent = list(saved["recent_losses"])
+        if saved["ranking"] is None:
+            return
+        for name in ("freeze_fraction", "action"):
+            if saved[name] != getattr(self, name):
+                raise ConfigError(
+                    f"`{name}` must be {saved[name]} as in the checkpoint, which has frozen "
+                    f"modules already, got {getattr(self, name)}; start from an earlier one"
+                )
+        self.ranking = Ranking.from_json(saved["ranking"], "the checkpoint's state")
+        self.selection = self.ranking.select(Freeze(self.freeze_fraction))
+        self.frozen = tuple(saved["frozen"])
+        self.frozen_at_step, self.reason = saved["frozen_at_step"], saved["reason"]
+        assert self._trainer is not None
+        modules = [update.module for update in adapter_updates(self._trainer.model)]
+        check_same_modules(self.ranking, {one.name: one.num_parameters for one in modules})
+        self._freeze(state)
+        self.progress.note(
+            f"{len(self.frozen)} of {len(modules)} modules stay frozen as in the checkpoint"
+        )
+
+    def _freeze(self, state: TrainerState) -> None:
+        assert self._trainer is not None
+        self._first_step_after = state.global_step + 1
+        self._halted = halt_updates(
+            self._trainer.model, self.frozen, self.action, self._trainer.optimizer
+        )
+
+    def _stop_watching(self) -> None:
+        if self._losses is not None:
+            self._losses.close()
+        self._losses = None
+
+    def _remember(self, state: TrainerState) -> None:
+        state.stateful_callbacks[STATE_KEY] = {
+            "freeze_fraction": self.freeze_fraction,
+            "action": self.action,
+            "recent_losses": self._recent,
+            "frozen": list(self.frozen),
+            "frozen_at_step": self.frozen_at_step,
+            "reason": self.reason,
+            "ranking": None if self.ranking is None else self.ranking.to_json(),
+        }

@@ -1,0 +1,446 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`FreezeUnimportant`: one run that ranks, freezes and goes on, whole or resumed, bit for bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import GradientState
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from test_mask_learning import data, tokenizer
+
+from tiny_models import tiny_llama
+
+NUM_STEPS = 14
+NUM_MODULES = 14  # two blocks of seven
+FREEZE_STEP = 8
+
+
+class OwnLoss(Trainer):
+    """A trainer with an objective that nobody foresaw."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = outputs.loss + 0.01 * outputs.logits.square().mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAfter(TrainerCallback):
+    """The machine goes down after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+class Snapshots(TrainerCallback):
+    """LoRA matrices after each step, and whether accelerate reads the run's own data loader."""
+
+    def __init__(self):
+        self.after = {}
+        self.has_own_loader = []
+
+    def on_step_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        self.after[state.global_step] = lora(model)
+        active = GradientState().active_dataloader
+        self.has_own_loader.append(active is train_dataloader)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.after[state.global_step] = lora(model)
+
+
+def lora(model):
+    return {
+        name.removeprefix("base_model.model."): parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if "lora_" in name
+    }
+
+
+def equal(one, other):
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def changed_modules(before, after):
+    """Modules of which a LoRA matrix differs."""
+    return {
+        name.partition(".lora_")[0]
+        for name, value in after.items()
+        if not torch.equal(value, before[name])
+    }
+
+
+def make(kind, folder, **options):
+    """A trainer of LoRA with dropout, weight decay, momentum, and two batches a step."""
+    torch.manual_seed(3)
+    lora_config = LoraConfig(r=2, lora_dropout=0.1, target_modules="all-linear")
+    model = get_peft_model(tiny_llama(), lora_config)
+    settings = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "dataloader_pin_memory": False,
+        "activation_checkpointing": False,
+        "max_steps": NUM_STEPS,
+        "learning_rate": 0.02,
+        "weight_decay": 0.1,
+        "logging_steps": 3,
+        "save_steps": 2,
+    } | options
+    if kind is SFTTrainer:
+        arguments = SFTConfig(**settings, dataset_kwargs={"skip_prepare_dataset": True})
+        more = {"processing_class": tokenizer()}
+    else:
+        arguments, more = TrainingArguments(**settings), {}
+    return kind(model=model, args=arguments, train_dataset=data(40), eval_dataset=data(8), **more)
+
+
+def freezing(**options):
+    """Stable at exactly step 8, when two windows of losses are there."""
+    from keylayers import FreezeUnimportant, MaskOptions, StabilityOptions
+
+    own = {
+        "stability": StabilityOptions(max_steps=13, window=FREEZE_STEP // 2, epsilon=1e9),
+        "mask": MaskOptions(mask_batches=2),
+        "mask_dataset": data(12),
+    }
+    return FreezeUnimportant(**(own | options))
+
+
+def run(kind, folder, *callbacks, resume=None, **options):
+    trainer = make(kind, folder, **options)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("kind", [SFTTrainer, OwnLoss])
+@pytest.mark.parametrize("action", ["freeze", "remove"])
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(kind, action, tmp_path):
+    whole = freezing(action=action)
+    weights = lora(run(kind, tmp_path / "whole", whole).model)
+    assert whole.frozen_at_step == FREEZE_STEP
+    assert len(whole.frozen) == 4  # a quarter of 14 is 3.5
+    for stop in (6, FREEZE_STEP, 10):
+        killed = freezing(action=action)
+        with pytest.raises(Killed):
+            run(kind, tmp_path / f"{stop}", killed, KillAfter(stop))
+        again = freezing(action=action)
+        checkpoint = str(tmp_path / f"{stop}" / f"checkpoint-{stop}")
+        resumed = run(kind, tmp_path / f"{stop}", again, resume=checkpoint)
+        if stop >= FREEZE_STEP:  # with its seconds: there was no second ranking
+            assert again.ranking == killed.ranking
+        assert [one.score for one in again.ranking.modules] == [
+            one.score for one in whole.ranking.modules
+        ]
+        assert (again.frozen, again.selection) == (whole.frozen, whole.selection)
+        assert (again.frozen_at_step, again.reason) == (FREEZE_STEP, "stable")
+        assert equal(lora(resumed.model), weights), stop
+
+
+def test_without_the_callback_a_resumed_run_would_differ(tmp_path):
+    """The test above can fail: what is frozen is trained again, or another step is taken."""
+    with pytest.raises(Killed):
+        run(Trainer, tmp_path, freezing(), KillAfter(10))
+    checkpoint = str(tmp_path / "checkpoint-10")
+    frozen = lora(run(Trainer, tmp_path / "a", freezing(), resume=checkpoint).model)
+    free = lora(run(Trainer, tmp_path / "b", resume=checkpoint).model)
+    assert not equal(frozen, free)
+
+
+@pytest.mark.parametrize("action", ["freeze", "remove"])
+def test_exactly_the_modules_that_are_kept_change_after_the_freeze(action, tmp_path):
+    callback, seen = freezing(action=action), Snapshots()
+    trainer = run(SFTTrainer, tmp_path, callback, seen)
+    names = {module.name for module in callback.ranking.modules}
+    assert len(names) == NUM_MODULES
+    assert changed_modules(seen.after[FREEZE_STEP - 1], seen.after[FREEZE_STEP]) == names
+    for step in range(FREEZE_STEP, NUM_STEPS):
+        moved = changed_modules(seen.after[step], seen.after[step + 1])
+        assert moved == names - set(callback.frozen) == set(callback.selection.names)
+    worst = [module.name for module in callback.ranking.ordered()[-4:]]
+    assert set(worst) == set(callback.frozen)
+    assert is_zero(lora(trainer.model), callback.frozen) == (action == "remove")
+    assert {name for name, one in trainer.model.named_parameters() if one.requires_grad} == {
+        f"base_model.model.{name}.lora_{half}.default.weight"
+        for name in names - set(callback.frozen)
+        for half in "AB"
+    }
+    num_states = sum(1 for one in trainer.optimizer.state.values() if one)
+    assert num_states == 2 * (NUM_MODULES - 4)
+
+
+def is_zero(matrices, names):
+    halves = [
+        value for name, value in matrices.items() if name.partition(".lora_B")[0] in set(names)
+    ]
+    assert len(halves) == len(names)
+    return not any(bool(half.any()) for half in halves)
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch", "adafactor", "rmsprop"])
+def test_no_optimiser_moves_what_is_frozen(optim, tmp_path):
+    callback, seen = freezing(), Snapshots()
+    more = {"optim_args": "momentum=0.9"} if optim == "sgd" else {}
+    run(Trainer, tmp_path, callback, seen, optim=optim, **more)
+    moved = changed_modules(seen.after[FREEZE_STEP], seen.after[NUM_STEPS])
+    assert moved == set(callback.selection.names)
+
+
+@pytest.mark.parametrize("kind", [SFTTrainer, OwnLoss])
+@pytest.mark.parametrize("method", ["elimination", "ila", "adalora", "gradient-norm", "eva"])
+def test_until_the_freeze_takes_effect_the_run_is_the_same(kind, method, tmp_path):
+    """The ranking leaves no trace: the next step sees the same batch, dropout and gradients."""
+    from keylayers import MaskOptions
+
+    steps = {"mask_steps": 3} if method in ("ila", "adalora") else {"mask_batches": 2}
+    callback = freezing(mask=MaskOptions(method=method, **steps), mask_dataset=None)
+    with_it, without = Snapshots(), Snapshots()
+    options = {"max_grad_norm": 0.0, "logging_steps": 1}  # else clipping sees fewer gradients
+    first = run(kind, tmp_path / "a", callback, with_it, **options)
+    second = run(kind, tmp_path / "b", without, **options)
+    for step in range(FREEZE_STEP + 1):
+        assert equal(with_it.after[step], without.after[step])
+    next_one, plain = with_it.after[FREEZE_STEP + 1], without.after[FREEZE_STEP + 1]
+    assert changed_modules(plain, next_one) == set(callback.frozen)
+    timed = {"grad_norm"}
+    for mine, other in zip(
+        first.state.log_history[: FREEZE_STEP + 1],
+        second.state.log_history[: FREEZE_STEP + 1],
+        strict=True,
+    ):
+        assert {k: v for k, v in mine.items() if k not in timed} == {
+            k: v for k, v in other.items() if k not in timed
+        }
+    assert with_it.has_own_loader == without.has_own_loader == [True] * NUM_STEPS
+    assert "training_step" not in vars(first)
+
+
+def test_the_loss_of_each_step_is_seen_whatever_is_logged(tmp_path):
+    """As transformers logs it at every step; two batches make a step."""
+    logged = run(Trainer, tmp_path / "a", logging_steps=1).state.log_history
+    from keylayers import StabilityOptions
+
+    never = StabilityOptions(window=6, epsilon=0.0)
+    callback = freezing(stability=never)
+    with pytest.raises(Killed):
+        run(Trainer, tmp_path / "b", callback, KillAfter(6), logging_steps=100)
+    state = json.loads((tmp_path / "b" / "checkpoint-6" / "trainer_state.json").read_text())
+    (found,) = state["stateful_callbacks"].keys() - {"TrainerControl"}
+    losses = state["stateful_callbacks"][found]["recent_losses"]
+    assert losses == pytest.approx([row["loss"] for row in logged[:6]], rel=1e-6)
+
+
+@pytest.mark.parametrize(("max_steps", "expected"), [(None, NUM_STEPS // 2), (3, 3), (13, 13)])
+def test_a_loss_that_is_never_stable_is_ranked_at_the_cap(max_steps, expected, tmp_path):
+    from keylayers import StabilityOptions
+
+    stability = StabilityOptions(max_steps=max_steps, window=2, epsilon=0.0)
+    callback = freezing(stability=stability)
+    run(Trainer, tmp_path, callback, save_strategy="no")
+    assert (callback.frozen_at_step, callback.reason) == (expected, "max_steps")
+
+
+def test_a_run_that_ends_too_early_says_that_nothing_was_frozen(tmp_path):
+    class StopEarly(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    callback = freezing()
+    with pytest.warns(UserWarning, match="nothing was frozen: training ended at step 3 before"):
+        trainer = run(Trainer, tmp_path, callback, StopEarly())
+    assert (callback.ranking, callback.frozen) == (None, ())
+    assert "training_step" not in vars(trainer)
+
+
+@pytest.mark.parametrize("action", ["freeze", "remove"])
+def test_the_best_checkpoint_is_one_of_the_shape_that_was_asked_for(action, tmp_path):
+    """The loss is made to look best before the freeze."""
+
+    class BestAtFour(Trainer):
+        def evaluate(self, *arguments, **options):
+            metrics = super().evaluate(*arguments, **options)
+            metrics["eval_loss"] = float(abs(self.state.global_step - 4))
+            return metrics
+
+    callback, seen = freezing(action=action), Snapshots()
+    trainer = run(
+        BestAtFour,
+        tmp_path,
+        callback,
+        seen,
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    best = {"freeze": 4, "remove": FREEZE_STEP}[action]  # removed ones must not come back
+    assert trainer.state.best_global_step == best
+    assert equal(lora(trainer.model), seen.after[best])
+    assert is_zero(lora(trainer.model), callback.frozen) == (action == "remove")
+    frozen = {name for name, one in trainer.model.named_parameters() if one.requires_grad}
+    assert not any(one in name for name in frozen for one in callback.frozen)
+
+
+def test_the_saved_adapter_computes_nothing_on_removed_modules(tmp_path):
+    from keylayers import Ranking
+
+    callback = freezing(action="remove", freeze_fraction=0.5)
+    trainer = run(SFTTrainer, tmp_path / "run", callback)
+    tiny_llama().save_pretrained(tmp_path / "base")
+    trainer.model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    trainer.save_model(str(tmp_path / "saved"))
+    tokens = torch.arange(3, 20).unsqueeze(0)
+    with torch.no_grad():
+        loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+        with_all = loaded(tokens).logits
+        for name in callback.frozen:
+            layer = loaded.base_model.model.get_submodule(name)
+            layer.scaling["default"] = 0.0
+        assert torch.equal(loaded(tokens).logits, with_all)
+        assert not torch.equal(tiny_llama()(tokens).logits, with_all)
+    saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    zero = {name for name, value in saved.items() if "lora_B" in name and not bool(value.any())}
+    assert {name.split(".lora_")[0].removeprefix("base_model.model.") for name in zero} == set(
+        callback.frozen
+    )
+    folder = tmp_path / "run" / f"checkpoint-{NUM_STEPS}"
+    assert Ranking.load(folder) == callback.ranking
+    assert not (tmp_path / "run" / "checkpoint-6" / "ranking.json").exists()
+
+
+def test_the_trainer_is_found_and_can_be_given(tmp_path):
+    trainer = make(Trainer, tmp_path)
+    callback = freezing(trainer=trainer)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert len(callback.frozen) == 4
+    from keylayers.errors import ConfigError
+    from keylayers.training.under_way import trainer_of
+
+    with pytest.raises(ConfigError, match="none is on the call stack; give it as `trainer`"):
+        trainer_of(callback)
+
+
+def test_a_callback_serves_one_run_after_another(tmp_path):
+    callback = freezing()
+    one = run(Trainer, tmp_path / "a", callback)
+    found = callback.frozen
+    other = run(Trainer, tmp_path / "b", callback)
+    assert callback.frozen == found
+    assert equal(lora(one.model), lora(other.model))
+
+
+def test_the_same_trainer_goes_on_from_its_checkpoint(tmp_path):
+    callback = freezing()
+    trainer = run(Trainer, tmp_path, callback)
+    weights = lora(trainer.model)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert equal(lora(trainer.model), weights)
+
+
+def test_a_checkpoint_of_a_run_without_the_callback_can_take_it_up(tmp_path):
+    with pytest.raises(Killed):
+        run(Trainer, tmp_path, KillAfter(2))
+    callback = freezing()
+    run(Trainer, tmp_path, callback, resume=str(tmp_path / "checkpoint-2"))
+    assert callback.frozen_at_step == 2 + FREEZE_STEP  # so many losses it needs
+
+
+def test_states_restored_by_transformers_do_not_replace_the_callback(tmp_path):
+    with pytest.raises(Killed):
+        run(Trainer, tmp_path, freezing(), KillAfter(10))
+    callback = freezing()
+    trainer = run(
+        Trainer,
+        tmp_path,
+        callback,
+        resume=str(tmp_path / "checkpoint-10"),
+        restore_callback_states_from_checkpoint=True,
+    )
+    assert callback in trainer.callback_handler.callbacks
+    assert callback.frozen_at_step == FREEZE_STEP
+
+
+REFUSED = [
+    ({"freeze_fraction": 0.0}, "`freeze_fraction` must be above 0 and below 1, got 0.0"),
+    ({"freeze_fraction": 1.0}, "`freeze_fraction` must be above 0 and below 1, got 1.0"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_options_are_checked_at_once(options, message):
+    from keylayers.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=message):
+        freezing(**options)
+
+
+def test_what_cannot_work_is_refused_before_any_step(tmp_path):
+    from keylayers import StabilityOptions
+    from keylayers.errors import ConfigError, ModelError
+
+    late = freezing(stability=StabilityOptions(max_steps=NUM_STEPS))
+    with pytest.raises(ConfigError, match="must be below the run's 14 steps, got 14; leave it"):
+        run(Trainer, tmp_path, late)
+    none = freezing(freeze_fraction=0.01)
+    with pytest.raises(ConfigError, match="at least one of the adapter's 14 modules"):
+        run(Trainer, tmp_path, none)
+    with pytest.raises(ConfigError, match="must hold one FreezeUnimportant at most, got 2"):
+        run(Trainer, tmp_path, freezing(), freezing())
+    plain = make(Trainer, tmp_path)
+    plain = Trainer(model=tiny_llama(), args=plain.args, train_dataset=data())
+    plain.add_callback(freezing())
+    with pytest.raises(ModelError, match="must carry a LoRA adapter, got a plain LlamaForCausalLM"):
+        plain.train()
+    assert not list(Path(tmp_path).glob("checkpoint-*"))
+
+
+def test_a_checkpoint_frozen_otherwise_is_refused(tmp_path):
+    from keylayers.errors import ConfigError
+
+    with pytest.raises(Killed):
+        run(Trainer, tmp_path, freezing(), KillAfter(10))
+    checkpoint = str(tmp_path / "checkpoint-10")
+    for options, message in (
+        ({"freeze_fraction": 0.5}, "`freeze_fraction` must be 0.25 as in the checkpoint"),
+        ({"action": "remove"}, "`action` must be freeze as in the checkpoint"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run(Trainer, tmp_path, freezing(**options), resume=checkpoint)
+
+
+def test_an_optimiser_that_moves_frozen_matrices_is_caught(tmp_path):
+    from keylayers.errors import GuardError
+
+    class Stubborn(torch.optim.SGD):
+        def step(self, closure=None):
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for parameter in group["params"]:
+                        parameter.mul_(0.99)
+
+    trainer = make(Trainer, tmp_path)
+    optimizer = Stubborn(trainer.model.parameters(), lr=0.1)
+    trainer.optimizer = optimizer
+    trainer.add_callback(freezing())
+    with pytest.raises(GuardError, match="what is frozen must stay as it is, but 4 LoRA matrices"):
+        trainer.train()
+    assert trainer.state.global_step == FREEZE_STEP + 1

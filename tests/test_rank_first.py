@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`keylayers train --rank-first`: one run that ranks inside itself, from flags to files."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from test_rank import keylayers
+from test_train import PLAIN_PEFT, fresh_process
+from tiny_files import NUM_MODULES
+
+QUICK = ["--steps", "8", "--mask-batches", "2", "--batch-size", "4", "--lora-rank", "4"]
+
+
+def rank_first(tiny, output, *more):
+    options = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", output)
+    return keylayers("train", "--rank-first", *options, *QUICK, "--learning-rate", "0.05", *more)
+
+
+def worst(output, count):
+    modules = json.loads((output / "ranking.json").read_text())["modules"]
+    return {module["name"] for module in modules if module["rank"] > NUM_MODULES - count}
+
+
+def record_of(output):
+    return json.loads((output / "keylayers.json").read_text())
+
+
+def without_update(output):
+    """Modules of which the saved B is zero."""
+    weights = load_file(output / "adapter_model.safetensors")
+    return {
+        name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        for name, value in weights.items()
+        if "lora_B" in name and not bool(value.any())
+    }
+
+
+def test_the_worst_quarter_is_frozen_halfway_and_the_output_holds_all(tiny, tmp_path, capsys):
+    output = tmp_path / "t"
+    assert rank_first(tiny, output) == 0
+    assert len(fresh_process(PLAIN_PEFT, output)) == NUM_MODULES
+    record = record_of(output)
+    assert record["frozen"]["at_step"] == 4
+    assert (record["frozen"]["reason"], record["frozen"]["action"]) == ("max_steps", "freeze")
+    assert set(record["frozen"]["modules"]) == worst(output, 5)  # 5.25 of 21
+    assert not set(record["selection"]["modules"]) & worst(output, 5)
+    assert len(record["losses"]) == 8
+    assert without_update(output) == set()
+    base, selected = record["results"]
+    assert selected["num_modules"] == NUM_MODULES - 5
+    assert selected["held_out_loss_nats"] < base["held_out_loss_nats"]
+    out, err = capsys.readouterr()
+    assert "selected (others frozen at step 4)" in out
+    assert "step 4: the cap is reached; ranking by elimination" in err
+    assert "step 4: 5 of 21 modules are frozen" in err
+    assert keylayers("show", output) == 0
+    assert "inside a run, until step 4 of 8 (max_steps)" in capsys.readouterr().out
+
+
+def test_the_ranking_is_that_of_a_first_stage_of_as_many_steps(tiny, tmp_path):
+    """The run until then is an ordinary stage 1, and scoring in its middle changes no score."""
+    assert rank_first(tiny, tmp_path / "t", "--mask-seed", "0") == 0
+    options = ("--model", tiny / "model", "--data", tiny / "data.jsonl", *QUICK[2:])
+    more = ("--learning-rate", "0.05", "--max-steps", "4", "--output", tmp_path / "r")
+    assert keylayers("rank", *options, *more) == 0
+    inside, apart = (
+        json.loads((tmp_path / name / "ranking.json").read_text())["modules"] for name in "tr"
+    )
+    assert inside == apart
+
+
+def test_removed_modules_are_zero_in_the_adapter(tiny, tmp_path, capsys):
+    more = ("--freeze", "0.5", "--action", "remove", "--window", "2", "--epsilon", "100")
+    more = (*more, "--max-steps", "7")
+    assert rank_first(tiny, tmp_path / "t", *more) == 0
+    record = record_of(tmp_path / "t")
+    assert (record["frozen"]["at_step"], record["frozen"]["reason"]) == (4, "stable")
+    assert without_update(tmp_path / "t") == set(record["frozen"]["modules"])
+    assert without_update(tmp_path / "t") == worst(tmp_path / "t", 11)  # 10.5, a half up
+    assert "11 of 21 modules are set to zero and frozen" in capsys.readouterr().err
+
+
+def test_controls_freeze_as_many_others_at_the_same_step(tiny, tmp_path):
+    assert rank_first(tiny, tmp_path / "t", "--controls", "all", "random", "first", "last") == 0
+    rows = record_of(tmp_path / "t")["results"]
+    assert [(row["label"], row["num_modules"]) for row in rows] == [
+        ("base model", 0),
+        ("selected (others frozen at step 4)", 16),
+        ("all", 21),
+        *((f"{name} (others frozen at step 4)", 16) for name in ("random", "first", "last")),
+    ]
+    assert len({row["held_out_loss_nats"] for row in rows}) == len(rows)
+
+
+def test_a_ranking_made_inside_a_run_is_one_to_train_on(tiny, tmp_path):
+    assert rank_first(tiny, tmp_path / "t") == 0
+    more = ("--budget", "5", "--steps", "1", "--output", tmp_path / "again")
+    assert keylayers("train", "--ranking", tmp_path / "t", *more) == 0
+    assert len(fresh_process(PLAIN_PEFT, tmp_path / "again")) == 5
+
+
+REFUSED = [
+    (["--ranking", "{tiny}"], "must exist"),
+    (["--budget", "0.3"], "`budget` must be left out with `rank_first`, got 0.3"),
+    (["--freeze", "1.5"], "`freeze` must be above 0 and below 1, got 1.5"),
+    (["--freeze", "0.01"], "must be at least one of the adapter's 21 modules, got 0.01"),
+    (["--update", "full"], "`update` must be an adapter with `rank_first`, got full"),
+    (["--controls", "worst"], "must be of all, random, first and last, got worst"),
+    (["--steps", "1"], "`steps` must be at least 2 with `rank_first`"),
+    (["--max-steps", "8"], "must be below the run's 8 steps, got 8"),
+    (["--method", "path", "--price", "1"], "`price` must be left out with `method` path"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), REFUSED, ids=lambda one: str(one)[:30])
+def test_options_that_contradict_are_refused(tiny, tmp_path, capsys, more, message):
+    output = tmp_path / "t"
+    more = [part.format(tiny=tiny) for part in more]
+    own = [one for one in QUICK if one not in ("--steps", "8") or "--steps" not in more]
+    options = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", output)
+    assert keylayers("train", "--rank-first", *options, *own, *more) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert not output.exists()
+
+
+WITHOUT = [
+    ({}, "exactly one of `ranking` (a file) and `rank_first` (rank inside the run)"),
+    ({"ranking": "r", "rank_first": True}, "must be given, got both"),
+    ({"ranking": "r", "budget": "0.3", "action": "remove"}, "`action` must be left out without"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), WITHOUT)
+def test_a_selection_needs_one_ranking(values, message):
+    import re
+
+    from keylayers import SelectionOptions
+    from keylayers.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        SelectionOptions(**values)
+
+
+def test_options_of_a_ranking_have_no_place_beside_a_ranking():
+    from keylayers import (
+        DataOptions,
+        MaskOptions,
+        ModelOptions,
+        SelectionOptions,
+        StabilityOptions,
+        TrainOptions,
+    )
+    from keylayers.errors import ConfigError
+
+    parts = (
+        SelectionOptions(ranking="r", budget="0.3"),
+        ModelOptions(model="m"),
+        DataOptions(data="d"),
+    )
+    assert "method" not in TrainOptions(*parts).flat()
+    with pytest.raises(ConfigError, match="`window` must be left out without `rank_first`"):
+        TrainOptions(*parts, stability=StabilityOptions(window=3))
+    with pytest.raises(ConfigError, match="`method` must be left out without `rank_first`"):
+        TrainOptions(*parts, mask=MaskOptions(method="ila"))
