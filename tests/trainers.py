@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trainers as users build them, on tiny models: every objective, and both ways to give an adapter."""
+"""Trainers as users build them, on tiny models: every objective, both ways to give an adapter."""
 
 import tempfile
 import warnings

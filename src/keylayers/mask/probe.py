@@ -68,7 +68,6 @@ def observed_gradients(updates: Sequence[Update], see: SeeGradient) -> Iterator[
 @contextlib.contextmanager
 def observed_blocks(model: nn.Module, see: SeeBlock) -> Iterator[None]:
     """Inside the block, call `see(block_index, input, output)`, both (batch, token, d_model)."""
-
     tuned = next((one for one in model.modules() if isinstance(one, BaseTunerLayer)), model)
     active = _active(tuned)
 

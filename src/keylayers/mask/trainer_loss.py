@@ -132,7 +132,7 @@ class TrainerLoss:
 
 
 def _num_repeats(trainer: Trainer) -> int:
-    """How often the data loader gives the same prompts in a row, for completions used that often."""
+    """How often a data loader gives the same prompts in a row: as often as completions are used."""
     if not samples(trainer):
         return 1
     return int(trainer.args.steps_per_generation * getattr(trainer, "num_iterations", 1))
@@ -219,8 +219,9 @@ def counts_tokens(inputs: Any) -> bool:
     Labels of another shape (a class or a number for each row) are one for each row.
     """
     labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
-    is_whole = isinstance(labels, Tensor) and not labels.is_floating_point()
-    return is_whole and labels.dim() > 1 and labels.shape[-1] > 1
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return False
+    return labels.dim() > 1 and labels.shape[-1] > 1
 
 
 def _weight(inputs: dict[str, Any]) -> float:

@@ -25,6 +25,7 @@ from peft.tuners.lora.eva import get_eva_state_dict
 from torch import nn
 from transformers import Trainer
 
+from keylayers.errors import ConfigError
 from keylayers.mask.module_scores import ModuleScores
 from keylayers.mask.scoring import scoring
 from keylayers.options import MaskOptions
@@ -56,6 +57,11 @@ def eva(
 
     with scoring(trainer, updates, options, on_step) as task:
         batches = [trainer._prepare_inputs(dict(batch)) for batch in task.batches]
+        if "input_ids" not in batches[0]:
+            raise ConfigError(
+                f"`method` eva needs batches with `input_ids`, but those of "
+                f"{type(trainer).__name__} have {', '.join(batches[0])}; choose elimination"
+            )
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=MEAN_RANK,

@@ -50,6 +50,4 @@ def path(
         if task.compares_losses:
             reduction = (task.losses(0.0) - task.losses(1.0)).mean()
             findings["loss_reduction_nats"] = float(reduction)
-        return task.result(
-            mean, unit=task.loss_unit, standard_errors=error, findings=findings
-        )
+        return task.result(mean, unit=task.loss_unit, standard_errors=error, findings=findings)
