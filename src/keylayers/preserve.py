@@ -58,7 +58,7 @@ class _Attributes:
         self._contents = [(one, dict(one)) for one in held]  # hooks, buffers, parts
 
     def restore(self) -> None:
-        """Give the module its attributes back, in place: handles of hooks know their dictionaries."""
+        """Give the module its attributes back, in place: handles of hooks know the dictionary."""
         self._attributes.clear()
         self._attributes.update(self._values)
         for held, contents in self._contents:
