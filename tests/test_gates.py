@@ -111,6 +111,39 @@ def test_gate_gradients_agree_with_finite_differences(kind, granularity):
     assert float((gradient - differences).abs().max() / scale) < 1e-6
 
 
+@pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind != "adalora"])
+def test_a_second_adapter_is_not_gated_and_switching_thaws_nothing(kind):
+    """As trainers with a reference do it; AdaLoRA allows one adapter."""
+    from keylayers.gates import gated
+
+    model, updates = updates_of(kind)
+    model.add_adapter("ref", model.peft_config["default"])
+    torch.manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if ".ref" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    tokens = some_tokens()
+    model.set_adapter("ref")
+    expected = token_loss(model, tokens).detach()
+    model.set_adapter("default")
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with gated(model, updates, initial_score=0.3, link="identity") as gates:
+        gated_loss = token_loss(model, tokens).detach()
+        model.set_adapter("ref")
+        assert torch.equal(token_loss(model, tokens), expected)
+        model.set_adapter("default")
+        with model.disable_adapter():
+            token_loss(model, tokens)
+        loss = token_loss(model, tokens)
+        assert torch.equal(loss, gated_loss)
+        loss.backward()
+        gates.gradient()
+        gates.check_alone()
+        trainable = [one for one in model.parameters() if one.requires_grad]
+        assert {id(one) for one in trainable} <= {id(one) for one in gates.parameters()}
+    assert flags == [parameter.requires_grad for parameter in model.parameters()]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_open_gates_are_the_tuned_model_and_closed_gates_the_base(kind):
     from keylayers.gates import gated

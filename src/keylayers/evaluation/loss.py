@@ -4,14 +4,17 @@
 from datasets import Dataset
 from transformers import Trainer
 
+from keylayers.mask.trainer_data import prepared_for
 from keylayers.mask.trainer_loss import TrainerLoss, batch_losses
 
 
 def held_out_loss(trainer: Trainer, dataset: Dataset) -> float:
-    """The trainer's own loss on `dataset` in nats, averaged over all labelled tokens of the set.
+    """The trainer's own loss on `dataset`: in nats, averaged over all labelled tokens of the set.
 
-    The model runs in evaluation mode and gets its mode back; the trainer keeps its metrics.
+    A loss of rows or pairs (DPO, KTO, reward) is averaged over all of these instead. The model runs
+    in evaluation mode and gets its mode back; the trainer keeps its metrics.
     """
     source = TrainerLoss(trainer)
+    dataset = prepared_for(trainer, dataset)
     with source.quiet():
         return batch_losses(source, list(trainer.get_eval_dataloader(dataset))).mean

@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from keylayers.curve import MaskCurve
 from keylayers.gates import gated
+from keylayers.mask.trainer_data import prepared_for
 from keylayers.mask.trainer_loss import BatchLosses, TrainerLoss, batch_losses
 from keylayers.progress import OnStep
 from keylayers.updates import Update
@@ -59,6 +60,7 @@ def subset_losses(
 ) -> list[BatchLosses]:
     """Held-out losses in nats with only the updates of each subset of modules kept."""
     source = TrainerLoss(trainer)
+    held_out = prepared_for(trainer, held_out)
     measured = []
     with source.quiet():
         batches = list(trainer.get_eval_dataloader(held_out))

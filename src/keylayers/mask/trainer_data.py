@@ -35,8 +35,8 @@ def prepared_for(trainer: Trainer, dataset: Dataset) -> Dataset:
         kind = type(trainer).__name__
         what = f"it lacks {', '.join(missing)}" if missing else "no row of it is left"
         raise DataError(
-            f"`mask_dataset` must hold what {kind} reads, but {what}; keep part of the raw data "
-            f"out of training in the same format, or take rows of `trainer.train_dataset`"
+            f"the examples must hold what {kind} reads, but {what}; take rows of "
+            f"`trainer.train_dataset`, or prepare others as it prepares its own"
         )
     return made
 
@@ -75,7 +75,7 @@ def _arguments(trainer: Trainer) -> dict[str, Any] | None:
         "args": trainer.args,
         "packing": getattr(trainer.args, "packing", False),
         "formatting_func": getattr(trainer, "_formatting_func", None),
-        "dataset_name": "mask",
+        "dataset_name": "mask",  # a name that no trainer treats as its training data
     }
     asked = list(inspect.signature(trainer._prepare_dataset).parameters)[1:]
     return {name: known[name] for name in asked} if set(asked) <= set(known) else None
@@ -86,7 +86,7 @@ def _tokenised(trainer: Trainer, dataset: Dataset, arguments: dict[str, Any]) ->
         return trainer._prepare_dataset(dataset, **arguments)
     except KeyError as error:  # what the trainer's code says of a column that is not there
         raise DataError(
-            f"`mask_dataset` must have the columns that {type(trainer).__name__} was given, but "
+            f"the examples must have the columns that {type(trainer).__name__} was given, but "
             f"it lacks {error}; it has {', '.join(dataset.column_names)}"
         ) from error
 

@@ -73,7 +73,6 @@ def _adaptive_copy(trainer: Trainer, names: list[str], num_steps: int) -> PeftMo
     if isinstance(base, PeftModel):
         base = base.unload()
     config = AdaLoraConfig(
-        task_type="CAUSAL_LM",
         init_r=INITIAL_RANK,
         target_r=TARGET_RANK,
         lora_alpha=2 * INITIAL_RANK,

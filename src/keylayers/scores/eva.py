@@ -57,6 +57,11 @@ def eva(
 
     with scoring(trainer, updates, options, on_step) as task:
         batches = [trainer._prepare_inputs(dict(batch)) for batch in task.batches]
+        if "input_ids" not in batches[0]:
+            raise ConfigError(
+                f"`method` eva needs batches with `input_ids`, but those of "
+                f"{type(trainer).__name__} have {', '.join(batches[0])}; choose elimination"
+            )
         _check_long_enough(batches)
         config = LoraConfig(
             task_type="CAUSAL_LM",
