@@ -26,9 +26,15 @@ class Gates:
         groups: Gate name -> the modules it scales, in model order.
     """
 
-    def __init__(self, gates: Mapping[str, Gate], groups: Mapping[str, tuple[str, ...]]) -> None:
+    def __init__(
+        self,
+        gates: Mapping[str, Gate],
+        groups: Mapping[str, tuple[str, ...]],
+        model: nn.Module,
+    ) -> None:
         self.groups = dict(groups)
         self._gates = dict(gates)
+        self._model = model
 
     def __len__(self) -> int:
         return len(self._gates)
@@ -51,8 +57,10 @@ class Gates:
         """A copy of ∂L/∂score of all gates, on the CPU.
 
         Raises:
-            GuardError: a gate took no part in the last loss; the message names the first modules.
+            GuardError: a gate took no part in the last loss, lost its precision, or is not all that
+                the loss was differentiated by; the message names the first.
         """
+        self._check_alone()
         grads = {name: gate.score.grad for name, gate in self._gates.items()}
         silent = [name for name, grad in grads.items() if grad is None]
         if silent:
@@ -61,6 +69,30 @@ class Gates:
                 f"first {', '.join(silent[:3])}; fused kernels or merged weights bypass them"
             )
         return torch.cat([grad for grad in grads.values() if grad is not None]).detach().cpu()
+
+    def _check_alone(self) -> None:
+        """Raise a GuardError unless the gates are all that has a gradient, in full precision."""
+        for name, gate in self._gates.items():
+            if gate.score.dtype not in (torch.float32, torch.float64):
+                raise GuardError(
+                    f"gates must be float32, but that of {name} became {gate.score.dtype}, in "
+                    f"which small steps round to nothing; something casts the model meanwhile"
+                )
+        own = {id(parameter) for parameter in self.parameters()}
+        others = [
+            (name, parameter)
+            for name, parameter in self._model.named_parameters()
+            if id(parameter) not in own
+        ]
+        thawed = [name for name, parameter in others if parameter.requires_grad]
+        moved = [name for name, parameter in others if parameter.grad is not None]
+        if thawed or moved:
+            names = ", ".join((thawed or moved)[:3])
+            what = "became trainable" if thawed else "got a gradient"
+            raise GuardError(
+                f"only gates may be trained while modules are scored, but {len(thawed or moved)} "
+                f"other weights {what}, first {names}; something in the trainer's loss thaws them"
+            )
 
     def check_fired(self) -> None:
         """Raise a GuardError unless every gate was used by the forward passes so far."""
@@ -106,7 +138,7 @@ def gated(
             gate = gates[group_of[update.module.name]]
             gate.to(next(linear_of(update.layer).parameters()).device)
             stack.enter_context(update.gated(gate))
-        yield Gates(gates, groups)
+        yield Gates(gates, groups, model)
 
 
 def group_modules(

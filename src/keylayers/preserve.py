@@ -3,11 +3,13 @@
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from keylayers.errors import GuardError
@@ -34,7 +36,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
         parameter.grad = None
     try:
         try:
-            yield
+            with _no_thaw(model):
+                yield
         finally:
             for parameter, requires_grad, grad in flags:
                 parameter.requires_grad_(requires_grad)
@@ -44,6 +47,35 @@ def preserved(model: nn.Module) -> Iterator[None]:
         _check_unchanged(before, fingerprint(model.state_dict().items()))
     finally:
         _set_random_state(random_state)
+
+
+@contextlib.contextmanager
+def _no_thaw(model: nn.Module) -> Iterator[None]:
+    """Keep PEFT from making frozen weights trainable when a trainer switches adapters.
+
+    A preference trainer leaves the adapter for its reference pass and comes back to it, and PEFT
+    takes coming back for training. Layers are asked by their public methods; what these thaw is
+    frozen again before any pass.
+    """
+    with contextlib.ExitStack() as stack:
+        for layer in model.modules():
+            if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                for name in ("set_adapter", "enable_adapters"):
+                    setattr(layer, name, _freezing(layer, getattr(layer, name)))
+                    stack.callback(delattr, layer, name)  # the class's own method shows again
+        yield
+
+
+def _freezing(layer: nn.Module, method: Callable[..., None]) -> Callable[..., None]:
+    """`method`, and then every weight of `layer` that is there now frozen again."""
+    frozen = list(layer.parameters())  # not the gate, which comes later
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        method(*args, **kwargs)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+    return call
 
 
 def _check_unchanged(before: dict[str, int], after: dict[str, int]) -> None:

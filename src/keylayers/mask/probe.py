@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What flows through modules and blocks while a loss is computed: inputs, outputs, gradients."""
+"""What flows through modules and blocks while a loss is computed: inputs, outputs, gradients.
+
+Only passes that the loss is differentiated through are seen: not those of a reference model, nor
+those that sample completions. `Scoring.look` and `Scoring.gradient` tell them apart.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +27,8 @@ def observed_inputs(updates: Sequence[Update], see: SeeInput) -> Iterator[None]:
 
     def observe(index: int) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], __: Any) -> None:
-            see(index, inputs[0].detach())
+            if torch.is_grad_enabled():
+                see(index, inputs[0].detach())
 
         return hook
 
@@ -62,6 +67,8 @@ def observed_blocks(model: nn.Module, see: SeeBlock) -> Iterator[None]:
 
     def observe(index: int) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            if not torch.is_grad_enabled():
+                return
             hidden = inputs[0] if inputs else named["hidden_states"]
             after = output if isinstance(output, Tensor) else output[0]
             see(index, hidden.detach(), after.detach())
@@ -73,6 +80,24 @@ def observed_blocks(model: nn.Module, see: SeeBlock) -> Iterator[None]:
             handle = block.register_forward_hook(observe(index), with_kwargs=True)
             stack.callback(handle.remove)
         yield
+
+
+@contextlib.contextmanager
+def observed_padding(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Gives a function that says which positions of (batch, token, d) are tokens, not padding.
+
+    It knows the mask that the model was called with last, whatever the trainer's batches hold.
+    """
+    last: dict[str, Any] = {}
+
+    def hook(_: nn.Module, __: tuple[Any, ...], named: dict[str, Any]) -> None:
+        last["attention_mask"] = named.get("attention_mask")
+
+    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield lambda hidden: token_mask(last, hidden)
+    finally:
+        handle.remove()
 
 
 def token_mask(batch: Mapping[str, Any], hidden: Float[Tensor, "batch token d"]) -> Tensor:

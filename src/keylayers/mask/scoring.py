@@ -18,7 +18,7 @@ from transformers import Trainer, set_seed
 
 from keylayers.gates import Gates, gated
 from keylayers.mask.module_scores import ModuleScores, to_modules
-from keylayers.mask.trainer_loss import TrainerLoss
+from keylayers.mask.trainer_loss import TrainerLoss, has_labelled_tokens
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
 from keylayers.updates import Update
@@ -48,6 +48,13 @@ class Scoring:
         self._losses: list[float] = []
         self._start = time.perf_counter()
 
+    @property
+    def loss_unit(self) -> str:
+        """What a difference of losses counts."""
+        first = self.batches[0]
+        is_language = isinstance(first, Mapping) and has_labelled_tokens(first)
+        return "nats per token" if is_language else "units of the trainer's loss"
+
     def open(self, values: Float[Tensor, " gate"] | float) -> None:
         """Set the gates: one value for all, or one each."""
         if isinstance(values, float):
@@ -58,6 +65,11 @@ class Scoring:
         """Loss in nats on one batch with the gates at `values`."""
         self.open(values)
         return self._seen(self.source.value(batch, step=len(self._losses) + 1))
+
+    def look(self, values: Float[Tensor, " gate"] | float, batch: Any) -> float:
+        """The same for those who watch what flows through; see `TrainerLoss.look`."""
+        self.open(values)
+        return self._seen(self.source.look(batch, step=len(self._losses) + 1))
 
     def losses(self, values: Float[Tensor, " gate"] | float) -> Float[Tensor, " batch"]:
         """Loss in nats on each batch with the gates at `values`."""

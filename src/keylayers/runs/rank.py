@@ -5,6 +5,7 @@ Three ways in: a model and data (stage 1 fine-tunes, stage 2 learns the scores),
 exists already, and a second checkpoint. The last two need stage 2 only.
 """
 
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,9 +15,11 @@ from typing import Any
 from datasets import Dataset
 from transformers import Trainer
 
+from keylayers.errors import DataError
 from keylayers.evaluation.loss import held_out_loss
 from keylayers.gates import gated, group_modules
 from keylayers.mask.module_scores import ModuleScores
+from keylayers.mask.reference import reference_of
 from keylayers.models import describe, load_model, load_tokenizer, max_positions
 from keylayers.options import MaskOptions, RankOptions, UpdateOptions
 from keylayers.progress import OnStep, Progress, Silent
@@ -39,8 +42,9 @@ def rank_modules(
 ) -> Ranking:
     """Rank the modules that a trainer's LoRA adapter updates, by its own loss and data.
 
-    The trainer is one that you built and trained: TRL's or transformers' own, or a subclass with
-    its own loss. It and its model are given back as they were.
+    The trainer is one that you built and trained: TRL's or transformers' own (SFT, DPO, KTO, ORPO,
+    reward, GRPO), or a subclass with its own loss. It and its model are given back as they were.
+    docs/objectives.md has what holds for each.
 
     Args:
         trainer: Its `model` carries a LoRA adapter.
@@ -51,12 +55,17 @@ def rank_modules(
 
     Raises:
         ModelError: the model carries no update that gates can scale.
+        ConfigError: the method or the trainer's reference model cannot be exact.
+        DataError: `mask_dataset` lacks columns that the trainer's loss needs.
         LossError: the loss became NaN or infinite.
         GuardError: something else than the gates changed, or a gate took no part.
     """
     options = options or MaskOptions()
     updates = lora_updates(trainer.model)
     train_dataset = trainer.train_dataset
+    if mask_dataset is not None:
+        _check_columns(trainer, mask_dataset)
+    reference = reference_of(trainer)
     trainer.train_dataset = train_dataset if mask_dataset is None else mask_dataset
     try:
         learned = score_modules(trainer, updates, options, on_step)
@@ -70,12 +79,27 @@ def rank_modules(
             "weights_sha256": weights_sha256(trainer.model),
         },
         "trainer": type(trainer).__name__,
+        "reference": reference,
         "has_mask_dataset": mask_dataset is not None,
         "seed": trainer.args.seed if options.mask_seed is None else options.mask_seed,
         "options": asdict(options),
         "mask": _mask_record(learned, options),
     }
     return _to_ranking(updates, learned, options, provenance)
+
+
+def _check_columns(trainer: Trainer, mask_dataset: Dataset) -> None:
+    """Refuse a data set that is not prepared as the trainer's own is."""
+    asked = copy.copy(trainer)  # the list of columns is made when it is first needed
+    asked._set_signature_columns_if_needed()
+    own = getattr(trainer.train_dataset, "column_names", None) or []
+    needed = set(own) & set(asked._signature_columns) if trainer.args.remove_unused_columns else own
+    missing = [name for name in own if name in needed and name not in mask_dataset.column_names]
+    if missing:
+        raise DataError(
+            f"`mask_dataset` must have the columns of the trainer's `train_dataset`, but lacks "
+            f"{', '.join(missing)}; a TRL trainer makes them of what it is given as `eval_dataset`"
+        )
 
 
 def rank(options: RankOptions, output: Path, progress: Progress | None = None) -> Ranking:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from transformers import Trainer
 
+from keylayers.errors import ConfigError
 from keylayers.mask.module_scores import ModuleScores
 from keylayers.options import MaskOptions, Method
 from keylayers.progress import OnStep
@@ -69,6 +70,7 @@ READS_BATCHES_ONCE: tuple[Method, ...] = (
     "block-influence",
     "cka",
 )
+COMPARES_LOSSES: tuple[Method, ...] = ("path", "leave-one-out", "shapley")
 STOPS_BY_ITSELF: tuple[Method, ...] = ("ila", "price")  # `until_stable` ends their own loop
 
 
@@ -87,13 +89,28 @@ def score_modules(
         on_step: Called after each pass with its number, from 1, and its loss in nats.
 
     Raises:
+        ConfigError: the method cannot be exact with this trainer.
         LossError: the loss became NaN or infinite.
         GuardError: something else than the gates changed, or a gate took no part.
     """
+    _refuse_losses_without_meaning(trainer, options.method)
     method = METHODS[options.method]
     if options.until_stable is None or options.method in STOPS_BY_ITSELF:
         return method(trainer, updates, options, on_step)
     return repeated(method, trainer, updates, options, on_step)
+
+
+def _refuse_losses_without_meaning(trainer: Trainer, method: Method) -> None:
+    """A trainer that samples completions for rewards has a loss whose gradient alone means much.
+
+    Its value is near zero whatever the model does, and its copy of the model would not sample.
+    """
+    if getattr(trainer, "reward_funcs", None) and method in (*COMPARES_LOSSES, "adalora"):
+        others = ", ".join(("elimination", "ila", "price", "gradient-norm"))
+        raise ConfigError(
+            f"`method` must go by gradients for a {type(trainer).__name__}, whose loss says "
+            f"nothing by its value, got {method}; choose one of {others}"
+        )
 
 
 def num_steps(options: MaskOptions, num_gates: int) -> int | None:

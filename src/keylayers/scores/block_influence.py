@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from keylayers.mask.module_scores import ModuleScores
-from keylayers.mask.probe import observed_blocks, token_mask
+from keylayers.mask.probe import observed_blocks, observed_padding
 from keylayers.mask.scoring import Scoring, mean_and_error, scoring
 from keylayers.model_map import blocks_of
 from keylayers.options import MaskOptions
@@ -45,10 +45,10 @@ def _influence(task: Scoring, batch: Any) -> Float[Tensor, " block"]:
     influence = torch.zeros(len(blocks_of(model)))
 
     def see(block: int, before: Tensor, after: Tensor) -> None:
-        is_token = token_mask(batch, before)
-        pair = before[is_token].float(), after[is_token].float()
+        tokens = is_token(before)
+        pair = before[tokens].float(), after[tokens].float()
         influence[block] = float(1 - nn.functional.cosine_similarity(*pair, dim=-1).mean())
 
-    with observed_blocks(model, see):
-        task.loss(0.0, batch)
+    with observed_padding(model) as is_token, observed_blocks(model, see):
+        task.look(0.0, batch)
     return influence

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from keylayers.mask.module_scores import ModuleScores
-from keylayers.mask.probe import observed_blocks, token_mask
+from keylayers.mask.probe import observed_blocks, observed_padding
 from keylayers.mask.scoring import scoring
 from keylayers.model_map import blocks_of
 from keylayers.options import MaskOptions
@@ -44,14 +44,14 @@ def cka(
         after: list[list[Tensor]] = [[] for _ in before]
 
         def see(block: int, hidden: Tensor, output: Tensor) -> None:
-            last = token_mask(batch, hidden).long().cumsum(dim=1).argmax(dim=1)
+            last = is_token(hidden).long().cumsum(dim=1).argmax(dim=1)
             rows = torch.arange(len(hidden), device=hidden.device)
             before[block].append(hidden[rows, last].float().cpu())
             after[block].append(output[rows, last].float().cpu())
 
-        with observed_blocks(trainer.model, see):
+        with observed_padding(trainer.model) as is_token, observed_blocks(trainer.model, see):
             for batch in task.batches:
-                task.loss(0.0, batch)
+                task.look(0.0, batch)
         pairs = zip(before, after, strict=True)
         change = torch.tensor([1 - linear_cka(torch.cat(x), torch.cat(y)) for x, y in pairs])
         scores = change[[one.module.block_index for one in updates]]

@@ -74,7 +74,7 @@ def elimination(
             carried.append({"num_modules": size, "loss_reduction_nats": float(scores.sum())})
         return task.result(
             total,
-            unit="nats per token",
+            unit=task.loss_unit,
             standard_errors=variance.sqrt() if options.mask_batches > 1 else None,
             findings={"rounds": carried},
         )

@@ -15,6 +15,7 @@ Blind to: the loss, the update and the outputs; inputs of a simple structure win
 """
 
 import contextlib
+import inspect
 import io
 import time
 from collections.abc import Mapping, Sequence
@@ -25,8 +26,10 @@ from peft.tuners.lora.eva import get_eva_state_dict
 from torch import nn
 from transformers import Trainer
 
+from keylayers.errors import ConfigError
 from keylayers.mask.module_scores import ModuleScores
 from keylayers.mask.scoring import scoring
+from keylayers.model_map import base_model_of
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
 from keylayers.updates import Update
@@ -49,10 +52,16 @@ def eva(
     def forward(model: nn.Module, inputs: Mapping[str, Any]) -> None:
         nonlocal num_passes
         num_passes += 1
-        model(**inputs)
+        model(**{name: value for name, value in inputs.items() if name in taken})
 
     with scoring(trainer, updates, options, on_step) as task:
-        batches = [trainer._prepare_inputs(dict(batch)) for batch in task.batches]
+        taken = inspect.signature(base_model_of(trainer.model).forward).parameters
+        batches = [task.source.prepared(batch) for batch in task.batches]
+        if "input_ids" not in batches[0]:
+            raise ConfigError(
+                "`method` eva needs batches that hold `input_ids`, but this trainer's hold "
+                f"{', '.join(batches[0])}; choose another method"
+            )
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=MEAN_RANK,

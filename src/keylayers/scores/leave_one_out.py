@@ -37,4 +37,4 @@ def leave_one_out(
             values[index] = 0.0
             rises.append(task.losses(values) - with_all)
         mean, error = mean_and_error(torch.stack(rises, dim=1))
-        return task.result(mean, unit="nats per token", standard_errors=error)
+        return task.result(mean, unit=task.loss_unit, standard_errors=error)

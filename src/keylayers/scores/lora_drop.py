@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from keylayers.mask.module_scores import ModuleScores
-from keylayers.mask.probe import observed_inputs, token_mask
+from keylayers.mask.probe import observed_inputs, observed_padding
 from keylayers.mask.scoring import Scoring, mean_and_error, scoring
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
@@ -44,10 +44,13 @@ def _output_sizes(task: Scoring, batch: Any) -> Float[Tensor, " module"]:
     sizes = torch.zeros(len(task.updates))
 
     def see(index: int, x: Tensor) -> None:
-        tokens = x[token_mask(batch, x)].float()
+        tokens = x[is_token(x)].float()
         output = tokens @ task.updates[index].delta().to(tokens.device).T
         sizes[index] = float(output.square().sum(dim=-1).mean())
 
-    with observed_inputs(task.updates, see):
-        task.loss(1.0, batch)
+    with (
+        observed_padding(task.source.model) as is_token,
+        observed_inputs(task.updates, see),
+    ):
+        task.look(1.0, batch)
     return sizes

@@ -49,7 +49,7 @@ def path(
         reduction = float((task.losses(0.0) - task.losses(1.0)).mean())
         return task.result(
             mean,
-            unit="nats per token",
+            unit=task.loss_unit,
             standard_errors=error,
             findings={
                 "sum_of_scores_nats": float(mean.sum()),

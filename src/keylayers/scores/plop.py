@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from keylayers.mask.module_scores import ModuleScores
-from keylayers.mask.probe import observed_inputs, token_mask
+from keylayers.mask.probe import observed_inputs, observed_padding
 from keylayers.mask.scoring import Scoring, mean_and_error, scoring
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
@@ -46,11 +46,14 @@ def _feature_norms(task: Scoring, batch: Any) -> Float[Tensor, " module"]:
 
     def see(index: int, x: Tensor) -> None:
         weight = base_weight(task.updates[index].layer)
-        tokens = x[token_mask(batch, x)].float()
+        tokens = x[is_token(x)].float()
         unit = tokens / tokens.norm(dim=-1, keepdim=True).clamp_min(1e-8)
         by_chance = weight.norm() / weight.shape[1] ** 0.5
         norms[index] = float((unit @ weight.T).norm(dim=-1).mean() / by_chance)
 
-    with observed_inputs(task.updates, see):
-        task.loss(0.0, batch)
+    with (
+        observed_padding(task.source.model) as is_token,
+        observed_inputs(task.updates, see),
+    ):
+        task.look(0.0, batch)
     return norms

@@ -46,4 +46,4 @@ def shapley(
                 gains[row, index] = before - after
                 before = after
         mean, error = mean_and_error(gains)
-        return task.result(mean, unit="nats per token", standard_errors=error)
+        return task.result(mean, unit=task.loss_unit, standard_errors=error)
