@@ -16,6 +16,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DataFormat = Literal[
     "alpaca", "sharegpt", "messages", "prompt-completion", "lima", "self-instruct", "text"
 ]
+Objective = Literal["sft", "dpo", "kto", "orpo", "reward"]
 Granularity = Literal["module", "block", "projection"]
 MaskOptimizer = Literal["sgd", "adam"]
 MaskData = Literal["train", "held-out"]
@@ -142,12 +143,37 @@ class DataOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
+class ObjectiveOptions:
+    """What is trained for, and so what a loss is.
+
+    Attributes:
+        objective: sft learns answers; dpo, orpo and reward learn from pairs of a chosen and a
+            rejected answer, kto from answers that are labelled good or bad; reward trains a model
+            that scores answers. docs/objectives.md has the columns that each needs.
+        beta: Strength of the pull to the reference model (dpo, kto), or weight of the odds ratio
+            (orpo). Not given: TRL's default.
+    """
+
+    objective: Objective = "sft"
+    beta: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.beta is None:
+            return
+        if self.objective in ("sft", "reward"):
+            raise ConfigError(
+                f"`beta` must be left out with `objective` {self.objective}: it has no effect there"
+            )
+        _above_zero("beta", self.beta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(ObjectiveOptions):
     """How a model is fine-tuned.
 
     Attributes:
         learning_rate: Peak learning rate. Not given: 2e-4 times the square root of 4096 / hidden
-            size for LoRA, a tenth of that for a full fine-tune.
+            size for LoRA, a tenth of that for a full fine-tune, and again for dpo and kto.
         batch_size: Examples a device takes at once.
         gradient_accumulation: Batches added up for one step.
         warmup_steps: Steps over which the learning rate rises; constant afterwards.
@@ -167,7 +193,13 @@ class TrainingOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _at_least("batch_size", self.batch_size, 1)
+        if self.objective == "kto" and self.batch_size < 2:
+            raise ConfigError(
+                "`batch_size` must be at least 2 with `objective` kto, which compares an answer "
+                "with its neighbours in the batch, got 1"
+            )
         _at_least("gradient_accumulation", self.gradient_accumulation, 1)
         _at_least("warmup_steps", self.warmup_steps, 0)
         _at_least("lora_rank", self.lora_rank, 1)
@@ -179,7 +211,8 @@ class TrainingOptions:
         """The learning rate that is used; 2e-4 suits LoRA at width 4096."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return 2e-4 * math.sqrt(4096 / hidden_size) * (0.1 if is_full else 1.0)
+        smaller = 0.1 if self.objective in ("dpo", "kto") else 1.0  # as they are used everywhere
+        return 2e-4 * math.sqrt(4096 / hidden_size) * (0.1 if is_full else 1.0) * smaller
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,10 +391,11 @@ class VerifyOptions:
     data: DataOptions
     update: UpdateOptions = UpdateOptions()
     curve: CurveOptions = CurveOptions()
+    objective: ObjectiveOptions = ObjectiveOptions()
 
     def flat(self) -> dict[str, Any]:
         """Every option by the name of its flag, for the record."""
-        parts = (self.model, self.data, self.update, self.curve)
+        parts = (self.model, self.data, self.update, self.curve, self.objective)
         return {name: value for part in parts for name, value in asdict(part).items()}
 
 
@@ -410,6 +444,11 @@ class TrainOptions:
     training: TrainingOptions = TrainingOptions()
 
     def __post_init__(self) -> None:
+        if self.selection.update == "full" and self.training.objective == "reward":
+            raise ConfigError(
+                "`update` must be lora with `objective` reward, whose new head is trained beside "
+                "the selected modules and saved with the adapter, got full"
+            )
         if self.selection.update == "full" and self.model.dtype not in ("auto", "float32"):
             raise ConfigError(
                 f"`dtype` must be left out with `update` full, which trains float32 weights and "

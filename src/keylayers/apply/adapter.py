@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PeftModelForSequenceClassification, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -72,14 +73,14 @@ def prove_trainable(model: nn.Module, names: Sequence[str]) -> None:
     """Refuse a model whose trainable modules are not exactly `names`.
 
     A module counts as trainable if any parameter of it, or of the PEFT layer around it, has
-    `requires_grad`.
+    `requires_grad`. The head of a reward model, which PEFT trains and saves whole, does not count.
 
     Raises:
         ModelError: PEFT hit other modules than it was asked to.
         GuardError: something outside the blocks' modules is trainable.
     """
     asked = set(names)
-    trainable = trainable_modules(model)
+    trainable = trainable_modules(model) - _whole_heads(model)
     if isinstance(model, PeftModel) and set(model.targeted_module_names) != asked:
         missed = sorted(asked - set(model.targeted_module_names))
         extra = sorted(set(model.targeted_module_names) - asked)
@@ -94,6 +95,18 @@ def prove_trainable(model: nn.Module, names: Sequence[str]) -> None:
             f"the trainable modules must be exactly the selection, but {len(odd)} differ, first "
             f"{odd[0]}"
         )
+
+
+def _whole_heads(model: nn.Module) -> set[str]:
+    """Names of what PEFT trains whole beside a reward model's adapter, as `trainable_modules`."""
+    if not isinstance(model, PeftModelForSequenceClassification):
+        return set()
+    return {
+        f"{name}.{inner}"
+        for name, head in base_model_of(model).named_modules()
+        if isinstance(head, ModulesToSaveWrapper)
+        for inner, _ in head.named_modules()
+    }
 
 
 def trainable_modules(model: nn.Module) -> set[str]:

@@ -19,6 +19,7 @@ GROUPS = (
     "Model",
     "Data",
     "An update that exists already",
+    "Objective",
     "Fine-tuning",
     "When stage 1 ends",
     "Learning the scores",
@@ -39,6 +40,8 @@ TAKEN_FROM_RANKING = (
     "held_out",
     "mask_data",
     "split_seed",
+    "objective",
+    "beta",
     "learning_rate",
     "batch_size",
     "gradient_accumulation",
@@ -88,6 +91,8 @@ def from_ranking_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
         (*TAKEN_FROM_RANKING, *TAKEN_TO_VERIFY) if commands == ("verify",) else (TAKEN_FROM_RANKING)
     )
     options = {name: recorded[name] for name in wanted if name in recorded and name in known}
+    if _given(arguments, "objective") not in (None, recorded.get("objective", "sft")):
+        options.pop("beta", None)  # it belongs to the objective
     if commands == ("verify",):
         options |= _update_of(Path(path), made_by, arguments)
         _fill(app, arguments, options, source=path)

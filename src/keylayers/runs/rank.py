@@ -28,7 +28,8 @@ from keylayers.records import STAGE_1_ADAPTER, check_replaceable, environment, o
 from keylayers.runs.update import RankJob, find_update
 from keylayers.scores import STOPS_BY_ITSELF, num_steps, score_modules
 from keylayers.training.data import prepare
-from keylayers.training.run import make_trainer
+from keylayers.training.objectives import OBJECTIVES, held_out_of
+from keylayers.training.run import make_loss_trainer
 from keylayers.updates import Update, lora_updates
 from keylayers.weights import weights_sha256
 
@@ -128,16 +129,17 @@ def rank(options: RankOptions, output: Path, progress: Progress | None = None) -
             "options": options.flat(),
         }
         update = find_update(job)
-        trainer = make_trainer(
+        trainer = make_loss_trainer(
+            job.data,
             update.model,
             job.tokenizer,
-            job.data.mask or job.data.train,
             options.training,
-            num_steps=1,  # it is asked for losses, never to train
+            lambda: load_model(options.model, options.training.objective),
         )
         provenance |= update.record
+        provenance["loss_unit"] = OBJECTIVES[options.training.objective].loss_unit
         provenance["held_out_loss_nats"] = _held_out_losses(
-            trainer, update.updates, job.data.held_out
+            trainer, update.updates, held_out_of(trainer)
         )
         modules = [one.module for one in update.updates]
         num_gates = len(group_modules(modules, options.mask.granularity))
@@ -160,8 +162,9 @@ def _prepared(options: RankOptions, output: Path, progress: Progress) -> RankJob
     if options.update == UpdateOptions():  # stage 1 will write its adapter
         check_replaceable(output / STAGE_1_ADAPTER)
     tokenizer = load_tokenizer(options.model)
-    model = load_model(options.model)
-    data = prepare(options.data, tokenizer, max_positions(model))
+    objective = options.training.objective
+    model = load_model(options.model, objective)
+    data = prepare(options.data, tokenizer, max_positions(model), objective)
     data.give_template(tokenizer)
     for line in data.summary():
         progress.note(line)
@@ -172,7 +175,7 @@ def _prepared(options: RankOptions, output: Path, progress: Progress) -> RankJob
 def _held_out_losses(
     trainer: Trainer, updates: Sequence[Update], held_out: Dataset
 ) -> dict[str, float]:
-    """Held-out loss in nats with all gates closed (the base model) and all open (the tuned)."""
+    """Held-out loss with all gates closed (the base model) and all open (the tuned)."""
     losses = {}
     for name, value in (("base", 0.0), ("tuned", 1.0)):
         with gated(trainer.model, updates, initial_score=value, link="identity"):

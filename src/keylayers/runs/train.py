@@ -23,7 +23,7 @@ from keylayers.apply.saving import save_tuned
 from keylayers.evaluation.loss import held_out_loss
 from keylayers.model_map import map_modules
 from keylayers.models import Checkpoint, describe, load_model, load_tokenizer, max_positions
-from keylayers.options import Control, SelectionOptions, TrainOptions
+from keylayers.options import Control, Objective, SelectionOptions, TrainOptions
 from keylayers.progress import Progress, Silent
 from keylayers.ranking import Ranking
 from keylayers.records import (
@@ -44,6 +44,7 @@ from keylayers.selection import (
     select,
 )
 from keylayers.training.data import prepare
+from keylayers.training.objectives import OBJECTIVES, held_out_of
 from keylayers.training.run import TrainingResult, fine_tune, make_trainer, new_lora
 from keylayers.verification import auto_budget, verification_file
 from keylayers.weights import weights_sha256
@@ -57,7 +58,8 @@ class TrainedSet:
         label: What the set is.
         num_modules: Its modules; 0 for the base model.
         num_trained_parameters: Numbers that were trained.
-        held_out_loss_nats: Mean loss of a labelled token of the held-out examples.
+        held_out_loss_nats: Mean loss of the held-out examples: of a labelled token, or of what else
+            the objective's loss is a mean over (`loss_unit` in the record).
         num_steps: Optimiser steps; 0 for the base model.
     """
 
@@ -139,6 +141,19 @@ def control_modules(
     return tuple(name for name in names if name in chosen)
 
 
+def note_other_objective(ranking: Ranking, objective: Objective, progress: Progress) -> None:
+    """Say so where a ranking was made for another objective."""
+    if objective_of(ranking) != objective:
+        progress.note(
+            f"the ranking was made for objective {objective_of(ranking)}, not for {objective}"
+        )
+
+
+def objective_of(ranking: Ranking) -> str:
+    """What a ranking was made for; sft where its file is from before there was a choice."""
+    return str(ranking.provenance.get("options", {}).get("objective", "sft"))
+
+
 class _Job:
     """What all fine-tunes of one run share: options, data, tokenizer and the base model's loss."""
 
@@ -148,22 +163,26 @@ class _Job:
         self.is_full = options.selection.update == "full"
         # A full update changes the weights themselves, which needs their float32 values.
         self.source = replace(options.model, dtype="float32") if self.is_full else options.model
-        model = load_model(self.source)
+        self.objective = options.training.objective
+        model = self._load()
         infos = map_modules(model)
         check_same_modules(ranking, {info.name: info.num_parameters for info in infos})
         self.tokenizer = load_tokenizer(options.model)
-        self.data = prepare(options.data, self.tokenizer, max_positions(model))
+        positions = max_positions(model)
+        self.data = prepare(options.data, self.tokenizer, positions, self.objective)
         self.data.give_template(self.tokenizer)
         for line in self.data.summary():
             progress.note(line)
         sha256 = weights_sha256(model)
         if ranking.provenance.get("model", {}).get("weights_sha256", sha256) != sha256:
             progress.note("the ranking was made on other weights of the same shapes")
+        note_other_objective(ranking, self.objective, progress)
         self.record: dict[str, Any] = {
             "environment": environment(),
             "model": describe(self.source, model) | {"weights_sha256": sha256},
             "data": self.data.record(),
             "options": options.flat(),
+            "loss_unit": OBJECTIVES[self.objective].loss_unit,
         }
         self.stored_dtype = Checkpoint.open(self.source).dtype() if self.is_full else model.dtype
         self.base_loss_nats: float | None = None
@@ -173,7 +192,7 @@ class _Job:
         self, names: Sequence[str], label: str
     ) -> tuple[TrainedSet, PreTrainedModel | PeftModel, TrainingResult]:
         """Fine-tune a fresh copy of the model on exactly `names`."""
-        fresh = self._unused or load_model(self.source)
+        fresh = self._unused or self._load()
         self._unused = None
         training = self.options.training
         model: PreTrainedModel | PeftModel = fresh
@@ -183,11 +202,18 @@ class _Job:
             model = new_lora(fresh, names, training)
         num_steps = self.options.selection.steps
         trainer = make_trainer(
-            model, self.tokenizer, self.data.train, training, num_steps=num_steps
+            model,
+            self.tokenizer,
+            self.data.train,
+            training,
+            num_steps=num_steps,
+            held_out=self.data.held_out,
+            max_length=self.data.max_length,
+            load_reference=self._load,
         )
         prove_trainable(model, names)
         if self.base_loss_nats is None:  # LoRA's update is zero at first, so this is the base model
-            self.base_loss_nats = held_out_loss(trainer, self.data.held_out)
+            self.base_loss_nats = held_out_loss(trainer, held_out_of(trainer))
         with self.progress.stage(f"training: {label}", num_steps) as on_step:
             result = fine_tune(trainer, None, on_step)
         prove_trainable(model, names)
@@ -197,10 +223,13 @@ class _Job:
             label=label,
             num_modules=len(names),
             num_trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            held_out_loss_nats=held_out_loss(trainer, self.data.held_out),
+            held_out_loss_nats=held_out_loss(trainer, held_out_of(trainer)),
             num_steps=result.num_steps,
         )
         return row, model, result
+
+    def _load(self) -> PreTrainedModel:
+        return load_model(self.source, self.objective)
 
     def base_row(self) -> TrainedSet:
         """The base model beside the trained sets."""
@@ -211,7 +240,7 @@ class _Job:
         """All modules as stage 1 of the ranking trained them, if model and data are the same."""
         made_by = ranking.provenance
         stage_1 = made_by.get("stage_1")
-        is_same = all(
+        is_same = objective_of(ranking) == self.objective and all(
             made_by.get(part, {}).get(key) == self.record[part][key]
             for part, key in (("model", "weights_sha256"), ("data", "split_sha256"))
         )

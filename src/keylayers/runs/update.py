@@ -16,7 +16,7 @@ from keylayers.models import Checkpoint, load_adapter
 from keylayers.options import ModelOptions, RankOptions, UpdateOptions
 from keylayers.progress import Progress
 from keylayers.records import RECORD, STAGE_1_ADAPTER, environment, json_sha256
-from keylayers.training.data import PreparedData
+from keylayers.training.prepared import PreparedData
 from keylayers.training.run import fine_tune, make_trainer, new_lora
 from keylayers.updates import Update, dense_updates, lora_updates
 from keylayers.updates.dense import take_other_weights
@@ -119,7 +119,14 @@ def _train_all(job: RankJob) -> tuple[PeftModel, dict[str, Any]]:
     training = job.options.training
     tuned = new_lora(job.model, names, training)
     cap = job.options.stability.max_steps
-    trainer = make_trainer(tuned, job.tokenizer, job.data.train, training, num_steps=cap)
+    trainer = make_trainer(
+        tuned,
+        job.tokenizer,
+        job.data.train,
+        training,
+        num_steps=cap,
+        max_length=job.data.max_length,
+    )
     with job.progress.stage("stage 1: fine-tuning all modules", cap) as on_step:
         result = fine_tune(trainer, job.options.stability, on_step)
     reason = "the loss is stable" if result.stopped_by == "stable" else "the cap is reached"

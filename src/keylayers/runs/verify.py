@@ -3,7 +3,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ from keylayers.options import (
 from keylayers.progress import Progress, Silent
 from keylayers.ranking import Ranking
 from keylayers.records import environment, json_sha256
+from keylayers.runs.train import note_other_objective
 from keylayers.runs.update import existing_update
 from keylayers.scores import score_modules
 from keylayers.selection import check_same_modules
 from keylayers.training.data import PreparedData, prepare
-from keylayers.training.run import make_trainer
+from keylayers.training.objectives import held_out_of
+from keylayers.training.run import make_loss_trainer
 from keylayers.updates import Update
 from keylayers.verification import Verification, verification_file
 from keylayers.weights import weights_sha256
@@ -92,12 +94,15 @@ class _Job:
 
 def _prepared(ranking: Ranking, options: VerifyOptions, progress: Progress) -> _Job:
     """Everything loaded and checked, before any long work."""
-    tokenizer, model = load_tokenizer(options.model), load_model(options.model)
-    data = prepare(options.data, tokenizer, max_positions(model))
+    objective = options.objective.objective
+    tokenizer, model = load_tokenizer(options.model), load_model(options.model, objective)
+    data = prepare(options.data, tokenizer, max_positions(model), objective)
+    data.give_template(tokenizer)
     for line in data.summary():
         progress.note(line)
     record = describe(options.model, model) | {"weights_sha256": weights_sha256(model)}
     _note_other_inputs(ranking, record, data, progress)
+    note_other_objective(ranking, objective, progress)
     if options.update == UpdateOptions():
         raise RankingError(
             "the update that was ranked must be there to be masked, but the ranking names none; "
@@ -114,13 +119,11 @@ def _prepared(ranking: Ranking, options: VerifyOptions, progress: Progress) -> _
         raise RankingError(
             f"the ranking must hold every module of the update, but {num_missing} are missing in it"
         )
-    batch_size = max(1, min(options.curve.eval_batch_size, len(data.held_out) // ENOUGH_BATCHES))
-    trainer = make_trainer(
-        tuned.model,
-        tokenizer,
-        data.mask or data.train,
-        TrainingOptions(batch_size=batch_size),
-        num_steps=1,  # it is asked for losses, never to train
+    smallest = 2 if objective == "kto" else 1  # its loss compares the answers of a batch
+    most = min(options.curve.eval_batch_size, len(data.held_out) // ENOUGH_BATCHES)
+    training = TrainingOptions(**asdict(options.objective), batch_size=max(smallest, most))
+    trainer = make_loss_trainer(
+        data, tuned.model, tokenizer, training, lambda: load_model(options.model, objective)
     )
     return _Job(trainer, tuned.updates, data, record)
 
@@ -157,7 +160,7 @@ class _Curves:
                 self.job.trainer,
                 self.job.updates,
                 order,
-                self.job.data.held_out,
+                held_out_of(self.job.trainer),
                 num_points=self.points,
                 on_step=on_step,
             )
