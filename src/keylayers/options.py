@@ -17,6 +17,14 @@ DataFormat = Literal[
     "alpaca", "sharegpt", "messages", "prompt-completion", "lima", "self-instruct", "text"
 ]
 Objective = Literal["sft", "dpo", "kto", "orpo", "reward"]
+# What a loss of each objective counts, and what it is a mean over.
+LOSS_UNITS: dict[Objective, str] = {
+    "sft": "nats per token",
+    "dpo": "nats per pair",
+    "kto": "KTO's loss, 0 to 1, per answer",
+    "orpo": "nats per token and pair",
+    "reward": "nats per pair",
+}
 Granularity = Literal["module", "block", "projection"]
 MaskOptimizer = Literal["sgd", "adam"]
 MaskData = Literal["train", "held-out"]

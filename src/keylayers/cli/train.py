@@ -8,6 +8,7 @@ from cyclopts import App
 
 from keylayers.cli.config import flat
 from keylayers.options import (
+    LOSS_UNITS,
     DataOptions,
     ModelOptions,
     SelectionOptions,
@@ -55,6 +56,6 @@ def train(
     options = TrainOptions(selection, model, data, training)
     rows = run(options, output, ConsoleProgress())
     console = stdout()
-    console.print(loss_table([asdict(row) for row in rows]))
+    console.print(loss_table([asdict(row) for row in rows], LOSS_UNITS[training.objective]))
     kind = "adapter" if selection.update == "lora" else "checkpoint"
     console.print(f"\n{kind} written to {output}", markup=False)

@@ -21,14 +21,14 @@ from keylayers.gates import gated, group_modules
 from keylayers.mask.module_scores import ModuleScores
 from keylayers.mask.reference import reference_of
 from keylayers.models import describe, load_model, load_tokenizer, max_positions
-from keylayers.options import MaskOptions, RankOptions, UpdateOptions
+from keylayers.options import LOSS_UNITS, MaskOptions, RankOptions, UpdateOptions
 from keylayers.progress import OnStep, Progress, Silent
 from keylayers.ranking import RankedModule, Ranking
 from keylayers.records import STAGE_1_ADAPTER, check_replaceable, environment, output_folder
 from keylayers.runs.update import RankJob, find_update
 from keylayers.scores import STOPS_BY_ITSELF, num_steps, score_modules
 from keylayers.training.data import prepare
-from keylayers.training.objectives import OBJECTIVES, held_out_of
+from keylayers.training.objectives import held_out_of
 from keylayers.training.run import make_loss_trainer
 from keylayers.updates import Update, lora_updates
 from keylayers.weights import weights_sha256
@@ -137,7 +137,7 @@ def rank(options: RankOptions, output: Path, progress: Progress | None = None) -
             lambda: load_model(options.model, options.training.objective),
         )
         provenance |= update.record
-        provenance["loss_unit"] = OBJECTIVES[options.training.objective].loss_unit
+        provenance["loss_unit"] = LOSS_UNITS[options.training.objective]
         provenance["held_out_loss_nats"] = _held_out_losses(
             trainer, update.updates, held_out_of(trainer)
         )

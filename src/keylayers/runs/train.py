@@ -23,7 +23,7 @@ from keylayers.apply.saving import save_tuned
 from keylayers.evaluation.loss import held_out_loss
 from keylayers.model_map import map_modules
 from keylayers.models import Checkpoint, describe, load_model, load_tokenizer, max_positions
-from keylayers.options import Control, Objective, SelectionOptions, TrainOptions
+from keylayers.options import LOSS_UNITS, Control, Objective, SelectionOptions, TrainOptions
 from keylayers.progress import Progress, Silent
 from keylayers.ranking import Ranking
 from keylayers.records import (
@@ -44,7 +44,7 @@ from keylayers.selection import (
     select,
 )
 from keylayers.training.data import prepare
-from keylayers.training.objectives import OBJECTIVES, held_out_of
+from keylayers.training.objectives import held_out_of
 from keylayers.training.run import TrainingResult, fine_tune, make_trainer, new_lora
 from keylayers.verification import auto_budget, verification_file
 from keylayers.weights import weights_sha256
@@ -182,7 +182,7 @@ class _Job:
             "model": describe(self.source, model) | {"weights_sha256": sha256},
             "data": self.data.record(),
             "options": options.flat(),
-            "loss_unit": OBJECTIVES[self.objective].loss_unit,
+            "loss_unit": LOSS_UNITS[self.objective],
         }
         self.stored_dtype = Checkpoint.open(self.source).dtype() if self.is_full else model.dtype
         self.base_loss_nats: float | None = None

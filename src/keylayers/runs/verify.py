@@ -14,6 +14,7 @@ from keylayers.errors import RankingError
 from keylayers.mask.curve import mask_curve
 from keylayers.models import describe, load_model, load_tokenizer, max_positions
 from keylayers.options import (
+    LOSS_UNITS,
     MaskOptions,
     TrainingOptions,
     UpdateOptions,
@@ -78,6 +79,7 @@ def verify(
             "model": job.model_record,
             "data": job.data.record(),
             "options": options.flat(),
+            "loss_unit": LOSS_UNITS[options.objective.objective],
         },
     )
     found.save(verification_file(ranking))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be trained for: which trainer each objective has, and what its loss counts.
+"""What can be trained for, and which trainer each objective has.
 
 One table. The trainers are TRL's own, with every option set in which TRL's defaults surprise, and
 with the base model as the reference of losses that have one.
@@ -77,19 +77,6 @@ class TrainerParts:
         return {"ref_model": self.load_reference()}
 
 
-@dataclass(frozen=True)
-class ObjectiveKind:
-    """One objective.
-
-    Attributes:
-        loss_unit: What its loss counts.
-        build: Its trainer.
-    """
-
-    loss_unit: str
-    build: Callable[[TrainerParts], Trainer]
-
-
 def build_trainer(parts: TrainerParts) -> Trainer:
     """The objective's trainer, with the same weights trainable as before.
 
@@ -98,7 +85,7 @@ def build_trainer(parts: TrainerParts) -> Trainer:
     """
     model = parts.model
     trainable = _trainable(model)
-    trainer = OBJECTIVES[parts.options.objective].build(parts)
+    trainer = OBJECTIVES[parts.options.objective](parts)
     # TRL takes the adapter that it is given for the reference; what training starts from is the
     # base model, also where the adapter is finished and only to be ranked.
     if isinstance(model, PeftModel) and REFERENCE_ADAPTER in model.peft_config:
@@ -161,10 +148,10 @@ def _reward(parts: TrainerParts) -> Trainer:
     return RewardTrainer(args=RewardConfig(**parts.preference_settings()), **parts.arguments())
 
 
-OBJECTIVES: dict[Objective, ObjectiveKind] = {
-    "sft": ObjectiveKind("nats per token", _sft),
-    "dpo": ObjectiveKind("nats per pair", _dpo),
-    "kto": ObjectiveKind("KTO loss (0 to 1)", _kto),
-    "orpo": ObjectiveKind("nats", _orpo),
-    "reward": ObjectiveKind("nats per pair", _reward),
+OBJECTIVES: dict[Objective, Callable[[TrainerParts], Trainer]] = {
+    "sft": _sft,
+    "dpo": _dpo,
+    "kto": _kto,
+    "orpo": _orpo,
+    "reward": _reward,
 }
