@@ -103,6 +103,19 @@ def from_ranking_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
     _fill(app, arguments, options, source=path)
 
 
+def refuse_grpo(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Say where the objective is that has no flag, for it needs rewards and ways to sample.
+
+    Raises:
+        ConfigError: `--objective grpo`.
+    """
+    if _given(arguments, "objective") == "grpo":
+        raise ConfigError(
+            "`objective` must be sft, dpo, kto, orpo or reward on the command line, got grpo, whose "
+            "rewards are a program; build TRL's GRPOTrainer and call keylayers.rank_modules(trainer)"
+        )
+
+
 def _update_of(
     path: Path, made_by: Mapping[str, Any], arguments: ArgumentCollection
 ) -> dict[str, Any]:

@@ -121,9 +121,12 @@ def _prepared(ranking: Ranking, options: VerifyOptions, progress: Progress) -> _
         raise RankingError(
             f"the ranking must hold every module of the update, but {num_missing} are missing in it"
         )
-    smallest = 2 if objective == "kto" else 1  # its loss compares the answers of a batch
-    most = min(options.curve.eval_batch_size, len(data.held_out) // ENOUGH_BATCHES)
-    training = TrainingOptions(**asdict(options.objective), batch_size=max(smallest, most))
+    batch_size = options.curve.eval_batch_size
+    if (
+        objective != "kto"
+    ):  # whose loss compares the answers of a batch, and is another in each size
+        batch_size = max(1, min(batch_size, len(data.held_out) // ENOUGH_BATCHES))
+    training = TrainingOptions(**asdict(options.objective), batch_size=batch_size)
     trainer = make_loss_trainer(
         data, tuned.model, tokenizer, training, lambda: load_model(options.model, objective)
     )
