@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What scores are taken on: batches by the mask's own seed, a model without chance, any shape."""
 
+from itertools import islice
+
 import pytest
 import torch
 from datasets import Dataset
 
 from architectures import ARCHITECTURES, trainer_of
+from trainers import build
 
 
 def command_line_trainer(tiny, **options):
@@ -39,6 +42,35 @@ def test_the_masks_seed_draws_other_batches(tiny, method):
     assert scores[1] == ranked(trainer, mask_seed=1, **quick)
     assert (trainer.args.seed, trainer.args.data_seed) == (0, 0)
     assert trainer.accelerator.dataloader_config.data_seed == 0
+
+
+def test_batches_of_kto_keep_their_neighbours_and_come_in_other_orders():
+    """It compares the answers of a batch; TRL pairs each with its neighbour beforehand."""
+    from keylayers.mask.trainer_loss import TrainerLoss
+
+    options = {"per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
+    trainer = build("KTO", "config", **options)
+    in_order = {str(batch["KL_input_ids"]) for batch in trainer.get_train_dataloader()}
+    source = TrainerLoss(trainer)
+    epochs = []
+    for seed in range(4):
+        with source.quiet():
+            found = list(islice(source.batches(seed), len(in_order)))
+        epochs.append(tuple(str(batch["KL_input_ids"]) for batch in found))
+    assert len(in_order) == 4
+    assert all(set(epoch) == in_order for epoch in epochs)
+    assert len(set(epochs)) > 1
+
+
+def test_a_shorter_block_stays_last():
+    from keylayers.mask.trainer_loss import _in_other_blocks
+
+    data = Dataset.from_dict({"x": range(11)})
+    orders = (_in_other_blocks(data, 4, torch.Generator().manual_seed(one)) for one in range(8))
+    assert {tuple(one["x"]) for one in orders} == {
+        (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10),
+        (4, 5, 6, 7, 0, 1, 2, 3, 8, 9, 10),
+    }
 
 
 def test_repeats_look_at_other_batches(tiny):

@@ -144,7 +144,17 @@ def with_noise(model, std=0.1, seed=3):
     return model
 
 
-def build(kind, way, *, is_trained=True, data=None, peft=None, trainer_class=None, **options):
+def build(
+    kind,
+    way,
+    *,
+    is_trained=True,
+    is_moved=True,
+    data=None,
+    peft=None,
+    trainer_class=None,
+    **options,
+):
     """A trainer of one kind, given its adapter as `peft_config` or as a ready `PeftModel`."""
     own_class = trainer_class
     model = base_model(kind)
@@ -171,5 +181,6 @@ def build(kind, way, *, is_trained=True, data=None, peft=None, trainer_class=Non
         trainer = trainer_class(model=model, args=arguments, train_dataset=train, **named)
         if is_trained:
             trainer.train()
-    with_noise(trainer.model, seed=4)
+    if is_moved:
+        with_noise(trainer.model, seed=4)
     return trainer

@@ -74,6 +74,30 @@ class Gates:
             )
         return torch.cat([grad for grad in grads.values() if grad is not None]).detach().cpu()
 
+    def _check_alone(self) -> None:
+        """Raise a GuardError unless the gates are all that has a gradient, in full precision."""
+        for name, gate in self._gates.items():
+            if gate.score.dtype not in (torch.float32, torch.float64):
+                raise GuardError(
+                    f"gates must be float32, but that of {name} became {gate.score.dtype}, in "
+                    f"which small steps round to nothing; something casts the model meanwhile"
+                )
+        own = {id(parameter) for parameter in self.parameters()}
+        others = [
+            (name, parameter)
+            for name, parameter in self._model.named_parameters()
+            if id(parameter) not in own
+        ]
+        thawed = [name for name, parameter in others if parameter.requires_grad]
+        moved = [name for name, parameter in others if parameter.grad is not None]
+        if thawed or moved:
+            names = ", ".join((thawed or moved)[:3])
+            what = "became trainable" if thawed else "got a gradient"
+            raise GuardError(
+                f"only gates may be trained while modules are scored, but {len(thawed or moved)} "
+                f"other weights {what}, first {names}; something in the trainer's loss thaws them"
+            )
+
     def check_fired(self) -> None:
         """Raise a GuardError unless every gate was used by the forward passes so far."""
         idle = [name for name, gate in self._gates.items() if gate.num_calls == 0]

@@ -8,7 +8,7 @@ Only safetensors are read, never pickle; code that comes with a model runs only 
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -29,7 +30,7 @@ from transformers.utils import is_bitsandbytes_available, logging
 from transformers.utils.hub import cached_file
 
 from keylayers.errors import ModelError
-from keylayers.options import Dtype, ModelOptions
+from keylayers.options import Dtype, ModelOptions, Objective
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 CONFIG_FILES = ("config.json", "generation_config.json", "*.py")  # what stands beside weights
@@ -53,17 +54,24 @@ def torch_dtype(dtype: Dtype) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
-def load_model(source: ModelOptions) -> PreTrainedModel:
-    """The causal language model at `source`, on the CPU; trainers move it.
+def load_model(source: ModelOptions, objective: Objective = "sft") -> PreTrainedModel:
+    """The model at `source`, on the CPU; trainers move it.
+
+    A causal language model, or for `reward` one with a head that gives a single number. A head that
+    the checkpoint lacks is drawn, the same each time.
 
     Raises:
         ModelError: there is none, it needs code that is not trusted, or weights are missing.
     """
     check_folder(source.model, "config.json", "a model")
+    is_reward = objective == "reward"
+    kind = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
+    head: dict[str, Any] = {"num_labels": 1} if is_reward else {}
     try:
-        with _no_progress_bar():
-            model, info = AutoModelForCausalLM.from_pretrained(
+        with _no_progress_bar(), _no_load_report(is_silent=is_reward):
+            model, info = kind.from_pretrained(
                 source.model,
+                **head,
                 revision=source.revision,
                 dtype=torch_dtype(source.dtype),
                 trust_remote_code=source.trust_remote_code,
@@ -75,7 +83,9 @@ def load_model(source: ModelOptions) -> PreTrainedModel:
         raise ModelError(
             f"{source.model!r} must be a causal language model: {_first_line(error)}"
         ) from error
-    missing = sorted(info["missing_keys"])
+    new_head = set(head_names(model)) & set(info["missing_keys"])
+    _draw_head(model, new_head)
+    missing = sorted(set(info["missing_keys"]) - new_head)
     if missing:
         raise ModelError(
             f"the checkpoint must hold every weight, but {source.model!r} lacks {len(missing)}, "
@@ -101,6 +111,24 @@ def _quantisation(source: ModelOptions) -> dict[str, Any]:
             bnb_4bit_compute_dtype=torch_dtype(source.dtype),
         )
     }
+
+
+def head_names(model: PreTrainedModel) -> list[str]:
+    """Names of the parameters of a reward model's head; none for a language model."""
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return []
+    names = [name for name, _ in model.named_parameters()]
+    return [name for name in names if not name.startswith(f"{model.base_model_prefix}.")]
+
+
+def _draw_head(model: PreTrainedModel, names: Collection[str]) -> None:
+    """Give a head that was not in the checkpoint values that no other seed decides."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name in sorted(names):
+            weight = model.get_parameter(name)
+            drawn = torch.randn(weight.shape, generator=generator)
+            weight.copy_(drawn * model.config.initializer_range)
 
 
 def load_tokenizer(source: ModelOptions) -> PreTrainedTokenizerBase:
@@ -303,6 +331,18 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if was_enabled:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _no_load_report(*, is_silent: bool) -> Iterator[None]:
+    """Keep transformers from printing that a new head is new."""
+    verbosity = logging.get_verbosity()
+    if is_silent:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _first_line(error: Exception) -> str:

@@ -16,6 +16,15 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DataFormat = Literal[
     "alpaca", "sharegpt", "messages", "prompt-completion", "lima", "self-instruct", "text"
 ]
+Objective = Literal["sft", "dpo", "kto", "orpo", "reward"]
+# What a loss of each objective counts, and what it is a mean over.
+LOSS_UNITS: dict[Objective, str] = {
+    "sft": "nats per token",
+    "dpo": "nats per pair",
+    "kto": "KTO's loss, 0 to 1, per answer",
+    "orpo": "nats per token and pair",
+    "reward": "nats per pair",
+}
 Granularity = Literal["module", "block", "projection"]
 MaskOptimizer = Literal["sgd", "adam"]
 MaskData = Literal["train", "held-out"]
@@ -151,14 +160,47 @@ class DataOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
+class ObjectiveOptions:
+    """What is trained for, and so what a loss is.
+
+    Attributes:
+        objective: sft learns answers; dpo, orpo and reward learn from pairs of a chosen and a
+            rejected answer, kto from answers that are labelled good or bad; reward trains a model
+            that scores answers. docs/objectives.md has the columns that each needs.
+        beta: Strength of the pull to the reference model (dpo, kto), or weight of the odds ratio
+            (orpo). Not given: TRL's default.
+    """
+
+    objective: Objective = "sft"
+    beta: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.beta is None:
+            return
+        if self.objective in ("sft", "reward"):
+            raise ConfigError(
+                f"`beta` must be left out with `objective` {self.objective}: it has no effect there"
+            )
+        _above_zero("beta", self.beta)
+
+
+def _check_kto_batch(name: str, batch_size: int, objective: ObjectiveOptions) -> None:
+    if objective.objective == "kto" and batch_size < 2:
+        raise ConfigError(
+            f"`{name}` must be at least 2 with `objective` kto, which compares an answer with its "
+            f"neighbours in the batch, got {batch_size}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(ObjectiveOptions):
     """How a model is fine-tuned.
 
     Attributes:
         update: What is trained: an adapter (lora, rslora, dora, adalora), or the modules' weights
             themselves (full).
         learning_rate: Peak learning rate. Not given: 2e-4 times the square root of 4096 / hidden
-            size for LoRA, a tenth of that for a full fine-tune.
+            size for LoRA, a tenth of that for a full fine-tune, and again for dpo and kto.
         batch_size: Examples a device takes at once.
         gradient_accumulation: Batches added up for one step.
         warmup_steps: Steps over which the learning rate rises; constant afterwards.
@@ -179,13 +221,20 @@ class TrainingOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _at_least("batch_size", self.batch_size, 1)
+        _check_kto_batch("batch_size", self.batch_size, self)
         _at_least("gradient_accumulation", self.gradient_accumulation, 1)
         _at_least("warmup_steps", self.warmup_steps, 0)
         _at_least("lora_rank", self.lora_rank, 1)
         _at_least("lora_alpha", self.lora_alpha, 1)
         if self.learning_rate is not None:
             _above_zero("learning_rate", self.learning_rate)
+        if self.is_full and self.objective == "reward":
+            raise ConfigError(
+                "`update` must be an adapter with `objective` reward, whose new head is trained "
+                "beside the modules and saved with the adapter, got full"
+            )
 
     @property
     def is_full(self) -> bool:
@@ -209,7 +258,8 @@ class TrainingOptions:
         """The learning rate that is used; 2e-4 suits LoRA at width 4096."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return 2e-4 * math.sqrt(4096 / hidden_size) * (0.1 if is_full else 1.0)
+        smaller = 0.1 if self.objective in ("dpo", "kto") else 1.0  # as they are used everywhere
+        return 2e-4 * math.sqrt(4096 / hidden_size) * (0.1 if is_full else 1.0) * smaller
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -419,10 +469,14 @@ class VerifyOptions:
     data: DataOptions
     update: UpdateOptions = UpdateOptions()
     curve: CurveOptions = CurveOptions()
+    objective: ObjectiveOptions = ObjectiveOptions()
+
+    def __post_init__(self) -> None:
+        _check_kto_batch("eval_batch_size", self.curve.eval_batch_size, self.objective)
 
     def flat(self) -> dict[str, Any]:
         """Every option by the name of its flag, for the record."""
-        parts = (self.model, self.data, self.update, self.curve)
+        parts = (self.model, self.data, self.update, self.curve, self.objective)
         return {name: value for part in parts for name, value in asdict(part).items()}
 
 
@@ -581,8 +635,9 @@ class PruneOptions:
     model: ModelOptions
     data: DataOptions
     update: UpdateOptions = UpdateOptions()
+    objective: ObjectiveOptions = ObjectiveOptions()
 
     def flat(self) -> dict[str, Any]:
         """Every option by the name of its flag, for the record."""
-        parts = (self.selection, self.model, self.data, self.update)
+        parts = (self.selection, self.model, self.data, self.update, self.objective)
         return {name: value for part in parts for name, value in asdict(part).items()}

@@ -111,7 +111,7 @@ def prove_trainable(model: nn.Module, names: Sequence[str]) -> None:
     """Refuse a model whose trainable modules are not exactly `names`.
 
     A module counts as trainable if any parameter of it, or of the PEFT layer around it, has
-    `requires_grad`.
+    `requires_grad`. The head of a reward model, which PEFT trains and saves whole, does not count.
 
     Raises:
         ModelError: PEFT hit other modules than it was asked to.

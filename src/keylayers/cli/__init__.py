@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError, Parameter
 
 from keylayers._version import __version__
-from keylayers.cli.config import from_config_file, from_ranking_file
+from keylayers.cli.config import from_config_file, from_ranking_file, refuse_grpo
 from keylayers.errors import KeylayersError
 
 app = App(
@@ -21,7 +21,7 @@ app = App(
     help="Find the weight matrices that a fine-tune of a language model really needs, and train "
     "only those.",
     version=__version__,
-    config=(from_config_file, from_ranking_file),
+    config=(from_config_file, from_ranking_file, refuse_grpo),
     help_format="markdown",
     suppress_keyboard_interrupt=False,  # `main` says what was kept
     default_parameter=Parameter(consume_multiple=True, negative_iterable=()),

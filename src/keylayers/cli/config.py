@@ -19,6 +19,7 @@ GROUPS = (
     "Model",
     "Data",
     "An update that exists already",
+    "Objective",
     "Fine-tuning",
     "When stage 1 ends",
     "Learning the scores",
@@ -42,6 +43,8 @@ TAKEN_FROM_RANKING = (
     "mask_data",
     "split_seed",
     "update",
+    "objective",
+    "beta",
     "learning_rate",
     "batch_size",
     "gradient_accumulation",
@@ -93,6 +96,8 @@ def from_ranking_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
         (*TAKEN_FROM_RANKING, *TAKEN_WITH_UPDATE) if commands in WITH_UPDATE else TAKEN_FROM_RANKING
     )
     options = {name: recorded[name] for name in wanted if name in recorded and name in known}
+    if _given(arguments, "objective") not in (None, recorded.get("objective", "sft")):
+        options.pop("beta", None)  # it belongs to the objective
     if commands in WITH_UPDATE:
         options |= _update_of(Path(path), made_by, arguments)
         _fill(app, arguments, options, source=path)
@@ -101,6 +106,19 @@ def from_ranking_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
     if steps is not None:
         options["steps"] = steps
     _fill(app, arguments, options, source=path)
+
+
+def refuse_grpo(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Say where the objective is that has no flag, for it needs rewards and ways to sample.
+
+    Raises:
+        ConfigError: `--objective grpo`.
+    """
+    if _given(arguments, "objective") == "grpo":
+        raise ConfigError(
+            "`objective` must be sft, dpo, kto, orpo or reward on the command line, got grpo, "
+            "whose rewards are a program; build TRL's GRPOTrainer and call keylayers.rank_modules"
+        )
 
 
 def _update_of(

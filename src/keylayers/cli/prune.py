@@ -11,6 +11,7 @@ from keylayers.options import (
     BudgetOptions,
     DataOptions,
     ModelOptions,
+    ObjectiveOptions,
     PruneOptions,
     UpdateOptions,
 )
@@ -34,6 +35,7 @@ def prune(
     model: Annotated[ModelOptions, flat("Model")],
     data: Annotated[DataOptions, flat("Data")],
     update: Annotated[UpdateOptions, flat("An update that exists already")] = UpdateOptions(),
+    objective: Annotated[ObjectiveOptions, flat("Objective")] = ObjectiveOptions(),
     output: Path = Path("pruned"),
     config: Path | None = None,
 ) -> None:
@@ -53,7 +55,7 @@ def prune(
     from keylayers.report.prune import pruning_report
     from keylayers.runs.prune import prune as run
 
-    found = run(PruneOptions(selection, model, data, update), output, ConsoleProgress())
+    found = run(PruneOptions(selection, model, data, update, objective), output, ConsoleProgress())
     console = stdout()
     console.print(pruning_report(asdict(found)))
     console.print(f"\n{found.kind} written to {output}", markup=False)

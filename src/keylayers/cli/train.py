@@ -8,6 +8,7 @@ from cyclopts import App
 
 from keylayers.cli.config import flat
 from keylayers.options import (
+    LOSS_UNITS,
     DataOptions,
     MaskOptions,
     ModelOptions,
@@ -63,6 +64,6 @@ def train(
     options = TrainOptions(selection, model, data, training, stability, mask)
     rows = run(options, output, ConsoleProgress())
     console = stdout()
-    console.print(loss_table([asdict(row) for row in rows]))
+    console.print(loss_table([asdict(row) for row in rows], LOSS_UNITS[training.objective]))
     kind = "checkpoint" if training.is_full else "adapter"
     console.print(f"\n{kind} written to {output}", markup=False)

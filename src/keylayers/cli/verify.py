@@ -11,6 +11,7 @@ from keylayers.options import (
     CurveOptions,
     DataOptions,
     ModelOptions,
+    ObjectiveOptions,
     UpdateOptions,
     VerifyOptions,
 )
@@ -35,6 +36,7 @@ def verify(
     data: Annotated[DataOptions, flat("Data")],
     update: Annotated[UpdateOptions, flat("An update that exists already")] = UpdateOptions(),
     curve: Annotated[CurveOptions, flat("Measuring")] = CurveOptions(),
+    objective: Annotated[ObjectiveOptions, flat("Objective")] = ObjectiveOptions(),
     config: Path | None = None,
 ) -> None:
     """Measure a ranking: held-out loss with only the best modules' updates kept.
@@ -53,7 +55,7 @@ def verify(
     from keylayers.runs.verify import verify as run
     from keylayers.verification import verification_file
 
-    found = run(ranking, VerifyOptions(model, data, update, curve), ConsoleProgress())
+    found = run(ranking, VerifyOptions(model, data, update, curve, objective), ConsoleProgress())
     console = stdout()
     console.print(verification_report(found))
     console.print(f"\nwritten to {verification_file(ranking)}", markup=False)

@@ -15,10 +15,13 @@ from itertools import islice
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from keylayers.errors import ConfigError, DataError, LossError
+from keylayers.mask.reference import without_own_copy
 from keylayers.mask.trainer_state import unchanged_trainer
 from keylayers.updates.adalora import without_penalty
 
@@ -52,6 +55,9 @@ class TrainerLoss:
     def batches(self, seed: int) -> Iterator[Any]:
         """Training batches without end, shuffled anew in each epoch by the trainer's own sampler.
 
+        A trainer that keeps its data in order gets whole batches in another order: KTO pairs each
+        prompt with an answer of its neighbour in the batch.
+
         Args:
             seed: Of the order, in place of the trainer's; inside `quiet` alone.
 
@@ -63,7 +69,8 @@ class TrainerLoss:
                 "the trainer must have a `train_dataset` to learn a mask on, but it has none"
             )
         self._reseed(seed)
-        loader = self.trainer.get_train_dataloader()
+        generator = torch.Generator().manual_seed(seed)
+        loader = self._loader(generator)
         epoch = 0
         while True:
             if hasattr(
@@ -79,6 +86,7 @@ class TrainerLoss:
                     "the trainer's data must give at least one batch, but it gives none"
                 )
             epoch += 1
+            loader = self._loader(generator) if self._is_in_order() else loader
 
     def _reseed(self, seed: int) -> None:
         """Let samplers draw by `seed`, whether accelerate seeds them or the trainer does."""
@@ -87,6 +95,20 @@ class TrainerLoss:
         trainer.args.seed = trainer.args.data_seed = seed
         accelerator = trainer.accelerator
         accelerator.dataloader_config = replace(accelerator.dataloader_config, data_seed=seed)
+
+    def _loader(self, generator: torch.Generator) -> DataLoader[Any]:
+        trainer, dataset = self.trainer, self.trainer.train_dataset
+        if self._is_in_order():
+            size = trainer._train_batch_size
+            trainer.train_dataset = _in_other_blocks(dataset, size, generator)
+        try:
+            return trainer.get_train_dataloader()
+        finally:
+            trainer.train_dataset = dataset
+
+    def _is_in_order(self) -> bool:
+        strategy = getattr(self.trainer.args, "train_sampling_strategy", "random")
+        return strategy == "sequential" and isinstance(self.trainer.train_dataset, Dataset)
 
     def parts(self, batch: Any) -> list[Any]:
         """What the loss is taken on: the batch as the trainer prepares it.
@@ -141,11 +163,19 @@ class TrainerLoss:
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
-        """Give the trainer back with the metrics, buffers and data loaders that it had."""
-        with unchanged_trainer(self.trainer):
+        """Give the trainer back as it was; inside, its reference is not the update itself."""
+        with unchanged_trainer(self.trainer), without_own_copy(self.trainer):
             # Some losses divide by it, and it exists only once a trainer has trained.
             self.trainer.current_gradient_accumulation_steps = 1
             yield
+
+
+def _in_other_blocks(dataset: Dataset, size: int, generator: torch.Generator) -> Dataset:
+    """The rows in blocks of `size` in random order, each block as it was; a shorter one last."""
+    num_whole = len(dataset) // size
+    blocks = torch.randperm(num_whole, generator=generator).tolist()
+    order = [size * block + row for block in blocks for row in range(size)]
+    return dataset.select([*order, *range(size * num_whole, len(dataset))])
 
 
 def _num_repeats(trainer: Trainer) -> int:

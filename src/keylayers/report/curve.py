@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from keylayers.curve import MaskCurve
+from keylayers.report.terminal import in_nats
 from keylayers.verification import Verification
 
 BAR_WIDTH = 30
@@ -18,9 +19,13 @@ BAR_WIDTH = 30
 def verification_report(found: Verification) -> RenderableType:
     """All of a verification that a terminal shows."""
     lines = [area_line(found), *reading(found)]
-    title = "Held-out loss with the updates of only so many modules kept, in nats per token"
+    title = f"Held-out loss with the updates of only so many modules kept, in {_unit(found)}"
     text = Text("\n".join(lines))
     return Group(Text(title, style="bold"), curve_table(found), Text(), text)
+
+
+def _unit(found: Verification) -> str:
+    return str(found.provenance.get("loss_unit", "nats per token"))
 
 
 def curve_table(found: Verification) -> Table:
@@ -104,7 +109,7 @@ def reading(found: Verification) -> Sequence[str]:
         return lines
     lines.append(
         f"recommended budget: {one.num_modules} of {curve.counts[-1]} modules, which lose "
-        f"{one.difference_nats:+.4f} nats against all"
+        f"{one.difference_nats:+.4f}{in_nats(_unit(found))} against all"
     )
     lines.append(
         f"  below {one.upper_nats:+.4f} with 95 % confidence over held-out batches; the margin is "

@@ -8,6 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from keylayers.report.terminal import in_nats
+
 MIB = 2**20
 
 
@@ -21,10 +23,11 @@ def pruning_report(found: Mapping[str, Any]) -> RenderableType:
 
 
 def pruning_table(found: Mapping[str, Any]) -> Table:
-    """Base, full and pruned update side by side; losses in nats per held-out labelled token."""
+    """Base, full and pruned update side by side; mean losses of the held-out examples."""
     table = Table(box=None, padding=(0, 2), pad_edge=False)
     table.add_column("update", no_wrap=True)
-    for title in ("modules", "parameters", "MiB on disk", "held-out nats"):
+    held_out = f"held-out{in_nats(found['loss_unit']) or ' loss'}"
+    for title in ("modules", "parameters", "MiB on disk", held_out):
         table.add_column(title, justify="right")
     table.add_row("none (base model)", "0", "0", "", f"{found['base_loss_nats']:.4f}")
     for label, size, loss in (
@@ -56,8 +59,8 @@ def reading(found: Mapping[str, Any]) -> list[str]:
         else:
             word = "better" if difference > 0 else "worse"
             lines.append(
-                f"the pruned {found['kind']} is {word} than the full one, by {abs(difference):.4f} "
-                f"nats {on}"
+                f"the pruned {found['kind']} is {word} than the full one, by {abs(difference):.4f}"
+                f"{in_nats(found['loss_unit'])} {on}"
             )
     if full >= base:
         lines.append("the full update does not lower the held-out loss of the base model")

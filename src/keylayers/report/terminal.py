@@ -156,6 +156,7 @@ def provenance_lines(ranking: Ranking) -> list[str]:
 
 def _loss_lines(made_by: Mapping[str, Any]) -> list[str]:
     lines = []
+    loss_unit = made_by.get("loss_unit", "nats per token")
     stage_1 = made_by.get("stage_1")
     if stage_1:
         lines.append(
@@ -174,15 +175,20 @@ def _loss_lines(made_by: Mapping[str, Any]) -> list[str]:
         lines.append(f"stage 2   {len(mask['losses'])} passes, {mask['seconds']:.0f} s{unit}")
     if mask and "loss_reduction_nats" in mask:
         lines.append(
-            f"          scores sum to {mask['sum_of_scores_nats']:.3f} nats, the fine-tune lowers "
-            f"the loss by {mask['loss_reduction_nats']:.3f} on the same batches"
+            f"          scores sum to {mask['sum_of_scores_nats']:.3f}{in_nats(loss_unit)}, the "
+            f"fine-tune lowers the loss by {mask['loss_reduction_nats']:.3f} on the same batches"
         )
     losses = made_by.get("held_out_loss_nats")
     if losses:
         lines.append(
-            f"held out  base {losses['base']:.3f}, tuned {losses['tuned']:.3f} nats per token"
+            f"held out  base {losses['base']:.3f}, tuned {losses['tuned']:.3f} {loss_unit}"
         )
     return lines
+
+
+def in_nats(loss_unit: str) -> str:
+    """`" nats"` where losses are in nats, else nothing."""
+    return " nats" if loss_unit.startswith("nats") else ""
 
 
 def ranking_report(ranking: Ranking, *, budget: Budget = 0.3) -> RenderableType:
@@ -219,11 +225,12 @@ def ranking_report(ranking: Ranking, *, budget: Budget = 0.3) -> RenderableType:
     )
 
 
-def loss_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Trained sets side by side: modules, trained parameters, steps, held-out loss per token."""
+def loss_table(rows: Sequence[Mapping[str, Any]], loss_unit: str = "nats per token") -> Table:
+    """Trained sets side by side: modules, trained parameters, steps, held-out loss."""
     table = Table(box=None, padding=(0, 2), pad_edge=False)
     table.add_column("trained", no_wrap=True)
-    for title in ("modules", "parameters", "steps", "held-out nats"):
+    held_out = f"held-out{in_nats(loss_unit) or ' loss'}"
+    for title in ("modules", "parameters", "steps", held_out):
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(

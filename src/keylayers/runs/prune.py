@@ -27,7 +27,7 @@ from keylayers.verification import budget_of
 
 @dataclass(frozen=True)
 class PrunedUpdate:
-    """What was pruned, and how well it does. Losses are means over the held-out labelled tokens.
+    """What was pruned, and how well it does. Losses are means over the held-out examples.
 
     Attributes:
         kind: What was pruned and written.
@@ -38,6 +38,7 @@ class PrunedUpdate:
         full_loss_nats: Held-out loss with the whole update.
         pruned_loss_nats: Held-out loss of what was written, loaded once more.
         num_held_out: Held-out examples.
+        loss_unit: What a loss counts.
     """
 
     kind: Kind
@@ -48,6 +49,7 @@ class PrunedUpdate:
     full_loss_nats: float
     pruned_loss_nats: float
     num_held_out: int
+    loss_unit: str
 
 
 def prune(options: PruneOptions, output: Path, progress: Progress | None = None) -> PrunedUpdate:
@@ -93,6 +95,7 @@ def _written(job: PruneJob, folder: Path) -> PrunedUpdate:
         full_loss_nats=job.full_loss_nats,
         pruned_loss_nats=loss,
         num_held_out=len(job.data.held_out),
+        loss_unit=job.record["loss_unit"],
     )
 
 

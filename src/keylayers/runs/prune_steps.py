@@ -26,13 +26,14 @@ from keylayers.models import (
     load_model,
     local_folder,
 )
-from keylayers.options import ModelOptions, PruneOptions
+from keylayers.options import LOSS_UNITS, ModelOptions, PruneOptions
 from keylayers.progress import Progress
 from keylayers.ranking import Ranking
 from keylayers.records import environment
 from keylayers.runs.reopen import loss_trainer, reopen
 from keylayers.selection import Selection
-from keylayers.training.data import PreparedData
+from keylayers.training.objectives import prepared_examples
+from keylayers.training.prepared import PreparedData
 
 Kind = Literal["adapter", "checkpoint"]
 
@@ -118,13 +119,13 @@ class PruneJob:
     def _measure_adapter(self, folder: Path) -> tuple[float, float]:
         """Losses of the base and of the adapter in `folder` as plain PEFT loads it."""
         with self.progress.stage(MEASURING, 2) as on_step:
-            model = load_adapter(load_model(self.options.model), str(folder))
+            model = load_adapter(self._load(self.options.model), str(folder))
             _prove_targets(model, self._kept_targets())
             trainer = self._trainer(model)
             with model.disable_adapter():
-                base_loss = held_out_loss(trainer, self.data.held_out)
+                base_loss = _held_out_loss(trainer)
             on_step(1, base_loss)
-            loss = held_out_loss(trainer, self.data.held_out)
+            loss = _held_out_loss(trainer)
             on_step(2, loss)
         _prove_same_loss(loss, self.masked_loss_nats, model.dtype)
         return base_loss, loss
@@ -153,13 +154,18 @@ class PruneJob:
         losses = []
         with self.progress.stage(MEASURING, 2) as on_step:
             for step, source in enumerate((self.options.model, own), start=1):
-                trainer = self._trainer(load_model(source))
-                losses.append(held_out_loss(trainer, self.data.held_out))
+                losses.append(_held_out_loss(self._trainer(self._load(source))))
                 on_step(step, losses[-1])
         return losses[0], losses[1]
 
+    def _load(self, source: ModelOptions) -> PreTrainedModel:
+        return load_model(source, self.options.objective.objective)
+
     def _trainer(self, model: PreTrainedModel | PeftModel) -> Trainer:
-        return loss_trainer(model, self.tokenizer, self.data, EVAL_BATCH_SIZE)
+        options = self.options
+        return loss_trainer(
+            model, self.tokenizer, self.data, EVAL_BATCH_SIZE, options.objective, options.model
+        )
 
     def _kept_targets(self) -> list[str]:
         return [name for name in self.targets if name not in set(self.pruned)]
@@ -170,20 +176,29 @@ def measured(
 ) -> PruneJob:
     """The job, with the held-out losses of the whole update and of its kept part."""
     opened = reopen(
-        ranking, progress, model=options.model, data=options.data, update=options.update
+        ranking,
+        progress,
+        model=options.model,
+        data=options.data,
+        update=options.update,
+        objective=options.objective,
     )
     tuned, data = opened.tuned, opened.data
     every = [module.name for module in ranking.modules]
-    trainer = loss_trainer(tuned.model, opened.tokenizer, data, EVAL_BATCH_SIZE)
+    trainer = loss_trainer(
+        tuned.model, opened.tokenizer, data, EVAL_BATCH_SIZE, options.objective, options.model
+    )
+    held_out = prepared_examples(trainer)["held_out"]
     subsets = [every, selection.names]
     with progress.stage("held-out loss of the full and the masked update", 2) as on_step:
-        full, masked = subset_losses(trainer, tuned.updates, subsets, data.held_out, on_step)
+        full, masked = subset_losses(trainer, tuned.updates, subsets, held_out, on_step)
     is_adapter = isinstance(tuned.model, PeftModel)
     record = {
         "environment": environment(),
         "model": opened.model_record,
         "data": data.record(),
         "options": options.flat(),
+        "loss_unit": LOSS_UNITS[options.objective.objective],
     }
     return PruneJob(
         options=options,
@@ -197,6 +212,10 @@ def measured(
         record=record | tuned.record,
         progress=progress,
     )
+
+
+def _held_out_loss(trainer: Trainer) -> float:
+    return held_out_loss(trainer, prepared_examples(trainer)["held_out"])
 
 
 def _prove_targets(model: PeftModel, kept: Sequence[str]) -> None:

@@ -18,9 +18,10 @@ from transformers import Trainer
 from keylayers.evaluation.loss import held_out_loss
 from keylayers.gates import gated, group_modules
 from keylayers.mask.module_scores import ModuleScores
+from keylayers.mask.reference import reference_of
 from keylayers.mask.trainer_data import prepared_for
-from keylayers.models import describe, load_model, load_tokenizer, max_positions
-from keylayers.options import MaskOptions, RankOptions, UpdateOptions
+from keylayers.models import describe, load_tokenizer, max_positions
+from keylayers.options import LOSS_UNITS, MaskOptions, RankOptions, UpdateOptions
 from keylayers.progress import OnStep, Progress, Silent
 from keylayers.ranking import RankedModule, Ranking
 from keylayers.records import (
@@ -30,10 +31,11 @@ from keylayers.records import (
     environment,
     output_folder,
 )
-from keylayers.runs.update import RankJob, base_options, find_update
+from keylayers.runs.update import RankJob, find_update, load_base
 from keylayers.scores import STOPS_BY_ITSELF, num_steps, score_modules
 from keylayers.training.data import prepare
-from keylayers.training.run import make_trainer
+from keylayers.training.objectives import prepared_examples
+from keylayers.training.run import make_loss_trainer
 from keylayers.updates import AdaLoraUpdate, Update, adapter_updates, dense_updates
 from keylayers.updates.dense import back_at_base
 from keylayers.weights import weights_sha256
@@ -49,8 +51,9 @@ def rank_modules(
 ) -> Ranking:
     """Rank the modules that a trainer's fine-tune updated, by its own loss and data.
 
-    The trainer is one that you built and trained: TRL's or transformers' own, or a subclass with
-    its own loss. It and its model are given back as they were.
+    The trainer is one that you built and trained: TRL's or transformers' own (SFT, DPO, KTO, ORPO,
+    reward, GRPO), or a subclass with its own loss. It and its model are given back as they were.
+    docs/objectives.md has what holds for each.
 
     Args:
         trainer: Its `model` carries a LoRA adapter, or was fine-tuned as a whole.
@@ -64,7 +67,8 @@ def rank_modules(
             `keylayers.module_weights(model)` or a checkpoint.
 
     Raises:
-        ConfigError: the trainer samples its own data (GRPO) and the method compares losses.
+        ConfigError: the trainer samples its own data (GRPO) and the method compares losses, or its
+            reference model is the update itself.
         DataError: `mask_dataset` lacks what the trainer reads.
         ModelError: the model carries no update that gates can scale.
         LossError: the loss became NaN or infinite.
@@ -75,6 +79,7 @@ def rank_modules(
     train_dataset = trainer.train_dataset
     if mask_dataset is not None:
         trainer.train_dataset = prepared_for(trainer, mask_dataset)
+    reference = reference_of(trainer)
     updates: Sequence[Update]
     try:
         if base_weights is None:
@@ -94,6 +99,7 @@ def rank_modules(
             "weights_sha256": weights_sha256(trainer.model),
         },
         "trainer": type(trainer).__name__,
+        "reference": reference,
         "has_mask_dataset": mask_dataset is not None,
         "seed": trainer.args.seed if options.mask_seed is None else options.mask_seed,
         "options": asdict(options),
@@ -128,16 +134,17 @@ def rank(options: RankOptions, output: Path, progress: Progress | None = None) -
             "options": options.flat(),
         }
         update = find_update(job)
-        trainer = make_trainer(
+        trainer = make_loss_trainer(
             update.model,
             job.tokenizer,
-            job.data.mask or job.data.train,
+            job.data,
             options.training,
-            num_steps=1,  # it is asked for losses, never to train
+            load_reference=lambda: load_base(options),
         )
         provenance |= update.record
+        provenance["loss_unit"] = LOSS_UNITS[options.training.objective]
         provenance["held_out_loss_nats"] = _held_out_losses(
-            trainer, update.updates, job.data.held_out
+            trainer, update.updates, prepared_examples(trainer)["held_out"]
         )
         modules = [one.module for one in update.updates]
         num_gates = len(group_modules(modules, options.mask.granularity))
@@ -162,8 +169,8 @@ def _prepared(options: RankOptions, output: Path, progress: Progress) -> RankJob
         check_replaceable(output / STAGE_1_ADAPTER)
         check_replaceable(output / STAGE_1_CHECKPOINT)
     tokenizer = load_tokenizer(options.model)
-    model = load_model(base_options(options))
-    data = prepare(options.data, tokenizer, max_positions(model))
+    model = load_base(options)
+    data = prepare(options.data, tokenizer, max_positions(model), options.training.objective)
     data.give_template(tokenizer)
     for line in data.summary():
         progress.note(line)
@@ -174,7 +181,7 @@ def _prepared(options: RankOptions, output: Path, progress: Progress) -> RankJob
 def _held_out_losses(
     trainer: Trainer, updates: Sequence[Update], held_out: Dataset
 ) -> dict[str, float]:
-    """Held-out loss in nats with all gates closed (the base model) and all open (the tuned)."""
+    """Held-out loss with all gates closed (the base model) and all open (the tuned)."""
     losses = {}
     for name, value in (("base", 0.0), ("tuned", 1.0)):
         with gated(trainer.model, updates, initial_score=value, link="identity"):

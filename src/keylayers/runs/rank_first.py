@@ -57,7 +57,6 @@ def _callback(job: "TrainJob", stability: StabilityOptions, mask: MaskOptions) -
         action=wanted.action,
         stability=stability,
         mask=mask,
-        mask_dataset=job.data.mask,
         progress=job.progress,
     )
 

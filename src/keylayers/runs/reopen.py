@@ -2,7 +2,7 @@
 """Open what a ranking was made of once more: model, data and the update that was ranked."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from peft import PeftModel
@@ -11,16 +11,36 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from keylayers.errors import RankingError
 from keylayers.model_map import map_modules, outside_module
 from keylayers.models import describe, load_model, load_tokenizer, max_positions
-from keylayers.options import DataOptions, ModelOptions, TrainingOptions, UpdateOptions
+from keylayers.options import (
+    DataOptions,
+    ModelOptions,
+    Objective,
+    ObjectiveOptions,
+    TrainingOptions,
+    UpdateOptions,
+)
 from keylayers.progress import Progress
 from keylayers.ranking import Ranking
 from keylayers.runs.update import TunedModel, existing_update
 from keylayers.selection import check_same_modules
 from keylayers.training.data import PreparedData, prepare
-from keylayers.training.run import make_trainer
+from keylayers.training.run import make_loss_trainer
 from keylayers.weights import weights_sha256
 
 ENOUGH_BATCHES = 20  # of held-out examples, to resample them for an interval
+
+
+def note_other_objective(ranking: Ranking, objective: Objective, progress: Progress) -> None:
+    """Say so where a ranking was made for another objective."""
+    if objective_of(ranking) != objective:
+        progress.note(
+            f"the ranking was made for objective {objective_of(ranking)}, not for {objective}"
+        )
+
+
+def objective_of(ranking: Ranking) -> str:
+    """What a ranking was made for; sft where its file is from before there was a choice."""
+    return str(ranking.provenance.get("options", {}).get("objective", "sft"))
 
 
 @dataclass(frozen=True)
@@ -47,6 +67,7 @@ def reopen(
     model: ModelOptions,
     data: DataOptions,
     update: UpdateOptions,
+    objective: ObjectiveOptions,
 ) -> Reopened:
     """Everything loaded and checked against the ranking, before any long work.
 
@@ -54,12 +75,14 @@ def reopen(
         RankingError: no update to open, or one of other modules than were ranked.
         KeylayersError: a bad model, data set or update.
     """
-    tokenizer, base = load_tokenizer(model), load_model(model)
-    prepared = prepare(data, tokenizer, max_positions(base))
+    tokenizer, base = load_tokenizer(model), load_model(model, objective.objective)
+    prepared = prepare(data, tokenizer, max_positions(base), objective.objective)
+    prepared.give_template(tokenizer)
     for line in prepared.summary():
         progress.note(line)
     record = describe(model, base) | {"weights_sha256": weights_sha256(base)}
     _note_other_inputs(ranking, record, prepared, progress)
+    note_other_objective(ranking, objective.objective, progress)
     if update == UpdateOptions():
         raise RankingError(
             "the update that was ranked must be there to be masked, but the ranking names none; "
@@ -124,6 +147,8 @@ def loss_trainer(
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
     batch_size: int,
+    objective: ObjectiveOptions,
+    base: ModelOptions,
 ) -> Trainer:
     """A trainer that is asked for losses, never to train.
 
@@ -132,7 +157,16 @@ def loss_trainer(
         tokenizer: The model's own.
         data: What the losses will be measured on.
         batch_size: Examples at once, at most; fewer where the held-out examples are few.
+        objective: Which loss.
+        base: The reference of a loss that has one, for a model without an adapter.
     """
-    batch_size = max(1, min(batch_size, len(data.held_out) // ENOUGH_BATCHES))
-    training = TrainingOptions(batch_size=batch_size)
-    return make_trainer(model, tokenizer, data.mask or data.train, training, num_steps=1)
+    if objective.objective != "kto":  # its loss compares the answers of a batch
+        batch_size = max(1, min(batch_size, len(data.held_out) // ENOUGH_BATCHES))
+    training = TrainingOptions(**asdict(objective), batch_size=batch_size)
+    return make_loss_trainer(
+        model,
+        tokenizer,
+        data,
+        training,
+        load_reference=lambda: load_model(base, objective.objective),
+    )

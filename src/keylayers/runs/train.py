@@ -20,7 +20,7 @@ from keylayers.apply.saving import save_tuned
 from keylayers.evaluation.loss import held_out_loss
 from keylayers.model_map import map_modules
 from keylayers.models import Checkpoint, describe, load_model, load_tokenizer, max_positions
-from keylayers.options import Control, TrainOptions
+from keylayers.options import LOSS_UNITS, Control, TrainOptions
 from keylayers.progress import Progress, Silent
 from keylayers.ranking import Ranking
 from keylayers.records import (
@@ -33,9 +33,10 @@ from keylayers.records import (
 )
 from keylayers.runs.callback import FreezeUnimportant
 from keylayers.runs.rank_first import train_and_freeze
-from keylayers.runs.reopen import sizes_of
+from keylayers.runs.reopen import note_other_objective, objective_of, sizes_of
 from keylayers.selection import Selection, check_same_modules, select
 from keylayers.training.data import prepare
+from keylayers.training.objectives import prepared_examples
 from keylayers.training.run import TrainingResult, fine_tune, make_trainer, new_adapter
 from keylayers.verification import budget_of
 from keylayers.weights import weights_sha256
@@ -49,7 +50,8 @@ class TrainedSet:
         label: What the set is.
         num_modules: Its modules; 0 for the base model.
         num_trained_parameters: Numbers that were trained.
-        held_out_loss_nats: Mean loss of a labelled token of the held-out examples.
+        held_out_loss_nats: Mean loss of the held-out examples: of a labelled token, or of what else
+            the objective's loss is a mean over (`loss_unit` in the record).
         num_steps: Optimiser steps; 0 for the base model.
     """
 
@@ -136,12 +138,14 @@ class TrainJob:
         self.is_full = options.training.is_full
         # A full update changes the weights themselves, which needs their float32 values.
         self.source = replace(options.model, dtype="float32") if self.is_full else options.model
-        model = load_model(self.source)
+        self.objective = options.training.objective
+        model = self._load()
         self.names = [info.name for info in map_modules(model, options.model.towers)]
         if ranking is not None:
             check_same_modules(ranking, sizes_of(model, ranking))
         self.tokenizer = load_tokenizer(options.model)
-        self.data = prepare(options.data, self.tokenizer, max_positions(model))
+        positions = max_positions(model)
+        self.data = prepare(options.data, self.tokenizer, positions, self.objective)
         self.data.give_template(self.tokenizer)
         for line in self.data.summary():
             progress.note(line)
@@ -149,11 +153,14 @@ class TrainJob:
         made_by = {} if ranking is None else ranking.provenance
         if made_by.get("model", {}).get("weights_sha256", sha256) != sha256:
             progress.note("the ranking was made on other weights of the same shapes")
+        if ranking is not None:
+            note_other_objective(ranking, self.objective, progress)
         self.record: dict[str, Any] = {
             "environment": environment(),
             "model": describe(self.source, model) | {"weights_sha256": sha256},
             "data": self.data.record(),
             "options": options.flat(),
+            "loss_unit": LOSS_UNITS[self.objective],
         }
         self.stored_dtype = Checkpoint.open(self.source).dtype() if self.is_full else model.dtype
         self.base_loss_nats: float | None = None
@@ -163,7 +170,7 @@ class TrainJob:
         self, names: Sequence[str], label: str, callback: FreezeUnimportant | None = None
     ) -> tuple[TrainedSet, PreTrainedModel | PeftModel, TrainingResult]:
         """Fine-tune a fresh copy of the model on exactly `names`, or what `callback` leaves."""
-        fresh = self._unused or load_model(self.source)
+        fresh = self._unused or self._load()
         self._unused = None
         training = self.options.training
         num_steps = self.options.selection.steps
@@ -173,12 +180,21 @@ class TrainJob:
         else:
             model = new_adapter(fresh, names, training, num_steps=num_steps)
         trainer = make_trainer(
-            model, self.tokenizer, self.data.train, training, num_steps=num_steps
+            model,
+            self.tokenizer,
+            self.data.train,
+            training,
+            num_steps=num_steps,
+            evaluation=self.data.evaluation(),
+            max_length=self.data.max_length,
+            load_reference=self._load,
         )
         prove_trainable(model, names)
+        held_out = prepared_examples(trainer)["held_out"]
         if self.base_loss_nats is None:  # LoRA's update is zero at first, so this is the base model
-            self.base_loss_nats = held_out_loss(trainer, self.data.held_out)
+            self.base_loss_nats = held_out_loss(trainer, held_out)
         if callback is not None:
+            callback.mask_dataset = prepared_examples(trainer).get("mask")
             trainer.add_callback(callback)
         with self.progress.stage(f"training: {label}", num_steps) as on_step:
             result = fine_tune(trainer, None, on_step)
@@ -193,10 +209,13 @@ class TrainJob:
             label=label,
             num_modules=len(names),
             num_trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            held_out_loss_nats=held_out_loss(trainer, self.data.held_out),
+            held_out_loss_nats=held_out_loss(trainer, held_out),
             num_steps=result.num_steps,
         )
         return row, model, result
+
+    def _load(self) -> PreTrainedModel:
+        return load_model(self.source, self.objective)
 
     def base_row(self) -> TrainedSet:
         """The base model beside the trained sets."""
@@ -207,7 +226,7 @@ class TrainJob:
         """All modules as stage 1 of the ranking trained them, if model and data are the same."""
         made_by = ranking.provenance
         stage_1 = made_by.get("stage_1")
-        is_same = all(
+        is_same = objective_of(ranking) == self.objective and all(
             made_by.get(part, {}).get(key) == self.record[part][key]
             for part, key in (("model", "weights_sha256"), ("data", "split_sha256"))
         )

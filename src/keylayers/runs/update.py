@@ -23,7 +23,7 @@ from keylayers.records import (
     environment,
     json_sha256,
 )
-from keylayers.training.data import PreparedData
+from keylayers.training.prepared import PreparedData
 from keylayers.training.run import fine_tune, make_trainer, new_adapter
 from keylayers.updates import Update, adapter_updates, dense_updates
 from keylayers.updates.adalora import is_adalora
@@ -118,6 +118,11 @@ def base_options(options: RankOptions) -> ModelOptions:
     return replace(options.model, dtype="float32") if trains_weights else options.model
 
 
+def load_base(options: RankOptions) -> PreTrainedModel:
+    """The base model as a ranking needs it."""
+    return load_model(base_options(options), options.training.objective)
+
+
 def _from_stage_1(job: RankJob) -> TunedModel:
     """An ordinary fine-tune of all modules until the loss is stable or the cap is reached.
 
@@ -138,7 +143,7 @@ def _from_stage_1(job: RankJob) -> TunedModel:
         if not is_full and not is_adalora(tuned):
             return TunedModel(tuned, adapter_updates(tuned), {"stage_1": stage_1})
         # θ_0 again, with θ_t on disk; or AdaLoRA as it is written, without the ranks that it cut
-        model = load_model(base_options(job.options))
+        model = load_base(job.options)
     where = UpdateOptions(tuned=str(folder)) if is_full else UpdateOptions(adapter=str(folder))
     found = existing_update(model, where, job.progress, job.options.model.towers)
     if not is_full:
@@ -155,7 +160,15 @@ def _train_all(job: RankJob) -> tuple[PreTrainedModel | PeftModel, dict[str, Any
         train_only(job.model, names)
     else:
         tuned = new_adapter(job.model, names, training, num_steps=cap)
-    trainer = make_trainer(tuned, job.tokenizer, job.data.train, training, num_steps=cap)
+    trainer = make_trainer(
+        tuned,
+        job.tokenizer,
+        job.data.train,
+        training,
+        num_steps=cap,
+        max_length=job.data.max_length,
+        load_reference=lambda: load_base(job.options),
+    )
     with job.progress.stage("stage 1: fine-tuning all modules", cap) as on_step:
         result = fine_tune(trainer, job.options.stability, on_step)
     reason = "the loss is stable" if result.stopped_by == "stable" else "the cap is reached"

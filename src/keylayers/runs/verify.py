@@ -10,13 +10,14 @@ from transformers import Trainer
 
 from keylayers.curve import MaskCurve
 from keylayers.mask.curve import mask_curve
-from keylayers.options import MaskOptions, VerifyOptions
+from keylayers.options import LOSS_UNITS, MaskOptions, VerifyOptions
 from keylayers.progress import Progress, Silent
 from keylayers.ranking import Ranking
 from keylayers.records import environment, json_sha256
 from keylayers.runs.reopen import loss_trainer, reopen
 from keylayers.scores import score_modules
-from keylayers.training.data import PreparedData
+from keylayers.training.objectives import prepared_examples
+from keylayers.training.prepared import PreparedData
 from keylayers.updates import Update
 from keylayers.verification import Verification, verification_file
 
@@ -41,9 +42,18 @@ def verify(
     """
     progress = progress or Silent()
     loaded = Ranking.load(ranking)
-    opened = reopen(loaded, progress, model=options.model, data=options.data, update=options.update)
+    opened = reopen(
+        loaded,
+        progress,
+        model=options.model,
+        data=options.data,
+        update=options.update,
+        objective=options.objective,
+    )
     tuned, batch_size = opened.tuned, options.curve.eval_batch_size
-    trainer = loss_trainer(tuned.model, opened.tokenizer, opened.data, batch_size)
+    trainer = loss_trainer(
+        tuned.model, opened.tokenizer, opened.data, batch_size, options.objective, options.model
+    )
     job = _Job(trainer, tuned.updates, opened.data)
     order = [module.name for module in loaded.ordered()]
     curves = _Curves(job, options.curve.points, progress)
@@ -67,6 +77,7 @@ def verify(
             "model": opened.model_record,
             "data": job.data.record(),
             "options": options.flat(),
+            "loss_unit": LOSS_UNITS[options.objective.objective],
         },
     )
     found.save(verification_file(ranking))
@@ -94,7 +105,7 @@ class _Curves:
                 self.job.trainer,
                 self.job.updates,
                 order,
-                self.job.data.held_out,
+                prepared_examples(self.job.trainer)["held_out"],
                 num_points=self.points,
                 on_step=on_step,
             )

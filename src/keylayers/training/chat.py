@@ -210,7 +210,7 @@ def _special_tokens(tokenizer: "transformers.PreTrainedTokenizerBase") -> str:
     return "|".join(re.escape(token) for token in found) or "(?!)"
 
 
-def _render(
+def render(
     messages: Sequence[Message],
     tokenizer: "transformers.PreTrainedTokenizerBase",
     template: ChatTemplate,
@@ -254,7 +254,7 @@ def _locate(
     template: ChatTemplate,
 ) -> tuple[str, list[_Span]]:
     """The rendered conversation and the spans of its answers, of which the last is certain."""
-    text, spans = _render(messages, tokenizer, template)
+    text, spans = render(messages, tokenizer, template)
     advice = "mend the template or choose another `--chat-template`."
     if not text.strip():
         raise DataError(
@@ -290,10 +290,10 @@ def _prefix_spans(
         if message.role != "assistant":
             continue
         try:
-            before, _ = _render(messages[:i], tokenizer, template, prompt=True)
+            before, _ = render(messages[:i], tokenizer, template, prompt=True)
             after = text
             if i + 1 < len(messages):
-                after, _ = _render(messages[: i + 1], tokenizer, template)
+                after, _ = render(messages[: i + 1], tokenizer, template)
         except (
             DataError
         ):  # the whole conversation rendered, but the template refuses this part of it

@@ -59,6 +59,8 @@ TEXT_COLUMNS: tuple[str, ...] = (
     *dict.fromkeys(name for pairs in _COLUMNS.values() for names in pairs for name in names),
     *_SYSTEM_COLUMNS,
     *_DOCUMENT_COLUMNS,
+    "chosen",
+    "rejected",
 )
 
 
@@ -174,8 +176,8 @@ def _refuse_preferences(columns: Collection[str], first_row: Row) -> None:
     if {"chosen", "rejected"} <= set(columns) or isinstance(first_row.get("label"), bool):
         raise DataError(
             "Supervised fine-tuning needs answers to imitate, got preference data (columns "
-            f"{', '.join(columns)}); choose a preference objective, keep the good answers only, "
-            "or insist on a format with `--format`."
+            f"{', '.join(columns)}); choose an objective for preferences with `--objective`, keep "
+            "the good answers only, or insist on a format with `--format`."
         )
 
 
@@ -191,8 +193,12 @@ def _holds_strings(turns: object) -> bool:
     return isinstance(turns, list) and bool(turns) and isinstance(turns[0], str)
 
 
-def _text(value: object, column: str, number: int) -> str:
-    """The cell as text; an empty cell is an empty text."""
+def read_text(value: object, column: str, number: int) -> str:
+    """The cell as text; an empty cell is an empty text.
+
+    Raises:
+        DataError: it holds something else; names the row.
+    """
     if value is None:
         return ""
     if isinstance(value, list) and all(_is_text_part(part) for part in value):
@@ -214,17 +220,20 @@ def _is_text_part(part: object) -> bool:
     return isinstance(part, dict) and isinstance(part.get("text"), str)
 
 
-def _system(row: Row, number: int) -> tuple[Message, ...]:
+def read_system(row: Row, number: int) -> tuple[Message, ...]:
+    """The system's turn of a row that has a column for it, or nothing."""
     for column in _SYSTEM_COLUMNS:
-        if content := _text(row.get(column), column, number):
+        if content := read_text(row.get(column), column, number):
             return (Message("system", content),)
     return ()
 
 
-def _ask(row: Row, column: str, number: int) -> Message:
+def read_question(row: Row, column: str, number: int) -> Message:
     """The user's turn: the question, and below it the document that the question is about."""
     parts = [
-        _text(row.get(name), name, number) for name in (column, *_DOCUMENT_COLUMNS) if row.get(name)
+        read_text(row.get(name), name, number)
+        for name in (column, *_DOCUMENT_COLUMNS)
+        if row.get(name)
     ]
     return Message("user", "\n\n".join(parts))
 
@@ -247,10 +256,15 @@ def _message(turn: object, number: int) -> Message:
             f"A role must be one of {', '.join(_ROLES)}, got {name!r} in row {number}; rename it."
         )
     column = "content" if "content" in turn else "value"
-    return Message(_ROLES[name], _text(turn.get(column), column, number))
+    return Message(_ROLES[name], read_text(turn.get(column), column, number))
 
 
-def _messages(turns: object, column: str, number: int) -> tuple[Message, ...]:
+def read_messages(turns: object, column: str, number: int) -> tuple[Message, ...]:
+    """The turns of a cell, in either spelling.
+
+    Raises:
+        DataError: it is no list of turns, or a role is unknown; names the row.
+    """
     if isinstance(turns, dict) and all(isinstance(values, list) for values in turns.values()):
         # `datasets` stores a Sequence of structs as one list per field.
         turns = [
@@ -266,8 +280,8 @@ def _messages(turns: object, column: str, number: int) -> tuple[Message, ...]:
 
 def _from_messages(row: Row, number: int) -> list[Conversation]:
     column = "messages" if "messages" in row else "conversations"
-    found = _messages(row[column], column, number)
-    system = () if found[:1] and found[0].role == "system" else _system(row, number)
+    found = read_messages(row[column], column, number)
+    system = () if found[:1] and found[0].role == "system" else read_system(row, number)
     return [Conversation(system + found)]
 
 
@@ -279,12 +293,12 @@ def _from_lima(row: Row, number: int) -> list[Conversation]:
             "rewrite the row or insist on another `--format`."
         )
     roles: tuple[Role, Role] = ("user", "assistant")
-    texts = [_text(turn, "conversations", number) for turn in turns]
+    texts = [read_text(turn, "conversations", number) for turn in turns]
     return [Conversation(tuple(Message(roles[i % 2], text) for i, text in enumerate(texts)))]
 
 
 def _from_alpaca(row: Row, number: int) -> list[Conversation]:
-    answer = Message("assistant", _text(row["output"], "output", number))
+    answer = Message("assistant", read_text(row["output"], "output", number))
     history: list[Message] = []  # LLaMA-Factory: earlier turns as pairs of question and answer
     for pair in row.get("history") or ():  # type: ignore[attr-defined]
         if not (isinstance(pair, list) and len(pair) == 2):
@@ -292,10 +306,10 @@ def _from_alpaca(row: Row, number: int) -> list[Conversation]:
                 f"`history` must be a list of [question, answer], got {str(pair)[:60]!r} in row "
                 f"{number}; rewrite the row."
             )
-        history.append(Message("user", _text(pair[0], "history", number)))
-        history.append(Message("assistant", _text(pair[1], "history", number)))
-    question = _ask(row, "instruction", number)
-    return [Conversation((*_system(row, number), *history, question, answer))]
+        history.append(Message("user", read_text(pair[0], "history", number)))
+        history.append(Message("assistant", read_text(pair[1], "history", number)))
+    question = read_question(row, "instruction", number)
+    return [Conversation((*read_system(row, number), *history, question, answer))]
 
 
 def _from_self_instruct(row: Row, number: int) -> list[Conversation]:
@@ -307,8 +321,10 @@ def _from_self_instruct(row: Row, number: int) -> list[Conversation]:
         )
     found = []
     for instance in instances:
-        question = _ask({**instance, "instruction": row["instruction"]}, "instruction", number)
-        answer = Message("assistant", _text(instance.get("output"), "output", number))
+        question = read_question(
+            {**instance, "instruction": row["instruction"]}, "instruction", number
+        )
+        answer = Message("assistant", read_text(instance.get("output"), "output", number))
         found.append(Conversation((question, answer)))
     return found
 
@@ -316,17 +332,17 @@ def _from_self_instruct(row: Row, number: int) -> list[Conversation]:
 def _from_pair(row: Row, number: int) -> list[Conversation]:
     asked, answered = next(pair for pair in PAIRS if set(pair) <= row.keys())
     if isinstance(row[asked], list):
-        question = _messages(row[asked], asked, number)
+        question = read_messages(row[asked], asked, number)
     else:
-        question = (*_system(row, number), _ask(row, asked, number))
+        question = (*read_system(row, number), read_question(row, asked, number))
     if isinstance(row[answered], list):
-        return [Conversation(question + _messages(row[answered], answered, number))]
-    answer = Message("assistant", _text(row[answered], answered, number))
+        return [Conversation(question + read_messages(row[answered], answered, number))]
+    answer = Message("assistant", read_text(row[answered], answered, number))
     return [Conversation((*question, answer))]
 
 
 def _from_text(row: Row, number: int) -> list[Conversation]:
-    return [Conversation(text=_text(row["text"], "text", number))]
+    return [Conversation(text=read_text(row["text"], "text", number))]
 
 
 _CONVERTERS: dict[Format, Callable[[Row, int], list[Conversation]]] = {

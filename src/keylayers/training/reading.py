@@ -4,8 +4,9 @@
 import logging
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,20 +39,34 @@ _HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
 _READ_ROWS = 1000  # rows turned into Python objects at a time
 
 
+@dataclass(frozen=True)
+class Table:
+    """Rows as they are in the data."""
+
+    columns: tuple[str, ...]
+    rows: Callable[[], Iterator[Row]]
+    """Gives them from the first one on, each time it is called."""
+
+
+@contextmanager
+def opened(options: DataOptions) -> Iterator[Table]:
+    """The rows of the data, of which there is at least one, for the length of the block."""
+    # The user's cache would hide edits of a file from the next run, and keep a copy of the data.
+    with tempfile.TemporaryDirectory(prefix="keylayers-data-") as cache, quiet_datasets():
+        found = _open(options, cache)
+        if next(_rows(found), None) is None:
+            raise DataError(_empty(options))
+        yield Table(tuple(found.column_names), lambda: _rows(found))
+
+
 def read_conversations(options: DataOptions) -> tuple[Format, Converted]:
     """Everything usable in the data, in order, and the format it had."""
-    # The user's cache would hide edits of a file from the next run, and keep a copy of the data.
-    with tempfile.TemporaryDirectory(prefix="keylayers-data-") as cache, _quiet_datasets():
-        found = _open(options, cache)
-        first_row = next(_rows(found), None)
-        if first_row is None:
-            raise DataError(_empty(options))
-        columns = found.column_names
+    with opened(options) as table:
         if options.format is None:
-            format = recognise(columns, first_row)
+            format = recognise(table.columns, next(table.rows()))
         else:
-            format = require_columns(options.format, columns)
-        converted = conversations(_rows(found), format)
+            format = require_columns(options.format, table.columns)
+        converted = conversations(table.rows(), format)
     if not converted.conversations:
         raise DataError(
             f"The data must hold answers to learn, got {converted.num_dropped_empty} rows without "
@@ -70,7 +85,7 @@ def _rows(found: "datasets.Dataset") -> Iterator[Row]:
 
 
 @contextmanager
-def _quiet_datasets() -> Iterator[None]:
+def quiet_datasets() -> Iterator[None]:
     """Keeps `datasets` from printing: what goes wrong is in the exception."""
     import datasets
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one training path: every fine-tune of keylayers, LoRA or full, is an `SFTTrainer` made here.
+"""The one training path: every fine-tune of keylayers, LoRA or full, is a TRL trainer made here.
 
 Options in which TRL differs from transformers (bf16, gradient checkpointing, learning rate,
 lengths) are all set, so that two runs of keylayers differ only in what their records say.
@@ -9,7 +9,7 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,19 +21,22 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
     set_seed,
 )
-from trl import SFTConfig, SFTTrainer
 
 from keylayers.apply.adapter import add_lora
 from keylayers.errors import LossError
 from keylayers.mask.stability import is_stable
 from keylayers.options import StabilityOptions, TrainingOptions
 from keylayers.progress import OnStep
+from keylayers.training.objectives import LoadReference, TrainerParts, build_trainer
+from keylayers.training.prepared import PreparedData
+from keylayers.training.reading import quiet_datasets
 from keylayers.updates.adalora import is_adalora
 
 
@@ -64,57 +67,102 @@ def make_trainer(
     options: TrainingOptions,
     *,
     num_steps: int,
-) -> SFTTrainer:
-    """A trainer of the trainable parameters of `model`, on rows of `input_ids` and `labels`.
+    evaluation: Mapping[str, Dataset] | None = None,
+    max_length: int | None = None,
+    load_reference: LoadReference | None = None,
+) -> Trainer:
+    """A trainer of the trainable parameters of `model`, for the objective that `options` name.
 
     It writes no files, prints nothing, reports to nobody and sends no telemetry.
+
+    Args:
+        model: With or without an adapter.
+        tokenizer: Of the model.
+        train: Examples as `prepare` gives them for the objective.
+        options: How to train, and what for.
+        num_steps: Optimiser steps.
+        evaluation: Examples to prepare in the same way; `prepared_examples` gives them back.
+        max_length: Longest sequence in tokens, for objectives whose trainers tokenise.
+        load_reference: Gives the base model; needed by dpo and kto without an adapter.
     """
-    with tempfile.TemporaryDirectory() as scratch, _no_telemetry():  # trainers make their folder
-        config = _config(model, options, num_steps=num_steps, output_dir=scratch)
-        trainer = SFTTrainer(
-            model=model, args=config, train_dataset=train, processing_class=tokenizer
+    # trainers make their folder
+    with tempfile.TemporaryDirectory() as scratch, _no_telemetry(), quiet_datasets():
+        settings = _settings(model, options, num_steps=num_steps, output_dir=scratch)
+        trainer = build_trainer(
+            TrainerParts(
+                model,
+                tokenizer,
+                train,
+                evaluation or {},
+                options,
+                settings,
+                max_length,
+                load_reference,
+            )
         )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _config(
+def make_loss_trainer(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    options: TrainingOptions,
+    *,
+    load_reference: LoadReference | None = None,
+) -> Trainer:
+    """A trainer that is asked for losses, never to train: on the examples set aside for the mask.
+
+    On the training examples if none are. `prepared_examples` gives the held-out ones.
+    """
+    return make_trainer(
+        model,
+        tokenizer,
+        data.mask or data.train,
+        options,
+        num_steps=1,
+        evaluation=data.evaluation(),
+        max_length=data.max_length,
+        load_reference=load_reference,
+    )
+
+
+def _settings(
     model: PreTrainedModel | PeftModel,
     options: TrainingOptions,
     *,
     num_steps: int,
     output_dir: str,
-) -> SFTConfig:
+) -> dict[str, Any]:
     """TRL's options, with all set in which it differs from transformers or from what we promise."""
     is_full = not isinstance(model, PeftModel)
     has_accelerator = torch.accelerator.is_available()
-    return SFTConfig(
-        output_dir=output_dir,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # the default shows the last good loss instead of NaN
-        max_steps=num_steps,
-        learning_rate=options.resolved_learning_rate(_hidden_size(model), is_full=is_full),
-        lr_scheduler_type="constant_with_warmup",  # a decaying rate would look like a stable loss
-        warmup_steps=options.warmup_steps,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation,
-        activation_checkpointing=options.gradient_checkpointing,  # its new name
-        bf16=model.dtype == torch.bfloat16,
-        fp16=model.dtype == torch.float16,
-        use_cpu=not has_accelerator,
-        dataloader_pin_memory=has_accelerator,
-        seed=options.seed,
-        data_seed=options.seed,
-        max_length=None,  # the data is cut to length when it is prepared
-        packing=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
+    return {
+        "output_dir": output_dir,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # the default shows the last good loss instead of NaN
+        "max_steps": num_steps,
+        "learning_rate": options.resolved_learning_rate(_hidden_size(model), is_full=is_full),
+        # a decaying rate would look like a stable loss
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": options.warmup_steps,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "per_device_train_batch_size": options.batch_size,
+        "per_device_eval_batch_size": options.batch_size,
+        "gradient_accumulation_steps": options.gradient_accumulation,
+        "activation_checkpointing": options.gradient_checkpointing,  # its new name
+        "bf16": model.dtype == torch.bfloat16,
+        "fp16": model.dtype == torch.float16,
+        "use_cpu": not has_accelerator,
+        "dataloader_pin_memory": has_accelerator,
+        "seed": options.seed,
+        "data_seed": options.seed,
+    }
 
 
 def new_adapter(
@@ -145,11 +193,13 @@ def new_adapter(
         }
     shape |= {"use_rslora": True} if kind == "rslora" else {}
     shape |= {"use_dora": True} if kind == "dora" else {}
+    if options.objective == "reward":  # PEFT then trains and saves the head too
+        shape["task_type"] = "SEQ_CLS"
     return add_lora(model, names, **shape)
 
 
 def fine_tune(
-    trainer: SFTTrainer,
+    trainer: Trainer,
     stability: StabilityOptions | None = None,
     on_step: OnStep | None = None,
 ) -> TrainingResult:
