@@ -274,6 +274,7 @@ def test_it_says_plainly_what_is_better(losses, kept, said):
         "modules": ["x"] * kept,
         "full": {"num_modules": 10},
         "num_held_out": 7,
+        "loss_unit": "nats per token",
     }
     lines = reading(found)
     assert len(lines) == len(said)

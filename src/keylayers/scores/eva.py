@@ -15,6 +15,7 @@ Blind to: the loss, the update and the outputs; inputs of a simple structure win
 """
 
 import contextlib
+import inspect
 import io
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from transformers import Trainer
 from keylayers.errors import ConfigError
 from keylayers.mask.module_scores import ModuleScores
 from keylayers.mask.scoring import scoring
+from keylayers.model_map import base_model_of
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
 from keylayers.updates import Update
@@ -53,9 +55,10 @@ def eva(
     def forward(model: nn.Module, inputs: Mapping[str, Any]) -> None:
         nonlocal num_passes
         num_passes += 1
-        model(**inputs)
+        model(**{name: value for name, value in inputs.items() if name in taken})
 
     with scoring(trainer, updates, options, on_step) as task:
+        taken = inspect.signature(base_model_of(trainer.model).forward).parameters
         batches = [trainer._prepare_inputs(dict(batch)) for batch in task.batches]
         if "input_ids" not in batches[0]:
             raise ConfigError(
@@ -98,7 +101,8 @@ def _check_long_enough(batches: Sequence[Mapping[str, Any]]) -> None:
         ConfigError: no batch has as many as the components that are asked for.
     """
     needed = int(MEAN_RANK * RHO)
-    longest = max(int((one["labels"] != -100).sum()) for one in batches if "labels" in one)
+    lengths = (int((one["labels"] != -100).sum()) for one in batches if "labels" in one)
+    longest = max(lengths, default=needed)
     if longest < needed:
         raise ConfigError(
             f"eva needs batches of at least {needed} labelled tokens, but the longest has "

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import Trainer
 
+from keylayers.errors import ConfigError
 from keylayers.mask.module_scores import ModuleScores
 from keylayers.mask.probe import observed_gradients, per_example
 from keylayers.mask.scoring import Scoring, mean_and_error, scoring
@@ -48,6 +49,11 @@ def _traces(task: Scoring, batch: Any) -> Float[Tensor, " module"]:
     traces = torch.zeros(len(task.updates))
 
     def see(index: int, x: Tensor, grad_y: Tensor) -> None:
+        if x.dim() == 3 and len(x) > task.source.trainer._train_batch_size:
+            raise ConfigError(
+                "`method` fisher needs one row an example, but this trainer's examples are several "
+                "rows each, such as the two answers of a pair; choose gradient-norm"
+            )
         # ‖Σ_t g_t x_tᵀ‖² = Σ_tu (g_t·g_u)(x_t·x_u): no gradient of the weight is made
         x, grad_y = per_example(x, batch), per_example(grad_y, batch)
         rows = zip(x.float(), grad_y.float(), strict=True)
