@@ -14,6 +14,18 @@ from keylayers.errors import GuardError
 from keylayers.weights import fingerprint
 
 
+def to_evaluation(model: nn.Module) -> None:
+    """Evaluation mode, without what libraries do to weights in it.
+
+    In evaluation on a CPU bitsandbytes packs a 4-bit weight anew, for good, and rounds its scales.
+    Such a layer has nothing else that depends on its mode.
+    """
+    model.eval()
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.training = True
+
+
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Freeze all parameters for the block, then restore flags, gradients, modes and random state.

@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from keylayers.errors import DataError
 from keylayers.mask.trainer_state import unchanged_trainer
-from keylayers.preserve import preserved
+from keylayers.preserve import preserved, to_evaluation
 
 REFERENCE = "ref_"  # columns that trainers compute with their reference model begin so
 
@@ -46,7 +46,7 @@ def _made(trainer: Trainer, dataset: Dataset, missing: list[str]) -> Dataset:
     arguments = _arguments(trainer)
     has_reference = any(name.startswith(REFERENCE) for name in missing)
     with preserved(trainer.model):  # the reference is computed by switching adapters
-        trainer.model.eval()
+        to_evaluation(trainer.model)
         if arguments is not None and any(not name.startswith(REFERENCE) for name in missing):
             dataset = _tokenised(trainer, dataset, arguments)
         if has_reference and len(dataset) > 0:

@@ -23,6 +23,7 @@ from transformers import Trainer
 from keylayers.errors import ConfigError, DataError, LossError
 from keylayers.mask.reference import without_own_copy
 from keylayers.mask.trainer_state import unchanged_trainer
+from keylayers.preserve import to_evaluation
 from keylayers.updates.adalora import without_penalty
 
 
@@ -195,7 +196,7 @@ def samples(trainer: Trainer) -> bool:
 
 def _without_chance(model: nn.Module) -> None:
     """Evaluation mode, save for blocks that are recomputed: they do so in training mode alone."""
-    model.eval()
+    to_evaluation(model)
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
@@ -250,7 +251,7 @@ def batch_losses(source: TrainerLoss, batches: list[Any]) -> BatchLosses:
             f"completions and its loss is near zero whatever the model; compare mean rewards"
         )
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    to_evaluation(model)
     losses, weights = [], []
     try:
         for batch in batches:

@@ -12,6 +12,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import (
     DPOConfig,
@@ -77,20 +78,25 @@ class TrainerParts:
 
 
 def build_trainer(parts: TrainerParts) -> Trainer:
-    """The objective's trainer, with the same weights trainable as before.
+    """The objective's trainer, with the same weights trainable as before, bit for bit.
 
     Raises:
         GuardError: TRL made other weights trainable than were.
     """
     model = parts.model
     trainable = _trainable(model)
+    values = [one.data for one in trainable.values()]
     trainer = OBJECTIVES[parts.options.objective](parts)
+    # On a 4-bit base TRL rounds what is trained to bfloat16, in which small steps are lost.
+    for parameter, value in zip(trainable.values(), values, strict=True):
+        if parameter.dtype != value.dtype:
+            parameter.data = value.to(parameter.device)
     # TRL takes the adapter that it is given for the reference; what training starts from is the
     # base model, also where the adapter is finished and only to be ranked.
     if isinstance(model, PeftModel) and REFERENCE_ADAPTER in model.peft_config:
         model.delete_adapter(REFERENCE_ADAPTER)
-    if _trainable(model) != trainable:
-        changed = sorted(_trainable(model) ^ trainable)
+    changed = sorted(_trainable(model).keys() ^ trainable.keys())
+    if changed:
         raise GuardError(
             f"a trainer must leave it to keylayers what is trained, but {len(changed)} weights "
             f"changed, first {changed[0]}"
@@ -104,8 +110,10 @@ def prepared_examples(trainer: Trainer) -> Mapping[str, Dataset]:
     return found
 
 
-def _trainable(model: PreTrainedModel | PeftModel) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+def _trainable(model: PreTrainedModel | PeftModel) -> dict[str, nn.Parameter]:
+    return {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
 
 
 def _sft(parts: TrainerParts) -> Trainer:
