@@ -77,7 +77,8 @@ def area_line(found: Verification) -> str:
     parts = [f"normalised area (0 is best): {area:.3f}"]
     at_random = found.random_area()
     if at_random is not None:
-        parts.append(f"random orders {at_random[0]:.3f} ± {at_random[1]:.3f}")
+        spread = f" ± {at_random[1]:.3f}" if len(found.random) > 1 else ""
+        parts.append(f"random orders {at_random[0]:.3f}{spread}")
     parts.append(f"worst first {_area(found.worst_first)}")
     if found.leave_one_out:
         parts.append(f"leave-one-out {_area(found.leave_one_out)}")

@@ -171,7 +171,9 @@ def _loss_lines(made_by: Mapping[str, Any]) -> list[str]:
         )
     mask = made_by.get("mask")
     if mask:
-        unit = f", scores in {mask['score_unit']}" if "score_unit" in mask else ""
+        unit = mask.get("score_unit", "")
+        unit = loss_unit if unit == "the trainer's loss" else unit
+        unit = f", scores in {unit}" if unit else ""
         lines.append(f"stage 2   {len(mask['losses'])} passes, {mask['seconds']:.0f} s{unit}")
     if mask and "loss_reduction_nats" in mask:
         lines.append(

@@ -5,8 +5,10 @@ One table. The trainers are TRL's own, with every option set in which TRL's defa
 with the base model as the reference of losses that have one.
 """
 
+import contextlib
+import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +142,18 @@ def _kto(parts: TrainerParts) -> Trainer:
     arguments = parts.arguments()
     # the order of the file may be one label after the other; the trainer would keep it
     arguments["train_dataset"] = parts.train.shuffle(seed=parts.options.seed)
-    return KTOTrainer(args=config, **arguments, **parts.reference())
+    with _errors_only(logging.getLogger(KTOTrainer.__module__)):  # it recommends weights of labels
+        return KTOTrainer(args=config, **arguments, **parts.reference())
+
+
+@contextlib.contextmanager
+def _errors_only(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _orpo(parts: TrainerParts) -> Trainer:
