@@ -76,6 +76,9 @@ RANK = [
     ("an unknown option", {"mask-stps": "3"}, "--mask-steps"),
     ("a bad choice", {"mask-optimizer": "lion"}, "sgd"),
     ("a bad number", {"learning-rate": "0"}, "`learning_rate` must be above 0"),
+    ("an infinite number", {"learning-rate": "inf"}, "`learning_rate` must be above 0 and finite"),
+    ("a seed too large", {"mask-seed": "99999999999"}, "`mask_seed` must be from 0 to 4294967295"),
+    ("a seed below 0", {"seed": "-1"}, "`seed` must be from 0 to 4294967295, got -1"),
     ("adapter and checkpoint", {"adapter": "{tiny}/adapter", "tuned": "{tiny}/tuned"}, "got both"),
     ("no adapter", {"adapter": "{files}/no_model"}, "holds no adapter_config.json"),
     ("a pickled adapter", {"adapter": "{files}/pickled"}, "must hold adapter_model.safetensors"),
@@ -113,6 +116,24 @@ def test_rank_refuses(tiny, files, tmp_path, capsys, changes, message):
     assert message in complaint(capsys)
     assert list(tmp_path.iterdir()) == []
     assert sorted(files.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "ila", "initial_score": 1e39}, "`initial_score` must be from -20 to 20"),
+        ({"method": "ila", "initial_score": float("nan")}, "`initial_score` must be from -20 to"),
+        ({"method": "price", "price": float("inf")}, r"from 0 to 1e\+06 nats, got inf"),
+        ({"method": "price", "price": -1.0}, r"from 0 to 1e\+06 nats, got -1"),
+        ({"method": "adalora", "mask_steps": 1}, "`mask_steps` must be at least 2, got 1"),
+    ],
+)
+def test_values_that_a_method_cannot_use_are_refused(options, message):
+    from keylayers.errors import ConfigError
+    from keylayers.options import MaskOptions
+
+    with pytest.raises(ConfigError, match=message):
+        MaskOptions(**options)
 
 
 @pytest.fixture(scope="module")

@@ -34,10 +34,13 @@ KINDS = [
 def run_of(**changes):
     """A ranking with a record such as `keylayers rank` writes."""
     values = {"name": "m", "weights": "w", "content": "a", "seed": 0, "mask_seed": 3} | changes
+    more = {name: changes[name] for name in ("adapter", "stage_1") if name in changes}
+    options = {name: values[name] for name in ("seed", "mask_seed")} | values.get("options", {})
     made_by = {
         "model": {"name": values["name"], "weights_sha256": values["weights"]},
         "data": {"data": f"{values['content']}.jsonl", "content_sha256": values["content"]},
-        "options": {"seed": values["seed"], "mask_seed": values["mask_seed"]},
+        "options": options,
+        **more,
     }
     made = ranking_of([3.0, 2.0, 1.0, 0.0], provenance=made_by)
     return replace(
@@ -282,6 +285,41 @@ def test_the_kind_of_a_pair_comes_from_the_records(changes, kind):
     assert pair_kind(run_of(**changes), run_of()) == kind
 
 
+STAGE_1 = {"stage_1": {"num_steps": 9}}
+# two runs of the same method on the same data, and what sets them apart
+UPDATES = [
+    ({"mask_seed": None}, {"mask_seed": 5}, "same data, other seed"),
+    ({"mask_seed": None, "seed": 5}, {"mask_seed": 5, "seed": 5}, "same data and seed"),
+    ({"options": {"max_length": 64}}, {"options": {"max_length": 128}}, "other update"),
+    ({"options": {"mask_data": "train"}}, {"options": {"mask_data": "held-out"}}, "other update"),
+    (
+        {"options": {"lora_rank": 8}} | STAGE_1,
+        {"options": {"lora_rank": 16}, "seed": 1} | STAGE_1,
+        "other update",
+    ),
+    ({"adapter": {"weights_sha256": "a"}}, {"adapter": {"weights_sha256": "b"}}, "other update"),
+    (
+        {"adapter": {"weights_sha256": "a"}, "options": {"lora_rank": 8}},
+        {"adapter": {"weights_sha256": "a"}, "options": {"lora_rank": 16}},
+        "same data and seed",
+    ),
+    (
+        {"adapter": {"weights_sha256": "a"}},
+        {"adapter": {"weights_sha256": "a"}, "mask_seed": 4},
+        "same data, other seed",
+    ),
+    ({"adapter": {"weights_sha256": "a"}}, STAGE_1, "other update"),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "kind"), UPDATES)
+def test_another_update_is_no_repetition(first, second, kind):
+    from keylayers.compare import pair_kind
+
+    assert pair_kind(run_of(**first), run_of(**second)) == kind
+    assert pair_kind(run_of(**second), run_of(**first)) == kind
+
+
 @pytest.mark.parametrize("record", [{}, {"model": "m", "data": "a", "options": None}])
 def test_the_kind_is_unknown_without_a_record(record):
     from keylayers.compare import pair_kind
@@ -363,12 +401,71 @@ def test_the_widest_table_fits(capsys, tmp_path):
 
     low = (-0.99, -0.88)
     kind = "other data and method"
-    pair = Agreement(0, 1, kind, 9, 9, 0.5, (0.25, 0.75), 0.5, -0.5, -0.9, low, -0.9, False, ())
+    pair = Agreement(
+        0, 1, kind, 9, 9, 0.5, (0.25, 0.75), 0.5, True, -0.5, -0.9, low, -0.9, False, ()
+    )
     console = Console(width=120, highlight=False, color_system=None)
     console.print(agreement_table([pair], ["10", "11"]))
     (_, row) = capsys.readouterr().out.splitlines()
     assert "10, 11" in row
     assert "-0.90 [-0.99, -0.88]" in row
+
+
+def grid(score_of):
+    """Eight blocks of seven projections, as of a small Llama."""
+    from keylayers.ranking import RankedModule, Ranking
+
+    modules = tuple(
+        RankedModule(f"model.layers.{block}.{kind}_proj", block, f"{kind}_proj", 10, score)
+        for block in range(8)
+        for kind in "abcdefg"
+        for score in [score_of(block, "abcdefg".index(kind))]
+    )
+    return Ranking(modules, "by hand")
+
+
+def test_chance_of_rankings_of_whole_blocks_is_that_of_orders_of_blocks():
+    """17 of 56 modules are two blocks and three modules of a third one: exact by counting pairs."""
+    from itertools import permutations
+
+    from keylayers.compare import agreement, chance_jaccard
+
+    blocks = grid(lambda block, _: float(block))
+    (pair,) = agreement([blocks, grid(lambda block, _: float(-block))], 17)
+
+    def taken(order):
+        return {(block, kind) for block in order[:2] for kind in range(7)} | {
+            (order[2], kind) for kind in range(3)
+        }
+
+    own = taken((0, 1, 2))
+    others = [taken(order) for order in permutations(range(8), 3)]
+    exact = sum(len(own & one) / len(own | one) for one in others) / len(others)
+    assert pair.is_chance_of_groups
+    assert pair.chance_jaccard == pytest.approx(exact, abs=0.012)  # four standard errors
+    assert exact > chance_jaccard(56, 17, 17) + 0.02
+    (mixed,) = agreement([blocks, grid(lambda block, kind: float(7 * block + kind))], 17)
+    assert not mixed.is_chance_of_groups
+    assert mixed.chance_jaccard == chance_jaccard(56, 17, 17)
+    kinds = grid(lambda _, kind: float(kind))
+    (pair,) = agreement([kinds, kinds], 16)
+    assert pair.is_chance_of_groups
+    assert pair.chance_jaccard > chance_jaccard(56, 16, 16) + 0.02
+
+
+def test_a_consensus_takes_the_place_of_nothing_but_a_ranking(tmp_path, capsys):
+    from keylayers.cli import main
+
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path in paths:
+        ranking_of([3.0, 2.0, 1.0]).save(path)
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    assert main(["compare", *map(str, paths), "--consensus", str(notes)]) == 2
+    assert "must be a new file or an earlier ranking" in capsys.readouterr().err
+    assert notes.read_text() == "mine"
+    for _ in range(2):
+        assert main(["compare", *map(str, paths), "--consensus", str(tmp_path / "c.json")]) == 0
 
 
 def test_the_note_names_how_many_modules_both_score(tmp_path, capsys):

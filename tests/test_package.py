@@ -21,6 +21,7 @@ ORDER = (
     ("gates",),
     ("mask",),
     ("scores",),
+    ("provenance",),
     ("ranking",),
     ("selection",),
     ("certainty",),

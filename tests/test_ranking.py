@@ -94,7 +94,24 @@ DAMAGE = [
     (lambda text: text.replace('"block_index": 0', '"block_index": 0.5'), "must be int or null"),
     (lambda text: json.dumps({**json.loads(text), "modules": 3}), "must hold a list `modules`"),
     (lambda text: json.dumps({**json.loads(text), "modules": [3]}), "module 0 must be a mapping"),
+    (lambda text: text.replace('"score": 1.0', f'"score": {10**400}'), "finite number or null"),
+    (lambda text: text.replace('"standard_error": null', '"standard_error": NaN', 1), "from 0 or"),
+    (lambda text: text.replace('"standard_error": null', '"standard_error": -1', 1), "from 0 or"),
+    (lambda text: text.replace('"num_parameters": 10', '"num_parameters": 0'), "have parameters"),
     (lambda text: json.dumps({**json.loads(text), "provenance": 3}), "mapping `provenance`"),
+    *[
+        (lambda text, p=made_by: json.dumps({**json.loads(text), "provenance": p}), said)
+        for made_by, said in [
+            ({"options": 5}, "mapping `provenance.options`, got int"),
+            ({"model": None}, "mapping `provenance.model`, got NoneType"),
+            ({"data": []}, "mapping `provenance.data`, got list"),
+            ({"stage_1": 3}, "mapping `provenance.stage_1`, got int"),
+            ({"mask": {"losses": 3, "seconds": 1}}, "a list as `provenance.mask.losses`, got 3"),
+            ({"mask": {"losses": []}}, "a finite number as `provenance.mask.seconds`, got nothing"),
+            ({"held_out_loss_nats": "x"}, "mapping `provenance.held_out_loss_nats`, got str"),
+            ({"held_out_loss_nats": {"base": "x"}}, "`provenance.held_out_loss_nats.base`, got"),
+        ]
+    ],
     (lambda text: "[" * 100_000, "damaged or cut off"),
 ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -122,6 +123,40 @@ def test_the_file_holds_what_was_concluded(tmp_path):
     assert content["best_first"]["normalised_area"] is None
 
 
+def without_sense():
+    """Whole files whose parts do not belong together."""
+    text = json.dumps(
+        {
+            "schema": "keylayers/verification",
+            "schema_version": 1,
+            "ranking_sha256": "0",
+            "margin": 0.05,
+            "best_first": curve_of(FALLING).to_json(),
+            "worst_first": curve_of(FALLING).to_json(),
+            "random": [curve_of(FALLING).to_json()],
+            "leave_one_out": None,
+            "provenance": {},
+        }
+    )
+
+    def changed(**values):
+        return json.dumps(json.loads(text) | values)
+
+    curve = json.loads(text)["best_first"]
+    return {
+        "a margin that is text": changed(margin="x"),
+        "a margin of more than all": changed(margin=1.5),
+        "no random order": changed(random=[]),
+        "one loss": changed(best_first=curve | {"losses": [1.0]}),
+        "a loss too large for a float": changed(best_first=curve | {"losses": [10**400, 1, 1, 1]}),
+        "a loss that is none": changed(best_first=curve | {"losses": [float("nan"), 1, 1, 1]}),
+        "counts that are text": changed(best_first=curve | {"counts": [0, "a", 4, 6]}),
+        "counts that fall": changed(best_first=curve | {"counts": [0, 4, 2, 6]}),
+        "other counts": changed(random=[curve | {"counts": [0, 1, 4, 6]}]),
+        "too few batches": changed(best_first=curve | {"batch_weights": [1.0]}),
+    }
+
+
 def broken_files():
     good = json.dumps({"schema": "keylayers/verification", "schema_version": 1})
     return {
@@ -133,6 +168,7 @@ def broken_files():
         "a list": "[]",
         "no JSON object": "null",
         "bytes": "\ud800",
+        **without_sense(),
     }
 
 
@@ -197,6 +233,38 @@ def test_the_automatic_budget_is_the_recommended_count(tmp_path):
     assert auto_budget(ranking, path) == 4
 
 
+@pytest.mark.parametrize(
+    ("measured_with", "what"),
+    [
+        ({"model": {"weights_sha256": "other"}}, "another model"),
+        ({"adapter": {"weights_sha256": "other"}}, "another update"),
+        ({"data": {"split_sha256": "other"}}, "another data or split"),
+        ({"adapter": {"weights_sha256": "update"}, "data": {"split_sha256": "split"}}, None),
+        ({}, None),
+    ],
+)
+def test_the_automatic_budget_needs_a_curve_of_the_rankings_own_run(tmp_path, measured_with, what):
+    from keylayers.errors import RankingError
+    from keylayers.records import json_sha256
+    from keylayers.verification import auto_budget
+
+    stage_1 = {"num_steps": 1, "stopped_by": "stable", "seconds": 1.0, "adapter_sha256": "update"}
+    made_by = {
+        "model": {"weights_sha256": "model"},
+        "data": {"split_sha256": "split"},
+        "stage_1": stage_1,
+    }
+    ranking = ranking_of([6.0, 5.0, 4.0, 3.0, 2.0, 1.0], provenance=made_by)
+    path = tmp_path / "verification.json"
+    found = verification_of(provenance=measured_with)
+    replace(found, ranking_sha256=json_sha256(ranking.to_json())).save(path)
+    if what is None:
+        assert auto_budget(ranking, path) == 4
+    else:
+        with pytest.raises(RankingError, match=f"was measured with {what}; run"):
+            auto_budget(ranking, path)
+
+
 def test_the_automatic_budget_is_refused_where_there_is_none(tmp_path):
     from keylayers.errors import ConfigError, RankingError
     from keylayers.verification import auto_budget
@@ -207,6 +275,9 @@ def test_the_automatic_budget_is_refused_where_there_is_none(tmp_path):
         auto_budget(ranking_of([*scores[:-1], 1.5]), path)
     ranking, path = verified_ranking(tmp_path, scores, best_first=(1.0, 0.9, 0.9, 1.2))
     with pytest.raises(ConfigError, match="`budget` auto needs a fine-tune that lowers the held-o"):
+        auto_budget(ranking, path)
+    ranking, path = verified_ranking(tmp_path, scores, best_first=(1.0, 1.0, 1.0, 1.0))
+    with pytest.raises(ConfigError, match="but this one changes nothing"):
         auto_budget(ranking, path)
     path.unlink()
     with pytest.raises(RankingError, match="the ranking must have been verified, but there is no"):

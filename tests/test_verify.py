@@ -353,6 +353,15 @@ def test_verify_refuses_and_writes_nothing(tiny, copy, damage, more, message):
     assert listing(copy) == before
 
 
+def test_an_update_that_holds_no_numbers_is_one_line(tiny, copy):
+    from safetensors.torch import load_file, save_file
+
+    weights = copy / "adapter" / "adapter_model.safetensors"
+    values = {name: value.fill_(float("nan")) for name, value in load_file(weights).items()}
+    save_file(values, weights)
+    assert "the loss must be finite, but it is nan at batch 1" in complaint(verify(copy))
+
+
 def test_a_failed_verify_leaves_an_earlier_file_as_it_was(verified, tmp_path):
     shutil.copytree(verified.folder, tmp_path / "own")
     _no_adapter(tmp_path / "own")

@@ -17,19 +17,28 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Bool, Float
 
-from keylayers.matching import Matched, Standings, match, scores_of
+from keylayers.matching import Matched, Places, Standings, match, scores_of
 from keylayers.ranking import RankedModule, Ranking
 from keylayers.selection import Budget
 
 NUM_DRAWS = 500
+NUM_ORDERS = 2000  # of the groups, for chance: its standard error is about 0.003
 DRAW_SEED = 0
 COVERED_FRACTION = 0.95
+# Options of a run by which two updates differ, beside the seed, the model and the data themselves.
+OF_DATA = ("max_length", "max_examples", "held_out", "mask_data", "split_seed", "chat_template")
+OF_TRAINING = (
+    *("objective", "beta", "update", "learning_rate", "batch_size", "gradient_accumulation"),
+    *("warmup_steps", "lora_rank", "lora_alpha", "max_steps", "window", "epsilon"),
+    *("dtype", "load_in_4bit"),
+)
 
 Interval = tuple[float, float]
 Scored = Float[np.ndarray, " scored"]
 Kind = Literal[
     "same data and seed",
     "same data, other seed",
+    "other update",
     "other data",
     "other method",
     "other data and method",
@@ -58,7 +67,9 @@ class Agreement:
         jaccard: Modules in both selections, divided by modules in either.
         jaccard_interval: Its 95 % interval, the selections keeping their sizes; None unless both
             rankings carry a standard error for every score.
-        chance_jaccard: The expected Jaccard of two random selections of the same sizes.
+        chance_jaccard: The expected Jaccard of two random selections of the same sizes; of two
+            random orders of whole blocks, or of whole projections, where both rankings are such.
+        is_chance_of_groups: Whether it is of whole blocks or projections: a mean over draws then.
         corrected: (jaccard - chance) / (1 - chance): 0 is chance, 1 the same set; None where
             chance is 1.
         tau: Kendall's tau-b of the modules that both score; ties are corrected for. None where
@@ -80,6 +91,7 @@ class Agreement:
     jaccard: float
     jaccard_interval: Interval | None
     chance_jaccard: float
+    is_chance_of_groups: bool
     corrected: float | None
     tau: float | None
     tau_interval: Interval | None
@@ -120,11 +132,13 @@ def agreement(rankings: Sequence[Ranking], budget: Budget) -> list[Agreement]:
 
 
 def pair_kind(first: Ranking, second: Ranking) -> Kind:
-    """What sets two runs apart, from their provenance: the model, the method, the data or the seed.
+    """What sets two runs apart, from their provenance: the model, method, data, update or seed.
 
     Models are told apart by the hash of their weights, or by name where a hash is missing; data by
     the hash of their content; methods by name and granularity; seeds are those of the training and
-    of the mask. "unknown" where a record lacks what it takes to tell.
+    of the mask. The update is another one where the options of the training differ, or those of
+    the data (its length, its split), or, where it existed before, its hash. "unknown" where a
+    record lacks what it takes to tell.
     """
     model = _is_same(first, second, "model", "weights_sha256")
     if model is None:
@@ -142,8 +156,31 @@ def pair_kind(first: Ranking, second: Ranking) -> Kind:
         return "other data"
     if seed is None:
         return "unknown"
-    is_same_mask = _is_same(first, second, "options", "mask_seed") is not False
-    return "same data and seed" if seed and is_same_mask else "same data, other seed"
+    if _has_other_update(first, second):
+        return "other update"
+    is_same = seed and _mask_seed(first) == _mask_seed(second)
+    return "same data and seed" if is_same else "same data, other seed"
+
+
+def _has_other_update(first: Ranking, second: Ranking) -> bool:
+    """Whether the two updates differ by more than the seed of their training, as far as known."""
+    for part in ("adapter", "tuned"):
+        in_both = part in first.provenance and part in second.provenance
+        if (part in first.provenance) != (part in second.provenance):
+            return True
+        if in_both and _is_same(first, second, part, "weights_sha256") is False:
+            return True
+    options = [one.provenance["options"] for one in (first, second)]
+    made = "stage_1" in first.provenance and "stage_1" in second.provenance
+    names = (*OF_DATA, *OF_TRAINING) if made else OF_DATA
+    return any(options[0].get(name) != options[1].get(name) for name in names)
+
+
+def _mask_seed(ranking: Ranking) -> object:
+    """The seed of the mask's batches; that of the training if none was given."""
+    options = ranking.provenance["options"]
+    given = options.get("mask_seed")
+    return options["seed"] if given is None else given
 
 
 def mean_by_kind(pairs: Sequence[Agreement]) -> list[KindMean]:
@@ -183,6 +220,38 @@ def chance_jaccard(num_modules: int, size: int, other_size: int) -> float:
     )
 
 
+def _groups(modules: Sequence[RankedModule], standings: Standings) -> Places | None:
+    """The block or the projection of each module, as a number, if one standing is all that it has.
+
+    None where single modules have standings of their own, or all have the same.
+    """
+    if np.isnan(standings).any() or len(np.unique(standings)) < 2:
+        return None
+    for labels in (
+        [str(module.block_index) for module in modules],
+        [module.projection for module in modules],
+    ):
+        _, groups = np.unique(labels, return_inverse=True)
+        values = [np.unique(standings[groups == group]) for group in range(groups.max() + 1)]
+        if all(len(one) == 1 for one in values) and len(values) < len(modules):
+            return groups
+    return None
+
+
+def _chance_of_groups(first: Places, second: Places, size: int, other_size: int) -> float:
+    """Mean Jaccard of the best so many under random orders of the groups, over draws."""
+    generator = np.random.default_rng(DRAW_SEED)
+
+    def best(groups: Places, count: int) -> Bool[np.ndarray, " common"]:
+        return _is_best(generator.permutation(groups.max() + 1)[groups].astype(float), count)
+
+    found = []
+    for _ in range(NUM_ORDERS):
+        taken, others = best(first, size), best(second, other_size)
+        found.append(np.count_nonzero(taken & others) / np.count_nonzero(taken | others))
+    return fmean(found)
+
+
 @dataclass(frozen=True)
 class _Side:
     """One ranking of a pair; draws is None where a score lacks its standard error."""
@@ -204,7 +273,13 @@ def _agreement_of(first: _Side, second: _Side, budget: Budget) -> Agreement:
     )
     sizes = len(chosen[0]), len(chosen[1])
     jaccard = len(chosen[0] & chosen[1]) / len(chosen[0] | chosen[1])
-    chance = chance_jaccard(len(matched.modules), *sizes)
+    groups = tuple(_groups(matched.modules, one) for one in standings)
+    is_grouped = groups[0] is not None and groups[1] is not None
+    chance = (
+        _chance_of_groups(groups[0], groups[1], *sizes)
+        if groups[0] is not None and groups[1] is not None
+        else chance_jaccard(len(matched.modules), *sizes)
+    )
     jaccard_interval, tau_interval = _intervals(first, second, matched, sizes)
     both = _scored_by_both(*standings)
     return Agreement(
@@ -216,6 +291,7 @@ def _agreement_of(first: _Side, second: _Side, budget: Budget) -> Agreement:
         jaccard=jaccard,
         jaccard_interval=jaccard_interval,
         chance_jaccard=chance,
+        is_chance_of_groups=is_grouped,
         corrected=None if chance == 1 else (jaccard - chance) / (1 - chance),
         tau=_tau(*both),
         tau_interval=tau_interval,

@@ -25,6 +25,8 @@ LOSS_UNITS: dict[Objective, str] = {
     "orpo": "nats per token and pair",
     "reward": "nats per pair",
 }
+MAX_PRICE, MAX_SCORE = 1e6, 20
+MAX_SEED = 2**32 - 1  # what NumPy's generators take
 Granularity = Literal["module", "block", "projection"]
 MaskOptimizer = Literal["sgd", "adam"]
 MaskData = Literal["train", "held-out"]
@@ -90,8 +92,13 @@ def _at_least(name: str, value: int, lowest: int) -> None:
 
 
 def _above_zero(name: str, value: float) -> None:
-    if not value > 0:
-        raise ConfigError(f"`{name}` must be above 0, got {value}")
+    if not 0 < value < math.inf:
+        raise ConfigError(f"`{name}` must be above 0 and finite, got {value}")
+
+
+def _is_seed(name: str, value: int) -> None:
+    if not 0 <= value <= MAX_SEED:
+        raise ConfigError(f"`{name}` must be from 0 to {MAX_SEED}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +235,7 @@ class TrainingOptions(ObjectiveOptions):
         _at_least("warmup_steps", self.warmup_steps, 0)
         _at_least("lora_rank", self.lora_rank, 1)
         _at_least("lora_alpha", self.lora_alpha, 1)
+        _is_seed("seed", self.seed)
         if self.learning_rate is not None:
             _above_zero("learning_rate", self.learning_rate)
         if self.is_full and self.objective == "reward":
@@ -359,8 +367,17 @@ class MaskOptions:
             raise ConfigError(
                 f"`keep_fraction` must be above 0 and below 1, got {self.keep_fraction}"
             )
-        if not self.price >= 0:
-            raise ConfigError(f"`price` must be 0 or more nats, got {self.price}")
+        if not 0 <= self.price <= MAX_PRICE:
+            raise ConfigError(f"`price` must be from 0 to {MAX_PRICE:g} nats, got {self.price}")
+        if not abs(self.initial_score) <= MAX_SCORE:
+            raise ConfigError(
+                f"`initial_score` must be from -{MAX_SCORE} to {MAX_SCORE}, where its gate is open "
+                f"or closed to float32's precision, got {self.initial_score}"
+            )
+        if self.method == "adalora":
+            _at_least("mask_steps", self.mask_steps, 2)  # its budget falls between two steps
+        if self.mask_seed is not None:
+            _is_seed("mask_seed", self.mask_seed)
         if self.until_stable is not None and not 0 < self.until_stable < 1:
             raise ConfigError(
                 f"`until_stable` must be a share above 0 and below 1, got {self.until_stable}"

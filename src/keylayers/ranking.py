@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keylayers.errors import RankingError
+from keylayers.provenance import check_provenance, is_number
 from keylayers.records import write_json
 
 if TYPE_CHECKING:
@@ -69,9 +70,20 @@ class Ranking:
         if repeated:
             raise RankingError(f"a ranking must name each module once, but repeats {repeated[0]}")
         for module in self.modules:
-            if module.score is not None and not math.isfinite(module.score):
+            if module.score is not None and not is_number(module.score):
                 raise RankingError(
-                    f"a score must be a finite number or None, got {module.score} for {module.name}"
+                    f"a score must be a finite number or None, got {module.score!r:.40} for "
+                    f"{module.name}"
+                )
+            error = module.standard_error
+            if error is not None and not (is_number(error) and error >= 0):
+                raise RankingError(
+                    f"a standard error must be a finite number from 0 or None, got {error!r:.40} "
+                    f"for {module.name}"
+                )
+            if module.num_parameters < 1:
+                raise RankingError(
+                    f"a module must have parameters, got {module.num_parameters} for {module.name}"
                 )
 
     def ordered(self) -> list[RankedModule]:
@@ -170,10 +182,7 @@ def _from_json(content: Any, path: str) -> Ranking:
         raise RankingError(f"{path!r} must hold a list `modules`, got {type(rows).__name__}")
     modules = tuple(_module_from_json(row, path, index) for index, row in enumerate(rows))
     provenance = content.get("provenance", {})
-    if not isinstance(provenance, dict):
-        raise RankingError(
-            f"{path!r} must hold a mapping `provenance`, got {type(provenance).__name__}"
-        )
+    check_provenance(provenance, path)
     return Ranking(
         modules, str(content.get("method")), str(content.get("granularity", "module")), provenance
     )
@@ -198,5 +207,13 @@ def _module_from_json(row: Any, path: str, index: int) -> RankedModule:
                 f"{path!r}: module {index}, {name!r} must be {expected}, got {value!r:.40}"
             )
     values: dict[str, Any] = {name: row.get(name) for name in kinds}
+    for name in ("score", "standard_error"):
+        if isinstance(values[name], int):
+            if not is_number(values[name]):
+                raise RankingError(
+                    f"{path!r}: module {index}, {name!r} must be a finite number or null, got an "
+                    f"integer that no float holds"
+                )
+            values[name] = float(values[name])
     values["is_stacked"] = row.get("is_stacked", False) is True
     return RankedModule(**values)

@@ -7,11 +7,9 @@ Forms of a budget:
 |---|---|---|
 | `0.3` | `0.3` | 30 % of the modules, rounded to the nearest count, a half up |
 | `17` | `17` | the best 17 modules |
-| `0.3x-params` | `"0.3x-params"` | best modules while they hold at most 30 % of all modules'
-parameters |
+| `0.3x-params` | `"0.3x-params"` | best modules with at most 30 % of all modules' parameters |
 | `--freeze 0.25` | `Freeze(0.25)` | all but the worst 25 % |
-| `auto` | `verify(...).recommendation.num_modules` | the smallest budget that is nearly as good as
-all modules on the mask curve |
+| `auto` | `verify(...).recommendation.num_modules` | fewest modules nearly as good as all |
 
 A number with a decimal point is a fraction, without one a count: `1.0` is all modules, `1` is one
 module.

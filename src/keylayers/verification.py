@@ -11,6 +11,7 @@ from typing import Any
 from keylayers.curve import MaskCurve, Recommendation
 from keylayers.errors import ConfigError, RankingError
 from keylayers.options import BudgetOptions, SelectionOptions
+from keylayers.provenance import check_provenance, update_sha256s
 from keylayers.ranking import Ranking
 from keylayers.records import json_sha256, write_json
 from keylayers.selection import AUTO, Budget, Freeze, parse_budget
@@ -90,6 +91,20 @@ class Verification:
         }
         write_json(path, content)
 
+    def _checked(self, source: str) -> "Verification":
+        """Itself, if its parts belong together.
+
+        Raises:
+            ValueError, RankingError: they do not.
+        """
+        curves = (self.worst_first, *self.random, self.leave_one_out or self.best_first)
+        if not self.random or any(one.counts != self.best_first.counts for one in curves):
+            raise ValueError("all curves, random ones among them, must have the same counts")
+        if not 0 <= self.margin < 1:
+            raise ValueError(f"the margin must be a share from 0 to below 1, got {self.margin}")
+        check_provenance(self.provenance, source)
+        return self
+
     @staticmethod
     def load(path: Path) -> "Verification":
         """Read the file.
@@ -108,9 +123,9 @@ class Verification:
                 worst_first=MaskCurve.from_json(content["worst_first"]),
                 random=tuple(MaskCurve.from_json(one) for one in content["random"]),
                 leave_one_out=None if loo is None else MaskCurve.from_json(loo),
-                margin=content["margin"],
+                margin=float(content["margin"]),
                 provenance=content["provenance"],
-            )
+            )._checked(str(path))
         except FileNotFoundError:
             raise RankingError(
                 f"the ranking must have been verified, but there is no {str(path)!r}; make it with "
@@ -118,7 +133,7 @@ class Verification:
             ) from None
         except OSError as error:
             raise RankingError(f"{str(path)!r} cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise RankingError(
                 f"{str(path)!r} must be a whole verification file, but is damaged or of another "
                 f"kind ({error}); make it again with `keylayers verify`"
@@ -133,7 +148,8 @@ def auto_budget(ranking: Ranking, path: Path) -> int:
         path: The verification file beside it.
 
     Raises:
-        RankingError: not verified yet, or verified before the ranking changed.
+        RankingError: not verified yet, verified before the ranking changed, or with another model,
+            update or data than the ranking's own.
         ConfigError: the fine-tune gained nothing, so no budget is recommended.
     """
     found = Verification.load(path)
@@ -142,12 +158,37 @@ def auto_budget(ranking: Ranking, path: Path) -> int:
             f"{str(path)!r} must belong to the ranking, but the ranking changed since; run "
             f"`keylayers verify` again"
         )
+    _check_same_inputs(ranking, found, path)
     if found.recommendation is None:
+        does = "raises it" if found.best_first.reduction_nats < 0 else "changes nothing"
         raise ConfigError(
-            "`budget` auto needs a fine-tune that lowers the held-out loss, but this one raises "
-            "it; train for fewer steps, or give a budget"
+            f"`budget` auto needs a fine-tune that lowers the held-out loss, but this one {does}; "
+            f"train it anew, or give a budget"
         )
     return found.recommendation.num_modules
+
+
+def _check_same_inputs(ranking: Ranking, found: Verification, path: Path) -> None:
+    """Refuse a curve that was not measured on the ranking's own model, update and data."""
+    own, other = ranking.provenance, found.provenance
+    updates = update_sha256s(own), update_sha256s(other)
+    differ = {
+        "model": _differ(own, other, "model", "weights_sha256"),
+        "update": bool(updates[0] and updates[1] and updates[0].isdisjoint(updates[1])),
+        "data or split": _differ(own, other, "data", "split_sha256"),
+    }
+    names = [name for name, is_other in differ.items() if is_other]
+    if names:
+        raise RankingError(
+            f"`budget` auto needs a curve of the ranking's own run, but {str(path)!r} was measured "
+            f"with another {' and another '.join(names)}; run `keylayers verify` without options"
+        )
+
+
+def _differ(own: Mapping[str, Any], other: Mapping[str, Any], part: str, name: str) -> bool:
+    """Whether both records know it, and it is not the same."""
+    values = own.get(part, {}).get(name), other.get(part, {}).get(name)
+    return None not in values and values[0] != values[1]
 
 
 def budget_of(wanted: BudgetOptions | SelectionOptions, ranking: Ranking) -> Budget:

@@ -68,8 +68,10 @@ def compare(
 
 
 def _write_consensus(loaded: "Sequence[Ranking]", paths: Sequence[Path], target: Path) -> None:
-    """Write the consensus, but never over one of its sources."""
+    """Write the consensus, but never over one of its sources, nor over what is no ranking."""
     from keylayers.consensus import consensus
+    from keylayers.errors import RankingError
+    from keylayers.ranking import Ranking
 
     for path in paths:
         source = path / "ranking.json" if path.is_dir() else path
@@ -78,6 +80,14 @@ def _write_consensus(loaded: "Sequence[Ranking]", paths: Sequence[Path], target:
                 f"`consensus` must be a new file, but {str(target)!r} is one of the rankings; "
                 f"choose another name"
             )
+    if target.exists():
+        try:
+            Ranking.load(target)
+        except RankingError:
+            raise ConfigError(
+                f"`consensus` must be a new file or an earlier ranking, but {str(target)!r} is "
+                f"something else; choose another name"
+            ) from None
     consensus(loaded).save(target)
 
 

@@ -147,7 +147,7 @@ class TrainerLoss:
         total = 0.0
         for part in parts:
             loss = self.loss(part) / len(parts)
-            total += _finite(loss, step)
+            total += _finite(loss, f"mask step {step}")
             loss.backward()  # not accelerator.backward, which divides by the accumulation steps
         return total
 
@@ -160,7 +160,8 @@ class TrainerLoss:
         self.num_forward += 1
         with torch.no_grad():
             parts = self.parts(batch)
-            return sum(_finite(self.loss(part), step) for part in parts) / len(parts)
+            where = f"mask step {step}"
+            return sum(_finite(self.loss(part), where) for part in parts) / len(parts)
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -209,12 +210,12 @@ def _own_copy(batch: Any) -> Any:
     return [_own_copy(one) for one in batch] if isinstance(batch, list) else batch
 
 
-def _finite(loss: Tensor, step: int) -> float:
+def _finite(loss: Tensor, where: str) -> float:
     value = float(loss.detach())
     if not math.isfinite(value):
         raise LossError(
-            f"the loss must be finite, but it is {value} at mask step {step}; lower the "
-            f"learning rate of stage 1 or load the model in float32"
+            f"the loss must be finite, but it is {value} at {where}; check the update's weights, "
+            f"lower the learning rate that made it, or load the model in float32"
         )
     return value
 
@@ -243,6 +244,7 @@ def batch_losses(source: TrainerLoss, batches: list[Any]) -> BatchLosses:
 
     Raises:
         ConfigError: the trainer samples its own data, so that its loss tells nothing.
+        LossError: a loss is NaN or infinite; says in which batch.
     """
     model, trainer = source.model, source.trainer
     if samples(trainer):
@@ -254,7 +256,7 @@ def batch_losses(source: TrainerLoss, batches: list[Any]) -> BatchLosses:
     to_evaluation(model)
     losses, weights = [], []
     try:
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
             inputs = trainer._prepare_inputs(_own_copy(batch))
             weights.append(_weight(inputs))
             with (
@@ -262,7 +264,7 @@ def batch_losses(source: TrainerLoss, batches: list[Any]) -> BatchLosses:
                 trainer.compute_loss_context_manager(),
                 without_penalty(model),
             ):
-                losses.append(float(trainer.compute_loss(model, inputs)))
+                losses.append(_finite(trainer.compute_loss(model, inputs), f"batch {number}"))
     finally:
         for module, mode in modes:
             module.training = mode

@@ -70,6 +70,8 @@ def _notes_of(pair: Agreement) -> list[str]:
         )
     if pair.left_out:
         notes.append(f"left out, as only one of the two has it: {', '.join(pair.left_out)}")
+    if pair.is_chance_of_groups:
+        notes.append("by chance: random orders of whole blocks or projections, as both rank those")
     if pair.num_scored < pair.num_modules:
         notes.append(f"tau of the {pair.num_scored} of {pair.num_modules} modules that both score")
     return notes

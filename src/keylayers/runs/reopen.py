@@ -20,6 +20,7 @@ from keylayers.options import (
     UpdateOptions,
 )
 from keylayers.progress import Progress
+from keylayers.provenance import update_sha256s
 from keylayers.ranking import Ranking
 from keylayers.runs.update import TunedModel, existing_update
 from keylayers.selection import check_same_modules
@@ -90,9 +91,8 @@ def reopen(
         )
     known = sizes_of(base, ranking)
     tuned = existing_update(base, update, progress, model.towers)
-    parts = [ranking.provenance.get(kind, {}) for kind in ("stage_1", "adapter", "tuned")]
-    ranked = {part.get("adapter_sha256", part.get("weights_sha256")) for part in parts} - {None}
-    if ranked and ranked.isdisjoint(part["weights_sha256"] for part in tuned.record.values()):
+    ranked = update_sha256s(ranking.provenance)
+    if ranked and ranked.isdisjoint(update_sha256s(tuned.record)):
         progress.note("the update is another one than was ranked")
     check_same_modules(ranking, known)
     _check_same_update(ranking, {one.module.name for one in tuned.updates})

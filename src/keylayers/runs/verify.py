@@ -76,6 +76,7 @@ def verify(
             "environment": environment(),
             "model": opened.model_record,
             "data": job.data.record(),
+            **tuned.record,
             "options": options.flat(),
             "loss_unit": LOSS_UNITS[options.objective.objective],
         },
