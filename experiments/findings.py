@@ -247,43 +247,111 @@ def checkpoints_table():
             shares = [statistics.mean(overlap(*p, budget) for p in pairs) for budget in (0.3, 0.75)]
             tau = statistics.mean(kendalltau(*p).statistic for p in pairs)
             numbers = [f"{value:.2f}" for value in (*shares, tau)]
-            rows.append([DATA[data], label, reference, str(len(pairs)), *numbers])
-    titles = ["data", "ranking", "against", "seeds", "Jaccard 30 %", "75 %", "tau-b"]
+            rows.append([DATA[data], label, reference, f"{len(pairs)} seeds", *numbers])
+        for label in ("at 1 of stage 1", "ila from 1"):
+            scores = [
+                one["scores"] for cell in cells for one in cell["settings"] if one["label"] == label
+            ]
+            pairs = list(combinations(scores, 2))
+            shares = [statistics.mean(overlap(*p, budget) for p in pairs) for budget in (0.3, 0.75)]
+            tau = statistics.mean(kendalltau(*p).statistic for p in pairs)
+            numbers = [f"{value:.2f}" for value in (*shares, tau)]
+            rows.append(
+                [DATA[data], label, "the same, other seed", f"{len(pairs)} pairs", *numbers]
+            )
+    titles = ["data", "ranking", "against", "over", "Jaccard 30 %", "75 %", "tau-b"]
     return markdown(titles, rows)
 
 
-def retraining_table():
-    """Held-out loss after training from scratch, minus that of all modules, paired by seed."""
-    record = load("retraining")
+RETRAINED = ("terse", "alpaca", "user")
+ORDERS = ("elimination", "ila", "first", "last", "random")
+
+
+def retrained(data):
+    """(label, budget) -> what came of it in each cell of one data set, in order of the seeds."""
+    found = {}
+    for cell in load("retraining")["cells"]:
+        if cell["cell"].rsplit("-", 1)[0] == data:
+            for one in cell["results"]:
+                found.setdefault((one["label"], one["budget"]), []).append(one)
+    return found
+
+
+def paired(found, key, reference):
+    """Mean and half width of the held-out loss of one set minus that of another, by seed."""
+    pairs = zip(found[key], found[reference], strict=True)
+    return mean_and_half_width(
+        [a["held_out_loss_nats"] - b["held_out_loss_nats"] for a, b in pairs]
+    )
+
+
+def against_all(keys, titles):
+    """Rows of keys, columns of data: held-out loss against training all, and LoRA parameters."""
     rows = []
-    data_of = {cell["cell"]: cell["cell"].rsplit("-", 1)[0] for cell in record["cells"]}
-    for data in dict.fromkeys(data_of.values()):
-        cells = [cell for cell in record["cells"] if data_of[cell["cell"]] == data]
-        keys = [(one["label"], one["budget"]) for one in cells[0]["results"]]
-        for key in keys:
-            differences, forgotten, parameters = [], [], []
-            for cell in cells:
-                found = {(one["label"], one["budget"]): one for one in cell["results"]}
-                if key not in found:
-                    continue
-                whole, one = found["all", 1.0], found[key]
-                differences.append(one["held_out_loss_nats"] - whole["held_out_loss_nats"])
-                forgotten.append(one["own_text_rise_nats"])
-                parameters.append(one["num_trained_parameters"])
-            mean, half = mean_and_half_width(differences)
-            rows.append(
-                [
-                    DATA[data],
-                    key[0],
-                    f"{100 * key[1]:g} %",
-                    f"{statistics.mean(parameters):,.0f}",
-                    str(len(differences)),
-                    "0" if key[0] == "all" else f"{mean:+.3f} ± {half:.3f}",
-                    f"{statistics.mean(forgotten):.3f}",
-                ]
-            )
-    titles = ["data", "trained", "budget", "LoRA parameters", "seeds"]
-    return markdown([*titles, "held-out loss against all (95 %)", "forgotten, nats"], rows)
+    for key, names in zip(keys, titles, strict=True):
+        row = list(names)
+        for data in RETRAINED:
+            found = retrained(data)
+            mean, half = paired(found, key, ("all", 1.0))
+            size = statistics.mean(one["num_trained_parameters"] for one in found[key])
+            row += [f"{mean:+.3f} ± {half:.3f}", f"{size / 1000:.0f} k"]
+        rows.append(row)
+    return rows
+
+
+def frozen_table():
+    """All but the worst quarter, trained from scratch: held-out loss minus that of all modules."""
+    keys = [(f"freeze worst, {one}", 0.75) for one in ORDERS]
+    rows = against_all(keys, [[TITLES.get(one, one)] for one in ORDERS])
+    return markdown(["worst quarter by", *_data_titles()], rows)
+
+
+def best_table():
+    """The best 10 to 30 %, trained from scratch: held-out loss minus that of all modules."""
+    keys = [(one, budget) for budget in (0.1, 0.2, 0.3) for one in ORDERS]
+    titles = [[f"{100 * budget:g} %", TITLES.get(one, one)] for one, budget in keys]
+    return markdown(["budget", "best by", *_data_titles()], against_all(keys, titles))
+
+
+def _data_titles():
+    return [title for data in RETRAINED for title in (DATA[data], "LoRA")]
+
+
+def rivals_table():
+    """At 10 %: each method's choice minus that of the default, paired by seed."""
+    founds = {data: retrained(data) for data in RETRAINED[:2]}
+    labels = {
+        label
+        for found in founds.values()
+        for label, budget in found
+        if budget == 0.1 and label != "elimination"
+    }
+    rows = []
+    for label in labels:
+        cells, means = [], []
+        for found in founds.values():
+            if (label, 0.1) not in found:
+                cells.append("")
+                continue
+            mean, half = paired(found, (label, 0.1), ("elimination", 0.1))
+            means.append(mean)
+            cells.append(f"{mean:+.3f} ± {half:.3f}")
+        rows.append((statistics.mean(means), [TITLES.get(label, label), *cells]))
+    titles = ["best 10 % by", *(f"{DATA[data]}, against the default" for data in founds)]
+    return markdown(titles, [row for _, row in sorted(rows)])
+
+
+def forgotten_table():
+    """The rise of the loss on text that the base model wrote itself."""
+    keys = [("all", 1.0), *((one, budget) for one in ORDERS for budget in (0.1, 0.3))]
+    rows = []
+    for label, budget in keys:
+        row = [TITLES.get(label, label), f"{100 * budget:g} %"]
+        for data in RETRAINED:
+            rises = [one["own_text_rise_nats"] for one in retrained(data)[label, budget]]
+            row.append(f"{statistics.mean(rises):.3f}")
+        rows.append(row)
+    return markdown(["trained", "budget", *(DATA[data] for data in RETRAINED)], rows)
 
 
 def catalogue_table():
@@ -319,13 +387,17 @@ def own_code_table():
 
 
 def planted_line():
-    """How many planted truths were found."""
+    """How many planted truths were found, and how many draws were none."""
     record = load("planted")
     by_kind = {kind: [] for kind in ("nothing", "noise")}
     for one in record["trials"]:
         by_kind[one["others"]].append(one["is_found"])
     parts = [f"{sum(found)} of {len(found)} with {kind}" for kind, found in by_kind.items()]
-    return f"{record['num_found']} of {len(record['trials'])} trials ({', '.join(parts)})"
+    num_trials, num_useless = len(record["trials"]), record["num_useless"]
+    return (
+        f"{record['num_found']} of {num_trials} trials ({', '.join(parts)}); {num_useless} of "
+        f"{num_trials + num_useless} draws were left out"
+    )
 
 
 TABLES = (
@@ -335,7 +407,10 @@ TABLES = (
     overfit_table,
     agreement_table,
     checkpoints_table,
-    retraining_table,
+    frozen_table,
+    best_table,
+    rivals_table,
+    forgotten_table,
     catalogue_table,
     own_code_table,
     planted_line,

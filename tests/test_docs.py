@@ -32,7 +32,10 @@ FOUND_IN = {
     "overfit_table": "docs/claims.md",
     "agreement_table": "docs/claims.md",
     "checkpoints_table": "docs/claims.md",
-    "retraining_table": "docs/claims.md",
+    "frozen_table": "docs/claims.md",
+    "best_table": "docs/claims.md",
+    "rivals_table": "docs/claims.md",
+    "forgotten_table": "docs/claims.md",
     "planted_line": "docs/claims.md",
 }
 
