@@ -37,7 +37,9 @@ def prune(source, folder, kept=KEPT, names=ALL):
     from keylayers.apply.prune import prune_adapter
 
     folder.mkdir()
-    prune_adapter(source, folder, kept=kept, pruned=[name for name in names if name not in kept])
+    paths = {name: name for name in (*kept, *names)}
+    pruned = [name for name in names if name not in kept]
+    prune_adapter(source, folder, paths=paths, pruned=pruned)
 
 
 def adapter_config(folder):
@@ -160,10 +162,29 @@ def test_an_entry_of_adaloras_ranks_goes_with_its_module():
     assert pruned_config({"rank_pattern": None}, [V0])["rank_pattern"] is None
 
 
+def test_layers_that_peft_nests_move_up_when_an_outer_one_goes():
+    from keylayers.apply.prune import kept_tensors
+
+    paths = {
+        "experts.down": "experts",
+        "experts.gate": "experts.base_layer",
+        "experts.up": "experts.base_layer.base_layer",
+        "router": "router",
+    }
+    names = [f"base_model.model.{path}.lora_A.weight" for path in paths.values()]
+    names.append("base_model.model.score.weight")  # saved whole, beside the modules
+    found = kept_tensors(names, paths, ["experts.gate", "router"])
+    assert found == {
+        names[0]: names[0],
+        names[2]: names[1],
+        names[4]: names[4],
+    }
+    assert kept_tensors(names, paths, ["experts.down"])[names[1]] == names[0]
+
+
 # what the config says, what the line says
 REFUSED = [
     ({"bias": "all"}, "also trained biases of the base .`bias` 'all'."),
-    ({"target_parameters": ["experts.up"]}, "`target_parameters`, which are no modules"),
     ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights when it is loaded"),
 ]
 

@@ -84,6 +84,24 @@ def test_verify_finds_the_update_beside_the_ranking(ranked, kind, capsys):
     assert "another one than was ranked" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_update_that_a_run_left_is_cut_to_a_selection(tiny, ranked, kind, tmp_path):
+    """`prune` itself proves that the loss is that of the update with the other gates closed."""
+    output = tmp_path / "cut"
+    assert keylayers("prune", "--ranking", ranked[kind], "--budget", "5", "--output", output) == 0
+    kept = {one["name"] for one in read(ranked[kind])["modules"] if one["rank"] <= 5}
+    if kind == "full":
+        after, base = (load_file(path / "model.safetensors") for path in (output, tiny / "model"))
+        changed = {name for name in base if not torch.equal(after[name].float(), base[name])}
+        assert changed == {f"{name}.weight" for name in kept}
+        return
+    before, after = (
+        load_file(path / "adapter_model.safetensors") for path in (ranked[kind] / "adapter", output)
+    )
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert {name.removeprefix("base_model.model.").split(".lora_")[0] for name in after} == kept
+
+
 @pytest.mark.parametrize("kind", ["lora", *ADAPTERS])
 def test_the_kind_of_the_ranking_is_trained_on_exactly_the_selection(ranked, kind, tmp_path):
     options = ("--budget", "5", "--steps", "4", "--output", tmp_path / "t")

@@ -14,27 +14,34 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from keylayers.apply.adapter import target_regex
+from keylayers.apply.adapter import lora_targets
 from keylayers.apply.saving import has_same_bits
 from keylayers.errors import GuardError, ModelError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NESTED = ".base_layer"  # what PEFT adds to the path of a layer in another layer
 PREFIX = "base_model.model."  # PEFT's, before the names of the base model
 # With these PEFT changes the base weights when it loads an adapter.
 CHANGES_BASE = ("pissa", "corda", "olora", "loftq")
 
 
 def prune_adapter(
-    source: Path, folder: Path, *, kept: Sequence[str], pruned: Collection[str]
+    source: Path,
+    folder: Path,
+    *,
+    paths: Mapping[str, str],
+    pruned: Collection[str],
+    stacked: Collection[str] | None = None,
 ) -> None:
     """Write the adapter in `source` to `folder` without the modules `pruned`.
 
     Args:
         source: Folder of a PEFT adapter; unchanged.
         folder: An existing folder for the config and the weights.
-        kept: Full names, in the base model, of all other modules that the adapter updates, those
-            outside the blocks too.
+        paths: Full name of every module that the adapter updates, those outside the blocks too ->
+            path of the PEFT layer around it in the base model.
         pruned: Full names of the modules to leave out.
+        stacked: The base model's stacked experts; None if it has none.
 
     Raises:
         ModelError: an adapter whose modules cannot be taken out one by one, or without weights of
@@ -45,18 +52,22 @@ def prune_adapter(
     tensors, metadata = {}, None
     with safe_open(source / WEIGHTS, framework="pt") as file:
         metadata = file.metadata()
-        names = kept_tensors(list(file.keys()), kept, pruned)
-        for name in names:
-            tensors[name] = file.get_tensor(name)
+        names = kept_tensors(list(file.keys()), paths, pruned)
+        for old, new in names.items():
+            tensors[new] = file.get_tensor(old)
     save_file(tensors, folder / WEIGHTS, metadata=metadata)
-    text = json.dumps(pruned_config(config, kept), indent=2, sort_keys=True) + "\n"
+    kept = [name for name in paths if name not in pruned]
+    own = None if stacked is None else [name for name in kept if name in stacked]
+    text = json.dumps(pruned_config(config, kept, own), indent=2, sort_keys=True) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     _prove_same_bits(source / WEIGHTS, folder / WEIGHTS, names)
 
 
-def pruned_config(config: Mapping[str, Any], kept: Sequence[str]) -> dict[str, Any]:
+def pruned_config(
+    config: Mapping[str, Any], kept: Sequence[str], stacked: Collection[str] | None = None
+) -> dict[str, Any]:
     """An adapter's config for exactly the modules `kept`; everything else is as it was."""
-    changed = dict(config) | {"target_modules": target_regex(kept)}
+    changed = dict(config) | lora_targets(kept, stacked)
     for key in ("layers_to_transform", "layers_pattern"):  # PEFT takes none beside an expression
         if key in changed:
             changed[key] = None
@@ -71,27 +82,48 @@ def pruned_config(config: Mapping[str, Any], kept: Sequence[str]) -> dict[str, A
 
 
 def kept_tensors(
-    names: Sequence[str], kept: Sequence[str], pruned: Collection[str]
-) -> tuple[str, ...]:
-    """The tensors of an adapter file that stay: all but those of the modules `pruned`.
+    names: Sequence[str], paths: Mapping[str, str], pruned: Collection[str]
+) -> dict[str, str]:
+    """The tensors of an adapter file that stay, all but those of the modules `pruned` -> new name.
+
+    The name changes where PEFT nests layers, for several parameters of one module: the outer ones
+    may go.
 
     Raises:
         ModelError: a module has no tensor, so that the file uses other names than the model.
     """
+    innermost = sorted(paths, key=lambda module: -len(paths[module]))
     owner = {
-        name: next(
-            (module for module in (*kept, *pruned) if name.startswith(f"{PREFIX}{module}.")), None
-        )
+        name: next((one for one in innermost if name.startswith(f"{PREFIX}{paths[one]}.")), None)
         for name in names
     }
-    bare = [module for module in (*kept, *pruned) if module not in owner.values()]
+    bare = [module for module in paths if module not in owner.values()]
     if bare:
         raise ModelError(
             f"the adapter's weights must have the names of the model's modules, but {bare[0]} has "
             f"none; load the adapter with PEFT, save it again, and prune that"
         )
-    gone = set(pruned)
-    return tuple(name for name in names if owner[name] not in gone)
+    new_paths = _paths_without(paths, pruned)
+    kept = {}
+    for name, module in owner.items():
+        if module is None:
+            kept[name] = name
+        elif module in new_paths:
+            kept[name] = name.replace(f"{paths[module]}.", f"{new_paths[module]}.", 1)
+    return kept
+
+
+def _paths_without(paths: Mapping[str, str], pruned: Collection[str]) -> dict[str, str]:
+    """Module -> path of its layer once the layers of the modules `pruned` are not there."""
+    outermost_first = sorted(paths, key=lambda module: len(paths[module]))
+    depths: dict[str, int] = {}
+    found = {}
+    for module in outermost_first:
+        if module not in pruned:
+            place = paths[module].replace(NESTED, "")
+            found[module] = place + NESTED * depths.get(place, 0)
+            depths[place] = depths.get(place, 0) + 1
+    return found
 
 
 def num_parameters(path: Path) -> int:
@@ -104,9 +136,7 @@ def _check_separable(config: Mapping[str, Any]) -> None:
     """Refuse what an adapter holds beside its modules, and what it does to the base's weights."""
     reason = None
     start = config.get("init_lora_weights")
-    if config.get("target_parameters"):
-        reason = "has `target_parameters`, which are no modules"
-    elif config.get("bias", "none") != "none":
+    if config.get("bias", "none") != "none":
         reason = f"also trained biases of the base (`bias` {config['bias']!r})"
     elif isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         reason = (
@@ -126,13 +156,13 @@ def _concerns(pattern: str, name: str) -> bool:
     return is_of_parameter or re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
-def _prove_same_bits(source: Path, written: Path, names: Sequence[str]) -> None:
-    """Refuse an adapter file that does not hold exactly the tensors `names` of its source."""
+def _prove_same_bits(source: Path, written: Path, names: Mapping[str, str]) -> None:
+    """Refuse a file that does not hold exactly the tensors `names` of its source, renamed."""
     with safe_open(source, framework="pt") as old, safe_open(written, framework="pt") as new:
-        odd = sorted(set(new.keys()) ^ set(names))
-        for name in names if not odd else ():
-            if not has_same_bits(new.get_tensor(name), old.get_tensor(name)):
-                odd.append(name)
+        odd = sorted(set(new.keys()) ^ set(names.values()))
+        for before, after in names.items() if not odd else ():
+            if not has_same_bits(new.get_tensor(after), old.get_tensor(before)):
+                odd.append(after)
     if odd:
         raise GuardError(
             f"the pruned adapter must hold the kept weights as they were, but {len(odd)} differ, "

@@ -2,7 +2,7 @@
 """The steps of a pruning: measure the full update, write the pruned one, prove it, measure it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from keylayers.apply.saving import copy_files
 from keylayers.errors import GuardError
 from keylayers.evaluation.loss import held_out_loss
 from keylayers.mask.curve import subset_losses
+from keylayers.model_map import base_model_of, map_modules
 from keylayers.models import (
     ADAPTER_FILES,
     CONFIG_FILES,
@@ -34,6 +35,7 @@ from keylayers.runs.reopen import loss_trainer, reopen
 from keylayers.selection import Selection
 from keylayers.training.objectives import prepared_examples
 from keylayers.training.prepared import PreparedData
+from keylayers.updates.adapter import tuner_layers
 
 Kind = Literal["adapter", "checkpoint"]
 
@@ -65,7 +67,8 @@ class PruneJob:
         options: Everything that decides the result.
         selection: The modules to keep.
         pruned: The other ranked modules.
-        targets: All modules that an adapter updates, those outside the blocks too.
+        paths: All modules that an adapter updates, those outside the blocks too -> their layers.
+        stacked: The base model's stacked experts; None if it has none.
         data: Split as the options say.
         tokenizer: The base model's.
         full_loss_nats: Held-out loss with the whole update.
@@ -77,7 +80,8 @@ class PruneJob:
     options: PruneOptions
     selection: Selection
     pruned: tuple[str, ...]
-    targets: tuple[str, ...]
+    paths: Mapping[str, str]
+    stacked: frozenset[str] | None
     data: PreparedData
     tokenizer: PreTrainedTokenizerBase
     full_loss_nats: float
@@ -107,7 +111,7 @@ class PruneJob:
     def _write_adapter(self, adapter: str, folder: Path) -> tuple[Size, Size]:
         patterns = (*ADAPTER_FILES, *TOKENIZER_FILES)
         source = local_folder(adapter, patterns, "a PEFT adapter")
-        prune_adapter(source, folder, kept=self._kept_targets(), pruned=self.pruned)
+        prune_adapter(source, folder, paths=self.paths, pruned=self.pruned, stacked=self.stacked)
         copy_files(source, folder, TOKENIZER_FILES)
         counts = (self.selection.num_candidates, len(self.selection.modules))
         full, pruned = (
@@ -168,7 +172,7 @@ class PruneJob:
         )
 
     def _kept_targets(self) -> list[str]:
-        return [name for name in self.targets if name not in set(self.pruned)]
+        return [name for name in self.paths if name not in set(self.pruned)]
 
 
 def measured(
@@ -204,7 +208,8 @@ def measured(
         options=options,
         selection=selection,
         pruned=tuple(name for name in every if name not in set(selection.names)),
-        targets=tuple(tuned.model.targeted_module_names) if is_adapter else (),
+        paths=_layer_paths(tuned.model) if is_adapter else {},
+        stacked=_stacked_experts(tuned.model),
         data=data,
         tokenizer=opened.tokenizer,
         full_loss_nats=full.mean,
@@ -214,13 +219,23 @@ def measured(
     )
 
 
+def _layer_paths(model: PeftModel) -> dict[str, str]:
+    """Module name -> path of the PEFT layer around it in the base model."""
+    paths = {id(layer): path for path, layer in base_model_of(model).named_modules()}
+    return {name: paths[id(layer)] for name, layer in tuner_layers(model).items()}
+
+
+def _stacked_experts(model: PreTrainedModel | PeftModel) -> frozenset[str] | None:
+    return frozenset(one.name for one in map_modules(model, "all") if one.is_stacked) or None
+
+
 def _held_out_loss(trainer: Trainer) -> float:
     return held_out_loss(trainer, prepared_examples(trainer)["held_out"])
 
 
 def _prove_targets(model: PeftModel, kept: Sequence[str]) -> None:
     """Refuse an adapter that PEFT does not put on exactly the kept modules."""
-    odd = sorted(set(model.targeted_module_names) ^ set(kept))
+    odd = sorted(tuner_layers(model).keys() ^ set(kept))
     if odd:
         raise GuardError(
             f"PEFT must put the pruned adapter on exactly the kept modules, but {len(odd)} differ, "

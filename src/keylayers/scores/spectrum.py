@@ -51,7 +51,7 @@ def spectrum(
 def signal_to_noise(weight: Float[Tensor, "d_out d_in"]) -> float:
     """Sum of singular values above the noise threshold over that below, divided by the largest."""
     sigma = torch.linalg.svdvals(weight)
-    quartiles = torch.quantile(sigma, torch.tensor([0.25, 0.75], dtype=sigma.dtype))
+    quartiles = torch.quantile(sigma, sigma.new_tensor([0.25, 0.75]))
     noise = float(quartiles[1] - quartiles[0]) / 1.349
     beta = min(weight.shape) / max(weight.shape)
     is_signal = sigma > noise * (1 + math.sqrt(beta))
