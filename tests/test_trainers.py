@@ -201,6 +201,27 @@ def test_a_trainer_that_thaws_weights_in_its_loss_is_stopped():
     assert_same(before, everything(trainer))
 
 
+def test_a_trainer_that_casts_gates_in_its_loss_is_stopped():
+    """As TRL does with what is trained on a 4-bit base: small steps would round to nothing."""
+
+    class Casting(WithOwnLoss):
+        def compute_loss(self, model, inputs, **named):
+            for name, parameter in model.named_parameters():
+                if name.endswith("score"):
+                    parameter.data = parameter.data.to(torch.bfloat16)
+            return super().compute_loss(model, inputs, **named)
+
+    from keylayers.errors import GuardError
+
+    trainer = build("own loss", "model", trainer_class=Casting)
+    before = everything(trainer)
+    with pytest.raises(
+        GuardError, match=r"gates must be float32, but that of \S+ became torch.bfl"
+    ):
+        rank(trainer)
+    assert_same(before, everything(trainer))
+
+
 def reference_log_probabilities(trainer, gate):
     """What DPO compares with, on the first batch, with all gates at `gate`."""
     from keylayers.gates import gated

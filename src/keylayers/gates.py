@@ -74,30 +74,6 @@ class Gates:
             )
         return torch.cat([grad for grad in grads.values() if grad is not None]).detach().cpu()
 
-    def _check_alone(self) -> None:
-        """Raise a GuardError unless the gates are all that has a gradient, in full precision."""
-        for name, gate in self._gates.items():
-            if gate.score.dtype not in (torch.float32, torch.float64):
-                raise GuardError(
-                    f"gates must be float32, but that of {name} became {gate.score.dtype}, in "
-                    f"which small steps round to nothing; something casts the model meanwhile"
-                )
-        own = {id(parameter) for parameter in self.parameters()}
-        others = [
-            (name, parameter)
-            for name, parameter in self._model.named_parameters()
-            if id(parameter) not in own
-        ]
-        thawed = [name for name, parameter in others if parameter.requires_grad]
-        moved = [name for name, parameter in others if parameter.grad is not None]
-        if thawed or moved:
-            names = ", ".join((thawed or moved)[:3])
-            what = "became trainable" if thawed else "got a gradient"
-            raise GuardError(
-                f"only gates may be trained while modules are scored, but {len(thawed or moved)} "
-                f"other weights {what}, first {names}; something in the trainer's loss thaws them"
-            )
-
     def check_fired(self) -> None:
         """Raise a GuardError unless every gate was used by the forward passes so far."""
         idle = [name for name, gate in self._gates.items() if gate.num_calls == 0]
@@ -111,7 +87,14 @@ class Gates:
         """Raise a GuardError if anything in the model but the gates is trainable or has a gradient.
 
         A trainer that thaws weights in its loss would otherwise cost the memory of training them.
+        Nor may anything cast the gates: in half precision small steps round to nothing.
         """
+        for name, gate in self._gates.items():
+            if gate.score.dtype not in (torch.float32, torch.float64):
+                raise GuardError(
+                    f"gates must be float32, but that of {name} became {gate.score.dtype}; "
+                    f"something in the trainer casts the model while modules are scored"
+                )
         gates = {id(parameter) for parameter in self.parameters()}
         others = [
             (name, "was thawed" if parameter.grad is None else "got a gradient")
