@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from test_mask_learning import data, tokenizer
+from trainers import build
 
 from tiny_models import tiny_llama
 
@@ -194,6 +195,28 @@ def is_zero(matrices, names):
     ]
     assert len(halves) == len(names)
     return not any(bool(half.any()) for half in halves)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
+@pytest.mark.parametrize("kind", ["DPO", "KTO", "ORPO", "Reward", "GRPO"])
+def test_trainers_that_switch_adapters_in_their_loss_train_nothing_that_is_frozen(kind):
+    """PEFT thaws an adapter whenever it is switched on again, as after each reference pass."""
+    from keylayers import FreezeUnimportant, MaskOptions, StabilityOptions
+
+    trainer = build(kind, "config", is_trained=False, is_moved=False, max_steps=5)
+    quick = {"mask": MaskOptions(mask_batches=1), "stability": StabilityOptions(max_steps=3)}
+    callback, snapshots = FreezeUnimportant(0.5, **quick), Snapshots()
+    for one in (callback, snapshots):
+        trainer.add_callback(one)
+    trainer.train()
+    after = snapshots.after
+    assert changed_modules(after[3], after[5]) == set(callback.selection.names)
+    assert {name for name in after[5] if ".ref." in name} == set()
+    with trainer.model.disable_adapter():  # from now on PEFT's switches are its own again
+        pass
+    trainer.model.set_adapter("default")
+    flags = [one.requires_grad for name, one in trainer.model.named_parameters() if "lora_" in name]
+    assert all(flags)
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch", "adafactor", "rmsprop"])

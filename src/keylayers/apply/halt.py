@@ -7,6 +7,7 @@ groups, they would make the optimiser's state in a checkpoint unreadable for a r
 because trainers build the optimiser of all parameters before any callback is asked.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from keylayers.errors import GuardError, ModelError
 from keylayers.options import FreezeAction
 from keylayers.updates import AdapterUpdate, adapter_updates
 from keylayers.updates.adalora import is_adalora
+from keylayers.updates.frozen import kept_frozen
 from keylayers.weights import fingerprint
 
 
@@ -31,16 +33,22 @@ class HaltedUpdates:
         names: Their modules.
         parameters: Their LoRA matrices by full name.
         before: Fingerprint of the matrices from when training of them stopped.
+        held: Keeps them frozen where a trainer switches adapters in its loss.
     """
 
     names: tuple[str, ...]
     parameters: dict[str, nn.Parameter]
     before: dict[str, int]
+    held: contextlib.ExitStack
 
     def keep_flags(self) -> None:
         """Set the flags again, after something loaded weights."""
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
+
+    def release(self) -> None:
+        """Let PEFT's switches of adapters be what they were; at the end of the run."""
+        self.held.close()
 
     def check(self) -> None:
         """Raise a GuardError if a matrix has changed or can be trained."""
@@ -114,7 +122,9 @@ def halt_updates(
             with torch.no_grad():
                 parameter.zero_()
     prove_kept(model, [name for name in before if name not in asked])
-    return HaltedUpdates(tuple(names), parameters, fingerprint(parameters.items()))
+    held = contextlib.ExitStack()
+    held.enter_context(kept_frozen(model))
+    return HaltedUpdates(tuple(names), parameters, fingerprint(parameters.items()), held)
 
 
 def prove_kept(model: nn.Module, names: Sequence[str]) -> None:

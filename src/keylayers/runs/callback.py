@@ -96,6 +96,8 @@ class FreezeUnimportant(TrainerCallback):
         self.frozen_at_step: int | None = None
         self.reason: str | None = None
         self._recent: list[float] = []
+        if self._halted is not None:  # of a run that ended with an error
+            self._halted.release()
         self._halted = None
         self._first_step_after = 0
 
@@ -154,6 +156,7 @@ class FreezeUnimportant(TrainerCallback):
                 stacklevel=2,
             )
             return
+        self._halted.release()
         self._halted.keep_flags()  # loading the best checkpoint sets them
         best = state.best_global_step if args.load_best_model_at_end else None
         if best is None or best >= (self.frozen_at_step or 0):
