@@ -171,7 +171,7 @@ FOREIGN = [
         {"method": "elimination", "keep_fraction": 1.0},
         "`keep_fraction` must be above 0 and below 1",
     ),
-    ({"method": "price", "price": -1.0}, "`price` must be 0 or more nats"),
+    ({"method": "price", "price": -1.0}, "`price` must be from 0 to"),
     ({"method": "shapley", "permutations": 0}, "`permutations` must be at least 1"),
 ]
 
