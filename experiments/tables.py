@@ -112,9 +112,8 @@ def pair_table():
     largest = record["largest_module_mib"]
     lines = ["| held at most after loading, MiB | median | range |", "|---|---|---|"]
     for title, found in (("bare forward and backward pass", bare), ("ranking (keylayers)", own)):
-        lines.append(
-            f"| {title} | {statistics.median(found):,.0f} | {min(found):,.0f} to {max(found):,.0f} |"
-        )
+        spread = f"{min(found):,.0f} to {max(found):,.0f}"
+        lines.append(f"| {title} | {statistics.median(found):,.0f} | {spread} |")
     extra = statistics.median(own) - statistics.median(bare)
     lines.append(f"| difference | {extra:,.0f} | {extra / largest:.2f} of the largest module |")
     lines.append(f"| largest module | {largest:,.0f} | |")
