@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All options of one command together, and what must hold between them."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from keylayers.errors import ConfigError
+from keylayers.options.inputs import DataOptions, ModelOptions, UpdateOptions
+from keylayers.options.scoring import CurveOptions, MaskOptions
+from keylayers.options.selection import BudgetOptions, SelectionOptions
+from keylayers.options.training import (
+    ObjectiveOptions,
+    StabilityOptions,
+    TrainingOptions,
+    check_kto_batch,
+)
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """All options of one ranking run."""
+
+    model: ModelOptions
+    data: DataOptions
+    update: UpdateOptions = UpdateOptions()
+    training: TrainingOptions = TrainingOptions()
+    stability: StabilityOptions = StabilityOptions()
+    mask: MaskOptions = MaskOptions()
+
+    def __post_init__(self) -> None:
+        if self.update == UpdateOptions():
+            self.training.check_weights(self.model)
+        elif self.update.tuned is not None and self.model.load_in_4bit:
+            raise ConfigError(
+                "`load_in_4bit` must be left out with `tuned`: the difference of two checkpoints "
+                "needs the base's own weights"
+            )
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by the name of its flag, for the record."""
+        parts = (self.model, self.data, self.update, self.training, self.stability, self.mask)
+        return {name: value for part in parts for name, value in asdict(part).items()}
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """All options of one verification."""
+
+    model: ModelOptions
+    data: DataOptions
+    update: UpdateOptions = UpdateOptions()
+    curve: CurveOptions = CurveOptions()
+    objective: ObjectiveOptions = ObjectiveOptions()
+
+    def __post_init__(self) -> None:
+        check_kto_batch("eval_batch_size", self.curve.eval_batch_size, self.objective)
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by the name of its flag, for the record."""
+        parts = (self.model, self.data, self.update, self.curve, self.objective)
+        return {name: value for part in parts for name, value in asdict(part).items()}
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """All options of one training run on a selection.
+
+    Attributes:
+        selection: What is trained.
+        model: Which model.
+        data: Which data.
+        training: How it is fine-tuned.
+        stability: With `rank_first`: when the loss is stable.
+        mask: With `rank_first`: how the modules are scored.
+    """
+
+    selection: SelectionOptions
+    model: ModelOptions
+    data: DataOptions
+    training: TrainingOptions = TrainingOptions()
+    stability: StabilityOptions = StabilityOptions()
+    mask: MaskOptions = MaskOptions()
+
+    def __post_init__(self) -> None:
+        self.training.check_weights(self.model)
+        if self.selection.rank_first:
+            if self.training.is_full:
+                raise ConfigError(
+                    "`update` must be an adapter with `rank_first`, got full: ranking needs the "
+                    "weights that a full fine-tune started from; make a ranking first with "
+                    "`keylayers rank`"
+                )
+            self.stability.cap_within(self.selection.steps)
+            return
+        for part in (self.stability, self.mask):
+            for one in fields(part):
+                if getattr(part, one.name) != one.default:
+                    raise ConfigError(
+                        f"`{one.name}` must be left out without `rank_first`: the modules are "
+                        f"ranked already"
+                    )
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by the name of its flag, for the record."""
+        parts: list[Any] = [self.selection, self.model, self.data, self.training]
+        if self.selection.rank_first:
+            parts += [self.stability, self.mask]
+        return {name: value for part in parts for name, value in asdict(part).items()}
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """All options of one pruning of an update that exists already."""
+
+    selection: BudgetOptions
+    model: ModelOptions
+    data: DataOptions
+    update: UpdateOptions = UpdateOptions()
+    objective: ObjectiveOptions = ObjectiveOptions()
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by the name of its flag, for the record."""
+        parts = (self.selection, self.model, self.data, self.update, self.objective)
+        return {name: value for part in parts for name, value in asdict(part).items()}

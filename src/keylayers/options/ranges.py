@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values that an option may have, and the one line that refuses others."""
+
+import math
+
+from keylayers.errors import ConfigError
+
+MAX_PRICE, MAX_SCORE = 1e6, 20
+MAX_SEED = 2**32 - 1  # what NumPy's generators take
+
+
+def check_at_least(name: str, value: int, lowest: int) -> None:
+    """Raise a ConfigError unless the option `name` is `lowest` or more."""
+    if value < lowest:
+        raise ConfigError(f"`{name}` must be at least {lowest}, got {value}")
+
+
+def check_above_zero(name: str, value: float) -> None:
+    """Raise a ConfigError unless the option `name` is above 0 and finite."""
+    if not 0 < value < math.inf:
+        raise ConfigError(f"`{name}` must be above 0 and finite, got {value}")
+
+
+def check_seed(name: str, value: int) -> None:
+    """Raise a ConfigError unless the option `name` can seed every generator."""
+    if not 0 <= value <= MAX_SEED:
+        raise ConfigError(f"`{name}` must be from 0 to {MAX_SEED}, got {value}")

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which modules of a ranking are taken, and what is trained beside them."""
+
+from dataclasses import dataclass
+
+from keylayers.errors import ConfigError
+from keylayers.options.choices import Control, FreezeAction
+from keylayers.options.ranges import check_at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOptions:
+    """Which modules of a ranking are taken.
+
+    Attributes:
+        ranking: Ranking file, or the folder that holds ranking.json.
+        budget: How much is taken: 0.3 is 30 % of the modules, 17 is 17 modules, 0.3x-params is
+            modules with 30 % of the parameters, auto is what `keylayers verify` recommended.
+        freeze: Instead of a budget: take all but the worst share, such as 0.25.
+    """
+
+    ranking: str
+    budget: str | None = None
+    freeze: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.budget is None) == (self.freeze is None):
+            given = "neither" if self.budget is None else "both"
+            raise ConfigError(
+                f"exactly one of `budget` (such as 0.3) and `freeze` (such as 0.25) must be given, "
+                f"got {given}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionOptions:
+    """Which modules are trained, and against what they are compared.
+
+    Attributes:
+        ranking: Ranking file, or the folder that holds ranking.json.
+        rank_first: Instead of a ranking: train all modules until the loss is stable, rank them,
+            stop training the worst, and let the same run go on.
+        budget: How much is trained: 0.3 is 30 % of the modules, 17 is 17 modules, 0.3x-params is
+            modules with 30 % of the parameters, auto is what `keylayers verify` recommended.
+        freeze: Instead of a budget: train all but the worst share, such as 0.25, which is what
+            --rank-first takes if nothing is given.
+        action: What happens to the worst modules inside the run (--rank-first): freeze keeps what
+            they have learned, remove sets it to zero.
+        steps: Optimiser steps. From the command line: as many as stage 1 of the ranking took, if
+            it had one.
+        controls: Also train these sets of modules in the same way and show their held-out loss:
+            all; or as many modules as selected, random, first, last (of the network) or worst (of
+            the ranking).
+    """
+
+    ranking: str | None = None
+    rank_first: bool = False
+    budget: str | None = None
+    freeze: float | None = None
+    action: FreezeAction = "freeze"
+    steps: int = 300
+    controls: tuple[Control, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_at_least("steps", self.steps, 1)
+        if self.freeze is not None and not 0 < self.freeze < 1:
+            raise ConfigError(f"`freeze` must be above 0 and below 1, got {self.freeze}")
+        if (self.ranking is None) != self.rank_first:
+            given = "both" if self.rank_first else "neither"
+            raise ConfigError(
+                f"exactly one of `ranking` (a file) and `rank_first` (rank inside the run) must be "
+                f"given, got {given}"
+            )
+        if self.rank_first:
+            self._check_rank_first()
+        elif (self.budget is None) == (self.freeze is None):
+            given = "neither" if self.budget is None else "both"
+            raise ConfigError(
+                f"exactly one of `budget` (such as 0.3) and `freeze` (such as 0.25) must be given, "
+                f"got {given}"
+            )
+        elif self.action != "freeze":
+            raise ConfigError(
+                f"`action` must be left out without `rank_first`, got {self.action}: modules that "
+                f"a ranking leaves out are never trained"
+            )
+
+    def _check_rank_first(self) -> None:
+        if self.budget is not None:
+            raise ConfigError(
+                f"`budget` must be left out with `rank_first`, got {self.budget}; give the share "
+                f"that is no longer trained as `freeze`, such as 0.25"
+            )
+        if self.steps < 2:
+            raise ConfigError(
+                f"`steps` must be at least 2 with `rank_first`, one before the ranking and one "
+                f"after it, got {self.steps}"
+            )
+        if "worst" in self.controls:
+            raise ConfigError(
+                "`controls` with `rank_first` must be of all, random, first and last, got worst; "
+                "train it on the ranking that this run writes"
+            )
+
+    @property
+    def resolved_freeze(self) -> float:
+        """The share that is no longer trained with `rank_first`; a quarter as in the paper."""
+        return 0.25 if self.freeze is None else self.freeze

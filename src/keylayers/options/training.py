@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a model is fine-tuned, what for, and when the loss counts as stable."""
+
+import math
+from dataclasses import dataclass
+
+from keylayers.errors import ConfigError
+from keylayers.options.choices import Objective, UpdateKind
+from keylayers.options.inputs import ModelOptions
+from keylayers.options.ranges import check_above_zero, check_at_least, check_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveOptions:
+    """What is trained for, and so what a loss is.
+
+    Attributes:
+        objective: sft learns answers; dpo, orpo and reward learn from pairs of a chosen and a
+            rejected answer, kto from answers that are labelled good or bad; reward trains a model
+            that scores answers. docs/objectives.md has the columns that each needs.
+        beta: Strength of the pull to the reference model (dpo, kto), or weight of the odds ratio
+            (orpo). Not given: TRL's default.
+    """
+
+    objective: Objective = "sft"
+    beta: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.beta is None:
+            return
+        if self.objective in ("sft", "reward"):
+            raise ConfigError(
+                f"`beta` must be left out with `objective` {self.objective}: it has no effect there"
+            )
+        check_above_zero("beta", self.beta)
+
+
+def check_kto_batch(name: str, batch_size: int, objective: ObjectiveOptions) -> None:
+    """Raise a ConfigError for a batch of one with kto."""
+    if objective.objective == "kto" and batch_size < 2:
+        raise ConfigError(
+            f"`{name}` must be at least 2 with `objective` kto, which compares an answer with its "
+            f"neighbours in the batch, got {batch_size}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(ObjectiveOptions):
+    """How a model is fine-tuned.
+
+    Attributes:
+        update: What is trained: an adapter (lora, rslora, dora, adalora), or the modules' weights
+            themselves (full).
+        learning_rate: Peak learning rate. Not given: 2e-4 times the square root of 4096 / hidden
+            size for LoRA, a tenth of that for a full fine-tune, and again for dpo and kto.
+        batch_size: Examples a device takes at once.
+        gradient_accumulation: Batches added up for one step.
+        warmup_steps: Steps over which the learning rate rises; constant afterwards.
+        lora_rank: Rank r of the LoRA matrices; for adalora the mean that its budget ends at.
+        lora_alpha: LoRA's alpha; the update is scaled by alpha / r.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        seed: Of LoRA's initial values, of the order of the batches, and of the mask's batches.
+    """
+
+    update: UpdateKind = "lora"
+    learning_rate: float | None = None
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    warmup_steps: int = 10
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("batch_size", self.batch_size, 1)
+        check_kto_batch("batch_size", self.batch_size, self)
+        check_at_least("gradient_accumulation", self.gradient_accumulation, 1)
+        check_at_least("warmup_steps", self.warmup_steps, 0)
+        check_at_least("lora_rank", self.lora_rank, 1)
+        check_at_least("lora_alpha", self.lora_alpha, 1)
+        check_seed("seed", self.seed)
+        if self.learning_rate is not None:
+            check_above_zero("learning_rate", self.learning_rate)
+        if self.is_full and self.objective == "reward":
+            raise ConfigError(
+                "`update` must be an adapter with `objective` reward, whose new head is trained "
+                "beside the modules and saved with the adapter, got full"
+            )
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the weights themselves are trained."""
+        return self.update == "full"
+
+    def check_weights(self, model: ModelOptions) -> None:
+        """Raise a ConfigError if the model is loaded in a way in which it cannot be trained."""
+        if self.is_full and model.load_in_4bit:
+            raise ConfigError(
+                "`load_in_4bit` must be left out with `update` full: packed weights cannot be "
+                "trained; choose lora"
+            )
+        if self.is_full and model.dtype not in ("auto", "float32"):
+            raise ConfigError(
+                f"`dtype` must be left out with `update` full, which trains float32 weights and "
+                f"saves in the base model's own dtype, got {model.dtype}"
+            )
+
+    def resolved_learning_rate(self, hidden_size: int, *, is_full: bool = False) -> float:
+        """The learning rate that is used; 2e-4 suits LoRA at width 4096."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        smaller = 0.1 if self.objective in ("dpo", "kto") else 1.0  # as they are used everywhere
+        return 2e-4 * math.sqrt(4096 / hidden_size) * (0.1 if is_full else 1.0) * smaller
+
+
+@dataclass(frozen=True, kw_only=True)
+class StabilityOptions:
+    """When stage 1 ends: the loss is stable, or the cap is reached.
+
+    The paper learns masks after 25-50 % of training and finds them close to the final one, and
+    finds one from 1 % far from it (from memory of its text).
+
+    Attributes:
+        max_steps: Hard cap on the steps of stage 1. Not given: 300; inside one run (--rank-first),
+            half of the run's steps.
+        window: Steps averaged on either side when the loss is compared with itself.
+        epsilon: Stage 1 is stable when the mean loss of the last window differs by less than this
+            many nats from that of the window before. 0 trains to the cap.
+    """
+
+    max_steps: int | None = None
+    window: int = 30
+    epsilon: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.max_steps is not None:
+            check_at_least("max_steps", self.max_steps, 1)
+        check_at_least("window", self.window, 1)
+        if not self.epsilon >= 0:
+            raise ConfigError(f"`epsilon` must be 0 or more nats, got {self.epsilon}")
+
+    @property
+    def stage_1_cap(self) -> int:
+        """The cap of a stage 1 of its own."""
+        return 300 if self.max_steps is None else self.max_steps
+
+    def cap_within(self, num_steps: int) -> int:
+        """The last step after which a mask is learned inside a run of `num_steps`.
+
+        Raises:
+            ConfigError: no step would be left after it.
+        """
+        if self.max_steps is None:
+            return max(1, num_steps // 2)  # the paper learns it after 25-50 % (from memory)
+        if self.max_steps >= num_steps:
+            raise ConfigError(
+                f"`max_steps`, after which the mask is learned at the latest, must be below the "
+                f"run's {num_steps} steps, got {self.max_steps}; leave it out for half of them"
+            )
+        return self.max_steps
