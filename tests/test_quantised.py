@@ -7,11 +7,10 @@ import warnings
 import pytest
 import torch
 
+from differences import noise_of, slopes_of
 from tiny_files import NUM_MODULES
 
 pytest.importorskip("bitsandbytes", reason="4-bit bases need bitsandbytes (keylayers[qlora])")
-
-STEP = 2**-6  # of the gates in a finite difference
 
 
 def keylayers(*arguments):
@@ -93,17 +92,8 @@ def test_the_gradient_of_the_gates_is_the_slope_of_the_loss(trainer):
         gates.set_scores(at)
         loss = source.backward(batch, step=1)
         gradient = gates.gradient()
-
-        def slope(direction):
-            values = {}
-            for steps in (-3, -2, -1, 1, 2, 3):
-                gates.set_scores(at + steps * STEP * direction)
-                values[steps] = source.value(batch, step=1)
-            near, middle, far = (values[steps] - values[-steps] for steps in (1, 2, 3))
-            return (45 * near - 9 * middle + far) / (60 * STEP)
-
-        slopes = torch.tensor([slope(direction) for direction in torch.eye(len(gates))])
-    noise = 8 * 2**-24 * loss * 11 / 6 / STEP
+        slopes = slopes_of(gates, at, lambda: source.value(batch, step=1))
+    noise = noise_of(loss)
     assert (slopes - gradient).abs().max() < noise
     assert gradient.abs().max() > 100 * noise  # the noise could not hide a wrong gradient
 

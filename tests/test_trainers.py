@@ -11,13 +11,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from differences import noise_of, slopes_of
 from tiny_files import NUM_MODULES
 from trainers import CASES, DATA, TOKENIZER, WithOwnLoss, build, lora
 
 IDS = ["-".join(case).replace(" ", "-") for case in CASES]
 # trl 1.16 asks transformers 5.23 for names that transformers renamed; gone when trl follows
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
-STEP = 2**-6  # of the gates in a finite difference
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +111,6 @@ def hold_what_has_no_gradient(trainer, source, batch):
 
 @pytest.mark.parametrize(("kind", "way"), CASES, ids=IDS)
 def test_the_gradient_of_the_gates_is_the_slope_of_the_trainers_own_loss(trainer_of, kind, way):
-    """Central differences of six points, exact up to the sixth power of the step.
-
-    What is left is float32's noise: a loss L comes with an error of some roundings, 2**-24 L each
-    and never below those of the numbers near 1 that it is made of. Measured are up to three; eight
-    are allowed. Six losses enter, with weights that sum to 11 / 6 / STEP.
-    """
     from keylayers.gates import gated
     from keylayers.mask.trainer_loss import TrainerLoss
     from keylayers.updates import adapter_updates
@@ -137,17 +131,8 @@ def test_the_gradient_of_the_gates_is_the_slope_of_the_trainers_own_loss(trainer
         source.parts = lambda _: held  # GRPO: the same completions at every gate
         loss = source.backward(batch, step=1)
         gradient = gates.gradient()
-
-        def slope(direction):
-            values = {}
-            for steps in (-3, -2, -1, 1, 2, 3):
-                gates.set_scores(at + steps * STEP * direction)
-                values[steps] = source.value(batch, step=1)
-            near, middle, far = (values[steps] - values[-steps] for steps in (1, 2, 3))
-            return (45 * near - 9 * middle + far) / (60 * STEP)
-
-        slopes = torch.tensor([slope(direction) for direction in torch.eye(len(gates))])
-    noise = 8 * 2**-24 * max(1.0, abs(loss)) * 11 / 6 / STEP
+        slopes = slopes_of(gates, at, lambda: source.value(batch, step=1))
+    noise = noise_of(loss)
     assert (slopes - gradient).abs().max() < noise
     assert gradient.abs().median() > 10 * noise  # the noise could not hide a wrong gradient
 

@@ -166,10 +166,7 @@ class PruneJob:
         return load_model(source, self.options.objective.objective)
 
     def _trainer(self, model: PreTrainedModel | PeftModel) -> Trainer:
-        options = self.options
-        return loss_trainer(
-            model, self.tokenizer, self.data, EVAL_BATCH_SIZE, options.objective, options.model
-        )
+        return loss_trainer(model, self.tokenizer, self.data, EVAL_BATCH_SIZE, self.options)
 
     def _kept_targets(self) -> list[str]:
         return [name for name in self.paths if name not in set(self.pruned)]
@@ -179,19 +176,10 @@ def measured(
     options: PruneOptions, ranking: Ranking, selection: Selection, progress: Progress
 ) -> PruneJob:
     """The job, with the held-out losses of the whole update and of its kept part."""
-    opened = reopen(
-        ranking,
-        progress,
-        model=options.model,
-        data=options.data,
-        update=options.update,
-        objective=options.objective,
-    )
+    opened = reopen(ranking, options, progress)
     tuned, data = opened.tuned, opened.data
     every = [module.name for module in ranking.modules]
-    trainer = loss_trainer(
-        tuned.model, opened.tokenizer, data, EVAL_BATCH_SIZE, options.objective, options.model
-    )
+    trainer = loss_trainer(tuned.model, opened.tokenizer, data, EVAL_BATCH_SIZE, options)
     held_out = prepared_examples(trainer)["held_out"]
     subsets = [every, selection.names]
     with progress.stage("held-out loss of the full and the masked update", 2) as on_step:

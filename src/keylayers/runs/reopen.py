@@ -12,12 +12,11 @@ from keylayers.errors import RankingError
 from keylayers.model_map import map_modules, outside_module
 from keylayers.models import describe, load_model, load_tokenizer, max_positions
 from keylayers.options import (
-    DataOptions,
-    ModelOptions,
     Objective,
-    ObjectiveOptions,
+    PruneOptions,
     TrainingOptions,
     UpdateOptions,
+    VerifyOptions,
 )
 from keylayers.progress import Progress
 from keylayers.provenance import update_sha256s
@@ -61,36 +60,29 @@ class Reopened:
     model_record: dict[str, Any]
 
 
-def reopen(
-    ranking: Ranking,
-    progress: Progress,
-    *,
-    model: ModelOptions,
-    data: DataOptions,
-    update: UpdateOptions,
-    objective: ObjectiveOptions,
-) -> Reopened:
+def reopen(ranking: Ranking, options: VerifyOptions | PruneOptions, progress: Progress) -> Reopened:
     """Everything loaded and checked against the ranking, before any long work.
 
     Raises:
         RankingError: no update to open, or one of other modules than were ranked.
         KeylayersError: a bad model, data set or update.
     """
-    tokenizer, base = load_tokenizer(model), load_model(model, objective.objective)
-    prepared = prepare(data, tokenizer, max_positions(base), objective.objective)
+    model, objective = options.model, options.objective.objective
+    tokenizer, base = load_tokenizer(model), load_model(model, objective)
+    prepared = prepare(options.data, tokenizer, max_positions(base), objective)
     prepared.give_template(tokenizer)
     for line in prepared.summary():
         progress.note(line)
     record = describe(model, base) | {"weights_sha256": weights_sha256(base)}
     _note_other_inputs(ranking, record, prepared, progress)
-    note_other_objective(ranking, objective.objective, progress)
-    if update == UpdateOptions():
+    note_other_objective(ranking, objective, progress)
+    if options.update == UpdateOptions():
         raise RankingError(
             "the update that was ranked must be there to be masked, but the ranking names none; "
             "give `adapter` or `tuned`"
         )
     known = sizes_of(base, ranking)
-    tuned = existing_update(base, update, progress, model.towers)
+    tuned = existing_update(base, options.update, progress, model.towers)
     ranked = update_sha256s(ranking.provenance)
     if ranked and ranked.isdisjoint(update_sha256s(tuned.record)):
         progress.note("the update is another one than was ranked")
@@ -147,8 +139,7 @@ def loss_trainer(
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
     batch_size: int,
-    objective: ObjectiveOptions,
-    base: ModelOptions,
+    options: VerifyOptions | PruneOptions,
 ) -> Trainer:
     """A trainer that is asked for losses, never to train.
 
@@ -157,16 +148,16 @@ def loss_trainer(
         tokenizer: The model's own.
         data: What the losses will be measured on.
         batch_size: Examples at once, at most; fewer where the held-out examples are few.
-        objective: Which loss.
-        base: The reference of a loss that has one, for a model without an adapter.
+        options: Which loss, and the reference of one that has it, for a model without an adapter.
     """
-    if objective.objective != "kto":  # its loss compares the answers of a batch
+    objective = options.objective.objective
+    if objective != "kto":  # its loss compares the answers of a batch
         batch_size = max(1, min(batch_size, len(data.held_out) // ENOUGH_BATCHES))
-    training = TrainingOptions(**asdict(objective), batch_size=batch_size)
+    training = TrainingOptions(**asdict(options.objective), batch_size=batch_size)
     return make_loss_trainer(
         model,
         tokenizer,
         data,
         training,
-        load_reference=lambda: load_model(base, objective.objective),
+        load_reference=lambda: load_model(options.model, objective),
     )

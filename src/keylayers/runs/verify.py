@@ -42,18 +42,9 @@ def verify(
     """
     progress = progress or Silent()
     loaded = Ranking.load(ranking)
-    opened = reopen(
-        loaded,
-        progress,
-        model=options.model,
-        data=options.data,
-        update=options.update,
-        objective=options.objective,
-    )
+    opened = reopen(loaded, options, progress)
     tuned, batch_size = opened.tuned, options.curve.eval_batch_size
-    trainer = loss_trainer(
-        tuned.model, opened.tokenizer, opened.data, batch_size, options.objective, options.model
-    )
+    trainer = loss_trainer(tuned.model, opened.tokenizer, opened.data, batch_size, options)
     job = _Job(trainer, tuned.updates, opened.data)
     order = [module.name for module in loaded.ordered()]
     curves = _Curves(job, options.curve.points, progress)
