@@ -270,6 +270,8 @@ def test_a_gate_that_takes_no_part_is_reported():
 REFUSED = [
     ({"use_dora": True, "target_modules": ["wte", "c_attn"]}, "DoRA on embeddings"),
     ({"lora_bias": True}, "lora_bias"),
+    ({"bias": "all"}, "biases of the base are trained in place .`bias` all."),
+    ({"bias": "lora_only"}, "biases of the base are trained in place .`bias` lora_only."),
 ]
 
 
@@ -292,6 +294,12 @@ def test_merged_adapters_and_plain_models_are_refused():
         adapter_updates(model)
     with pytest.raises(ModelError, match="must carry a PEFT adapter"):
         adapter_updates(tiny_llama())
+
+
+def test_training_biases_is_no_matter_where_there_are_none():
+    from keylayers.updates import adapter_updates
+
+    assert len(adapter_updates(with_random_lora(tiny_llama(), bias="all"))) == 14
 
 
 def test_checkpoints_of_different_shapes_are_refused():

@@ -46,6 +46,7 @@ def adapter_updates(model: nn.Module) -> list[AdapterUpdate]:
             "an AdaLoRA adapter must be loaded to be trained, or PEFT cannot compute its loss; "
             "give is_trainable=True to PeftModel.from_pretrained"
         )
+    _refuse_trained_biases(model)
     layers = tuner_layers(model)
     inside = map_modules(model, towers_of(model))
     known = {info.name for info in inside}
@@ -57,6 +58,22 @@ def adapter_updates(model: nn.Module) -> list[AdapterUpdate]:
             "it updates none"
         )
     return [_update(info, layers[info.name]) for info in infos]
+
+
+def _refuse_trained_biases(model: PeftModel) -> None:
+    """PEFT's `bias` trains those of the base in place: they would stay on at every gate."""
+    kinds = {getattr(model.peft_config[name], "bias", "none") for name in model.active_adapters}
+    biases = [
+        name
+        for name, _ in base_model_of(model).named_parameters()
+        if name.rpartition(".")[2] == "bias" and "lora_" not in name
+    ]
+    if kinds != {"none"} and biases:
+        raise ModelError(
+            f"a gate must scale the whole update, which it cannot where biases of the base are "
+            f"trained in place (`bias` {', '.join(sorted(kinds))}), here {len(biases)}; fine-tune "
+            f"with bias='none'"
+        )
 
 
 def always_on(model: nn.Module) -> list[str]:
