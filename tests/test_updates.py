@@ -117,7 +117,7 @@ def test_the_kind_of_the_ranking_is_trained_on_exactly_the_selection(ranked, kin
     assert config.get("use_rslora", False) == (kind == "rslora")
 
 
-@pytest.mark.parametrize("kind", ["lora", *KINDS])
+@pytest.mark.parametrize("kind", ["lora", "embedding", "4 bits", *KINDS])
 def test_several_steps_change_exactly_the_selected_modules(tiny, kind):
     from keylayers.apply.freeze import train_only
     from keylayers.model_map import map_modules
@@ -127,10 +127,16 @@ def test_several_steps_change_exactly_the_selected_modules(tiny, kind):
     from keylayers.training.run import fine_tune, make_trainer, new_adapter
     from keylayers.updates.adapter import own_parameters, tuner_layers
 
-    source = ModelOptions(model=str(tiny / "model"), dtype="float32")
+    if kind == "4 bits":
+        pytest.importorskip("bitsandbytes", reason="4-bit bases need bitsandbytes")
+    is_packed = kind == "4 bits"
+    source = ModelOptions(model=str(tiny / "model"), dtype="float32", load_in_4bit=is_packed)
     model, tokenizer = load_model(source), load_tokenizer(source)
     selected = [info.name for info in map_modules(model)][1::4]
-    options = TrainingOptions(update=kind, learning_rate=0.05, warmup_steps=0, lora_rank=4)
+    if kind == "embedding":
+        selected.append("model.embed_tokens")
+    update = kind if kind in KINDS else "lora"
+    options = TrainingOptions(update=update, learning_rate=0.05, warmup_steps=0, lora_rank=4)
     if kind == "full":
         train_only(model, selected)
     else:
