@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         DataOptions,
         MaskOptions,
         ModelOptions,
+        ObjectiveOptions,
         PruneOptions,
         RankOptions,
         SelectionOptions,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from keylayers.runs.train import TrainedSet, train
     from keylayers.runs.verify import verify
     from keylayers.selection import Freeze, Selection
+    from keylayers.training.shallow import ShallowBackward
     from keylayers.updates.dense import module_weights
     from keylayers.verification import Verification
 
@@ -55,6 +57,7 @@ _HOME = {
     "MaskCurve": "curve",
     "MaskOptions": "options",
     "ModelOptions": "options",
+    "ObjectiveOptions": "options",
     "PruneOptions": "options",
     "PrunedUpdate": "runs.prune",
     "RankOptions": "options",
@@ -63,6 +66,7 @@ _HOME = {
     "Recommendation": "curve",
     "Selection": "selection",
     "SelectionOptions": "options",
+    "ShallowBackward": "training.shallow",
     "StabilityOptions": "options",
     "TrainOptions": "options",
     "TrainedSet": "runs.train",
@@ -94,6 +98,7 @@ __all__ = [
     "MaskCurve",
     "MaskOptions",
     "ModelOptions",
+    "ObjectiveOptions",
     "PruneOptions",
     "PrunedUpdate",
     "RankOptions",
@@ -102,6 +107,7 @@ __all__ = [
     "Recommendation",
     "Selection",
     "SelectionOptions",
+    "ShallowBackward",
     "StabilityOptions",
     "TrainOptions",
     "TrainedSet",

@@ -37,6 +37,7 @@ from keylayers.progress import OnStep
 from keylayers.training.objectives import LoadReference, TrainerParts, build_trainer
 from keylayers.training.prepared import PreparedData
 from keylayers.training.reading import quiet_datasets
+from keylayers.training.shallow import ShallowBackward
 from keylayers.updates.adalora import is_adalora
 
 
@@ -214,7 +215,9 @@ def fine_tune(
         LossError: the loss became NaN or infinite; says at which step.
     """
     watch = _LossWatch(stability, on_step)
-    callbacks = [watch, *([_RankAllocation()] if is_adalora(trainer.model) else [])]
+    callbacks = [watch, ShallowBackward()]
+    if is_adalora(trainer.model):
+        callbacks.append(_RankAllocation())
     for callback in callbacks:
         trainer.add_callback(callback)
     start = time.perf_counter()
