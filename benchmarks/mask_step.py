@@ -95,8 +95,8 @@ MODES: dict[str, Callable[[PeftModel], AbstractContextManager[None]]] = {
 }
 
 
-def kept_mib(model: PeftModel, tokens: Tensor) -> float:
-    """MiB of distinct storage that one step keeps for its backward pass, parameters excluded."""
+def kept_storage(model: PeftModel, one_step: Callable[[], object]) -> int:
+    """Bytes of distinct storage that one step keeps for its backward pass, parameters excluded."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -107,8 +107,8 @@ def kept_mib(model: PeftModel, tokens: Tensor) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step(model, tokens)
-    return sum(kept.values()) / 2**20
+        one_step()
+    return sum(kept.values())
 
 
 def run() -> dict[str, Any]:
@@ -120,7 +120,7 @@ def run() -> dict[str, Any]:
     memory = {}
     for name, mode in MODES.items():
         with mode(model):
-            memory[name] = kept_mib(model, tokens)
+            memory[name] = kept_storage(model, lambda: step(model, tokens)) / 2**20
     for _ in range(NUM_ROUNDS):
         for name, mode in MODES.items():
             with mode(model):

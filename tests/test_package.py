@@ -23,6 +23,7 @@ ORDER = (
     ("scores",),
     ("provenance",),
     ("ranking",),
+    ("costs",),
     ("selection",),
     ("certainty",),
     ("verification",),

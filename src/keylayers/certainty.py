@@ -40,11 +40,16 @@ def undecided(ranking: Ranking, budget: Budget) -> tuple[str, ...]:
 def decisions(ranking: Ranking, budget: Budget) -> dict[str, bool | None]:
     """Module name -> whether its place is decided, in model order; None where it is not known.
 
+    A budget by cost takes no module for its score alone: then none is known.
+
     Raises:
         ConfigError: the budget has no known form, or buys nothing or more than there is.
         RankingError: the budget reaches modules that have no score.
     """
-    cut = _cut(ranking, budget)
+    chosen = ranking.select(budget).names
+    if set(chosen) != {module.name for module in ranking.ordered()[: len(chosen)]}:
+        return {module.name: None for module in ranking.modules}
+    cut = _cut(ranking, len(chosen))
     known: dict[str, bool | None] = {}
     for module in ranking.modules:
         if module.score is None or module.standard_error is None:
@@ -55,10 +60,9 @@ def decisions(ranking: Ranking, budget: Budget) -> dict[str, bool | None]:
     return known
 
 
-def _cut(ranking: Ranking, budget: Budget) -> float | None:
+def _cut(ranking: Ranking, count: int) -> float | None:
     """Midpoint of the last score taken and the first left out; None without one of the two."""
     ordered = ranking.ordered()
-    count = len(ranking.select(budget).modules)
     taken = ordered[count - 1].score
     left_out = ordered[count].score if count < len(ordered) else None
     return None if taken is None or left_out is None else (taken + left_out) / 2

@@ -310,12 +310,14 @@ def max_positions(model: PreTrainedModel) -> int | None:
 
 
 def describe(source: ModelOptions, model: PreTrainedModel) -> dict[str, Any]:
-    """What a record says of a model: name, revision, kind, dtype."""
+    """What a record says of a model: name, revision, kind, size of the output layer, dtype."""
+    head = model.get_output_embeddings()
     return {
         "name": source.model,
         "revision": source.revision,
         "commit": getattr(model.config, "_commit_hash", None),
         "model_type": model.config.model_type,
+        "num_head_parameters": 0 if head is None else head.weight.numel(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "trust_remote_code": source.trust_remote_code,
     }

@@ -8,6 +8,7 @@ Forms of a budget:
 | `0.3` | `0.3` | 30 % of the modules, rounded to the nearest count, a half up |
 | `17` | `17` | the best 17 modules |
 | `0.3x-params` | `"0.3x-params"` | best modules with at most 30 % of all modules' parameters |
+| `0.6x-time` | `"0.6x-time"` | highest sum of scores whose training step costs at most 60 % |
 | `--freeze 0.25` | `Freeze(0.25)` | all but the worst 25 % |
 | `auto` | `verify(...).recommendation.num_modules` | fewest modules nearly as good as all |
 
@@ -21,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from keylayers.costs import best_within
 from keylayers.errors import ConfigError, RankingError
 from keylayers.ranking import RankedModule, Ranking
 
@@ -43,8 +45,10 @@ Budget = float | int | str | Freeze
 
 AUTO = "auto"
 _PARAMS = re.compile(r"(.+)x-params")
+_TIME = re.compile(r"(.+)x-time")
 _FORMS = (
-    "a fraction such as 0.3, a count such as 17, or a fraction of parameters such as 0.3x-params"
+    "a fraction such as 0.3, a count such as 17, a fraction of parameters such as 0.3x-params, or "
+    "of the cost of a training step such as 0.6x-time"
 )
 
 
@@ -111,6 +115,9 @@ def select(ranking: Ranking, budget: Budget) -> Selection:
     ordered = ranking.ordered()
     if isinstance(budget, str):
         budget = parse_budget(budget)
+    if isinstance(budget, str) and _TIME.fullmatch(budget):
+        fraction = _fraction(budget, _TIME, "of the cost of a step", "x-time")
+        return _selection(ranking, best_within(ranking, fraction), budget)
     count = _count(ordered, budget)
     taken, left = ordered[:count], ordered[count:]
     if taken[-1].score is None:
@@ -120,21 +127,26 @@ def select(ranking: Ranking, budget: Budget) -> Selection:
             f"only {num_scored} have one; lower the budget"
         )
     num_tied_out = sum(module.score == taken[-1].score for module in left)
+    return _selection(ranking, taken, budget, num_tied_out)
+
+
+def _selection(
+    ranking: Ranking, taken: Sequence[RankedModule], budget: Budget, num_tied_out: int = 0
+) -> Selection:
+    written = f"all but the worst {budget.fraction}" if isinstance(budget, Freeze) else str(budget)
     names = {module.name for module in taken}
     return Selection(
         modules=tuple(module for module in ranking.modules if module.name in names),
-        num_candidates=len(ordered),
-        num_candidate_parameters=sum(module.num_parameters for module in ordered),
-        budget=f"all but the worst {budget.fraction}"
-        if isinstance(budget, Freeze)
-        else str(budget),
+        num_candidates=len(ranking.modules),
+        num_candidate_parameters=sum(module.num_parameters for module in ranking.modules),
+        budget=written,
         num_tied_out=num_tied_out,
-        is_of_mixture=any(module.is_stacked for module in ordered),
+        is_of_mixture=any(module.is_stacked for module in ranking.modules),
     )
 
 
 def parse_budget(text: str) -> Budget:
-    """The budget that `text` writes; `0.3x-params` stays text.
+    """The budget that `text` writes; `0.3x-params` and `0.6x-time` stay text.
 
     Raises:
         ConfigError: it has none of the known forms.
@@ -144,7 +156,7 @@ def parse_budget(text: str) -> Budget:
             "`budget` auto is for `keylayers train` and `prune`; run `keylayers verify` and give "
             "the number of modules that it recommends"
         )
-    if _PARAMS.fullmatch(text):
+    if _PARAMS.fullmatch(text) or _TIME.fullmatch(text):
         return text
     try:
         return int(text)
@@ -178,16 +190,7 @@ def _count(ordered: Sequence[RankedModule], budget: Budget) -> int:
 
 
 def _count_within_parameters(ordered: Sequence[RankedModule], budget: str) -> int:
-    match = _PARAMS.fullmatch(budget)
-    try:
-        fraction = float(match[1]) if match else math.nan
-    except ValueError:
-        fraction = math.nan
-    if not 0 < fraction <= 1:
-        raise ConfigError(
-            f"`budget` as a fraction of parameters must be above 0x-params and at most 1x-params, "
-            f"got {budget!r}"
-        )
+    fraction = _fraction(budget, _PARAMS, "of parameters", "x-params")
     allowed = fraction * sum(module.num_parameters for module in ordered)
     count = total = 0
     for module in ordered:
@@ -201,6 +204,21 @@ def _count_within_parameters(ordered: Sequence[RankedModule], budget: str) -> in
             f"{ordered[0].num_parameters:,} parameters, but {budget} allows {int(allowed):,}"
         )
     return count
+
+
+def _fraction(budget: str, form: re.Pattern[str], of_what: str, unit: str) -> float:
+    """The fraction in a budget of one form."""
+    match = form.fullmatch(budget)
+    try:
+        fraction = float(match[1]) if match else math.nan
+    except ValueError:
+        fraction = math.nan
+    if not 0 < fraction <= 1:
+        raise ConfigError(
+            f"`budget` as a fraction {of_what} must be above 0{unit} and at most 1{unit}, got "
+            f"{budget!r}"
+        )
+    return fraction
 
 
 def _rounded(value: float) -> int:

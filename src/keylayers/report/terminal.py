@@ -117,7 +117,7 @@ def certainty_line(ranking: Ranking, budget: Budget) -> str:
     known = list(decisions(ranking, budget).values())
     num_unknown, num_open = known.count(None), known.count(False)
     if num_unknown == len(known):
-        return "no intervals: the method gives none"
+        return "no intervals: the method gives none, or the budget is by cost and has no cut"
     text = f"at budget {selection.budget} ({len(selection.modules)} of {len(known)} modules), "
     if num_open:
         modules, whose = ("module is", "its") if num_open == 1 else ("modules are", "their")

@@ -34,13 +34,10 @@ class ShallowBackward(TrainerCallback):
     ) -> None:
         """Cut the graph behind the embeddings, after the libraries' own hooks."""
         self.on_train_end(args, state, control)
-        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
         options = args.activation_checkpointing_kwargs or {}
         needs_inputs = args.activation_checkpointing and options.get("use_reentrant", False)
-        if embeddings is None or needs_inputs:
-            return
-        if not any(parameter.requires_grad for parameter in embeddings.parameters()):
-            self._handle = embeddings.register_forward_hook(_without_graph)
+        if model is not None and not needs_inputs:
+            self._handle = shallow_backward(model)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -49,6 +46,18 @@ class ShallowBackward(TrainerCallback):
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
+
+
+def shallow_backward(model: nn.Module) -> RemovableHandle | None:
+    """Cut the graph behind the model's embeddings; None where they are trained or there are none.
+
+    Returns:
+        The hook, to be removed. It must be the last one on the embeddings.
+    """
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if embeddings is None or any(one.requires_grad for one in embeddings.parameters()):
+        return None
+    return embeddings.register_forward_hook(_without_graph)
 
 
 def _without_graph(_: nn.Module, __: tuple[Tensor, ...], embedded: Tensor) -> Tensor:

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training step of a selection against PEFT `all-linear`: time, kept memory, optimiser state.
+
+And against the analytic floor: multiply-adds of forward through all, and of backward down to the
+lowest trained module. Selections are the upper blocks, and modules spread over all blocks as a
+ranking may choose them. With gradient checkpointing as TRL sets it up, and with our callback.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.mask_step import kept_storage
+from keylayers.apply.adapter import add_lora
+from keylayers.model_map import ModuleInfo, map_modules
+from keylayers.training.shallow import shallow_backward
+
+NUM_ROUNDS = 8
+BATCH, TOKENS, VOCABULARY = 4, 256, 1024
+FRACTIONS = (0.1, 0.2, 0.3, 0.75)
+RANK = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, and how.
+
+    Attributes:
+        title: For the table.
+        names: Modules with LoRA; None for PEFT's `all-linear`.
+        is_checkpointed: With gradient checkpointing and gradients of inputs, as TRL has it.
+        is_shallow: With keylayers' callback.
+    """
+
+    title: str
+    names: tuple[str, ...] | None
+    is_checkpointed: bool = False
+    is_shallow: bool = True
+
+
+def make_base() -> LlamaForCausalLM:
+    """A random Llama of 26 M parameters: 8 blocks, width 512."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    return LlamaForCausalLM(config)
+
+
+def cases(modules: list[ModuleInfo]) -> list[Case]:
+    """Everything that is measured; the reference first."""
+    names = [one.name for one in modules]
+    generator = torch.Generator().manual_seed(0)
+    order = [names[index] for index in torch.randperm(len(names), generator=generator)]
+    found = [Case("all modules (PEFT all-linear)", None, is_shallow=False)]
+    for fraction in FRACTIONS:
+        count = round(fraction * len(names))
+        found.append(Case(f"{fraction:.0%}, the uppermost", tuple(names[-count:])))
+        found.append(Case(f"{fraction:.0%}, spread", tuple(order[:count])))
+    count = round(0.3 * len(names))
+    upper = tuple(names[-count:])
+    found.append(Case("all modules, checkpointed", None, is_checkpointed=True, is_shallow=False))
+    for title, is_shallow in (("as TRL has it", False), ("keylayers", True)):
+        found.append(
+            Case(f"30%, the uppermost, checkpointed, {title}", upper, True, is_shallow=is_shallow)
+        )
+    return found
+
+
+def prepared(case: Case) -> PeftModel:
+    """The model of a case, ready for a step."""
+    base = make_base()
+    if case.names is None:
+        config = LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear")
+        model = get_peft_model(base, config)
+    else:
+        model = add_lora(base, case.names, r=RANK, lora_alpha=16)
+    model.train()
+    if case.is_checkpointed:
+        model.enable_input_require_grads()
+        base.activation_checkpointing_enable()
+    return model
+
+
+@contextmanager
+def as_trained(model: PeftModel, case: Case) -> Iterator[None]:
+    """With keylayers' hook where the case has it."""
+    handle = shallow_backward(model) if case.is_shallow else None
+    yield
+    if handle is not None:
+        handle.remove()
+
+
+def floor(case: Case, modules: list[ModuleInfo]) -> float:
+    """Multiply-adds of a step, as a share of those of training all modules."""
+    head = 512 * VOCABULARY
+    whole = sum(one.num_parameters for one in modules)
+    lowest = 0
+    if case.names is not None:
+        lowest = min(i for i, one in enumerate(modules) if one.name in set(case.names))
+    backward = sum(one.num_parameters for one in modules[lowest:])
+    return (whole + head + backward + head) / (2 * (whole + head))
+
+
+def run() -> dict[str, Any]:
+    """Alternate the cases, print ratios to the reference and return the record."""
+    torch.set_num_threads(1)
+    modules = list(map_modules(make_base()))
+    found = cases(modules)
+    tokens = torch.randint(0, VOCABULARY, (BATCH, TOKENS))
+    models = [prepared(case) for case in found]
+    rows: dict[str, dict[str, Any]] = {}
+    for case, model in zip(found, models, strict=True):
+        with as_trained(model, case):
+            trained = [one for one in model.parameters() if one.requires_grad]
+            rows[case.title] = {
+                "num_modules": len(modules) if case.names is None else len(case.names),
+                "seconds": [],
+                "kept_mib": kept_storage(model, lambda model=model: step(model, tokens)) / 2**20,
+                # AdamW holds two numbers for each that is trained
+                "optimizer_mib": sum(2 * one.numel() * one.element_size() for one in trained)
+                / 2**20,
+                "floor": floor(case, modules),
+            }
+    for _ in range(NUM_ROUNDS):
+        for case, model in zip(found, models, strict=True):
+            model.zero_grad()
+            with as_trained(model, case):
+                start = time.perf_counter()
+                step(model, tokens)
+                rows[case.title]["seconds"].append(time.perf_counter() - start)
+    _add_ratios(rows, found)
+    return {"batch": BATCH, "tokens": TOKENS, "rounds": NUM_ROUNDS, "cases": rows}
+
+
+def step(model: PeftModel, tokens: Tensor) -> None:
+    """Forward and backward of one batch."""
+    model(input_ids=tokens, labels=tokens).loss.backward()
+
+
+def _add_ratios(rows: dict[str, dict[str, Any]], found: list[Case]) -> None:
+    reference = rows[found[0].title]
+    for row in rows.values():
+        pairs = zip(row["seconds"], reference["seconds"], strict=True)
+        ratios = [own / other for own, other in pairs]
+        row["time_ratio_median"] = statistics.median(ratios)
+        row["time_ratio_quartiles"] = statistics.quantiles(ratios, n=4)[::2]
+        row["kept_ratio"] = row["kept_mib"] / reference["kept_mib"]
+        row["optimizer_ratio"] = row["optimizer_mib"] / reference["optimizer_mib"]
+    for title, row in rows.items():
+        low, high = row["time_ratio_quartiles"]
+        print(
+            f"{title:<52} time x {row['time_ratio_median']:.2f} ({low:.2f} to {high:.2f}), floor x "
+            f"{row['floor']:.2f}, kept x {row['kept_ratio']:.2f}, optimiser x "
+            f"{row['optimizer_ratio']:.2f}"
+        )
