@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from keylayers.runs.verify import verify
     from keylayers.selection import Freeze, Selection
     from keylayers.training.shallow import ShallowBackward
+    from keylayers.training.step_scores import StepScores
     from keylayers.updates.dense import module_weights
     from keylayers.verification import Verification
 
@@ -68,6 +69,7 @@ _HOME = {
     "SelectionOptions": "options",
     "ShallowBackward": "training.shallow",
     "StabilityOptions": "options",
+    "StepScores": "training.step_scores",
     "TrainOptions": "options",
     "TrainedSet": "runs.train",
     "TrainingOptions": "options",
@@ -109,6 +111,7 @@ __all__ = [
     "SelectionOptions",
     "ShallowBackward",
     "StabilityOptions",
+    "StepScores",
     "TrainOptions",
     "TrainedSet",
     "TrainingOptions",

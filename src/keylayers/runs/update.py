@@ -25,6 +25,7 @@ from keylayers.records import (
 )
 from keylayers.training.prepared import PreparedData
 from keylayers.training.run import fine_tune, make_trainer, new_adapter
+from keylayers.training.step_scores import StepScores
 from keylayers.updates import Update, adapter_updates, dense_updates
 from keylayers.updates.adalora import is_adalora
 from keylayers.updates.adapter import always_on
@@ -169,6 +170,9 @@ def _train_all(job: RankJob) -> tuple[PreTrainedModel | PeftModel, dict[str, Any
         max_length=job.data.max_length,
         load_reference=lambda: load_base(job.options),
     )
+    scores = StepScores()
+    if not training.is_full:
+        trainer.add_callback(scores)
     with job.progress.stage("stage 1: fine-tuning all modules", cap) as on_step:
         result = fine_tune(trainer, job.options.stability, on_step)
     reason = "the loss is stable" if result.stopped_by == "stable" else "the cap is reached"
@@ -180,6 +184,7 @@ def _train_all(job: RankJob) -> tuple[PreTrainedModel | PeftModel, dict[str, Any
         "stopped_by": result.stopped_by,
         "learning_rate": trainer.args.learning_rate,
         "seconds": result.seconds,
+        "step_scores": dict(scores.scores),
         **_tuned_sha256(tuned),
     }
 

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A ranking for nothing: what each module's part of every training step lowered the loss by.
+
+    s_i = Σ_steps -⟨∂L/∂θ_i, Δθ_i⟩
+
+over the matrices θ_i of the adapter on module i, with the gradient that the optimiser was given
+(clipped, if it clips) and the step that it took. To first order the scores sum to the loss
+reduction along the way of the training, so their unit is that of the loss.
+
+Cost: a copy of the adapter, and two products with it a step; no pass of its own.
+Blind to: what a module would have done without the others, as every sum along one way is.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from keylayers.updates import adapter_updates
+from keylayers.updates.adapter import own_parameters
+
+
+class StepScores(TrainerCallback):
+    """Sums the scores while a trainer trains an adapter; any transformers or TRL trainer.
+
+    Attributes:
+        num_steps: Steps that were summed.
+    """
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self._names: list[str] = []
+        self._owners: list[int] = []
+        self._parameters: list[Tensor] = []
+        self._before: list[Tensor] = []
+        self._sums: Tensor | None = None
+
+    @property
+    def scores(self) -> Mapping[str, float]:
+        """Module name -> score, in model order; empty before the training."""
+        if self._sums is None:
+            return {}
+        sums = torch.zeros(len(self._names), dtype=torch.float64)
+        sums.index_add_(0, torch.tensor(self._owners), self._sums.double().cpu())
+        return dict(zip(self._names, sums.tolist(), strict=True))
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Find what is trained, and begin anew.
+
+        Raises:
+            ModelError: the model carries no adapter.
+        """
+        assert model is not None
+        self.num_steps = 0
+        self._names, self._owners, self._parameters = [], [], []
+        for index, update in enumerate(adapter_updates(model)):
+            self._names.append(update.module.name)
+            for parameter in own_parameters(update.layer):
+                if parameter.requires_grad:
+                    self._owners.append(index)
+                    self._parameters.append(parameter)
+        self._before = [torch.empty_like(one) for one in self._parameters]
+        self._sums = torch.zeros(len(self._parameters), device=_device(self._parameters))
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the matrices from before the step."""
+        torch._foreach_copy_(self._before, self._parameters)
+
+    @torch.no_grad()
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The matrices have moved, and their gradients are still there."""
+        assert self._sums is not None
+        self._sums += torch.stack(
+            [
+                _loss_fall(parameter, before)
+                for parameter, before in zip(self._parameters, self._before, strict=True)
+            ]
+        )
+        self.num_steps += 1
+
+
+def _loss_fall(parameter: Tensor, before: Tensor) -> Tensor:
+    """-⟨∂L/∂θ, Δθ⟩ of one matrix; 0 without a gradient."""
+    if parameter.grad is None:
+        return torch.zeros((), device=parameter.device)
+    gradient, step = parameter.grad.flatten(), (before - parameter).flatten()
+    return torch.dot(gradient.float(), step.float())
+
+
+def _device(parameters: Sequence[Tensor]) -> torch.device | None:
+    return parameters[0].device if parameters else None

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores from the steps of a training: they add up, and the training does not notice."""
+
+import pytest
+import torch
+
+from tiny_files import NUM_MODULES
+from trainers import build
+
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
+EXACT = {
+    "max_steps": 12,
+    "learning_rate": 0.003,
+    "optim": "sgd",
+    "max_grad_norm": 0.0,
+    "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": 8,  # all rows: one and the same batch in each step
+}
+
+
+def trained(kind="SFT", callback=None, **options):
+    trainer = build(kind, "model", is_trained=False, is_moved=False, **options)
+    if callback is not None:
+        trainer.add_callback(callback)
+    trainer.train()
+    return trainer
+
+
+def test_scores_sum_to_the_loss_reduction_along_the_way():
+    import keylayers
+    from keylayers.evaluation.loss import held_out_loss
+
+    scores = keylayers.StepScores()
+    trainer = build("SFT", "model", is_trained=False, is_moved=False, **EXACT)
+    before = held_out_loss(trainer, trainer.train_dataset)
+    trainer.add_callback(scores)
+    trainer.train()
+    fall = before - held_out_loss(trainer, trainer.train_dataset)
+    assert scores.num_steps == 12
+    assert len(scores.scores) == NUM_MODULES
+    assert fall > 0.02
+    assert sum(scores.scores.values()) == pytest.approx(fall, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_the_training_does_not_notice(kind):
+    import keylayers
+
+    first = trained(kind, max_steps=3)
+    second = trained(kind, keylayers.StepScores(), max_steps=3)
+    pairs = zip(first.model.parameters(), second.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_what_is_not_trained_scores_nothing_and_a_second_training_begins_anew():
+    import keylayers
+
+    scores = keylayers.StepScores()
+    trainer = build("SFT", "model", is_trained=False, is_moved=False, max_steps=2)
+    for name, parameter in trainer.model.named_parameters():
+        if "layers.1.mlp.up_proj" in name:
+            parameter.requires_grad_(False)
+    trainer.add_callback(scores)
+    trainer.train()
+    found = dict(scores.scores)
+    assert [name for name, score in found.items() if score == 0] == ["model.layers.1.mlp.up_proj"]
+    trainer.train()
+    assert scores.num_steps == 2
+    assert dict(scores.scores) != found
+
+
+def test_a_model_without_an_adapter_is_refused():
+    import keylayers
+    from keylayers.errors import ModelError
+
+    trainer = build("plain", "model", is_trained=False, is_moved=False)
+    trainer.model = trainer.model.unload()
+    trainer.add_callback(keylayers.StepScores())
+    with pytest.raises(ModelError, match="must carry a PEFT adapter"):
+        trainer.train()
