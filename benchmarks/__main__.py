@@ -1,20 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run every benchmark and write its record: `python -m benchmarks --output FOLDER`."""
+"""Run every benchmark, and write its record beside it: `python -m benchmarks`."""
 
 import argparse
 from pathlib import Path
 
-from benchmarks import checkpoint_pair, mask_step
+from benchmarks import (
+    checkpoint_pair,
+    free_score,
+    growth,
+    mask_step,
+    start_up,
+    train_selection,
+)
 from keylayers.records import environment, write_json
 
 
 def main() -> None:
     """Run, print and record."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("out/bench"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for benchmark in (mask_step, checkpoint_pair):
+    benchmarks = (mask_step, free_score, train_selection, growth, start_up, checkpoint_pair)
+    for benchmark in benchmarks:
         name = benchmark.__name__.rpartition(".")[2]
         result = benchmark.run()
         write_json(arguments.output / f"{name}.json", {"environment": environment(), **result})

@@ -82,6 +82,29 @@ def gates_on_b(model: PeftModel) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def dense_autograd(model: PeftModel) -> Iterator[None]:
+    """Full autograd through `θ_0 + γ Δθ`: every merged weight is made in the forward pass."""
+    updates = adapter_updates(model)
+    with frozen(model):
+        for update in updates:
+            gate = Gate(2.0, "sigmoid")
+            update.layer.forward = _merged(update.layer, update.adapter, gate)
+        yield
+        for update in updates:
+            del update.layer.forward
+
+
+def _merged(layer: Any, adapter: str, gate: Gate) -> Callable[[Tensor], Tensor]:
+    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+
+    def forward(x: Tensor) -> Tensor:
+        delta = layer.scaling[adapter] * (b @ a)
+        return nn.functional.linear(x, layer.base_layer.weight + gate(delta))
+
+    return forward
+
+
 def all_lora(model: PeftModel) -> AbstractContextManager[None]:
     """Ordinary training of all LoRA matrices."""
     return nullcontext()
@@ -91,6 +114,7 @@ MODES: dict[str, Callable[[PeftModel], AbstractContextManager[None]]] = {
     "frozen (limit)": frozen,
     "gates on A (keylayers)": gates_on_a,
     "gates on B (naive)": gates_on_b,
+    "full autograd on θ_0 + γΔθ": dense_autograd,
     "training all LoRA": all_lora,
 }
 

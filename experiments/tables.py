@@ -91,43 +91,11 @@ def methods_table():
     return "\n".join(lines)
 
 
-def performance_table():
-    """For docs/performance.md: the mask step against its limit."""
-    record = json.loads((RECORDS.parents[1] / "benchmarks" / "mask_step.json").read_text())
-    lines = ["| step | time, ratio to the limit (quartiles) | kept for backward, MiB | ratio |"]
-    lines.append("|---|---|---|---|")
-    for name, row in record["modes"].items():
-        low, high = row["time_ratio_quartiles"]
-        lines.append(
-            f"| {name} | {row['time_ratio_median']:.2f} ({low:.2f} to {high:.2f}) "
-            f"| {row['kept_mib']:.0f} | {row['kept_ratio']:.2f} |"
-        )
-    return "\n".join(lines)
-
-
-def pair_table():
-    """For docs/performance.md: memory of ranking two checkpoints, against a bare pass."""
-    record = json.loads((RECORDS.parents[1] / "benchmarks" / "checkpoint_pair.json").read_text())
-    bare, own = (record["peak_mib"][side] for side in ("bare", "rank"))
-    largest = record["largest_module_mib"]
-    lines = ["| held at most after loading, MiB | median | range |", "|---|---|---|"]
-    for title, found in (("bare forward and backward pass", bare), ("ranking (keylayers)", own)):
-        spread = f"{min(found):,.0f} to {max(found):,.0f}"
-        lines.append(f"| {title} | {statistics.median(found):,.0f} | {spread} |")
-    extra = statistics.median(own) - statistics.median(bare)
-    lines.append(f"| difference | {extra:,.0f} | {extra / largest:.2f} of the largest module |")
-    lines.append(f"| largest module | {largest:,.0f} | |")
-    lines.append(f"| a second model would be | {record['checkpoint_mib']:,.0f} | |")
-    return "\n".join(lines)
-
-
 TABLES = (
     short_table,
     long_table,
     methods_table,
     training_table,
-    performance_table,
-    pair_table,
 )
 
 if __name__ == "__main__":
