@@ -170,7 +170,7 @@ def _add_ratios(rows: dict[str, dict[str, Any]], found: list[Case]) -> None:
     for title, row in rows.items():
         low, high = row["time_ratio_quartiles"]
         print(
-            f"{title:<52} time x {row['time_ratio_median']:.2f} ({low:.2f} to {high:.2f}), counted x "
-            f"{row['counted']:.2f}, kept x {row['kept_ratio']:.2f}, optimiser x "
+            f"{title:<52} time x {row['time_ratio_median']:.2f} ({low:.2f} to {high:.2f}), counted "
+            f"x {row['counted']:.2f}, kept x {row['kept_ratio']:.2f}, optimiser x "
             f"{row['optimizer_ratio']:.2f}"
         )
