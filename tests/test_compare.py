@@ -279,7 +279,7 @@ def test_intervals_are_the_same_each_time():
 
 @pytest.mark.parametrize(("changes", "kind"), KINDS, ids=lambda case: str(case))
 def test_the_kind_of_a_pair_comes_from_the_records(changes, kind):
-    from keylayers.compare import pair_kind
+    from keylayers.kinds import pair_kind
 
     assert pair_kind(run_of(), run_of(**changes)) == kind
     assert pair_kind(run_of(**changes), run_of()) == kind
@@ -314,7 +314,7 @@ UPDATES = [
 
 @pytest.mark.parametrize(("first", "second", "kind"), UPDATES)
 def test_another_update_is_no_repetition(first, second, kind):
-    from keylayers.compare import pair_kind
+    from keylayers.kinds import pair_kind
 
     assert pair_kind(run_of(**first), run_of(**second)) == kind
     assert pair_kind(run_of(**second), run_of(**first)) == kind
@@ -322,7 +322,7 @@ def test_another_update_is_no_repetition(first, second, kind):
 
 @pytest.mark.parametrize("record", [{}, {"model": "m", "data": "a", "options": None}])
 def test_the_kind_is_unknown_without_a_record(record):
-    from keylayers.compare import pair_kind
+    from keylayers.kinds import pair_kind
 
     assert pair_kind(replace(run_of(), provenance=record), run_of()) == "unknown"
 

@@ -27,7 +27,7 @@ ORDER = (
     ("selection",),
     ("certainty",),
     ("verification",),
-    ("matching",),
+    ("kinds", "matching"),
     ("compare",),
     ("consensus",),
     ("apply",),
