@@ -19,7 +19,9 @@ import cells
 import torch
 from datasets import Dataset
 
+from keylayers.costs import best_within
 from keylayers.evaluation.loss import held_out_loss
+from keylayers.ranking import RankedModule, Ranking
 from keylayers.records import environment, write_json
 from keylayers.training.run import fine_tune, make_trainer
 
@@ -51,6 +53,35 @@ def selections(cell, folder, budgets, methods):
         for budget in budgets:
             chosen[(method, budget)] = order[: round(budget * len(order))]
     return {key: [name for name in names if name in set(part)] for key, part in chosen.items()}
+
+
+def within_prices(cell, folder, shared, prices):
+    """Label and price -> what the default's scores buy for so much of a step's cost."""
+    found = json.loads((folder / cell.name / "rankings.json").read_text(encoding="utf-8"))
+    (scores,) = (
+        one["scores"]
+        for one in found["results"]
+        if one["method"] == "elimination" and one["mask_data"] == "held-out"
+    )
+    loaded = cells.fresh(cell, folder, shared)
+    infos = {one.module.name: one.module for one in loaded.updates}
+    modules = tuple(
+        RankedModule(
+            name, infos[name].block_index, infos[name].projection, infos[name].num_parameters, score
+        )
+        for name, score in zip(found["modules"], scores, strict=True)
+    )
+    head = loaded.trainer.model.get_output_embeddings().weight.numel()
+    made_by = {
+        "options": {"lora_rank": cell.training().lora_rank},
+        "model": {"num_head_parameters": head},
+    }
+    ranking = Ranking(modules, "elimination", provenance=made_by)
+    names = {price: {one.name for one in best_within(ranking, price)} for price in prices}
+    return {
+        ("elimination within a price", price): [name for name in found["modules"] if name in taken]
+        for price, taken in names.items()
+    }
 
 
 def own_text(loaded):
@@ -97,7 +128,7 @@ def train(cell, folder, shared, names, texts):
     }
 
 
-def run(cell, folder, shared, budgets, methods):
+def run(cell, folder, shared, budgets, methods, prices):
     """Every selection of one cell that is not in its file yet."""
     path = folder / cell.name / "retraining.json"
     content = {"environment": environment(), "steps": STEPS, "cell": cell.name, "results": []}
@@ -105,7 +136,9 @@ def run(cell, folder, shared, budgets, methods):
         content = json.loads(path.read_text(encoding="utf-8"))
     finished = {(one["label"], one["budget"]) for one in content["results"]}
     texts = None
-    for (label, budget), names in selections(cell, folder, budgets, methods).items():
+    wanted = selections(cell, folder, budgets, methods)
+    wanted |= within_prices(cell, folder, shared, prices) if prices else {}
+    for (label, budget), names in wanted.items():
         if (label, budget) in finished:
             continue
         texts, found = train(cell, folder, shared, names, texts)
@@ -122,6 +155,7 @@ def main():
     parser.add_argument("--data", nargs="+", default=["list", "alpaca"])
     parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS)
     parser.add_argument("--methods", nargs="+", default=["elimination", "ila", "first", "last"])
+    parser.add_argument("--prices", nargs="*", type=float, default=[])
     parser.add_argument("--collect", type=Path)
     arguments = parser.parse_args()
     wanted = [cell for cell in cells.ALL if cell.data in arguments.data]
@@ -132,7 +166,14 @@ def main():
         return
     torch.set_num_threads(1)
     for cell in wanted:
-        run(cell, arguments.folder, arguments.shared, arguments.budgets, arguments.methods)
+        run(
+            cell,
+            arguments.folder,
+            arguments.shared,
+            arguments.budgets,
+            arguments.methods,
+            arguments.prices,
+        )
 
 
 if __name__ == "__main__":
