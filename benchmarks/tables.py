@@ -145,7 +145,7 @@ def quality() -> str:
             if "forward_equivalents" in one and cell["cell"]["data"] != "user-long":
                 own = found.setdefault((one["method"], one["mask_data"] or ""), {})
                 for what in ("area", "forward_equivalents", "seconds"):
-                    own.setdefault(what, []).append(one[what])
+                    own.setdefault(what, []).append(one.get(what, 0.0))
     best: dict[str, tuple[float, float, float]] = {}
     for (method, _), own in found.items():
         area, passes, seconds = (statistics.mean(values) for values in own.values())
