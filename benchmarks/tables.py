@@ -13,6 +13,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
+RETRAINING = HERE.parent / "experiments" / "records" / "retraining.json"
 RANKINGS = HERE.parent / "experiments" / "records" / "rankings.json"
 UPPER = "30%, the uppermost"
 
@@ -161,11 +162,34 @@ def quality() -> str:
     return markdown(["method", "passes", "seconds", "mean area", "on the front"], rows)
 
 
+def prices() -> str:
+    """Held-out loss of what a price buys, trained from scratch, minus that of all modules."""
+    data = {"terse": "built-in model, terse answers", "alpaca": "2 M model, Alpaca-GPT4"}
+    losses: dict[tuple[str, float], list[float]] = {}
+    for cell in json.loads(RETRAINING.read_text(encoding="utf-8"))["cells"]:
+        found = {(one["label"], one["budget"]): one for one in cell["results"]}
+        whole = found["all", 1.0]["held_out_loss_nats"]
+        for (label, price), one in found.items():
+            if label == "elimination within a price":
+                name = cell["cell"].rsplit("-", 1)[0]
+                losses.setdefault((name, price), []).append(one["held_out_loss_nats"] - whole)
+    rows = []
+    for price in sorted({price for _, price in losses}):
+        cells = []
+        for name in data:
+            values = losses[name, price]
+            spread = statistics.stdev(values)
+            cells.append(f"{statistics.mean(values):+.3f} ± {spread:.3f}")
+        rows.append([f"{price:g}x-time", f"{1 / price:.2f}", *cells])
+    return markdown(["budget", "counted throughput", *data.values()], rows)
+
+
 TABLES: Sequence[Callable[[], str]] = (
     goals,
     mask_step,
     quality,
     train_selection,
+    prices,
     growth,
     start_up,
     checkpoint_pair,
