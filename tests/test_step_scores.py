@@ -69,6 +69,23 @@ def test_what_is_not_trained_scores_nothing_and_a_second_training_begins_anew():
     assert dict(scores.scores) != found
 
 
+def test_they_are_a_ranking_like_any_other(tmp_path):
+    import keylayers
+    from keylayers.errors import RankingError
+
+    scores = keylayers.StepScores()
+    with pytest.raises(RankingError, match="needs a training, but no step was taken"):
+        scores.ranking()
+    trained(callback=scores, max_steps=2)
+    ranking = scores.ranking()
+    assert {one.name: one.score for one in ranking.modules} == scores.scores
+    ranking.save(tmp_path / "ranking.json")
+    loaded = keylayers.Ranking.load(tmp_path / "ranking.json")
+    assert loaded.select(5).names == ranking.select(5).names
+    best = sorted(scores.scores, key=lambda name: -scores.scores[name])[:5]
+    assert set(ranking.select(5).names) == set(best)
+
+
 def test_a_model_without_an_adapter_is_refused():
     import keylayers
     from keylayers.errors import ModelError

@@ -18,6 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from keylayers.errors import RankingError
+from keylayers.model_map import ModuleInfo
+from keylayers.ranking import RankedModule, Ranking
+from keylayers.records import environment
 from keylayers.updates import adapter_updates
 from keylayers.updates.adapter import own_parameters
 
@@ -31,7 +35,7 @@ class StepScores(TrainerCallback):
 
     def __init__(self) -> None:
         self.num_steps = 0
-        self._names: list[str] = []
+        self._modules: list[ModuleInfo] = []
         self._owners: list[int] = []
         self._parameters: list[Tensor] = []
         self._before: list[Tensor] = []
@@ -42,9 +46,36 @@ class StepScores(TrainerCallback):
         """Module name -> score, in model order; empty before the training."""
         if self._sums is None:
             return {}
-        sums = torch.zeros(len(self._names), dtype=torch.float64)
+        sums = torch.zeros(len(self._modules), dtype=torch.float64)
         sums.index_add_(0, torch.tensor(self._owners), self._sums.double().cpu())
-        return dict(zip(self._names, sums.tolist(), strict=True))
+        names = (module.name for module in self._modules)
+        return dict(zip(names, sums.tolist(), strict=True))
+
+    def ranking(self) -> Ranking:
+        """The modules by their scores, to be selected from, saved and compared like any ranking.
+
+        Raises:
+            RankingError: nothing has been trained yet.
+        """
+        if self.num_steps == 0:
+            raise RankingError(
+                "a ranking from steps needs a training, but no step was taken; call "
+                "trainer.train() first"
+            )
+        scores = self.scores
+        modules = (
+            RankedModule(
+                name=module.name,
+                block_index=module.block_index,
+                projection=module.projection,
+                num_parameters=module.num_parameters,
+                score=scores[module.name],
+                is_stacked=module.is_stacked,
+            )
+            for module in self._modules
+        )
+        made_by = {"environment": environment(), "num_steps": self.num_steps}
+        return Ranking(tuple(modules), "step-scores", provenance=made_by)
 
     def on_train_begin(
         self,
@@ -61,9 +92,9 @@ class StepScores(TrainerCallback):
         """
         assert model is not None
         self.num_steps = 0
-        self._names, self._owners, self._parameters = [], [], []
+        self._modules, self._owners, self._parameters = [], [], []
         for index, update in enumerate(adapter_updates(model)):
-            self._names.append(update.module.name)
+            self._modules.append(update.module)
             for parameter in own_parameters(update.layer):
                 if parameter.requires_grad:
                     self._owners.append(index)
