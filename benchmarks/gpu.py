@@ -86,7 +86,7 @@ def cases(shapes: list[str], tokens: tuple[int, ...]) -> list[dict[str, Any]]:
 
 def measured(case: dict[str, Any], num_steps: int) -> dict[str, Any]:
     """Tokens per second and peak memory of one case in this process."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model, one_step = prepared(case, device)
     rows = torch.randint(0, model.config.vocab_size, (1, case["tokens"]), device=device)
     seconds = []
