@@ -117,6 +117,16 @@ def test_the_kind_of_the_ranking_is_trained_on_exactly_the_selection(ranked, kin
     assert config.get("use_rslora", False) == (kind == "rslora")
 
 
+def test_a_4_bit_base_without_bitsandbytes_is_one_clear_line(tiny, tmp_path, monkeypatch, capsys):
+    from keylayers import models
+
+    monkeypatch.setattr(models, "is_bitsandbytes_available", lambda: False)
+    assert rank(tiny, tmp_path / "out", "--load-in-4bit") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("keylayers: `load_in_4bit` needs bitsandbytes, which is not installed")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", ["lora", "embedding", "4 bits", *KINDS])
 def test_several_steps_change_exactly_the_selected_modules(tiny, kind):
     from keylayers.apply.freeze import train_only

@@ -66,18 +66,17 @@ def load_model(source: ModelOptions, objective: Objective = "sft") -> PreTrained
     check_folder(source.model, "config.json", "a model")
     is_reward = objective == "reward"
     kind = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
-    head: dict[str, Any] = {"num_labels": 1} if is_reward else {}
+    more = _quantisation(source) | ({"num_labels": 1} if is_reward else {})
     try:
         with _no_progress_bar(), _no_load_report(is_silent=is_reward):
             model, info = kind.from_pretrained(
                 source.model,
-                **head,
                 revision=source.revision,
                 dtype=torch_dtype(source.dtype),
                 trust_remote_code=source.trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
-                **_quantisation(source),
+                **more,
             )
     except (OSError, ValueError, SafetensorError, HfHubHTTPError, json.JSONDecodeError) as error:
         raise ModelError(
