@@ -11,12 +11,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from hypothesis import settings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # third-party deprecations at import
     import torch
 
 torch.set_num_threads(1)
+settings.register_profile("keylayers", deadline=None)  # a busy machine fails no test
+settings.load_profile("keylayers")
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 

@@ -5,7 +5,7 @@ import json
 from itertools import groupby
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 CORPUS = [
@@ -177,7 +177,6 @@ TEXT = st.text(st.sampled_from("ab c\n\t.é🦊ß'1"), min_size=1, max_size=12)
 
 
 @pytest.mark.parametrize("template", [MARKED, unmarked(MARKED)], ids=["marked", "unmarked"])
-@settings(deadline=None)
 @given(st.lists(st.tuples(TEXT, TEXT.filter(str.strip)), min_size=1, max_size=3))
 def test_any_text_is_labelled_to_the_character(tokenizer, template, pairs):
     turns = [turn for asked, said in pairs for turn in (("user", asked), ("assistant", said))]

@@ -165,7 +165,7 @@ BATCHES = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(rows=BATCHES, shift=st.integers(-50, 50), margin=st.integers(0, 20).map(float))
 def test_a_constant_added_to_every_loss_changes_neither_area_nor_budget(rows, shift, margin):
     from keylayers.curve import MaskCurve
@@ -184,7 +184,6 @@ def test_a_constant_added_to_every_loss_changes_neither_area_nor_budget(rows, sh
     assert curve(shift).best[0] == curve(0).best[0]
 
 
-@settings(deadline=None)
 @given(
     counts=st.sets(st.integers(1, 200), min_size=1, max_size=10),
     start=st.floats(1.0, 10.0),
