@@ -19,7 +19,7 @@ import cells
 import torch
 from datasets import Dataset
 
-from keylayers.costs import best_within
+from keylayers.costs import best_within_time
 from keylayers.evaluation.loss import held_out_loss
 from keylayers.ranking import RankedModule, Ranking
 from keylayers.records import environment, write_json
@@ -77,7 +77,7 @@ def within_prices(cell, folder, shared, prices):
         "model": {"num_head_parameters": head},
     }
     ranking = Ranking(modules, "elimination", provenance=made_by)
-    names = {price: {one.name for one in best_within(ranking, price)} for price in prices}
+    names = {price: {one.name for one in best_within_time(ranking, price)} for price in prices}
     return {
         ("elimination within a price", price): [name for name in found["modules"] if name in taken]
         for price, taken in names.items()

@@ -45,7 +45,7 @@ def test_lora_costs_its_own_matrices():
 @pytest.mark.parametrize("made_by", [FULL, {"options": {"lora_rank": 1}}])
 def test_the_best_set_within_a_price_is_that_of_trying_all(budget, made_by):
     """Of equal sizes, so that taking by score is exact."""
-    from keylayers.costs import best_within, step_cost
+    from keylayers.costs import best_within_time, step_cost
     from keylayers.errors import ConfigError
 
     scores = [0.5, 3.0, -1.0, 0.2, 2.0, 0.0, 1.0, None]
@@ -60,9 +60,9 @@ def test_the_best_set_within_a_price_is_that_of_trying_all(budget, made_by):
     best = max((sum(worth[name] for name in one) for one in sets), default=0.0)
     if best <= 0:
         with pytest.raises(ConfigError, match="the forward pass and one module"):
-            best_within(ranking, budget)
+            best_within_time(ranking, budget)
         return
-    found = best_within(ranking, budget)
+    found = best_within_time(ranking, budget)
     assert step_cost(ranking, {one.name for one in found}) <= budget + 1e-9
     assert sum(worth[one.name] for one in found) == pytest.approx(best)
     assert all(one.score > 0 for one in found)

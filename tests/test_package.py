@@ -24,6 +24,7 @@ ORDER = (
     ("provenance",),
     ("ranking",),
     ("costs",),
+    ("memory",),
     ("selection",),
     ("certainty",),
     ("verification",),
@@ -41,7 +42,7 @@ ORDER = (
 )
 PLACE = {name: index for index, names in enumerate(ORDER) for name in names}
 # A method that is a shortcut to a later step imports it when it is called.
-SHORTCUTS = {("ranking", "selection"), ("selection", "apply")}
+SHORTCUTS = {("ranking", "selection"), ("ranking", "memory"), ("selection", "apply")}
 
 
 def imports_of(path):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from keylayers.curve import MaskCurve, Recommendation
     from keylayers.errors import KeylayersError
     from keylayers.mask.curve import mask_curve
+    from keylayers.memory import StepMemory
     from keylayers.options import (
         BudgetOptions,
         CurveOptions,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from keylayers.runs.train import TrainedSet, train
     from keylayers.runs.verify import verify
     from keylayers.selection import Freeze, Selection
+    from keylayers.training.memory import measured_memory
     from keylayers.training.shallow import ShallowBackward
     from keylayers.training.step_scores import StepScores
     from keylayers.updates.dense import module_weights
@@ -69,6 +71,7 @@ _HOME = {
     "SelectionOptions": "options",
     "ShallowBackward": "training.shallow",
     "StabilityOptions": "options",
+    "StepMemory": "memory",
     "StepScores": "training.step_scores",
     "TrainOptions": "options",
     "TrainedSet": "runs.train",
@@ -80,6 +83,7 @@ _HOME = {
     "chance_jaccard": "compare",
     "consensus": "consensus",
     "mask_curve": "mask.curve",
+    "measured_memory": "training.memory",
     "module_weights": "updates.dense",
     "prune": "runs.prune",
     "rank": "runs.rank",
@@ -111,6 +115,7 @@ __all__ = [
     "SelectionOptions",
     "ShallowBackward",
     "StabilityOptions",
+    "StepMemory",
     "StepScores",
     "TrainOptions",
     "TrainedSet",
@@ -123,6 +128,7 @@ __all__ = [
     "chance_jaccard",
     "consensus",
     "mask_curve",
+    "measured_memory",
     "module_weights",
     "prune",
     "rank",

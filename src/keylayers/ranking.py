@@ -17,6 +17,7 @@ from keylayers.provenance import check_provenance, is_number
 from keylayers.records import write_json
 
 if TYPE_CHECKING:
+    from keylayers.memory import StepMemory
     from keylayers.selection import Budget, Selection
 
 SCHEMA = "keylayers/ranking"
@@ -103,11 +104,11 @@ class Ranking:
             ranks[module.name] = None if module.score is None else rank
         return {module.name: ranks[module.name] for module in self.modules}
 
-    def select(self, budget: "Budget") -> "Selection":
+    def select(self, budget: "Budget", memory: "StepMemory | None" = None) -> "Selection":
         """The modules that `budget` buys; `keylayers.selection` has the forms of a budget."""
         from keylayers.selection import select
 
-        return select(self, budget)
+        return select(self, budget, memory)
 
     def to_json(self) -> dict[str, Any]:
         """The ranking file's content."""

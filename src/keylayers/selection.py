@@ -9,6 +9,7 @@ Forms of a budget:
 | `17` | `17` | the best 17 modules |
 | `0.3x-params` | `"0.3x-params"` | best modules with at most 30 % of all modules' parameters |
 | `0.6x-time` | `"0.6x-time"` | highest sum of scores whose training step costs at most 60 % |
+| `12GiB` | `"12GiB"`, with `memory` | highest sum of scores whose training step fits |
 | `--freeze 0.25` | `Freeze(0.25)` | all but the worst 25 % |
 | `auto` | `verify(...).recommendation.num_modules` | fewest modules nearly as good as all |
 
@@ -22,8 +23,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from keylayers.costs import best_within
+from keylayers.costs import best_within_time
 from keylayers.errors import ConfigError, RankingError
+from keylayers.memory import StepMemory, best_within_memory, is_memory, parse_memory
 from keylayers.ranking import RankedModule, Ranking
 
 if TYPE_CHECKING:
@@ -47,8 +49,8 @@ AUTO = "auto"
 _PARAMS = re.compile(r"(.+)x-params")
 _TIME = re.compile(r"(.+)x-time")
 _FORMS = (
-    "a fraction such as 0.3, a count such as 17, a fraction of parameters such as 0.3x-params, or "
-    "of the cost of a training step such as 0.6x-time"
+    "a fraction such as 0.3, a count such as 17, a fraction of parameters such as 0.3x-params or "
+    "of the cost of a training step such as 0.6x-time, or memory such as 12GiB"
 )
 
 
@@ -105,19 +107,35 @@ class Selection:
         }
 
 
-def select(ranking: Ranking, budget: Budget) -> Selection:
+def select(ranking: Ranking, budget: Budget, memory: StepMemory | None = None) -> Selection:
     """The best modules that `budget` buys.
 
+    Args:
+        ranking: The modules with their scores.
+        budget: How much; the forms are above.
+        memory: What a training step holds (`keylayers.measured_memory`), for a budget in GiB.
+
     Raises:
-        ConfigError: the budget has no known form, or buys nothing or more than there is.
+        ConfigError: the budget has no known form, or buys nothing or more than there is; it is in
+            GiB and `memory` is missing, or the other way round.
         RankingError: the budget reaches modules that have no score.
     """
     ordered = ranking.ordered()
     if isinstance(budget, str):
         budget = parse_budget(budget)
+    if is_memory(budget) != (memory is not None):
+        raise ConfigError(
+            f"`budget` {budget} needs a measured training step: use it with `keylayers train`, or "
+            f"give memory=keylayers.measured_memory(trainer)"
+            if memory is None
+            else f"`memory` must be left out with `budget` {budget}; it is for budgets such as "
+            f"12GiB"
+        )
+    if isinstance(budget, str) and memory is not None:
+        return _selection(ranking, best_within_memory(ranking, memory, budget), budget)
     if isinstance(budget, str) and _TIME.fullmatch(budget):
         fraction = _fraction(budget, _TIME, "of the cost of a step", "x-time")
-        return _selection(ranking, best_within(ranking, fraction), budget)
+        return _selection(ranking, best_within_time(ranking, fraction), budget)
     count = _count(ordered, budget)
     taken, left = ordered[:count], ordered[count:]
     if taken[-1].score is None:
@@ -146,7 +164,7 @@ def _selection(
 
 
 def parse_budget(text: str) -> Budget:
-    """The budget that `text` writes; `0.3x-params` and `0.6x-time` stay text.
+    """The budget that `text` writes; `0.3x-params`, `0.6x-time` and `12GiB` stay text.
 
     Raises:
         ConfigError: it has none of the known forms.
@@ -156,6 +174,9 @@ def parse_budget(text: str) -> Budget:
             "`budget` auto is for `keylayers train` and `prune`; run `keylayers verify` and give "
             "the number of modules that it recommends"
         )
+    if is_memory(text):
+        parse_memory(text)
+        return text
     if _PARAMS.fullmatch(text) or _TIME.fullmatch(text):
         return text
     try:

@@ -43,7 +43,8 @@ class SelectionOptions:
             stop training the worst, and let the same run go on.
         budget: How much is trained: 0.3 is 30 % of the modules, 17 is 17 modules, 0.3x-params is
             modules with 30 % of the parameters, 0.6x-time is those worth most whose training step
-            costs at most 60 %, auto is what `keylayers verify` recommended.
+            costs at most 60 %, 12GiB is those worth most whose training step holds at most so much
+            memory, auto is what `keylayers verify` recommended.
         freeze: Instead of a budget: train all but the worst share, such as 0.25, which is what
             --rank-first takes if nothing is given.
         action: What happens to the worst modules inside the run (--rank-first): freeze keeps what

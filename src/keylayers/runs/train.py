@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from keylayers.apply.adapter import prove_trainable
 from keylayers.apply.freeze import prove_unchanged_elsewhere, round_to_stored, train_only
 from keylayers.apply.halt import prove_kept
 from keylayers.apply.saving import save_tuned
 from keylayers.evaluation.loss import held_out_loss
+from keylayers.memory import GIB, is_memory
 from keylayers.model_map import map_modules
 from keylayers.models import Checkpoint, describe, load_model, load_tokenizer, max_positions
 from keylayers.options import LOSS_UNITS, Control, TrainOptions
@@ -34,8 +35,9 @@ from keylayers.records import (
 from keylayers.runs.callback import FreezeUnimportant
 from keylayers.runs.rank_first import train_and_freeze
 from keylayers.runs.reopen import note_other_objective, objective_of, sizes_of
-from keylayers.selection import Selection, check_same_modules, select
+from keylayers.selection import Budget, Selection, check_same_modules, select
 from keylayers.training.data import prepare
+from keylayers.training.memory import measured_memory
 from keylayers.training.objectives import prepared_examples
 from keylayers.training.run import TrainingResult, fine_tune, make_trainer, new_adapter
 from keylayers.verification import budget_of
@@ -86,10 +88,12 @@ def train(
         with output_folder(output):
             return train_and_freeze(TrainJob(options, None, progress), output)
     ranking = Ranking.load(wanted.ranking)
-    selection = select(ranking, budget_of(wanted, ranking))
+    budget = budget_of(wanted, ranking)
+    selection = None if is_memory(budget) else select(ranking, budget)
     check_replaceable(output)
     with output_folder(output):
         job = TrainJob(options, ranking, progress)
+        selection = selection or job.select_within(ranking, budget)
         if selection.num_tied_out:
             progress.note(
                 f"{selection.num_tied_out} modules left out have the same score as the last one "
@@ -170,26 +174,9 @@ class TrainJob:
         self, names: Sequence[str], label: str, callback: FreezeUnimportant | None = None
     ) -> tuple[TrainedSet, PreTrainedModel | PeftModel, TrainingResult]:
         """Fine-tune a fresh copy of the model on exactly `names`, or what `callback` leaves."""
-        fresh = self._unused or self._load()
-        self._unused = None
-        training = self.options.training
+        fresh = self._fresh()
         num_steps = self.options.selection.steps
-        model: PreTrainedModel | PeftModel = fresh
-        if self.is_full:
-            train_only(fresh, names)
-        else:
-            model = new_adapter(fresh, names, training, num_steps=num_steps)
-        trainer = make_trainer(
-            model,
-            self.tokenizer,
-            self.data.train,
-            training,
-            num_steps=num_steps,
-            evaluation=self.data.evaluation(),
-            max_length=self.data.max_length,
-            load_reference=self._load,
-        )
-        prove_trainable(model, names)
+        model, trainer = self._trainer(fresh, names)
         held_out = prepared_examples(trainer)["held_out"]
         if self.base_loss_nats is None:  # LoRA's update is zero at first, so this is the base model
             self.base_loss_nats = held_out_loss(trainer, held_out)
@@ -213,6 +200,49 @@ class TrainJob:
             num_steps=result.num_steps,
         )
         return row, model, result
+
+    def _trainer(
+        self, fresh: PreTrainedModel, names: Sequence[str]
+    ) -> tuple[PreTrainedModel | PeftModel, Trainer]:
+        """A trainer of exactly `names`, and the model that it trains."""
+        training, num_steps = self.options.training, self.options.selection.steps
+        model: PreTrainedModel | PeftModel = fresh
+        if self.is_full:
+            train_only(fresh, names)
+        else:
+            model = new_adapter(fresh, names, training, num_steps=num_steps)
+        trainer = make_trainer(
+            model,
+            self.tokenizer,
+            self.data.train,
+            training,
+            num_steps=num_steps,
+            evaluation=self.data.evaluation(),
+            max_length=self.data.max_length,
+            load_reference=self._load,
+        )
+        prove_trainable(model, names)
+        return model, trainer
+
+    def select_within(self, ranking: Ranking, budget: Budget) -> Selection:
+        """What a budget in GiB buys, by a step of this run in which every ranked module trains."""
+        names = [module.name for module in ranking.modules]
+        memory = measured_memory(self._trainer(self._fresh(), names)[1])
+        selection = select(ranking, budget, memory)
+        chosen, whole = memory.of(selection.names) / GIB, memory.of(names) / GIB
+        num_modules = len(selection.modules)
+        self.progress.note(
+            f"a step of {num_modules} modules holds {chosen:.3g} GiB, one of all {whole:.3g} GiB "
+            f"(batches of {memory.num_rows} x {memory.num_tokens} tokens)"
+        )
+        self.record["step_memory_bytes"] = memory.of(selection.names)
+        return selection
+
+    def _fresh(self) -> PreTrainedModel:
+        """A copy of the model that nobody has used yet."""
+        fresh = self._unused or self._load()
+        self._unused = None
+        return fresh
 
     def _load(self) -> PreTrainedModel:
         return load_model(self.source, self.objective)
