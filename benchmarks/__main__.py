@@ -9,6 +9,7 @@ from benchmarks import (
     free_score,
     growth,
     mask_step,
+    memory_budget,
     start_up,
     train_selection,
 )
@@ -21,7 +22,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    benchmarks = (mask_step, free_score, train_selection, growth, start_up, checkpoint_pair)
+    benchmarks = (
+        mask_step,
+        free_score,
+        train_selection,
+        memory_budget,
+        growth,
+        start_up,
+        checkpoint_pair,
+    )
     for benchmark in benchmarks:
         name = benchmark.__name__.rpartition(".")[2]
         result = benchmark.run()

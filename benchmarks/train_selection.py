@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step of a selection against PEFT `all-linear`: time, kept memory, optimiser state.
+"""A training step of a selection against PEFT `all-linear`: time, memory, optimiser state.
 
 And against what keylayers counts: multiply-adds of forward through all, and of backward down to the
 lowest trained module. Selections are the upper blocks, and modules spread over all blocks as a
-ranking may choose them. With gradient checkpointing as TRL sets it up, and with our callback.
+ranking may choose them. With gradient checkpointing as TRL sets it up, and with our callback. At
+four sizes; all cases at the second. Peak memory is that of all tensors: weights, what is trained
+with gradient and AdamW's moments, and the most that a step holds beside them.
 """
 
 import statistics
@@ -23,12 +25,33 @@ from keylayers.apply.adapter import add_lora
 from keylayers.costs import step_cost
 from keylayers.model_map import ModuleInfo, map_modules
 from keylayers.ranking import RankedModule, Ranking
+from keylayers.training.peak import peak_bytes
 from keylayers.training.shallow import shallow_backward
 
-NUM_ROUNDS = 8
-BATCH, TOKENS, VOCABULARY, WIDTH = 4, 256, 1024, 512
+BATCH, VOCABULARY = 4, 1024
 FRACTIONS = (0.1, 0.2, 0.3, 0.75)
 RANK = 8
+
+
+@dataclass(frozen=True)
+class Size:
+    """A random Llama and the batches that it is trained on."""
+
+    width: int
+    num_blocks: int
+    num_tokens: int
+    num_rounds: int
+
+
+SIZES = {
+    "2 M": Size(144, 8, 256, 8),
+    "26 M": Size(512, 8, 256, 8),
+    "113 M": Size(768, 16, 128, 4),
+    "484 M": Size(1344, 22, 64, 3),
+}
+WHOLE = "26 M"
+ALL = "all modules (PEFT all-linear)"
+SHOWN = (ALL, "10%, the uppermost", "30%, the uppermost", "30%, spread")
 
 
 @dataclass(frozen=True)
@@ -48,16 +71,16 @@ class Case:
     is_shallow: bool = True
 
 
-def make_base() -> LlamaForCausalLM:
-    """A random Llama of 26 M parameters: 8 blocks, width 512."""
+def make_base(size: Size) -> LlamaForCausalLM:
+    """A random Llama of that size."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=1376,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
+        hidden_size=size.width,
+        intermediate_size=size.width * 43 // 16,
+        num_hidden_layers=size.num_blocks,
+        num_attention_heads=size.width // 64,
+        num_key_value_heads=size.width // 64,
     )
     return LlamaForCausalLM(config)
 
@@ -67,7 +90,7 @@ def cases(modules: list[ModuleInfo]) -> list[Case]:
     names = [one.name for one in modules]
     generator = torch.Generator().manual_seed(0)
     order = [names[index] for index in torch.randperm(len(names), generator=generator)]
-    found = [Case("all modules (PEFT all-linear)", None, is_shallow=False)]
+    found = [Case(ALL, None, is_shallow=False)]
     for fraction in FRACTIONS:
         count = round(fraction * len(names))
         found.append(Case(f"{fraction:.0%}, the uppermost", tuple(names[-count:])))
@@ -82,9 +105,9 @@ def cases(modules: list[ModuleInfo]) -> list[Case]:
     return found
 
 
-def prepared(case: Case) -> PeftModel:
+def prepared(case: Case, size: Size) -> PeftModel:
     """The model of a case, ready for a step."""
-    base = make_base()
+    base = make_base(size)
     if case.names is None:
         config = LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear")
         model = get_peft_model(base, config)
@@ -106,12 +129,12 @@ def as_trained(model: PeftModel, case: Case) -> Iterator[None]:
         handle.remove()
 
 
-def counted(case: Case, modules: list[ModuleInfo]) -> float:
+def counted(case: Case, modules: list[ModuleInfo], size: Size) -> float:
     """Multiply-adds of a step without checkpointing, as a share of those of training all."""
     names = case.names or [one.name for one in modules]
     made_by = {
         "options": {"lora_rank": RANK},
-        "model": {"num_head_parameters": WIDTH * VOCABULARY},
+        "model": {"num_head_parameters": size.width * VOCABULARY},
     }
     ranked = (RankedModule(*own(one), score=1.0) for one in modules)
     return step_cost(Ranking(tuple(ranked), "counted", provenance=made_by), set(names))
@@ -123,34 +146,51 @@ def own(module: ModuleInfo) -> tuple[str, int | None, str, int]:
 
 
 def run() -> dict[str, Any]:
-    """Alternate the cases, print ratios to the reference and return the record."""
+    """Alternate the cases of each size, print ratios to the reference and return the record."""
     torch.set_num_threads(1)
-    modules = list(map_modules(make_base()))
+    return {"batch": BATCH, "sizes": {title: run_size(title, SIZES[title]) for title in SIZES}}
+
+
+def run_size(title: str, size: Size) -> dict[str, Any]:
+    """One size: all cases, or those that the table of sizes shows."""
+    modules = list(map_modules(make_base(size)))
     found = cases(modules)
-    tokens = torch.randint(0, VOCABULARY, (BATCH, TOKENS))
-    models = [prepared(case) for case in found]
+    if title != WHOLE:
+        found = [case for case in found if case.title in SHOWN]
+    tokens = torch.randint(0, VOCABULARY, (BATCH, size.num_tokens))
+    models = [prepared(case, size) for case in found]
     rows: dict[str, dict[str, Any]] = {}
     for case, model in zip(found, models, strict=True):
         with as_trained(model, case):
-            trained = [one for one in model.parameters() if one.requires_grad]
-            rows[case.title] = {
+            rows[case.title] = memory_of(model, tokens) | {
                 "num_modules": len(modules) if case.names is None else len(case.names),
                 "seconds": [],
-                "kept_mib": kept_storage(model, lambda model=model: step(model, tokens)) / 2**20,
-                # AdamW holds two numbers for each that is trained
-                "optimizer_mib": sum(2 * one.numel() * one.element_size() for one in trained)
-                / 2**20,
-                "counted": counted(case, modules),
+                "counted": counted(case, modules, size),
             }
-    for _ in range(NUM_ROUNDS):
+    for _ in range(size.num_rounds):
         for case, model in zip(found, models, strict=True):
             model.zero_grad()
             with as_trained(model, case):
                 start = time.perf_counter()
                 step(model, tokens)
                 rows[case.title]["seconds"].append(time.perf_counter() - start)
+    print(f"{title} parameters, {BATCH} x {size.num_tokens} tokens")
     _add_ratios(rows, found)
-    return {"batch": BATCH, "tokens": TOKENS, "rounds": NUM_ROUNDS, "cases": rows}
+    return {"tokens": size.num_tokens, "rounds": size.num_rounds, "cases": rows}
+
+
+def memory_of(model: PeftModel, tokens: Tensor) -> dict[str, float]:
+    """What a step keeps for backward, what the optimiser holds, and all tensors at the peak."""
+    trained = sum(one.nbytes for one in model.parameters() if one.requires_grad)
+    kept = kept_storage(model, lambda: step(model, tokens))
+    model.zero_grad()
+    taken = peak_bytes(model.device, lambda: step(model, tokens))
+    weights = sum(one.nbytes for one in model.parameters())
+    return {
+        "kept_mib": kept / 2**20,
+        "optimizer_mib": 2 * trained / 2**20,  # AdamW holds two numbers for each that is trained
+        "peak_mib": (weights + 2 * trained + taken) / 2**20,  # gradients are in what is taken
+    }
 
 
 def step(model: PeftModel, tokens: Tensor) -> None:
@@ -166,11 +206,12 @@ def _add_ratios(rows: dict[str, dict[str, Any]], found: list[Case]) -> None:
         row["time_ratio_median"] = statistics.median(ratios)
         row["time_ratio_quartiles"] = statistics.quantiles(ratios, n=4)[::2]
         row["kept_ratio"] = row["kept_mib"] / reference["kept_mib"]
+        row["peak_ratio"] = row["peak_mib"] / reference["peak_mib"]
         row["optimizer_ratio"] = row["optimizer_mib"] / reference["optimizer_mib"]
     for title, row in rows.items():
         low, high = row["time_ratio_quartiles"]
         print(
             f"{title:<52} time x {row['time_ratio_median']:.2f} ({low:.2f} to {high:.2f}), counted "
             f"x {row['counted']:.2f}, kept x {row['kept_ratio']:.2f}, optimiser x "
-            f"{row['optimizer_ratio']:.2f}"
+            f"{row['optimizer_ratio']:.2f}, peak x {row['peak_ratio']:.2f}"
         )

@@ -198,23 +198,15 @@ def test_what_a_set_keeps_is_what_its_own_step_keeps(kind):
 
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 def test_a_peak_is_foreseen(is_checkpointed):
-    from keylayers.training.memory import _longest_batch, _peak, measured_memory
-    from keylayers.training.shallow import shallow_backward
+    from keylayers.training.memory import measured_memory, peak_of_step
 
     options = {"activation_checkpointing": is_checkpointed}
     memory = measured_memory(trainer_of(SETS[0], **options))
     for targets in SETS[1:]:
         alone = trainer_of(targets, **options)
-        model = alone.model.train()
-        if is_checkpointed:
-            model.activation_checkpointing_enable(alone.args.activation_checkpointing_kwargs)
-        shallow_backward(model)
-        inputs = alone._prepare_inputs(_longest_batch(alone))
-        peak = _peak(model.device, lambda a=alone, i=inputs: a.compute_loss(a.model, i).backward())
-        names = alone.model.targeted_module_names
-        states = sum(memory.modules[name].state_bytes for name in names)
-        foreseen = memory.of(names) - memory.fixed_bytes - states
-        assert peak * 0.97 < foreseen < peak * 1.1
+        held = peak_of_step(alone) - memory.fixed_bytes
+        foreseen = memory.of(alone.model.targeted_module_names) - memory.fixed_bytes
+        assert held * 0.97 < foreseen < held * 1.1
 
 
 def test_a_trainer_that_samples_is_refused():
