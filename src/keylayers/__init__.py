@@ -40,10 +40,12 @@ if TYPE_CHECKING:
     from keylayers.runs.callback import FreezeUnimportant
     from keylayers.runs.prune import PrunedUpdate, prune
     from keylayers.runs.rank import rank, rank_modules
-    from keylayers.runs.train import TrainedSet, train
+    from keylayers.runs.train import train
+    from keylayers.runs.train_job import TrainedSet
     from keylayers.runs.verify import verify
     from keylayers.selection import Freeze, Selection
     from keylayers.training.memory import measured_memory
+    from keylayers.training.prefix_cache import PrefixCache
     from keylayers.training.shallow import ShallowBackward
     from keylayers.training.step_scores import StepScores
     from keylayers.updates.dense import module_weights
@@ -61,6 +63,7 @@ _HOME = {
     "MaskOptions": "options",
     "ModelOptions": "options",
     "ObjectiveOptions": "options",
+    "PrefixCache": "training.prefix_cache",
     "PruneOptions": "options",
     "PrunedUpdate": "runs.prune",
     "RankOptions": "options",
@@ -74,7 +77,7 @@ _HOME = {
     "StepMemory": "memory",
     "StepScores": "training.step_scores",
     "TrainOptions": "options",
-    "TrainedSet": "runs.train",
+    "TrainedSet": "runs.train_job",
     "TrainingOptions": "options",
     "UpdateOptions": "options",
     "Verification": "verification",
@@ -105,6 +108,7 @@ __all__ = [
     "MaskOptions",
     "ModelOptions",
     "ObjectiveOptions",
+    "PrefixCache",
     "PruneOptions",
     "PrunedUpdate",
     "RankOptions",

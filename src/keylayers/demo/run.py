@@ -25,7 +25,8 @@ from keylayers.progress import Progress, Silent
 from keylayers.ranking import Ranking
 from keylayers.records import output_folder
 from keylayers.runs.rank import rank
-from keylayers.runs.train import TrainedSet, train
+from keylayers.runs.train import train
+from keylayers.runs.train_job import TrainedSet
 
 BASE = Path(__file__).parent / "base"
 NUM_EXAMPLES = 504

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from keylayers.errors import ConfigError
 from keylayers.options.choices import Control, FreezeAction
-from keylayers.options.ranges import check_at_least
+from keylayers.options.ranges import check_above_zero, check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,9 @@ class SelectionOptions:
             they have learned, remove sets it to zero.
         steps: Optimiser steps. From the command line: as many as stage 1 of the ranking took, if
             it had one.
+        prefix_cache_gib: Keep what the frozen blocks below the lowest trained module compute in a
+            file of so many GiB beside the output, and read it in later epochs. The file is gone
+            when training ends, however it ends.
         controls: Also train these sets of modules in the same way and show their held-out loss:
             all; or as many modules as selected, random, first, last (of the network) or worst (of
             the ranking).
@@ -62,10 +65,13 @@ class SelectionOptions:
     freeze: float | None = None
     action: FreezeAction = "freeze"
     steps: int = 300
+    prefix_cache_gib: float | None = None
     controls: tuple[Control, ...] = ()
 
     def __post_init__(self) -> None:
         check_at_least("steps", self.steps, 1)
+        if self.prefix_cache_gib is not None:
+            check_above_zero("prefix_cache_gib", self.prefix_cache_gib)
         if self.freeze is not None and not 0 < self.freeze < 1:
             raise ConfigError(f"`freeze` must be above 0 and below 1, got {self.freeze}")
         if (self.ranking is None) != self.rank_first:
@@ -98,6 +104,11 @@ class SelectionOptions:
             raise ConfigError(
                 f"`steps` must be at least 2 with `rank_first`, one before the ranking and one "
                 f"after it, got {self.steps}"
+            )
+        if self.prefix_cache_gib is not None:
+            raise ConfigError(
+                f"`prefix_cache_gib` must be left out with `rank_first`, which begins with all "
+                f"modules trained, got {self.prefix_cache_gib:g}"
             )
         if "worst" in self.controls:
             raise ConfigError(

@@ -3,21 +3,19 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from keylayers.options import Control, MaskOptions, Method, StabilityOptions
 from keylayers.ranking import Ranking
 from keylayers.records import RECORD, json_sha256, write_json
 from keylayers.runs.callback import FreezeUnimportant
-
-if TYPE_CHECKING:
-    from keylayers.runs.train import TrainedSet, TrainJob
+from keylayers.runs.train_job import TrainedSet, TrainJob
 
 # As many modules as are frozen are chosen by one of these rankings, which look at no data.
 _CONTROL_METHODS: dict[Control, Method] = {"random": "random", "first": "first", "last": "last"}
 
 
-def train_and_freeze(job: "TrainJob", output: Path) -> list["TrainedSet"]:
+def train_and_freeze(job: TrainJob, output: Path) -> list[TrainedSet]:
     """Fine-tune all modules, freeze the worst when the loss is stable, and go on.
 
     Args:
@@ -50,7 +48,7 @@ def train_and_freeze(job: "TrainJob", output: Path) -> list["TrainedSet"]:
     return rows
 
 
-def _callback(job: "TrainJob", stability: StabilityOptions, mask: MaskOptions) -> FreezeUnimportant:
+def _callback(job: TrainJob, stability: StabilityOptions, mask: MaskOptions) -> FreezeUnimportant:
     wanted = job.options.selection
     return FreezeUnimportant(
         wanted.resolved_freeze,
@@ -61,7 +59,7 @@ def _callback(job: "TrainJob", stability: StabilityOptions, mask: MaskOptions) -
     )
 
 
-def _control(job: "TrainJob", control: Control, step: int) -> "TrainedSet":
+def _control(job: TrainJob, control: Control, step: int) -> TrainedSet:
     """The same run without a freeze, or with one of other modules after the same step."""
     if control == "all":
         return job.train(job.names, "all")[0]
@@ -84,7 +82,7 @@ def _frozen_record(callback: FreezeUnimportant) -> dict[str, Any]:
     }
 
 
-def _ranking(job: "TrainJob", callback: FreezeUnimportant) -> Ranking:
+def _ranking(job: TrainJob, callback: FreezeUnimportant) -> Ranking:
     """The run's ranking with all that made it, as `keylayers rank` writes it."""
     assert callback.ranking is not None
     provenance = {

@@ -35,6 +35,7 @@ from keylayers.mask.stability import is_stable
 from keylayers.options import StabilityOptions, TrainingOptions
 from keylayers.progress import OnStep
 from keylayers.training.objectives import LoadReference, TrainerParts, build_trainer
+from keylayers.training.prefix_cache import PrefixCache
 from keylayers.training.prepared import PreparedData
 from keylayers.training.reading import quiet_datasets
 from keylayers.training.shallow import ShallowBackward
@@ -203,6 +204,7 @@ def fine_tune(
     trainer: Trainer,
     stability: StabilityOptions | None = None,
     on_step: OnStep | None = None,
+    cache: PrefixCache | None = None,
 ) -> TrainingResult:
     """Train until the trainer's last step, or until the loss is stable if a rule is given.
 
@@ -210,12 +212,15 @@ def fine_tune(
         trainer: From `make_trainer`.
         stability: When to stop early.
         on_step: Called after each step with its number, from 1, and its loss in nats.
+        cache: Of what the frozen blocks compute.
 
     Raises:
         LossError: the loss became NaN or infinite; says at which step.
     """
     watch = _LossWatch(stability, on_step)
-    callbacks = [watch, ShallowBackward()]
+    callbacks: list[TrainerCallback] = [watch, ShallowBackward()]
+    if cache is not None:
+        callbacks.append(cache)
     if is_adalora(trainer.model):
         callbacks.append(_RankAllocation())
     for callback in callbacks:
@@ -226,6 +231,8 @@ def fine_tune(
     finally:
         for callback in callbacks:
             trainer.remove_callback(callback)
+        if cache is not None:
+            cache.close()
     stopped_by = "stable" if watch.is_stable else "max_steps"
     return TrainingResult(tuple(watch.losses), stopped_by, time.perf_counter() - start)
 
