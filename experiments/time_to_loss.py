@@ -38,9 +38,11 @@ class UntilAsLow(TrainerCallback):
         self.seconds, self.losses = [], {}
 
     def on_step_begin(self, args, state, control, **kwargs):
+        """Start the clock."""
         self.start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Stop the clock, then look at the held-out loss."""
         self.seconds.append(time.perf_counter() - self.start)
         if self.goal is not None and state.global_step % self.every == 0:
             loss = held_out_loss(self.trainer, self.held_out)
