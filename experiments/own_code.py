@@ -7,15 +7,23 @@
 The folders are checkouts of QuixiAI/spectrum, soufiane001/plop and the `src` of
 aletheiaprotocol-ai/aletheia-lora; none of their code is kept here. KappaTune, EVA and AdaLoRA are
 PEFT's own code already.
+
+Both sides are timed in turn, three times: what they take for the same scores of the same model, the
+methods that need no data without the loading of it.
 """
 
 import argparse
+import contextlib
+import io
+import statistics
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
 from datasets import Dataset
+from peft import find_kappa_target_modules
 from scipy.stats import kendalltau
 
 from keylayers.model_map import blocks_of, map_modules
@@ -29,10 +37,25 @@ from keylayers.training.run import make_trainer, new_adapter
 from keylayers.updates import adapter_updates
 
 NUM_EXAMPLES = 5
+NUM_ROUNDS = 3
 
 
-def compared(ours, theirs):
-    """How far two scores of the same things agree."""
+def in_turn(ours, theirs):
+    """What both sides return, and the seconds of each in every round."""
+    seconds = {"seconds": [], "own_code_seconds": []}
+    for _ in range(NUM_ROUNDS):
+        start = time.perf_counter()
+        own = ours()
+        seconds["seconds"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            other = theirs()
+        seconds["own_code_seconds"].append(time.perf_counter() - start)
+    return own, other, seconds
+
+
+def compared(ours, theirs, seconds):
+    """How far two scores of the same things agree, and what they took."""
     names = list(ours)
     pairs = [(ours[name], theirs[name]) for name in names]
     relative = max(abs(a - b) / abs(b) for a, b in pairs)
@@ -40,6 +63,9 @@ def compared(ours, theirs):
         "num_scores": len(names),
         "largest_relative_difference": relative,
         "tau_b": float(kendalltau(*zip(*pairs, strict=True)).statistic),
+        **seconds,
+        "time_ratio": statistics.median(seconds["own_code_seconds"])
+        / statistics.median(seconds["seconds"]),
     }
 
 
@@ -53,27 +79,57 @@ def spectrum(folder, model):
     from spectrum import ModelModifier
 
     theirs = ModelModifier()
-    theirs.model, theirs.layer_snr = model, {}
-    kinds = list(dict.fromkeys(one.projection for one in map_modules(model)))
-    for kind in kinds:
-        theirs.calculate_snr_for_layer(kind)
+    theirs.model = model
     names = [one.name for one in map_modules(model)]
-    ours = {name: signal_to_noise(model.get_submodule(name).weight.detach()) for name in names}
-    return compared(ours, {name: theirs.layer_snr[name]["snr"] for name in names})
+    kinds = list(dict.fromkeys(one.projection for one in map_modules(model)))
+
+    def run():
+        theirs.layer_snr = {}
+        for kind in kinds:
+            theirs.calculate_snr_for_layer(kind)
+        return theirs.layer_snr
+
+    def own():
+        weights = ((name, model.get_submodule(name).weight.detach()) for name in names)
+        return {name: signal_to_noise(weight) for name, weight in weights}
+
+    ours, found, seconds = in_turn(own, run)
+    return compared(ours, {name: found[name]["snr"] for name in names}, seconds)
 
 
-def plop(folder, model, found, batch):
+def kappatune(model, score):
+    """The condition numbers' best 30 %, since PEFT gives no scores."""
+
+    def run():
+        return find_kappa_target_modules(model, top_p=0.3, show_progress=False)["target_modules"]
+
+    ours, found, seconds = in_turn(lambda: score("kappatune"), run)
+    names = [name for name in found if name in ours]  # without the head
+    best = sorted(ours, key=lambda name: -ours[name])[: len(names)]
+    return {
+        "num_scores": len(ours),
+        "same_selected": set(best) == set(names),
+        **seconds,
+        "time_ratio": statistics.median(seconds["own_code_seconds"])
+        / statistics.median(seconds["seconds"]),
+    }
+
+
+def plop(folder, model, score, batch):
     """Normalised feature norms of every module on one batch without padding."""
     sys.path.insert(0, str(folder))
     from src.metrics import calculate_nfn_scores
 
-    torch.manual_seed(0)
-    theirs = calculate_nfn_scores(model, batch)
+    def run():
+        torch.manual_seed(0)
+        return calculate_nfn_scores(model, batch)
+
+    found, theirs, seconds = in_turn(lambda: score("plop"), run)
     ours = {name: -score for name, score in found.items()}
-    return compared(ours, {name: float(theirs[name]["nfn"]) for name in ours})
+    return compared(ours, {name: float(theirs[name]["nfn"]) for name in ours}, seconds)
 
 
-def aletheia(folder, model, found, dataset):
+def aletheia(folder, model, score, dataset):
     """Summed gradient norms of every block, single examples, loss on all tokens."""
     sys.path.insert(0, str(folder))
     from aletheia_lora.probe import gradient_probe
@@ -83,12 +139,15 @@ def aletheia(folder, model, found, dataset):
         {"input_ids": torch.tensor(ids), "attention_mask": torch.ones(len(ids), dtype=torch.long)}
         for ids in dataset["input_ids"]
     ]
-    theirs = gradient_probe(model, rows, num_blocks, probe_batches=len(rows))
+    found, theirs, seconds = in_turn(
+        lambda: score("aletheia"),
+        lambda: gradient_probe(model, rows, num_blocks, probe_batches=len(rows)),
+    )
     ours = {
         block: NUM_EXAMPLES * next(s for n, s in found.items() if f"layers.{block}." in n)
         for block in range(num_blocks)
     }
-    return compared(ours, theirs)
+    return compared(ours, theirs, seconds)
 
 
 def prepared(arguments):
@@ -127,7 +186,8 @@ def main():
     task = prepared(arguments)
 
     def scored(method):
-        options = MaskOptions(method=method, mask_batches=NUM_EXAMPLES)
+        size = {} if method == "kappatune" else {"mask_batches": NUM_EXAMPLES}
+        options = MaskOptions(method=method, **size)
         found = score_modules(task.trainer, adapter_updates(task.trainer.model), options)
         return dict(zip(found.module_names, found.scores, strict=True))
 
@@ -137,10 +197,11 @@ def main():
         "model": arguments.model.name,
         "data": arguments.data.name,
         "spectrum": spectrum(arguments.spectrum, task.model),
-        "plop": plop(arguments.plop, task.model, scored("plop"), batch),
-        "aletheia": aletheia(arguments.aletheia, task.model, scored("aletheia"), task.dataset),
+        "kappatune": kappatune(task.model, scored),
+        "plop": plop(arguments.plop, task.model, scored, batch),
+        "aletheia": aletheia(arguments.aletheia, task.model, scored, task.dataset),
     }
-    for name in ("spectrum", "plop", "aletheia"):
+    for name in ("spectrum", "kappatune", "plop", "aletheia"):
         print(name, record[name])
     write_json(arguments.output, record)
 
