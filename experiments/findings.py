@@ -377,12 +377,16 @@ def own_code_table():
         [
             name,
             str(record[name]["num_scores"]),
-            f"{record[name]['largest_relative_difference']:.1e}",
-            f"{record[name]['tau_b']:.3f}",
+            f"{record[name]['largest_relative_difference']:.1e}" if "tau_b" in record[name] else "",
+            f"{record[name]['tau_b']:.3f}"
+            if "tau_b" in record[name]
+            else ("the same" if record[name]["same_selected"] else "another") + " 30 %",
+            f"{statistics.median(record[name]['own_code_seconds']):.2f}",
+            f"{statistics.median(record[name]['seconds']):.2f}",
         ]
-        for name in ("spectrum", "plop", "aletheia")
+        for name in ("spectrum", "kappatune", "plop", "aletheia")
     ]
-    titles = ["rival", "scores", "largest relative difference", "tau-b"]
+    titles = ["rival", "scores", "largest relative difference", "tau-b", "its seconds", "ours"]
     return markdown(titles, rows)
 
 

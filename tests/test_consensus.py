@@ -10,7 +10,7 @@ from rankings import ranking_of
 
 
 def test_consensus_by_hand():
-    from keylayers.consensus import consensus
+    from keylayers.mean_rank import consensus
 
     first, second = ranking_of([9.0, 5.0, 5.0, 1.0]), ranking_of([3.0, 4.0, 2.0, 1.0])
     merged = consensus([first, second])
@@ -25,7 +25,7 @@ def test_consensus_by_hand():
 
 
 def test_consensus_lists_its_sources():
-    from keylayers.consensus import consensus
+    from keylayers.mean_rank import consensus
     from keylayers.records import json_sha256
 
     runs = [run_of(), run_of(seed=1, granularity="block")]
@@ -45,7 +45,7 @@ def test_consensus_lists_its_sources():
 
 
 def test_consensus_takes_each_module_from_the_rankings_that_score_it():
-    from keylayers.consensus import consensus
+    from keylayers.mean_rank import consensus
 
     merged = consensus([ranking_of([2.0, None, None, 1.0]), ranking_of([None, 2.0, None, 1.0])])
     scores = [module.score for module in merged.modules]
@@ -55,7 +55,7 @@ def test_consensus_takes_each_module_from_the_rankings_that_score_it():
 
 @given(SCORES)
 def test_the_consensus_of_one_ranking_has_its_order(scores):
-    from keylayers.consensus import consensus
+    from keylayers.mean_rank import consensus
 
     ranking = ranking_of(scores)
     merged = consensus([ranking])
@@ -64,8 +64,8 @@ def test_the_consensus_of_one_ranking_has_its_order(scores):
 
 
 def test_rankings_of_different_modules_have_no_consensus():
-    from keylayers.consensus import consensus
     from keylayers.errors import RankingError
+    from keylayers.mean_rank import consensus
 
     with pytest.raises(RankingError, match=r"ranking 2 and the first differ in 1, first model"):
         consensus([ranking_of([1.0, 2.0]), ranking_of([1.0])])

@@ -85,7 +85,7 @@ import sys
 sys.path[:0] = [{source!r}, {tests!r}]
 from test_compare import deep_ranking, with_errors
 from keylayers.compare import agreement
-from keylayers.consensus import consensus
+from keylayers.mean_rank import consensus
 a = with_errors(deep_ranking({{"q": [3.0, 2.0, 2.0], "v": [1.0, 1.0, 0.0], "x": [1.0] * 3}}), 1.0)
 b = with_errors(deep_ranking({{"v": [3.0, 2.0, 2.0, 1.0], "q": [1.0] * 4, "y": [1.0] * 4}}), 1.0)
 print(agreement([a, b, a], 0.5), consensus([a, a]).modules)

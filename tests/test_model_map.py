@@ -92,7 +92,7 @@ NAMES = [f"model.layers.{block}.{kind}" for block in range(12) for kind in ("a.q
 def test_the_target_expression_matches_the_selection_and_nothing_else(selected):
     import re
 
-    from keylayers.apply.adapter import target_regex
+    from keylayers.targets import target_regex
 
     expression = target_regex([name for name in NAMES if name in selected])
     lures = [name.replace(".", "x") for name in NAMES] + [f"x.{name}" for name in NAMES]
@@ -101,7 +101,7 @@ def test_the_target_expression_matches_the_selection_and_nothing_else(selected):
 
 
 def test_the_target_expression_is_short():
-    from keylayers.apply.adapter import target_regex
+    from keylayers.targets import target_regex
 
     names = [f"model.layers.{block}.mlp.up_proj" for block in (5, 7)]
     names.append("model.layers.3.self_attn.q_proj")

@@ -24,17 +24,18 @@ ORDER = (
     ("provenance",),
     ("ranking",),
     ("costs",),
-    ("memory",),
+    ("memory", "targets"),
     ("selection",),
     ("certainty",),
     ("verification",),
     ("kinds", "matching"),
     ("compare",),
-    ("consensus",),
+    ("mean_rank",),
     ("apply",),
     ("models",),
     ("training",),
     ("evaluation",),
+    ("export",),
     ("report",),
     ("runs",),
     ("demo",),
@@ -80,6 +81,13 @@ def test_the_public_names_are_exact():
         _ = keylayers.nothing
 
 
+def test_no_public_function_has_the_name_of_a_file():
+    """Or it would be a module for whoever asks after that file was imported."""
+    import keylayers
+
+    assert not set(keylayers.__all__) & set(PLACE)
+
+
 def heavy_modules_after(code):
     """Which of the heavy libraries a fresh process has loaded after running `code`."""
     heavy = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
@@ -98,7 +106,7 @@ LIGHT = [
     "from keylayers.cli import main; main(['train', '--help'])",
     "from keylayers.cli import main; main(['show', 'no-such-file.json'])",
     "import keylayers.ranking, keylayers.selection, keylayers.compare, keylayers.report.terminal",
-    "import keylayers.certainty, keylayers.consensus",
+    "import keylayers.certainty, keylayers.mean_rank, keylayers.export, keylayers.memory",
 ]
 
 

@@ -21,7 +21,7 @@ KEPT = (V0, DOWN1)
 
 def save_adapter(folder, names=ALL, model=None, dtype=torch.float32, **options):
     """An adapter whose every matrix is far from zero, on exactly `names`."""
-    from keylayers.apply.adapter import target_regex
+    from keylayers.targets import target_regex
 
     config = LoraConfig(r=2, target_modules=target_regex(names), **options)
     adapted = get_peft_model(model or tiny_llama(), config)

@@ -15,10 +15,11 @@ from keylayers._version import __version__
 if TYPE_CHECKING:
     from keylayers.certainty import undecided
     from keylayers.compare import Agreement, agreement, chance_jaccard
-    from keylayers.consensus import consensus
     from keylayers.curve import MaskCurve, Recommendation
     from keylayers.errors import KeylayersError
+    from keylayers.export import export_selection
     from keylayers.mask.curve import mask_curve
+    from keylayers.mean_rank import consensus
     from keylayers.memory import StepMemory
     from keylayers.options import (
         BudgetOptions,
@@ -84,7 +85,8 @@ _HOME = {
     "VerifyOptions": "options",
     "agreement": "compare",
     "chance_jaccard": "compare",
-    "consensus": "consensus",
+    "consensus": "mean_rank",
+    "export_selection": "export",
     "mask_curve": "mask.curve",
     "measured_memory": "training.memory",
     "module_weights": "updates.dense",
@@ -131,6 +133,7 @@ __all__ = [
     "agreement",
     "chance_jaccard",
     "consensus",
+    "export_selection",
     "mask_curve",
     "measured_memory",
     "module_weights",

@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A selection as a PEFT adapter on exactly those modules, and the proof of it.
 
-PEFT drops unknown names without a word and condenses lists of 20 names and more before saving, so
-that they can match more on another model. A grouped regular expression is saved as it is and stays
-exact. On mixtures of experts PEFT rewrites targets: an expression hits every block, and the dense
-feed-forward of one block becomes the experts of the others. There attention goes by a list of
-names, and everything that PEFT would rewrite by the names of its parameters. Either way, what PEFT
-really hit is compared with what was asked, and anything else is refused.
+PEFT drops unknown names without a word, so what it really hit is compared with what was asked, and
+anything else is refused.
 """
 
-import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
@@ -20,10 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from keylayers.errors import GuardError, ModelError
 from keylayers.model_map import base_model_of, map_modules
+from keylayers.targets import lora_targets
 from keylayers.updates.adapter import always_on, own_parameters, tuner_layers
-
-REWRITTEN = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-"""Last names that PEFT takes for those of experts in the models whose experts it knows."""
 
 
 def lora_config(
@@ -41,43 +34,6 @@ def lora_config(
         raise TypeError("`target_modules` comes from the selection; leave it out")
     options.setdefault("task_type", "CAUSAL_LM")
     return LoraConfig(**lora_targets(names, stacked), **options)
-
-
-def lora_targets(names: Sequence[str], stacked: Collection[str] | None) -> dict[str, Any]:
-    """The fields of a PEFT config that put LoRA on exactly `names`; as `lora_config` takes them."""
-    if stacked is None:
-        return {"target_modules": target_regex(names)}
-    modules, parameters = [], []
-    for name in names:
-        if name in stacked:
-            parameters.append(name)
-        elif name.rpartition(".")[2] in REWRITTEN:
-            parameters.append(f"{name}.weight")
-        else:
-            modules.append(name)
-    return {"target_modules": modules, "target_parameters": parameters}
-
-
-def target_regex(names: Iterable[str]) -> str:
-    r"""One regular expression that fully matches `names` and no other module name.
-
-    Names that differ only in their block are grouped:
-    `model\.layers\.(?:(?:5|7)\.mlp\.down_proj|...)`.
-    """
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name in names:
-        match = re.match(r"(.*?\.)(\d+)(\..*)", name)
-        prefix, index, suffix = match.groups() if match else (name, "", "")
-        groups.setdefault((prefix, suffix), []).append(index)
-    by_prefix: dict[str, list[str]] = {}
-    for (prefix, suffix), indices in groups.items():
-        numbers = indices[0] if len(indices) == 1 else f"(?:{'|'.join(indices)})"
-        by_prefix.setdefault(re.escape(prefix), []).append(numbers + re.escape(suffix))
-    parts = [
-        prefix + (tails[0] if len(tails) == 1 else f"(?:{'|'.join(tails)})")
-        for prefix, tails in by_prefix.items()
-    ]
-    return parts[0] if len(parts) == 1 else f"(?:{'|'.join(parts)})"
 
 
 def add_lora(model: PreTrainedModel, names: Sequence[str], **options: Any) -> PeftModel:

@@ -36,6 +36,7 @@ COMMANDS = {
     "train": "Train only the modules that a ranking and a budget select.",
     "prune": "Cut an adapter, or a tuned checkpoint, to the modules that a ranking and a budget "
     "select.",
+    "export": "Write the files with which another tool trains exactly the selected modules.",
 }
 for _name, _help in COMMANDS.items():
     app.command(f"keylayers.cli.{_name}:app", name=_name, help=_help)

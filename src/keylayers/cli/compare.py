@@ -69,8 +69,8 @@ def compare(
 
 def _write_consensus(loaded: "Sequence[Ranking]", paths: Sequence[Path], target: Path) -> None:
     """Write the consensus, but never over one of its sources, nor over what is no ranking."""
-    from keylayers.consensus import consensus
     from keylayers.errors import RankingError
+    from keylayers.mean_rank import consensus
     from keylayers.ranking import Ranking
 
     for path in paths:

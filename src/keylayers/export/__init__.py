@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A selection in the files of other training tools; one tool a file, one table. Needs no torch."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, get_args
+
+from keylayers.errors import ConfigError, OutputError
+from keylayers.export import axolotl, llamafactory, ms_swift, peft, trl, unsloth
+from keylayers.export.settings import Files, Kind, Settings
+from keylayers.ranking import Ranking
+from keylayers.records import output_folder, write_text
+from keylayers.selection import Budget
+
+Tool = Literal["peft", "trl", "axolotl", "llamafactory", "ms-swift", "unsloth"]
+
+TOOLS: dict[Tool, Callable[[Settings], Files]] = {
+    "peft": peft.export,
+    "trl": trl.export,
+    "axolotl": axolotl.export,
+    "llamafactory": llamafactory.export,
+    "ms-swift": ms_swift.export,
+    "unsloth": unsloth.export,
+}
+assert set(TOOLS) == set(get_args(Tool))
+
+
+def export_selection(
+    ranking: Ranking,
+    budget: Budget,
+    to: Tool,
+    output: Path,
+    *,
+    kind: Kind = "lora",
+) -> list[Path]:
+    """Write what a training tool needs to train exactly the modules that `budget` buys.
+
+    LoRA's rank and alpha, and the name of the model, are those of the ranking's own run.
+
+    Args:
+        ranking: The modules with their scores.
+        budget: How much is trained.
+        to: The tool.
+        output: Folder of the files; made if it is not there.
+        kind: LoRA on the modules, or a full fine-tune of them.
+
+    Returns:
+        The files.
+
+    Raises:
+        ConfigError: the tool cannot train exactly this selection, or the budget buys nothing.
+        OutputError: a file is there already, or the place cannot be written.
+    """
+    made_by = ranking.provenance
+    model = made_by.get("model", {}).get("name")
+    if model is None:
+        raise ConfigError(
+            "the ranking must say which model it is of (`provenance.model.name`), but it does not; "
+            "rank with a model that has a name"
+        )
+    options = made_by.get("options", {})
+    settings = Settings(
+        selection=ranking.select(budget),
+        model=str(model),
+        kind=kind,
+        lora_rank=int(options.get("lora_rank", Settings.lora_rank)),
+        lora_alpha=int(options.get("lora_alpha", Settings.lora_alpha)),
+    )
+    files = TOOLS[to](settings)
+    paths = {output / name: text for name, text in files.items()}
+    for path, text in paths.items():
+        if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
+            raise OutputError(
+                f"an export must not replace other files, but {str(path)!r} is there with other "
+                f"contents; choose another `output`, or remove it"
+            )
+    with output_folder(output):
+        for path, text in paths.items():
+            write_text(path, text)
+    return list(paths)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""axolotl: YAML for LoRA, or for a full fine-tune with `unfrozen_parameters`.
+
+Written against axolotl's source of September 2026, not run with it. Of `unfrozen_parameters` it
+escapes the dots itself and matches from the start of a name: `\.` would match nothing and freeze
+the whole model. `lora_target_linear` would add every linear layer to the selection.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from keylayers.export.settings import Files, Settings
+from keylayers.targets import lora_targets
+
+
+def export(settings: Settings) -> Files:
+    """The part of the config that says what is trained."""
+    content: dict[str, Any] = {"base_model": settings.model}
+    if settings.kind == "full":
+        stacked = settings.stacked or set()
+        content["unfrozen_parameters"] = unfrozen(settings.names, stacked)
+        content |= {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        }
+    else:
+        content |= {
+            "adapter": "lora",
+            "lora_r": settings.lora_rank,
+            "lora_alpha": settings.lora_alpha,
+            "lora_dropout": 0.0,
+        }
+        targets = lora_targets(settings.names, settings.stacked)
+        content |= {f"lora_{name}": value for name, value in targets.items() if value}
+    return {"axolotl.yaml": yaml.safe_dump(content, sort_keys=False, width=10_000)}
+
+
+def unfrozen(names: Sequence[str], stacked: set[str]) -> list[str]:
+    """Patterns of the parameters of `names`, those that differ in their block together."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        match = re.match(r"(.*?\.)(\d+)(\..*)", name)
+        prefix, index, suffix = match.groups() if match else (name, "", "")
+        ending = "" if name in stacked else ".(weight|bias)"
+        groups.setdefault((prefix, suffix + ending), []).append(index)
+    return [f"^{prefix}{_any_of(indices)}{suffix}$" for (prefix, suffix), indices in groups.items()]
+
+
+def _any_of(indices: Sequence[str]) -> str:
+    return indices[0] if len(indices) == 1 else f"({'|'.join(indices)})"

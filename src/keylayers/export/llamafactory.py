@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaMA-Factory: YAML with a list of full names. Written against its source of September 2026.
+
+It takes no regular expression, no parameters of experts, and full fine-tuning of whole blocks
+alone.
+"""
+
+import yaml
+
+from keylayers.export.settings import Files, Settings, refuse
+from keylayers.targets import lora_targets
+
+
+def export(settings: Settings) -> Files:
+    """The part of the config that says what is trained."""
+    if settings.kind == "full":
+        refuse("llamafactory", "without LoRA it trains whole blocks alone; give `update` lora")
+    if lora_targets(settings.names, settings.stacked).get("target_parameters"):
+        refuse(
+            "llamafactory",
+            "it cannot name experts or the dense feed-forwards beside them; choose peft or trl",
+        )
+    content = {
+        "model_name_or_path": settings.model,
+        "finetuning_type": "lora",
+        "lora_rank": settings.lora_rank,
+        "lora_alpha": settings.lora_alpha,
+        "lora_dropout": 0.0,
+        "lora_target": list(settings.names),
+    }
+    return {"llamafactory.yaml": yaml.safe_dump(content, sort_keys=False, width=10_000)}

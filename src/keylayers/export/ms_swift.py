@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ms-swift: a YAML file of arguments for `swift sft`. Written against its source of September 2026.
+
+Parameters of a full fine-tune are matched from the start of their names: the dot at the end keeps
+`...layers.1.mlp.up_proj.` from matching more.
+"""
+
+from typing import Any
+
+import yaml
+
+from keylayers.export.settings import Files, Settings, refuse
+from keylayers.targets import target_regex
+
+
+def export(settings: Settings) -> Files:
+    """The part of the arguments that says what is trained."""
+    if settings.selection.is_of_mixture:
+        refuse("ms-swift", "in a mixture of experts PEFT widens regular expressions; choose peft")
+    content: dict[str, Any] = {"model": settings.model}
+    if settings.kind == "full":
+        content |= {
+            "tuner_type": "full",
+            "freeze_parameters_ratio": 1,
+            "trainable_parameters": [f"{name}." for name in settings.names],
+        }
+    else:
+        content |= {
+            "tuner_type": "lora",
+            "lora_rank": settings.lora_rank,
+            "lora_alpha": settings.lora_alpha,
+            "lora_dropout": 0.0,
+            "target_regex": target_regex(settings.names),
+        }
+    return {"ms-swift.yaml": yaml.safe_dump(content, sort_keys=False, width=10_000)}

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT: an `adapter_config.json`, and Python that checks what was hit. Checked with peft 0.21."""
+
+import json
+from pprint import pformat
+
+from keylayers.export.settings import Files, Settings
+from keylayers.targets import lora_targets
+
+_LORA = '''# LoRA on exactly {count} modules of {model}.
+from peft import LoraConfig, get_peft_model
+
+MODULES = {names}
+
+
+def selected_lora(model):
+    """The model with new LoRA matrices on exactly the selected modules."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r={rank},
+        lora_alpha={alpha},
+        lora_dropout=0.0,
+{targets}
+    )
+    tuned = get_peft_model(model, config)
+    hit = set(tuned.targeted_module_names) | set(tuned.targeted_parameter_names)
+    hit = {{name.removesuffix(".weight") for name in hit}}
+    assert hit == set(MODULES), hit ^ set(MODULES)
+    return tuned
+'''
+_FULL = '''# Trains exactly {count} modules of {model}, without an adapter.
+MODULES = {names}
+
+
+def train_only_selected(model):
+    """Freeze all but the selected modules; call it before the trainer is built."""
+    parameters = dict(model.named_parameters())
+    model.requires_grad_(False)
+    for name in MODULES:
+        own = [one for one in (name, name + ".weight", name + ".bias") if one in parameters]
+        assert own, name
+        for one in own:
+            parameters[one].requires_grad_(True)
+    return model
+'''
+
+
+def export(settings: Settings) -> Files:
+    """The config of an adapter yet to be trained, and the same in Python."""
+    shown = {
+        "count": len(settings.names),
+        "model": " ".join(settings.model.split()),
+        "names": pformat(list(settings.names), width=96, indent=4),
+        "rank": settings.lora_rank,
+        "alpha": settings.lora_alpha,
+    }
+    if settings.kind == "full":
+        return {"selected.py": _FULL.format(**shown)}
+    targets = lora_targets(settings.names, settings.stacked)
+    lines = (f"        {name}={pformat(value, width=80)}," for name, value in targets.items())
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": settings.model,
+        "r": settings.lora_rank,
+        "lora_alpha": settings.lora_alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        **targets,
+    }
+    return {
+        "adapter_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+        "selected.py": _LORA.format(**shown, targets="\n".join(lines)),
+    }

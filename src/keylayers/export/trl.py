@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TRL's command line: a YAML file for `trl sft` and `trl dpo`. Checked with trl 1.16.
+
+A list of one name is taken for a regular expression there. Full fine-tuning goes through PEFT's
+`modules_to_save`, which keeps a frozen copy of each module beside it.
+"""
+
+from typing import Any
+
+import yaml
+
+from keylayers.export.settings import Files, Settings, refuse
+from keylayers.targets import lora_targets
+
+
+def export(settings: Settings) -> Files:
+    """The part of the config that says what is trained; data and output folder are the user's."""
+    content: dict[str, Any] = {"model_name_or_path": settings.model, "use_peft": True}
+    if settings.kind == "full":
+        if settings.selection.is_of_mixture:
+            refuse(
+                "trl", "its full fine-tune of modules copies them, which PEFT cannot for experts"
+            )
+        content |= {
+            "lora_target_modules": "dummy-target-modules",
+            "lora_modules_to_save": list(settings.names),
+        }
+        return {"trl.yaml": yaml.safe_dump(content, sort_keys=False, width=10_000)}
+    targets = lora_targets(settings.names, settings.stacked)
+    modules, parameters = targets["target_modules"], targets.get("target_parameters")
+    if isinstance(modules, list) and len(modules) < 2:
+        refuse(
+            "trl",
+            "in a mixture of experts it needs at least two modules beside experts and dense "
+            "feed-forwards, since it reads a shorter list as a regular expression; choose peft",
+        )
+    content |= {
+        "lora_r": settings.lora_rank,
+        "lora_alpha": settings.lora_alpha,
+        "lora_dropout": 0.0,
+        "lora_target_modules": modules,
+    }
+    if parameters:
+        content["lora_target_parameters"] = parameters
+    return {"trl.yaml": yaml.safe_dump(content, sort_keys=False, width=10_000)}

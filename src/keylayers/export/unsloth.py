@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Unsloth: Python for both of its ways to load a model. Written against its source, not run.
+
+`FastLanguageModel` takes a list and reads a string letter by letter; `FastModel`, for
+vision-language models too, hands a string on to PEFT and cuts names of a list short.
+"""
+
+from pprint import pformat
+
+from keylayers.export.settings import Files, Settings, refuse
+from keylayers.targets import target_regex
+
+_TEXT = '''# LoRA on exactly {count} modules of {model}.
+MODULES = {names}
+PATTERN = {pattern}
+
+
+def selected_lora(loader, model):
+    """New LoRA matrices on exactly the selected modules.
+
+    `loader` is the class that loaded the model: FastLanguageModel, FastModel or FastVisionModel.
+    """
+    tuned = loader.get_peft_model(
+        model,
+        r={rank},
+        lora_alpha={alpha},
+        lora_dropout=0,
+        bias="none",
+        target_modules=MODULES if loader.__name__ == "FastLanguageModel" else PATTERN,
+    )
+    assert set(tuned.targeted_module_names) == set(MODULES), tuned.targeted_module_names
+    return tuned
+'''
+
+
+def export(settings: Settings) -> Files:
+    """A function that takes the place of `get_peft_model`."""
+    if settings.kind == "full":
+        refuse("unsloth", "it has no full fine-tune of chosen modules; give `update` lora")
+    if settings.selection.is_of_mixture:
+        refuse("unsloth", "in a mixture of experts PEFT rewrites what it is given; choose peft")
+    text = _TEXT.format(
+        count=len(settings.names),
+        model=" ".join(settings.model.split()),
+        names=pformat(list(settings.names), width=96, indent=4),
+        pattern=repr(target_regex(settings.names)),
+        rank=settings.lora_rank,
+        alpha=settings.lora_alpha,
+    )
+    return {"selected_unsloth.py": text}
