@@ -36,10 +36,13 @@ COMMANDS = {
     "train": "Train only the modules that a ranking and a budget select.",
     "prune": "Cut an adapter, or a tuned checkpoint, to the modules that a ranking and a budget "
     "select.",
+    "import": "Make a ranking of a scan by Spectrum: it can be shown, compared, trained on and "
+    "exported.",
     "export": "Write the files with which another tool trains exactly the selected modules.",
 }
 for _name, _help in COMMANDS.items():
-    app.command(f"keylayers.cli.{_name}:app", name=_name, help=_help)
+    _file = "import_" if _name == "import" else _name  # a word of Python
+    app.command(f"keylayers.cli.{_file}:app", name=_name, help=_help)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

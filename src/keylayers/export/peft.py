@@ -4,7 +4,7 @@
 import json
 from pprint import pformat
 
-from keylayers.export.settings import Files, Settings
+from keylayers.export.settings import Files, Settings, python_list
 from keylayers.targets import lora_targets
 
 _LORA = '''# LoRA on exactly {count} modules of {model}.
@@ -50,7 +50,7 @@ def export(settings: Settings) -> Files:
     shown = {
         "count": len(settings.names),
         "model": " ".join(settings.model.split()),
-        "names": pformat(list(settings.names), width=96, indent=4),
+        "names": python_list(settings.names),
         "rank": settings.lora_rank,
         "alpha": settings.lora_alpha,
     }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an export is made of, and how it refuses."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
@@ -42,6 +42,11 @@ class Settings:
         if not self.selection.is_of_mixture:
             return None
         return {module.name for module in self.selection.modules if module.is_stacked}
+
+
+def python_list(names: Sequence[str]) -> str:
+    """The names as Python has them, one a line."""
+    return "[\n" + "".join(f"    {name!r},\n" for name in names) + "]"
 
 
 def refuse(tool: str, reason: str) -> NoReturn:

@@ -5,9 +5,7 @@
 vision-language models too, hands a string on to PEFT and cuts names of a list short.
 """
 
-from pprint import pformat
-
-from keylayers.export.settings import Files, Settings, refuse
+from keylayers.export.settings import Files, Settings, python_list, refuse
 from keylayers.targets import target_regex
 
 _TEXT = '''# LoRA on exactly {count} modules of {model}.
@@ -42,7 +40,7 @@ def export(settings: Settings) -> Files:
     text = _TEXT.format(
         count=len(settings.names),
         model=" ".join(settings.model.split()),
-        names=pformat(list(settings.names), width=96, indent=4),
+        names=python_list(settings.names),
         pattern=repr(target_regex(settings.names)),
         rank=settings.lora_rank,
         alpha=settings.lora_alpha,

@@ -40,12 +40,18 @@ def spectrum(
     start = time.perf_counter()
     ratios = [signal_to_noise(base_weight(update.layer)) for update in updates]
     kinds = [update.module.projection for update in updates]
+    values = shares_of_kind(ratios, kinds)
+    seconds = time.perf_counter() - start
+    return data_free(updates, values, unit="share of its kind", seconds=seconds)
+
+
+def shares_of_kind(ratios: Sequence[float], kinds: Sequence[str]) -> list[float]:
+    """For each module the share of its kind with a ratio of at most its own."""
     values = []
     for ratio, kind in zip(ratios, kinds, strict=True):
         of_kind = [other for other, its in zip(ratios, kinds, strict=True) if its == kind]
         values.append(sum(other <= ratio for other in of_kind) / len(of_kind))
-    seconds = time.perf_counter() - start
-    return data_free(updates, values, unit="share of its kind", seconds=seconds)
+    return values
 
 
 def signal_to_noise(weight: Float[Tensor, "d_out d_in"]) -> float:

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Spectrum's own scan files (`snr_results_*.json`) as rankings.
+
+They hold a name, a ratio and a type for each weight of a model, norms and embeddings among them,
+and no sizes: these come from the model's config alone, no weight is loaded. A ratio is infinite
+where no singular value lies below the noise; it ranks first of its kind, as in Spectrum.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from keylayers.errors import ModelError, RankingError
+from keylayers.model_map import map_modules
+from keylayers.models import check_folder
+from keylayers.options import ModelOptions
+from keylayers.provenance import is_number
+from keylayers.ranking import RankedModule, Ranking
+from keylayers.records import environment, json_sha256
+from keylayers.scores.spectrum import shares_of_kind
+
+
+def spectrum_ranking(path: Path, source: ModelOptions) -> Ranking:
+    """The ranking in a scan file: scores as those of `--method spectrum`.
+
+    Args:
+        path: The scan file.
+        source: The model that was scanned; its config is read.
+
+    Raises:
+        RankingError: the file is damaged, empty, no scan, or of another model.
+        ModelError: there is no such config.
+    """
+    ratios = _ratios(path)
+    infos = map_modules(_empty_model(source))
+    missing = [info.name for info in infos if info.name not in ratios]
+    if missing:
+        raise RankingError(
+            f"{str(path)!r} must be a scan of {source.model}, but it lacks {len(missing)} of its "
+            f"{len(infos)} modules, first {missing[0]}"
+        )
+    found = [ratios[info.name] for info in infos]
+    scores = shares_of_kind(found, [info.projection for info in infos])
+    modules = tuple(
+        RankedModule(
+            info.name,
+            info.block_index,
+            info.projection,
+            info.num_parameters,
+            score,
+            is_stacked=info.is_stacked,
+        )
+        for info, score in zip(infos, scores, strict=True)
+    )
+    made_by = {
+        "environment": environment(),
+        "model": {"name": source.model, "revision": source.revision},
+        "imported": {
+            "tool": "Spectrum",
+            "file": path.name,
+            "content_sha256": json_sha256({name: str(value) for name, value in ratios.items()}),
+            "num_infinite": sum(value == float("inf") for value in found),
+            "num_left_out": len(ratios) - len(found),
+        },
+    }
+    return Ranking(modules, "spectrum", provenance=made_by)
+
+
+def _ratios(path: Path) -> dict[str, float]:
+    """Name -> signal-to-noise ratio."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RankingError(f"the scan {str(path)!r} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise RankingError(
+            f"{str(path)!r} must be whole JSON, but it is damaged or cut off ({error})"
+        ) from None
+    if not isinstance(content, dict) or not content:
+        what = "it is empty" if content == {} else f"it is a {type(content).__name__}"
+        raise RankingError(
+            f"{str(path)!r} must hold a name, `snr` and `type` for each weight, but {what}"
+        )
+    ratios = {}
+    for name, row in content.items():
+        value: Any = row.get("snr") if isinstance(row, dict) else None
+        if not (value == float("inf") or is_number(value)) or value < 0:
+            raise RankingError(
+                f"{str(path)!r} must hold a ratio from 0 up or Infinity as `snr` of {name!r:.80}, "
+                f"got {value!r:.40}"
+            )
+        ratios[name] = float(value)
+    return ratios
+
+
+def _empty_model(source: ModelOptions) -> PreTrainedModel:
+    """The model's modules without their weights."""
+    check_folder(source.model, "config.json", "a model")
+    try:
+        config = AutoConfig.from_pretrained(
+            source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        first = " ".join(str(error).splitlines()[:1])
+        raise ModelError(f"{source.model!r} must be a model with a config: {first}") from error
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scans by Spectrum become rankings: those of a tiny model by hand, and published ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import LlamaConfig, MistralConfig
+
+from test_bad_input import complaint
+from test_rank import keylayers
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "spectrum"
+SIZES = {"hidden_size": 4096, "intermediate_size": 14_336, "num_key_value_heads": 8}
+PUBLISHED = {
+    "snr_meta-llama-Meta-Llama-3.1-8B.json": LlamaConfig(vocab_size=128_256, **SIZES),
+    "snr_mistralai-Mistral-7B-v0.1.json": MistralConfig(**SIZES),
+}
+
+
+def scan_of(folder, change=lambda rows: None):
+    """A scan of the tiny model: ratios fall from module to module; norms are infinite."""
+    from keylayers.model_map import map_modules
+    from tiny_files import tiny_model, tiny_tokenizer
+
+    infos = map_modules(tiny_model(len(tiny_tokenizer())))
+    rows = {
+        one.name: {"snr": 100.0 - place, "type": one.projection} for place, one in enumerate(infos)
+    }
+    rows["model.norm"] = {"snr": float("inf"), "type": "model.norm"}
+    change(rows)
+    path = folder / "snr_results_tiny.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_a_module_scores_by_its_place_in_its_kind(tiny, tmp_path, capsys):
+    from keylayers.ranking import Ranking
+
+    last = "model.layers.2.mlp.up_proj"
+    scan = scan_of(tmp_path, lambda rows: rows[last].update(snr=float("inf")))
+    output = tmp_path / "r.json"
+    assert keylayers("import", scan, "--model", tiny / "model", "--output", output) == 0
+    assert "21 modules ranked, 1 of them" in " ".join(capsys.readouterr().out.split())
+    ranking = Ranking.load(output)
+    scores = {one.name: one.score for one in ranking.modules}
+    assert len(scores) == 21
+    for kind in ("self_attn.q_proj", "mlp.down_proj"):
+        own = [scores[f"model.layers.{block}.{kind}"] for block in range(3)]
+        assert own == pytest.approx([1.0, 2 / 3, 1 / 3])
+    assert scores[last] == 1.0
+    assert scores["model.layers.0.mlp.up_proj"] == pytest.approx(2 / 3)
+    assert (ranking.method, ranking.provenance["imported"]["num_left_out"]) == ("spectrum", 1)
+    assert keylayers("import", scan, "--model", tiny / "model", "--output", output) == 2
+    assert "must be a new file" in complaint(capsys)
+
+
+BAD = [
+    (lambda rows: rows.clear(), "but it is empty"),
+    (lambda rows: rows.pop("model.layers.1.mlp.up_proj"), "it lacks 1 of its 21 modules"),
+    (lambda rows: rows["model.norm"].update(snr=float("nan")), "got nan"),
+    (lambda rows: rows["model.norm"].update(snr=-1), "got -1"),
+    (lambda rows: rows["model.norm"].update(snr="1"), "got '1'"),
+    (lambda rows: rows.update(odd=3), "got None"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_a_bad_scan_is_refused(tiny, tmp_path, capsys, change, message):
+    scan, output = scan_of(tmp_path, change), tmp_path / "r.json"
+    assert keylayers("import", scan, "--model", tiny / "model", "--output", output) == 2
+    assert message in complaint(capsys)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "3"])
+def test_what_is_no_scan_is_refused(tiny, tmp_path, capsys, text):
+    (tmp_path / "scan.json").write_text(text)
+    options = ("--model", tiny / "model", "--output", tmp_path / "r.json")
+    assert keylayers("import", tmp_path / "scan.json", *options) == 2
+    assert "scan.json" in complaint(capsys)
+
+
+def test_a_missing_scan_or_model_is_refused(tiny, tmp_path, capsys):
+    assert keylayers("import", tmp_path / "none.json", "--model", tiny / "model") == 2
+    assert "cannot be read" in complaint(capsys)
+    assert keylayers("import", scan_of(tmp_path), "--model", tmp_path) == 2
+    assert "holds no config.json" in complaint(capsys)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs Spectrum's published scans in ../shared")
+def test_published_scans_are_shown_compared_and_exported(tmp_path, capsys):
+    from keylayers.ranking import Ranking
+
+    files = []
+    for name, config in PUBLISHED.items():
+        config.save_pretrained(tmp_path / name)
+        files.append(tmp_path / f"ranking-{name}")
+        options = ("--model", tmp_path / name, "--output", files[-1])
+        assert keylayers("import", SHARED / name, *options) == 0
+        assert keylayers("show", files[-1]) == 0
+        assert len(Ranking.load(files[-1]).modules) == 224
+    assert keylayers("compare", *files, "--budget", "0.5") == 0
+    assert "0.33" in capsys.readouterr().out  # two random halves share a third
+    ranking = Ranking.load(files[0])
+    scan = json.loads((SHARED / next(iter(PUBLISHED))).read_text())
+    for kind in ("self_attn.q_proj", "mlp.down_proj"):
+        rows = {name: row["snr"] for name, row in scan.items() if row["type"] == kind}
+        best = sorted(rows, key=lambda name: -rows[name])[:8]
+        scores = {one.name: one.score for one in ranking.modules if one.name in rows}
+        assert {name for name, score in scores.items() if score > 1 - 8 / 32} == set(best)
+    for tool in ("peft", "axolotl"):
+        options = ("--budget", "0.25", "--to", tool, "--output", tmp_path / tool)
+        assert keylayers("export", files[0], *options, "--update", "full") == 0
+    patterns = yaml.safe_load((tmp_path / "axolotl" / "axolotl.yaml").read_text())
+    assert len(patterns["unfrozen_parameters"]) == 7
