@@ -10,6 +10,7 @@ from cyclopts.argument import Argument, ArgumentCollection
 from cyclopts.config import Dict
 
 from keylayers.errors import ConfigError, did_you_mean
+from keylayers.options.commands import TAKEN_FROM_RANKING, TAKEN_WITH_UPDATE
 from keylayers.ranking import Ranking
 from keylayers.records import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT
 
@@ -26,36 +27,8 @@ GROUPS = (
     "Measuring",
 )
 
-# Of the options that a ranking records, those that `train`, `verify` and `prune` take over where
-# none is given. Not `trust_remote_code`: a file from elsewhere must not be able to switch it on.
-TAKEN_FROM_RANKING = (
-    "model",
-    "revision",
-    "towers",
-    "load_in_4bit",
-    "data",
-    "data_split",
-    "format",
-    "chat_template",
-    "max_length",
-    "max_examples",
-    "held_out",
-    "mask_data",
-    "split_seed",
-    "update",
-    "objective",
-    "beta",
-    "learning_rate",
-    "batch_size",
-    "gradient_accumulation",
-    "warmup_steps",
-    "lora_rank",
-    "lora_alpha",
-    "seed",
-)
 WITH_RANKING = (("train",), ("verify",), ("prune",))
 WITH_UPDATE = (("verify",), ("prune",))  # they open the update that was ranked once more
-TAKEN_WITH_UPDATE = ("dtype", "adapter", "tuned")
 
 
 def flat(title: str) -> Parameter:

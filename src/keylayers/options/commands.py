@@ -15,6 +15,35 @@ from keylayers.options.training import (
     check_kto_batch,
 )
 
+# Of the options that a ranking records, those that `train`, `verify` and `prune` take over where
+# none is given. Not `trust_remote_code`: a file from elsewhere must not be able to switch it on.
+TAKEN_FROM_RANKING = (
+    "model",
+    "revision",
+    "towers",
+    "load_in_4bit",
+    "data",
+    "data_split",
+    "format",
+    "chat_template",
+    "max_length",
+    "max_examples",
+    "held_out",
+    "mask_data",
+    "split_seed",
+    "update",
+    "objective",
+    "beta",
+    "learning_rate",
+    "batch_size",
+    "gradient_accumulation",
+    "warmup_steps",
+    "lora_rank",
+    "lora_alpha",
+    "seed",
+)
+TAKEN_WITH_UPDATE = ("dtype", "adapter", "tuned")  # `verify` and `prune` open the ranked update
+
 
 @dataclass(frozen=True)
 class RankOptions:

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command that gives a run its options: what a report or a model card says to repeat it."""
+
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, fields
+from typing import Any, Literal
+
+from keylayers.options.commands import (
+    TAKEN_FROM_RANKING,
+    TAKEN_WITH_UPDATE,
+    PruneOptions,
+    RankOptions,
+    TrainOptions,
+    VerifyOptions,
+)
+
+Command = Literal["rank", "train", "verify", "prune"]
+OPTIONS: Mapping[Command, type] = {
+    "rank": RankOptions,
+    "train": TrainOptions,
+    "verify": VerifyOptions,
+    "prune": PruneOptions,
+}
+
+
+def command_line(command: Command, options: Mapping[str, Any]) -> str:
+    """`keylayers ...` in the words of a shell, with every flag that the run needs.
+
+    Options at their default are left out, but for those that a ranking would give another value.
+
+    Args:
+        command: Which sub-command.
+        options: By the name of their field, as a record holds them (`flat()`).
+    """
+    inherited: tuple[str, ...] = ()
+    if options.get("ranking") is not None:
+        others = ("steps",) if command == "train" else TAKEN_WITH_UPDATE
+        inherited = (*TAKEN_FROM_RANKING, *others)
+    words = ["keylayers", command]
+    for one in _fields(command):
+        value = options.get(one.name)
+        if value is None or (one.name not in inherited and _same(value, one.default)):
+            continue
+        words += _words("--" + one.name.replace("_", "-"), value)
+    return shlex.join(words)
+
+
+def _fields(command: Command) -> Iterator["Field[Any]"]:
+    """Every option of a command, in the order in which its options classes stand."""
+    for part in fields(OPTIONS[command]):
+        yield from fields(part.type)  # type: ignore[arg-type]
+
+
+def _same(value: Any, default: Any) -> bool:
+    """Whether an option has its default; JSON knows lists and no tuples."""
+    if default is MISSING:
+        return False
+    return list(value) == list(default) if isinstance(default, tuple) else value == default
+
+
+def _words(flag: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [flag, *(str(one) for one in values)] if values else []

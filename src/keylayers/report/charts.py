@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pictures of a ranking, as Altair charts: the same in a report and in a paper.
+
+Colours are cividis and three of Okabe and Ito's, which colour-blind readers tell apart; lines have
+dashes of their own too. Names are data, never part of an expression.
+"""
+
+from collections.abc import Mapping, Sequence
+from statistics import stdev
+from typing import Any
+
+import altair as alt
+
+from keylayers.compare import Agreement
+from keylayers.curve import MaskCurve
+from keylayers.ranking import Ranking
+from keylayers.report.losses import LossCurves
+from keylayers.verification import Verification
+
+Chart = alt.Chart | alt.LayerChart
+
+BUDGET = "budget"  # the parameter of a chart that says how many modules are taken
+SCHEME = "cividis"
+BLUE, VERMILION, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"
+CELL_WIDTH = 44
+LABELLED_HEIGHT = 14  # the lowest cell that has room for a number
+CURVES: Mapping[str, tuple[str, tuple[int, ...]]] = {
+    "best first": (BLUE, (1, 0)),
+    "leave-one-out": (GREEN, (6, 2)),
+    "random (± sd)": (GREY, (2, 2)),
+    "worst first": (VERMILION, (8, 3, 2, 3)),
+}
+
+
+def heatmap_chart(ranking: Ranking, count: int) -> Chart:
+    """Blocks down, projections across; full cells are the best `count`, small ones the others.
+
+    Brighter is more important. The parameter `budget` holds the count.
+    """
+    rows = _cells(ranking)
+    projections = list(dict.fromkeys(module.projection for module in ranking.modules))
+    blocks = list(dict.fromkeys(row["block"] for row in sorted(rows, key=_block_order)))
+    height = 20 if len(blocks) <= 40 else LABELLED_HEIGHT if len(blocks) <= 90 else 8
+    is_taken = f"datum.place <= {BUDGET}"
+    base = alt.Chart(alt.InlineData(values=rows)).encode(
+        x=alt.X(
+            "projection:N",
+            sort=projections,
+            title=None,
+            axis=alt.Axis(orient="top", labelAngle=-40, labelAlign="left", labelLimit=220),
+        ),
+        y=alt.Y("block:N", sort=blocks, title="block"),
+    )
+    shade = alt.Color(
+        "rank:Q",
+        scale=alt.Scale(scheme=SCHEME, domain=[len(rows), 1]),
+        legend=alt.Legend(title="rank", orient="right", gradientLength=110, values=_ends(rows)),
+    )
+    scored = base.transform_filter("isValid(datum.rank)")
+    small = alt.RelativeBandSize(0.4)
+    layers: list[alt.Chart] = [
+        scored.mark_rect(width=small, height=small).encode(color=shade),
+        scored.transform_filter(is_taken).mark_rect().encode(color=shade),
+    ]
+    if height >= LABELLED_HEIGHT:
+        ink = alt.when(f"datum.place <= {len(rows) / 2}").then(alt.value("black"))
+        label = scored.transform_filter(is_taken).mark_text(fontSize=10)
+        layers.append(label.encode(text="rank:Q", color=ink.otherwise(alt.value("white"))))
+    layers.append(base.transform_filter("!isValid(datum.rank)").mark_text(text="?"))
+    layers.append(
+        base.mark_rect(opacity=0).encode(
+            tooltip=[
+                alt.Tooltip("module:N"),
+                alt.Tooltip("rank:Q"),
+                alt.Tooltip("score:Q", format=".5g"),
+                alt.Tooltip("error:Q", title="± standard error", format=".2g"),
+                alt.Tooltip("parameters:Q", format=","),
+            ]
+        )
+    )
+    chart = alt.layer(*layers).add_params(alt.param(name=BUDGET, value=count))
+    return chart.properties(
+        width=CELL_WIDTH * len(projections),
+        height=alt.Step(height),
+        description="Heatmap of ranks: blocks down, projections across, brighter is more important",
+    )
+
+
+def curve_chart(found: Verification, count: int) -> Chart:
+    """Held-out loss by how many modules keep their update; the parameter `budget` draws a rule."""
+    unit = found.provenance.get("loss_unit", "nats per token")
+    curves = {"best first": found.best_first, "worst first": found.worst_first}
+    if found.leave_one_out:
+        curves["leave-one-out"] = found.leave_one_out
+    rows = [row for name, curve in curves.items() for row in _points(name, curve.counts, curve)]
+    at_random = _random_points(found)
+    names = [name for name in CURVES if name in curves or name.startswith("random")]
+    kept = alt.X("kept:Q", title="modules that keep their update, best first")
+    loss = alt.Y("loss:Q", title=f"held-out loss, {unit}", scale=alt.Scale(zero=False))
+    line = (
+        alt.Chart(alt.InlineData(values=rows + at_random))
+        .mark_line(point=True)
+        .encode(
+            x=kept,
+            y=loss,
+            color=alt.Color(
+                "curve:N",
+                scale=alt.Scale(domain=names, range=[CURVES[name][0] for name in names]),
+                legend=alt.Legend(title=None, orient="top"),
+            ),
+            strokeDash=alt.StrokeDash(
+                "curve:N",
+                scale=alt.Scale(domain=names, range=[list(CURVES[name][1]) for name in names]),
+            ),
+            tooltip=[
+                alt.Tooltip("curve:N"),
+                alt.Tooltip("kept:Q"),
+                alt.Tooltip("loss:Q", format=".4f"),
+            ],
+        )
+    )
+    spread = (
+        alt.Chart(alt.InlineData(values=at_random))
+        .mark_area(color=GREY, opacity=0.25)
+        .encode(x=kept, y=alt.Y("low:Q", title=""), y2="high:Q")
+    )
+    rule = (
+        alt.Chart(alt.InlineData(values=[{}]))
+        .transform_calculate(kept=BUDGET)
+        .mark_rule(color=GREY, strokeWidth=2)
+        .encode(x=kept)
+    )
+    layers = [spread, rule, line]
+    if one := found.recommendation:
+        place = found.best_first.counts.index(one.num_modules)
+        point = {"kept": one.num_modules, "loss": found.best_first.losses[place]}
+        mark = alt.Chart(alt.InlineData(values=[point])).encode(x=kept, y=loss)
+        layers += [
+            mark.mark_point(shape="diamond", size=140, filled=False, color=BLUE, strokeWidth=2),
+            mark.mark_text(text="recommended", dy=-14, fontSize=11),
+        ]
+    chart = alt.layer(*layers).add_params(alt.param(name=BUDGET, value=count))
+    return chart.properties(
+        width=480,
+        height=260,
+        description="Mask curve: held-out loss against the number of modules kept, with controls",
+    )
+
+
+def agreement_chart(pairs: Sequence[Agreement], names: Sequence[str]) -> Chart:
+    """Jaccard of every pair with its chance level in brackets; the colour is corrected for it.
+
+    Args:
+        pairs: As `keylayers.compare.agreement` gives them.
+        names: Of the rankings, by index; all different.
+    """
+    rows = [
+        {
+            "first": names[one],
+            "second": names[other],
+            "kind": pair.kind,
+            "jaccard": pair.jaccard,
+            "chance": pair.chance_jaccard,
+            "corrected": pair.corrected,
+            "tau": pair.tau,
+            "text": f"{pair.jaccard:.2f} ({pair.chance_jaccard:.2f})",
+        }
+        for pair in pairs
+        for one, other in ((pair.first, pair.second), (pair.second, pair.first))
+    ]
+    base = alt.Chart(alt.InlineData(values=rows)).encode(
+        x=alt.X(
+            "first:N",
+            sort=list(names),
+            title=None,
+            axis=alt.Axis(orient="top", labelAngle=-40, labelAlign="left", labelLimit=220),
+        ),
+        y=alt.Y("second:N", sort=list(names), title=None, axis=alt.Axis(labelLimit=220)),
+        tooltip=[
+            alt.Tooltip("first:N"),
+            alt.Tooltip("second:N"),
+            alt.Tooltip("kind:N"),
+            alt.Tooltip("jaccard:Q", format=".3f"),
+            alt.Tooltip("chance:Q", title="by chance", format=".3f"),
+            alt.Tooltip("corrected:Q", title="corrected for chance", format=".3f"),
+            alt.Tooltip("tau:Q", title="tau-b", format=".3f"),
+        ],
+    )
+    shade = alt.Color(
+        "corrected:Q",
+        scale=alt.Scale(scheme=SCHEME, domain=[0, 1], clamp=True),
+        legend=alt.Legend(title=["corrected", "for chance"], gradientLength=110),
+    )
+    ink = alt.when("datum.corrected > 0.5").then(alt.value("black")).otherwise(alt.value("white"))
+    cells = base.mark_rect().encode(color=shade)
+    chart = alt.layer(cells, base.mark_text(fontSize=11).encode(text="text:N", color=ink))
+    return chart.properties(
+        width=max(180, 80 * len(names)),
+        height=alt.Step(44),
+        description="Agreement of the rankings: Jaccard of their selections, chance in brackets",
+    )
+
+
+def losses_chart(curves: LossCurves) -> Chart:
+    """Training loss by step, and the held-out losses of base and tuned model as rules."""
+    rows = [
+        {"step": step, "loss": loss, "stage": stage}
+        for stage, losses in curves.stages.items()
+        for step, loss in enumerate(losses, start=1)
+    ]
+    loss = alt.Y("loss:Q", title=f"loss, {curves.unit}", scale=alt.Scale(zero=False))
+    stages = list(curves.stages)
+    lines = (
+        alt.Chart(alt.InlineData(values=rows))
+        .mark_line()
+        .encode(
+            x=alt.X("step:Q", title="step"),
+            y=loss,
+            color=alt.Color(
+                "stage:N",
+                scale=alt.Scale(domain=stages, range=[BLUE, GREEN][: len(stages)]),
+                legend=alt.Legend(title=None, orient="top"),
+            ),
+            tooltip=[
+                alt.Tooltip("stage:N"),
+                alt.Tooltip("step:Q"),
+                alt.Tooltip("loss:Q", format=".4f"),
+            ],
+        )
+    )
+    layers = [lines]
+    held_out = [{"loss": value, "text": f"held out, {name}"} for name, value in curves.held_out]
+    if held_out:
+        base = alt.Chart(alt.InlineData(values=held_out)).encode(y=loss)
+        layers.append(base.mark_rule(color=GREY, strokeDash=[4, 3]))
+        label = base.mark_text(align="right", dy=-6, fontSize=11)
+        layers.append(label.encode(x=alt.value("width"), text="text:N"))
+    return alt.layer(*layers).properties(
+        width=480, height=220, description="Losses by step, with held-out losses as rules"
+    )
+
+
+def _cells(ranking: Ranking) -> list[dict[str, Any]]:
+    """One row a module; `place` counts from 1 in the order in which budgets take them."""
+    ranks = ranking.ranks()
+    places = {module.name: place for place, module in enumerate(ranking.ordered(), start=1)}
+    return [
+        {
+            "module": module.name,
+            "block": "outside" if module.block_index is None else str(module.block_index),
+            "projection": module.projection,
+            "rank": ranks[module.name],
+            "place": places[module.name],
+            "score": module.score,
+            "error": module.standard_error,
+            "parameters": module.num_parameters,
+        }
+        for module in ranking.modules
+    ]
+
+
+def _block_order(row: Mapping[str, Any]) -> int:
+    return -1 if row["block"] == "outside" else int(row["block"])
+
+
+def _ends(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Ranks that the legend names: the first, those at a third, and the last."""
+    last = len(rows)
+    return sorted({1, max(1, last // 3), max(1, 2 * last // 3), last})
+
+
+def _points(name: str, counts: Sequence[int], curve: MaskCurve) -> list[dict[str, Any]]:
+    return [
+        {"curve": name, "kept": count, "loss": loss}
+        for count, loss in zip(counts, curve.losses, strict=True)
+    ]
+
+
+def _random_points(found: Verification) -> list[dict[str, Any]]:
+    """The mean of the random orders, and a standard deviation to each side."""
+    rows = []
+    for index, mean in enumerate(found.random_means()):
+        losses = [one.losses[index] for one in found.random]
+        spread = stdev(losses) if len(losses) > 1 else 0.0
+        rows.append(
+            {
+                "curve": "random (± sd)",
+                "kept": found.best_first.counts[index],
+                "loss": mean,
+                "low": mean - spread,
+                "high": mean + spread,
+            }
+        )
+    return rows

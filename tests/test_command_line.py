@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recorded run, written as a command and run again, is the same run."""
+
+import json
+import shlex
+
+import pytest
+
+from test_rank import keylayers, rank, read
+from test_train import STEPS, best, ranked  # noqa: F401  (the ranking of test_train, made once)
+
+
+def again(command, options, *more):
+    from keylayers.options.command_line import command_line
+
+    line = command_line(command, options)
+    words = shlex.split(line)
+    assert words[:2] == ["keylayers", command]
+    assert keylayers(*words[1:], *more) == 0
+    return line
+
+
+def test_a_ranking_repeated_by_its_command_is_the_same(tiny, tmp_path):
+    more = ("--granularity", "block", "--seed", "3", "--mask-data", "train", "--epsilon", "0")
+    assert rank(tiny, tmp_path / "one", *more) == 0
+    one = read(tmp_path / "one")
+    line = again("rank", one["provenance"]["options"], "--output", tmp_path / "two")
+    two = read(tmp_path / "two")
+    assert two["provenance"]["options"] == one["provenance"]["options"]
+    assert two["modules"] == one["modules"]
+    assert "--granularity block" in line
+    assert "--max-length" not in line  # it is at its default
+
+
+def test_a_training_repeated_by_its_command_is_the_same(ranked, tmp_path):  # noqa: F811
+    """The ranking's run had LoRA rank 4; 16, the default, must then be written."""
+    more = ("--lora-rank", "16", "--controls", "first", "last")
+    arguments = ("--ranking", ranked, "--budget", "3", *STEPS, *more)
+    assert keylayers("train", *arguments, "--output", tmp_path / "one") == 0
+    one = json.loads((tmp_path / "one" / "keylayers.json").read_text())
+    line = again("train", one["options"], "--output", tmp_path / "two")
+    two = json.loads((tmp_path / "two" / "keylayers.json").read_text())
+    assert "--lora-rank 16" in line
+    assert "--controls first last" in line
+    assert two["options"] == one["options"]
+    assert two["losses"] == one["losses"]
+    assert two["results"] == one["results"]
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "line"),
+    [
+        ("rank", {"model": "my model", "data": "d"}, "keylayers rank --model 'my model' --data d"),
+        ("rank", {"model": "m; rm -rf ~"}, "keylayers rank --model 'm; rm -rf ~'"),
+        ("rank", {"load_in_4bit": True, "data": "d"}, "keylayers rank --load-in-4bit --data d"),
+        ("rank", {"trust_remote_code": False, "max_length": 1024}, "keylayers rank"),
+        (
+            "prune",
+            {"ranking": "out", "freeze": 0.25, "dtype": "auto", "controls": []},
+            "keylayers prune --ranking out --freeze 0.25 --dtype auto",
+        ),
+        ("train", {"ranking": "out", "steps": 300}, "keylayers train --ranking out --steps 300"),
+        ("train", {"rank_first": True, "steps": 300}, "keylayers train --rank-first"),
+    ],
+)
+def test_what_is_left_out_and_what_is_quoted(command, options, line):
+    from keylayers.options.command_line import command_line
+
+    assert command_line(command, options) == line
