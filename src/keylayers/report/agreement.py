@@ -62,6 +62,14 @@ def agreement_notes(pairs: Sequence[Agreement], names: Sequence[str]) -> list[st
     return lines
 
 
+def measure(value: float | None, interval: Interval | None = None) -> str:
+    """Two decimals, the interval in brackets; empty where the measure is not defined."""
+    if value is None:
+        return ""
+    suffix = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
+    return f"{value:.2f}{suffix}"
+
+
 def _notes_of(pair: Agreement) -> list[str]:
     notes = []
     if pair.is_by_depth:
@@ -90,8 +98,5 @@ def _pair_name(pair: Agreement, names: Sequence[str]) -> str:
 
 
 def _number(value: float | None, interval: Interval | None = None) -> Text:
-    """Two decimals; Text, for rich reads brackets in a string as markup."""
-    if value is None:
-        return Text("")
-    suffix = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
-    return Text(f"{value:.2f}{suffix}")
+    """As Text, for rich reads brackets in a string as markup."""
+    return Text(measure(value, interval))

@@ -58,9 +58,10 @@ def heatmap_chart(ranking: Ranking, count: int) -> Chart:
     )
     scored = base.transform_filter("isValid(datum.rank)")
     small = alt.RelativeBandSize(0.4)
+    edge = {"stroke": GREY, "strokeWidth": 0.5}  # the darkest shade on a dark page
     layers: list[alt.Chart] = [
-        scored.mark_rect(width=small, height=small).encode(color=shade),
-        scored.transform_filter(is_taken).mark_rect().encode(color=shade),
+        scored.mark_rect(width=small, height=small, **edge).encode(color=shade),
+        scored.transform_filter(is_taken).mark_rect(**edge).encode(color=shade),
     ]
     if height >= LABELLED_HEIGHT:
         ink = alt.when(f"datum.place <= {len(rows) / 2}").then(alt.value("black"))
@@ -95,7 +96,11 @@ def curve_chart(found: Verification, count: int) -> Chart:
     rows = [row for name, curve in curves.items() for row in _points(name, curve.counts, curve)]
     at_random = _random_points(found)
     names = [name for name in CURVES if name in curves or name.startswith("random")]
-    kept = alt.X("kept:Q", title="modules that keep their update, best first")
+    kept = alt.X(
+        "kept:Q",
+        title="modules that keep their update, best first",
+        scale=alt.Scale(domain=[0, found.best_first.counts[-1]], nice=False),
+    )
     loss = alt.Y("loss:Q", title=f"held-out loss, {unit}", scale=alt.Scale(zero=False))
     line = (
         alt.Chart(alt.InlineData(values=rows + at_random))
@@ -124,21 +129,14 @@ def curve_chart(found: Verification, count: int) -> Chart:
         .mark_area(color=GREY, opacity=0.25)
         .encode(x=kept, y=alt.Y("low:Q", title=""), y2="high:Q")
     )
-    rule = (
-        alt.Chart(alt.InlineData(values=[{}]))
-        .transform_calculate(kept=BUDGET)
-        .mark_rule(color=GREY, strokeWidth=2)
-        .encode(x=kept)
-    )
-    layers = [spread, rule, line]
+    chosen = alt.Chart(alt.InlineData(values=[{}])).transform_calculate(kept=BUDGET)
+    middle = found.best_first.counts[-1] / 2
+    is_late = f"{BUDGET} > {middle}"
+    layers = [spread, *_rule(chosen.encode(x=kept), "this budget", is_late, row=1), line]
     if one := found.recommendation:
-        place = found.best_first.counts.index(one.num_modules)
-        point = {"kept": one.num_modules, "loss": found.best_first.losses[place]}
-        mark = alt.Chart(alt.InlineData(values=[point])).encode(x=kept, y=loss)
-        layers += [
-            mark.mark_point(shape="diamond", size=140, filled=False, color=BLUE, strokeWidth=2),
-            mark.mark_text(text="recommended", dy=-14, fontSize=11),
-        ]
+        recommended = alt.Chart(alt.InlineData(values=[{"kept": one.num_modules}])).encode(x=kept)
+        is_late = "true" if one.num_modules > middle else "false"
+        layers += _rule(recommended, "recommended", is_late, row=0, dash=(4, 3))
     chart = alt.layer(*layers).add_params(alt.param(name=BUDGET, value=count))
     return chart.properties(
         width=480,
@@ -238,6 +236,21 @@ def losses_chart(curves: LossCurves) -> Chart:
     return alt.layer(*layers).properties(
         width=480, height=220, description="Losses by step, with held-out losses as rules"
     )
+
+
+def _rule(
+    base: alt.Chart, text: str, is_late: str, *, row: int, dash: tuple[int, int] = (1, 0)
+) -> list[alt.Chart]:
+    """A vertical rule with its name beside its top, on the left if `is_late` (an expression).
+
+    Rows keep the names of two rules apart.
+    """
+    align = alt.ExprRef(f"{is_late} ? 'right' : 'left'")
+    label = base.mark_text(text=text, align=align, dx=alt.ExprRef(f"{is_late} ? -4 : 4"))
+    return [
+        base.mark_rule(color=GREY, strokeWidth=1.5, strokeDash=list(dash)),
+        label.encode(y=alt.value(8 + 15 * row)),
+    ]
 
 
 def _cells(ranking: Ranking) -> list[dict[str, Any]]:

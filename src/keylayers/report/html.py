@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rankings as one HTML file that opens offline: charts, budget slider, table, provenance.
+
+Vega-Lite and its libraries stand inside the file, as vl-convert bundles them. Names from rankings
+are escaped where they are text and JSON where scripts read them; a content security policy lets
+only the page's own scripts run, by their hashes, and lets nothing be loaded or sent.
+"""
+
+import base64
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import vl_convert
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from keylayers._version import __version__
+from keylayers.certainty import decisions
+from keylayers.compare import agreement, mean_by_kind
+from keylayers.costs import step_cost
+from keylayers.errors import ConfigError
+from keylayers.ranking import Ranking
+from keylayers.records import write_text
+from keylayers.report.agreement import agreement_notes, measure
+from keylayers.report.charts import agreement_chart, curve_chart, heatmap_chart, losses_chart
+from keylayers.report.curve import area_line, reading
+from keylayers.report.losses import loss_curves
+from keylayers.report.repeat import how_to_repeat
+from keylayers.report.source import Source
+from keylayers.report.terminal import provenance_lines
+from keylayers.selection import Budget
+
+CELL_WIDTHS = (30, 64)  # of a heatmap's columns on a page, in pixels: least and most
+BESIDE_CELLS = 130  # labels and legend
+
+
+def write_report(sources: Sequence[Source], path: Path, budget: Budget = 0.3) -> None:
+    """Write the report of one or several rankings, whole or not at all.
+
+    Args:
+        sources: The rankings, with their verifications where there are any.
+        path: The file, such as report.html.
+        budget: What the page shows as trained at first, and the budget of the agreement.
+
+    Raises:
+        ConfigError: the budget has no known form, buys nothing or more than there is, or takes
+            other modules than the best ones.
+        RankingError: the budget reaches modules that have no score, or two rankings have nothing
+            in common.
+        OutputError: the file cannot be written.
+    """
+    views = [_view(source, budget) for source in sources]
+    pairs = _agreement(sources, budget) if len(sources) > 1 else None
+    data = {"rankings": [view.data for view in views], "agreement": pairs and pairs["chart"]}
+    scripts = [vl_convert.javascript_bundle(vl_version=_vega_lite_version()), _text("page.js")]
+    write_text(
+        path,
+        _template().render(
+            views=views,
+            pairs=pairs,
+            budget=budget,
+            style=Markup(_text("page.css")),
+            data=Markup(_script_json(data)),
+            scripts=[Markup(script) for script in scripts],
+            hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
+            version=__version__,
+        ),
+    )
+
+
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("keylayers.report", "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"shell": shlex.quote, "measure": measure}
+    return environment.get_template("page.html")
+
+
+@dataclass(frozen=True)
+class View:
+    """What the page shows of one ranking.
+
+    Attributes:
+        source: The ranking.
+        count: How many modules the budget takes.
+        rows: The table, best first.
+        lines: What made it, in short.
+        reading: What its verification says; empty without one.
+        repeat: How to make it again.
+        provenance: All of it, for the eye.
+        data: What the page's script reads.
+    """
+
+    source: Source
+    count: int
+    rows: Sequence[Mapping[str, Any]]
+    lines: Sequence[str]
+    reading: Sequence[str]
+    repeat: str
+    provenance: str
+    data: Mapping[str, Any]
+
+    @property
+    def num_columns(self) -> int:
+        """Kinds of modules."""
+        return len({module.projection for module in self.source.ranking.modules})
+
+    @property
+    def heatmap_widths(self) -> tuple[int, int]:
+        """The least and the most pixels of the heatmap's width."""
+        least, most = (BESIDE_CELLS + width * self.num_columns for width in CELL_WIDTHS)
+        return least, most
+
+
+def _view(source: Source, budget: Budget) -> View:
+    ranking, found = source.ranking, source.verification
+    count = _count(ranking, budget)
+    losses = loss_curves(ranking)
+    charts = {"heatmap": _spec(heatmap_chart(ranking, count))}
+    if found is not None:
+        charts["curve"] = _spec(curve_chart(found, count))
+    if losses is not None:
+        charts["losses"] = _spec(losses_chart(losses))
+    return View(
+        source=source,
+        count=count,
+        rows=_rows(ranking),
+        lines=provenance_lines(ranking),
+        reading=[] if found is None else [area_line(found), *reading(found)],
+        repeat=how_to_repeat(ranking),
+        provenance=json.dumps(ranking.provenance, indent=2, ensure_ascii=False),
+        data={"charts": charts, "budgets": _budgets(ranking), "path": source.path, "count": count},
+    )
+
+
+def _count(ranking: Ranking, budget: Budget) -> int:
+    """How many modules the budget takes, for it must take the best ones."""
+    chosen = ranking.select(budget).names
+    count = len(chosen)
+    if set(chosen) != {module.name for module in ranking.ordered()[:count]}:
+        raise ConfigError(
+            f"`budget` of a report must take the best modules, as 0.3, 17 and 0.3x-params do, got "
+            f"{budget}, which goes by cost; give the number of modules"
+        )
+    return count
+
+
+def _rows(ranking: Ranking) -> list[dict[str, Any]]:
+    """One row a module, best first, with the range of budgets that leave its place open."""
+    ranks = ranking.ranks()
+    open_at = open_budgets(ranking)
+    return [
+        {
+            "place": place,
+            "rank": ranks[module.name],
+            "name": module.name,
+            "block": module.block_index,
+            "projection": module.projection,
+            "score": module.score,
+            "error": module.standard_error,
+            "parameters": module.num_parameters,
+            "open": open_at.get(module.name, (0, 0)),
+        }
+        for place, module in enumerate(ranking.ordered(), start=1)
+    ]
+
+
+def open_budgets(ranking: Ranking) -> dict[str, tuple[int, int]]:
+    """Module name -> the least and the most modules of the budgets that leave its place undecided.
+
+    The cut falls as the budget grows, so that an interval contains it for one range of budgets.
+    Modules whose place no budget leaves open are absent.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for count in range(1, _num_scored(ranking) + 1):
+        for name, is_decided in decisions(ranking, count).items():
+            if is_decided is False:
+                found[name] = (found.get(name, (count, 0))[0], count)
+    return found
+
+
+def _budgets(ranking: Ranking) -> list[dict[str, Any]]:
+    """What each count of modules buys, from 1 to all that have a score."""
+    rows = []
+    for count in range(1, _num_scored(ranking) + 1):
+        chosen = ranking.select(count)
+        rows.append(
+            {
+                "modules": count,
+                "parameters": chosen.num_parameters,
+                "cost": step_cost(ranking, chosen.names),
+                "tied": chosen.num_tied_out,
+            }
+        )
+    return rows
+
+
+def _num_scored(ranking: Ranking) -> int:
+    return sum(module.score is not None for module in ranking.modules)
+
+
+def _agreement(sources: Sequence[Source], budget: Budget) -> dict[str, Any]:
+    """Chart and table of the agreement of every pair."""
+    names = [source.label for source in sources]
+    pairs = agreement([source.ranking for source in sources], budget)
+    return {
+        "chart": _spec(agreement_chart(pairs, names)),
+        "pairs": [(f"{names[pair.first]}, {names[pair.second]}", pair) for pair in pairs],
+        "means": mean_by_kind(pairs),
+        "notes": agreement_notes(pairs, names),
+        "widths": (180 + 70 * len(names), 220 + 130 * len(names)),
+    }
+
+
+def _spec(chart: alt.Chart | alt.LayerChart) -> dict[str, Any]:
+    """A chart as Vega-Lite, as wide as the place that it is shown in."""
+    spec = chart.to_dict()
+    spec["width"] = "container"
+    spec["autosize"] = {"type": "fit-x", "contains": "padding"}
+    return spec
+
+
+def _vega_lite_version() -> str:
+    """The release for which Altair writes, as vl-convert names its bundles."""
+    return ".".join(alt.VEGALITE_VERSION.lstrip("v").split(".")[:2])
+
+
+def _script_json(content: Any) -> str:
+    """JSON that no name can end: neither the script element nor a comment begins in it."""
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _sha256(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _text(name: str) -> str:
+    return files("keylayers.report").joinpath("page", name).read_text(encoding="utf-8")
