@@ -7,7 +7,7 @@ dashes of their own too. Names are data, never part of an expression.
 
 from collections.abc import Mapping, Sequence
 from statistics import stdev
-from typing import Any
+from typing import Any, TypeAlias
 
 import altair as alt
 
@@ -17,7 +17,7 @@ from keylayers.ranking import Ranking
 from keylayers.report.losses import LossCurves
 from keylayers.verification import Verification
 
-Chart = alt.Chart | alt.LayerChart
+Chart: TypeAlias = alt.Chart | alt.LayerChart
 
 BUDGET = "budget"  # the parameter of a chart that says how many modules are taken
 SCHEME = "cividis"
@@ -32,16 +32,16 @@ CURVES: Mapping[str, tuple[str, tuple[int, ...]]] = {
 }
 
 
-def heatmap_chart(ranking: Ranking, count: int) -> Chart:
+def heatmap_chart(ranking: Ranking, count: int, *, is_live: bool = False) -> Chart:
     """Blocks down, projections across; full cells are the best `count`, small ones the others.
 
-    Brighter is more important. The parameter `budget` holds the count.
+    Brighter is more important. In a live chart the parameter `budget` holds the count.
     """
     rows = _cells(ranking)
     projections = list(dict.fromkeys(module.projection for module in ranking.modules))
     blocks = list(dict.fromkeys(row["block"] for row in sorted(rows, key=_block_order)))
     height = 20 if len(blocks) <= 40 else LABELLED_HEIGHT if len(blocks) <= 90 else 8
-    is_taken = f"datum.place <= {BUDGET}"
+    is_taken = f"datum.place <= {BUDGET if is_live else count}"
     base = alt.Chart(alt.InlineData(values=rows)).encode(
         x=alt.X(
             "projection:N",
@@ -73,22 +73,24 @@ def heatmap_chart(ranking: Ranking, count: int) -> Chart:
             tooltip=[
                 alt.Tooltip("module:N"),
                 alt.Tooltip("rank:Q"),
-                alt.Tooltip("score:Q", format=".5g"),
-                alt.Tooltip("error:Q", title="± standard error", format=".2g"),
+                alt.Tooltip("score:Q", format=".5~g"),
+                alt.Tooltip("error:Q", title="± standard error", format=".2~g"),
                 alt.Tooltip("parameters:Q", format=","),
             ]
         )
     )
-    chart = alt.layer(*layers).add_params(alt.param(name=BUDGET, value=count))
-    return chart.properties(
+    return _with_budget(alt.layer(*layers), count, is_live).properties(
         width=CELL_WIDTH * len(projections),
-        height=alt.Step(height),
+        height=height * len(blocks),
         description="Heatmap of ranks: blocks down, projections across, brighter is more important",
     )
 
 
-def curve_chart(found: Verification, count: int) -> Chart:
-    """Held-out loss by how many modules keep their update; the parameter `budget` draws a rule."""
+def curve_chart(found: Verification, count: int, *, is_live: bool = False) -> Chart:
+    """Held-out loss by how many modules keep their update, with a rule at `count`.
+
+    In a live chart the parameter `budget` holds the count.
+    """
     unit = found.provenance.get("loss_unit", "nats per token")
     curves = {"best first": found.best_first, "worst first": found.worst_first}
     if found.leave_one_out:
@@ -129,16 +131,16 @@ def curve_chart(found: Verification, count: int) -> Chart:
         .mark_area(color=GREY, opacity=0.25)
         .encode(x=kept, y=alt.Y("low:Q", title=""), y2="high:Q")
     )
-    chosen = alt.Chart(alt.InlineData(values=[{}])).transform_calculate(kept=BUDGET)
+    budget = BUDGET if is_live else str(count)
+    chosen = alt.Chart(alt.InlineData(values=[{}])).transform_calculate(kept=budget)
     middle = found.best_first.counts[-1] / 2
-    is_late = f"{BUDGET} > {middle}"
+    is_late = f"{budget} > {middle}"
     layers = [spread, *_rule(chosen.encode(x=kept), "this budget", is_late, row=1), line]
     if one := found.recommendation:
         recommended = alt.Chart(alt.InlineData(values=[{"kept": one.num_modules}])).encode(x=kept)
         is_late = "true" if one.num_modules > middle else "false"
         layers += _rule(recommended, "recommended", is_late, row=0, dash=(4, 3))
-    chart = alt.layer(*layers).add_params(alt.param(name=BUDGET, value=count))
-    return chart.properties(
+    return _with_budget(alt.layer(*layers), count, is_live).properties(
         width=480,
         height=260,
         description="Mask curve: held-out loss against the number of modules kept, with controls",
@@ -194,7 +196,7 @@ def agreement_chart(pairs: Sequence[Agreement], names: Sequence[str]) -> Chart:
     chart = alt.layer(cells, base.mark_text(fontSize=11).encode(text="text:N", color=ink))
     return chart.properties(
         width=max(180, 80 * len(names)),
-        height=alt.Step(44),
+        height=44 * len(names),
         description="Agreement of the rankings: Jaccard of their selections, chance in brackets",
     )
 
@@ -236,6 +238,15 @@ def losses_chart(curves: LossCurves) -> Chart:
     return alt.layer(*layers).properties(
         width=480, height=220, description="Losses by step, with held-out losses as rules"
     )
+
+
+def vega_lite_version() -> str:
+    """The release for which Altair writes, as vl-convert names its bundles: `6.4`."""
+    return ".".join(alt.VEGALITE_VERSION.lstrip("v").split(".")[:2])
+
+
+def _with_budget(chart: alt.LayerChart, count: int, is_live: bool) -> alt.LayerChart:
+    return chart.add_params(alt.param(name=BUDGET, value=count)) if is_live else chart
 
 
 def _rule(

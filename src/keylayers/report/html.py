@@ -13,10 +13,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
-import altair as alt
 import vl_convert
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
@@ -25,15 +23,21 @@ from keylayers._version import __version__
 from keylayers.certainty import decisions
 from keylayers.compare import agreement, mean_by_kind
 from keylayers.costs import step_cost
-from keylayers.errors import ConfigError
+from keylayers.errors import RankingError
 from keylayers.ranking import Ranking
-from keylayers.records import write_text
 from keylayers.report.agreement import agreement_notes, measure
-from keylayers.report.charts import agreement_chart, curve_chart, heatmap_chart, losses_chart
+from keylayers.report.charts import (
+    Chart,
+    agreement_chart,
+    curve_chart,
+    heatmap_chart,
+    losses_chart,
+    vega_lite_version,
+)
 from keylayers.report.curve import area_line, reading
 from keylayers.report.losses import loss_curves
 from keylayers.report.repeat import how_to_repeat
-from keylayers.report.source import Source
+from keylayers.report.source import Source, num_best
 from keylayers.report.terminal import provenance_lines
 from keylayers.selection import Budget
 
@@ -41,38 +45,34 @@ CELL_WIDTHS = (30, 64)  # of a heatmap's columns on a page, in pixels: least and
 BESIDE_CELLS = 130  # labels and legend
 
 
-def write_report(sources: Sequence[Source], path: Path, budget: Budget = 0.3) -> None:
-    """Write the report of one or several rankings, whole or not at all.
+def render_report(sources: Sequence[Source], budget: Budget = 0.3) -> bytes:
+    """The report of one or several rankings, as an HTML file.
 
     Args:
         sources: The rankings, with their verifications where there are any.
-        path: The file, such as report.html.
         budget: What the page shows as trained at first, and the budget of the agreement.
 
     Raises:
         ConfigError: the budget has no known form, buys nothing or more than there is, or takes
             other modules than the best ones.
-        RankingError: the budget reaches modules that have no score, or two rankings have nothing
-            in common.
-        OutputError: the file cannot be written.
+        RankingError: the budget reaches modules that have no score.
     """
     views = [_view(source, budget) for source in sources]
     pairs = _agreement(sources, budget) if len(sources) > 1 else None
     data = {"rankings": [view.data for view in views], "agreement": pairs and pairs["chart"]}
-    scripts = [vl_convert.javascript_bundle(vl_version=_vega_lite_version()), _text("page.js")]
-    write_text(
-        path,
-        _template().render(
-            views=views,
-            pairs=pairs,
-            budget=budget,
-            style=Markup(_text("page.css")),
-            data=Markup(_script_json(data)),
-            scripts=[Markup(script) for script in scripts],
-            hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
-            version=__version__,
-        ),
+    libraries = vl_convert.javascript_bundle(vl_version=vega_lite_version())  # type: ignore[call-arg]
+    scripts = [libraries, _text("page.js")]
+    page = _template().render(
+        views=views,
+        pairs=pairs,
+        budget=budget,
+        style=Markup(_text("page.css")),
+        data=Markup(_script_json(data)),
+        scripts=[Markup(script) for script in scripts],
+        hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
+        version=__version__,
     )
+    return page.encode("utf-8", "replace")  # JSON allows half characters, UTF-8 does not
 
 
 def _template() -> Template:
@@ -125,11 +125,11 @@ class View:
 
 def _view(source: Source, budget: Budget) -> View:
     ranking, found = source.ranking, source.verification
-    count = _count(ranking, budget)
+    count = num_best(ranking, budget)
     losses = loss_curves(ranking)
-    charts = {"heatmap": _spec(heatmap_chart(ranking, count))}
+    charts = {"heatmap": _spec(heatmap_chart(ranking, count, is_live=True))}
     if found is not None:
-        charts["curve"] = _spec(curve_chart(found, count))
+        charts["curve"] = _spec(curve_chart(found, count, is_live=True))
     if losses is not None:
         charts["losses"] = _spec(losses_chart(losses))
     return View(
@@ -142,18 +142,6 @@ def _view(source: Source, budget: Budget) -> View:
         provenance=json.dumps(ranking.provenance, indent=2, ensure_ascii=False),
         data={"charts": charts, "budgets": _budgets(ranking), "path": source.path, "count": count},
     )
-
-
-def _count(ranking: Ranking, budget: Budget) -> int:
-    """How many modules the budget takes, for it must take the best ones."""
-    chosen = ranking.select(budget).names
-    count = len(chosen)
-    if set(chosen) != {module.name for module in ranking.ordered()[:count]}:
-        raise ConfigError(
-            f"`budget` of a report must take the best modules, as 0.3, 17 and 0.3x-params do, got "
-            f"{budget}, which goes by cost; give the number of modules"
-        )
-    return count
 
 
 def _rows(ranking: Ranking) -> list[dict[str, Any]]:
@@ -211,10 +199,14 @@ def _num_scored(ranking: Ranking) -> int:
 
 
 def _agreement(sources: Sequence[Source], budget: Budget) -> dict[str, Any]:
-    """Chart and table of the agreement of every pair."""
+    """Chart and table of the agreement of every pair, or why there is none."""
     names = [source.label for source in sources]
-    pairs = agreement([source.ranking for source in sources], budget)
+    try:
+        pairs = agreement([source.ranking for source in sources], budget)
+    except RankingError as error:
+        return {"chart": None, "refusal": str(error)}
     return {
+        "refusal": None,
         "chart": _spec(agreement_chart(pairs, names)),
         "pairs": [(f"{names[pair.first]}, {names[pair.second]}", pair) for pair in pairs],
         "means": mean_by_kind(pairs),
@@ -223,17 +215,12 @@ def _agreement(sources: Sequence[Source], budget: Budget) -> dict[str, Any]:
     }
 
 
-def _spec(chart: alt.Chart | alt.LayerChart) -> dict[str, Any]:
+def _spec(chart: Chart) -> dict[str, Any]:
     """A chart as Vega-Lite, as wide as the place that it is shown in."""
     spec = chart.to_dict()
     spec["width"] = "container"
     spec["autosize"] = {"type": "fit-x", "contains": "padding"}
     return spec
-
-
-def _vega_lite_version() -> str:
-    """The release for which Altair writes, as vl-convert names its bundles."""
-    return ".".join(alt.VEGALITE_VERSION.lstrip("v").split(".")[:2])
 
 
 def _script_json(content: Any) -> str:

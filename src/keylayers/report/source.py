@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from keylayers.errors import ConfigError
 from keylayers.ranking import Ranking
 from keylayers.records import json_sha256
+from keylayers.selection import Budget
 from keylayers.verification import Verification, verification_file
 
 
@@ -36,6 +38,24 @@ def load_sources(paths: Sequence[Path]) -> list[Source]:
         RankingError: a file is missing, damaged or of another kind.
     """
     return [_load(path, label) for path, label in zip(paths, labels(paths), strict=True)]
+
+
+def num_best(ranking: Ranking, budget: Budget) -> int:
+    """How many modules the budget takes; pictures show those that it takes as the best ones.
+
+    Raises:
+        ConfigError: the budget has no known form, buys nothing or more than there is, or goes by
+            cost and takes others than the best.
+        RankingError: the budget reaches modules that have no score.
+    """
+    chosen = ranking.select(budget).names
+    count = len(chosen)
+    if set(chosen) != {module.name for module in ranking.ordered()[:count]}:
+        raise ConfigError(
+            f"`budget` of a report or figure must take the best modules, as 0.3, 17 and "
+            f"0.3x-params do, but {budget} goes by cost and takes others; give a number of modules"
+        )
+    return count
 
 
 def labels(paths: Sequence[Path]) -> list[str]:

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pictures of a report as files for papers: vector graphics or pixels."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal, get_args
+
+import altair as alt
+import vl_convert
+
+from keylayers.compare import agreement
+from keylayers.errors import ConfigError
+from keylayers.report.charts import (
+    Chart,
+    agreement_chart,
+    curve_chart,
+    heatmap_chart,
+    losses_chart,
+    vega_lite_version,
+)
+from keylayers.report.losses import loss_curves
+from keylayers.report.source import Source, num_best
+from keylayers.selection import Budget
+
+Kind = Literal["heatmap", "curve", "losses", "agreement"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+NUM_COLUMNS = 2  # of the pictures of several rankings in one figure
+PIXELS_PER_INCH = 300
+
+
+def draw_figures(
+    sources: Sequence[Source], paths: Sequence[Path], budget: Budget = 0.3
+) -> dict[Path, bytes]:
+    """The content of each figure's file.
+
+    Args:
+        sources: The rankings, with their verifications where there are any. Of several, a figure
+            shows each under its label.
+        paths: The name of a file says what it shows, one of `KINDS`, and its ending the format:
+            heatmap.pdf, fig-2-curve.svg, agreement.png.
+        budget: What is shown as taken, and the budget of the agreement.
+
+    Raises:
+        ConfigError: a name that says no or several kinds, or another format; a curve without a
+            verification; an agreement of one ranking; the budget.
+        RankingError: the budget reaches modules that have no score, or two rankings have nothing
+            in common.
+    """
+    return {path: _drawn(path, sources, budget) for path in paths}
+
+
+def figure_kind(path: Path) -> Kind:
+    """What a figure of this name shows.
+
+    Raises:
+        ConfigError: it says none of `KINDS`, or several, or has no known format.
+    """
+    if path.suffix.lower() not in _FORMATS:
+        raise ConfigError(
+            f"`figure` must end in {' or '.join(_FORMATS)}, got {str(path)!r}; choose one"
+        )
+    named = [kind for kind in KINDS if kind in path.stem.lower()]
+    if len(named) != 1:
+        raise ConfigError(
+            f"the name of a `figure` must say what it shows, one of {', '.join(KINDS)}, got "
+            f"{str(path)!r}; call it {KINDS[0]}{path.suffix} or such"
+        )
+    return named[0]
+
+
+def _drawn(path: Path, sources: Sequence[Source], budget: Budget) -> bytes:
+    kind = figure_kind(path)
+    if kind == "agreement":
+        chart: Chart | alt.ConcatChart = _agreement(sources, budget)
+    elif len(sources) == 1:
+        chart = _of_one(kind, sources[0], budget)
+    else:
+        charts = [_of_one(kind, one, budget).properties(title=one.label) for one in sources]
+        chart = alt.concat(*charts, columns=NUM_COLUMNS).resolve_scale(color="independent")
+    text = json.dumps(chart.to_dict(), ensure_ascii=False)
+    whole = text.encode("utf-8", "replace").decode()  # JSON allows half characters, UTF-8 does not
+    return _FORMATS[path.suffix.lower()](whole)
+
+
+def _of_one(kind: Kind, source: Source, budget: Budget) -> Chart:
+    count = num_best(source.ranking, budget)
+    if kind == "heatmap":
+        return heatmap_chart(source.ranking, count)
+    if kind == "curve":
+        if source.verification is None:
+            came = "is of an earlier ranking" if source.is_stale else "is missing"
+            raise ConfigError(
+                f"the figure of a curve needs the verification beside {source.path!r}, but it "
+                f"{came}; run `keylayers verify`"
+            )
+        return curve_chart(source.verification, count)
+    curves = loss_curves(source.ranking)
+    if curves is None:
+        raise ConfigError(
+            f"the figure of losses needs a ranking whose own run trained, but {source.path!r} "
+            f"records none; leave it out"
+        )
+    return losses_chart(curves)
+
+
+def _agreement(sources: Sequence[Source], budget: Budget) -> Chart:
+    if len(sources) < 2:
+        raise ConfigError(
+            "the figure of an agreement needs at least two rankings, got 1; give more of them"
+        )
+    pairs = agreement([source.ranking for source in sources], budget)
+    return agreement_chart(pairs, [source.label for source in sources])
+
+
+def _svg(spec: str) -> bytes:
+    return vl_convert.vegalite_to_svg(spec, vl_version=vega_lite_version()).encode("utf-8")
+
+
+_FORMATS: Mapping[str, Callable[[str], bytes]] = {
+    ".pdf": partial(vl_convert.vegalite_to_pdf, vl_version=vega_lite_version()),
+    ".svg": _svg,
+    ".png": partial(
+        vl_convert.vegalite_to_png, vl_version=vega_lite_version(), ppi=PIXELS_PER_INCH
+    ),
+}
