@@ -13,6 +13,7 @@ from keylayers.errors import GuardError
 from keylayers.gates import Gates, gated
 from keylayers.mask.module_scores import ModuleScores, to_modules
 from keylayers.mask.settled import SettledSelection
+from keylayers.mask.trainer_log import TrainerLog
 from keylayers.mask.trainer_loss import TrainerLoss
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
@@ -51,6 +52,7 @@ def learn_scores(
     start = time.perf_counter()
     source = TrainerLoss(trainer)
     losses, path = [], []
+    log = TrainerLog(trainer)
     watch = None
     if options.until_stable is not None:
         watch = SettledSelection(options.until_stable, PATIENCE_STEPS)
@@ -75,6 +77,7 @@ def learn_scores(
             _add_price(gates, price)
             optimizer.step()
             path.append(gates.scores())
+            log.gates(step, gates.groups, path[-1])
             if on_step is not None:
                 on_step(step, losses[-1])
             if watch is not None and watch.see(path[-1].tolist()) and step >= 2 * PATIENCE_STEPS:

@@ -60,6 +60,9 @@ class TrainingOptions(ObjectiveOptions):
         lora_alpha: LoRA's alpha; the update is scaled by alpha / r.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         seed: Of LoRA's initial values, of the order of the batches, and of the mask's batches.
+        report_to: Loggers that are told of losses, scores and gates as they come, by the names that
+            transformers has for them: tensorboard, wandb, mlflow, trackio and others. TensorBoard
+            writes to `runs`, or where TENSORBOARD_LOGGING_DIR says. Not given: none.
     """
 
     update: UpdateKind = "lora"
@@ -71,6 +74,7 @@ class TrainingOptions(ObjectiveOptions):
     lora_alpha: int = 32
     gradient_checkpointing: bool = False
     seed: int = 0
+    report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()

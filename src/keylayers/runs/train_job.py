@@ -100,7 +100,7 @@ class TrainJob:
         """Fine-tune a fresh copy of the model on exactly `names`, or what `callback` leaves."""
         fresh = self._fresh()
         num_steps = self.options.selection.steps
-        model, trainer = self._trainer(fresh, names)
+        model, trainer = self._trainer(fresh, names, label)
         held_out = prepared_examples(trainer)["held_out"]
         if self.base_loss_nats is None:  # LoRA's update is zero at first, so this is the base model
             self.base_loss_nats = held_out_loss(trainer, held_out)
@@ -128,7 +128,7 @@ class TrainJob:
         return row, model, result
 
     def _trainer(
-        self, fresh: PreTrainedModel, names: Sequence[str]
+        self, fresh: PreTrainedModel, names: Sequence[str], label: str
     ) -> tuple[PreTrainedModel | PeftModel, Trainer]:
         """A trainer of exactly `names`, and the model that it trains."""
         training, num_steps = self.options.training, self.options.selection.steps
@@ -146,6 +146,7 @@ class TrainJob:
             evaluation=self.data.evaluation(),
             max_length=self.data.max_length,
             load_reference=self._load,
+            title=label.replace(" ", "-"),
         )
         prove_trainable(model, names)
         return model, trainer
@@ -153,7 +154,7 @@ class TrainJob:
     def select_within(self, ranking: Ranking, budget: Budget) -> Selection:
         """What a budget in GiB buys, by a step of this run in which every ranked module trains."""
         names = [module.name for module in ranking.modules]
-        memory = measured_memory(self._trainer(self._fresh(), names)[1])
+        memory = measured_memory(self._trainer(self._fresh(), names, "memory")[1])
         selection = select(ranking, budget, memory)
         chosen, whole = memory.of(selection.names) / GIB, memory.of(names) / GIB
         num_modules = len(selection.modules)

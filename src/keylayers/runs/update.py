@@ -169,6 +169,7 @@ def _train_all(job: RankJob) -> tuple[PreTrainedModel | PeftModel, dict[str, Any
         num_steps=cap,
         max_length=job.data.max_length,
         load_reference=lambda: load_base(job.options),
+        title="stage-1",
     )
     scores = StepScores()
     if not training.is_full:
@@ -197,13 +198,14 @@ def _tuned_sha256(tuned: PreTrainedModel | PeftModel) -> dict[str, str]:
 
 
 def _inputs_sha256(job: RankJob) -> str:
-    """A hash of everything that decides what stage 1 gives."""
+    """A hash of everything that decides what stage 1 gives; loggers do not."""
+    training = replace(job.options.training, report_to=())
     return json_sha256(
         {
             "environment": environment(),
             "model": job.model_record,
             "split": job.data.record()["split_sha256"],
-            "training": asdict(job.options.training),
+            "training": asdict(training),
             "stability": asdict(job.options.stability),
         }
     )

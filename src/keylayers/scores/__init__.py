@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from keylayers.errors import ConfigError
 from keylayers.mask.module_scores import ModuleScores
+from keylayers.mask.trainer_log import TrainerLog
 from keylayers.mask.trainer_loss import samples
 from keylayers.options import MaskOptions, Method
 from keylayers.progress import OnStep
@@ -100,6 +101,8 @@ def score_modules(
 ) -> ModuleScores:
     """Scores by the method that `options` names, repeated if they ask for a stable selection.
 
+    The trainer's own loggers (`report_to`) are told of losses and scores as they come.
+
     Args:
         trainer: Any transformers or TRL trainer; its model carries the updates.
         updates: From `adapter_updates` or `dense_updates` on that model.
@@ -119,9 +122,16 @@ def score_modules(
             f"path, ila or price, which use only its gradient"
         )
     method = METHODS[options.method]
-    if options.until_stable is None or options.method in STOPS_BY_ITSELF:
+    log = TrainerLog(trainer)
+    on_step = log.losses(on_step)
+    if options.method in STOPS_BY_ITSELF:
         return method(trainer, updates, options, on_step)
-    return repeated(method, trainer, updates, options, on_step)
+    if options.until_stable is None:
+        found = method(trainer, updates, options, on_step)
+    else:
+        found = repeated(method, trainer, updates, options, on_step)
+    log.modules(len(found.losses), dict(zip(found.module_names, found.scores, strict=True)))
+    return found
 
 
 def num_steps(options: MaskOptions, num_gates: int) -> int | None:

@@ -34,6 +34,7 @@ from keylayers.errors import LossError
 from keylayers.mask.stability import is_stable
 from keylayers.options import StabilityOptions, TrainingOptions
 from keylayers.progress import OnStep
+from keylayers.training.loggers import check_loggers, name_loggers
 from keylayers.training.objectives import LoadReference, TrainerParts, build_trainer
 from keylayers.training.prefix_cache import PrefixCache
 from keylayers.training.prepared import PreparedData
@@ -72,10 +73,12 @@ def make_trainer(
     evaluation: Mapping[str, Dataset] | None = None,
     max_length: int | None = None,
     load_reference: LoadReference | None = None,
+    title: str = "training",
 ) -> Trainer:
     """A trainer of the trainable parameters of `model`, for the objective that `options` name.
 
-    It writes no files, prints nothing, reports to nobody and sends no telemetry.
+    It writes no files, prints nothing, reports only to the loggers that `options` name and sends no
+    telemetry.
 
     Args:
         model: With or without an adapter.
@@ -86,7 +89,12 @@ def make_trainer(
         evaluation: Examples to prepare in the same way; `prepared_examples` gives them back.
         max_length: Longest sequence in tokens, for objectives whose trainers tokenise.
         load_reference: Gives the base model; needed by dpo and kto without an adapter.
+        title: What loggers call it.
+
+    Raises:
+        ConfigError: a logger that is not known or not installed.
     """
+    check_loggers(options.report_to)
     # trainers make their folder
     with tempfile.TemporaryDirectory() as scratch, _no_telemetry(), quiet_datasets():
         settings = _settings(model, options, num_steps=num_steps, output_dir=scratch)
@@ -103,6 +111,7 @@ def make_trainer(
             )
         )
     trainer.remove_callback(PrinterCallback)
+    name_loggers(trainer, title)
     return trainer
 
 
@@ -127,6 +136,7 @@ def make_loss_trainer(
         evaluation=data.evaluation(),
         max_length=data.max_length,
         load_reference=load_reference,
+        title="stage-2",
     )
 
 
@@ -143,7 +153,7 @@ def _settings(
     return {
         "output_dir": output_dir,
         "save_strategy": "no",
-        "report_to": "none",
+        "report_to": list(options.report_to) or "none",
         "disable_tqdm": True,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # the default shows the last good loss instead of NaN

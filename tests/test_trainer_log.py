@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`report_to`: the trainer's own loggers are told of scores, gates and losses, and nobody else."""
+
+import math
+
+import pytest
+from transformers import TrainerCallback
+
+from test_bad_input import complaint
+from test_rank import rank, read
+from trainers import build
+
+pytest.importorskip("tensorboard")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
+NUM_STEPS = 7
+
+
+class Ear(TrainerCallback):
+    """A callback of a user: it takes every log for one of training."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(logs)
+
+
+def events(folder):
+    """Name of a curve -> step -> value, of all files below `folder`."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = {}
+    for path in sorted({file.parent for file in folder.rglob("events.out.*")}):
+        reader = EventAccumulator(str(path), size_guidance={"scalars": 0})
+        reader.Reload()
+        for name in reader.Tags()["scalars"]:
+            curve = found.setdefault(name, {})
+            curve |= {one.step: one.value for one in reader.Scalars(name)}
+    return found
+
+
+def trainer_with_log(folder, monkeypatch, *, is_trained=False):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(folder))
+    more = {"report_to": ["tensorboard"], "logging_strategy": "steps", "logging_steps": 1}
+    return build("SFT", "config", is_trained=is_trained, **more)
+
+
+def options(method):
+    from keylayers.options import MaskOptions
+
+    if method == "ila":
+        return MaskOptions(method="ila", mask_steps=NUM_STEPS)
+    return MaskOptions(method=method, mask_batches=2)
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_every_step_of_learned_scores_and_gates_is_a_point(tmp_path, monkeypatch, is_trained):
+    import keylayers
+
+    trainer = trainer_with_log(tmp_path, monkeypatch, is_trained=is_trained)
+    ear = Ear()
+    trainer.add_callback(ear)
+    state = dict(vars(trainer.state))
+    ranking = keylayers.rank_modules(trainer, options("ila"))
+    curves = events(tmp_path)
+    for module in ranking.modules:
+        scores = curves[f"train/mask_score/{module.name}"]
+        gates = curves[f"train/mask_gate/{module.name}"]
+        assert list(scores) == list(gates) == list(range(1, NUM_STEPS + 1))
+        assert scores[NUM_STEPS] == pytest.approx(module.score)
+        for step in scores:
+            assert gates[step] == pytest.approx(1 / (1 + math.exp(-scores[step])))
+    losses = list(curves["train/mask_loss"].values())
+    assert losses == pytest.approx(ranking.provenance["mask"]["losses"])
+    assert ear.logs == []
+    assert vars(trainer.state) == state
+
+
+def test_other_methods_tell_the_loss_of_each_pass_and_the_scores_once(tmp_path, monkeypatch):
+    import keylayers
+
+    trainer = trainer_with_log(tmp_path, monkeypatch)
+    ranking = keylayers.rank_modules(trainer, options("elimination"))
+    curves = events(tmp_path)
+    losses = ranking.provenance["mask"]["losses"]
+    for module in ranking.modules:
+        found = curves[f"train/mask_score/{module.name}"]
+        assert found == {len(losses): pytest.approx(module.score)}
+    assert list(curves["train/mask_loss"].values()) == pytest.approx(losses)
+    assert not any("mask_gate" in name for name in curves)
+
+
+def test_gates_of_whole_blocks_have_the_names_of_the_gates(tmp_path, monkeypatch):
+    import keylayers
+    from keylayers.options import MaskOptions
+
+    trainer = trainer_with_log(tmp_path, monkeypatch)
+    keylayers.rank_modules(trainer, MaskOptions(method="ila", mask_steps=2, granularity="block"))
+    gates = {name for name in events(tmp_path) if name.startswith("train/mask_gate/")}
+    assert gates == {f"train/mask_gate/block {index}" for index in range(3)}
+
+
+def test_the_scores_are_those_without_a_logger(tmp_path, monkeypatch):
+    import keylayers
+
+    with_log = keylayers.rank_modules(trainer_with_log(tmp_path, monkeypatch), options("ila"))
+    without = keylayers.rank_modules(build("SFT", "config", is_trained=False), options("ila"))
+    assert [one.score for one in with_log.modules] == [one.score for one in without.modules]
+
+
+def test_a_mask_inside_a_run_leaves_the_curves_of_training_whole(tmp_path, monkeypatch):
+    import keylayers
+
+    trainer = trainer_with_log(tmp_path, monkeypatch)
+    trainer.args.max_steps = 6
+    at_step_3 = keylayers.StabilityOptions(max_steps=3)
+    trainer.add_callback(keylayers.FreezeUnimportant(stability=at_step_3, mask=options("ila")))
+    trainer.train()
+    curves = events(tmp_path)
+    assert list(curves["train/loss"]) == [1, 2, 3, 4, 5, 6]
+    assert list(curves["train/mask_loss"]) == list(range(1, NUM_STEPS + 1))
+
+
+def test_the_command_line_logs_both_stages(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
+    from keylayers.training import loggers
+
+    loggers._folder.cache_clear()
+    assert rank(tiny, tmp_path / "out", "--report-to", "tensorboard") == 0
+    loggers._folder.cache_clear()
+    made_by = read(tmp_path / "out")["provenance"]
+    training = events(tmp_path / "runs" / "stage-1")["train/loss"]
+    assert list(training.values()) == pytest.approx(made_by["stage_1"]["losses"])
+    scoring = events(tmp_path / "runs" / "stage-2")["train/mask_loss"]
+    assert list(scoring.values()) == pytest.approx(made_by["mask"]["losses"])
+
+
+def test_an_unknown_logger_is_refused_with_the_nearest_name(tiny, tmp_path, capsys):
+    assert rank(tiny, tmp_path / "out", "--report-to", "tensorbord") == 2
+    line = complaint(capsys)
+    assert "`report_to` must be of azure_ml, " in line
+    assert "got 'tensorbord', did you mean 'tensorboard'?" in line
+    assert not (tmp_path / "out").exists()
