@@ -10,10 +10,10 @@ from test_rank import keylayers, rank, read
 from test_train import STEPS, best, ranked  # noqa: F401  (the ranking of test_train, made once)
 
 
-def again(command, options, *more):
+def again(command, options, *more, ranked_with=None):
     from keylayers.options.command_line import command_line
 
-    line = command_line(command, options)
+    line = command_line(command, options, ranked_with)
     words = shlex.split(line)
     assert words[:2] == ["keylayers", command]
     assert keylayers(*words[1:], *more) == 0
@@ -38,9 +38,12 @@ def test_a_training_repeated_by_its_command_is_the_same(ranked, tmp_path):  # no
     arguments = ("--ranking", ranked, "--budget", "3", *STEPS, *more)
     assert keylayers("train", *arguments, "--output", tmp_path / "one") == 0
     one = json.loads((tmp_path / "one" / "keylayers.json").read_text())
-    line = again("train", one["options"], "--output", tmp_path / "two")
+    ranked_with = read(ranked)["provenance"]["options"]
+    more = ("--output", tmp_path / "two")
+    line = again("train", one["options"], *more, ranked_with=ranked_with)
     two = json.loads((tmp_path / "two" / "keylayers.json").read_text())
     assert "--lora-rank 16" in line
+    assert "--batch-size" not in line  # it is that of the ranking
     assert "--controls first last" in line
     assert two["options"] == one["options"]
     assert two["losses"] == one["losses"]

@@ -22,6 +22,7 @@ from keylayers._version import __version__
 from keylayers.errors import OutputError
 
 RECORD = "keylayers.json"  # beside every adapter and checkpoint that keylayers writes
+CARD = "README.md"  # the same for readers: the model card of the hub
 STAGE_1_ADAPTER = "adapter"  # the folder that `rank` leaves beside ranking.json
 STAGE_1_CHECKPOINT = "tuned"  # the same after a full fine-tune
 RECORDED_LIBRARIES = (

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keylayers.records import RECORD, replaced_folder, write_json
+from keylayers.records import CARD, RECORD, replaced_folder, write_json, write_text
 from keylayers.updates.adalora import is_adalora
 
 
@@ -21,6 +21,7 @@ def save_tuned(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     record: Mapping[str, Any],
+    card: str,
     beside: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write a PEFT model's adapter, or a whole checkpoint, all or nothing.
@@ -30,6 +31,7 @@ def save_tuned(
         tokenizer: Its tokenizer.
         folder: New, or an earlier result of keylayers.
         record: How it came about.
+        card: The same for readers, in place of the one that PEFT writes.
         beside: Names and contents of further JSON files.
 
     Raises:
@@ -44,6 +46,7 @@ def save_tuned(
         tokenizer.save_pretrained(temporary)
         for name, content in (beside or {}).items():
             write_json(temporary / name, content)
+        write_text(temporary / CARD, card)
         write_json(temporary / RECORD, record)
 
 

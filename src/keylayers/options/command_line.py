@@ -24,14 +24,18 @@ OPTIONS: Mapping[Command, type] = {
 }
 
 
-def command_line(command: Command, options: Mapping[str, Any]) -> str:
+def command_line(
+    command: Command, options: Mapping[str, Any], ranked_with: Mapping[str, Any] | None = None
+) -> str:
     """`keylayers ...` in the words of a shell, with every flag that the run needs.
 
-    Options at their default are left out, but for those that a ranking would give another value.
+    Options at their default are left out, but for those that a ranking would give another value;
+    left out too are those that the ranking gives this very value.
 
     Args:
         command: Which sub-command.
         options: By the name of their field, as a record holds them (`flat()`).
+        ranked_with: The options that the ranking records; nothing is known of them if not given.
     """
     inherited: tuple[str, ...] = ()
     if options.get("ranking") is not None:
@@ -40,7 +44,8 @@ def command_line(command: Command, options: Mapping[str, Any]) -> str:
     words = ["keylayers", command]
     for one in _fields(command):
         value = options.get(one.name)
-        if value is None or (one.name not in inherited and _same(value, one.default)):
+        usual = (ranked_with or {}).get(one.name, MISSING) if one.name in inherited else one.default
+        if value is None or _same(value, usual):
             continue
         words += _words("--" + one.name.replace("_", "-"), value)
     return shlex.join(words)
@@ -52,11 +57,11 @@ def _fields(command: Command) -> Iterator["Field[Any]"]:
         yield from fields(part.type)  # type: ignore[arg-type]
 
 
-def _same(value: Any, default: Any) -> bool:
-    """Whether an option has its default; JSON knows lists and no tuples."""
-    if default is MISSING:
+def _same(value: Any, usual: Any) -> bool:
+    """Whether an option has the value that it would have anyway; JSON knows lists and no tuples."""
+    if usual is MISSING:
         return False
-    return list(value) == list(default) if isinstance(default, tuple) else value == default
+    return list(value) == list(usual) if isinstance(usual, tuple) else bool(value == usual)
 
 
 def _words(flag: str, value: Any) -> list[str]:

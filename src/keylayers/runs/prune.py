@@ -13,13 +13,16 @@ from keylayers.options import PruneOptions
 from keylayers.progress import Progress, Silent
 from keylayers.ranking import Ranking
 from keylayers.records import (
+    CARD,
     RECORD,
     check_replaceable,
     json_sha256,
     output_folder,
     replaced_folder,
     write_json,
+    write_text,
 )
+from keylayers.report.model_card import model_card
 from keylayers.runs.prune_steps import Kind, PruneJob, Size, measured
 from keylayers.selection import Selection, select
 from keylayers.verification import budget_of
@@ -79,6 +82,7 @@ def prune(options: PruneOptions, output: Path, progress: Progress | None = None)
                 "ranking_sha256": json_sha256(ranking.to_json()),
                 "result": asdict(found),
             }
+            write_text(folder / CARD, model_card("prune", record, ranking))
             write_json(folder / RECORD, record)
     return found
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from keylayers.options import Control, MaskOptions, Method, StabilityOptions
 from keylayers.ranking import Ranking
-from keylayers.records import RECORD, json_sha256, write_json
+from keylayers.records import json_sha256
 from keylayers.runs.callback import FreezeUnimportant
 from keylayers.runs.train_job import TrainedSet, TrainJob
 
@@ -40,11 +40,11 @@ def train_and_freeze(job: TrainJob, output: Path) -> list[TrainedSet]:
         "seconds": result.seconds,
     }
     now = record | {"results": [asdict(one) for one in rows]}
-    job.save(model, output, now, {"ranking.json": ranking.to_json()})
+    job.save(model, output, now, ranking, {"ranking.json": ranking.to_json()})
     del model
     for control in dict.fromkeys(job.options.selection.controls):
         rows.append(_control(job, control, callback.frozen_at_step))
-    write_json(output / RECORD, record | {"results": [asdict(one) for one in rows]})
+    job.add_results(output, record | {"results": [asdict(one) for one in rows]}, ranking)
     return rows
 
 

@@ -12,7 +12,7 @@ from keylayers.memory import is_memory
 from keylayers.options import Control, TrainOptions
 from keylayers.progress import Progress, Silent
 from keylayers.ranking import Ranking
-from keylayers.records import RECORD, check_replaceable, json_sha256, output_folder, write_json
+from keylayers.records import check_replaceable, json_sha256, output_folder
 from keylayers.runs.rank_first import train_and_freeze
 from keylayers.runs.train_job import TrainedSet, TrainJob
 from keylayers.selection import Selection, select
@@ -63,12 +63,12 @@ def train(
             "losses": list(result.losses),
             "seconds": result.seconds,
         }
-        job.save(model, output, record | {"results": [asdict(row) for row in rows]})
+        job.save(model, output, record | {"results": [asdict(row) for row in rows]}, ranking)
         del model
         for control in dict.fromkeys(wanted.controls):
             names = control_modules(ranking, selection, control, options.training.seed)
             rows.append(job.train(names, control)[0])
-        write_json(output / RECORD, record | {"results": [asdict(row) for row in rows]})
+        job.add_results(output, record | {"results": [asdict(row) for row in rows]}, ranking)
     return rows
 
 

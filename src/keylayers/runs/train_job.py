@@ -21,7 +21,8 @@ from keylayers.models import Checkpoint, describe, load_model, load_tokenizer, m
 from keylayers.options import LOSS_UNITS, TrainOptions
 from keylayers.progress import Progress
 from keylayers.ranking import Ranking
-from keylayers.records import environment
+from keylayers.records import CARD, RECORD, environment, write_json, write_text
+from keylayers.report.model_card import model_card
 from keylayers.runs.callback import FreezeUnimportant
 from keylayers.runs.reopen import note_other_objective, objective_of, sizes_of
 from keylayers.selection import Budget, Selection, check_same_modules, select
@@ -234,6 +235,7 @@ class TrainJob:
         model: PreTrainedModel | PeftModel,
         output: Path,
         record: dict[str, Any],
+        ranking: Ranking,
         beside: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         """Write the adapter, or the checkpoint after a proof that only selected weights changed."""
@@ -241,4 +243,11 @@ class TrainJob:
             model = model.to(self.stored_dtype)
             names = record["selection"]["modules"]
             prove_unchanged_elsewhere(model, Checkpoint.open(self.source), names)
-        save_tuned(model, self.tokenizer, output, record, beside)
+        card = model_card("train", record, ranking)
+        save_tuned(model, self.tokenizer, output, record, card, beside)
+
+    @staticmethod
+    def add_results(output: Path, record: dict[str, Any], ranking: Ranking) -> None:
+        """Write the record anew with what the result is compared with, and the card with it."""
+        write_text(output / CARD, model_card("train", record, ranking))
+        write_json(output / RECORD, record)

@@ -23,6 +23,7 @@ from keylayers.records import (
     environment,
     json_sha256,
 )
+from keylayers.report.model_card import model_card
 from keylayers.training.prepared import PreparedData
 from keylayers.training.run import fine_tune, make_trainer, new_adapter
 from keylayers.training.step_scores import StepScores
@@ -140,7 +141,9 @@ def _from_stage_1(job: RankJob) -> TunedModel:
     else:
         tuned, stage_1 = _train_all(job)
         record = {"inputs_sha256": inputs, "options": job.options.flat(), "stage_1": stage_1}
-        save_tuned(tuned, job.tokenizer, folder, record)
+        inputs_record = {"model": job.model_record, "data": job.data.record()}
+        card = model_card("rank", record | inputs_record | {"environment": environment()}, None)
+        save_tuned(tuned, job.tokenizer, folder, record, card)
         if not is_full and not is_adalora(tuned):
             return TunedModel(tuned, adapter_updates(tuned), {"stage_1": stage_1})
         # θ_0 again, with θ_t on disk; or AdaLoRA as it is written, without the ranks that it cut

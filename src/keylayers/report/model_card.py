@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card of what keylayers trained or pruned: ranking, budget, losses, commands.
+
+In the hub's form: metadata that its search reads, then text. Needs no torch.
+"""
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from keylayers.options.command_line import Command, command_line
+from keylayers.ranking import Ranking
+from keylayers.report.repeat import how_to_repeat
+from keylayers.report.terminal import in_nats
+
+PAPER = "[Shi et al., COLM 2025](https://arxiv.org/abs/2410.17875)"
+ON_THE_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
+
+
+def model_card(command: Command, record: Mapping[str, Any], ranking: Ranking | None) -> str:
+    """README.md of an adapter or a checkpoint.
+
+    Args:
+        command: What made it: `rank` (its stage 1), `train` or `prune`.
+        record: Its record, as written to keylayers.json.
+        ranking: What its modules were selected by; None for stage 1, which trains all.
+    """
+    options = record["options"]
+    is_checkpoint = options.get("tuned") is not None or options.get("update") == "full"
+    parts = [
+        f"# {_title(record)}",
+        _introduction(command, record, ranking, is_checkpoint),
+        *_losses(record),
+        *_modules(record, ranking),
+        "## How it was made",
+        _fenced(_commands(command, options, ranking), "sh"),
+        _made_from(record),
+        "## Use",
+        _fenced(_use(options.get("objective", "sft"), is_checkpoint), "python"),
+    ]
+    data = _metadata(record, is_checkpoint)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"))
+
+
+def _metadata(record: Mapping[str, Any], is_checkpoint: bool) -> ModelCardData:
+    """What the hub's search reads; names that are folders of this machine are left out."""
+    base, data = str(record["model"]["name"]), str(record["data"]["data"])
+    options = record["options"]
+    objective = options.get("objective", "sft")
+    update = "full" if is_checkpoint else options.get("update", "lora")
+    is_reward = objective == "reward"
+    return ModelCardData(
+        base_model=base if _is_on_hub(base) else None,
+        datasets=[data.partition(":")[0]] if _is_on_hub(data) else None,
+        library_name="transformers" if is_checkpoint else "peft",
+        pipeline_tag="text-classification" if is_reward else "text-generation",
+        tags=["keylayers", update, objective],
+    )
+
+
+def _is_on_hub(name: str) -> bool:
+    return ON_THE_HUB.fullmatch(name) is not None and not Path(name).exists()
+
+
+def _title(record: Mapping[str, Any]) -> str:
+    name = Path(str(record["model"]["name"])).name
+    selection = record.get("selection")
+    if selection is None:
+        return f"{_plain(name)}, all modules tuned"
+    return f"{_plain(name)}, {selection['num_modules']} of {selection['num_candidates']} modules"
+
+
+def _introduction(
+    command: Command, record: Mapping[str, Any], ranking: Ranking | None, is_checkpoint: bool
+) -> str:
+    kind = "checkpoint" if is_checkpoint else "adapter"
+    base, selection = _plain(record["model"]["name"]), record.get("selection")
+    if ranking is None or selection is None:
+        return (
+            f"This {kind} of {base} is stage 1 of a ranking by keylayers: all modules were tuned, "
+            f"so that their updates can be ranked."
+        )
+    share = selection["num_parameters"] / selection["num_candidate_parameters"]
+    done = "was pruned to" if command == "prune" else "was trained on"
+    return (
+        f"This {kind} of {base} {done} {selection['num_modules']} of "
+        f"{selection['num_candidates']} weight matrices ({100 * share:.0f} % of their parameters) "
+        f"by keylayers, those that the method `{_plain(ranking.method)}` ranked best; budget "
+        f"{_plain(selection['budget'])}. The idea is that of {PAPER}."
+    )
+
+
+def _losses(record: Mapping[str, Any]) -> list[str]:
+    """A table of held-out losses, as the command printed it."""
+    unit = str(record.get("loss_unit", "nats per token"))
+    rows = _loss_rows(record)
+    if not rows:
+        return []
+    titles = ("update", "modules", "parameters", f"held-out loss{in_nats(unit)}")
+    note = f"Losses are means over {record['data']['num_held_out']} examples that training never "
+    return ["## Losses", _table(titles, rows), f"{note}saw, in {_plain(unit)}."]
+
+
+def _loss_rows(record: Mapping[str, Any]) -> Sequence[Sequence[str]]:
+    if "result" in record:  # of a pruning
+        found = record["result"]
+        sizes = [("all modules", found["full"], found["full_loss_nats"])]
+        sizes += [("this one", found["pruned"], found["pruned_loss_nats"])]
+        return [("base model", "0", "0", f"{found['base_loss_nats']:.4f}")] + [
+            (name, f"{size['num_modules']:,}", f"{size['num_parameters']:,}", f"{loss:.4f}")
+            for name, size, loss in sizes
+        ]
+    return [
+        (
+            _plain(row["label"]),
+            f"{row['num_modules']:,}",
+            f"{row['num_trained_parameters']:,}",
+            f"{row['held_out_loss_nats']:.4f}",
+        )
+        for row in record.get("results", ())
+    ]
+
+
+def _modules(record: Mapping[str, Any], ranking: Ranking | None) -> list[str]:
+    """A table of ranks, blocks by projections; bold is what was kept or trained."""
+    if ranking is None or "selection" not in record:
+        return []
+    chosen, ranks = set(record["selection"]["modules"]), ranking.ranks()
+    projections = list(dict.fromkeys(module.projection for module in ranking.modules))
+    cells: dict[int, dict[str, str]] = {}
+    for module in ranking.modules:
+        rank = "?" if ranks[module.name] is None else str(ranks[module.name])
+        block = -1 if module.block_index is None else module.block_index
+        text = f"**{rank}**" if module.name in chosen else rank
+        cells.setdefault(block, {})[module.projection] = text
+    rows = [
+        ["outside" if block < 0 else str(block), *(row.get(one, "") for one in projections)]
+        for block, row in sorted(cells.items())
+    ]
+    note = "Ranks, 1 is the most important; bold modules are part of this update."
+    return ["## Modules", note, _table(("block", *map(_plain, projections)), rows)]
+
+
+def _commands(command: Command, options: Mapping[str, Any], ranking: Ranking | None) -> str:
+    if ranking is None or options.get("rank_first"):
+        return command_line(command, options)
+    own = command_line(command, options, ranking.provenance.get("options", {}))
+    return f"{how_to_repeat(ranking)}\n{own}"
+
+
+def _made_from(record: Mapping[str, Any]) -> str:
+    """Hashes and versions, as a list."""
+    made_by, data = record["environment"], record["data"]
+    commit = made_by.get("commit")
+    versions = ", ".join(f"{name} {version}" for name, version in made_by["libraries"].items())
+    lines = [
+        f"base weights, SHA-256: `{record['model']['weights_sha256']}`",
+        f"data: {_plain(data['data'])}, {data['num_train']} examples to train",
+        f"split of the data, SHA-256: `{data['split_sha256']}`",
+    ]
+    if "ranking_sha256" in record:
+        lines.append(f"ranking, SHA-256 of its JSON: `{record['ranking_sha256']}`")
+    at = f" at {commit}" if commit else ""
+    lines.append(f"keylayers {made_by['keylayers']}{at}, {versions}")
+    lines.append("`keylayers.json` beside this file has every option, seed and loss")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _use(objective: str, is_checkpoint: bool) -> str:
+    task = "SequenceClassification" if objective == "reward" else "CausalLM"
+    library = "transformers" if is_checkpoint else "peft"
+    name = f"AutoModelFor{task}" if is_checkpoint else f"AutoPeftModelFor{task}"
+    return f'from {library} import {name}\n\nmodel = {name}.from_pretrained("this-folder")'
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _fenced(text: str, language: str) -> str:
+    """A block of code that no run of backticks inside can end."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _plain(text: object) -> str:
+    """Foreign text as text: neither HTML nor Markdown begins in it."""
+    escaped = html.escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([\\`*\[\]|#~])", r"\\\1", escaped)

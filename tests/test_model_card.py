@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README.md of what keylayers trains or prunes: the hub's form, the record's numbers."""
+
+import json
+import re
+import shlex
+from dataclasses import replace
+
+import pytest
+from huggingface_hub import ModelCard
+from peft import AutoPeftModelForCausalLM
+
+from test_rank import keylayers, rank
+from test_train import STEPS
+
+from rankings import ranking_of
+
+
+@pytest.fixture(scope="module")
+def ranked(tiny, tmp_path_factory):
+    output = tmp_path_factory.mktemp("ranked")
+    assert rank(tiny, output) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def trained(ranked, tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained") / "out"
+    more = ("--budget", "3", *STEPS, "--controls", "random", "--output", output)
+    assert keylayers("train", "--ranking", ranked, *more) == 0
+    return output
+
+
+def card_of(folder):
+    return ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
+
+
+def record_of(folder):
+    return json.loads((folder / "keylayers.json").read_text())
+
+
+def table(card, heading):
+    """Rows of the first table below a heading, without its titles."""
+    part = card.text.split(f"## {heading}\n")[1].split("\n## ")[0]
+    rows = [line for line in part.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def bold(card):
+    return sorted(
+        int(rank) for row in table(card, "Modules") for rank in re.findall(r"\*\*(\d+)", str(row))
+    )
+
+
+def commands(card):
+    return card.text.split("```sh\n")[1].split("\n```")[0].splitlines()
+
+
+def test_a_trained_adapter_says_how_it_was_made_and_how_good_it_is(ranked, trained):
+    card, record = card_of(trained), record_of(trained)
+    assert card.data.library_name == "peft"
+    assert card.data.tags == ["keylayers", "lora", "sft"]
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.base_model is None  # a folder of this machine is no name on the hub
+    assert bold(card) == [1, 2, 3]
+    losses = {row[0]: row[1:] for row in table(card, "Losses")}
+    for row in record["results"]:
+        expected = [str(row["num_modules"]), f"{row['num_trained_parameters']:,}"]
+        assert losses[row["label"]] == [*expected, f"{row['held_out_loss_nats']:.4f}"]
+    assert "random" in losses  # the control, trained after the adapter was written
+    assert record["ranking_sha256"] in card.text
+    assert "More Information Needed" not in card.text
+    made, used = commands(card)
+    assert made.startswith("keylayers rank --model ")
+    assert used.startswith(f"keylayers train --ranking {ranked} --budget 3 --steps 8 ")
+
+
+def test_the_commands_of_a_card_make_the_same_adapter_again(trained, tmp_path):
+    words = shlex.split(commands(card_of(trained))[1])
+    assert keylayers(*words[1:], "--output", tmp_path / "again") == 0
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (trained / weights).read_bytes()
+    assert card_of(tmp_path / "again").text == card_of(trained).text
+
+
+def test_stage_1_says_that_all_modules_were_tuned(ranked):
+    card = card_of(ranked / "adapter")
+    assert "stage 1 of a ranking by keylayers: all modules were tuned" in card.text
+    (command,) = commands(card)
+    assert command.startswith("keylayers rank --model ")
+    assert "## Modules" not in card.text
+
+
+def test_a_pruned_adapter_shows_what_it_loses(ranked, tmp_path):
+    assert keylayers("prune", "--ranking", ranked, "--budget", "5", "--output", tmp_path / "p") == 0
+    card, found = card_of(tmp_path / "p"), record_of(tmp_path / "p")["result"]
+    assert bold(card) == [1, 2, 3, 4, 5]
+    assert table(card, "Losses") == [
+        ["base model", "0", "0", f"{found['base_loss_nats']:.4f}"],
+        [
+            "all modules",
+            "21",
+            f"{found['full']['num_parameters']:,}",
+            f"{found['full_loss_nats']:.4f}",
+        ],
+        [
+            "this one",
+            "5",
+            f"{found['pruned']['num_parameters']:,}",
+            f"{found['pruned_loss_nats']:.4f}",
+        ],
+    ]
+    assert "was pruned to 5 of 21 weight matrices" in card.text
+
+
+def test_a_full_fine_tune_is_a_checkpoint_of_transformers(ranked, tmp_path):
+    more = ("--budget", "3", *STEPS, "--update", "full", "--output", tmp_path / "full")
+    assert keylayers("train", "--ranking", ranked, *more) == 0
+    card = card_of(tmp_path / "full")
+    assert card.data.library_name == "transformers"
+    assert card.data.tags == ["keylayers", "full", "sft"]
+    assert "from transformers import AutoModelForCausalLM" in card.text
+
+
+def test_ranking_inside_the_run_is_one_command(tiny, tmp_path):
+    paths = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", tmp_path / "out")
+    more = ("--steps", "8", "--mask-batches", "2", "--lora-rank", "4")
+    assert keylayers("train", "--rank-first", *paths, *more) == 0
+    card = card_of(tmp_path / "out")
+    (command,) = commands(card)
+    assert command.startswith("keylayers train --rank-first ")
+    kept = record_of(tmp_path / "out")["selection"]["num_modules"]
+    assert bold(card) == list(range(1, kept + 1))
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_peft_loads_and_saves_the_adapter_with_its_own_card(trained, tmp_path):
+    """What `push_to_hub` of PEFT does before it uploads."""
+    model = AutoPeftModelForCausalLM.from_pretrained(trained)
+    model.save_pretrained(trained.parent / "again")
+    assert card_of(trained.parent / "again").data.library_name == "peft"
+
+
+RECORD = {
+    "environment": {"keylayers": "1", "commit": None, "libraries": {"peft": "2"}},
+    "model": {"name": "org/base", "weights_sha256": "0"},
+    "data": {"data": "org/data:part", "num_train": 4, "num_held_out": 2, "split_sha256": "1"},
+    "options": {"model": "org/base", "data": "org/data:part", "ranking": "r.json", "budget": "1"},
+    "ranking_sha256": "2",
+}
+
+
+def written(folder, ranking, record):
+    from keylayers.report.model_card import model_card
+
+    selection = ranking.select(1).record()
+    (folder / "README.md").write_text(
+        model_card("train", record | {"selection": selection}, ranking)
+    )
+    return card_of(folder)
+
+
+def test_names_of_the_hub_are_metadata(tmp_path):
+    card = written(tmp_path, ranking_of([1.0, 0.5]), RECORD)
+    assert card.data.base_model == "org/base"
+    assert card.data.datasets == ["org/data"]
+
+
+def test_foreign_names_are_text(tmp_path):
+    bad = "<script>alert(1)</script>|[x](javascript:1)`***\n## x"
+    ranking = ranking_of([1.0, 0.5], provenance={"options": {"model": "```\nrm", "data": "d"}})
+    modules = tuple(
+        replace(one, projection=f"{bad}{index}") for index, one in enumerate(ranking.modules)
+    )
+    ranking = replace(ranking, modules=modules, method=bad)
+    record = RECORD | {"model": {"name": bad, "weights_sha256": "0"}}
+    card = written(tmp_path, ranking, record)
+    assert "<script>" not in card.text
+    assert "[x](javascript" not in card.text
+    assert [line for line in card.text.splitlines() if line.startswith("## ")] == [
+        "## Modules",
+        "## How it was made",
+        "## Use",
+    ]
+    assert "\n````sh\n" in card.text  # a longer fence than what is in it
