@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from keylayers._version import __version__
 
 if TYPE_CHECKING:
+    from keylayers.apply.hub import push_to_hub
     from keylayers.certainty import undecided
     from keylayers.compare import Agreement, agreement, chance_jaccard
     from keylayers.curve import MaskCurve, Recommendation
@@ -91,6 +92,7 @@ _HOME = {
     "measured_memory": "training.memory",
     "module_weights": "updates.dense",
     "prune": "runs.prune",
+    "push_to_hub": "apply.hub",
     "rank": "runs.rank",
     "rank_modules": "runs.rank",
     "train": "runs.train",
@@ -138,6 +140,7 @@ __all__ = [
     "measured_memory",
     "module_weights",
     "prune",
+    "push_to_hub",
     "rank",
     "rank_modules",
     "train",

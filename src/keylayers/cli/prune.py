@@ -37,6 +37,8 @@ def prune(
     update: Annotated[UpdateOptions, flat("An update that exists already")] = UpdateOptions(),
     objective: Annotated[ObjectiveOptions, flat("Objective")] = ObjectiveOptions(),
     output: Path = Path("pruned"),
+    push_to_hub: str | None = None,
+    private: bool = False,
     config: Path | None = None,
 ) -> None:
     """Cut an adapter, or a tuned checkpoint, to the modules that a ranking and a budget select.
@@ -47,15 +49,22 @@ def prune(
 
     Args:
         output: Folder of the adapter or checkpoint.
+        push_to_hub: Upload the folder, model card and record included, to this repository of the
+            hub, such as me/my-adapter.
+        private: Make that repository private, if it is new.
         config: YAML file with any of these options; flags win over it.
     """
     from dataclasses import asdict
 
     from keylayers.cli.console import ConsoleProgress, stdout
+    from keylayers.cli.push import prepare_push, push
     from keylayers.report.prune import pruning_report
     from keylayers.runs.prune import prune as run
 
-    found = run(PruneOptions(selection, model, data, update, objective), output, ConsoleProgress())
+    options = PruneOptions(selection, model, data, update, objective)
+    prepare_push(push_to_hub, private)
+    found = run(options, output, ConsoleProgress())
     console = stdout()
     console.print(pruning_report(asdict(found)))
     console.print(f"\n{found.kind} written to {output}", markup=False)
+    push(output, push_to_hub)

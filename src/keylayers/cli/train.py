@@ -41,6 +41,8 @@ def train(
     stability: Annotated[StabilityOptions, flat("When stage 1 ends")] = StabilityOptions(),
     mask: Annotated[MaskOptions, flat("Learning the scores")] = MaskOptions(),
     output: Path = Path("tuned"),
+    push_to_hub: str | None = None,
+    private: bool = False,
     config: Path | None = None,
 ) -> None:
     """Train only the modules that a ranking and a budget select.
@@ -51,19 +53,25 @@ def train(
 
     Args:
         output: Folder of the adapter or checkpoint.
+        push_to_hub: Upload the folder, model card and record included, to this repository of the
+            hub, such as me/my-adapter.
+        private: Make that repository private, if it is new.
         config: YAML file with any of these options; flags win over it.
     """
     from dataclasses import asdict
 
     from keylayers.cli.console import ConsoleProgress, stdout
+    from keylayers.cli.push import prepare_push, push
     from keylayers.report.terminal import loss_table
     from keylayers.runs.train import train as run
 
     # With nothing given this says what is missing; as a default it would be made at import.
     selection = selection or SelectionOptions()
     options = TrainOptions(selection, model, data, training, stability, mask)
+    prepare_push(push_to_hub, private)
     rows = run(options, output, ConsoleProgress())
     console = stdout()
     console.print(loss_table([asdict(row) for row in rows], LOSS_UNITS[training.objective]))
     kind = "checkpoint" if training.is_full else "adapter"
     console.print(f"\n{kind} written to {output}", markup=False)
+    push(output, push_to_hub)
