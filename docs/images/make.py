@@ -1,26 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw ranking.svg from a ranking: `python docs/images/make.py out/demo/polite/ranking.json`."""
+"""Draw ranking.svg and report.png from a verified ranking: `python docs/images/make.py out/demo/polite`."""
 
 import io
 import re
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
+from playwright.sync_api import sync_playwright
 from rich.console import Console
 
 from keylayers.ranking import Ranking
+from keylayers.report.html import render_report
+from keylayers.report.source import load_sources
 from keylayers.report.terminal import heatmap
 
+HERE = Path(__file__).parent
+VIEW = {"width": 800, "height": 1000}
 
-def main() -> None:
-    """Write the picture beside this file."""
+
+def draw_ranking(folder: Path) -> None:
+    """What a terminal shows."""
     console = Console(record=True, width=72, file=io.StringIO(), force_terminal=True)
-    console.print(heatmap(Ranking.load(sys.argv[1])))
+    console.print(heatmap(Ranking.load(folder)))
     drawn = console.export_svg(title="keylayers demo: polite answers, 1 is the most important")
     # rich links a web font; the picture must not call anybody
     drawn = re.sub(r"@font-face \{.*?\}", "", drawn, flags=re.DOTALL)
-    Path(__file__).with_name("ranking.svg").write_text(drawn, encoding="utf-8")
+    (HERE / "ranking.svg").write_text(drawn, encoding="utf-8")
+
+
+def draw_report(folder: Path) -> None:
+    """A report in a browser, from its slider to the end of the mask curve."""
+    with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
+        page_file = Path(scratch, "report.html")
+        page_file.write_bytes(render_report(load_sources([folder])))
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        page = browser.new_page(viewport=VIEW, color_scheme="light")
+        page.goto(page_file.as_uri())
+        page.wait_for_selector("html[data-ready]")
+        first, last = page.locator(".budget").bounding_box(), page.locator("[data-chart=curve]")
+        end = last.bounding_box()
+        assert first is not None
+        assert end is not None
+        clip = {"x": 0.0, "y": first["y"], "width": 800.0}
+        clip["height"] = end["y"] + end["height"] - first["y"] + 8
+        page.screenshot(path=HERE / "report.png", full_page=True, clip=clip)
+        browser.close()
 
 
 if __name__ == "__main__":
-    main()
+    draw_ranking(Path(sys.argv[1]))
+    draw_report(Path(sys.argv[1]))

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from keylayers.errors import ConfigError, OutputError
-from keylayers.export import axolotl, llamafactory, ms_swift, peft, trl, unsloth
+from keylayers.export import axolotl, llamafactory, ms_swift, peft, torchtune, trl, unsloth
 from keylayers.export.settings import Files, Kind, Settings
 from keylayers.ranking import Ranking
 from keylayers.records import output_folder, write_text
 from keylayers.selection import Budget
 
-Tool = Literal["peft", "trl", "axolotl", "llamafactory", "ms-swift", "unsloth"]
+Tool = Literal["peft", "trl", "axolotl", "llamafactory", "ms-swift", "torchtune", "unsloth"]
 
 TOOLS: dict[Tool, Callable[[Settings], Files]] = {
     "peft": peft.export,
@@ -20,6 +20,7 @@ TOOLS: dict[Tool, Callable[[Settings], Files]] = {
     "axolotl": axolotl.export,
     "llamafactory": llamafactory.export,
     "ms-swift": ms_swift.export,
+    "torchtune": torchtune.export,
     "unsloth": unsloth.export,
 }
 assert set(TOOLS) == set(get_args(Tool))
