@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw ranking.svg and report.png from a verified ranking: `python docs/images/make.py out/demo/polite`."""
+"""Draw ranking.svg and report.png of a verified ranking: `make.py out/demo/polite`."""
 
 import io
 import re
