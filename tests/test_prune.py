@@ -225,7 +225,7 @@ def test_a_checkpoint_carries_only_the_important_differences(
     assert new.keys() == old.keys()
     assert {value.dtype for value in new.values()} == {torch.bfloat16}
     written = {path.name for path in run.folder.iterdir()}
-    assert written == {path.name for path in tuned.iterdir()} | {"keylayers.json"}
+    assert written == {path.name for path in tuned.iterdir()} | {"keylayers.json", "README.md"}
     assert (len(written) > 8) == (shard == "20KB")
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         assert (run.folder / name).read_bytes() == (tuned / name).read_bytes()
