@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ms-swift: a YAML file of arguments for `swift sft`. Written against its source of September 2026.
+"""ms-swift: a YAML file of arguments for `swift sft`. Checked with 4.6.0.dev0 (3602360a).
 
 Parameters of a full fine-tune are matched from the start of their names: the dot at the end keeps
 `...layers.1.mlp.up_proj.` from matching more.

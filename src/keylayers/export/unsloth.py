@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unsloth: Python for both of its ways to load a model. Written against its source, not run.
+"""Unsloth: Python for both of its ways to load a model. Read from commit 015bdef0, not run.
 
 `FastLanguageModel` takes a list and reads a string letter by letter; `FastModel`, for
 vision-language models too, hands a string on to PEFT and cuts names of a list short.
