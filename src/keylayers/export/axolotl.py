@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""axolotl: YAML for LoRA, or for a full fine-tune with `unfrozen_parameters`.
 
-Checked with axolotl 0.18.0's own functions (commit 067b021), not with a whole run. Of `unfrozen_parameters` it
-escapes the dots itself and matches from the start of a name: `\.` would match nothing and freeze
-the whole model. `lora_target_linear` would add every linear layer to the selection.
+Checked with axolotl 0.18.0's own functions (commit 067b021), not with a whole run. Of
+`unfrozen_parameters` it escapes the dots itself and matches from the start of a name: `\.` would
+match nothing and freeze the whole model. `lora_target_linear` would add every linear layer to the
+selection.
 """
 
 import re
