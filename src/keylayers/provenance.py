@@ -27,6 +27,10 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _is_positive(value: Any) -> bool:
+    return _is_count(value) and 0 < value < 2**31
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -38,10 +42,11 @@ def _is_list(value: Any) -> bool:
 # section -> field -> (what must hold, in words; the check); a field without a mark may be absent.
 _NUMBER, _COUNT = ("a finite number", is_number), ("a whole number from 0", _is_count)
 _TEXT, _LIST = ("text", _is_text), ("a list", _is_list)
+_RANK = ("a whole number from 1", _is_positive)
 SECTIONS: Mapping[str, Mapping[str, tuple[str, Check]]] = {
     "environment": {},
-    "options": {},
-    "model": {"weights_sha256": _TEXT},
+    "options": {"lora_rank": _RANK, "lora_alpha": _RANK},
+    "model": {"weights_sha256": _TEXT, "num_head_parameters": _COUNT},
     "data": {"content_sha256": _TEXT, "split_sha256": _TEXT},
     "adapter": {"weights_sha256": _TEXT},
     "tuned": {"weights_sha256": _TEXT},
@@ -75,6 +80,7 @@ def check_provenance(provenance: Any, source: str) -> None:
         RankingError: names the first section or field that is wrong.
     """
     _check_mapping(provenance, "provenance", source)
+    _check_finite(provenance, source)
     for section, fields in SECTIONS.items():
         if section not in provenance:
             continue
@@ -89,6 +95,22 @@ def check_provenance(provenance: Any, source: str) -> None:
                     f"{source!r} must hold {what} as `provenance.{section}.{name}`, got {came}; "
                     f"mend it, or make it again with `keylayers rank`"
                 )
+
+
+def _check_finite(provenance: Mapping[str, Any], source: str) -> None:
+    """Refuse NaN and infinity wherever they stand: no JSON that is written may hold them."""
+    open_parts: list[tuple[str, Any]] = [("provenance", provenance)]
+    while open_parts:
+        name, value = open_parts.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RankingError(
+                f"{source!r} must hold finite numbers alone, got {value} as `{name:.80}`; mend it, "
+                f"or make it again with `keylayers rank`"
+            )
+        if isinstance(value, dict):
+            open_parts += [(f"{name}.{key}", one) for key, one in value.items()]
+        elif isinstance(value, list):
+            open_parts += [(f"{name}[{index}]", one) for index, one in enumerate(value)]
 
 
 def update_sha256s(provenance: Mapping[str, Any]) -> set[str]:

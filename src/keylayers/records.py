@@ -83,7 +83,19 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         OutputError: the place cannot be written; what was there before is untouched.
     """
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    if not _is_unicode(text):
+        text = json.dumps(content, indent=2, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 holds it; JSON also allows halves of characters, as escapes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -37,7 +37,7 @@ def loss_curves(ranking: Ranking) -> LossCurves | None:
     if not stages:
         return None
     held_out = made_by.get("held_out_loss_nats", {})
-    known = [(name, held_out[name]) for name in ("base", "tuned") if name in held_out]
+    known = [(name, float(held_out[name])) for name in ("base", "tuned") if name in held_out]
     return LossCurves(stages, known, str(made_by.get("loss_unit", "nats per token")))
 
 

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Damaged files: truncated, of wrong types, huge, not UTF-8, with names twice, NaN and Infinity."""
+
+import contextlib
+import copy
+import io
+import json
+import os
+import time
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+# Generated cases of all targets together; CI takes a tenth of what the record was made with.
+SCALE = float(os.environ.get("FUZZ_SCALE", "0.1"))
+LONGEST_SECONDS = 5
+
+
+def cases(count):
+    """So many cases at full scale; without a stored database, so that a count is a count."""
+    return settings(
+        max_examples=max(10, round(count * SCALE)),
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+ODD = (
+    None, True, False, 0, -1, 1, 2, 10**18, 10**400, -(10**400), 0.5, -0.0, 1e308, 5e-324,
+    float("nan"), float("inf"), float("-inf"), "", " ", "nan", "0", "\x00", "\ud800", "a\nb",
+    "../../outside", "/etc/passwd", "x" * 100_000, "<script>", "{{ 1 }}", "é" * 300, "\u202e",
+    [], {}, [[]], [None], {"": None}, [1, "a"], {"a": {"b": []}},
+)  # fmt: skip
+values = st.one_of(
+    st.sampled_from(ODD),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=12),
+    st.recursive(
+        st.none() | st.integers() | st.text(max_size=4),
+        lambda one: (
+            st.lists(one, max_size=3) | st.dictionaries(st.text(max_size=4), one, max_size=3)
+        ),
+        max_leaves=6,
+    ),
+)
+
+
+def _nodes(content, place=()):
+    """Every place in a JSON value, as keys and indices from the top."""
+    yield place
+    parts = content.items() if isinstance(content, dict) else ()
+    parts = enumerate(content) if isinstance(content, list) else parts
+    for key, value in parts:
+        yield from _nodes(value, (*place, key))
+
+
+@st.composite
+def changed(draw, content):
+    """The value with one to three parts replaced, left out, repeated or renamed."""
+    content = copy.deepcopy(content)
+    for _ in range(draw(st.integers(1, 3))):
+        places = [place for place in _nodes(content) if place]
+        if not places:
+            return draw(values)
+        *way, last = draw(st.sampled_from(places))
+        holder = content
+        for key in way:
+            holder = holder[key]
+        act = draw(st.sampled_from(("replace", "replace", "replace", "drop", "repeat", "rename")))
+        if act == "replace":
+            holder[last] = draw(values)
+        elif act == "drop":
+            del holder[last]
+        elif isinstance(holder, list):
+            holder.append(copy.deepcopy(holder[last]))
+        elif act == "rename":
+            holder[draw(st.text(max_size=8))] = holder.pop(last)
+    return content
+
+
+def _cut(data, text):
+    return text[:data]
+
+
+def damaged_text(text):
+    """The bytes of a file that begins as `text`: cut off, with other bytes in it, or replaced."""
+    whole = text.encode()
+    return st.one_of(
+        st.integers(0, len(whole)).map(lambda end: whole[:end]),
+        st.tuples(st.integers(0, len(whole)), st.binary(max_size=6)).map(
+            lambda one: whole[: one[0]] + one[1] + whole[one[0] :]
+        ),
+        st.tuples(st.integers(0, len(whole)), st.binary(min_size=1, max_size=6)).map(
+            lambda one: whole[: one[0]] + one[1] + whole[one[0] + len(one[1]) :]
+        ),
+        st.binary(max_size=60),
+        st.sampled_from(
+            [b"", b"\xff\xfe", b"\xef\xbb\xbf" + whole, whole.decode().encode("utf-16")]
+        ),
+        st.sampled_from([b"[" * 100_000, b'{"a":' * 50_000, b"1" * 5_000, b"null", b"NaN"]),
+    )
+
+
+def damaged_json(content):
+    """The bytes of a JSON file that held `content`."""
+    sound = json.dumps(content)
+    return st.one_of(
+        changed(content).map(lambda one: json.dumps(one).encode("utf-8", "surrogatepass")),
+        changed(content).map(
+            lambda one: json.dumps(one, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        ),
+        damaged_text(sound),
+    )
+
+
+def run(*arguments):
+    """The exit code of a command, which must be 0 or 2, with one line for 2, and soon."""
+    from keylayers.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(one) for one in arguments])
+    seconds = time.perf_counter() - start
+    assert seconds < LONGEST_SECONDS, f"{seconds:.1f} s"
+    assert code in (0, 2), (code, err.getvalue())
+    if code == 2:
+        lines = [line for line in err.getvalue().splitlines() if line.startswith("keylayers: ")]
+        assert len(lines) == 1, err.getvalue()
+        assert err.getvalue().splitlines()[-1] == lines[0]
+    return code
