@@ -7,6 +7,7 @@ Only safetensors are read, never pickle; code that comes with a model runs only 
 
 import contextlib
 import json
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,11 @@ from keylayers.errors import ModelError
 from keylayers.options import Dtype, ModelOptions, Objective
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# What PEFT and safetensors raise for configs and weights with wrong values; found by fuzzing.
+FROM_A_BAD_ADAPTER = (
+    *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(AssertionError, ImportError, re.error, SafetensorError),
+)
 CONFIG_FILES = ("config.json", "generation_config.json", "*.py")  # what stands beside weights
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -174,7 +180,7 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
             tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=is_adalora)
             tuned.requires_grad_(False)
         missing = _missing_adapter_weights(tuned, folder)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except FROM_A_BAD_ADAPTER as error:
         raise ModelError(
             f"the adapter must be one for this base model, but {adapter!r} does not fit: "
             f"{_first_line(error)}"

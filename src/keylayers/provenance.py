@@ -44,7 +44,7 @@ _NUMBER, _COUNT = ("a finite number", is_number), ("a whole number from 0", _is_
 _TEXT, _LIST = ("text", _is_text), ("a list", _is_list)
 _RANK = ("a whole number from 1", _is_positive)
 SECTIONS: Mapping[str, Mapping[str, tuple[str, Check]]] = {
-    "environment": {},
+    "environment": {"commit": ("text or null", lambda one: one is None or _is_text(one))},
     "options": {"lora_rank": _RANK, "lora_alpha": _RANK},
     "model": {"weights_sha256": _TEXT, "num_head_parameters": _COUNT},
     "data": {"content_sha256": _TEXT, "split_sha256": _TEXT},

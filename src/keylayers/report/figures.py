@@ -2,10 +2,11 @@
 """The pictures of a report as files for papers: vector graphics or pixels."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import altair as alt
 import vl_convert
@@ -28,6 +29,7 @@ Kind = Literal["heatmap", "curve", "losses", "agreement"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 NUM_COLUMNS = 2  # of the pictures of several rankings in one figure
 PIXELS_PER_INCH = 300
+NOT_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def draw_figures(
@@ -79,9 +81,16 @@ def _drawn(path: Path, sources: Sequence[Source], budget: Budget) -> bytes:
     else:
         charts = [_of_one(kind, one, budget).properties(title=one.label) for one in sources]
         chart = alt.concat(*charts, columns=NUM_COLUMNS).resolve_scale(color="independent")
-    text = json.dumps(chart.to_dict(), ensure_ascii=False)
-    whole = text.encode("utf-8", "replace").decode()  # JSON allows half characters, UTF-8 does not
-    return _FORMATS[path.suffix.lower()](whole)
+    return _FORMATS[path.suffix.lower()](json.dumps(_drawable(chart.to_dict())))
+
+
+def _drawable(content: Any) -> Any:
+    """The same with a mark in place of characters that XML has not, on which vl-convert aborts."""
+    if isinstance(content, str):
+        return NOT_IN_XML.sub("\ufffd", content)
+    if isinstance(content, dict):
+        return {key: _drawable(value) for key, value in content.items()}
+    return [_drawable(one) for one in content] if isinstance(content, list) else content
 
 
 def _of_one(kind: Kind, source: Source, budget: Budget) -> Chart:

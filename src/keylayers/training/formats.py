@@ -245,7 +245,8 @@ def _message(turn: object, number: int) -> Message:
             f"A turn must have role and content (or from and value), got {str(turn)[:60]!r} in row "
             f"{number}; rewrite the row or insist on another `--format`."
         )
-    name = turn.get("role") or turn.get("from")
+    role = turn.get("role") or turn.get("from")
+    name = role if isinstance(role, str) else f"{role!s:.60}"
     if name in _TOOL_ROLES or turn.get("tool_calls"):
         raise DataError(
             f"A turn must be of system, user or assistant, got a tool's (role {name!r}) "

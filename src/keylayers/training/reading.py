@@ -21,6 +21,7 @@ from keylayers.training.formats import (
     recognise,
     require_columns,
 )
+from keylayers.training.json_shape import check_shape
 
 if TYPE_CHECKING:
     import datasets
@@ -114,6 +115,8 @@ def _open(options: DataOptions, cache: str) -> "datasets.Dataset":
             return _open_saved(path, options.data_split)
         if path.exists():
             reader, reader_options = _reader(path)
+            if reader == "json":
+                check_shape(path)
             files = (
                 {"path": reader, "data_files": str(path)} if path.is_file() else {"path": str(path)}
             )

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generated damage to YAML, data, adapters, scans and records: one line, or a right result."""
+
+import contextlib
+import json
+import shutil
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from damage import cases, changed, damaged_bytes, damaged_json, damaged_text, run
+
+OPTIONS = {
+    "model": "nowhere",
+    "data": "nowhere.jsonl",
+    "max_steps": 3,
+    "epsilon": 0.1,
+    "held_out": 0.2,
+    "load_in_4bit": False,
+    "method": "path",
+    "report_to": ["tensorboard"],
+    "seed": 1,
+}
+YAML = [
+    *("a: [", "? a", "- 1", "!!python/object/apply:os.system [ls]", "&a [*a]", "a: &b {c: *b}"),
+    *(
+        "%YAML 9.9\n---\na: 1",
+        "a: 1\na: 2",
+        "\t",
+        "---\n---",
+        "'",
+        "a: !!binary x",
+        "a: 2026-13-45",
+    ),
+    "x: &x [1]\n" + "y: [" + ", ".join(["*x"] * 1000) + "]",
+]
+
+
+def yaml_text(content):
+    return yaml.safe_dump(content, allow_unicode=False).encode()
+
+
+yaml_files = st.one_of(
+    changed(OPTIONS)
+    .filter(lambda one: isinstance(one, dict) and len(str(one)) < 4000)
+    .filter(lambda one: "\ud800" not in str(one))
+    .map(yaml_text),
+    damaged_text(yaml.safe_dump(OPTIONS)),
+    st.sampled_from(YAML).map(str.encode),
+)
+
+
+@pytest.mark.parametrize("command", ["rank", "train"])
+def test_a_damaged_yaml_file_is_one_line(command, tmp_path_factory, monkeypatch):
+    """No model is there, so that even a sound file ends in a line."""
+    folder = tmp_path_factory.mktemp("yaml")
+    monkeypatch.chdir(folder)
+    with contextlib.suppress(AssertionError):  # the first call imports torch, which takes its time
+        run(command, "--model", "nowhere", "--data", "nowhere.jsonl")
+
+    @cases(800)
+    @given(yaml_files)
+    def check(content):
+        (folder / "run.yaml").write_bytes(content)
+        assert run(command, "--config", "run.yaml", "--output", "out") == 2
+        assert sorted(path.name for path in folder.iterdir()) == ["run.yaml"]
+
+    check()
+
+
+ROW = {"prompt": "Why?", "completion": "Because."}
+MESSAGES = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+ALPACA = {"instruction": "Do.", "input": "", "output": "Done."}
+SHAREGPT = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+SOUND = [ROW] * 4, [MESSAGES] * 3, [ALPACA] * 3, [SHAREGPT] * 3
+
+
+def lines(rows):
+    rows = rows if isinstance(rows, list) else [rows]
+    return "".join(json.dumps(row) + "\n" for row in rows).encode("utf-8", "surrogatepass")
+
+
+def as_table(rows, ending):
+    """The rows as a file of the kind."""
+    import io
+
+    import pandas
+
+    frame, file = pandas.DataFrame(rows), io.BytesIO()
+    if ending == ".csv":
+        frame.to_csv(file, index=False)
+    else:
+        frame.to_parquet(file)
+    return file.getvalue()
+
+
+def data_files(ending):
+    if ending in (".jsonl", ".json"):
+        return st.one_of(
+            st.sampled_from(SOUND).flatmap(changed).map(lines),
+            st.sampled_from(SOUND).flatmap(changed).map(json.dumps).map(str.encode),
+            st.sampled_from(SOUND).flatmap(lambda rows: damaged_bytes(lines(rows))),
+        )
+    return st.sampled_from(SOUND).flatmap(lambda rows: damaged_bytes(as_table(rows, ending)))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files of pandas
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".parquet"])
+def test_damaged_data_is_read_or_refused(ending, tmp_path_factory):
+    """What is read has a text in every turn that is learned."""
+    from keylayers.errors import DataError
+    from keylayers.options import DataOptions
+    from keylayers.training.reading import read_conversations
+
+    path = tmp_path_factory.mktemp("data") / f"data{ending}"
+
+    @cases(250)
+    @given(data_files(ending))
+    def check(content):
+        path.write_bytes(content)
+        try:
+            _, found = read_conversations(DataOptions(data=str(path)))
+        except DataError:
+            return
+        assert found.conversations
+
+    check()
+
+
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")
+@pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::RuntimeWarning:peft")
+def test_a_damaged_adapter_is_ranked_or_refused(tiny, tmp_path_factory):
+    """Its config and its weights; what is loaded must be what a ranking then names."""
+    from keylayers.errors import ModelError
+    from keylayers.models import load_adapter, load_model
+    from keylayers.options import ModelOptions
+    from keylayers.updates import adapter_updates
+
+    folder = tmp_path_factory.mktemp("adapters") / "adapter"
+    shutil.copytree(tiny / "adapter", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    files = st.one_of(
+        st.tuples(damaged_json(config), st.just(weights)),
+        st.tuples(st.just(json.dumps(config).encode()), damaged_bytes(weights)),
+    )
+
+    @cases(600)
+    @given(files)
+    def check(content):
+        for name, part in zip(
+            ("adapter_config.json", "adapter_model.safetensors"), content, strict=True
+        ):
+            (folder / name).write_bytes(part)
+        model = load_model(ModelOptions(model=str(tiny / "model")))
+        try:
+            updates = adapter_updates(load_adapter(model, str(folder)))
+        except ModelError:
+            return
+        assert updates
+
+    check()
+
+
+def test_a_damaged_scan_of_spectrum_is_imported_or_refused(tiny, tmp_path_factory):
+    from test_spectrum_file import scan_of
+
+    folder = tmp_path_factory.mktemp("scans")
+    path = scan_of(folder)
+    content = json.loads(path.read_text())
+
+    @cases(400)
+    @given(damaged_json(content))
+    def check(damaged):
+        path.write_bytes(damaged)
+        (folder / "ranking.json").unlink(missing_ok=True)
+        model = ("--model", tiny / "model", "--output", folder / "ranking.json")
+        if run("import", path, *model) == 0:
+            assert run("show", folder / "ranking.json") == 0
+
+    check()
