@@ -6,17 +6,17 @@ first rows are `null`. Both end the process without a word.
 """
 
 import gzip
+import io
 import re
 import zlib
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from keylayers.errors import DataError
 
 DEEPEST = 500  # levels; conversations have four
-_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"')  # no text of JSON goes on in the next line
+_TEXT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')  # no text of JSON goes on in the next line
 _STEP = np.zeros(256, dtype=np.int64)
 _STEP[list(b"[{")] = 1
 _STEP[list(b"]}")] = -1
@@ -47,6 +47,9 @@ def _wrong_line(path: Path) -> tuple[int, str] | None:
     try:
         with _opened(path) as file:
             for number, line in enumerate(file, start=1):
+                if level == 0 and _is_plain_row(line):
+                    row_level = row_level or 0
+                    continue
                 rest = np.frombuffer(_TEXT.sub(b'"', line), dtype=np.uint8)
                 if not len(rest):
                     continue
@@ -63,5 +66,12 @@ def _wrong_line(path: Path) -> tuple[int, str] | None:
     return None
 
 
-def _opened(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+def _is_plain_row(line: bytes) -> bool:
+    """Whether a line is one object that cannot be nested too deep, as nearly all are."""
+    text = line.strip()
+    is_object = text.startswith(b"{") and text.endswith(b"}")
+    return is_object and text.count(b"{") + text.count(b"[") <= DEEPEST
+
+
+def _opened(path: Path) -> io.BufferedIOBase:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What SECURITY.md promises: no secret is written, nothing leaves the output folder."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from test_rank import keylayers, rank
+from test_train import STEPS
+
+SECRET = "hf_" + "kEyLaYeRs" * 4
+NAMES = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "OPENAI_API_KEY",
+    "WANDB_API_KEY",
+    "AWS_SECRET_ACCESS_KEY",
+)
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    for name in NAMES:
+        monkeypatch.setenv(name, SECRET)
+
+
+def everything_below(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.usefixtures("planted")
+def test_no_key_or_token_is_in_anything_that_is_written_or_printed(
+    tiny, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
+    out, more = tmp_path / "out", ("--output", tmp_path / "tuned")
+    assert rank(tiny, out, "--report-to", "tensorboard") == 0
+    assert keylayers("verify", "--ranking", out, "--random-orders", "1") == 0
+    assert keylayers("train", "--ranking", out, "--budget", "3", *STEPS, *more) == 0
+    assert keylayers("prune", "--ranking", out, "--budget", "3", "--output", tmp_path / "cut") == 0
+    assert (
+        keylayers("export", out, "--budget", "3", "--to", "peft", "--output", tmp_path / "e") == 0
+    )
+    figures = ("--figure", tmp_path / "heatmap.pdf", tmp_path / "curve.svg")
+    assert keylayers("show", out, "--html", tmp_path / "report.html", *figures) == 0
+    assert rank(tiny, tmp_path / "bad", "--model", tmp_path / "nowhere") == 2
+    printed = "".join(capfd.readouterr())
+    written = everything_below(tmp_path)
+    assert len(written) > 25
+    assert "written to" in printed
+    assert [path for path, content in written.items() if SECRET.encode() in content] == []
+    assert SECRET not in printed
+
+
+def test_the_search_would_find_a_secret(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "file").write_bytes(b"\x00" + SECRET.encode())
+    assert any(SECRET.encode() in content for content in everything_below(tmp_path).values())
+
+
+def test_names_in_a_ranking_lead_to_no_file_elsewhere(tiny, tmp_path):
+    """A ranking from elsewhere may name its modules, its model and its data as it likes."""
+    from dataclasses import replace
+
+    from rankings import ranking_of
+
+    ranking = ranking_of([1.0, 0.5], provenance={"model": {"name": "../../outside"}})
+    names = ("../../outside/x", "/tmp/keylayers-outside")
+    modules = tuple(
+        replace(one, name=name) for one, name in zip(ranking.modules, names, strict=True)
+    )
+    folder = tmp_path / "in" / "side"
+    folder.mkdir(parents=True)
+    replace(ranking, modules=modules).save(folder / "r.json")
+    before = set(tmp_path.rglob("*"))
+    for tool in ("peft", "trl", "axolotl", "llamafactory"):
+        output = ("--output", folder / tool)
+        assert keylayers("export", folder / "r.json", "--budget", "1", "--to", tool, *output) in (
+            0,
+            2,
+        )
+    assert keylayers("show", folder / "r.json", "--html", folder / "r.html") == 0
+    made = set(tmp_path.rglob("*")) - before
+    assert all(folder in path.parents for path in made)
+    assert made
+    assert not Path("/tmp/keylayers-outside").exists()
+
+
+BANNED = re.compile(
+    r"(?<![.\w])(eval|exec)\(|^\s*(from|import) (pickle|marshal|shelve|socket|socketserver|http)\b"
+    r"|torch\.load\(|yaml\.(unsafe_)?load\(|os\.system\(|shell=True"
+)
+
+
+def test_nothing_in_the_source_runs_code_from_files_or_opens_a_port():
+    source = Path(__file__).resolve().parents[1] / "src"
+    found = [
+        (path.name, line)
+        for path in sorted(source.rglob("*.py"))
+        for line in path.read_text().splitlines()
+        if BANNED.search(line)
+    ]
+    assert found == []
+    assert all(BANNED.search(line) for line in ("x = eval(y)", "import pickle", "torch.load(f)"))
