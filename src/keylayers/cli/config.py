@@ -118,7 +118,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"`config` must be a YAML file, but {str(path)!r} cannot be read: {error.strerror}"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # numbers and dates out of range
         reason = " ".join(str(error).split())
         raise ConfigError(f"{str(path)!r} must be valid YAML, but is not: {reason}") from error
     if options is None:
