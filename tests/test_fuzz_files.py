@@ -7,10 +7,11 @@ import math
 import pytest
 from hypothesis import given
 
-from damage import cases, damaged_json, run
+from damage import LARGE, cases, damaged_json, run
 
 from rankings import ranking_of
 
+pytestmark = pytest.mark.filterwarnings(LARGE)
 SCORES = [0.9, 0.5, None, 0.45, 0.5, 0.1]
 MADE_BY = {
     "environment": {"keylayers": "0.1.0", "commit": None, "libraries": {"torch": "2"}},

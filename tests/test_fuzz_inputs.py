@@ -10,8 +10,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from damage import cases, changed, damaged_bytes, damaged_json, damaged_text, run
+from damage import LARGE, cases, changed, damaged_bytes, damaged_json, damaged_text, run
 
+pytestmark = pytest.mark.filterwarnings(LARGE)
 OPTIONS = {
     "model": "nowhere",
     "data": "nowhere.jsonl",
@@ -129,7 +130,6 @@ def test_damaged_data_is_read_or_refused(ending, tmp_path_factory):
     check()
 
 
-@pytest.mark.filterwarnings("ignore:Generating overly large repr")
 @pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::RuntimeWarning:peft")
 def test_a_damaged_adapter_is_ranked_or_refused(tiny, tmp_path_factory):
     """Its config and its weights; what is loaded must be what a ranking then names."""
