@@ -8,6 +8,7 @@ from benchmarks import (
     checkpoint_pair,
     free_score,
     growth,
+    long_run,
     mask_step,
     memory_budget,
     start_up,
@@ -28,6 +29,7 @@ def main() -> None:
         train_selection,
         memory_budget,
         growth,
+        long_run,
         start_up,
         checkpoint_pair,
     )

@@ -216,6 +216,18 @@ def growth() -> str:
     return markdown(["along", "step", "time", "kept for backward"], rows)
 
 
+def long_run() -> str:
+    """Memory of a process over many steps."""
+    found = load("long_run")
+    rows = []
+    for side, one in found["sides"].items():
+        first, last = one["mib"][0], one["mib"][-1]
+        grown = f"{one['grown_mib_per_1000_steps']:+.2f}"
+        rows.append([f"{found['num_steps']:,} {side}", f"{first:.0f}", f"{last:.0f}", grown])
+    at_first = f"MiB after {found['every_steps']} steps"
+    return markdown(["process", at_first, "at the end", "MiB per 1,000 steps, settled"], rows)
+
+
 def start_up() -> str:
     """Seconds that people wait."""
     rows = [
@@ -281,6 +293,7 @@ TABLES: Sequence[Callable[[], str]] = (
     prices,
     time_to_loss,
     growth,
+    long_run,
     start_up,
     checkpoint_pair,
 )

@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw ranking.svg and report.png of a verified ranking: `make.py out/demo/polite`."""
+"""Draw ranking.svg and report.png of a verified ranking: `make.py out/demo/polite`.
+
+And memory.svg of the benchmark of long runs.
+"""
 
 import io
+import json
 import re
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
+import altair as alt
 from playwright.sync_api import sync_playwright
 from rich.console import Console
 
 from keylayers.ranking import Ranking
+from keylayers.report.figures import drawn_chart
 from keylayers.report.html import render_report
 from keylayers.report.source import load_sources
 from keylayers.report.terminal import heatmap
@@ -51,6 +57,30 @@ def draw_report(folder: Path) -> None:
         browser.close()
 
 
+def draw_memory() -> None:
+    """Memory of a process over many steps, and of its control."""
+    record = HERE.parents[1] / "benchmarks" / "long_run.json"
+    found = json.loads(record.read_text(encoding="utf-8"))
+    rows = [
+        {"process": side, "step": number * found["every_steps"], "MiB": mib}
+        for side, one in found["sides"].items()
+        for number, mib in enumerate(one["mib"], start=1)
+    ]
+    chart = (
+        alt.Chart(alt.InlineData(values=rows))
+        .mark_line()
+        .encode(
+            x=alt.X("step:Q"),
+            y=alt.Y("MiB:Q", scale=alt.Scale(domainMin=0)),
+            color=alt.Color("process:N", scale=alt.Scale(range=["#0072b2", "#d55e00"])),
+            strokeDash=alt.StrokeDash("process:N"),
+        )
+        .properties(width=480, height=200, background="white")
+    )
+    (HERE / "memory.svg").write_bytes(drawn_chart(chart, ".svg"))
+
+
 if __name__ == "__main__":
+    draw_memory()
     draw_ranking(Path(sys.argv[1]))
     draw_report(Path(sys.argv[1]))
