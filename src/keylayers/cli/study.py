@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`keylayers study`."""
+
+import time
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cyclopts import App
+
+from keylayers.cli.show import NEEDED
+from keylayers.errors import StudyError
+
+if TYPE_CHECKING:
+    from keylayers.study.cell import CellState
+    from keylayers.study.plan import Cell
+    from keylayers.study.workers import Workers
+
+EXAMPLES = """Examples:
+
+```
+keylayers study study.yaml --dry-run
+keylayers study study.yaml --output results
+keylayers study study.yaml --output results --ray-address auto
+```
+
+A study file has the options that all runs share, and a grid of those that differ:
+
+```
+options:
+  model: base
+  max_steps: 100
+grid:
+  data: [chats.jsonl, code.jsonl]
+  seed: [0, 1, 2]
+  method: [elimination, ila, {method: ila, mask_optimizer: adam}]
+  budget: [0.1, 0.3, 1.0]
+verify: true
+```
+"""
+
+app = App(help_epilogue=EXAMPLES)
+
+
+@app.default
+def study(
+    study: Path,
+    /,
+    *,
+    output: Path = Path("study"),
+    workers: int | None = None,
+    ray_address: str | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Run every combination of models, data, seeds, methods and budgets, each once.
+
+    Rankings of the same model, data and training share one stage 1. What is finished is never run
+    again, what was stopped goes on, and what failed is recorded, left out and tried again by the
+    next run. Writes results.parquet and results.csv, and report.html if charts are installed.
+
+    Args:
+        study: YAML file with `options`, `grid` and `verify`.
+        output: Folder of the study: its cells and its results.
+        workers: Runs at once. Not given: one for each accelerator, or for each core without one.
+        ray_address: Address of a Ray cluster that shares this machine's files; auto finds one,
+            local starts one here.
+        dry_run: Only show what would be run.
+    """
+    from keylayers.cli.config import read_yaml
+    from keylayers.cli.console import stdout
+    from keylayers.study.plan import plan, study_record
+    from keylayers.study.run import run_cells, states_at_start
+    from keylayers.study.tables import plan_table
+    from keylayers.study.yaml_file import StudyFile
+
+    asked = StudyFile.of(read_yaml(study, "study"), str(study))
+    cells = plan(asked, output)
+    _check(cells)
+    states = states_at_start(output, cells)
+    num_finished = sum(state.status == "finished" for state in states.values())
+    console = stdout()
+    if dry_run:
+        console.print(plan_table(cells, states))
+        console.print(f"\n{len(cells)} cells, {num_finished} of them finished", highlight=False)
+        return
+    from keylayers.folders import one_at_a_time, output_folder
+    from keylayers.records import write_json
+
+    with output_folder(output), one_at_a_time(output):
+        write_json(output / "study.json", study_record(asked, cells))
+        if num_finished < len(cells):
+            with _Display(output, cells) as display:
+                states = run_cells(output, cells, _workers(workers, ray_address), display.show)
+        num_missing = _show_results(output, cells, list(asked.grid), states)
+    if num_missing:
+        raise StudyError(
+            f"every cell must finish, but {num_missing} of {len(cells)} did not; their errors are "
+            f"in results.csv and their log.txt, and the same command tries them again"
+        )
+
+
+def _check(cells: "Sequence[Cell]") -> None:
+    """Parse the commands before any is run; those that take over a ranking's options need it."""
+    from keylayers.cli import app as commands
+
+    for cell in cells:
+        for words in cell.commands:
+            if "--ranking" not in words:
+                commands.parse_args(words, print_error=False, exit_on_error=False)
+
+
+def _workers(num_workers: int | None, ray_address: str | None) -> "Workers":
+    from keylayers.cli import main
+    from keylayers.errors import ConfigError
+    from keylayers.study.workers import LocalWorkers, RayWorkers, num_devices, num_local_workers
+
+    if num_workers is not None and num_workers < 1:
+        raise ConfigError(f"`workers` must be at least 1, got {num_workers}")
+    if ray_address is None:
+        devices = num_devices()
+        return LocalWorkers(main, num_workers or num_local_workers(devices), devices)
+    if num_workers is not None:
+        raise ConfigError("`workers` must be left out with `ray_address`: the cluster has its own")
+    return RayWorkers(main, ray_address)
+
+
+class _Display:
+    """A live table in a terminal; elsewhere a line for each cell that ends."""
+
+    def __init__(self, root: Path, cells: "Sequence[Cell]") -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self.root = root
+        self.cells = cells
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.is_live = self.console.is_terminal
+        self.live = Live(console=self.console, auto_refresh=False, transient=True)
+        self.start = time.perf_counter()
+        self.told: Mapping[str, str] = {}
+
+    def show(self, states: "Mapping[str, CellState]") -> None:
+        """Show the states of all cells."""
+        from keylayers.study.cell import last_line
+        from keylayers.study.tables import outcome_line, progress_table
+
+        if self.is_live:
+            shown = progress_table(self.cells, states, lambda cell: last_line(self.root, cell))
+            self.live.update(shown, refresh=True)
+        now = {name: state.status for name, state in states.items()}
+        for cell in self.cells:
+            is_new = now[cell.name] != self.told.get(cell.name, "waiting")
+            if is_new and now[cell.name] in ("finished", "failed", "skipped") and self.told:
+                line = outcome_line(cell, states[cell.name])
+                self.console.print(line, style="dim", markup=False)
+        self.told = now
+
+    def __enter__(self) -> "_Display":
+        if self.is_live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.is_live:
+            self.live.stop()
+
+
+def _show_results(
+    root: Path, cells: "Sequence[Cell]", axes: Sequence[str], states: "Mapping[str, CellState]"
+) -> int:
+    """Write and print what was found; how many cells have no result."""
+    from keylayers.cli.console import stdout
+    from keylayers.records import write_bytes
+    from keylayers.study.table import results_table, write_table
+    from keylayers.study.tables import summary_tables
+
+    table = results_table(root, cells, states, axes)
+    write_table(root, table)
+    console = stdout()
+    for one in summary_tables(table, axes):
+        console.print(one)
+        console.print()
+    written = ["results.parquet", "results.csv"]
+    if all(find_spec(name) is not None for name in NEEDED):
+        from keylayers.study.report import render_study
+
+        write_bytes(root / "report.html", render_study(table, axes, cells, states))
+        written.append("report.html")
+    num_finished = sum(states[cell.name].status == "finished" for cell in cells)
+    console.print(f"{num_finished} of {len(cells)} cells finished")
+    console.print(f"{', '.join(written)} written to {root}", markup=False)
+    return len(cells) - num_finished

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A study as one HTML file that opens offline: charts and means by group, what failed, commands.
+
+Runs no script and loads nothing: the charts are pictures inside the file.
+"""
+
+import base64
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import altair as alt
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from keylayers._version import __version__
+from keylayers.report.charts import BLUE, GREY
+from keylayers.report.figures import drawn_chart
+from keylayers.study.cell import CellState
+from keylayers.study.plan import Cell
+from keylayers.study.summary import (
+    SHOWN,
+    groups_of,
+    interval_text,
+    label_of,
+    number_text,
+    reference_of,
+    summary,
+)
+
+WIDTH, ROW_HEIGHT = 420, 22  # of a chart, in pixels
+BETWEEN = " · "  # labels of the axes
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the page shows of one measure.
+
+    Attributes:
+        title: What was measured.
+        beside: What stands beside it.
+        groups: Axes of the table.
+        rows: Of the table, as text.
+        figure: The chart, PNG in base64: a browser has other fonts, which an SVG would clip.
+    """
+
+    title: str
+    beside: str
+    groups: Sequence[str]
+    rows: Sequence[Mapping[str, Any]]
+    figure: str
+
+
+def render_study(
+    table: pd.DataFrame,
+    axes: Sequence[str],
+    cells: Sequence[Cell],
+    states: Mapping[str, CellState],
+) -> bytes:
+    """The report of a study, as an HTML file.
+
+    Args:
+        table: As `results_table` gives it.
+        axes: Of the study's grid.
+        cells: Of the study.
+        states: How each ended, by name.
+    """
+    environment = Environment(
+        loader=PackageLoader("keylayers.study", "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["shell"] = shlex.quote
+    finished = [cell for cell in cells if states[cell.name].status == "finished"]
+    style = files("keylayers.report").joinpath("page", "page.css").read_text(encoding="utf-8")
+    page = environment.get_template("study.html").render(
+        version=__version__,
+        style=Markup(style),
+        axes=axes,
+        cells=cells,
+        num_cells=len(cells),
+        num_finished=len(finished),
+        lost=[(cell, states[cell.name]) for cell in cells if cell not in finished],
+        parts=[_part(table, axes, one) for one in SHOWN if (table["measure"] == one).any()],
+    )
+    return page.encode("utf-8", "replace")
+
+
+def _part(table: pd.DataFrame, axes: Sequence[str], measure: str) -> Part:
+    means = summary(table, axes, measure)
+    groups = groups_of(table, axes, measure)
+    rows = [
+        {
+            "labels": [label_of(row[group]) for group in groups],
+            "mean": number_text(row["mean"]),
+            "interval": interval_text(row["low"], row["high"]),
+            "runs": row["runs"],
+            "beside": number_text(row["beside"]),
+        }
+        for row in means.to_dict("records")
+    ]
+    figure = drawn_chart(_chart(table, means, groups, measure), ".png")
+    return Part(
+        SHOWN[measure][0],
+        reference_of(measure),
+        groups,
+        rows,
+        base64.b64encode(figure).decode(),
+    )
+
+
+def _chart(
+    table: pd.DataFrame, means: pd.DataFrame, groups: Sequence[str], measure: str
+) -> alt.LayerChart:
+    """A row for each group: its runs as dots, their mean as a bar, the reference in grey."""
+
+    def name(row: Mapping[Any, Any]) -> str:
+        return BETWEEN.join(label_of(row[group]) for group in groups) or "all"
+
+    order = [name(row) for row in means.to_dict("records")]
+    runs = [
+        {"group": name(row), "value": row["value"]}
+        for row in table[table["measure"] == measure].to_dict("records")
+    ]
+    bars = [
+        {
+            "group": name(row),
+            "value": row["mean"],
+            "beside": None if pd.isna(row["beside"]) else row["beside"],
+        }
+        for row in means.to_dict("records")
+    ]
+    y = alt.Y("group:N", sort=order, title=None, axis=alt.Axis(labelLimit=420))
+    x = alt.X("value:Q", title=SHOWN[measure][0], scale=alt.Scale(zero=False))
+    mean = alt.Chart(alt.InlineData(values=bars))
+    return alt.layer(
+        mean.transform_filter("isValid(datum.beside)")
+        .mark_tick(color=GREY, thickness=3, size=14)
+        .encode(y=y, x=alt.X("beside:Q")),
+        mean.mark_tick(color=BLUE, thickness=2, size=16).encode(y=y, x=x),
+        alt.Chart(alt.InlineData(values=runs))
+        .mark_circle(color=BLUE, size=45, opacity=0.6)
+        .encode(y=y, x=x),
+    ).properties(width=WIDTH, height=ROW_HEIGHT * max(1, len(order)))

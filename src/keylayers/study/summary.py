@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a study found, seeds taken together: means with their 95 % intervals. Needs no torch."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+REPLICATE = "seed"  # the axis whose entries are runs of the same thing
+# Measure -> what a reader sees, the measure that stands beside it, and what that is called.
+SHOWN = {
+    "area": ("Area under the mask curve", "area_of_random_orders", "random orders"),
+    "held_out_loss": ("Held-out loss after training", "held_out_loss_base", "base model"),
+}
+
+
+def groups_of(table: pd.DataFrame, axes: Sequence[str], measure: str) -> list[str]:
+    """The axes that tell apart what was measured, without the seed."""
+    found = table[table["measure"] == measure]
+    return [axis for axis in axes if axis != REPLICATE and found[axis].notna().any()]
+
+
+def reference_of(measure: str) -> str:
+    """What stands beside a measure."""
+    return SHOWN[measure][2]
+
+
+def label_of(value: object) -> str:
+    """The entry of an axis; a dash where there is none."""
+    return value if isinstance(value, str) else "-"
+
+
+def number_text(value: float) -> str:
+    """A mean as tables show it; nothing where it is not known."""
+    return "" if np.isnan(value) else f"{value:.4f}"
+
+
+def interval_text(low: float, high: float) -> str:
+    """An interval as tables show it; nothing where it is not known."""
+    return "" if np.isnan(low) else f"{number_text(low)} to {number_text(high)}"
+
+
+def summary(table: pd.DataFrame, axes: Sequence[str], measure: str) -> pd.DataFrame:
+    """One row for each combination of the axes other than the seed, in the order of the table.
+
+    A cell that serves several combinations of one group counts once.
+
+    Args:
+        table: As `results_table` gives it.
+        axes: Of the study's grid.
+        measure: One of `SHOWN`.
+
+    Returns:
+        The axes, `mean`, `low` and `high` (Student's 95 % interval over runs; missing for one),
+        `runs`, and `beside`: the mean of what stands beside the measure.
+    """
+    groups = groups_of(table, axes, measure)
+    keys = ["cell", *groups]
+    runs = table[table["measure"] == measure].drop_duplicates(keys)
+    beside = table[table["measure"] == SHOWN[measure][1]].drop_duplicates(keys)
+    runs = runs.merge(beside[[*keys, "value"]].rename(columns={"value": "beside"}), "left", keys)
+    rows = []
+    parts = runs.groupby(groups, sort=False, dropna=False) if groups else [((), runs)]
+    for labels, part in parts:
+        low, high = _interval(part["value"].to_numpy())
+        rows.append(
+            {
+                **dict(zip(groups, labels, strict=True)),
+                "mean": part["value"].mean(),
+                "low": low,
+                "high": high,
+                "runs": len(part),
+                "beside": part["beside"].mean(),
+            }
+        )
+    found = pd.DataFrame(rows, columns=[*groups, "mean", "low", "high", "runs", "beside"])
+    order = {axis: list(table[axis].unique()) for axis in groups}  # as in the study file
+    return (
+        found.sort_values(groups, key=lambda axis: axis.map(order[axis.name].index), kind="stable")
+        if groups
+        else found
+    )
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """Student's 95 % interval of the mean; NaN from a single value."""
+    if len(values) < 2:
+        return np.nan, np.nan
+    error = stats.sem(values)
+    if error == 0:  # for which Student's interval is not defined
+        return float(values[0]), float(values[0])
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=values.mean(), scale=error)
+    return float(low), float(high)

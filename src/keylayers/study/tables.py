@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A study in the terminal: its cells while they run, its plan, and what it found."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import pandas as pd
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from keylayers.study.cell import CellState, Status
+from keylayers.study.plan import Cell
+from keylayers.study.summary import (
+    SHOWN,
+    groups_of,
+    interval_text,
+    label_of,
+    number_text,
+    reference_of,
+    summary,
+)
+
+STATUSES: tuple[Status, ...] = ("finished", "running", "waiting", "failed", "skipped")
+
+
+def plan_table(cells: Sequence[Cell], states: Mapping[str, CellState]) -> Table:
+    """Every cell with what it belongs to, and whether it is finished already."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("cell", "serves", "needs", "state"):
+        table.add_column(title)
+    for cell in cells:
+        status = states[cell.name].status
+        table.add_row(
+            Text(cell.name), Text(_serves(cell)), Text(", ".join(cell.needs)), Text(_to_do(status))
+        )
+    return table
+
+
+def progress_table(
+    cells: Sequence[Cell], states: Mapping[str, CellState], last_line: Callable[[Cell], str]
+) -> Group:
+    """How many cells of each kind are how far, what runs and says what, and what failed."""
+    counts = Table(box=None, pad_edge=False)
+    counts.add_column("cells")
+    for status in STATUSES:
+        counts.add_column(status, justify="right")
+    for kind in dict.fromkeys(cell.kind for cell in cells):
+        of_kind = Counter(states[cell.name].status for cell in cells if cell.kind == kind)
+        counts.add_row(kind, *(str(of_kind[status]) for status in STATUSES))
+    running = [cell for cell in cells if states[cell.name].status == "running"]
+    lines = (Text(f"{cell.name}: {last_line(cell)}", style="dim") for cell in running)
+    return Group(counts, *lines)
+
+
+def outcome_line(cell: Cell, state: CellState) -> str:
+    """How a cell ended, in one line."""
+    why = f": {state.error}" if state.error else f" after {state.seconds:.0f} s"
+    return f"{cell.name} ({_serves(cell)}) {state.status}{why}"
+
+
+def summary_tables(table: pd.DataFrame, axes: Sequence[str]) -> list[Table]:
+    """What was found: for each measure the means over seeds, with 95 % intervals."""
+    return [
+        _summary_table(table, axes, measure)
+        for measure in SHOWN
+        if (table["measure"] == measure).any()
+    ]
+
+
+def _summary_table(table: pd.DataFrame, axes: Sequence[str], measure: str) -> Table:
+    groups = groups_of(table, axes, measure)
+    shown = Table(box=None, pad_edge=False, title=SHOWN[measure][0], title_justify="left")
+    for group in groups:
+        shown.add_column(group)
+    for name in ("mean", "95 % interval", "runs", reference_of(measure)):
+        shown.add_column(name, justify="right")
+    for row in summary(table, axes, measure).to_dict("records"):
+        shown.add_row(
+            *(Text(label_of(row[group])) for group in groups),
+            f"{row['mean']:.4f}",
+            interval_text(row["low"], row["high"]),
+            str(row["runs"]),
+            number_text(row["beside"]),
+        )
+    return shown
+
+
+def _serves(cell: Cell) -> str:
+    first = " ".join(f"{axis}={label}" for axis, label in cell.points[0].items())
+    more = len(cell.points) - 1
+    return f"{first} and {more} more" if more else first
+
+
+def _to_do(status: Status) -> str:
+    return "finished" if status == "finished" else "to do"

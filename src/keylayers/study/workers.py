@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where cells are run: processes on this machine, or a Ray cluster, with the same results.
+
+Each worker is a process of its own that runs one cell after another, so that one that dies takes
+one cell with it.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from keylayers.errors import ConfigError
+from keylayers.study.cell import CellState, RunCommand, run_cell
+from keylayers.study.plan import Cell
+
+
+@runtime_checkable
+class Workers(Protocol):
+    """Run cells side by side."""
+
+    def has_room(self) -> bool:
+        """Whether another cell would be begun at once."""
+        ...
+
+    def begin(self, root: Path, cell: Cell) -> None:
+        """Run a cell."""
+        ...
+
+    def finished(self, timeout_seconds: float) -> dict[str, CellState]:
+        """Cell name -> state of those that have ended since it was asked last."""
+        ...
+
+    def close(self) -> None:
+        """Stop, with what is running."""
+        ...
+
+
+class LocalWorkers:
+    """Processes on this machine, which end with the process that made them."""
+
+    def __init__(self, run_command: RunCommand, num_workers: int, devices: int) -> None:
+        """Start nothing yet.
+
+        Args:
+            run_command: As `run_cell` takes it; a function that other processes can import.
+            num_workers: How many cells run at once.
+            devices: Accelerators, which the workers take in turn; 0 if there are none.
+        """
+        self._run_command = run_command
+        self._num_devices = devices
+        self._idle = list(range(num_workers))[::-1]
+        self._pools: dict[int, ProcessPoolExecutor] = {}
+        self._running: dict[Future[CellState], tuple[str, int]] = {}
+
+    def has_room(self) -> bool:
+        """Whether a worker is idle."""
+        return bool(self._idle)
+
+    def begin(self, root: Path, cell: Cell) -> None:
+        """Give a cell to an idle worker, which is started if it is not there yet."""
+        slot = self._idle.pop()
+        if slot not in self._pools:
+            device = slot % self._num_devices if self._num_devices else None
+            self._pools[slot] = ProcessPoolExecutor(
+                1,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_begin_worker,
+                initargs=(device,),
+            )
+        future = self._pools[slot].submit(run_cell, root, cell, self._run_command)
+        self._running[future] = (cell.name, slot)
+
+    def finished(self, timeout_seconds: float) -> dict[str, CellState]:
+        """Wait for a cell to end, or for the time to pass."""
+        done, _ = wait(self._running, timeout_seconds, return_when=FIRST_COMPLETED)
+        states = {}
+        for future in done:
+            name, slot = self._running.pop(future)
+            self._idle.append(slot)
+            try:
+                states[name] = future.result()
+            except BrokenProcessPool:
+                self._pools.pop(slot).shutdown(wait=False)
+                reason = "its process died, as it does when memory runs out or somebody kills it"
+                states[name] = CellState("failed", reason)
+        return states
+
+    def close(self) -> None:
+        """Kill the workers that are at work; their cells go on in the next run."""
+        busy = {slot for _, slot in self._running.values()}
+        for slot, pool in self._pools.items():
+            if slot in busy:
+                for process in list((pool._processes or {}).values()):
+                    process.kill()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class RayWorkers:
+    """A Ray cluster that shares the study's folder and the files that its options name."""
+
+    def __init__(self, run_command: RunCommand, address: str) -> None:
+        """Connect.
+
+        Args:
+            run_command: As `run_cell` takes it; a function that other processes can import.
+            address: Of a cluster; `local` starts one on this machine.
+
+        Raises:
+            ConfigError: Ray is not installed, or no cluster answers there.
+        """
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            import ray
+        except ImportError as error:
+            raise ConfigError(
+                "`ray_address` needs Ray, which is not installed; `pip install 'keylayers[study]'`"
+            ) from error
+        try:
+            ray.init(address=address, logging_level="error", log_to_driver=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"`ray_address` must be that of a running cluster, or local, but {address!r} does "
+                f"not answer: {reason}"
+            ) from error
+        self._ray: Any = ray
+        self._run_command = run_command
+        num_devices = int(ray.cluster_resources().get("GPU", 0))
+        self._num_slots = num_devices or int(ray.cluster_resources().get("CPU", 1))
+        self._task = ray.remote(
+            num_cpus=1, num_gpus=1 if num_devices else 0, max_retries=0, max_calls=0
+        )(_run_on_ray)
+        self._running: dict[Any, str] = {}
+
+    def has_room(self) -> bool:
+        """Whether the cluster has a core, or an accelerator, for another cell."""
+        return len(self._running) < self._num_slots
+
+    def begin(self, root: Path, cell: Cell) -> None:
+        """Give the cluster a cell."""
+        self._running[self._task.remote(os.getcwd(), root, cell, self._run_command)] = cell.name
+
+    def finished(self, timeout_seconds: float) -> dict[str, CellState]:
+        """Wait for a cell to end, or for the time to pass."""
+        done, _ = self._ray.wait(list(self._running), timeout=timeout_seconds)
+        states = {}
+        for one in done:
+            name = self._running.pop(one)
+            try:
+                states[name] = self._ray.get(one)
+            except self._ray.exceptions.RayError as error:
+                reason = str(error).splitlines()[0]
+                states[name] = CellState("failed", f"its process died: {reason}")
+        return states
+
+    def close(self) -> None:
+        """Stop what is running, and leave the cluster."""
+        for one in self._running:
+            self._ray.cancel(one, force=True)
+        self._ray.shutdown()
+
+
+def num_devices() -> int:
+    """Accelerators of this machine that this process may use."""
+    import torch
+
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+
+
+def num_local_workers(devices: int) -> int:
+    """As many as accelerators, or as cores where there are none."""
+    return devices or len(os.sched_getaffinity(0))
+
+
+def _run_on_ray(folder: str, root: Path, cell: Cell, run_command: RunCommand) -> CellState:
+    os.chdir(folder)
+    _one_thread()
+    return run_cell(root, cell, run_command)
+
+
+def _begin_worker(device: int | None) -> None:
+    """Make a new process a worker: one thread, one accelerator, and an end with its parent."""
+    _one_thread()
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = _visible_devices()[device]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent sees to it
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _one_thread() -> None:
+    """Cells share the cores; before torch is imported."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _visible_devices() -> list[str]:
+    """The accelerators that this process may use, by the names that CUDA knows them by."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(index) for index in range(num_devices())]

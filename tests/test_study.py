@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`keylayers study`: every combination once, shared work once, failures recorded, tidy results."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from outputs import contents
+from test_rank import keylayers
+
+OPTIONS = {
+    "batch_size": 4,
+    "lora_rank": 4,
+    "max_steps": 6,
+    "learning_rate": 0.02,
+    "save_steps": 2,
+    "random_orders": 2,
+    "points": 4,
+}
+METHODS = ["gradient-norm", {"method": "path", "path_points": 2, "mask_batches": 2}]
+
+
+def study_file(folder, tiny, options=None, **grid):
+    """study.yaml in `folder`."""
+    content = {
+        "options": {"model": str(tiny / "model"), "data": str(tiny / "data.jsonl"), **OPTIONS},
+        "grid": grid,
+    }
+    content["options"] |= options or {}
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def plan_of(path, root=Path("study")):
+    from keylayers.study.plan import plan
+    from keylayers.study.yaml_file import StudyFile
+
+    return plan(StudyFile.of(yaml.safe_load(path.read_text()), str(path)), root)
+
+
+def kinds(cells):
+    return [cell.kind for cell in cells]
+
+
+def test_what_is_shared_is_one_cell(tiny, tmp_path):
+    grid = {"seed": [0, 1], "method": METHODS, "budget": [0.2, 0.3, 1.0]}
+    cells = plan_of(study_file(tmp_path, tiny, **grid))
+    # per seed: one stage 1, two rankings, two trainings of each budget, and one of all modules
+    assert {kind: kinds(cells).count(kind) for kind in kinds(cells)} == {
+        "stage-1": 2,
+        "ranking": 4,
+        "training": 2 * (2 * 2 + 1),
+    }
+    names = [cell.name for cell in cells]
+    assert len(set(names)) == len(names)
+    for index, cell in enumerate(cells):
+        assert set(cell.needs) <= set(names[:index])
+    served = sum(len(cell.points) for cell in cells if cell.kind == "training")
+    assert served == 2 * 2 * 3
+    assert all("budget" not in point for cell in cells[:2] for point in cell.points)
+
+
+def test_a_cell_is_known_by_what_it_reads_and_not_by_where_that_is(tiny, tmp_path):
+    first = plan_of(study_file(tmp_path, tiny, seed=[0]))
+    copied = tmp_path / "copied.jsonl"
+    copied.write_bytes((tiny / "data.jsonl").read_bytes())
+    again = plan_of(study_file(tmp_path, tiny, {"data": str(copied)}, seed=[0]))
+    assert [cell.name for cell in again] == [cell.name for cell in first]
+    other = tmp_path / "other.jsonl"
+    other.write_bytes((tiny / "data.jsonl").read_bytes() + b"\n")
+    changed = plan_of(study_file(tmp_path, tiny, {"data": str(other)}, seed=[0]))
+    assert not {cell.name for cell in changed} & {cell.name for cell in first}
+    saved = plan_of(study_file(tmp_path, tiny, {"save_steps": 1}, seed=[0]))
+    assert [cell.name for cell in saved] == [cell.name for cell in first]
+
+
+def test_a_run_that_ranks_inside_itself_needs_no_ranking(tiny, tmp_path):
+    cells = plan_of(study_file(tmp_path, tiny, budget=[{"rank_first": True, "freeze": 0.25}]))
+    assert kinds(cells) == ["training"]
+    assert "--rank-first" in cells[0].commands[0]
+    assert cells[0].points == ({"budget": "rank_first True, freeze 0.25"},)
+
+
+def test_an_update_that_exists_needs_no_stage_1(tiny, tmp_path):
+    adapter = {"adapter": str(tiny / "adapter")}
+    assert kinds(plan_of(study_file(tmp_path, tiny, adapter, method=METHODS))) == ["ranking"] * 2
+
+
+# What a study file holds -> what is said.
+REFUSED = [
+    ({"grids": {}}, "must hold options, grid and verify and nothing else, but .* has 'grids'"),
+    ({"options": []}, "`options` of a study must map names to values, but in .* it is a list"),
+    ({"verify": 1}, "`verify` of a study must be true or false, got 1"),
+    ({"grid": {"seed": 1}}, "must be a list with an entry at least, but 'seed' is 1"),
+    ({"grid": {"seed": [1, 1]}}, "every entry of an axis must be another, but 'seed' has 1 twice"),
+    ({"grid": {"sede": [1]}}, "got 'sede', did you mean 'seed'?"),
+    ({"options": {"data": "d"}}, "must say which `model`"),
+    ({"options": {"model": "m"}}, "must say which `data`"),
+    ({"grid": {"method": ["elimination", "ilaa"]}}, "ilaa.*--method.*Did you mean"),
+    ({"options": {"model": "m", "data": "d", "lora_rank": 0}}, "`lora_rank` must be at least 1"),
+    ({"grid": {"budget": [{"budget": 0.3, "freeze": 0.2}]}}, "exactly one of `budget`"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), REFUSED)
+def test_a_study_file_that_cannot_be_run_is_one_clear_line(tmp_path, capsys, content, message):
+    path = tmp_path / "study.yaml"
+    base = {"options": {"model": "m", "data": "d"}}
+    path.write_text(yaml.safe_dump({**base, **content}))
+    assert keylayers("study", path, "--output", tmp_path / "out") == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_shows_every_cell_and_writes_nothing(tiny, tmp_path, capsys):
+    path = study_file(tmp_path, tiny, seed=[0, 1], budget=[0.3])
+    assert keylayers("study", path, "--dry-run", "--output", tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    for cell in plan_of(path):
+        assert cell.name in out
+    assert "6 cells, 0 of them finished" in out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def done(tiny, tmp_path_factory):
+    """A finished study in the folder `whole` of this place, with its file."""
+    place = tmp_path_factory.mktemp("study")
+    path = study_file(place, tiny, seed=[0, 1], method=METHODS, budget=[0.2, 1.0])
+    assert run(place, path, "whole").wait() == 0
+    return place, path
+
+
+def run(place, path, output, *more):
+    """A study in a process of its own, with processes below it."""
+    words = ["study", str(path), "--output", output, "--workers", "2", *more]
+    code = f"import sys; from keylayers.cli import main; sys.exit(main({words!r}))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with (place / f"{output}.log").open("w") as log:
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        return subprocess.Popen(command, cwd=place, env=environment, stdout=log, stderr=log)
+
+
+@pytest.mark.slow
+def test_results_are_tidy_and_say_what_chance_gives(done):
+    place, path = done
+    table = pd.read_parquet(place / "whole" / "results.parquet")
+    read = pd.read_csv(place / "whole" / "results.csv", dtype={"seed": str, "budget": str})
+    pd.testing.assert_frame_equal(table.drop(columns="error"), read.drop(columns="error"))
+    assert table["error"].isna().all()
+    assert list(table.columns) == [
+        *("cell", "kind", "status", "error", "seed", "method", "budget"),
+        *("measure", "value", "unit"),
+    ]
+    assert set(table["status"]) == {"finished"}
+    areas = table[table["measure"] == "area"]
+    assert len(areas) == 4
+    chance = table[table["measure"] == "area_of_random_orders"]
+    assert len(chance) == 4
+    # the random orders are the same for rankings of one update
+    assert chance.groupby("seed")["value"].nunique().eq(1).all()
+    losses = table[table["measure"] == "held_out_loss"]
+    assert len(losses) == 8
+    # one training of all modules serves both methods
+    assert losses[losses["budget"] == "1.0"].groupby("seed")["cell"].nunique().eq(1).all()
+    for cell in plan_of(path, Path("whole")):
+        record = json.loads((place / "whole" / "cells" / cell.name / "cell.json").read_text())
+        assert record["state"]["status"] == "finished"
+        assert record["commands"] == [list(command) for command in cell.commands]
+    log = (place / "whole.log").read_text()
+    assert "Area under the mask curve" in log
+    assert "random orders" in log
+    assert "Held-out loss after training" in log
+
+
+@pytest.mark.slow
+def test_its_report_holds_the_same_and_runs_no_script(done):
+    page = (done[0] / "whole" / "report.html").read_text()
+    table = pd.read_parquet(done[0] / "whole" / "results.parquet")
+    mean = table[(table["measure"] == "area") & (table["method"] == "gradient-norm")][
+        "value"
+    ].mean()
+    assert f"{mean:.4f}" in page
+    assert "<script" not in page
+    assert page.count("data:image/png;base64,") == 2
+    assert "path, path_points 2, mask_batches 2" in page
+
+
+@pytest.mark.slow
+def test_a_finished_study_runs_nothing_and_more_entries_run_only_what_is_new(done, tiny, tmp_path):
+    place, _ = done
+    before = {path: path.stat().st_mtime_ns for path in (place / "whole" / "cells").rglob("*")}
+    wider = study_file(tmp_path, tiny, seed=[0, 1], method=METHODS, budget=[0.2, 0.5, 1.0])
+    assert run(place, wider, "whole").wait() == 0
+    after = {path: path.stat().st_mtime_ns for path in (place / "whole" / "cells").rglob("*")}
+    assert {path: after[path] for path in before} == before
+    new = {path.name for path in after if path not in before and path.parent.name == "cells"}
+    assert len(new) == 4
+    assert all(name.startswith("training-") for name in new)
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_ends_as_one_that_was_not(done):
+    place, path = done
+    for seconds in (9, 12):
+        process = run(place, path, "broken")
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert run(place, path, "broken").wait() == 0
+    assert finished(place / "broken", plan_of(path)) == finished(place / "whole", plan_of(path))
+
+
+def finished(root, cells):
+    """What the cells hold, without logs and where the study is."""
+    found = {cell.name: contents(root / "cells" / cell.name) for cell in cells}
+    return json.loads(
+        json.dumps(
+            {
+                name: {path: str(held) for path, held in files.items() if path != "log.txt"}
+                for name, files in found.items()
+            }
+        ).replace(f"{root.name}/cells", "cells")
+    )
+
+
+@pytest.mark.slow
+def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(tiny, tmp_path):
+    data = [str(tiny / "data.jsonl"), str(tmp_path / "absent.jsonl")]
+    path = study_file(tmp_path, tiny, data=data, budget=[0.3])
+    output = tmp_path / "out"
+    assert run(tmp_path, path, "out").wait() == 1
+    log = (tmp_path / "out.log").read_text()
+    assert "3 of 6 cells finished" in log
+    assert "every cell must finish, but 3 of 6 did not" in log
+    table = pd.read_csv(output / "results.csv")
+    lost = table[table["data"] == "absent.jsonl"]
+    assert sorted(lost["status"]) == ["failed", "skipped", "skipped"]
+    assert lost[lost["status"] == "failed"]["error"].str.contains("absent.jsonl").all()
+    assert set(table[table["data"] == "data.jsonl"]["status"]) == {"finished"}
+    (tmp_path / "absent.jsonl").write_bytes((tiny / "data.jsonl").read_bytes())
+    assert run(tmp_path, path, "out").wait() == 0  # tried again
+
+
+def test_a_worker_that_dies_takes_one_cell_with_it(tmp_path):
+    from keylayers.cli import main
+    from keylayers.study.plan import Cell
+    from keylayers.study.workers import LocalWorkers
+
+    workers = LocalWorkers(main, 1, 0)
+    dying = Cell("ranking", "a", (("--die",),), (), ())
+    try:
+        workers.begin(_Dying(tmp_path), dying)
+        while not (states := workers.finished(1.0)):
+            pass
+        assert states[dying.name].status == "failed"
+        assert "its process died" in states[dying.name].error
+        assert workers.has_room()
+        refused = Cell("ranking", "b", (("rank", "--seed", "0"),), (), ())
+        workers.begin(tmp_path, refused)
+        while not (states := workers.finished(1.0)):
+            pass
+        assert "--model requires an argument" in states[refused.name].error
+    finally:
+        workers.close()
+
+
+class _Dying(type(Path())):
+    """A folder whose use kills the process, as the system does when memory runs out."""
+
+    def __truediv__(self, name):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_one_study_at_a_time_has_a_folder(tiny, tmp_path, capsys):
+    from keylayers.folders import one_at_a_time
+
+    path = study_file(tmp_path, tiny, seed=[0])
+    with one_at_a_time(tmp_path / "out"):
+        assert keylayers("study", path, "--output", tmp_path / "out") == 2
+    assert "one run at a time must write to" in capsys.readouterr().err
