@@ -40,3 +40,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     write_tiny_files(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with pairs.jsonl (better and worse answers) and rated.jsonl (good or bad)."""
+    from tiny_files import write_preferences
+
+    folder = tmp_path_factory.mktemp("preferences")
+    write_preferences(folder)
+    return folder

@@ -31,17 +31,7 @@ def ranking_of_model(model, seed=0):
     from keylayers.ranking import RankedModule, Ranking
 
     draw = random.Random(seed)
-    modules = tuple(
-        RankedModule(
-            one.name,
-            one.block_index,
-            one.projection,
-            one.num_parameters,
-            draw.random(),
-            is_stacked=one.is_stacked,
-        )
-        for one in map_modules(model)
-    )
+    modules = tuple(RankedModule.of(one, draw.random()) for one in map_modules(model))
     made_by = {"model": {"name": "org/base: 'it'"}, "options": {"lora_rank": 2, "lora_alpha": 4}}
     return Ranking(modules, "random", provenance=made_by)
 

@@ -9,7 +9,7 @@ import torch
 
 from test_rank import keylayers
 from test_train import fresh_process
-from tiny_files import ANIMALS, FOODS, NUM_MODULES
+from tiny_files import NUM_MODULES
 
 OBJECTIVES = ("dpo", "kto", "orpo", "reward")
 QUICK = ["--mask-batches", "1", "--batch-size", "4", "--lora-rank", "2", "--epsilon", "0"]
@@ -26,22 +26,6 @@ print(*model.targeted_module_names)
 """
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("preferences")
-    pairs, rated = [], []
-    for question in ("What does the {} eat?", "Tell me what the {} likes."):
-        for index, (animal, food) in enumerate(zip(ANIMALS, FOODS, strict=True)):
-            prompt = question.format(animal)
-            good, bad = f"The {animal} eats {food}.", f"The {animal} eats {FOODS[index - 1]}."
-            pairs.append({"prompt": prompt, "chosen": good, "rejected": bad})
-            rated.append({"prompt": prompt, "completion": good, "label": True})
-            rated.append({"prompt": prompt, "completion": bad, "label": False})
-    for name, rows in (("pairs", pairs), ("rated", rated)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
 def file_for(data, objective):
     return data / ("rated.jsonl" if objective == "kto" else "pairs.jsonl")
 
@@ -54,10 +38,10 @@ def rank(tiny, data, objective, output, *more, steps=3):
 
 
 @pytest.fixture(scope="module")
-def ranked(tiny, data, tmp_path_factory):
+def ranked(tiny, preferences, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranked")
     return {
-        objective: (rank(tiny, data, objective, folder / objective), folder / objective)
+        objective: (rank(tiny, preferences, objective, folder / objective), folder / objective)
         for objective in OBJECTIVES
     }
 
@@ -105,11 +89,11 @@ def test_from_ranking_to_an_adapter_that_plain_peft_loads(
     assert record["loss_unit"] == LOSS_UNITS[objective]
 
 
-def test_training_lowers_each_loss_on_what_it_trains(tiny, data, tmp_path):
+def test_training_lowers_each_loss_on_what_it_trains(tiny, preferences, tmp_path):
     """The trainers train what their names say: the loss falls on examples seen again and again."""
     for objective in OBJECTIVES:
         output = tmp_path / objective
-        assert rank(tiny, data, objective, output, "--lora-alpha", 4, steps=40) == 0
+        assert rank(tiny, preferences, objective, output, "--lora-alpha", 4, steps=40) == 0
         losses = json.loads((output / "ranking.json").read_text())["provenance"]["stage_1"][
             "losses"
         ]
@@ -118,19 +102,19 @@ def test_training_lowers_each_loss_on_what_it_trains(tiny, data, tmp_path):
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_an_adapter_and_a_checkpoint_are_compared_with_the_base_model(
-    tiny, data, ranked, objective, tmp_path
+    tiny, preferences, ranked, objective, tmp_path
 ):
     """Ranking stage 1's own adapter, or two checkpoints, has the base model as the reference."""
     _, folder = ranked[objective]
     second = tmp_path / "second"
-    assert rank(tiny, data, objective, second, "--adapter", folder / "adapter") == 0
+    assert rank(tiny, preferences, objective, second, "--adapter", folder / "adapter") == 0
     found = [
         [module["score"] for module in json.loads((one / "ranking.json").read_text())["modules"]]
         for one in (folder, second)
     ]
     assert found[0] == found[1]
     third = tmp_path / "third"
-    assert rank(tiny, data, objective, third, "--tuned", tiny / "tuned") == 0
+    assert rank(tiny, preferences, objective, third, "--tuned", tiny / "tuned") == 0
     losses = json.loads((third / "ranking.json").read_text())["provenance"]["held_out_loss_nats"]
     unmoved = {"dpo": math.log(2), "kto": 0.5}[objective]
     assert abs(losses["tuned"] - unmoved) > 1e-3
@@ -163,8 +147,8 @@ def test_a_ranking_for_another_objective_is_used_with_a_note(ranked, tmp_path, c
     assert "stage 1 of the ranking" not in out
 
 
-def test_beta_is_taken_over_with_its_objective_only(tiny, data, tmp_path, capsys):
-    assert rank(tiny, data, "dpo", tmp_path / "out", "--beta", "0.5") == 0
+def test_beta_is_taken_over_with_its_objective_only(tiny, preferences, tmp_path, capsys):
+    assert rank(tiny, preferences, "dpo", tmp_path / "out", "--beta", "0.5") == 0
     record = json.loads((tmp_path / "out" / "ranking.json").read_text())["provenance"]
     assert record["options"]["beta"] == 0.5
     options = ("--ranking", tmp_path / "out", "--budget", "2", "--steps", "1")
@@ -187,8 +171,15 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED)
-def test_mistakes_are_one_clear_line(tiny, data, tmp_path, options, message, capsys):
-    base = ["--model", tiny / "model", "--data", data / "pairs.jsonl", "--output", tmp_path / "o"]
+def test_mistakes_are_one_clear_line(tiny, preferences, tmp_path, options, message, capsys):
+    base = [
+        "--model",
+        tiny / "model",
+        "--data",
+        preferences / "pairs.jsonl",
+        "--output",
+        tmp_path / "o",
+    ]
     assert keylayers("rank", *base, *options) == 2
     err = " ".join(capsys.readouterr().err.split())
     assert message in err
@@ -214,7 +205,7 @@ def test_a_new_head_is_the_same_whatever_the_seed(tiny):
     assert bool(heads[0].any())
 
 
-def test_a_trainer_that_thaws_weights_is_refused(tiny, data, monkeypatch):
+def test_a_trainer_that_thaws_weights_is_refused(tiny, preferences, monkeypatch):
     from keylayers.errors import GuardError
     from keylayers.models import load_model, load_tokenizer
     from keylayers.options import DataOptions, ModelOptions, TrainingOptions
@@ -229,14 +220,14 @@ def test_a_trainer_that_thaws_weights_is_refused(tiny, data, monkeypatch):
     monkeypatch.setitem(objectives.OBJECTIVES, "dpo", thawing)
     source = ModelOptions(model=str(tiny / "model"))
     tokenizer, model = load_tokenizer(source), load_model(source)
-    examples = prepare(DataOptions(data=str(data / "pairs.jsonl")), tokenizer, 64, "dpo")
+    examples = prepare(DataOptions(data=str(preferences / "pairs.jsonl")), tokenizer, 64, "dpo")
     model.requires_grad_(False)
     options = TrainingOptions(objective="dpo", batch_size=4)
     with pytest.raises(GuardError, match=r"1 weights changed, first lm_head.weight"):
         make_trainer(model, tokenizer, examples.train, options, num_steps=1, max_length=64)
 
 
-def test_the_example_of_the_docs_runs(tiny, data, tmp_path, monkeypatch):
+def test_the_example_of_the_docs_runs(tiny, preferences, tmp_path, monkeypatch):
     import re
     import warnings
     from pathlib import Path
@@ -244,7 +235,7 @@ def test_the_example_of_the_docs_runs(tiny, data, tmp_path, monkeypatch):
     text = (Path(__file__).resolve().parents[1] / "docs" / "objectives.md").read_text()
     [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (tmp_path / "base").symlink_to(tiny / "model")
-    (tmp_path / "pairs.jsonl").symlink_to(data / "pairs.jsonl")
+    (tmp_path / "pairs.jsonl").symlink_to(preferences / "pairs.jsonl")
     monkeypatch.chdir(tmp_path)
     found = {}
     with warnings.catch_warnings():

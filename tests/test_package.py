@@ -14,6 +14,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "keylayers"
 ORDER = (
     ("_version", "errors"),
     ("records", "options", "progress", "curve"),
+    ("folders",),
+    ("processes",),
     ("model_map",),
     ("weights",),
     ("preserve",),
@@ -38,8 +40,10 @@ ORDER = (
     ("export",),
     ("report",),
     ("runs",),
+    ("study",),
     ("demo",),
     ("cli",),
+    ("__main__",),
 )
 PLACE = {name: index for index, names in enumerate(ORDER) for name in names}
 # A method that is a shortcut to a later step imports it when it is called.

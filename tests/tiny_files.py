@@ -89,3 +89,17 @@ def write_tiny_files(folder):
             if "lora_B" in name:
                 parameter += 0.05 * torch.randn_like(parameter)
     adapted.save_pretrained(folder / "adapter")
+
+
+def write_preferences(folder):
+    """pairs.jsonl and rated.jsonl."""
+    pairs, rated = [], []
+    for question in ("What does the {} eat?", "Tell me what the {} likes."):
+        for index, (animal, food) in enumerate(zip(ANIMALS, FOODS, strict=True)):
+            prompt = question.format(animal)
+            good, bad = f"The {animal} eats {food}.", f"The {animal} eats {FOODS[index - 1]}."
+            pairs.append({"prompt": prompt, "chosen": good, "rejected": bad})
+            rated.append({"prompt": prompt, "completion": good, "label": True})
+            rated.append({"prompt": prompt, "completion": bad, "label": False})
+    for name, rows in (("pairs", pairs), ("rated", rated)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -8,7 +8,7 @@ other seeds of the fine-tune, which can move scores further than their batches d
 """
 
 from keylayers.ranking import Ranking
-from keylayers.selection import Budget
+from keylayers.selection import Budget, are_best
 
 NUM_STANDARD_ERRORS = 1.96  # to each side of a normal mean, for 95 %
 
@@ -47,7 +47,7 @@ def decisions(ranking: Ranking, budget: Budget) -> dict[str, bool | None]:
         RankingError: the budget reaches modules that have no score.
     """
     chosen = ranking.select(budget).names
-    if set(chosen) != {module.name for module in ranking.ordered()[: len(chosen)]}:
+    if not are_best(ranking, chosen):
         return {module.name: None for module in ranking.modules}
     cut = _cut(ranking, len(chosen))
     known: dict[str, bool | None] = {}

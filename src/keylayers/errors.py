@@ -8,6 +8,7 @@ KeylayersError                exit code
 ├── RankingError (ValueError)     2     a ranking file, or a ranking of another model
 ├── OutputError (OSError)         2     a place that cannot be written
 ├── LossError (RuntimeError)      2     the loss became NaN or infinite
+├── StudyError (RuntimeError)     1     cells of a study failed; the others are done
 └── GuardError (RuntimeError)     1     a promise of keylayers itself was about to be broken
 
 Every message says what must hold, what came and what to do, in one line.
@@ -45,6 +46,12 @@ class OutputError(KeylayersError, OSError):
 
 class LossError(KeylayersError, RuntimeError):
     """The loss is not a finite number."""
+
+
+class StudyError(KeylayersError, RuntimeError):
+    """Some cells of a study failed."""
+
+    exit_code = 1
 
 
 class GuardError(KeylayersError, RuntimeError):

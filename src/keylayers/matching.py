@@ -96,7 +96,7 @@ def relative_ranks(scores: Scores) -> Scores:
 
 def _match_by_depth(first: Ranking, second: Ranking) -> Matched:
     """The modules of the shallower model; of the first if both are equally deep and large."""
-    projections, others = _projections(first), _projections(second)
+    projections, others = first.projections, second.projections
     shared = tuple(name for name in projections if name in others)
     if not shared:
         raise RankingError(
@@ -150,10 +150,6 @@ def _interpolated(
             known, values = column.source_depths[is_scored], ranks[column.sources][is_scored]
             standings[column.targets] = np.interp(column.target_depths, known, values)
     return -standings.round(DECIMALS)
-
-
-def _projections(ranking: Ranking) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(module.projection for module in ranking.modules))
 
 
 def _size(ranking: Ranking) -> tuple[int, int]:

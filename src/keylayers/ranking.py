@@ -18,6 +18,7 @@ from keylayers.records import write_json
 
 if TYPE_CHECKING:
     from keylayers.memory import StepMemory
+    from keylayers.model_map import ModuleInfo
     from keylayers.selection import Budget, Selection
 
 SCHEMA = "keylayers/ranking"
@@ -45,6 +46,21 @@ class RankedModule:
     score: float | None
     standard_error: float | None = None
     is_stacked: bool = False
+
+    @staticmethod
+    def of(
+        module: "ModuleInfo", score: float | None, standard_error: float | None = None
+    ) -> "RankedModule":
+        """A module of a model with its score."""
+        return RankedModule(
+            name=module.name,
+            block_index=module.block_index,
+            projection=module.projection,
+            num_parameters=module.num_parameters,
+            score=score,
+            standard_error=standard_error,
+            is_stacked=module.is_stacked,
+        )
 
 
 @dataclass(frozen=True)
@@ -86,6 +102,11 @@ class Ranking:
                 raise RankingError(
                     f"a module must have parameters, got {module.num_parameters} for {module.name}"
                 )
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The kinds of its modules, in model order."""
+        return tuple(dict.fromkeys(module.projection for module in self.modules))
 
     def ordered(self) -> list[RankedModule]:
         """All modules, best first; ties in model order, modules without a score last."""

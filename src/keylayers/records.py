@@ -10,10 +10,10 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,16 @@ RECORDED_LIBRARIES = (
     "tokenizers",
     "safetensors",
 )
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes and speaks, of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def num_launched() -> int:
+    """How many processes a launcher started for this run; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def environment() -> dict[str, Any]:
@@ -83,19 +93,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         OutputError: the place cannot be written; what was there before is untouched.
     """
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    if not _is_unicode(text):
-        text = json.dumps(content, indent=2, allow_nan=False)
-    write_text(path, text + "\n")
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether UTF-8 holds it; JSON also allows halves of characters, as escapes."""
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        write_text(path, text + "\n")
+    except UnicodeEncodeError:  # half a character, which JSON holds as an escape and UTF-8 does not
+        write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -108,105 +110,57 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path` whole or not at all.
+    """Write `content` to `path` whole or not at all; of several processes only the first writes.
 
     Raises:
         OutputError: the place cannot be written; what was there before is untouched.
     """
+    if not is_first_process():
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        remove_leftovers(path)
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise OutputError(_cannot_write(path, error)) from error
+        raise OutputError(cannot_write(path, error)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def output_folder(path: Path) -> Iterator[Path]:
-    """Make `path` and prove that it can be written, before any work is done.
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed left beside `path` when they were about to write it.
 
-    If the work then fails and the folder is empty, it and the parents made for it are removed
-    again.
-
-    Raises:
-        OutputError: the folder cannot be made or written.
+    What they had moved aside takes its place again.
     """
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path = path.absolute()
+    for name in os.listdir(path.parent):
+        match = re.fullmatch(re.escape(f".{path.name}.") + r"(\d+)\.(tmp|old)", name)
+        if match is None or _is_running(int(match[1])):
+            continue
+        left = path.parent / name
+        if match[2] == "old" and not path.exists():
+            left.replace(path)
+        elif left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _is_running(process_id: int) -> bool:
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        _remove_empty(made)
-        raise OutputError(_cannot_write(path, error)) from error
-    try:
-        yield path
-    except BaseException:
-        _remove_empty(made)
-        raise
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
-@contextlib.contextmanager
-def replaced_folder(path: Path) -> Iterator[Path]:
-    """A folder that takes the place of `path` when the block ends well and vanishes if not.
-
-    Only a folder that keylayers made (it holds keylayers.json) is replaced.
-
-    Raises:
-        OutputError: the folder cannot be made or moved, or holds something else.
-    """
-    check_replaceable(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if path.exists():
-            path.replace(old)
-        temporary.replace(path)
-    except OSError as error:
-        if old.exists() and not path.exists():
-            old.replace(path)
-        raise OutputError(_cannot_write(path, error)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def check_replaceable(path: Path) -> None:
-    """Refuse to overwrite what keylayers did not make, before any work is done.
-
-    Raises:
-        OutputError: `path` is a file, a folder with other contents, or in a place that cannot be
-            written.
-    """
-    if path.is_file():
-        raise OutputError(f"the output must be a folder, but {str(path)!r} is a file")
-    if path.is_dir() and any(path.iterdir()) and not (path / RECORD).is_file():
-        raise OutputError(
-            f"the output must be new, empty or made by keylayers, but {str(path)!r} holds other "
-            f"files; choose another folder"
-        )
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    try:
-        with tempfile.TemporaryFile(dir=parent):  # the new folder is made beside the old one
-            pass
-    except OSError as error:
-        raise OutputError(_cannot_write(parent, error)) from error
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    """Remove folders, innermost first, as long as they are empty."""
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
-
-
-def _cannot_write(path: Path, error: OSError) -> str:
+def cannot_write(path: Path, error: OSError) -> str:
+    """What an error says when `path` cannot be written."""
     reason = error.strerror or str(error)
     return f"the output must be a place that can be written, but {str(path)!r} is not: {reason}"

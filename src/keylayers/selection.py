@@ -19,7 +19,7 @@ module.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -161,6 +161,11 @@ def _selection(
         num_tied_out=num_tied_out,
         is_of_mixture=any(module.is_stacked for module in ranking.modules),
     )
+
+
+def are_best(ranking: Ranking, names: Collection[str]) -> bool:
+    """Whether `names` are the best so many modules; of a budget by cost they may be others."""
+    return set(names) == {module.name for module in ranking.ordered()[: len(names)]}
 
 
 def parse_budget(text: str) -> Budget:

@@ -37,13 +37,8 @@ def target_regex(names: Iterable[str]) -> str:
     Names that differ only in their block are grouped:
     `model\.layers\.(?:(?:5|7)\.mlp\.down_proj|...)`.
     """
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name in names:
-        match = re.match(r"(.*?\.)(\d+)(\..*)", name)
-        prefix, index, suffix = match.groups() if match else (name, "", "")
-        groups.setdefault((prefix, suffix), []).append(index)
     by_prefix: dict[str, list[str]] = {}
-    for (prefix, suffix), indices in groups.items():
+    for (prefix, suffix), indices in by_block(names).items():
         numbers = indices[0] if len(indices) == 1 else f"(?:{'|'.join(indices)})"
         by_prefix.setdefault(re.escape(prefix), []).append(numbers + re.escape(suffix))
     parts = [
@@ -51,3 +46,16 @@ def target_regex(names: Iterable[str]) -> str:
         for prefix, tails in by_prefix.items()
     ]
     return parts[0] if len(parts) == 1 else f"(?:{'|'.join(parts)})"
+
+
+def by_block(names: Iterable[str]) -> dict[tuple[str, str], list[str]]:
+    """What stands before and after the number of a block -> the numbers, as text.
+
+    A name without a number stands whole before an empty one.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        match = re.match(r"(.*?\.)(\d+)(\..*)", name)
+        prefix, index, suffix = match.groups() if match else (name, "", "")
+        groups.setdefault((prefix, suffix), []).append(index)
+    return groups

@@ -52,6 +52,10 @@ class Verification:
         reduction = self.best_first.reduction_nats
         return self.best_first.smallest_within(self.margin * reduction) if reduction > 0 else None
 
+    def is_of(self, ranking: Ranking) -> bool:
+        """Whether it was measured on this ranking as it is."""
+        return self.ranking_sha256 == json_sha256(ranking.to_json())
+
     @property
     def is_overfit(self) -> bool:
         """Whether some subset on the curves, best first or random, has a lower loss than all.
@@ -153,7 +157,7 @@ def auto_budget(ranking: Ranking, path: Path) -> int:
         ConfigError: the fine-tune gained nothing, so no budget is recommended.
     """
     found = Verification.load(path)
-    if found.ranking_sha256 != json_sha256(ranking.to_json()):
+    if not found.is_of(ranking):
         raise RankingError(
             f"{str(path)!r} must belong to the ranking, but the ranking changed since; run "
             f"`keylayers verify` again"

@@ -12,7 +12,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keylayers.records import CARD, RECORD, replaced_folder, write_json, write_text
+from keylayers.folders import replaced_folder
+from keylayers.processes import wait_for_all
+from keylayers.records import CARD, RECORD, is_first_process, write_json, write_text
 from keylayers.updates.adalora import is_adalora
 
 
@@ -26,6 +28,8 @@ def save_tuned(
 ) -> None:
     """Write a PEFT model's adapter, or a whole checkpoint, all or nothing.
 
+    Of several processes the first writes, and the others wait for it.
+
     Args:
         model: What was tuned.
         tokenizer: Its tokenizer.
@@ -37,6 +41,9 @@ def save_tuned(
     Raises:
         OutputError: the folder cannot be written, or holds what keylayers did not make.
     """
+    if not is_first_process():
+        wait_for_all()
+        return
     with replaced_folder(folder) as temporary:
         with warnings.catch_warnings():
             # modules that AdaLoRA leaves no rank are empty, which PEFT takes for lost shards
@@ -48,6 +55,7 @@ def save_tuned(
             write_json(temporary / name, content)
         write_text(temporary / CARD, card)
         write_json(temporary / RECORD, record)
+    wait_for_all()
 
 
 def copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ Exit code 0 for success, 2 for a user's mistake (one line on stderr, nothing lef
 failure of keylayers itself, 130 after Ctrl-C. `--traceback` shows where an error came from.
 """
 
+import errno
 import os
 import sys
 import warnings
@@ -14,7 +15,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from keylayers._version import __version__
 from keylayers.cli.config import from_config_file, from_ranking_file, refuse_grpo
-from keylayers.errors import KeylayersError
+from keylayers.errors import KeylayersError, OutputError
 
 app = App(
     name="keylayers",
@@ -38,6 +39,7 @@ COMMANDS = {
     "select.",
     "import": "Make a ranking of a scan by Spectrum: it can be shown, compared, trained on and "
     "exported.",
+    "study": "Run every combination of models, data, seeds, methods and budgets, each once.",
     "export": "Write the files with which another tool trains exactly the selected modules.",
 }
 for _name, _help in COMMANDS.items():
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         app(tokens, print_error=False, exit_on_error=False, result_action="return_value")
     except KeyboardInterrupt:
-        _complain("stopped; what was finished is kept, nothing is half written")
+        _complain("stopped; nothing is half written, and the same command goes on from what was finished")
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -73,6 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _complain(str(error))
         return error.exit_code
+    except OSError as error:
+        if is_traceback_wanted or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _complain(
+            "the disk must have room for what libraries keep on it, but it is full; what was "
+            "there is kept: make room and give the same command again"
+        )
+        return OutputError.exit_code
     return 0
 
 
@@ -93,4 +103,6 @@ def _quiet_libraries() -> None:
 
 
 def _complain(text: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return  # the first process of the machine says it
     sys.stderr.write(f"keylayers: {' '.join(text.split())}\n")

@@ -45,7 +45,7 @@ def from_config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCol
     path = _given(arguments, "config")
     if path is None:
         return
-    options = _read_yaml(Path(path))
+    options = read_yaml(Path(path), "config")
     known = [name for argument in arguments if (name := _key(argument)) != "config"]
     normal = {str(key).replace("-", "_"): value for key, value in options.items()}
     for key in normal:
@@ -109,14 +109,23 @@ def _update_of(
     return {}
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, name: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds; empty for an empty file.
+
+    Args:
+        path: Of the file.
+        name: Of the option that gives it.
+
+    Raises:
+        ConfigError: it cannot be read, or is something else.
+    """
     import yaml
 
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
-            f"`config` must be a YAML file, but {str(path)!r} cannot be read: {error.strerror}"
+            f"`{name}` must be a YAML file, but {str(path)!r} cannot be read: {error.strerror}"
         ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # numbers and dates out of range
         reason = " ".join(str(error).split())

@@ -16,15 +16,18 @@ from rich.progress import (
 )
 
 from keylayers.progress import OnStep
+from keylayers.records import is_first_process
 
 PIPE_WIDTH = 120
+LINE_SECONDS = 30.0  # between lines about a stage, where there is no terminal
 
 
 class ConsoleProgress:
-    """Progress bars with loss and time left in a terminal; elsewhere a line after each stage."""
+    """Progress bars with loss and time left in a terminal; elsewhere lines, now and then."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        is_quiet = not is_first_process()
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=is_quiet)
 
     @contextmanager
     def stage(self, title: str, num_steps: int | None) -> Iterator[OnStep]:
@@ -39,15 +42,19 @@ class ConsoleProgress:
             TimeRemainingColumn(),
         )
         last = 0
-        start = time.perf_counter()
+        start = told_at = time.perf_counter()
         is_hidden = not self.console.is_terminal
         with Progress(*columns, console=self.console, transient=True, disable=is_hidden) as bars:
             bar = bars.add_task(title, total=num_steps, loss="-")
 
             def on_step(step: int, loss: float) -> None:
-                nonlocal last
+                nonlocal last, told_at
                 last = step
                 bars.update(bar, completed=step, loss=f"{loss:.3f}")
+                if is_hidden and time.perf_counter() - told_at > LINE_SECONDS:
+                    told_at = time.perf_counter()
+                    of = "" if num_steps is None else f" of {num_steps}"
+                    self.note(f"{title}: step {step}{of}, loss {loss:.3f}")
 
             yield on_step
         seconds = time.perf_counter() - start
@@ -60,7 +67,7 @@ class ConsoleProgress:
 
 def stdout() -> Console:
     """Where results go; in a file or a pipe without colours, and wide enough for long names."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet=not is_first_process())
     if not console.is_terminal:
         console.width = PIPE_WIDTH
     return console

@@ -40,6 +40,7 @@ def rank(
     stability: Annotated[StabilityOptions, flat("When stage 1 ends")] = StabilityOptions(),
     mask: Annotated[MaskOptions, flat("Learning the scores")] = MaskOptions(),
     output: Path = Path("out"),
+    stage_1: Path | None = None,
     config: Path | None = None,
 ) -> None:
     """Rank the modules of a model for a fine-tune.
@@ -50,6 +51,8 @@ def rank(
 
     Args:
         output: Folder for ranking.json and the adapter.
+        stage_1: Folder for the adapter instead, where rankings of the same stage 1 share it: the
+            first one trains it, the others take it.
         config: YAML file with any of these options; flags win over it.
     """
     from keylayers.cli.console import ConsoleProgress, stdout
@@ -57,7 +60,7 @@ def rank(
     from keylayers.runs.rank import rank as run
 
     options = RankOptions(model, data, update, training, stability, mask)
-    ranking = run(options, output, ConsoleProgress())
+    ranking = run(options, output, ConsoleProgress(), stage_1_in=stage_1)
     console = stdout()
     console.print(ranking_report(ranking))
     console.print(f"\nwritten to {output / 'ranking.json'}", markup=False)

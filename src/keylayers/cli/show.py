@@ -57,6 +57,7 @@ def show(
         as_json: For machines: modules best first, with rank, score, whether its place at
             the budget is decided, and all provenance.
     """
+    from keylayers.ranking import Ranking
     from keylayers.report.source import load_sources
     from keylayers.selection import parse_budget
 
@@ -69,23 +70,16 @@ def show(
         )
     parsed = parse_budget(budget)
     if html is not None or figure:
-        _check_files(html, figure, rankings)
-        sources = load_sources(rankings)
-        _write(sources, parsed, html, figure)
+        _check_files(html, figure)
+        _write(load_sources(rankings), parsed, html, figure)
         return
-    loaded = _load(rankings)
+    loaded = [Ranking.load(path) for path in rankings]
     if not as_json:
         _print(loaded, rankings, parsed)
         return
     content = _content(loaded[0], parsed) | {"budget": budget}
     json.dump(content, sys.stdout, indent=2, ensure_ascii=False)
     sys.stdout.write("\n")
-
-
-def _load(paths: Sequence[Path]) -> "list[Ranking]":
-    from keylayers.ranking import Ranking
-
-    return [Ranking.load(path) for path in paths]
 
 
 def _print(loaded: "Sequence[Ranking]", paths: Sequence[Path], budget: "Budget") -> None:
@@ -99,7 +93,7 @@ def _print(loaded: "Sequence[Ranking]", paths: Sequence[Path], budget: "Budget")
         console.print(ranking_report(ranking, budget=budget))
 
 
-def _check_files(html: Path | None, figures: Sequence[Path], rankings: Sequence[Path]) -> None:
+def _check_files(html: Path | None, figures: Sequence[Path]) -> None:
     """Refuse what cannot be written or drawn, before anything is read."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from keylayers.compare import Agreement, agreement
 from keylayers.demo.world import STYLES, Style, alignment_examples
+from keylayers.folders import output_folder
 from keylayers.options import (
     DataOptions,
     MaskOptions,
@@ -23,7 +24,6 @@ from keylayers.options import (
 )
 from keylayers.progress import Progress, Silent
 from keylayers.ranking import Ranking
-from keylayers.records import output_folder
 from keylayers.runs.rank import rank
 from keylayers.runs.train import train
 from keylayers.runs.train_job import TrainedSet

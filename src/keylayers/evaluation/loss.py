@@ -5,7 +5,7 @@ from datasets import Dataset
 from transformers import Trainer
 
 from keylayers.mask.trainer_data import prepared_for
-from keylayers.mask.trainer_loss import TrainerLoss, batch_losses
+from keylayers.mask.trainer_loss import TrainerLoss, batch_losses, every_batch_everywhere
 
 
 def held_out_loss(trainer: Trainer, dataset: Dataset) -> float:
@@ -16,5 +16,5 @@ def held_out_loss(trainer: Trainer, dataset: Dataset) -> float:
     """
     source = TrainerLoss(trainer)
     dataset = prepared_for(trainer, dataset)
-    with source.quiet():
+    with source.quiet(), every_batch_everywhere(trainer):
         return batch_losses(source, list(trainer.get_eval_dataloader(dataset))).mean

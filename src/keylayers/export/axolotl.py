@@ -7,14 +7,11 @@ match nothing and freeze the whole model. `lora_target_linear` would add every l
 selection.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
-from keylayers.export.settings import Files, Settings
-from keylayers.targets import lora_targets
+from keylayers.export.settings import Files, Settings, yaml_text
+from keylayers.targets import by_block, lora_targets
 
 
 def export(settings: Settings) -> Files:
@@ -36,18 +33,16 @@ def export(settings: Settings) -> Files:
         }
         targets = lora_targets(settings.names, settings.stacked)
         content |= {f"lora_{name}": value for name, value in targets.items() if value}
-    return {"axolotl.yaml": yaml.safe_dump(content, sort_keys=False, width=10_000)}
+    return {"axolotl.yaml": yaml_text(content)}
 
 
 def unfrozen(names: Sequence[str], stacked: set[str]) -> list[str]:
     """Patterns of the parameters of `names`, those that differ in their block together."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name in names:
-        match = re.match(r"(.*?\.)(\d+)(\..*)", name)
-        prefix, index, suffix = match.groups() if match else (name, "", "")
-        ending = "" if name in stacked else ".(weight|bias)"
-        groups.setdefault((prefix, suffix + ending), []).append(index)
-    return [f"^{prefix}{_any_of(indices)}{suffix}$" for (prefix, suffix), indices in groups.items()]
+    parameters = [name if name in stacked else f"{name}.(weight|bias)" for name in names]
+    return [
+        f"^{prefix}{_any_of(indices)}{suffix}$"
+        for (prefix, suffix), indices in by_block(parameters).items()
+    ]
 
 
 def _any_of(indices: Sequence[str]) -> str:

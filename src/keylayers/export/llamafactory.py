@@ -5,9 +5,7 @@ It takes no regular expression, no parameters of experts, and full fine-tuning o
 alone.
 """
 
-import yaml
-
-from keylayers.export.settings import Files, Settings, refuse
+from keylayers.export.settings import Files, Settings, refuse, yaml_text
 from keylayers.targets import lora_targets
 
 
@@ -28,4 +26,4 @@ def export(settings: Settings) -> Files:
         "lora_dropout": 0.0,
         "lora_target": list(settings.names),
     }
-    return {"llamafactory.yaml": yaml.safe_dump(content, sort_keys=False, width=10_000)}
+    return {"llamafactory.yaml": yaml_text(content)}

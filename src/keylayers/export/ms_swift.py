@@ -7,9 +7,7 @@ Parameters of a full fine-tune are matched from the start of their names: the do
 
 from typing import Any
 
-import yaml
-
-from keylayers.export.settings import Files, Settings, refuse
+from keylayers.export.settings import Files, Settings, refuse, yaml_text
 from keylayers.targets import target_regex
 
 
@@ -32,4 +30,4 @@ def export(settings: Settings) -> Files:
             "lora_dropout": 0.0,
             "target_regex": target_regex(settings.names),
         }
-    return {"ms-swift.yaml": yaml.safe_dump(content, sort_keys=False, width=10_000)}
+    return {"ms-swift.yaml": yaml_text(content)}

@@ -49,7 +49,7 @@ def export(settings: Settings) -> Files:
     """The config of an adapter yet to be trained, and the same in Python."""
     shown = {
         "count": len(settings.names),
-        "model": " ".join(settings.model.split()),
+        "model": settings.model_line,
         "names": python_list(settings.names),
         "rank": settings.lora_rank,
         "alpha": settings.lora_alpha,

@@ -3,7 +3,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
+
+import yaml
 
 from keylayers.errors import ConfigError
 from keylayers.selection import Selection
@@ -37,6 +39,11 @@ class Settings:
         return self.selection.names
 
     @property
+    def model_line(self) -> str:
+        """The model's name for a comment, which ends with its line."""
+        return " ".join(self.model.split())
+
+    @property
     def stacked(self) -> set[str] | None:
         """Those of the names that are stacked experts; None if the model has no experts."""
         if not self.selection.is_of_mixture:
@@ -47,6 +54,11 @@ class Settings:
 def python_list(names: Sequence[str]) -> str:
     """The names as Python has them, one a line."""
     return "[\n" + "".join(f"    {name!r},\n" for name in names) + "]"
+
+
+def yaml_text(content: Mapping[str, Any]) -> str:
+    """YAML in the order of the keys, each value on one line, as expressions must be."""
+    return yaml.safe_dump(dict(content), sort_keys=False, width=10_000)
 
 
 def refuse(tool: str, reason: str) -> NoReturn:

@@ -8,9 +8,7 @@ form again. torchtune has its own names of modules; those of dense models are kn
 
 import re
 
-import yaml
-
-from keylayers.export.settings import Files, Settings, refuse
+from keylayers.export.settings import Files, Settings, refuse, yaml_text
 
 NAMES = {  # of torchtune's `models/convert_weights.py`
     "self_attn.q_proj": "attn.q_proj",
@@ -86,10 +84,10 @@ def export(settings: Settings) -> Files:
             "lora_dropout": 0.0,
         }
     }
-    head = _HEAD.format(model=" ".join(settings.model.split()))
+    head = _HEAD.format(model=settings.model_line)
     return {
         "keylayers_torchtune.py": _BUILDER,
-        "torchtune.yaml": head + yaml.safe_dump(content, sort_keys=False, width=10_000),
+        "torchtune.yaml": head + yaml_text(content),
     }
 
 

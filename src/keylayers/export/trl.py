@@ -7,9 +7,7 @@ A list of one name is taken for a regular expression there. Full fine-tuning goe
 
 from typing import Any
 
-import yaml
-
-from keylayers.export.settings import Files, Settings, refuse
+from keylayers.export.settings import Files, Settings, refuse, yaml_text
 from keylayers.targets import lora_targets
 
 
@@ -25,7 +23,7 @@ def export(settings: Settings) -> Files:
             "lora_target_modules": "dummy-target-modules",
             "lora_modules_to_save": list(settings.names),
         }
-        return {"trl.yaml": yaml.safe_dump(content, sort_keys=False, width=10_000)}
+        return {"trl.yaml": yaml_text(content)}
     targets = lora_targets(settings.names, settings.stacked)
     modules, parameters = targets["target_modules"], targets.get("target_parameters")
     if isinstance(modules, list) and len(modules) < 2:
@@ -42,4 +40,4 @@ def export(settings: Settings) -> Files:
     }
     if parameters:
         content["lora_target_parameters"] = parameters
-    return {"trl.yaml": yaml.safe_dump(content, sort_keys=False, width=10_000)}
+    return {"trl.yaml": yaml_text(content)}

@@ -39,7 +39,7 @@ def export(settings: Settings) -> Files:
         refuse("unsloth", "in a mixture of experts PEFT rewrites what it is given; choose peft")
     text = _TEXT.format(
         count=len(settings.names),
-        model=" ".join(settings.model.split()),
+        model=settings.model_line,
         names=python_list(settings.names),
         pattern=repr(target_regex(settings.names)),
         rank=settings.lora_rank,

@@ -10,7 +10,12 @@ from transformers import Trainer
 from keylayers.curve import MaskCurve
 from keylayers.gates import gated
 from keylayers.mask.trainer_data import prepared_for
-from keylayers.mask.trainer_loss import BatchLosses, TrainerLoss, batch_losses
+from keylayers.mask.trainer_loss import (
+    BatchLosses,
+    TrainerLoss,
+    batch_losses,
+    every_batch_everywhere,
+)
 from keylayers.progress import OnStep
 from keylayers.updates import Update
 
@@ -62,7 +67,7 @@ def subset_losses(
     source = TrainerLoss(trainer)
     held_out = prepared_for(trainer, held_out)
     measured = []
-    with source.quiet():
+    with source.quiet(), every_batch_everywhere(trainer):
         batches = list(trainer.get_eval_dataloader(held_out))
         with gated(trainer.model, updates, initial_score=1.0, link="identity") as gates:
             names = [modules[0] for modules in gates.groups.values()]

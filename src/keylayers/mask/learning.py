@@ -51,8 +51,9 @@ def learn_scores(
     """
     start = time.perf_counter()
     source = TrainerLoss(trainer)
-    losses, path = [], []
+    losses: list[float] = []
     log = TrainerLog(trainer)
+    on_step = log.losses(on_step)
     watch = None
     if options.until_stable is not None:
         watch = SettledSelection(options.until_stable, PATIENCE_STEPS)
@@ -69,22 +70,23 @@ def learn_scores(
         set_seed(seed)
         optimizer = _optimizer(gates, options)
         batches = source.batches(seed)
-        path.append(gates.scores())
+        path = torch.empty(options.mask_steps + 1, len(gates))  # filled as it goes: nothing grows
+        path[0] = gates.scores()
         for step in range(1, options.mask_steps + 1):
             optimizer.zero_grad()
             losses.append(source.backward(next(batches), step=step))
             gates.gradient()  # a guard: every gate took part
             _add_price(gates, price)
             optimizer.step()
-            path.append(gates.scores())
-            log.gates(step, gates.groups, path[-1])
+            path[step] = gates.scores()
+            log.gates(step, gates.groups, path[step])
             if on_step is not None:
                 on_step(step, losses[-1])
-            if watch is not None and watch.see(path[-1].tolist()) and step >= 2 * PATIENCE_STEPS:
+            if watch is not None and watch.see(path[step].tolist()) and step >= 2 * PATIENCE_STEPS:
                 break
         gates.check_fired()
         scores = to_modules(gates, gates.scores(), updates)
-        errors = standard_errors(torch.stack(path))
+        errors = standard_errors(path[: len(losses) + 1])
         module_errors = None if errors is None else to_modules(gates, errors, updates)
     return ModuleScores(
         module_names=tuple(update.module.name for update in updates),

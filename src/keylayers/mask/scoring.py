@@ -18,7 +18,12 @@ from transformers import Trainer, set_seed
 
 from keylayers.gates import Gates, gated
 from keylayers.mask.module_scores import ModuleScores, to_modules
-from keylayers.mask.trainer_loss import TrainerLoss, counts_tokens, samples
+from keylayers.mask.trainer_loss import (
+    TrainerLoss,
+    counts_tokens,
+    every_batch_everywhere,
+    samples,
+)
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
 from keylayers.updates import Update
@@ -123,6 +128,7 @@ def scoring(
     on_step: OnStep | None = None,
     *,
     num_batches: int | None = None,
+    looks_inside: bool = False,
 ) -> Iterator[Scoring]:
     """The trainer's model with gates on `updates`, closed at first, and its first batches.
 
@@ -134,6 +140,8 @@ def scoring(
         options: How to score.
         on_step: Called after each pass with its number, from 1, and its loss in nats.
         num_batches: How many batches; `options.mask_batches` if not given.
+        looks_inside: Whether the method sees more than losses and gradients of gates. Only these
+            are averaged over processes, so that each of them then looks at every batch.
     """
     source = TrainerLoss(trainer)
     gates_in = gated(
@@ -146,7 +154,8 @@ def scoring(
     with gates_in as gates, source.quiet():
         seed = trainer.args.seed if options.mask_seed is None else options.mask_seed
         set_seed(seed)
-        batches = list(islice(source.batches(seed), num_batches or options.mask_batches))
+        with every_batch_everywhere(trainer) if looks_inside else contextlib.nullcontext():
+            batches = list(islice(source.batches(seed), num_batches or options.mask_batches))
         yield Scoring(source, updates, gates, batches, on_step)
 
 

@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -24,6 +25,7 @@ from keylayers.errors import ConfigError, DataError, LossError
 from keylayers.mask.reference import without_own_copy
 from keylayers.mask.trainer_state import unchanged_trainer
 from keylayers.preserve import to_evaluation
+from keylayers.processes import is_one_of_many, summed
 from keylayers.updates.adalora import without_penalty
 
 
@@ -37,11 +39,11 @@ class TrainerLoss:
     """
 
     def __init__(self, trainer: Trainer, model: nn.Module | None = None) -> None:
-        num_processes = trainer.accelerator.num_processes
-        if num_processes > 1:
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            wrapper = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"
             raise ConfigError(
-                f"masks must be learned in one process, got {num_processes}: their gradients are "
-                f"not averaged over processes yet; start without a launcher"
+                f"modules must be scored with the whole model in each process, but {wrapper} "
+                f"spreads it; rank without it, in one process or under DDP, and train with it"
             )
         if getattr(trainer, "use_vllm", False):
             raise ConfigError(
@@ -55,6 +57,8 @@ class TrainerLoss:
 
     def batches(self, seed: int) -> Iterator[Any]:
         """Training batches without end, shuffled anew in each epoch by the trainer's own sampler.
+
+        Of several processes each gets its own, unless `every_batch_everywhere`.
 
         A trainer that keeps its data in order gets whole batches in another order: KTO pairs each
         prompt with an answer of its neighbour in the batch.
@@ -144,12 +148,13 @@ class TrainerLoss:
         parts = self.parts(batch)
         self.num_forward += 1
         self.num_backward += 1
-        total = 0.0
-        for part in parts:
-            loss = self.loss(part) / len(parts)
-            total += _finite(loss, f"mask step {step}")
-            loss.backward()  # not accelerator.backward, which divides by the accumulation steps
-        return total
+        total, share = 0.0, _share(parts)
+        with _averaged_gradients(self.model):
+            for part in parts:
+                loss = share * self.loss(part) / len(parts)
+                total += float(loss.detach())
+                loss.backward()  # not accelerator.backward, which divides by accumulation steps
+        return _finite(_over_processes(total), f"mask step {step}")
 
     def value(self, batch: Any, *, step: int) -> float:
         """The loss on `batch` in nats, without a graph.
@@ -160,8 +165,8 @@ class TrainerLoss:
         self.num_forward += 1
         with torch.no_grad():
             parts = self.parts(batch)
-            where = f"mask step {step}"
-            return sum(_finite(self.loss(part), where) for part in parts) / len(parts)
+            total = sum(float(self.loss(part)) for part in parts) / len(parts)
+        return _finite(_over_processes(_share(parts) * total), f"mask step {step}")
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -210,8 +215,75 @@ def _own_copy(batch: Any) -> Any:
     return [_own_copy(one) for one in batch] if isinstance(batch, list) else batch
 
 
-def _finite(loss: Tensor, where: str) -> float:
-    value = float(loss.detach())
+@contextlib.contextmanager
+def every_batch_everywhere(trainer: Trainer) -> Iterator[None]:
+    """Inside the block, data loaders give every process all batches, as if it were the only one."""
+    accelerator = trainer.accelerator
+    if accelerator.num_processes == 1:
+        yield
+        return
+    before = dict(vars(accelerator))
+
+    def prepare(loader: DataLoader[Any], *_: Any, **__: Any) -> Any:
+        return prepare_data_loader(
+            loader,
+            accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=accelerator.device_placement,
+            use_seedable_sampler=accelerator.use_seedable_sampler,
+            data_seed=accelerator.dataloader_config.data_seed,
+        )
+
+    accelerator.prepare_data_loader = prepare
+    try:
+        yield
+    finally:
+        if "prepare_data_loader" in before:
+            accelerator.prepare_data_loader = before["prepare_data_loader"]
+        else:
+            del accelerator.prepare_data_loader
+
+
+def _share(parts: list[Any]) -> float:
+    """The weight of this process's batch among those of all: labelled tokens, or rows."""
+    if not is_one_of_many():
+        return 1.0
+    own = sum(_weight(part) for part in parts)
+    return own / float(summed(torch.tensor(own, dtype=torch.float64)))
+
+
+def _over_processes(loss: float) -> float:
+    """The sum of what the processes found; each of them sees the same, a loss of NaN too."""
+    return float(summed(torch.tensor(loss, dtype=torch.float64)))
+
+
+@contextlib.contextmanager
+def _averaged_gradients(model: nn.Module) -> Iterator[None]:
+    """Sum over processes what the block adds to the gradients of what is trainable: the gates."""
+    if not is_one_of_many():
+        yield
+        return
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = [parameter.grad for parameter in trained]
+    for parameter in trained:
+        parameter.grad = None
+    yield
+    has_one = torch.tensor([float(parameter.grad is not None) for parameter in trained])
+    flat = [torch.zeros_like(one) if one.grad is None else one.grad for one in trained]
+    total = summed(torch.cat([has_one.double(), *(one.flatten().cpu().double() for one in flat)]))
+    sizes = [parameter.numel() for parameter in trained]
+    for index, (parameter, grad) in enumerate(
+        zip(trained, total[len(trained) :].split(sizes), strict=True)
+    ):
+        parameter.grad = before[index]
+        if total[index] == 0:  # silent everywhere
+            continue
+        grad = grad.view_as(parameter).to(parameter.device, parameter.dtype)
+        parameter.grad = grad if before[index] is None else before[index] + grad
+
+
+def _finite(value: float, where: str) -> float:
     if not math.isfinite(value):
         raise LossError(
             f"the loss must be finite, but it is {value} at {where}; check the update's weights, "
@@ -264,7 +336,8 @@ def batch_losses(source: TrainerLoss, batches: list[Any]) -> BatchLosses:
                 trainer.compute_loss_context_manager(),
                 without_penalty(model),
             ):
-                losses.append(_finite(trainer.compute_loss(model, inputs), f"batch {number}"))
+                loss = float(trainer.compute_loss(model, inputs))
+                losses.append(_finite(loss, f"batch {number}"))
     finally:
         for module, mode in modes:
             module.training = mode

@@ -37,18 +37,27 @@ def command_line(
         options: By the name of their field, as a record holds them (`flat()`).
         ranked_with: The options that the ranking records; nothing is known of them if not given.
     """
+    return shlex.join(["keylayers", *command_words(command, options, ranked_with)])
+
+
+def command_words(
+    command: Command, options: Mapping[str, Any], ranked_with: Mapping[str, Any] | None = None
+) -> list[str]:
+    """The same as words, from the sub-command on."""
     inherited: tuple[str, ...] = ()
     if options.get("ranking") is not None:
         others = ("steps",) if command == "train" else TAKEN_WITH_UPDATE
         inherited = (*TAKEN_FROM_RANKING, *others)
-    words = ["keylayers", command]
+    words: list[str] = [command]
+    if command == "verify" and options.get("ranking") is not None:  # not a field of its options
+        words += ["--ranking", str(options["ranking"])]
     for one in _fields(command):
         value = options.get(one.name)
         usual = (ranked_with or {}).get(one.name, MISSING) if one.name in inherited else one.default
         if value is None or _same(value, usual):
             continue
         words += _words("--" + one.name.replace("_", "-"), value)
-    return shlex.join(words)
+    return words
 
 
 def _fields(command: Command) -> Iterator["Field[Any]"]:

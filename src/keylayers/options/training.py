@@ -2,7 +2,8 @@
 """How a model is fine-tuned, what for, and when the loss counts as stable."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from keylayers.errors import ConfigError
 from keylayers.options.choices import Objective, UpdateKind
@@ -63,6 +64,9 @@ class TrainingOptions(ObjectiveOptions):
         report_to: Loggers that are told of losses, scores and gates as they come, by the names that
             transformers has for them: tensorboard, wandb, mlflow, trackio and others. TensorBoard
             writes to `runs`, or where TENSORBOARD_LOGGING_DIR says. Not given: none.
+        save_steps: Steps between the checkpoints from which a run that was stopped goes on when the
+            same command is given again; 0 for none. Not given: by time, so that saving takes less
+            than a twentieth of it.
     """
 
     update: UpdateKind = "lora"
@@ -75,6 +79,7 @@ class TrainingOptions(ObjectiveOptions):
     gradient_checkpointing: bool = False
     seed: int = 0
     report_to: tuple[str, ...] = ()
+    save_steps: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,6 +89,8 @@ class TrainingOptions(ObjectiveOptions):
         check_at_least("warmup_steps", self.warmup_steps, 0)
         check_at_least("lora_rank", self.lora_rank, 1)
         check_at_least("lora_alpha", self.lora_alpha, 1)
+        if self.save_steps is not None:
+            check_at_least("save_steps", self.save_steps, 0)
         check_seed("seed", self.seed)
         if self.learning_rate is not None:
             check_above_zero("learning_rate", self.learning_rate)
@@ -92,6 +99,10 @@ class TrainingOptions(ObjectiveOptions):
                 "`update` must be an adapter with `objective` reward, whose new head is trained "
                 "beside the modules and saved with the adapter, got full"
             )
+
+    def decisive(self) -> dict[str, Any]:
+        """The options that decide what a training gives: loggers and checkpoints do not."""
+        return asdict(replace(self, report_to=(), save_steps=None))
 
     @property
     def is_full(self) -> bool:

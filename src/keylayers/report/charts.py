@@ -14,6 +14,7 @@ import altair as alt
 from keylayers.compare import Agreement
 from keylayers.curve import MaskCurve
 from keylayers.ranking import Ranking
+from keylayers.report.curve import loss_unit
 from keylayers.report.losses import LossCurves
 from keylayers.verification import Verification
 
@@ -38,14 +39,14 @@ def heatmap_chart(ranking: Ranking, count: int, *, is_live: bool = False) -> Cha
     Brighter is more important. In a live chart the parameter `budget` holds the count.
     """
     rows = _cells(ranking)
-    projections = list(dict.fromkeys(module.projection for module in ranking.modules))
+    projections = ranking.projections
     blocks = list(dict.fromkeys(row["block"] for row in sorted(rows, key=_block_order)))
     height = 20 if len(blocks) <= 40 else LABELLED_HEIGHT if len(blocks) <= 90 else 8
     is_taken = f"datum.place <= {BUDGET if is_live else count}"
     base = alt.Chart(alt.InlineData(values=rows)).encode(
         x=alt.X(
             "projection:N",
-            sort=projections,
+            sort=list(projections),
             title=None,
             axis=alt.Axis(orient="top", labelAngle=-40, labelAlign="left", labelLimit=220),
         ),
@@ -91,11 +92,10 @@ def curve_chart(found: Verification, count: int, *, is_live: bool = False) -> Ch
 
     In a live chart the parameter `budget` holds the count.
     """
-    unit = found.provenance.get("loss_unit", "nats per token")
     curves = {"best first": found.best_first, "worst first": found.worst_first}
     if found.leave_one_out:
         curves["leave-one-out"] = found.leave_one_out
-    rows = [row for name, curve in curves.items() for row in _points(name, curve.counts, curve)]
+    rows = [row for name, curve in curves.items() for row in _points(name, curve)]
     at_random = _random_points(found)
     names = [name for name in CURVES if name in curves or name.startswith("random")]
     kept = alt.X(
@@ -103,7 +103,7 @@ def curve_chart(found: Verification, count: int, *, is_live: bool = False) -> Ch
         title="modules that keep their update, best first",
         scale=alt.Scale(domain=[0, found.best_first.counts[-1]], nice=False),
     )
-    loss = alt.Y("loss:Q", title=f"held-out loss, {unit}", scale=alt.Scale(zero=False))
+    loss = alt.Y("loss:Q", title=f"held-out loss, {loss_unit(found)}", scale=alt.Scale(zero=False))
     line = (
         alt.Chart(alt.InlineData(values=rows + at_random))
         .mark_line(point=True)
@@ -293,10 +293,10 @@ def _ends(rows: Sequence[Mapping[str, Any]]) -> list[int]:
     return sorted({1, max(1, last // 3), max(1, 2 * last // 3), last})
 
 
-def _points(name: str, counts: Sequence[int], curve: MaskCurve) -> list[dict[str, Any]]:
+def _points(name: str, curve: MaskCurve) -> list[dict[str, Any]]:
     return [
         {"curve": name, "kept": count, "loss": loss}
-        for count, loss in zip(counts, curve.losses, strict=True)
+        for count, loss in zip(curve.counts, curve.losses, strict=True)
     ]
 
 

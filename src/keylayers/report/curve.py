@@ -19,12 +19,13 @@ BAR_WIDTH = 30
 def verification_report(found: Verification) -> RenderableType:
     """All of a verification that a terminal shows."""
     lines = [area_line(found), *reading(found)]
-    title = f"Held-out loss with the updates of only so many modules kept, in {_unit(found)}"
+    title = f"Held-out loss with the updates of only so many modules kept, in {loss_unit(found)}"
     text = Text("\n".join(lines))
     return Group(Text(title, style="bold"), curve_table(found), Text(), text)
 
 
-def _unit(found: Verification) -> str:
+def loss_unit(found: Verification) -> str:
+    """What its losses count."""
     return str(found.provenance.get("loss_unit", "nats per token"))
 
 
@@ -110,7 +111,7 @@ def reading(found: Verification) -> Sequence[str]:
         return lines
     lines.append(
         f"recommended budget: {one.num_modules} of {curve.counts[-1]} modules, which lose "
-        f"{one.difference_nats:+.4f}{in_nats(_unit(found))} against all"
+        f"{one.difference_nats:+.4f}{in_nats(loss_unit(found))} against all"
     )
     lines.append(
         f"  below {one.upper_nats:+.4f} with 95 % confidence over held-out batches; the margin is "

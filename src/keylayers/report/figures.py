@@ -81,7 +81,12 @@ def _drawn(path: Path, sources: Sequence[Source], budget: Budget) -> bytes:
     else:
         charts = [_of_one(kind, one, budget).properties(title=one.label) for one in sources]
         chart = alt.concat(*charts, columns=NUM_COLUMNS).resolve_scale(color="independent")
-    return _FORMATS[path.suffix.lower()](json.dumps(_drawable(chart.to_dict())))
+    return drawn_chart(chart, path.suffix.lower())
+
+
+def drawn_chart(chart: Chart | alt.ConcatChart, suffix: str) -> bytes:
+    """A chart as a file of the format that `suffix`, such as `.svg`, says."""
+    return _FORMATS[suffix](json.dumps(_drawable(chart.to_dict())))
 
 
 def _drawable(content: Any) -> Any:

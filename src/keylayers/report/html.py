@@ -114,7 +114,7 @@ class View:
     @property
     def num_columns(self) -> int:
         """Kinds of modules."""
-        return len({module.projection for module in self.source.ranking.modules})
+        return len(self.source.ranking.projections)
 
     @property
     def heatmap_widths(self) -> tuple[int, int]:

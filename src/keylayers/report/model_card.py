@@ -130,7 +130,7 @@ def _modules(record: Mapping[str, Any], ranking: Ranking | None) -> list[str]:
     if ranking is None or "selection" not in record:
         return []
     chosen, ranks = set(record["selection"]["modules"]), ranking.ranks()
-    projections = list(dict.fromkeys(module.projection for module in ranking.modules))
+    projections = ranking.projections
     cells: dict[int, dict[str, str]] = {}
     for module in ranking.modules:
         rank = "?" if ranks[module.name] is None else str(ranks[module.name])

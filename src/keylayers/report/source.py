@@ -7,8 +7,7 @@ from pathlib import Path
 
 from keylayers.errors import ConfigError
 from keylayers.ranking import Ranking
-from keylayers.records import json_sha256
-from keylayers.selection import Budget
+from keylayers.selection import Budget, are_best
 from keylayers.verification import Verification, verification_file
 
 
@@ -49,13 +48,12 @@ def num_best(ranking: Ranking, budget: Budget) -> int:
         RankingError: the budget reaches modules that have no score.
     """
     chosen = ranking.select(budget).names
-    count = len(chosen)
-    if set(chosen) != {module.name for module in ranking.ordered()[:count]}:
+    if not are_best(ranking, chosen):
         raise ConfigError(
             f"`budget` of a report or figure must take the best modules, as 0.3, 17 and "
             f"0.3x-params do, but {budget} goes by cost and takes others; give a number of modules"
         )
-    return count
+    return len(chosen)
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
@@ -86,6 +84,6 @@ def _load(path: Path, label: str) -> Source:
     if not file.is_file():
         return Source(str(path), label, ranking)
     found = Verification.load(file)
-    if found.ranking_sha256 != json_sha256(ranking.to_json()):
-        return Source(str(path), label, ranking, is_stale=True)
-    return Source(str(path), label, ranking, found)
+    if found.is_of(ranking):
+        return Source(str(path), label, ranking, found)
+    return Source(str(path), label, ranking, is_stale=True)

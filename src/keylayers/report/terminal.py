@@ -33,7 +33,7 @@ def heatmap(ranking: Ranking, *, marked: Collection[str] = ()) -> Table:
         marked: Names of the modules whose rank gets a mark: their place is not decided.
     """
     ranks = ranking.ranks()
-    projections = list(dict.fromkeys(module.projection for module in ranking.modules))
+    projections = ranking.projections
     cells = {(module.block_index, module.projection): module for module in ranking.modules}
     table = Table(box=None, padding=0, pad_edge=False, title_justify="left")
     table.add_column("block ", justify="right", style="dim")

@@ -6,6 +6,7 @@ run that resumes goes on as if it had never stopped.
 """
 
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,7 +21,7 @@ from keylayers.progress import Progress, Silent
 from keylayers.ranking import Ranking
 from keylayers.runs.rank import rank_modules
 from keylayers.selection import Freeze, Selection, check_same_modules
-from keylayers.training.under_way import StepLosses, check_one_process, loaders_kept, trainer_of
+from keylayers.training.under_way import StepLosses, check_not_spread, loaders_kept, trainer_of
 from keylayers.updates import adapter_updates
 
 # Where the trainer's state keeps what the callback has found. Not the way of `ExportableState`:
@@ -31,8 +32,8 @@ STATE_KEY = "keylayers.FreezeUnimportant"
 class FreezeUnimportant(TrainerCallback):
     """Freezes the least important modules of a LoRA fine-tune while it runs.
 
-    For any transformers or TRL trainer whose model carries a LoRA adapter, in one process. Until
-    the freeze the run is bit for bit what it would have been without the callback.
+    For any transformers or TRL trainer whose model carries a LoRA adapter, in one process or
+    under DDP. Until the freeze the run is bit for bit what it would have been without the callback.
 
     Attributes:
         ranking: What was found; None before.
@@ -100,6 +101,15 @@ class FreezeUnimportant(TrainerCallback):
             self._halted.release()
         self._halted = None
         self._first_step_after = 0
+
+    def decisive(self) -> dict[str, Any]:
+        """The options that decide what is found and frozen, for a hash of a run's inputs."""
+        return {
+            "freeze_fraction": self.freeze_fraction,
+            "action": self.action,
+            "stability": asdict(self.stability),
+            "mask": asdict(self.mask),
+        }
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -169,7 +179,7 @@ class FreezeUnimportant(TrainerCallback):
             raise ConfigError(
                 f"a trainer must hold one {type(self).__name__} at most, got {len(same)}"
             )
-        check_one_process(trainer)
+        check_not_spread(trainer)
         check_can_halt(trainer.model, self.action)
         num_modules = len(adapter_updates(trainer.model))
         if Freeze(self.freeze_fraction).num_kept(num_modules) == num_modules:

@@ -9,19 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from keylayers.errors import OutputError
+from keylayers.folders import check_replaceable, output_folder, replaced_folder
 from keylayers.options import PruneOptions
 from keylayers.progress import Progress, Silent
 from keylayers.ranking import Ranking
-from keylayers.records import (
-    CARD,
-    RECORD,
-    check_replaceable,
-    json_sha256,
-    output_folder,
-    replaced_folder,
-    write_json,
-    write_text,
-)
+from keylayers.records import CARD, RECORD, json_sha256, write_json, write_text
 from keylayers.report.model_card import model_card
 from keylayers.runs.prune_steps import Kind, PruneJob, Size, measured
 from keylayers.selection import Selection, select

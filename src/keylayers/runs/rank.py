@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from keylayers.evaluation.loss import held_out_loss
+from keylayers.folders import check_replaceable, output_folder
 from keylayers.gates import gated, group_modules
 from keylayers.mask.module_scores import ModuleScores
 from keylayers.mask.reference import reference_of
@@ -24,14 +25,9 @@ from keylayers.models import describe, load_tokenizer, max_positions
 from keylayers.options import LOSS_UNITS, MaskOptions, RankOptions, UpdateOptions
 from keylayers.progress import OnStep, Progress, Silent
 from keylayers.ranking import RankedModule, Ranking
-from keylayers.records import (
-    STAGE_1_ADAPTER,
-    STAGE_1_CHECKPOINT,
-    check_replaceable,
-    environment,
-    output_folder,
-)
-from keylayers.runs.update import RankJob, find_update, load_base
+from keylayers.records import environment
+from keylayers.runs.stage_1 import from_stage_1, stage_1_folder
+from keylayers.runs.update import RankJob, TunedModel, existing_update, load_base
 from keylayers.scores import STOPS_BY_ITSELF, num_steps, score_modules
 from keylayers.training.data import prepare
 from keylayers.training.objectives import prepared_examples
@@ -108,15 +104,23 @@ def rank_modules(
     return _to_ranking(updates, learned, options, provenance)
 
 
-def rank(options: RankOptions, output: Path, progress: Progress | None = None) -> Ranking:
+def rank(
+    options: RankOptions,
+    output: Path,
+    progress: Progress | None = None,
+    *,
+    stage_1_in: Path | None = None,
+) -> Ranking:
     """Run both stages, or stage 2 on an update that exists, and write `output`/ranking.json.
 
-    Stage 1's adapter is written to `output`/adapter.
+    Stage 1's adapter is written to `output`/adapter. A run that was stopped in stage 1 goes on at
+    its last checkpoint when it is called again, and ends as if it had not been stopped.
 
     Args:
         options: Everything that decides the result.
         output: Folder for the results.
         progress: Where to report to.
+        stage_1_in: Folder for stage 1's adapter instead, for rankings that share it.
 
     Returns:
         The ranking, as written.
@@ -126,14 +130,14 @@ def rank(options: RankOptions, output: Path, progress: Progress | None = None) -
     """
     start = time.perf_counter()
     with output_folder(output):
-        job = _prepared(options, output, progress or Silent())
+        job = _prepared(options, stage_1_in or output, progress or Silent())
         provenance: dict[str, Any] = {
             "environment": environment(),
             "model": job.model_record,
             "data": job.data.record(),
             "options": options.flat(),
         }
-        update = find_update(job)
+        update = _find_update(job)
         trainer = make_loss_trainer(
             update.model,
             job.tokenizer,
@@ -163,11 +167,18 @@ def rank(options: RankOptions, output: Path, progress: Progress | None = None) -
     return ranking
 
 
-def _prepared(options: RankOptions, output: Path, progress: Progress) -> RankJob:
+def _find_update(job: RankJob) -> TunedModel:
+    """The model with the update to rank, by whichever of the three ways the options ask for."""
+    if job.options.update == UpdateOptions():
+        return from_stage_1(job)
+    towers = job.options.model.towers
+    return existing_update(job.model, job.options.update, job.progress, towers)
+
+
+def _prepared(options: RankOptions, stage_1_in: Path, progress: Progress) -> RankJob:
     """Everything loaded and checked, before any long work."""
     if options.update == UpdateOptions():  # stage 1 will write its adapter
-        check_replaceable(output / STAGE_1_ADAPTER)
-        check_replaceable(output / STAGE_1_CHECKPOINT)
+        check_replaceable(stage_1_folder(options, stage_1_in))
     tokenizer = load_tokenizer(options.model)
     model = load_base(options)
     data = prepare(options.data, tokenizer, max_positions(model), options.training.objective)
@@ -175,7 +186,7 @@ def _prepared(options: RankOptions, output: Path, progress: Progress) -> RankJob
     for line in data.summary():
         progress.note(line)
     record = describe(options.model, model) | {"weights_sha256": weights_sha256(model)}
-    return RankJob(options, output, progress, model, tokenizer, data, record)
+    return RankJob(options, stage_1_in, progress, model, tokenizer, data, record)
 
 
 def _held_out_losses(
@@ -216,15 +227,7 @@ def _to_ranking(
 ) -> Ranking:
     errors = learned.standard_errors or [None] * len(updates)
     modules = tuple(
-        RankedModule(
-            name=update.module.name,
-            block_index=update.module.block_index,
-            projection=update.module.projection,
-            num_parameters=update.module.num_parameters,
-            score=score,
-            standard_error=error,
-            is_stacked=update.module.is_stacked,
-        )
+        RankedModule.of(update.module, score, error)
         for update, score, error in zip(updates, learned.scores, errors, strict=True)
     )
     return Ranking(modules, options.method, options.granularity, provenance)

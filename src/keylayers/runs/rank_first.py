@@ -2,10 +2,11 @@
 """Train, rank and freeze in one run: the paper's algorithm, from options to files."""
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from keylayers.options import Control, MaskOptions, Method, StabilityOptions
+from keylayers.options import Control, FreezeAction, MaskOptions, Method, StabilityOptions
 from keylayers.ranking import Ranking
 from keylayers.records import json_sha256
 from keylayers.runs.callback import FreezeUnimportant
@@ -26,26 +27,37 @@ def train_and_freeze(job: TrainJob, output: Path) -> list[TrainedSet]:
         Held-out losses: the base model, the run, and what it is compared with.
     """
     callback = _callback(job, job.options.stability, job.options.mask)
+    inputs = job.inputs_sha256(job.names, callback)
+    record = job.finished(output, inputs, None) or _train(job, output, callback, inputs)
+    step = record["frozen"]["at_step"]
+    action = job.options.selection.action
+    controls = {_label(one, action, step): one for one in job.options.selection.controls}
+    return job.compare(
+        output,
+        record,
+        Ranking.load(output),
+        {label: partial(_control, job, one, step) for label, one in controls.items()},
+    )
+
+
+def _train(job: TrainJob, output: Path, callback: FreezeUnimportant, inputs: str) -> dict[str, Any]:
+    """Train with the callback and write the result; its record, which is written too."""
     row, model, result = job.train(job.names, "selected", callback)
     assert callback.selection is not None
     assert callback.frozen_at_step is not None
-    row = replace(row, label=_label("selected", callback))
-    rows = [job.base_row(), row]
+    row = replace(row, label=_label("selected", callback.action, callback.frozen_at_step))
     ranking = _ranking(job, callback)
     record = job.record | {
+        "inputs_sha256": inputs,
         "selection": callback.selection.record(),
         "ranking_sha256": json_sha256(ranking.to_json()),
         "frozen": _frozen_record(callback) | {"modules": list(callback.frozen)},
         "losses": list(result.losses),
         "seconds": result.seconds,
+        "results": [asdict(one) for one in (job.base_row(), row)],
     }
-    now = record | {"results": [asdict(one) for one in rows]}
-    job.save(model, output, now, ranking, {"ranking.json": ranking.to_json()})
-    del model
-    for control in dict.fromkeys(job.options.selection.controls):
-        rows.append(_control(job, control, callback.frozen_at_step))
-    job.add_results(output, record | {"results": [asdict(one) for one in rows]}, ranking)
-    return rows
+    job.save(model, output, record, ranking, {"ranking.json": ranking.to_json()})
+    return record
 
 
 def _callback(job: TrainJob, stability: StabilityOptions, mask: MaskOptions) -> FreezeUnimportant:
@@ -66,12 +78,14 @@ def _control(job: TrainJob, control: Control, step: int) -> TrainedSet:
     at_step = StabilityOptions(max_steps=step, epsilon=0.0)
     callback = _callback(job, at_step, MaskOptions(method=_CONTROL_METHODS[control]))
     row = job.train(job.names, control, callback)[0]
-    return replace(row, label=_label(control, callback))
+    return replace(row, label=_label(control, callback.action, step))
 
 
-def _label(what: str, callback: FreezeUnimportant) -> str:
-    done = {"freeze": "frozen", "remove": "removed"}[callback.action]
-    return f"{what} (others {done} at step {callback.frozen_at_step})"
+def _label(what: str, action: FreezeAction, step: int) -> str:
+    if what == "all":
+        return what
+    done = {"freeze": "frozen", "remove": "removed"}[action]
+    return f"{what} (others {done} at step {step})"
 
 
 def _frozen_record(callback: FreezeUnimportant) -> dict[str, Any]:

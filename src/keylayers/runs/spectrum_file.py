@@ -44,17 +44,7 @@ def spectrum_ranking(path: Path, source: ModelOptions) -> Ranking:
         )
     found = [ratios[info.name] for info in infos]
     scores = shares_of_kind(found, [info.projection for info in infos])
-    modules = tuple(
-        RankedModule(
-            info.name,
-            info.block_index,
-            info.projection,
-            info.num_parameters,
-            score,
-            is_stacked=info.is_stacked,
-        )
-        for info, score in zip(infos, scores, strict=True)
-    )
+    modules = map(RankedModule.of, infos, scores)
     made_by = {
         "environment": environment(),
         "model": {"name": source.model, "revision": source.revision},
@@ -66,7 +56,7 @@ def spectrum_ranking(path: Path, source: ModelOptions) -> Ranking:
             "num_left_out": len(ratios) - len(found),
         },
     }
-    return Ranking(modules, "spectrum", provenance=made_by)
+    return Ranking(tuple(modules), "spectrum", provenance=made_by)
 
 
 def _ratios(path: Path) -> dict[str, float]:

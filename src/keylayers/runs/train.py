@@ -5,14 +5,17 @@ The result is an ordinary PEFT adapter, or a checkpoint in which only the select
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from keylayers.folders import check_replaceable, output_folder, unfinished
 from keylayers.memory import is_memory
 from keylayers.options import Control, TrainOptions
 from keylayers.progress import Progress, Silent
 from keylayers.ranking import Ranking
-from keylayers.records import check_replaceable, json_sha256, output_folder
+from keylayers.records import json_sha256
 from keylayers.runs.rank_first import train_and_freeze
 from keylayers.runs.train_job import TrainedSet, TrainJob
 from keylayers.selection import Selection, select
@@ -23,6 +26,9 @@ def train(
     options: TrainOptions, output: Path, progress: Progress | None = None
 ) -> list[TrainedSet]:
     """Train the selected modules, prove that only they were trained, and write the result.
+
+    A run that was stopped goes on at its last checkpoint when it is called again, and ends as if it
+    had not been stopped.
 
     Args:
         options: Everything that decides the result.
@@ -40,36 +46,50 @@ def train(
     wanted = options.selection
     if wanted.ranking is None:
         check_replaceable(output)
-        with output_folder(output):
-            return train_and_freeze(TrainJob(options, None, progress), output)
+        with output_folder(output), unfinished(output) as before:
+            return train_and_freeze(TrainJob(options, None, progress, before), output)
     ranking = Ranking.load(wanted.ranking)
     budget = budget_of(wanted, ranking)
     selection = None if is_memory(budget) else select(ranking, budget)
     check_replaceable(output)
-    with output_folder(output):
-        job = TrainJob(options, ranking, progress)
+    with output_folder(output), unfinished(output) as before:
+        job = TrainJob(options, ranking, progress, before)
         selection = selection or job.select_within(ranking, budget)
         if selection.num_tied_out:
             progress.note(
                 f"{selection.num_tied_out} modules left out have the same score as the last one "
                 f"taken; ties go by the model's order"
             )
-        cache = job.prefix_cache(output.parent)
-        selected, model, result = job.train(selection.names, "selected", cache=cache)
-        rows = [job.base_row(), selected, *job.stage_1_row(ranking)]
-        record = job.record | {
-            "selection": selection.record(),
-            "ranking_sha256": json_sha256(ranking.to_json()),
-            "losses": list(result.losses),
-            "seconds": result.seconds,
+        inputs = job.inputs_sha256(selection.names)
+        record = job.finished(output, inputs, ranking) or _train(job, output, ranking, selection)
+        controls: dict[str, Callable[[], TrainedSet]] = {
+            control: _control(job, control, ranking, selection) for control in wanted.controls
         }
-        job.save(model, output, record | {"results": [asdict(row) for row in rows]}, ranking)
-        del model
-        for control in dict.fromkeys(wanted.controls):
-            names = control_modules(ranking, selection, control, options.training.seed)
-            rows.append(job.train(names, control)[0])
-        job.add_results(output, record | {"results": [asdict(row) for row in rows]}, ranking)
-    return rows
+        return job.compare(output, record, ranking, controls)
+
+
+def _train(job: TrainJob, output: Path, ranking: Ranking, selection: Selection) -> dict[str, Any]:
+    """Train the selection and write it; its record, which is written too."""
+    cache = job.prefix_cache(output.parent)
+    selected, model, result = job.train(selection.names, "selected", cache=cache)
+    rows = [job.base_row(), selected, *job.stage_1_row(ranking)]
+    record = job.record | {
+        "inputs_sha256": job.inputs_sha256(selection.names),
+        "selection": selection.record(),
+        "ranking_sha256": json_sha256(ranking.to_json()),
+        "losses": list(result.losses),
+        "seconds": result.seconds,
+        "results": [asdict(row) for row in rows],
+    }
+    job.save(model, output, record, ranking)
+    return record
+
+
+def _control(
+    job: TrainJob, control: Control, ranking: Ranking, selection: Selection
+) -> Callable[[], TrainedSet]:
+    names = control_modules(ranking, selection, control, job.options.training.seed)
+    return lambda: job.train(names, control)[0]
 
 
 def control_modules(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training job: sets of modules, each fine-tuned in the same way from the same model."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,23 @@ from keylayers.memory import GIB
 from keylayers.model_map import map_modules
 from keylayers.models import Checkpoint, describe, load_model, load_tokenizer, max_positions
 from keylayers.options import LOSS_UNITS, TrainOptions
+from keylayers.processes import from_first
 from keylayers.progress import Progress
 from keylayers.ranking import Ranking
-from keylayers.records import CARD, RECORD, environment, write_json, write_text
+from keylayers.records import (
+    CARD,
+    RECORD,
+    environment,
+    json_sha256,
+    num_launched,
+    write_json,
+    write_text,
+)
 from keylayers.report.model_card import model_card
 from keylayers.runs.callback import FreezeUnimportant
 from keylayers.runs.reopen import note_other_objective, objective_of, sizes_of
 from keylayers.selection import Budget, Selection, check_same_modules, select
+from keylayers.training.checkpoints import Checkpoints
 from keylayers.training.data import prepare
 from keylayers.training.memory import measured_memory
 from keylayers.training.objectives import prepared_examples
@@ -57,9 +68,16 @@ class TrainedSet:
 class TrainJob:
     """What all fine-tunes of one run share: options, data, tokenizer and the base model's loss."""
 
-    def __init__(self, options: TrainOptions, ranking: Ranking | None, progress: Progress) -> None:
+    def __init__(
+        self,
+        options: TrainOptions,
+        ranking: Ranking | None,
+        progress: Progress,
+        unfinished: Path,
+    ) -> None:
         self.options = options
         self.progress = progress
+        self.unfinished = unfinished  # checkpoints, a folder for each set
         self.is_full = options.training.is_full
         # A full update changes the weights themselves, which needs their float32 values.
         self.source = replace(options.model, dtype="float32") if self.is_full else options.model
@@ -108,8 +126,13 @@ class TrainJob:
         if callback is not None:
             callback.mask_dataset = prepared_examples(trainer).get("mask")
             trainer.add_callback(callback)
+        inputs = self.inputs_sha256(names, callback)
+        save_steps = self.options.training.save_steps
+        checkpoints = Checkpoints(self.unfinished / label, inputs, save_steps)
+        if checkpoints.last is not None:
+            self.progress.note(f"training of {label} goes on after step {checkpoints.last_step}")
         with self.progress.stage(f"training: {label}", num_steps) as on_step:
-            result = fine_tune(trainer, None, on_step, cache)
+            result = fine_tune(trainer, None, on_step, cache, checkpoints)
         if cache is not None:
             self._note_cache(cache)
         if callback is None or callback.selection is None:
@@ -127,6 +150,19 @@ class TrainJob:
             num_steps=result.num_steps,
         )
         return row, model, result
+
+    def inputs_sha256(self, names: Sequence[str], callback: FreezeUnimportant | None = None) -> str:
+        """A hash of everything that decides what training on `names` gives."""
+        return json_sha256(
+            {
+                **{part: self.record[part] for part in ("environment", "model")},
+                "split": self.record["data"]["split_sha256"],
+                "training": self.options.training.decisive(),
+                "num_steps": self.options.selection.steps,
+                "modules": list(names),
+                "freeze": None if callback is None else callback.decisive(),
+            }
+        )
 
     def _trainer(
         self, fresh: PreTrainedModel, names: Sequence[str], label: str
@@ -156,7 +192,7 @@ class TrainJob:
         """What a budget in GiB buys, by a step of this run in which every ranked module trains."""
         names = [module.name for module in ranking.modules]
         memory = measured_memory(self._trainer(self._fresh(), names, "memory")[1])
-        selection = select(ranking, budget, memory)
+        selection = from_first(select(ranking, budget, memory))
         chosen, whole = memory.of(selection.names) / GIB, memory.of(names) / GIB
         num_modules = len(selection.modules)
         self.progress.note(
@@ -170,11 +206,16 @@ class TrainJob:
         """What is kept of the frozen blocks, if it was asked for.
 
         Raises:
-            ConfigError: no example is trained on twice.
+            ConfigError: no example is trained on twice, or several processes share them.
         """
         wanted, training = self.options.selection, self.options.training
         if wanted.prefix_cache_gib is None:
             return None
+        if num_launched() > 1:
+            raise ConfigError(
+                f"`prefix_cache_gib` must be left out with several processes, got "
+                f"{num_launched()}: each sees other examples in each epoch"
+            )
         num_seen = wanted.steps * training.batch_size * training.gradient_accumulation
         if num_seen <= len(self.data.train):
             raise ConfigError(
@@ -247,7 +288,43 @@ class TrainJob:
         save_tuned(model, self.tokenizer, output, record, card, beside)
 
     @staticmethod
-    def add_results(output: Path, record: dict[str, Any], ranking: Ranking) -> None:
-        """Write the record anew with what the result is compared with, and the card with it."""
-        write_text(output / CARD, model_card("train", record, ranking))
-        write_json(output / RECORD, record)
+    def compare(
+        output: Path,
+        record: dict[str, Any],
+        ranking: Ranking,
+        controls: Mapping[str, Callable[[], TrainedSet]],
+    ) -> list[TrainedSet]:
+        """Train what the result is compared with; record and card in `output` tell of each at once.
+
+        Args:
+            output: Holds the result.
+            record: Of the result, with the rows so far; those of an earlier run stay.
+            ranking: What the result was selected by.
+            controls: Label -> its training.
+
+        Returns:
+            All rows.
+        """
+        rows = [TrainedSet(**row) for row in record["results"]]
+        for label, train in controls.items():
+            if label in {row.label for row in rows}:
+                continue
+            rows.append(train())
+            record = record | {"results": [asdict(row) for row in rows]}
+            write_text(output / CARD, model_card("train", record, ranking))
+            write_json(output / RECORD, record)
+        return rows
+
+    def finished(self, output: Path, inputs: str, ranking: Ranking | None) -> dict[str, Any] | None:
+        """The record in `output`, if it is of a training of these inputs and this ranking."""
+        try:
+            record = json.loads((output / RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        wanted = {"inputs_sha256": inputs}
+        if ranking is not None:
+            wanted["ranking_sha256"] = json_sha256(ranking.to_json())
+        if not isinstance(record, dict) or any(record.get(one) != wanted[one] for one in wanted):
+            return None
+        self.progress.note(f"the training of the same inputs is taken from {output}")
+        return record

@@ -50,13 +50,14 @@ def verify(
     curves = _Curves(job, options.curve.points, progress)
     best_first = curves.measure(order, "best first")
     worst_first = curves.measure(order[::-1], "worst first")
+    names = [module.name for module in loaded.modules]  # the same orders whatever the ranking
     seeds = [f"{options.curve.order_seed} {index}" for index in range(options.curve.random_orders)]
     found = Verification(
         ranking_sha256=json_sha256(loaded.to_json()),
         best_first=best_first,
         worst_first=worst_first,
         random=tuple(
-            curves.measure(random.Random(seed).sample(order, len(order)), f"random order {number}")
+            curves.measure(random.Random(seed).sample(names, len(names)), f"random order {number}")
             for number, seed in enumerate(seeds, start=1)
         ),
         leave_one_out=_leave_one_out(job, curves, progress)

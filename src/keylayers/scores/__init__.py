@@ -122,10 +122,10 @@ def score_modules(
             f"path, ila or price, which use only its gradient"
         )
     method = METHODS[options.method]
+    if options.method in STOPS_BY_ITSELF:  # they tell the loggers of every step
+        return method(trainer, updates, options, on_step)
     log = TrainerLog(trainer)
     on_step = log.losses(on_step)
-    if options.method in STOPS_BY_ITSELF:
-        return method(trainer, updates, options, on_step)
     if options.until_stable is None:
         found = method(trainer, updates, options, on_step)
     else:

@@ -34,6 +34,6 @@ def aletheia(
     """The summed gradient norm of each update's block in the base model."""
     blocks = torch.tensor(block_indices(updates))
     same_block = (blocks[:, None] == blocks[None, :]).float()
-    with scoring(trainer, updates, options, on_step) as task:
+    with scoring(trainer, updates, options, on_step, looks_inside=True) as task:
         mean, error = mean_and_error(weight_gradient_norms(task) @ same_block)
         return task.result(mean, unit="norm of the gradient", standard_errors=error)

@@ -35,7 +35,7 @@ def block_influence(
     on_step: OnStep | None = None,
 ) -> ModuleScores:
     """The influence of each update's block in the base model."""
-    with scoring(trainer, updates, options, on_step) as task:
+    with scoring(trainer, updates, options, on_step, looks_inside=True) as task:
         influence = torch.stack([_influence(task, batch) for batch in task.batches])
         mean, error = mean_and_error(influence[:, block_indices(updates)])
         return task.result(mean, unit="1 - cosine", standard_errors=error)

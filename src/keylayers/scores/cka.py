@@ -40,7 +40,7 @@ def cka(
     on_step: OnStep | None = None,
 ) -> ModuleScores:
     """1 - CKA over each update's block in the base model."""
-    with scoring(trainer, updates, options, on_step) as task:
+    with scoring(trainer, updates, options, on_step, looks_inside=True) as task:
         before: list[list[Tensor]] = [
             [] for _ in blocks_of(trainer.model, towers_of(trainer.model))
         ]

@@ -57,7 +57,7 @@ def eva(
         num_passes += 1
         model(**{name: value for name, value in inputs.items() if name in taken})
 
-    with scoring(trainer, updates, options, on_step) as task:
+    with scoring(trainer, updates, options, on_step, looks_inside=True) as task:
         taken = inspect.signature(base_model_of(trainer.model).forward).parameters
         batches = [trainer._prepare_inputs(dict(batch)) for batch in task.batches]
         if "input_ids" not in batches[0]:

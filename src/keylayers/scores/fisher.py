@@ -39,7 +39,7 @@ def fisher(
     on_step: OnStep | None = None,
 ) -> ModuleScores:
     """The mean squared gradient norm of single examples for each update's module."""
-    with scoring(trainer, updates, options, on_step) as task:
+    with scoring(trainer, updates, options, on_step, looks_inside=True) as task:
         traces = torch.stack([_traces(task, batch) for batch in task.batches])
         mean, error = mean_and_error(traces)
         return task.result(mean, unit="squared norm of the gradient", standard_errors=error)

@@ -35,7 +35,7 @@ def gradient_norm(
     on_step: OnStep | None = None,
 ) -> ModuleScores:
     """The mean gradient norm of each update's module in the base model."""
-    with scoring(trainer, updates, options, on_step) as task:
+    with scoring(trainer, updates, options, on_step, looks_inside=True) as task:
         norms = weight_gradient_norms(task)
         mean, error = mean_and_error(norms)
         return task.result(mean, unit="norm of the gradient", standard_errors=error)

@@ -34,7 +34,7 @@ def lora_drop(
     on_step: OnStep | None = None,
 ) -> ModuleScores:
     """The mean squared output of each update in the fine-tuned model."""
-    with scoring(trainer, updates, options, on_step) as task:
+    with scoring(trainer, updates, options, on_step, looks_inside=True) as task:
         sizes = torch.stack([_output_sizes(task, batch) for batch in task.batches])
         mean, error = mean_and_error(sizes)
         return task.result(mean, unit="squared norm of the output", standard_errors=error)

@@ -35,7 +35,7 @@ def plop(
     on_step: OnStep | None = None,
 ) -> ModuleScores:
     """Minus the normalised feature norm of each update's module in the base model."""
-    with scoring(trainer, updates, options, on_step) as task:
+    with scoring(trainer, updates, options, on_step, looks_inside=True) as task:
         norms = torch.stack([_feature_norms(task, batch) for batch in task.batches])
         mean, error = mean_and_error(-norms)
         return task.result(mean, unit="minus the feature norm", standard_errors=error)

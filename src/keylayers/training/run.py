@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,9 +32,11 @@ from transformers import (
 
 from keylayers.apply.adapter import add_lora
 from keylayers.errors import LossError
+from keylayers.folders import one_line_if_full
 from keylayers.mask.stability import is_stable
 from keylayers.options import StabilityOptions, TrainingOptions
 from keylayers.progress import OnStep
+from keylayers.training.checkpoints import Checkpoints
 from keylayers.training.loggers import check_loggers, name_loggers
 from keylayers.training.objectives import LoadReference, TrainerParts, build_trainer
 from keylayers.training.prefix_cache import PrefixCache
@@ -215,6 +218,7 @@ def fine_tune(
     stability: StabilityOptions | None = None,
     on_step: OnStep | None = None,
     cache: PrefixCache | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> TrainingResult:
     """Train until the trainer's last step, or until the loss is stable if a rule is given.
 
@@ -223,9 +227,12 @@ def fine_tune(
         stability: When to stop early.
         on_step: Called after each step with its number, from 1, and its loss in nats.
         cache: Of what the frozen blocks compute.
+        checkpoints: Where to go on, and to save. AdaLoRA keeps part of its state where no
+            checkpoint sees it, and starts over.
 
     Raises:
         LossError: the loss became NaN or infinite; says at which step.
+        OutputError: the disk is full.
     """
     watch = _LossWatch(stability, on_step)
     callbacks: list[TrainerCallback] = [watch, ShallowBackward()]
@@ -233,18 +240,25 @@ def fine_tune(
         callbacks.append(cache)
     if is_adalora(trainer.model):
         callbacks.append(_RankAllocation())
+        checkpoints = None
+    if checkpoints is not None:
+        callbacks.append(checkpoints)
+        checkpoints.use_in(trainer)
     for callback in callbacks:
         trainer.add_callback(callback)
     start = time.perf_counter()
+    last = None if checkpoints is None else checkpoints.last
     try:
-        trainer.train()
+        with one_line_if_full(Path(trainer.args.output_dir)):
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
     finally:
         for callback in callbacks:
             trainer.remove_callback(callback)
         if cache is not None:
             cache.close()
     stopped_by = "stable" if watch.is_stable else "max_steps"
-    return TrainingResult(tuple(watch.losses), stopped_by, time.perf_counter() - start)
+    seconds = time.perf_counter() - start if checkpoints is None else checkpoints.seconds
+    return TrainingResult(tuple(watch.losses), stopped_by, seconds)
 
 
 class _LossWatch(TrainerCallback):
@@ -255,6 +269,11 @@ class _LossWatch(TrainerCallback):
         self.on_step = on_step
         self.losses: list[float] = []
         self.is_stable = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.losses = [float(one["loss"]) for one in state.log_history if "loss" in one]
 
     def on_log(
         self,
@@ -278,6 +297,7 @@ class _LossWatch(TrainerCallback):
         if self.stability is not None and is_stable(self.losses, self.stability):
             self.is_stable = True
             control.should_training_stop = True
+            control.should_save = False  # from there a training would go on
 
 
 class _RankAllocation(TrainerCallback):

@@ -25,6 +25,9 @@ from keylayers.records import environment
 from keylayers.updates import adapter_updates
 from keylayers.updates.adapter import own_parameters
 
+# Where the trainer's state, which each checkpoint holds, keeps the sums.
+STATE_KEY = "keylayers.StepScores"
+
 
 class StepScores(TrainerCallback):
     """Sums the scores while a trainer trains an adapter; any transformers or TRL trainer.
@@ -63,17 +66,7 @@ class StepScores(TrainerCallback):
                 "trainer.train() first"
             )
         scores = self.scores
-        modules = (
-            RankedModule(
-                name=module.name,
-                block_index=module.block_index,
-                projection=module.projection,
-                num_parameters=module.num_parameters,
-                score=scores[module.name],
-                is_stacked=module.is_stacked,
-            )
-            for module in self._modules
-        )
+        modules = (RankedModule.of(module, scores[module.name]) for module in self._modules)
         made_by = {"environment": environment(), "num_steps": self.num_steps}
         return Ranking(tuple(modules), "step-scores", provenance=made_by)
 
@@ -101,6 +94,10 @@ class StepScores(TrainerCallback):
                     self._parameters.append(parameter)
         self._before = [torch.empty_like(one) for one in self._parameters]
         self._sums = torch.zeros(len(self._parameters), device=_device(self._parameters))
+        saved = state.stateful_callbacks.get(STATE_KEY)
+        if saved is not None and state.global_step > 0:  # a run that resumes
+            self.num_steps = saved["num_steps"]
+            self._sums += torch.tensor(saved["sums"], device=self._sums.device)
 
     @torch.no_grad()
     def on_pre_optimizer_step(
@@ -122,6 +119,10 @@ class StepScores(TrainerCallback):
             ]
         )
         self.num_steps += 1
+        state.stateful_callbacks[STATE_KEY] = {
+            "num_steps": self.num_steps,
+            "sums": self._sums.tolist(),
+        }
 
 
 def _loss_fall(parameter: Tensor, before: Tensor) -> Tensor:

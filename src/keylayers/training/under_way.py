@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from keylayers.errors import ConfigError
+from keylayers.processes import summed
 
 
 def trainer_of(callback: TrainerCallback) -> Trainer:
@@ -38,14 +40,13 @@ def trainer_of(callback: TrainerCallback) -> Trainer:
     )
 
 
-def check_one_process(trainer: Trainer) -> None:
-    """Raise a ConfigError if the model is spread over processes, or wrapped by what spreads it."""
-    accelerator = trainer.accelerator
-    if accelerator.num_processes > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+def check_not_spread(trainer: Trainer) -> None:
+    """Raise a ConfigError if the model is spread over processes."""
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        wrapper = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"
         raise ConfigError(
-            f"masks must be learned in one process without DeepSpeed and FSDP, got "
-            f"{accelerator.num_processes} with {accelerator.distributed_type}; start without a "
-            f"launcher"
+            f"modules must be scored with the whole model in each process, but {wrapper} spreads "
+            f"it; rank first without it, and train with it on that ranking"
         )
 
 
@@ -65,10 +66,13 @@ class StepLosses:
         return loss
 
     def take(self) -> float:
-        """The loss in nats of the step that just ended: trainers give each batch its share."""
-        loss = float(sum(self._batches))
+        """The loss in nats of the step that just ended: trainers give each batch its share.
+
+        Of several processes, the mean: trainers scale their shares for that.
+        """
+        loss = torch.tensor(float(sum(self._batches)), dtype=torch.float64)
         self._batches.clear()
-        return loss
+        return float(summed(loss)) / self._trainer.accelerator.num_processes
 
     def close(self) -> None:
         """Give the trainer its method back, unless somebody else has put another over it."""

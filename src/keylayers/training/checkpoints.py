@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints from which a training that was stopped goes on, bit for bit as if it never had been.
+
+The trainer writes and reads them; here is when, and which of them are whole.
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from keylayers.processes import from_first, wait_for_all
+from keylayers.records import RECORD, is_first_process, write_json
+
+FIRST_SECONDS = 60.0
+LARGEST_SHARE = 0.05  # of the time that saving may take
+NUM_KEPT = 2  # one is whole while the next is written
+
+
+class Checkpoints(TrainerCallback):
+    """Saves a training now and then in a folder, and finds there where an earlier one stopped.
+
+    A checkpoint counts once its keylayers.json lies in it, which is written last, and only for a
+    training of the same inputs. All others are removed.
+
+    Attributes:
+        last: The newest whole checkpoint of the same inputs; None if there is none.
+        last_step: Its step; 0 if there is none.
+    """
+
+    def __init__(self, folder: Path, inputs_sha256: str, save_steps: int | None = None) -> None:
+        """Find what an earlier run left in `folder`.
+
+        Args:
+            folder: Holds the checkpoints of one training, and nothing else.
+            inputs_sha256: Hash of all that decides what the training gives.
+            save_steps: Steps between checkpoints, 0 for none. Not given: the first after a minute,
+                and then as often as saving takes less than a twentieth of the time.
+        """
+        self.folder = folder
+        self.inputs_sha256 = inputs_sha256
+        self.save_steps = save_steps
+        self.last: Path | None = None
+        self.last_step = 0
+        self._seconds_before = 0.0
+        self._saving_seconds = 0.0
+        self._start = self._saved_at = time.perf_counter()
+        self._find_last()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the training so far, that of the earlier run up to `last` with it."""
+        return self._seconds_before + time.perf_counter() - self._start
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The clock starts."""
+        self._start = self._saved_at = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask the trainer to save when it is time; not after the last step, which ends it."""
+        if state.global_step < state.max_steps and from_first(self._is_due(state.global_step)):
+            control.should_save = True
+            self._asked_at = time.perf_counter()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The trainer has written everything: now the checkpoint counts."""
+        folder = self.folder / f"checkpoint-{state.global_step}"
+        wait_for_all()  # each process has written its random state
+        if state.is_world_process_zero:
+            _to_disk(folder)
+        write_json(folder / RECORD, {"inputs_sha256": self.inputs_sha256, "seconds": self.seconds})
+        self._saved_at = time.perf_counter()
+        self._saving_seconds = self._saved_at - self._asked_at
+
+    def use_in(self, trainer: Trainer) -> None:
+        """Let the trainer write its checkpoints to the folder."""
+        trainer.args.output_dir = str(self.folder)
+        trainer.args.save_total_limit = NUM_KEPT
+
+    def _is_due(self, step: int) -> bool:
+        if self.save_steps is not None:
+            return self.save_steps > 0 and step % self.save_steps == 0
+        wait = max(FIRST_SECONDS, self._saving_seconds / LARGEST_SHARE)
+        return time.perf_counter() - self._saved_at > wait
+
+    def _find_last(self) -> None:
+        if not self.folder.is_dir():
+            return
+        for one in self.folder.iterdir():
+            name = re.fullmatch(r"checkpoint-(\d+)", one.name)
+            record = _record(one)
+            if name is None or record.get("inputs_sha256") != self.inputs_sha256:
+                if is_first_process():
+                    shutil.rmtree(one, ignore_errors=True)
+            elif int(name[1]) > self.last_step:
+                self.last, self.last_step = one, int(name[1])
+                self._seconds_before = float(record["seconds"])
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _to_disk(folder: Path) -> None:
+    """Have the system write what it only holds in memory, so that a power cut loses nothing."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

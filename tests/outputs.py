@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run left on disk, without the times that no two runs share."""
+
+import json
+import re
+
+# A ranking's hash is one of its file, times with it; how often a cache was read depends on where a
+# run went on.
+TIMES = ("seconds", "ranking_sha256", "prefix_cache")
+
+
+def contents(folder):
+    """Relative path -> content of every file below `folder`, hidden ones too."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): _content(path) for path in files}
+
+
+def _content(path):
+    if path.suffix == ".json":
+        return _timeless(json.loads(path.read_text()))
+    if path.suffix in (".md", ".csv"):
+        return re.sub(r"\d+(\.\d+)? s\b|ranking, SHA-256.*", "_", path.read_text())
+    return path.read_bytes()
+
+
+def _timeless(value):
+    if isinstance(value, dict):
+        return {name: _timeless(held) for name, held in value.items() if name not in TIMES}
+    return [_timeless(one) for one in value] if isinstance(value, list) else value

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kill -9` at any moment loses nothing: the same command ends as if it had never been killed.
+
+Each command is killed at KILLS random moments (5 unless the environment says otherwise; the full
+count of 50 each is in experiments/LOG.md).
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from outputs import contents
+from test_study import METHODS, finished, plan_of, run, study_file
+
+KILLS = int(os.environ.get("KILLS", "5"))
+SMALL = ("--batch-size", "4", "--lora-rank", "4", "--save-steps", "2", "--learning-rate", "0.02")
+IGNORED = "log.txt"  # what the runs printed
+
+
+def kill(folder, words, seed=0):
+    """What an unbroken run left, what each killed one left, and the count."""
+    script = Path(__file__).with_name("killing.py")
+    command = [sys.executable, "-W", "ignore", script, folder, KILLS, seed, *words]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    count = json.loads(done.stdout)
+    left = [visible(folder / str(index + 1)) for index in range(count["places"])]
+    return visible(folder / "whole"), left, count["kills"]
+
+
+def visible(place):
+    return {name: held for name, held in contents(place).items() if name != IGNORED}
+
+
+COMMANDS = {
+    "rank": ("rank", "--max-steps", 30, "--mask-batches", 2),
+    "train": ("train", "--rank-first", "--steps", 20, "--mask-batches", 2, "--controls", "random"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_killed_run_ends_as_if_it_had_not_been(tiny, tmp_path, name):
+    inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", "out")
+    whole, left, kills = kill(tmp_path, (*COMMANDS[name], *SMALL, *inputs))
+    assert kills == KILLS
+    assert {Path(path).parts[0] for path in whole} == {"out"}  # nothing is left beside it
+    for one in left:
+        assert one == whole
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_a_killed_study_ends_as_if_it_had_not_been(tiny, tmp_path):
+    import random
+
+    path = study_file(tmp_path, tiny, seed=[0], method=METHODS, budget=[0.2, 1.0])
+    cells = plan_of(path)
+    start = time.perf_counter()
+    assert run(tmp_path, path, "whole").wait() == 0
+    length = time.perf_counter() - start
+    whole, draw, kills, places = finished(tmp_path / "whole", cells), random.Random(0), 0, 0
+    while kills < max(1, KILLS // 2 if KILLS < 50 else KILLS):
+        places += 1
+        process = run(tmp_path, path, f"broken-{places}")
+        time.sleep(draw.uniform(0, length))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        assert run(tmp_path, path, f"broken-{places}").wait() == 0
+        assert finished(tmp_path / f"broken-{places}", cells) == whole
