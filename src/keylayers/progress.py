@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, runtime_checkable
 
-OnStep = Callable[[int, float], None]
+OnStep = Callable[[int, float | None], None]
 
 
 @runtime_checkable
@@ -13,7 +13,7 @@ class Progress(Protocol):
     """Where a run reports to."""
 
     def stage(self, title: str, num_steps: int | None) -> AbstractContextManager[OnStep]:
-        """A part of the run; gives a function to call after each step, with number and loss."""
+        """A part of the run; gives a function to call after each step, with number and any loss."""
         ...
 
     def note(self, text: str) -> None:
@@ -27,7 +27,7 @@ class Silent:
     def stage(self, title: str, num_steps: int | None) -> AbstractContextManager[OnStep]:
         """A part of the run that is not shown."""
 
-        def ignore(step: int, loss: float) -> None:
+        def ignore(step: int, loss: float | None) -> None:
             return None
 
         return nullcontext(ignore)

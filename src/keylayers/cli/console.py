@@ -36,7 +36,7 @@ class ConsoleProgress:
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[loss]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -45,16 +45,17 @@ class ConsoleProgress:
         start = told_at = time.perf_counter()
         is_hidden = not self.console.is_terminal
         with Progress(*columns, console=self.console, transient=True, disable=is_hidden) as bars:
-            bar = bars.add_task(title, total=num_steps, loss="-")
+            bar = bars.add_task(title, total=num_steps, loss="")
 
-            def on_step(step: int, loss: float) -> None:
+            def on_step(step: int, loss: float | None) -> None:
                 nonlocal last, told_at
                 last = step
-                bars.update(bar, completed=step, loss=f"{loss:.3f}")
+                of_loss = "" if loss is None else f"loss {loss:.3f}"
+                bars.update(bar, completed=step, loss=of_loss)
                 if is_hidden and time.perf_counter() - told_at > LINE_SECONDS:
                     told_at = time.perf_counter()
                     of = "" if num_steps is None else f" of {num_steps}"
-                    self.note(f"{title}: step {step}{of}, loss {loss:.3f}")
+                    self.note(", ".join(filter(None, (f"{title}: step {step}{of}", of_loss))))
 
             yield on_step
         seconds = time.perf_counter() - start

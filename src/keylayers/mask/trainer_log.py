@@ -35,8 +35,9 @@ class TrainerLog:
         if not self._loggers:
             return on_step
 
-        def tell(step: int, loss: float) -> None:
-            self._tell(step, {"mask_loss": loss})
+        def tell(step: int, loss: float | None) -> None:
+            if loss is not None:
+                self._tell(step, {"mask_loss": loss})
             if on_step is not None:
                 on_step(step, loss)
 
