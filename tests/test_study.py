@@ -98,7 +98,10 @@ def test_an_update_that_exists_needs_no_stage_1(tiny, tmp_path):
 
 # What a study file holds -> what is said.
 REFUSED = [
-    ({"grids": {}}, "must hold options, grid and verify and nothing else, but .* has 'grids'"),
+    (
+        {"grids": {}},
+        "must hold options, grid, verify and compare and nothing else, but .* has 'grids'",
+    ),
     ({"options": []}, "`options` of a study must map names to values, but in .* it is a list"),
     ({"verify": 1}, "`verify` of a study must be true or false, got 1"),
     ({"grid": {"seed": 1}}, "must be a list with an entry at least, but 'seed' is 1"),

@@ -10,6 +10,7 @@ EXAMPLES = """Examples:
 ```
 keylayers demo
 keylayers demo --output somewhere --seed 1
+keylayers demo --output demo --files-only
 ```
 """
 
@@ -17,7 +18,13 @@ app = App(help_epilogue=EXAMPLES)
 
 
 @app.default
-def demo(*, output: Path = Path("out/demo"), seed: int = 0, max_steps: int = 200) -> None:
+def demo(
+    *,
+    output: Path = Path("out/demo"),
+    seed: int = 0,
+    max_steps: int = 200,
+    files_only: bool = False,
+) -> None:
     """Rank, show and train on the built-in model: no network, a minute or two.
 
     Ranks three data sets that ask the same questions and want different styles of answers, shows
@@ -27,13 +34,19 @@ def demo(*, output: Path = Path("out/demo"), seed: int = 0, max_steps: int = 200
         output: Folder for data, rankings and adapters.
         seed: Of everything that is drawn.
         max_steps: Cap of each fine-tune.
+        files_only: Only write the built-in model (`model`) and the three data sets, for any other
+            command or a study.
     """
     from keylayers.cli.console import ConsoleProgress, stdout
-    from keylayers.demo.run import BUDGET, rows_of
+    from keylayers.demo.run import BUDGET, rows_of, write_files
     from keylayers.demo.run import demo as run
     from keylayers.report.agreement import agreement_table
     from keylayers.report.terminal import heatmap, loss_table, provenance_lines
 
+    if files_only:
+        written = write_files(output)
+        stdout().print(f"{', '.join(written)} written to {output}", markup=False, soft_wrap=True)
+        return
     result = run(output, seed=seed, max_steps=max_steps, progress=ConsoleProgress())
     console = stdout()
     for style, ranking in result.rankings.items():

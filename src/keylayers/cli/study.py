@@ -5,15 +5,16 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from keylayers.cli.show import NEEDED
-from keylayers.errors import StudyError
+from keylayers.errors import ConfigError, StudyError
 
 if TYPE_CHECKING:
     from keylayers.study.cell import CellState
+    from keylayers.study.files import PlannedStudy
     from keylayers.study.plan import Cell
     from keylayers.study.workers import Workers
 
@@ -23,6 +24,8 @@ EXAMPLES = """Examples:
 keylayers study study.yaml --dry-run
 keylayers study study.yaml --output results
 keylayers study study.yaml --output results --ray-address auto
+keylayers study recipes/paper/*.yaml --dry-run
+keylayers study recipes/small/*.yaml --set model=my-model --set data=[mine.jsonl]
 ```
 
 A study file has the options that all runs share, and a grid of those that differ:
@@ -37,6 +40,7 @@ grid:
   method: [elimination, ila, {method: ila, mask_optimizer: adam}]
   budget: [0.1, 0.3, 1.0]
 verify: true
+compare: [0.3, 0.75]
 ```
 """
 
@@ -45,10 +49,9 @@ app = App(help_epilogue=EXAMPLES)
 
 @app.default
 def study(
-    study: Path,
-    /,
-    *,
+    *studies: Path,
     output: Path = Path("study"),
+    settings: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
     workers: int | None = None,
     ray_address: str | None = None,
     dry_run: bool = False,
@@ -57,11 +60,15 @@ def study(
 
     Rankings of the same model, data and training share one stage 1. What is finished is never run
     again, what was stopped goes on, and what failed is recorded, left out and tried again by the
-    next run. Writes results.parquet and results.csv, and report.html if charts are installed.
+    next run. Writes results.parquet and results.csv, agreement.csv if rankings are compared, and
+    report.html if charts are installed.
 
     Args:
-        study: YAML file with `options`, `grid` and `verify`.
+        studies: YAML files with `options`, `grid`, `verify` and `compare`. Several share their
+            cells, and each has its results in a folder of its name.
         output: Folder of the study: its cells and its results.
+        settings: Options that are given anew, as name=value, or the entries of an axis of the grid,
+            as name=[value, value].
         workers: Runs at once. Not given: one for each accelerator, or for each core without one.
         ray_address: Address of a Ray cluster that shares this machine's files; auto finds one,
             local starts one here.
@@ -69,13 +76,15 @@ def study(
     """
     from keylayers.cli.config import read_yaml
     from keylayers.cli.console import stdout
-    from keylayers.study.plan import plan, study_record
+    from keylayers.study.files import plan_files, shared_cells
+    from keylayers.study.plan import study_record
     from keylayers.study.run import run_cells, states_at_start
     from keylayers.study.tables import plan_table
-    from keylayers.study.yaml_file import StudyFile
 
-    asked = StudyFile.of(read_yaml(study, "study"), str(study))
-    cells = plan(asked, output)
+    if not studies:
+        raise ConfigError("at least one study file must be given, got none")
+    planned = plan_files({path: read_yaml(path, "study") for path in studies}, output, settings)
+    cells = shared_cells(planned)
     _check(cells)
     states = states_at_start(output, cells)
     num_finished = sum(state.status == "finished" for state in states.values())
@@ -88,11 +97,17 @@ def study(
     from keylayers.records import write_json
 
     with output_folder(output), one_at_a_time(output):
-        write_json(output / "study.json", study_record(asked, cells))
+        for one in planned:
+            with output_folder(one.folder):
+                write_json(one.folder / "study.json", study_record(one.study, one.cells))
         if num_finished < len(cells):
             with _Display(output, cells) as display:
                 states = run_cells(output, cells, _workers(workers, ray_address), display.show)
-        num_missing = _show_results(output, cells, list(asked.grid), states)
+        for one in planned:
+            if len(planned) > 1:
+                console.rule(one.name, align="left")
+            _show_results(output, one, states)
+    num_missing = sum(states[cell.name].status != "finished" for cell in cells)
     if num_missing:
         raise StudyError(
             f"every cell must finish, but {num_missing} of {len(cells)} did not; their errors are "
@@ -112,7 +127,6 @@ def _check(cells: "Sequence[Cell]") -> None:
 
 def _workers(num_workers: int | None, ray_address: str | None) -> "Workers":
     from keylayers.cli import main
-    from keylayers.errors import ConfigError
     from keylayers.study.workers import LocalWorkers, RayWorkers, num_devices, num_local_workers
 
     if num_workers is not None and num_workers < 1:
@@ -166,28 +180,33 @@ class _Display:
             self.live.stop()
 
 
-def _show_results(
-    root: Path, cells: "Sequence[Cell]", axes: Sequence[str], states: "Mapping[str, CellState]"
-) -> int:
-    """Write and print what was found; how many cells have no result."""
+def _show_results(root: Path, planned: "PlannedStudy", states: "Mapping[str, CellState]") -> None:
+    """Write and print what was found by one study."""
     from keylayers.cli.console import stdout
     from keylayers.records import write_bytes
+    from keylayers.study.agreement import agreement_table
     from keylayers.study.table import results_table, write_table
-    from keylayers.study.tables import summary_tables
+    from keylayers.study.tables import agreement_summary, summary_tables
 
+    cells, folder, axes = planned.cells, planned.folder, list(planned.study.grid)
     table = results_table(root, cells, states, axes)
-    write_table(root, table)
-    console = stdout()
-    for one in summary_tables(table, axes):
-        console.print(one)
-        console.print()
+    write_table(folder, table)
+    shown = summary_tables(table, axes)
     written = ["results.parquet", "results.csv"]
+    if planned.study.compare:
+        agreement = agreement_table(root, cells, states, axes, planned.study.compare)
+        write_bytes(folder / "agreement.csv", agreement.to_csv(index=False).encode("utf-8"))
+        written.append("agreement.csv")
+        shown += [agreement_summary(agreement, axes)] if len(agreement) else []
     if all(find_spec(name) is not None for name in NEEDED):
         from keylayers.study.report import render_study
 
-        write_bytes(root / "report.html", render_study(table, axes, cells, states))
+        write_bytes(folder / "report.html", render_study(table, axes, cells, states))
         written.append("report.html")
+    console = stdout()
+    for one in shown:
+        console.print(one)
+        console.print()
     num_finished = sum(states[cell.name].status == "finished" for cell in cells)
     console.print(f"{num_finished} of {len(cells)} cells finished")
-    console.print(f"{', '.join(written)} written to {root}", markup=False)
-    return len(cells) - num_finished
+    console.print(f"{', '.join(written)} written to {folder}", markup=False)

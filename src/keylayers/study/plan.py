@@ -43,9 +43,11 @@ RANKING = (*STAGE_1, *_names(UpdateOptions, MaskOptions))
 CURVE = _names(CurveOptions)
 TRAINING = _names(SelectionOptions, ModelOptions, DataOptions, TrainingOptions)
 TRAINING_THAT_RANKS = (*TRAINING, *_names(StabilityOptions, MaskOptions))
-KNOWN = tuple(dict.fromkeys((*RANKING, *CURVE, *TRAINING)))
 WITHOUT_EFFECT = ("report_to", "save_steps")  # on what comes out
 FILES = ("model", "data", "adapter", "tuned", "chat_template")  # or names of the hub
+# Options of a study alone: what is trained on a ranking of another model, or of other data.
+TRAINED_ON = {f"train_{name}": name for name in _names(ModelOptions, DataOptions)}
+KNOWN = tuple(dict.fromkeys((*RANKING, *CURVE, *TRAINING, *TRAINED_ON)))
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def study_record(study: StudyFile, cells: Sequence[Cell]) -> dict[str, Any]:
         "options": dict(study.options),
         "grid": {axis: [asdict(one) for one in points] for axis, points in study.grid.items()},
         "verify": study.verify,
+        "compare": list(study.compare),
         "cells": [asdict(cell) for cell in cells],
     }
 
@@ -145,13 +148,23 @@ def _cells_at(options: Mapping[str, Any], is_verified: bool, root: Path) -> Iter
     yield ranking
     if selection is None:
         return
-    folder = _folder(root, ranking)
-    command = _command("train", {**options, "ranking": str(folder)}, TRAINING)
-    is_all = str(selection.budget) in ("1.0", "1.0x-params")
-    # All modules are all modules whatever ranked them, so one training serves every method.
-    inputs = needs if is_all else [ranking]
-    trained = _cell("training", options, TRAINING, [command], inputs)
-    yield replace(trained, needs=(ranking.name,))
+    yield _training(options, ranking, needs, root)
+
+
+def _training(
+    options: Mapping[str, Any], ranking: Cell, stage_1: Sequence[Cell], root: Path
+) -> Cell:
+    """The training of what a ranking selects, on the ranking's own model and data or on others."""
+    others = {own: options[name] for name, own in TRAINED_ON.items() if name in options}
+    own = {**options, **others, "ranking": str(_folder(root, ranking))}
+    command = _command("train", own, TRAINING)
+    del own["ranking"]
+    inputs: Sequence[Cell] = [ranking]
+    if str(options.get("budget")) in ("1.0", "1.0x-params"):
+        # All modules are all modules whatever ranked them, so one training serves every method;
+        # it takes as many steps as stage 1 if nobody says how many.
+        inputs = [] if "steps" in options else stage_1
+    return replace(_cell("training", own, TRAINING, [command], inputs), needs=(ranking.name,))
 
 
 def _ranking(

@@ -120,8 +120,8 @@ def _of_training(folder: Path) -> Iterator[Measure]:
     yield Measure("held_out_loss", selected["held_out_loss_nats"], unit)
     yield Measure("held_out_loss_base", base["held_out_loss_nats"], unit)
     for row in others:
-        name = row["label"].partition(" (")[0]
-        suffix = "all_at_stage_1" if "(stage 1" in row["label"] else name
-        yield Measure(f"held_out_loss_{suffix}", row["held_out_loss_nats"], unit)
+        name, _, more = row["label"].partition(" (")
+        if not more.startswith("stage 1"):  # that is in stage 1's own rows
+            yield Measure(f"held_out_loss_{name}", row["held_out_loss_nats"], unit)
     yield Measure("modules", selected["num_modules"], "modules")
     yield Measure("trained_parameters", selected["num_trained_parameters"], "parameters")

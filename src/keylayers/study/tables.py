@@ -9,9 +9,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from keylayers.study.agreement import agreement_means
 from keylayers.study.cell import CellState, Status
 from keylayers.study.plan import Cell
 from keylayers.study.summary import (
+    REPLICATE,
     SHOWN,
     groups_of,
     interval_text,
@@ -66,6 +68,29 @@ def summary_tables(table: pd.DataFrame, axes: Sequence[str]) -> list[Table]:
         for measure in SHOWN
         if (table["measure"] == measure).any()
     ]
+
+
+def agreement_summary(table: pd.DataFrame, axes: Sequence[str]) -> Table:
+    """How far rankings agree that differ in one axis: means over pairs, beside chance."""
+    means = agreement_means(table, axes, REPLICATE)
+    groups = [axis for axis in axes if axis != REPLICATE and means[axis].notna().any()]
+    shown = Table(box=None, pad_edge=False, title="Agreement of rankings", title_justify="left")
+    for group in ("differ in", *groups):
+        shown.add_column(group)
+    for name in ("best", "Jaccard", "lowest to highest", "chance", "tau-b", "pairs"):
+        shown.add_column(name, justify="right")
+    for row in means.to_dict("records"):
+        shown.add_row(
+            Text(f"{row['differs']}: {row['first']}, {row['second']}"),
+            *(Text(label_of(row[group])) for group in groups),
+            f"{100 * row['budget']:g} %",
+            f"{row['jaccard']:.2f}",
+            f"{row['lowest']:.2f} to {row['highest']:.2f}",
+            f"{row['chance_jaccard']:.2f}",
+            f"{row['tau']:.2f}",
+            str(row["pairs"]),
+        )
+    return shown
 
 
 def _summary_table(table: pd.DataFrame, axes: Sequence[str], measure: str) -> Table:

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A study file: options of every run, a grid of those that differ, and whether to verify."""
+"""A study file: options of every run, a grid of those that differ, and what is measured."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from keylayers.errors import ConfigError, did_you_mean
 
-PARTS = ("options", "grid", "verify")
+PARTS = ("options", "grid", "verify", "compare")
+PATHS = ("model", "data", "train_model", "train_data")  # tables show the last part of the name
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,13 @@ class StudyFile:
         options: Options of every cell, by the names of their flags.
         grid: Axis -> its entries; every combination is run.
         verify: Measure the mask curve of every ranking.
+        compare: Budgets at which the rankings are compared with each other; none: they are not.
     """
 
     options: Mapping[str, Any]
     grid: Mapping[str, tuple[AxisPoint, ...]]
     verify: bool = True
+    compare: tuple[float, ...] = ()
 
     @staticmethod
     def of(content: Mapping[str, Any], source: str) -> "StudyFile":
@@ -52,10 +55,10 @@ class StudyFile:
         for key in content:
             if key not in PARTS:
                 raise ConfigError(
-                    f"a study file must hold options, grid and verify and nothing else, but "
-                    f"{source} has {key!r}{did_you_mean(str(key), PARTS)}"
+                    f"a study file must hold {', '.join(PARTS[:-1])} and {PARTS[-1]} and nothing "
+                    f"else, but {source} has {key!r}{did_you_mean(str(key), PARTS)}"
                 )
-        options, grid = ({} if (part := content.get(name)) is None else part for name in PARTS[:2])
+        options, grid = _part(content, "options"), _part(content, "grid")
         verify = content.get("verify", True)
         for name, part in (("options", options), ("grid", grid)):
             if not isinstance(part, dict):
@@ -66,7 +69,60 @@ class StudyFile:
         if not isinstance(verify, bool):
             raise ConfigError(f"`verify` of a study must be true or false, got {verify!r}")
         axes = {_normal(axis): _axis(_normal(axis), points) for axis, points in grid.items()}
-        return StudyFile(_options(options), axes, verify)
+        return StudyFile(_options(options), axes, verify, _budgets(content.get("compare")))
+
+
+def with_settings(content: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """What a study file holds, with some of its options given anew.
+
+    An axis of the grid is given its entries, as a list or one alone; anything else is an option of
+    every run.
+
+    Args:
+        content: Of the study file.
+        settings: `name=value`, the value in YAML.
+
+    Raises:
+        ConfigError: a setting has no name, or its value is no YAML.
+    """
+    import yaml
+
+    options, grid = _part(content, "options"), _part(content, "grid")
+    if not settings or not isinstance(options, dict) or not isinstance(grid, dict):
+        return dict(content)  # what is no mapping is refused as it is
+    options = dict(options)
+    grid = {_normal(axis): points for axis, points in grid.items()}
+    for setting in settings:
+        name, separator, text = setting.partition("=")
+        if not separator or not name:
+            raise ConfigError(f"`set` must be name=value, such as seed=3, got {setting!r}")
+        try:
+            value = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"`set` must give a value in YAML, got {text!r}: {reason}") from error
+        if _normal(name) in grid:
+            grid[_normal(name)] = value if isinstance(value, list) else [value]
+        else:
+            options[name] = value
+    return {**content, "options": options, "grid": grid}
+
+
+def _part(content: Mapping[str, Any], name: str) -> Any:
+    """What stands under a name; an empty mapping where nothing does."""
+    part = content.get(name)
+    return {} if part is None else part
+
+
+def _budgets(given: Any) -> tuple[float, ...]:
+    budgets = [] if given is None else given
+    is_list = isinstance(budgets, list)
+    if not is_list or not all(isinstance(one, float) and 0 < one < 1 for one in budgets):
+        raise ConfigError(
+            f"`compare` of a study must be a list of shares of the modules, such as [0.3, 0.75], "
+            f"got {given!r}"
+        )
+    return tuple(budgets)
 
 
 def _axis(axis: str, points: Any) -> tuple[AxisPoint, ...]:
@@ -90,7 +146,7 @@ def _point(axis: str, one: Any) -> AxisPoint:
         own = [str(options[axis])] if axis in options else []  # its own name says nothing more
         words = own + [f"{name} {value}" for name, value in options.items() if name != axis]
         return AxisPoint(str(label) if label is not None else ", ".join(words), options)
-    label = Path(one).name if isinstance(one, str) and axis in ("model", "data") else str(one)
+    label = Path(one).name if isinstance(one, str) and axis in PATHS else str(one)
     return AxisPoint(label, {axis: one})
 
 
