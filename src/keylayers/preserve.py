@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from keylayers.errors import GuardError
+from keylayers.sharding import reshard
 from keylayers.weights import fingerprint
 
 
@@ -37,6 +38,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
         GuardError: a weight or saved buffer changed inside the block; the message names the first
             ones.
     """
+    reshard(model)
     random_state = _random_state()
     parameters = list(model.named_parameters(remove_duplicate=False))
     flags = [(parameter, parameter.requires_grad, parameter.grad) for _, parameter in parameters]
@@ -48,8 +50,10 @@ def preserved(model: nn.Module) -> Iterator[None]:
     try:
         try:
             yield
+            reshard(model)
             after = fingerprint(model.state_dict().items())
         finally:
+            reshard(model)
             for one in attributes:
                 one.restore()
             for parameter, requires_grad, grad in flags:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from keylayers.apply.adapter import prove_trainable
 from keylayers.errors import GuardError, ModelError
 from keylayers.model_map import map_modules, module_by_name
+from keylayers.sharding import whole
 
 
 def train_only(model: nn.Module, names: Sequence[str]) -> None:
@@ -61,7 +62,7 @@ def prove_unchanged_elsewhere(
         for name, parameter in model.named_parameters()
         if name in base
         and name not in selected
-        and not torch.equal(parameter.detach().cpu(), base[name].to(parameter.dtype))
+        and not torch.equal(whole(parameter).cpu(), base[name].to(parameter.dtype))
     ]
     if changed:
         raise GuardError(

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from keylayers.folders import replaced_folder
 from keylayers.processes import wait_for_all
 from keylayers.records import CARD, RECORD, is_first_process, write_json, write_text
+from keylayers.sharding import is_sharded, whole
 from keylayers.updates.adalora import is_adalora
+from keylayers.weights import is_added
 
 
 def save_tuned(
@@ -41,6 +43,7 @@ def save_tuned(
     Raises:
         OutputError: the folder cannot be written, or holds what keylayers did not make.
     """
+    values = _gathered(model) if is_sharded(model) else None
     if not is_first_process():
         wait_for_all()
         return
@@ -49,13 +52,24 @@ def save_tuned(
             # modules that AdaLoRA leaves no rank are empty, which PEFT takes for lost shards
             if is_adalora(model):
                 warnings.filterwarnings("ignore", message=".* LoRA tensor.* have invalid shape")
-            model.save_pretrained(temporary)
+            model.save_pretrained(temporary, state_dict=values)
         tokenizer.save_pretrained(temporary)
         for name, content in (beside or {}).items():
             write_json(temporary / name, content)
         write_text(temporary / CARD, card)
         write_json(temporary / RECORD, record)
     wait_for_all()
+
+
+def _gathered(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
+    """Whole values of what is saved, on the CPU of the first process; each process must call."""
+    found = {}
+    for name, value in model.state_dict().items():
+        if is_added(name) or not isinstance(model, PeftModel):
+            gathered = whole(value)
+            if is_first_process():
+                found[name] = gathered.cpu()
+    return found
 
 
 def copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:

@@ -60,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         app(tokens, print_error=False, exit_on_error=False, result_action="return_value")
     except KeyboardInterrupt:
-        _complain("stopped; nothing is half written, and the same command goes on from what was finished")
+        _complain(
+            "stopped; nothing is half written, and the same command goes on from what was finished"
+        )
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

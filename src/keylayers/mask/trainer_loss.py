@@ -39,11 +39,10 @@ class TrainerLoss:
     """
 
     def __init__(self, trainer: Trainer, model: nn.Module | None = None) -> None:
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            wrapper = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"
+        if trainer.is_deepspeed_enabled:
             raise ConfigError(
-                f"modules must be scored with the whole model in each process, but {wrapper} "
-                f"spreads it; rank without it, in one process or under DDP, and train with it"
+                "modules must be scored with weights that are whole while they compute, but "
+                "DeepSpeed spreads them; rank without it, in one process, under DDP or FSDP2"
             )
         if getattr(trainer, "use_vllm", False):
             raise ConfigError(

@@ -29,6 +29,7 @@ from keylayers.records import environment
 from keylayers.runs.stage_1 import from_stage_1, stage_1_folder
 from keylayers.runs.update import RankJob, TunedModel, existing_update, load_base
 from keylayers.scores import STOPS_BY_ITSELF, num_steps, score_modules
+from keylayers.sharding import shard_as_asked
 from keylayers.training.data import prepare
 from keylayers.training.objectives import prepared_examples
 from keylayers.training.run import make_loss_trainer
@@ -76,6 +77,7 @@ def rank_modules(
     if mask_dataset is not None:
         trainer.train_dataset = prepared_for(trainer, mask_dataset)
     reference = reference_of(trainer)
+    shard_as_asked(trainer)
     updates: Sequence[Update]
     try:
         if base_weights is None:

@@ -23,6 +23,7 @@ from keylayers.records import (
 )
 from keylayers.report.model_card import model_card
 from keylayers.runs.update import RankJob, TunedModel, existing_update, load_base
+from keylayers.sharding import is_sharded
 from keylayers.training.checkpoints import Checkpoints
 from keylayers.training.run import fine_tune, make_trainer, new_adapter
 from keylayers.training.step_scores import StepScores
@@ -59,9 +60,10 @@ def from_stage_1(job: RankJob) -> TunedModel:
             inputs_record = {"model": job.model_record, "data": job.data.record()}
             card = model_card("rank", record | inputs_record | {"environment": environment()}, None)
             save_tuned(tuned, job.tokenizer, folder, record, card)
-        if not is_full and not is_adalora(tuned):
+        if not (is_full or is_adalora(tuned) or is_sharded(tuned)):
             return TunedModel(tuned, adapter_updates(tuned), {"stage_1": stage_1})
-        # θ_0 again, with θ_t on disk; or AdaLoRA as it is written, without the ranks that it cut
+        # θ_0 again, with θ_t on disk; or AdaLoRA as it is written, without the ranks that it cut;
+        # or weights that are not spread over processes yet: a trainer is built on whole ones
         model = load_base(job.options)
     where = UpdateOptions(tuned=str(folder)) if is_full else UpdateOptions(adapter=str(folder))
     found = existing_update(model, where, job.progress, job.options.model.towers)

@@ -36,6 +36,7 @@ from keylayers.folders import one_line_if_full
 from keylayers.mask.stability import is_stable
 from keylayers.options import StabilityOptions, TrainingOptions
 from keylayers.progress import OnStep
+from keylayers.sharding import shard_as_asked
 from keylayers.training.checkpoints import Checkpoints
 from keylayers.training.loggers import check_loggers, name_loggers
 from keylayers.training.objectives import LoadReference, TrainerParts, build_trainer
@@ -130,7 +131,7 @@ def make_loss_trainer(
 
     On the training examples if none are. `prepared_examples` gives the held-out ones.
     """
-    return make_trainer(
+    trainer = make_trainer(
         model,
         tokenizer,
         data.mask or data.train,
@@ -141,6 +142,8 @@ def make_loss_trainer(
         load_reference=load_reference,
         title="stage-2",
     )
+    shard_as_asked(trainer)
+    return trainer
 
 
 def _settings(

@@ -20,8 +20,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from keylayers.errors import RankingError
 from keylayers.model_map import ModuleInfo
+from keylayers.processes import summed
 from keylayers.ranking import RankedModule, Ranking
 from keylayers.records import environment
+from keylayers.sharding import is_sharded, own_part
 from keylayers.updates import adapter_updates
 from keylayers.updates.adapter import own_parameters
 
@@ -43,6 +45,7 @@ class StepScores(TrainerCallback):
         self._parameters: list[Tensor] = []
         self._before: list[Tensor] = []
         self._sums: Tensor | None = None
+        self._is_sharded = False
 
     @property
     def scores(self) -> Mapping[str, float]:
@@ -92,7 +95,8 @@ class StepScores(TrainerCallback):
                 if parameter.requires_grad:
                     self._owners.append(index)
                     self._parameters.append(parameter)
-        self._before = [torch.empty_like(one) for one in self._parameters]
+        self._before = [torch.empty_like(own_part(one)) for one in self._parameters]
+        self._is_sharded = is_sharded(model)
         self._sums = torch.zeros(len(self._parameters), device=_device(self._parameters))
         saved = state.stateful_callbacks.get(STATE_KEY)
         if saved is not None and state.global_step > 0:  # a run that resumes
@@ -104,7 +108,7 @@ class StepScores(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Keep the matrices from before the step."""
-        torch._foreach_copy_(self._before, self._parameters)
+        torch._foreach_copy_(self._before, [own_part(one) for one in self._parameters])
 
     @torch.no_grad()
     def on_optimizer_step(
@@ -112,12 +116,15 @@ class StepScores(TrainerCallback):
     ) -> None:
         """The matrices have moved, and their gradients are still there."""
         assert self._sums is not None
-        self._sums += torch.stack(
+        falls = torch.stack(
             [
                 _loss_fall(parameter, before)
                 for parameter, before in zip(self._parameters, self._before, strict=True)
             ]
         )
+        if self._is_sharded:
+            falls = summed(falls).to(falls.device)
+        self._sums += falls
         self.num_steps += 1
         state.stateful_callbacks[STATE_KEY] = {
             "num_steps": self.num_steps,
@@ -126,10 +133,10 @@ class StepScores(TrainerCallback):
 
 
 def _loss_fall(parameter: Tensor, before: Tensor) -> Tensor:
-    """-⟨∂L/∂θ, Δθ⟩ of one matrix; 0 without a gradient."""
+    """-⟨∂L/∂θ, Δθ⟩ of this process's part of a matrix; 0 without a gradient."""
     if parameter.grad is None:
         return torch.zeros((), device=parameter.device)
-    gradient, step = parameter.grad.flatten(), (before - parameter).flatten()
+    gradient, step = own_part(parameter.grad).flatten(), (before - own_part(parameter)).flatten()
     return torch.dot(gradient.float(), step.float())
 
 

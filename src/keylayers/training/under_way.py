@@ -42,12 +42,8 @@ def trainer_of(callback: TrainerCallback) -> Trainer:
 
 def check_not_spread(trainer: Trainer) -> None:
     """Raise a ConfigError if the model is spread over processes."""
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        wrapper = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"
-        raise ConfigError(
-            f"modules must be scored with the whole model in each process, but {wrapper} spreads "
-            f"it; rank first without it, and train with it on that ranking"
-        )
+    if trainer.is_deepspeed_enabled:
+        raise ConfigError("x")
 
 
 class StepLosses:

@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from keylayers.errors import ModelError
 from keylayers.model_map import linear_of
+from keylayers.sharding import whole
 
 
 def base_weight(layer: nn.Module) -> Float[Tensor, "d_out d_in"]:
@@ -18,7 +19,7 @@ def base_weight(layer: nn.Module) -> Float[Tensor, "d_out d_in"]:
     assert isinstance(weight, Tensor)
     if not weight.is_floating_point():
         weight = dequantize_module_weight(linear)
-    weight = weight.detach()
+    weight = whole(weight)
     return weight.float() if isinstance(linear, nn.Linear) else weight.T.float()
 
 

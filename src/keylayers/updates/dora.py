@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from keylayers.model_map import ModuleInfo
+from keylayers.sharding import whole
 from keylayers.updates.base_weight import base_weight
 from keylayers.updates.gate import Gate
 from keylayers.updates.lora import gate_output, without_dropout
@@ -30,11 +31,11 @@ class DoraUpdate:
 
     def delta(self) -> Float[Tensor, "d_out d_in"]:
         """The whole update of the weight, Δθ, in float32."""
-        a = self.layer.lora_A[self.adapter].weight.detach().float()
-        b = self.layer.lora_B[self.adapter].weight.detach().float()
+        a = whole(self.layer.lora_A[self.adapter].weight).float()
+        b = whole(self.layer.lora_B[self.adapter].weight).float()
         base = base_weight(self.layer)
         direction = base + self.layer.scaling[self.adapter] * (b @ a)
-        magnitude = self.layer.lora_magnitude_vector[self.adapter].weight.detach().float()
+        magnitude = whole(self.layer.lora_magnitude_vector[self.adapter].weight).float()
         return (magnitude / direction.norm(dim=1))[:, None] * direction - base
 
     @contextlib.contextmanager

@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from keylayers.model_map import ModuleInfo
+from keylayers.sharding import whole
 from keylayers.updates.gate import GATE_CHILD, Gate
 
 
@@ -28,8 +29,8 @@ class EmbeddingUpdate:
 
     def delta(self) -> Float[Tensor, "num_embeddings d_model"]:
         """The whole update of the table, Δθ, in float32."""
-        a = self.layer.lora_embedding_A[self.adapter].detach().float()
-        b = self.layer.lora_embedding_B[self.adapter].detach().float()
+        a = whole(self.layer.lora_embedding_A[self.adapter]).float()
+        b = whole(self.layer.lora_embedding_B[self.adapter]).float()
         return self.layer.scaling[self.adapter] * (b @ a).T
 
     @contextlib.contextmanager

@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
 from keylayers.model_map import ModuleInfo
+from keylayers.sharding import whole
 from keylayers.updates.gate import GATE_CHILD, Gate
 
 
@@ -28,7 +29,7 @@ class ParameterUpdate:
 
     def delta(self) -> Float[Tensor, "..."]:
         """The whole update of the parameter, Δθ, in its own shape, in float32."""
-        return self.layer.get_delta_weight(self.adapter).detach().float()
+        return whole(self.layer.get_delta_weight(self.adapter)).float()
 
     @contextlib.contextmanager
     def gated(self, gate: Gate) -> Iterator[None]:

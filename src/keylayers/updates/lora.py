@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from keylayers.model_map import ModuleInfo
+from keylayers.sharding import whole
 from keylayers.updates.gate import GATE_CHILD, Gate
 
 
@@ -29,8 +30,8 @@ class LoraUpdate:
 
     def delta(self) -> Float[Tensor, "d_out d_in"]:
         """The whole update of the weight, Δθ, in float32."""
-        a = self.layer.lora_A[self.adapter].weight.detach().float()
-        b = self.layer.lora_B[self.adapter].weight.detach().float()
+        a = whole(self.layer.lora_A[self.adapter].weight).float()
+        b = whole(self.layer.lora_B[self.adapter].weight).float()
         return self.layer.scaling[self.adapter] * (b @ a)
 
     @contextlib.contextmanager
