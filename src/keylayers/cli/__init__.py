@@ -37,8 +37,12 @@ COMMANDS = {
     "train": "Train only the modules that a ranking and a budget select.",
     "prune": "Cut an adapter, or a tuned checkpoint, to the modules that a ranking and a budget "
     "select.",
+    "eval": "Compare a model with adapters and checkpoints: benchmarks, losses, problems, in one "
+    "table.",
     "import": "Make a ranking of a scan by Spectrum: it can be shown, compared, trained on and "
     "exported.",
+    "judge": "Let a model behind an endpoint judge the answers of a base model, adapters and "
+    "checkpoints.",
     "study": "Run every combination of models, data, seeds, methods and budgets, each once.",
     "export": "Write the files with which another tool trains exactly the selected modules.",
 }
@@ -100,6 +104,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries beside our own
     for library in ("peft", "transformers", "trl"):  # deprecations between them, not for users
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
 

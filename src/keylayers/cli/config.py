@@ -25,6 +25,13 @@ GROUPS = (
     "When stage 1 ends",
     "Learning the scores",
     "Measuring",
+    "Compared",
+    "Benchmarks",
+    "Gain and forgetting",
+    "Problems",
+    "Running",
+    "Questions and answers",
+    "Judge",
 )
 
 WITH_RANKING = (("train",), ("verify",), ("prune",))

@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loss on data that neither training nor mask learning has seen."""
+"""Loss on data that neither training nor mask learning has seen, over all or example by example."""
 
+from collections.abc import Sequence
+
+import torch
 from datasets import Dataset
-from transformers import Trainer
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, Trainer
 
 from keylayers.mask.trainer_data import prepared_for
 from keylayers.mask.trainer_loss import TrainerLoss, batch_losses, every_batch_everywhere
+from keylayers.progress import OnStep
+from keylayers.training.chat import IGNORED
 
 
 def held_out_loss(trainer: Trainer, dataset: Dataset) -> float:
@@ -18,3 +25,55 @@ def held_out_loss(trainer: Trainer, dataset: Dataset) -> float:
     dataset = prepared_for(trainer, dataset)
     with source.quiet(), every_batch_everywhere(trainer):
         return batch_losses(source, list(trainer.get_eval_dataloader(dataset))).mean
+
+
+def example_losses(
+    model: PreTrainedModel | PeftModel,
+    examples: Sequence[tuple[list[int], list[int]]],
+    *,
+    batch_size: int,
+    on_step: OnStep,
+) -> list[tuple[float, int]]:
+    """The loss of each example in nats, summed over its labelled tokens, and the number of these.
+
+    The model runs as it is; it should be in evaluation mode.
+
+    Args:
+        model: A causal language model.
+        examples: `input_ids` and `labels` of each, not shifted.
+        batch_size: Examples at once.
+        on_step: Called after each batch with its mean loss.
+    """
+    # The longest first: what does not fit into memory shows at once, and little is padding.
+    order = sorted(range(len(examples)), key=lambda index: -len(examples[index][0]))
+    found: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
+    for step, start in enumerate(range(0, len(order), batch_size), start=1):
+        chosen = order[start : start + batch_size]
+        losses = _batch([examples[index] for index in chosen], model)
+        for index, one in zip(chosen, losses, strict=True):
+            found[index] = one
+        on_step(step, sum(nats for nats, _ in losses) / max(1, sum(num for _, num in losses)))
+    return found
+
+
+@torch.no_grad()
+def _batch(
+    examples: Sequence[tuple[list[int], list[int]]], model: PreTrainedModel | PeftModel
+) -> list[tuple[float, int]]:
+    longest = max(len(ids) for ids, _ in examples)
+    ids = torch.zeros(len(examples), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, IGNORED)
+    for row, (one, label) in enumerate(examples):  # padded on the right, where nothing looks
+        ids[row, : len(one)] = torch.tensor(one)
+        mask[row, : len(one)] = 1
+        labels[row, : len(label)] = torch.tensor(label)
+    logits = model(
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
+    ).logits[:, :-1]
+    wanted = labels[:, 1:].to(logits.device)
+    nats = cross_entropy(
+        logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view_as(wanted)
+    counts = (wanted != IGNORED).sum(dim=1).tolist()
+    return list(zip(nats.double().sum(dim=1).tolist(), counts, strict=True))

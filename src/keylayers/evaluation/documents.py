@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was measured, document by document, as one Parquet file: for intervals, and for later runs.
+
+A pair is one model on one task. Its key is a hash of everything that decides its result, so a pair
+whose key is in the file is never measured again. Needs no torch.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from keylayers.errors import OutputError
+from keylayers.records import write_bytes
+
+DOCUMENTS = "documents.parquet"
+COLUMNS = {
+    "pair": "string",  # key
+    "model": "string",  # its name in the table of the last run that used the pair
+    "task": "string",
+    "metric": "string",
+    "document": "int64",  # its place in the task, from 0
+    "document_sha256": "string",  # of its content
+    "value": "float64",
+    "size": "float64",  # what the sum of values is divided by: 1, or tokens
+    "chance": "float64",  # value of a guess, if that is known
+}
+_META = b"keylayers"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model on one task.
+
+    Attributes:
+        task: Its name.
+        rows: A row a document and metric, with the columns of `COLUMNS` but the first two.
+        totals: Metric -> its value over all documents, also where that is no mean.
+        higher_is_better: Metric -> whether more of it is better, if that is known.
+        facts: What else is worth knowing, such as how many prompts were cut.
+    """
+
+    task: str
+    rows: pd.DataFrame
+    totals: Mapping[str, float]
+    higher_is_better: Mapping[str, bool | None]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def about(self) -> dict[str, Any]:
+        """All but the rows, as JSON."""
+        return {
+            "task": self.task,
+            "totals": dict(self.totals),
+            "higher_is_better": dict(self.higher_is_better),
+            "facts": dict(self.facts),
+        }
+
+
+class Store:
+    """The pairs in a folder: finished ones in one file, those of a run under way one by one.
+
+    Attributes:
+        file: Where all of them are in the end.
+        under_way: Folder for those of this run, and of one that was killed.
+    """
+
+    def __init__(self, folder: Path, under_way: Path) -> None:
+        self.file = folder / DOCUMENTS
+        self.under_way = under_way
+        self._known: dict[str, Measured] = {}
+        for path in (self.file, *sorted(under_way.glob("*.parquet"))):
+            if path.is_file():
+                self._known |= _read(path)
+
+    def get(self, key: str) -> Measured | None:
+        """What was measured under this key, if it was."""
+        return self._known.get(key)
+
+    def put(self, key: str, found: Measured) -> None:
+        """Keep a pair, on disk before this returns."""
+        self._known[key] = found
+        _write(self.under_way / f"{key[:32]}.parquet", {key: found}, {})
+
+    def finish(self, names: Mapping[str, str]) -> None:
+        """Write all pairs into one file.
+
+        Args:
+            names: Key -> name of the model in the table that is shown.
+        """
+        _write(self.file, self._known, names)
+
+
+def _write(path: Path, pairs: Mapping[str, Measured], names: Mapping[str, str]) -> None:
+    parts = [
+        found.rows.assign(pair=key, model=names.get(key, "")) for key, found in pairs.items()
+    ]
+    whole = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*COLUMNS])
+    table = pa.Table.from_pandas(whole[[*COLUMNS]].astype(COLUMNS), preserve_index=False)
+    about = {key: found.about() for key, found in pairs.items()}
+    table = table.replace_schema_metadata({_META: json.dumps(about).encode()})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_bytes(path, sink.getvalue().to_pybytes())
+
+
+def _read(path: Path) -> dict[str, Measured]:
+    try:
+        table = pq.read_table(path)
+        about = json.loads(table.schema.metadata[_META])
+        whole = table.to_pandas().astype(COLUMNS)
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise OutputError(
+            f"{str(path)!r} must be a file that `keylayers eval` wrote, but cannot be read: "
+            f"{reason}; move it away, or choose another `--output`"
+        ) from error
+    rows = {str(key): part for key, part in whole.groupby("pair", sort=False)}
+    empty = whole.iloc[:0]
+    return {
+        key: Measured(
+            task=one["task"],
+            rows=rows.get(key, empty).drop(columns=["pair", "model"]).reset_index(drop=True),
+            totals=one["totals"],
+            higher_is_better=one["higher_is_better"],
+            facts=one["facts"],
+        )
+        for key, one in about.items()
+    }

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What documents say about a model, and about the difference of two: means, intervals, tests.
+
+A measure is a mean over documents: of right answers, of nats a token, of solved problems. Documents
+stand in strata (the tasks of a group), and each stratum has a weight:
+
+    value = sum over strata s of weight_s * (sum of value_i in s) / (sum of size_i in s)
+
+Intervals are 95 % and say what another draw of documents of the same kind would change; they know
+nothing of other seeds of training. A single task's share of right answers has the exact binomial
+interval (Clopper and Pearson 1934), everything else the percentile interval of a bootstrap over
+documents, each stratum by itself (Efron 1979). Two models are compared on the same documents, pair
+by pair, and a difference counts as shown only if its interval leaves out 0 and so does a test that
+flips the signs of the documents' differences (Fisher's randomisation test; of right and wrong
+answers it is McNemar's exact test). The second stops the bootstrap where few documents differ.
+
+Blind to: documents that are not independent, such as several questions on one text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy import ndarray
+from scipy import stats
+
+LEVEL = 0.95
+NUM_RESAMPLES = 9999
+MAX_DRAWN = 10_000_000  # numbers in memory at once
+
+
+@dataclass(frozen=True)
+class Documents:
+    """One measure of one model, document by document.
+
+    Attributes:
+        values: What is summed.
+        sizes: What the sum is divided by: 1 a document, or its tokens.
+        strata: The stratum of each document, numbered from 0.
+        weights: Of the strata; they sum to 1.
+    """
+
+    values: Float[ndarray, " document"]
+    sizes: Float[ndarray, " document"]
+    strata: Int[ndarray, " document"]
+    weights: Float[ndarray, " stratum"]
+
+    def mean(self) -> float:
+        """The measure."""
+        return float(_mean(self, [np.flatnonzero(one) for one in self._members()]))
+
+    def less(self, other: "Documents") -> "Documents":
+        """The difference to `other`, which must be measured on the same documents."""
+        assert np.array_equal(self.sizes, other.sizes)
+        assert np.array_equal(self.strata, other.strata)
+        return Documents(self.values - other.values, self.sizes, self.strata, self.weights)
+
+    def _members(self) -> list[ndarray]:
+        return [self.strata == stratum for stratum in range(len(self.weights))]
+
+    def parts(self) -> Float[ndarray, " document"]:
+        """What each document adds to the measure; they sum to it."""
+        totals = np.bincount(self.strata, self.sizes, len(self.weights))
+        return self.values * (self.weights / totals)[self.strata]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95 % interval, and how it came about."""
+
+    low: float
+    high: float
+    method: str
+
+    def holds(self, value: float) -> bool:
+        """Whether the value may be the true one."""
+        return self.low <= value <= self.high
+
+
+def interval(documents: Documents, seed: int = 0) -> Interval | None:
+    """The interval of the measure; None where a stratum holds fewer than two documents.
+
+    Args:
+        documents: Of one model, or the difference of two.
+        seed: Of the bootstrap.
+    """
+    values, num = documents.values, len(documents.values)
+    is_share = len(documents.weights) == 1 and np.all(documents.sizes == 1)
+    if is_share and num > 1 and np.all((values == 0) | (values == 1)):
+        exact = stats.binomtest(int(values.sum()), num).proportion_ci(LEVEL, "exact")
+        return Interval(float(exact.low), float(exact.high), "exact")
+    return _bootstrap(documents, seed)
+
+
+def difference_interval(documents: Documents, seed: int = 0) -> Interval | None:
+    """The interval of a difference: by bootstrap always, for it is no share of anything."""
+    return _bootstrap(documents, seed)
+
+
+def _bootstrap(documents: Documents, seed: int) -> Interval | None:
+    members = [np.flatnonzero(one) for one in documents._members()]
+    if min(len(one) for one in members) < 2:
+        return None
+    mean = documents.mean()
+    if all(np.ptp(documents.values[one]) == 0 == np.ptp(documents.sizes[one]) for one in members):
+        return Interval(mean, mean, "bootstrap")  # every draw of the documents gives the same
+    found = stats.bootstrap(
+        members,
+        lambda *drawn, axis: _mean(documents, drawn),
+        n_resamples=NUM_RESAMPLES,
+        batch=max(1, MAX_DRAWN // len(documents.values)),
+        vectorized=True,
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(float(found.low), float(found.high), "bootstrap")
+
+
+def _mean(documents: Documents, drawn: Sequence[ndarray]) -> ndarray:
+    """The measure of the documents drawn from each stratum, along the last axis."""
+    total = np.zeros(drawn[0].shape[:-1])
+    for weight, chosen in zip(documents.weights, drawn, strict=True):
+        sums = documents.values[chosen].sum(axis=-1)
+        total = total + weight * sums / documents.sizes[chosen].sum(axis=-1)
+    return total
+
+
+def sign_flip_p(documents: Documents, seed: int = 0) -> float:
+    """The p-value of "no difference", two-sided, by flipping signs of the documents' differences.
+
+    Exact where all that differ weigh the same (McNemar's test) or where they are few; else from
+    9,999 drawn flips.
+
+    Args:
+        documents: The difference of two models.
+        seed: Of the flips.
+    """
+    parts = documents.parts()
+    parts = parts[parts != 0]
+    if len(parts) == 0:
+        return 1.0
+    if np.allclose(np.abs(parts), abs(parts[0])):
+        return float(stats.binomtest(int((parts > 0).sum()), len(parts)).pvalue)
+    found = stats.permutation_test(
+        (parts,),
+        lambda flipped, axis: flipped.sum(axis=axis),
+        permutation_type="samples",
+        n_resamples=NUM_RESAMPLES,
+        batch=max(1, MAX_DRAWN // len(parts)),
+        vectorized=True,
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values corrected for their number (Holm 1979), in the order given."""
+    order = np.argsort(p_values, kind="stable")
+    corrected = np.empty(len(p_values))
+    highest = 0.0
+    for place, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
+        corrected[index] = highest
+    return corrected.tolist()

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What losses are measured on: a fine-tune's held-out examples, and text that it may forget."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from keylayers.errors import DataError, ModelError
+from keylayers.evaluation.documents import Measured
+from keylayers.evaluation.loss import example_losses
+from keylayers.evaluation.subjects import Loaded
+from keylayers.options.evaluation import LossOptions
+from keylayers.progress import OnStep
+from keylayers.records import json_sha256
+from keylayers.training.chat import encode_all, resolve_template
+from keylayers.training.data import prepare
+from keylayers.training.reading import read_conversations
+
+GAIN, FORGETTING = "held-out data", "forgetting"
+METRIC = "loss"
+MIN_TOKENS = 2  # the first is predicted by nothing
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples of one set, as tokens.
+
+    Attributes:
+        name: Of the set: `GAIN` or `FORGETTING`.
+        tokens: `input_ids` and `labels` of each.
+        probes: Texts, and the tokens that they must be for a loss per token to be compared.
+        record: What a record says of the set.
+        notes: What a person should know of it.
+    """
+
+    name: str
+    tokens: tuple[tuple[list[int], list[int]], ...]
+    probes: Mapping[str, list[int]]
+    record: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    def sha256(self) -> str:
+        """The hash of all tokens and labels."""
+        return json_sha256([self.name, self.tokens])
+
+
+def examples_of(options: LossOptions, loaded: Loaded) -> list[Examples]:
+    """The sets that the options name, in the tokens of the base model.
+
+    Raises:
+        KeylayersError: data cannot be read, or hold nothing to measure.
+    """
+    found = []
+    if options.data is not None:
+        found.append(_held_out(options, loaded))
+    if options.forgetting_data is not None:
+        found.append(_forgetting(options, loaded))
+    return found
+
+
+def _held_out(options: LossOptions, loaded: Loaded) -> Examples:
+    data = options.data_options(options.data or "")
+    prepared = prepare(data, loaded.tokenizer, loaded.max_positions)
+    tokens = tuple((one["input_ids"], one["labels"]) for one in prepared.held_out)
+    notes = (f"held-out data: {len(tokens)} examples of {options.data!r}",)
+    return Examples(GAIN, tokens, _probes(loaded, tokens), prepared.record(), notes)
+
+
+def _forgetting(options: LossOptions, loaded: Loaded) -> Examples:
+    source, length = options.forgetting_data or "", options.max_length
+    length = min(length, loaded.max_positions or length)
+    if source.lower().endswith(".txt"):
+        tokens = _pieces(Path(source), loaded, length, options.forgetting_examples)
+    else:
+        format, converted = read_conversations(options.data_options(source))
+        chosen = list({one.digest(): one for one in converted.conversations}.values())
+        template = None
+        if format != "text":
+            template = resolve_template(loaded.tokenizer, options.chat_template)
+        encoded = encode_all(
+            chosen[: options.forgetting_examples], loaded.tokenizer, template, length
+        )
+        tokens = tuple((one.input_ids, one.labels) for one in encoded if one.num_label_tokens)
+    if len(tokens) < 2:
+        raise DataError(
+            f"`forgetting_data` must hold at least two examples with something to predict, got "
+            f"{len(tokens)} in {source!r}; give more text, or a smaller `max_length`"
+        )
+    record = {"name": source, "num_examples": len(tokens), "max_length": length}
+    notes = (f"forgetting: {len(tokens)} examples of {source!r}",)
+    return Examples(FORGETTING, tokens, _probes(loaded, tokens), record, notes)
+
+
+def _pieces(
+    path: Path, loaded: Loaded, length: int, at_most: int
+) -> tuple[tuple[list[int], list[int]], ...]:
+    """A plain text as pieces of so many tokens, each read from its own first token on."""
+    try:
+        text = path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"`forgetting_data` must be a readable text in UTF-8, but {str(path)!r} is not: {error}"
+        ) from error
+    ids = loaded.tokenizer(text, verbose=False)["input_ids"]
+    pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
+    usable = [one for one in pieces if len(one) >= MIN_TOKENS][:at_most]
+    return tuple((one, list(one)) for one in usable)
+
+
+def _probes(
+    loaded: Loaded, tokens: Sequence[tuple[list[int], list[int]]]
+) -> dict[str, list[int]]:
+    """Some of the examples as text, and what the base model's tokenizer makes of it."""
+    texts = [loaded.tokenizer.decode(ids) for ids, _ in tokens[:20]]
+    return {one: loaded.tokenizer.encode(one, add_special_tokens=False) for one in texts}
+
+
+def check_tokenizer(examples: Examples, loaded: Loaded) -> None:
+    """Raise a ModelError for a model that cuts the examples into other tokens than the base."""
+    for text, ids in examples.probes.items():
+        if loaded.tokenizer.encode(text, add_special_tokens=False) != ids:
+            raise ModelError(
+                f"losses per token can be compared only between models of one tokenizer, but "
+                f"{loaded.subject.source!r} cuts text into other tokens than the base model; leave "
+                f"out `data` and `forgetting_data`, or evaluate it by itself"
+            )
+
+
+def measured_losses(
+    examples: Examples, loaded: Loaded, *, batch_size: int, on_step: OnStep
+) -> Measured:
+    """The loss of a model on a set, example by example.
+
+    Args:
+        examples: The set.
+        loaded: The model.
+        batch_size: Examples at once.
+        on_step: Called after each batch.
+    """
+    found = example_losses(
+        loaded.model, examples.tokens, batch_size=batch_size, on_step=on_step
+    )
+    rows = pd.DataFrame(
+        {
+            "task": examples.name,
+            "metric": METRIC,
+            "document": range(len(found)),
+            "document_sha256": [json_sha256(one)[:16] for one in examples.tokens],
+            "value": [nats for nats, _ in found],
+            "size": [float(num) for _, num in found],
+            "chance": float("nan"),
+        }
+    )
+    total = rows["value"].sum() / rows["size"].sum()
+    return Measured(examples.name, rows, {METRIC: float(total)}, {METRIC: False})

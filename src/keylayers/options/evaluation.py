@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `keylayers eval` measures, on which models."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from keylayers.errors import ConfigError
+from keylayers.options.choices import DataFormat
+from keylayers.options.inputs import DataOptions, ModelOptions
+from keylayers.options.ranges import check_above_zero, check_at_least, check_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedOptions:
+    """Which models stand beside the base model.
+
+    Attributes:
+        adapter: PEFT adapters of the model, folders or names on the hub.
+        checkpoint: Full checkpoints, fine-tuned from the model or not, folders or names on the hub.
+        reference: One of these adapters and checkpoints, with which the others are compared beside
+            the base model. Not given: the first.
+    """
+
+    adapter: tuple[str, ...] = ()
+    checkpoint: tuple[str, ...] = ()
+    reference: str | None = None
+
+    def __post_init__(self) -> None:
+        given = (*self.adapter, *self.checkpoint)
+        if twice := [name for index, name in enumerate(given) if name in given[:index]]:
+            raise ConfigError(f"every model must be given once, got {twice[0]!r} twice")
+        if self.reference is not None and self.reference not in given:
+            raise ConfigError(
+                f"`reference` must be one of the adapters and checkpoints, as it is given there "
+                f"({', '.join(given) or 'none is'}), got {self.reference!r}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions:
+    """Tasks of lm-evaluation-harness.
+
+    Attributes:
+        tasks: Tasks and groups of tasks by name, such as mmlu,hellaswag: those of
+            lm-evaluation-harness and of the task folder.
+        task_folder: Folder of task files (YAML) of your own: docs/evaluation.md. Python that a task
+            file names is run.
+        num_fewshot: Examples in each prompt. Not given: what the task says. Tasks that fix none
+            have none.
+        apply_chat_template: Put the tasks' prompts as a chat.
+        run_generated_code: Let tasks run the code that the model writes (HumanEval and its like).
+        limit: Use only the first so many documents of each task and problems of each set.
+    """
+
+    tasks: tuple[str, ...] = ()
+    task_folder: str | None = None
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False
+    run_generated_code: bool = False
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        names = tuple(name.strip() for one in self.tasks for name in one.split(",") if name.strip())
+        object.__setattr__(self, "tasks", tuple(dict.fromkeys(names)))
+        if self.num_fewshot is not None:
+            check_at_least("num_fewshot", self.num_fewshot, 0)
+        if self.limit is not None:
+            check_at_least("limit", self.limit, 1)
+        if not self.tasks:
+            for name in ("task_folder", "num_fewshot", "apply_chat_template", "run_generated_code"):
+                if getattr(self, name) not in (None, False):
+                    raise ConfigError(f"`{name}` must be left out without `tasks`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """Losses: what a fine-tune gained on its own data, and what it forgot of other text.
+
+    Attributes:
+        data: The data that the fine-tune learned from. Its held-out examples are measured: the same
+            that `rank` and `train` hold out, where `max_length` to `split_seed` are as there.
+        forgetting_data: Text that the base model knows: a .txt file, or data in any format that
+            `data` takes.
+        forgetting_examples: Use only the first so many examples of it; of a .txt file, so many
+            pieces of `max_length` tokens.
+        data_split: Split of hub data sets.
+        format: How the columns of `data` are read; recognised by their names if not given.
+        chat_template: chatml, alpaca, or a Jinja file, for data, problems and
+            `apply_chat_template`. The model's own if it has one, else alpaca.
+        max_length: Longest example in tokens; what is longer loses its end. At most the model's
+            own limit.
+        max_examples: Use only the first so many examples of `data`, before any are held out.
+        held_out: Share of these (below 1) or their number that is held out.
+        split_seed: Chooses the held-out examples.
+    """
+
+    data: str | None = None
+    forgetting_data: str | None = None
+    forgetting_examples: int = 200
+    data_split: str = "train"
+    format: DataFormat | None = None
+    chat_template: str | None = None
+    max_length: int = 1024
+    max_examples: int | None = None
+    held_out: float = 0.1
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least("forgetting_examples", self.forgetting_examples, 2)
+        self.data_options(self.data or "")  # its own checks
+        unused = {"format", "max_examples", "held_out", "split_seed"} if self.data is None else set()
+        if self.forgetting_data is None:
+            unused |= {"forgetting_examples"}
+            unused |= {"data_split", "max_length"} if self.data is None else set()
+        for one in fields(self):
+            if one.name in unused and getattr(self, one.name) != one.default:
+                belongs = "forgetting_data" if one.name == "forgetting_examples" else "data"
+                raise ConfigError(f"`{one.name}` must be left out without `{belongs}`")
+
+    def data_options(self, data: str) -> DataOptions:
+        """How `data` is read and split, as `rank` and `train` do it."""
+        return DataOptions(
+            data=data,
+            data_split=self.data_split,
+            format=self.format,
+            chat_template=self.chat_template,
+            max_length=self.max_length,
+            max_examples=self.max_examples,
+            held_out=self.held_out,
+            mask_data="train",  # the held-out examples are the same; none are set aside beside them
+            split_seed=self.split_seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemOptions:
+    """Problems that have an answer, solved by sampling.
+
+    Attributes:
+        problems: Sets of problems: gsm8k, math-500, aime, files (jsonl, json, csv, parquet) with
+            problem or question and answer, or names on the hub.
+        problems_split: Split of a set of problems on the hub by a name of your own.
+        samples: Answers for each problem. Of several, pass@k and the majority of k are shown for k
+            = 1, 2, 4 and so on.
+        temperature: Of the sampling. Not given: 0, always the likeliest token, for one sample; 0.7
+            for several.
+        top_p: Sample from the likeliest tokens that have this share of the probability together.
+        max_new_tokens: Longest answer in tokens.
+        ask: What follows each problem, to say how to answer. Not given: to reason step by step and
+            to put the answer into \\boxed{}.
+    """
+
+    problems: tuple[str, ...] = ()
+    problems_split: str = "test"
+    samples: int = 1
+    temperature: float | None = None
+    top_p: float = 1.0
+    max_new_tokens: int = 1024
+    ask: str | None = None
+
+    def __post_init__(self) -> None:
+        names = tuple(name.strip() for one in self.problems for name in one.split(","))
+        object.__setattr__(self, "problems", tuple(dict.fromkeys(filter(None, names))))
+        check_at_least("samples", self.samples, 1)
+        check_at_least("max_new_tokens", self.max_new_tokens, 1)
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"`top_p` must be above 0 and at most 1, got {self.top_p}")
+        if self.temperature is not None and self.temperature != 0:
+            check_above_zero("temperature", self.temperature)
+        if self.samples > 1 and self.temperature == 0:
+            raise ConfigError(
+                f"`temperature` must be above 0 for several samples, got 0, at which all "
+                f"{self.samples} would be the same; give `samples` 1"
+            )
+        if not self.problems:
+            for one in fields(self):
+                if one.name != "problems" and getattr(self, one.name) != one.default:
+                    raise ConfigError(f"`{one.name}` must be left out without `problems`")
+
+    @property
+    def resolved_temperature(self) -> float:
+        """The temperature that is used."""
+        if self.temperature is not None:
+            return self.temperature
+        return 0.0 if self.samples == 1 else 0.7
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRunOptions:
+    """How an evaluation runs.
+
+    Attributes:
+        batch_size: Examples, requests or answers that the model takes at once.
+        seed: Of examples in prompts, of sampled answers, and of the intervals' bootstrap.
+    """
+
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least("batch_size", self.batch_size, 1)
+        check_seed("seed", self.seed)
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """All options of one evaluation."""
+
+    model: ModelOptions
+    compared: ComparedOptions = ComparedOptions()
+    benchmarks: BenchmarkOptions = BenchmarkOptions()
+    losses: LossOptions = LossOptions()
+    problems: ProblemOptions = ProblemOptions()
+    run: EvalRunOptions = EvalRunOptions()
+
+    def __post_init__(self) -> None:
+        if self.model.towers != "language":
+            raise ConfigError("`towers` must be left out: an evaluation runs the whole model")
+        losses = self.losses
+        if not (
+            self.benchmarks.tasks or losses.data or losses.forgetting_data or self.problems.problems
+        ):
+            raise ConfigError(
+                "something must be measured: give `tasks`, `data`, `forgetting_data` or `problems`"
+            )
+        is_chat = self.benchmarks.apply_chat_template or losses.data or self.problems.problems
+        if losses.chat_template is not None and not (is_chat or losses.forgetting_data):
+            raise ConfigError(
+                "`chat_template` must be left out without `data`, `problems` or "
+                "`apply_chat_template`"
+            )
+        if self.benchmarks.limit is not None and not (
+            self.benchmarks.tasks or self.problems.problems
+        ):
+            raise ConfigError("`limit` must be left out without `tasks` or `problems`")
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by the name of its flag, for the record."""
+        parts: tuple[Any, ...] = (self.model, self.compared, self.benchmarks)
+        parts += (self.losses, self.problems, self.run)
+        return {name: value for part in parts for name, value in asdict(part).items()}

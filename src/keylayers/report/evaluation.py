@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An evaluation in the terminal: all measures of all models in one table, and what they show.
+
+Needs no torch.
+"""
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from keylayers.evaluation.measures import Difference, Measure, Result
+from keylayers.evaluation.record import Evaluation
+from keylayers.evaluation.statistics import Interval
+
+FEW_DOCUMENTS = 30
+MANY_DIFFERENCES = 5
+LOSS = "loss"
+NO_DIFFERENCE = "no difference shown"
+
+
+def evaluation_report(found: Evaluation) -> RenderableType:
+    """All of an evaluation that a terminal shows."""
+    parts: list[RenderableType] = [evaluation_table(found)]
+    scaling = scaling_table(found)
+    if scaling is not None:
+        parts += [Text(), Text("Problems solved with more samples", style="bold"), scaling]
+    parts += [Text(), Text("\n".join([*reading(found), *found.notes]))]
+    return Group(*parts)
+
+
+def evaluation_table(found: Evaluation) -> Table:
+    """A block a measure, a row a model: value, and differences on the same documents."""
+    shown = [one for one in found.measures if one.is_in_table]
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("")
+    table.add_column("value", no_wrap=True)
+    base = next(iter(found.models))
+    others = [base] if len(found.models) > 1 else []
+    others += [found.reference] if found.reference is not None else []
+    for name in others:
+        table.add_column(f"against {name}", no_wrap=True)
+    for measure in shown:
+        indent = "  " * measure.depth
+        table.add_row(Text(f"{indent}{title(measure)}", style="bold"), Text(about(measure), "dim"))
+        for result in measure.results:
+            cells = [_value(result, measure)]
+            by_name = {one.against: one for one in result.differences}
+            cells += [_difference(by_name.get(name), measure) for name in others]
+            table.add_row(Text(f"{indent}  {result.model}"), *cells)
+    return table
+
+
+def title(measure: Measure) -> str:
+    """What is measured."""
+    if measure.metric == LOSS:
+        return f"{measure.task}, nats per token"
+    return f"{measure.task}, {measure.metric}"
+
+
+def about(measure: Measure) -> str:
+    """How many documents it is a mean over, and what guessing gives."""
+    parts = []
+    if measure.num_documents:
+        parts.append(f"{measure.num_documents:,} {_documents(measure)}")
+    if measure.chance is not None:
+        parts.append(f"chance {measure.chance:.3f}")
+    if measure.higher_is_better is False:
+        parts.append("lower is better")
+    return ", ".join(parts)
+
+
+def _documents(measure: Measure) -> str:
+    if measure.metric == LOSS:
+        return "examples"
+    return "problems" if "@" in measure.metric else "documents"
+
+
+def chance_words(measure: Measure, result: Result) -> str:
+    """How a value stands to guessing; empty where it is above, or nothing is known."""
+    if measure.chance is None or result.interval is None:
+        return ""
+    if result.interval.holds(measure.chance):
+        return "not above chance"
+    return "below chance" if result.value < measure.chance else ""
+
+
+def difference_words(measure: Measure, one: Difference) -> str:
+    """What a difference shows."""
+    if one.interval is None:
+        return "no interval"
+    if not one.is_shown:
+        return NO_DIFFERENCE
+    if measure.higher_is_better is None:
+        return "different"
+    return "better" if (one.value > 0) == measure.higher_is_better else "worse"
+
+
+def _value(result: Result, measure: Measure) -> Text:
+    words = chance_words(measure, result)
+    text = _digits(measure, result.value) + _brackets(measure, result.interval)
+    return Text(f"{text}\n{words}" if words else text)
+
+
+def _difference(one: Difference | None, measure: Measure) -> Text:
+    if one is None:
+        return Text()
+    text = _digits(measure, one.value, sign="+") + _brackets(measure, one.interval, sign="+")
+    return Text(f"{text}\n{difference_words(measure, one)}")
+
+
+def _brackets(measure: Measure, interval: Interval | None, sign: str = "") -> str:
+    if interval is None:
+        return ""
+    low, high = (_digits(measure, one, sign) for one in (interval.low, interval.high))
+    return f" [{low}, {high}]"
+
+
+def _digits(measure: Measure, value: float, sign: str = "") -> str:
+    """Four digits of a loss, three of a share; other numbers as they are."""
+    if measure.metric == LOSS:
+        return f"{value:{sign}.4f}"
+    return f"{value:{sign}.3f}" if abs(value) < 100 else f"{value:{sign},.1f}"
+
+
+def scaling_table(found: Evaluation) -> Table | None:
+    """pass@k and majority@k of each model for every k; None where one sample was taken."""
+    measures = [one for one in found.measures if "@" in one.metric]
+    metrics = list(dict.fromkeys(one.metric for one in measures))
+    if len(metrics) < 2:
+        return None
+    ordered = [one for kind in ("pass", "majority") for one in metrics if one.startswith(kind)]
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("")
+    for metric in ordered:
+        table.add_column(metric, justify="right")
+    values = {
+        (one.task, result.model, one.metric): result.value
+        for one in measures
+        for result in one.results
+    }
+    for task in dict.fromkeys(one.task for one in measures):
+        table.add_row(Text(task, style="bold"))
+        for model in found.models:
+            cells = [f"{values[task, model, metric]:.3f}" for metric in ordered]
+            table.add_row(Text(f"  {model}"), *cells)
+    return table
+
+
+def reading(found: Evaluation) -> list[str]:
+    """What the table shows, in sentences: how it was computed, and how much of it is noise."""
+    shown = [one for one in found.measures if one.is_in_table]
+    lines = ["[ ] is a 95 % interval: what another draw of the documents would change"]
+    differences = [
+        one
+        for measure in shown
+        for result in measure.results
+        for one in result.differences
+        if one.interval is not None
+    ]
+    if differences:
+        lines[0] += "; other seeds of training are not in it"
+        lines.append(
+            "a difference is shown if its interval (bootstrap, document by document) leaves out 0 "
+            "and a sign-flip test gives p < 0.05"
+        )
+    lines += _of_chance(shown)
+    lines += _of_many(differences)
+    few = [one for one in shown if 0 < one.num_documents < FEW_DOCUMENTS]
+    if few:
+        names = ", ".join(dict.fromkeys(one.task for one in few))
+        lines.append(f"fewer than {FEW_DOCUMENTS} documents, so rough intervals: {names}")
+    hidden = len({one.task for one in found.measures if not one.is_in_table and one.depth})
+    if hidden:
+        lines.append(f"{hidden} tasks of these groups stand in evaluation.json")
+    return lines
+
+
+def _of_chance(shown: Sequence[Measure]) -> list[str]:
+    """The tasks on which no model is better than guessing."""
+    lost = [
+        measure.task
+        for measure in shown
+        if measure.chance is not None
+        and all(chance_words(measure, result) for result in measure.results)
+    ]
+    if not lost:
+        return []
+    names = ", ".join(dict.fromkeys(lost))
+    return [f"no model is above chance, so differences say nothing of what it knows: {names}"]
+
+
+def _of_many(differences: Sequence[Difference]) -> list[str]:
+    """How many differences there are, and how many of them survive their number."""
+    if len(differences) < MANY_DIFFERENCES:
+        return []
+    num_shown = sum(one.is_shown for one in differences)
+    strict = sum(one.is_shown and (one.p_holm or 0) < 0.05 for one in differences)
+    text = f"{num_shown} of {len(differences)} differences are shown"
+    if not num_shown:
+        return [text]
+    remain = f"; {strict} of them" if strict != num_shown else "; all of them"
+    by_chance = 0.05 * len(differences)
+    return [
+        f"{text}, where {by_chance:.1f} would be by chance alone if there were none{remain} after "
+        f"Holm's correction for {len(differences)} comparisons"
+    ]

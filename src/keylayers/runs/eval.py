@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluate a base model, adapters and checkpoints side by side, from options to files."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from keylayers.errors import ConfigError
+from keylayers.evaluation.documents import DOCUMENTS, Measured, Store
+from keylayers.evaluation.measures import corrected, measures_of
+from keylayers.evaluation.record import EVALUATION, Evaluation
+from keylayers.evaluation.subjects import Loaded, each_model, subjects_of
+from keylayers.evaluation.texts import GAIN
+from keylayers.folders import output_folder, unfinished
+from keylayers.options.evaluation import EvalOptions
+from keylayers.progress import Progress, Silent
+from keylayers.records import RECORD, environment, json_sha256, num_launched
+from keylayers.runs.eval_jobs import Job, Plan, need_libraries, planned
+
+LIBRARIES = ("lm_eval", "math-verify", "scipy", "numpy")
+OF_SPLIT = ("content_sha256", "held_out", "split_seed", "max_length")
+
+
+def evaluate(
+    options: EvalOptions, output: str | Path, progress: Progress | None = None
+) -> Evaluation:
+    """Measure every model on everything that the options name, and write it to a folder.
+
+    evaluation.json has all numbers, documents.parquet each document of each model, samples/ the
+    answers to problems. What is finished is not measured again when the same is asked for again;
+    the hash of weights and inputs decides.
+
+    Args:
+        options: Which models, and what is measured.
+        output: Folder of the evaluation.
+        progress: Where to report to.
+
+    Raises:
+        KeylayersError: a bad option, model, task or data set; what was finished stays.
+    """
+    progress, output = progress or Silent(), Path(output)
+    if num_launched() > 1:
+        raise ConfigError(
+            f"an evaluation runs in one process, but a launcher started {num_launched()}; start "
+            f"`keylayers eval` by itself"
+        )
+    need_libraries(options)
+    with output_folder(output), unfinished(output / EVALUATION) as under_way:
+        store = Store(output, under_way)
+        run = _Run(options, output, store, progress)
+        for loaded in each_model(
+            subjects_of(options.model, options.compared), options.model, options.losses.chat_template
+        ):
+            run.measure(loaded)
+        found = run.evaluation()
+        store.finish(run.names)
+        found.save(output / EVALUATION)
+    return found
+
+
+class _Run:
+    """Model after model, job after job."""
+
+    def __init__(
+        self, options: EvalOptions, output: Path, store: Store, progress: Progress
+    ) -> None:
+        self.options = options
+        self.output = output
+        self.store = store
+        self.progress = progress
+        self.plan: Plan | None = None
+        self.names: dict[str, str] = {}  # key -> name of the model
+        self.measured: dict[str, dict[str, Measured]] = {}
+        self.models: dict[str, dict[str, Any]] = {}
+        self.notes: list[str] = []
+
+    def measure(self, loaded: Loaded) -> None:
+        """Every job on this model, but for those that are finished."""
+        name = loaded.subject.name
+        if self.plan is None:
+            self.plan = planned(self.options, loaded, self.output)
+            for note in self.plan.notes:
+                self.progress.note(note)
+        self._note_other_split(loaded)
+        found = self.measured.setdefault(name, {})
+        num_kept = 0
+        for job in self.plan.jobs:
+            key = json_sha256([loaded.sha256, job.name, job.inputs_sha256(loaded)])
+            kept = self.store.get(key)
+            if kept is None:
+                kept = job.run(loaded, self.progress)
+                self.store.put(key, kept)
+            else:
+                num_kept += 1
+            found[job.name] = kept
+            self.names[key] = name
+            self.notes += _notes(name, kept)
+        if num_kept:
+            of = "all" if num_kept == len(self.plan.jobs) else f"{num_kept} of {len(self.plan.jobs)}"
+            self.progress.note(f"{name}: {of} measured before")
+        self.models[name] = {"kind": loaded.subject.kind, **loaded.record}
+
+    def evaluation(self) -> Evaluation:
+        """All measures, from what is measured."""
+        assert self.plan is not None
+        options = self.options
+        others = [name for name in self.measured if self.models[name]["kind"] != "base"]
+        reference = None
+        if len(others) > 1:
+            given = (*options.compared.adapter, *options.compared.checkpoint)
+            wanted = options.compared.reference or given[0]
+            reference = others[given.index(wanted)]
+        measures = [
+            one
+            for part in self.plan.parts
+            for one in measures_of(part, self.measured, reference, options.run.seed)
+        ]
+        return Evaluation(
+            measures=tuple(corrected(measures)),
+            models=self.models,
+            reference=reference,
+            notes=tuple(dict.fromkeys(self.notes)),
+            provenance={
+                "options": options.flat(),
+                "environment": environment() | {"evaluation_libraries": _versions()},
+                "inputs": {job.name: job.record() for job in self.plan.jobs},
+                "pairs": _pairs(self.names, self.measured),
+                "documents": DOCUMENTS,
+            },
+        )
+
+    def _note_other_split(self, loaded: Loaded) -> None:
+        """Say so where a model was trained by keylayers on another split of the data."""
+        assert self.plan is not None
+        own = next((job.record() for job in self.plan.jobs if job.name == GAIN), None)
+        record = Path(loaded.subject.source) / RECORD
+        if own is None or loaded.subject.kind == "base" or not record.is_file():
+            return
+        trained = json.loads(record.read_text(encoding="utf-8")).get("data", {})
+        if any(name in trained and trained[name] != own[name] for name in OF_SPLIT):
+            self.notes.append(
+                f"{loaded.subject.name} was trained on other data or another split of it: its "
+                f"training may have seen examples that count as held out here"
+            )
+
+
+def _pairs(
+    names: Mapping[str, str], measured: Mapping[str, Mapping[str, Measured]]
+) -> list[dict[str, Any]]:
+    """Each model on each task: its key in the file of documents, and what is known of it."""
+    found = []
+    tasks = {model: iter(tasks.values()) for model, tasks in measured.items()}
+    for key, model in names.items():
+        one = next(tasks[model])
+        totals = {metric: _number(value) for metric, value in one.totals.items()}
+        found.append({"pair": key, "model": model, **one.about(), "totals": totals})
+    return found
+
+
+def _number(value: float) -> float | None:
+    """For JSON, which has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _notes(model: str, one: Measured) -> Iterator[str]:
+    """What a reader must know of one model on one task."""
+    facts = one.facts
+    if number := facts.get("num_cut_prompts", 0):
+        yield f"{model}, {one.task}: {number} prompts lost their beginning to fit the model"
+    for text in facts.get("warnings", ()):
+        yield f"{model}, {one.task}: {text}"
+    if "num_samples" not in facts:
+        return
+    counts: Sequence[tuple[str, str]] = (
+        ("num_unanswered", "give no answer"),
+        ("num_cut", "were cut at their longest"),
+        ("num_out_of_time", "took the checker too long and count as wrong"),
+    )
+    said = [f"{facts[name]:,} {what}" for name, what in counts if facts[name]]
+    if said:
+        yield f"{model}, {one.task}: of {facts['num_samples']:,} samples {', '.join(said)}"

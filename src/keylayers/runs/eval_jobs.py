@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an evaluation does with each model: benchmarks, losses, problems.
+
+A job knows the hash of all that decides its result but the weights, and how to measure one model.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from keylayers.errors import ConfigError
+from keylayers.evaluation.documents import Measured
+from keylayers.evaluation.measures import Part
+from keylayers.evaluation.pass_at_k import counts_up_to
+from keylayers.evaluation.problems import ProblemSet, load_problems
+from keylayers.evaluation.subjects import Loaded
+from keylayers.evaluation.texts import (
+    Examples,
+    check_tokenizer,
+    examples_of,
+    measured_losses,
+)
+from keylayers.options.evaluation import EvalOptions
+from keylayers.progress import Progress
+from keylayers.records import json_sha256
+
+if TYPE_CHECKING:
+    from keylayers.evaluation.benchmarks import Benchmarks, HarnessModel, TaskGroup
+
+MANY_TASKS = 10  # a group of more is shown without its tasks, which the record holds
+
+
+class Job(Protocol):
+    """One thing to measure on every model."""
+
+    name: str
+
+    def inputs_sha256(self, loaded: Loaded) -> str:
+        """The hash of what decides the result, but for the weights."""
+        ...
+
+    def run(self, loaded: Loaded, progress: Progress) -> Measured:
+        """Measure one model."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """What a record says of it."""
+        ...
+
+
+@dataclass
+class TaskJob:
+    """One task of the harness."""
+
+    name: str
+    task: Any
+    options: EvalOptions
+    harness: "Harness"
+
+    def inputs_sha256(self, loaded: Loaded) -> str:
+        """Of prompts, documents and scoring."""
+        from keylayers.evaluation.benchmarks import inputs_sha256
+
+        model = self.harness.model(loaded)
+        return inputs_sha256(self.task, model, self.options.benchmarks, self.options.run.seed)
+
+    def run(self, loaded: Loaded, progress: Progress) -> Measured:
+        """One model on this task."""
+        from keylayers.evaluation.benchmarks import run_benchmark
+
+        model = self.harness.model(loaded)
+        with progress.stage(f"{loaded.subject.name}: {self.name}", None) as on_step:
+            model.num_passes, model.on_step = 0, on_step
+            options, seed = self.options.benchmarks, self.options.run.seed
+            return run_benchmark(self.name, self.task, model, options, seed)
+
+    def record(self) -> dict[str, Any]:
+        """Its kind and the version that its file gives it."""
+        return {"kind": "benchmark", "version": str(self.task.VERSION)}
+
+
+class Harness:
+    """The harness' wrapping of the model that is measured just now."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self._last: tuple[Loaded, HarnessModel] | None = None
+
+    def model(self, loaded: Loaded) -> "HarnessModel":
+        """One wrapping for all tasks of a model."""
+        from keylayers.evaluation.benchmarks import HarnessModel
+
+        if self._last is None or self._last[0] is not loaded:
+            self._last = (loaded, HarnessModel(loaded, self.batch_size))
+        return self._last[1]
+
+
+@dataclass
+class LossJob:
+    """The loss on one set of examples."""
+
+    examples: Examples
+    options: EvalOptions
+
+    @property
+    def name(self) -> str:
+        """Of the set."""
+        return self.examples.name
+
+    def inputs_sha256(self, loaded: Loaded) -> str:
+        """Of the tokens."""
+        check_tokenizer(self.examples, loaded)
+        return self.examples.sha256()
+
+    def run(self, loaded: Loaded, progress: Progress) -> Measured:
+        """The loss of one model."""
+        batch_size = self.options.run.batch_size
+        num_steps = -(-len(self.examples.tokens) // batch_size)
+        with progress.stage(f"{loaded.subject.name}: {self.name}", num_steps) as on_step:
+            return measured_losses(self.examples, loaded, batch_size=batch_size, on_step=on_step)
+
+    def record(self) -> dict[str, Any]:
+        """Where the examples come from."""
+        return {"kind": "loss", **self.examples.record}
+
+
+@dataclass
+class ProblemJob:
+    """One set of problems."""
+
+    problems: ProblemSet
+    options: EvalOptions
+    folder: Path
+    files: dict[str, str] = field(default_factory=dict)
+    """Name of a model -> file of its samples."""
+
+    @property
+    def name(self) -> str:
+        """Of the set."""
+        return self.problems.name
+
+    def _sampling_sha256(self, loaded: Loaded) -> str:
+        from keylayers.evaluation.sampling import decisive, prompts_of
+
+        prompts = prompts_of(self.problems.problems, loaded, self.options.problems)
+        keys = [one.sha256() for one in self.problems.problems]
+        return json_sha256([decisive(prompts, self.options.problems, self.options.run.seed), keys])
+
+    def inputs_sha256(self, loaded: Loaded) -> str:
+        """Of the prompts, the sampling and the answers that are wanted."""
+        return json_sha256([self._sampling_sha256(loaded), self.options.problems.samples])
+
+    def run(self, loaded: Loaded, progress: Progress) -> Measured:
+        """The answers of one model."""
+        from keylayers.evaluation.answers import are_same
+        from keylayers.evaluation.sampling import SampleFile, num_batches, sample_answers
+        from keylayers.evaluation.solved import solved
+
+        options, run = self.options.problems, self.options.run
+        key = json_sha256([loaded.sha256, self._sampling_sha256(loaded)])
+        words = re.sub(r"[^\w.-]+", "-", f"{self.name} {loaded.subject.name}")
+        path = self.folder / "samples" / f"{words}-{key[:8]}.jsonl"
+        file = SampleFile(path, {"problems": self.name, "model": loaded.subject.source, "key": key})
+        steps = num_batches(len(self.problems.problems), options.samples, run.batch_size)
+        with progress.stage(f"{loaded.subject.name}: {self.name}", steps) as on_step:
+            sample_answers(
+                self.problems.problems,
+                loaded,
+                options,
+                file,
+                batch_size=run.batch_size,
+                seed=run.seed,
+                on_step=on_step,
+            )
+        return solved(self.name, self.problems.problems, file.found, options.samples, are_same)
+
+    def record(self) -> dict[str, Any]:
+        """How many problems there are."""
+        return {"kind": "problems", "num_problems": len(self.problems.problems)}
+
+
+def need_libraries(options: EvalOptions) -> None:
+    """Raise a ConfigError where the extra `eval` is needed and not installed."""
+    wanted = {"lm_eval": bool(options.benchmarks.tasks)}
+    wanted["math_verify"] = bool(options.problems.problems)
+    for library, is_wanted in wanted.items():
+        if is_wanted and find_spec(library) is None:
+            option = "tasks" if library == "lm_eval" else "problems"
+            raise ConfigError(
+                f"`{option}` need {library}, which is not installed; `pip install 'keylayers[eval]'`"
+            )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All jobs, what of them makes a measure, and what a person should know before they run."""
+
+    jobs: tuple[Job, ...]
+    parts: tuple[Part, ...]
+    notes: tuple[str, ...]
+
+
+def planned(options: EvalOptions, loaded: Loaded, folder: Path) -> Plan:
+    """What is to be measured, in the order in which it is shown.
+
+    Args:
+        options: All of them.
+        loaded: The base model, whose tokens losses are measured in.
+        folder: Gets the samples.
+
+    Raises:
+        KeylayersError: data, tasks or problems are missing or cannot be used.
+    """
+    jobs: list[Job] = []
+    parts: list[Part] = []
+    notes: list[str] = []
+    for examples in examples_of(options.losses, loaded):
+        jobs.append(LossJob(examples, options))
+        parts.append(Part(examples.name, (examples.name,)))
+        notes += examples.notes
+    if options.benchmarks.tasks:
+        from keylayers.evaluation.benchmarks import load_benchmarks
+
+        found = load_benchmarks(options.benchmarks)
+        harness = Harness(options.run.batch_size)
+        jobs += [TaskJob(name, task, options, harness) for name, task in found.tasks.items()]
+        parts += _task_parts(found)
+    if options.problems.problems:
+        from keylayers.evaluation.answers import check_answer, check_thread
+
+        check_thread()
+        in_table = ("pass@1", f"majority@{options.problems.samples}")
+        for source in options.problems.problems:
+            limit = options.benchmarks.limit
+            problems = load_problems(source, options.problems.problems_split, limit)
+            for one in problems.problems:
+                check_answer(one.answer)
+            jobs.append(ProblemJob(problems, options, folder))
+            parts.append(Part(problems.name, (problems.name,), in_table=in_table))
+            notes += problems.notes
+    return Plan(tuple(jobs), tuple(parts), tuple(notes))
+
+
+def _task_parts(found: "Benchmarks") -> Iterator[Part]:
+    """Groups with what stands in them, then the tasks that stand in no group."""
+    groups = {one.name: one for one in found.groups}
+    inner = {member for one in found.groups for member in one.members}
+    seen: set[str] = set()
+    for name in groups:
+        if name not in inner:
+            yield from _group_parts(groups[name], groups, 0, seen)
+    for name in found.tasks:
+        if name not in seen:
+            yield Part(name, (name,))
+
+
+def _group_parts(
+    group: "TaskGroup",
+    groups: Mapping[str, "TaskGroup"],
+    depth: int,
+    seen: set[str],
+) -> Iterator[Part]:
+    for one in group.metrics:
+        yield Part(
+            group.name,
+            group.leaves,
+            is_by_size=one.is_by_size,
+            metric=one.metric,
+            filters=one.filters,
+            depth=depth,
+            is_group=True,
+        )
+    inner = depth + bool(group.metrics)
+    are_few = len(group.leaves) <= MANY_TASKS
+    for member in group.members:
+        if member in groups:
+            yield from _group_parts(groups[member], groups, inner, seen)
+        else:
+            seen.add(member)
+            hidden = None if are_few or not group.metrics else ()
+            yield Part(member, (member,), depth=inner, in_table=hidden)
