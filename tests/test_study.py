@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`keylayers study`: every combination once, shared work once, failures recorded, tidy results."""
 
+import contextlib
+import ipaddress
 import json
 import os
 import re
@@ -11,6 +13,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import yaml
 
@@ -31,6 +34,7 @@ METHODS = ["gradient-norm", {"method": "path", "path_points": 2, "mask_batches":
 
 def study_file(folder, tiny, options=None, **grid):
     """study.yaml in `folder`."""
+    folder.mkdir(exist_ok=True)
     content = {
         "options": {"model": str(tiny / "model"), "data": str(tiny / "data.jsonl"), **OPTIONS},
         "grid": grid,
@@ -146,7 +150,7 @@ def done(tiny, tmp_path_factory):
 
 def run(place, path, output, *more):
     """A study in a process of its own, with processes below it."""
-    words = ["study", str(path), "--output", output, "--workers", "2", *more]
+    words = ["study", str(path), "--output", output, *(more or ("--workers", "2"))]
     code = f"import sys; from keylayers.cli import main; sys.exit(main({words!r}))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with (place / f"{output}.log").open("w") as log:
@@ -292,3 +296,68 @@ def test_one_study_at_a_time_has_a_folder(tiny, tmp_path, capsys):
     with one_at_a_time(tmp_path / "out"):
         assert keylayers("study", path, "--output", tmp_path / "out") == 2
     assert "one run at a time must write to" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_listens_to_nobody_else_and_leaves_nothing_behind(done, tiny):
+    place, _ = done
+    path = study_file(place / "more", tiny, seed=[0], method=METHODS[:1], budget=[0.2])
+    process = run(place, path, "on-ray", "--ray-address", "local")
+    seen, addresses = watched(process, lambda: (place / "on-ray" / "cells").exists())
+    assert {"gcs_server", "raylet"} <= {one.name() for one in seen if is_alive(one)}
+    assert all(ipaddress.ip_address(one.split("%")[0]).is_loopback for one in addresses), addresses
+    maker = next(one for one in seen if "keylayers.study.cluster" in one.cmdline())
+    folder = Path(maker.cmdline()[-1])
+    assert folder.is_dir()
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(is_alive(one) for one in seen) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert [one for one in seen if is_alive(one)] == []
+    assert not folder.exists()
+    assert run(place, path, "on-ray", "--ray-address", "local").wait() == 0
+    cells = plan_of(path)
+    assert finished(place / "on-ray", cells) == finished(place / "whole", cells)
+
+
+def watched(process, is_enough):
+    """The processes below one, and the addresses that they listen on, until it is enough."""
+    seen, addresses = set(), set()
+    while process.poll() is None:
+        time.sleep(0.5)
+        seen |= set(psutil.Process(process.pid).children(recursive=True))
+        for one in (psutil.Process(process.pid), *seen):
+            with contextlib.suppress(psutil.Error):
+                ports = one.net_connections(kind="inet")
+                addresses |= {port.laddr.ip for port in ports if port.status == psutil.CONN_LISTEN}
+        if addresses and is_enough():
+            break
+    return seen, addresses
+
+
+def is_alive(process):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+# An address -> what is said of it.
+NO_CLUSTER = [
+    ("127.0.0.1:1", "does not answer: Connection refused"),
+    ("ray://127.0.0.1:1", "does not answer: Connection refused"),
+    ("nonsense", "must be local, auto, HOST:PORT or ray://HOST:PORT"),
+    ("ray://somebody:hunter2@127.0.0.1:10001", "without a user or a password"),
+]
+
+
+@pytest.mark.parametrize(("address", "message"), NO_CLUSTER)
+def test_a_ray_that_does_not_answer_is_one_line_and_soon(address, message, socket_enabled):
+    from keylayers.errors import ConfigError
+    from keylayers.study.cluster import Cluster
+
+    start = time.perf_counter()
+    with pytest.raises(ConfigError, match=re.escape(message)) as told:
+        Cluster(address)
+    assert "hunter2" not in str(told.value)
+    assert time.perf_counter() - start < 10

@@ -14,8 +14,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from keylayers.errors import ConfigError
 from keylayers.study.cell import CellState, RunCommand, run_cell
+from keylayers.study.cluster import Cluster
 from keylayers.study.plan import Cell
 
 
@@ -113,26 +113,12 @@ class RayWorkers:
         Raises:
             ConfigError: Ray is not installed, or no cluster answers there.
         """
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        try:
-            import ray
-        except ImportError as error:
-            raise ConfigError(
-                "`ray_address` needs Ray, which is not installed; `pip install 'keylayers[study]'`"
-            ) from error
-        try:
-            ray.init(address=address, logging_level="error", log_to_driver=False)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(
-                f"`ray_address` must be that of a running cluster, or local, but {address!r} does "
-                f"not answer: {reason}"
-            ) from error
-        self._ray: Any = ray
+        self._cluster = Cluster(address)
+        self._ray: Any = self._cluster.ray
         self._run_command = run_command
-        num_devices = int(ray.cluster_resources().get("GPU", 0))
-        self._num_slots = num_devices or int(ray.cluster_resources().get("CPU", 1))
-        self._task = ray.remote(
+        num_devices = int(self._ray.cluster_resources().get("GPU", 0))
+        self._num_slots = num_devices or int(self._ray.cluster_resources().get("CPU", 1))
+        self._task = self._ray.remote(
             num_cpus=1, num_gpus=1 if num_devices else 0, max_retries=0, max_calls=0
         )(_run_on_ray)
         self._running: dict[Any, str] = {}
@@ -162,7 +148,7 @@ class RayWorkers:
         """Stop what is running, and leave the cluster."""
         for one in self._running:
             self._ray.cancel(one, force=True)
-        self._ray.shutdown()
+        self._cluster.close()
 
 
 def num_devices() -> int:
