@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A batch of conversations, each continued by one turn, with transformers' `generate`."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from keylayers.errors import ConfigError, ModelError
+from keylayers.evaluation.judge.answers import Answer, AnswerSettings, Ending, batches
+from keylayers.evaluation.judge.questions import Question
+from keylayers.models import max_positions
+from keylayers.training.chat import ChatTemplate, render
+from keylayers.training.formats import Message
+
+_PROBE = "answer"  # the text after which a template shows how it closes an answer
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model that can be talked to.
+
+    Attributes:
+        model: In evaluation, where it is to run.
+        tokenizer: Its own.
+        template: How it is addressed.
+        sha256: Which model it is.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    sha256: str
+
+
+def generate_answers(
+    speaker: Speaker,
+    questions: Sequence[Question],
+    settings: AnswerSettings,
+    known: frozenset[str],
+    on_answer: Callable[[Answer], None],
+) -> None:
+    """Answer the questions whose key is not known, batch by batch.
+
+    Args:
+        speaker: Who answers.
+        questions: All of them; they decide how batches are made.
+        settings: How they are answered.
+        known: Keys of the answers that are there already.
+        on_answer: Told each new answer.
+
+    Raises:
+        ModelError: the model gives no probabilities to sample from.
+        ConfigError: a batch does not fit into memory.
+    """
+    stops = stop_tokens(speaker)
+    for temperature, batch in batches(questions, settings.options):
+        keys = [settings.key(one) for one in batch]
+        if known.issuperset(keys):
+            continue
+        said = _Conversations(speaker, batch)
+        for turn in range(max(len(one.turns) for one in batch)):
+            torch.manual_seed(_seed(settings.options.answer_seed, batch, turn))
+            limit = settings.options.max_new_tokens
+            said.continue_by_one_turn(turn, _sampling(temperature, limit, stops, speaker))
+        for index, key in enumerate(keys):
+            if key not in known:
+                on_answer(said.answer(index, key))
+
+
+class _Conversations:
+    """A batch of conversations, as far as they have got."""
+
+    def __init__(self, speaker: Speaker, questions: Sequence[Question]) -> None:
+        self._speaker = speaker
+        self._questions = questions
+        self._said: list[list[tuple[str, Ending, int]]] = [[] for _ in questions]
+
+    def continue_by_one_turn(self, turn: int, sampling: GenerationConfig) -> None:
+        asked = [index for index, one in enumerate(self._questions) if turn < len(one.turns)]
+        prompts = [self._prompt(index, turn) for index in asked]
+        for index, reply in zip(asked, _replies(self._speaker, prompts, sampling), strict=True):
+            self._said[index].append(reply)
+
+    def answer(self, index: int, key: str) -> Answer:
+        turns, endings, sizes = zip(*self._said[index], strict=True)
+        name = self._questions[index].question_id
+        return Answer(key, self._speaker.sha256, name, turns, endings, sizes)
+
+    def _prompt(self, index: int, turn: int) -> list[int]:
+        """Tokens of the conversation up to where the model is to answer."""
+        messages = []
+        for asked, (said, _, _) in zip(
+            self._questions[index].turns[:turn], self._said[index], strict=True
+        ):
+            messages += [Message("user", asked), Message("assistant", said)]
+        messages.append(Message("user", self._questions[index].turns[turn]))
+        tokenizer = self._speaker.tokenizer
+        text, _ = render(messages, tokenizer, self._speaker.template, prompt=True)
+        # The rendered text holds all special tokens already.
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _replies(
+    speaker: Speaker, prompts: Sequence[list[int]], sampling: GenerationConfig
+) -> list[tuple[str, Ending, int]]:
+    """Text, ending and number of tokens of the reply to each prompt.
+
+    Where the model's longest sequence leaves less room than the limit, prompts are continued one by
+    one, each as far as its own length allows.
+    """
+    longest = max_positions(speaker.model)
+    limit = sampling.max_new_tokens
+    room = [limit if longest is None else min(limit, longest - len(one)) for one in prompts]
+    if min(room) == limit:
+        return _continued(speaker, prompts, sampling)
+    replies: list[tuple[str, Ending, int]] = []
+    for prompt, tokens in zip(prompts, room, strict=True):
+        if tokens < 1:
+            replies.append(("", "no room", 0))
+            continue
+        shorter = GenerationConfig(**{**sampling.to_dict(), "max_new_tokens": tokens})
+        replies += _continued(speaker, [prompt], shorter)
+    return replies
+
+
+@torch.inference_mode()
+def _continued(
+    speaker: Speaker, prompts: Sequence[list[int]], sampling: GenerationConfig
+) -> list[tuple[str, Ending, int]]:
+    device = speaker.model.device
+    width = max(len(one) for one in prompts)
+    padding = [width - len(one) for one in prompts]
+    pad = speaker.tokenizer.pad_token_id
+    ids = [[pad] * more + one for one, more in zip(prompts, padding, strict=True)]
+    mask = [[0] * more + [1] * len(one) for one, more in zip(prompts, padding, strict=True)]
+    try:
+        found = speaker.model.generate(
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=sampling,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the answers of a batch must fit into memory, but {len(prompts)} of "
+            f"{sampling.max_new_tokens} tokens do not; lower `answer_batch_size` or "
+            f"`max_new_tokens`"
+        ) from error
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise ModelError(
+            "the model must give probabilities to sample answers from, but gives NaN or infinity; "
+            "its weights are damaged, or `dtype` is too narrow for them"
+        ) from error
+    stops = set(sampling.eos_token_id)
+    return [_reply(row, stops, speaker.tokenizer) for row in found[:, width:].tolist()]
+
+
+def _reply(
+    tokens: list[int], stops: set[int], tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, Ending, int]:
+    end = next((index for index, token in enumerate(tokens) if token in stops), None)
+    said = tokens if end is None else tokens[:end]
+    text = tokenizer.decode(said, skip_special_tokens=True).strip()
+    return text, "length" if end is None else "stop", len(said)
+
+
+def _sampling(
+    temperature: float, limit: int, stops: Sequence[int], speaker: Speaker
+) -> GenerationConfig:
+    """Plain sampling at a temperature, whatever the model's own file asks for beside it."""
+    drawn = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature > 0 else {}
+    return GenerationConfig(
+        do_sample=temperature > 0,
+        num_beams=1,
+        repetition_penalty=1.0,
+        max_new_tokens=limit,
+        eos_token_id=list(stops),
+        pad_token_id=speaker.tokenizer.pad_token_id,
+        **drawn,
+    )
+
+
+def stop_tokens(speaker: Speaker) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, the model's, and the chat template's."""
+    tokenizer = speaker.tokenizer
+    of_model = speaker.model.generation_config.eos_token_id
+    found = [tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])]
+    messages = [Message("user", _PROBE), Message("assistant", _PROBE)]
+    text, _ = render(messages, tokenizer, speaker.template)
+    closing = text.rpartition(_PROBE)[2]
+    first = re.match(r"\s*(.*)", closing, re.DOTALL)
+    ids = tokenizer.encode(first[1] if first else "", add_special_tokens=False)
+    if ids and ids[0] in tokenizer.all_special_ids:
+        found.append(ids[0])
+    return list(dict.fromkeys(token for token in found if token is not None))
+
+
+def _seed(seed: int, batch: Sequence[Question], turn: int) -> int:
+    """A seed for one turn of one batch that other batches have no part in."""
+    said = json.dumps([seed, [one.turns for one in batch], turn])
+    return int.from_bytes(hashlib.sha256(said.encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models that are judged: which they are, by the bytes of their weights, and how they chat."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from keylayers.errors import ModelError
+from keylayers.evaluation.subjects import _lent
+from keylayers.models import (
+    ADAPTER_FILES,
+    TOKENIZER_FILES,
+    Checkpoint,
+    check_folder,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    local_folder,
+)
+from keylayers.options.judge import JudgedOptions
+from keylayers.preserve import to_evaluation
+from keylayers.training.chat import ChatTemplate, resolve_template
+
+Kind = Literal["base", "adapter", "checkpoint"]
+
+
+@dataclass(frozen=True)
+class JudgedModel:
+    """One of the models that are judged.
+
+    Attributes:
+        label: What tables call it.
+        kind: What it is.
+        name: As it was given.
+        sha256: Of its weight files, with those of the base under an adapter.
+        tokenizer: Its own; an adapter has its base's.
+        template: How it is addressed.
+    """
+
+    label: str
+    kind: Kind
+    name: str
+    sha256: str
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+
+    def record(self) -> dict[str, Any]:
+        """What a record says of it."""
+        template = {"name": self.template.name, "source": self.template.source}
+        template["sha256"] = hashlib.sha256(self.template.text.encode()).hexdigest()
+        return {
+            "label": self.label,
+            "kind": self.kind,
+            "name": self.name,
+            "files_sha256": self.sha256,
+            "chat_template": template,
+        }
+
+
+def find_models(options: JudgedOptions, chat_template: str | None) -> list[JudgedModel]:
+    """The models in the order in which they are shown; no weights are loaded, only read once.
+
+    Args:
+        options: Which they are.
+        chat_template: For all of them; each one's own, or else alpaca, if not given.
+
+    Raises:
+        ModelError: one is not there, has no tokenizer, or is there twice.
+        ConfigError: no such chat template.
+    """
+    base_sha256 = _files_sha256(_weight_files(options))
+    tokenizer = load_tokenizer(options.source())
+    names = _labels([*options.adapter, *options.checkpoint])
+    found = []
+    if options.base:
+        template = resolve_template(tokenizer, chat_template)
+        found.append(JudgedModel("base", "base", options.model, base_sha256, tokenizer, template))
+    for adapter in options.adapter:
+        folder = _adapter_folder(adapter)
+        own = _own_tokenizer(options, folder) or tokenizer
+        sha256 = _files_sha256([folder / name for name in ADAPTER_FILES], base_sha256)
+        template = resolve_template(own, chat_template)
+        found.append(JudgedModel(names[adapter], "adapter", adapter, sha256, tokenizer, template))
+    for checkpoint in options.checkpoint:
+        sha256 = _files_sha256(_weight_files(options, checkpoint))
+        own = load_tokenizer(options.source(checkpoint))
+        template = resolve_template(own, chat_template)
+        found.append(
+            JudgedModel(names[checkpoint], "checkpoint", checkpoint, sha256, own, template)
+        )
+    _refuse_twins(found)
+    return found
+
+
+class OpenModels:
+    """Loads models to answer with, the base once for itself and all its adapters.
+
+    Args:
+        options: Which they are.
+    """
+
+    def __init__(self, options: JudgedOptions) -> None:
+        self._options = options
+        self._base: PreTrainedModel | None = None
+
+    @contextmanager
+    def opened(self, judged: JudgedModel) -> Iterator[PreTrainedModel]:
+        """The model for the length of the block, in evaluation on the accelerator if there is one.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
+        if judged.kind == "checkpoint":
+            self._base = None  # one large model in memory at a time
+            yield _ready(load_model(self._options.source(judged.name)))
+            return
+        if self._base is None:
+            self._base = load_model(self._options.source())
+        if judged.kind == "base":
+            yield _ready(self._base)
+            return
+        with _lent(self._base):
+            yield _ready(load_adapter(self._base, judged.name))
+
+
+def _ready(model: Any) -> Any:
+    """On the accelerator if there is one, where 4-bit weights are already, and in evaluation."""
+    is_placed = getattr(model, "is_loaded_in_4bit", False)
+    if torch.accelerator.is_available() and not is_placed:
+        model.to(torch.accelerator.current_accelerator())
+    to_evaluation(model)
+    return model
+
+
+def _weight_files(options: JudgedOptions, checkpoint: str | None = None) -> list[Path]:
+    files = Checkpoint.open(options.source(checkpoint)).files.values()
+    return sorted(set(files), key=lambda path: path.name)
+
+
+def _adapter_folder(adapter: str) -> Path:
+    """The folder of an adapter, with the files that are read of it."""
+    check_folder(adapter, "adapter_config.json", "a PEFT adapter")
+    folder = local_folder(adapter, (*ADAPTER_FILES, *TOKENIZER_FILES), "a PEFT adapter")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(
+            f"the adapter {adapter!r} must hold adapter_model.safetensors, but does not; pickled "
+            f"weights are not loaded"
+        )
+    return folder
+
+
+def _own_tokenizer(options: JudgedOptions, folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer saved with an adapter, for the chat template that it was trained in."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=options.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"the tokenizer beside the adapter {str(folder)!r} must be readable, but is not: "
+            f"{reason}; mend it, remove it, or give `chat_template`"
+        ) from error
+
+
+def _files_sha256(files: Sequence[Path], before: str = "") -> str:
+    """The hash of some files, names and contents, and of what stands before them."""
+    digest = hashlib.sha256(before.encode())
+    for path in files:
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.name} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def _labels(names: Sequence[str]) -> dict[str, str]:
+    """Name -> as many of its last parts as tell all apart, and from the base."""
+    parts = {name: name.rstrip("/").split("/") for name in names}
+    longest = max((len(one) for one in parts.values()), default=0)
+    for length in range(1, longest + 1):
+        labels = {name: "/".join(one[-length:]) for name, one in parts.items()}
+        if len({*labels.values(), "base"}) == len(labels) + 1:
+            return labels
+    return {name: name for name in names}
+
+
+def _refuse_twins(models: Sequence[JudgedModel]) -> None:
+    seen: dict[str, JudgedModel] = {}
+    for one in models:
+        twin = seen.setdefault(one.label, one)
+        if twin is not one:
+            raise ModelError(
+                f"every model must be given once and have a name of its own, but {one.name!r} and "
+                f"{twin.name!r} are both called {one.label!r}; leave one out, or move it"
+            )

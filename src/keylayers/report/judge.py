@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a judge said of some models, and what asking it costs, in the terminal. Needs no torch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+WHOLE = "all"
+_CATEGORY = "category "
+
+
+def plan_table(plan: Mapping[str, Any]) -> Table:
+    """What a run would do and cost at most.
+
+    Args:
+        plan: `JudgePlan` as a mapping, with `categories`, `num_questions` and `num_with_reference`.
+    """
+    cost = plan["estimate"]
+    table = Table(box=None, padding=(0, 2), pad_edge=False, show_header=False)
+    table.add_row("models", Text(", ".join(plan["labels"])))
+    categories = ", ".join(f"{name} {count}" for name, count in plan["categories"].items())
+    table.add_row("questions", Text(f"{plan['num_questions']:,}: {categories}"))
+    table.add_row("with reference", f"{plan['num_with_reference']:,}")
+    to_give = plan["num_turns"] - plan["num_turns_kept"]
+    table.add_row("answers", f"{to_give:,} turns to give, {plan['num_turns_kept']:,} are there")
+    table.add_row(
+        "requests", f"{_to_ask(cost):,} to the judge, {cost['num_kept']:,} replies are there"
+    )
+    missing = ", with answers to come at their longest" if cost["num_missing_answers"] else ""
+    table.add_row("prompt tokens", f"about {cost['prompt_tokens']:,}{missing}")
+    table.add_row("reply tokens", f"{cost['completion_tokens']:,} at most")
+    price = "not known without prices" if cost["price"] is None else f"{cost['price']:,.2f} at most"
+    table.add_row("price", price)
+    return table
+
+
+def estimate_line(cost: Mapping[str, Any]) -> str:
+    """The same in one line.
+
+    Args:
+        cost: `Estimate` as a mapping.
+    """
+    if not _to_ask(cost):
+        return f"all {cost['num_kept']:,} replies of the judge are there already"
+    price = "" if cost["price"] is None else f"; a price of {cost['price']:,.2f} at most"
+    return (
+        f"{_to_ask(cost):,} requests to the judge, {cost['num_kept']:,} replies are there; about "
+        f"{cost['prompt_tokens']:,} prompt tokens and at most {cost['completion_tokens']:,} in "
+        f"replies{price}"
+    )
+
+
+def judgement_report(record: Mapping[str, Any]) -> RenderableType:
+    """All that a terminal shows of a run.
+
+    Args:
+        record: What judgement.json holds.
+    """
+    results = record["results"]
+    parts: list[RenderableType] = []
+    if record["mode"] == "single":
+        parts += [rating_table(results), category_table(results)]
+        if results["differences"]:
+            parts.append(difference_table(results))
+    else:
+        parts += [outcome_table(results), category_outcome_table(results)]
+    spaced = [one for part in parts for one in (part, Text())]
+    return Group(*spaced, Text("\n".join(notes(record))))
+
+
+def rating_table(results: Mapping[str, Any]) -> Table:
+    """The mean rating of each model, over all turns and by turn."""
+    parts = [name for name in _parts(results) if not name.startswith(_CATEGORY)]
+    table = _table("Mean rating, 1 to 10 [95 % interval over questions]")
+    table.add_column("model")
+    for title in ("questions", *parts, "not read"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for label, model in results["models"].items():
+        unread = model["num_unread"] + model["num_without_reply"]
+        table.add_row(
+            Text(label),
+            str(model["ratings"][WHOLE]["num_questions"]),
+            *(_mean(model["ratings"][part]) for part in parts),
+            f"{unread:,} of {model['num_requests']:,}",
+        )
+    return table
+
+
+def category_table(results: Mapping[str, Any]) -> Table:
+    """Categories down, models across."""
+    table = _table("Mean rating by category")
+    table.add_column("category")
+    for label in results["models"]:
+        table.add_column(Text(label), justify="right", no_wrap=True)
+    for part in _parts(results):
+        if part.startswith(_CATEGORY):
+            ratings = [model["ratings"][part] for model in results["models"].values()]
+            name = part.removeprefix(_CATEGORY)
+            table.add_row(Text(name), *(_mean(one) for one in ratings))
+    return table
+
+
+def difference_table(results: Mapping[str, Any]) -> Table:
+    """Each model beside the first one, on the same questions."""
+    table = _table(f"Difference to {results['beside']}, on the questions that both have")
+    for title in ("model", "turns"):
+        table.add_column(title)
+    for title in ("questions", "difference", "95 % interval"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("")
+    for label, differences in results["differences"].items():
+        shown = label
+        for part, one in differences.items():
+            if part.startswith(_CATEGORY):
+                continue
+            table.add_row(
+                Text(shown),
+                part.removeprefix("turn "),
+                str(one["num_questions"]),
+                "" if one["mean"] is None else f"{one['mean']:+.2f}",
+                _interval(one, "{:+.2f}"),
+                reading(one),
+            )
+            shown = ""
+    return table
+
+
+def outcome_table(results: Mapping[str, Any]) -> Table:
+    """Wins, ties and losses of each model against the first one."""
+    table = _table(f"Beside {results['beside']}: a win is one in both orders")
+    for title in ("model", "turns"):
+        table.add_column(title)
+    for title in ("wins", "ties", "losses", "questions", "share won, ties as half"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for title in ("95 % interval", ""):
+        table.add_column(title, no_wrap=True)
+    for label, pair in results["pairs"].items():
+        shown = label
+        for part, one in pair["outcomes"].items():
+            if part.startswith(_CATEGORY):
+                continue
+            share = _as_share(one["gain"])
+            table.add_row(
+                Text(shown),
+                part.removeprefix("turn "),
+                *(str(one[name]) for name in ("wins", "ties", "losses")),
+                str(share["num_questions"]),
+                "" if share["mean"] is None else f"{share['mean']:.1f} %",
+                _interval(share, "{:.1f}"),
+                reading(one["gain"]),
+            )
+            shown = ""
+    return table
+
+
+def category_outcome_table(results: Mapping[str, Any]) -> Table:
+    """Categories down, models across; wins, ties and losses in each cell."""
+    table = _table("Wins, ties and losses by category")
+    table.add_column("category")
+    pairs = results["pairs"].values()
+    for label in results["pairs"]:
+        table.add_column(Text(label), justify="right", no_wrap=True)
+    for part in next(iter(pairs))["outcomes"]:
+        if part.startswith(_CATEGORY):
+            cells = [pair["outcomes"][part] for pair in pairs]
+            table.add_row(
+                Text(part.removeprefix(_CATEGORY)),
+                *(f"{one['wins']}  {one['ties']}  {one['losses']}" for one in cells),
+            )
+    return table
+
+
+def reading(difference: Mapping[str, Any]) -> str:
+    """What a difference says, in words."""
+    if difference["low"] is None:
+        return "too few questions"
+    if not difference["is_shown"]:
+        return "no difference shown"
+    return "better" if difference["mean"] > 0 else "worse"
+
+
+def notes(record: Mapping[str, Any]) -> list[str]:
+    """What a reader must know beside the tables, in sentences."""
+    judge = record["judge"]
+    counted = f"{judge['prompt_tokens']:,} + {judge['completion_tokens']:,} tokens"
+    if judge["num_without_token_counts"]:
+        counted += f" (not told of {judge['num_without_token_counts']:,} replies)"
+    price = "" if judge["price"] is None else f", a price of {judge['price']:,.2f}"
+    return [
+        f"judged by {judge['model']} at {judge['url']}: {judge['num_replies']:,} replies, "
+        f"{judge['num_new_replies']:,} of them new; {counted}{price}",
+        *_of_unread(record),
+        *_of_orders(record),
+        *_of_answers(record),
+    ]
+
+
+def _of_unread(record: Mapping[str, Any]) -> list[str]:
+    judge, what = record["judge"], "rating" if record["mode"] == "single" else "verdict"
+    lines = []
+    if judge["num_unread"]:
+        lines.append(
+            f"{judge['num_unread']:,} of {judge['num_replies']:,} replies hold no {what} that can "
+            f"be read, and are in no mean; one begins {judge['examples_unread'][0][:70]!r}"
+        )
+    if judge["num_cut"]:
+        limit = record["options"]["judge_max_tokens"]
+        lines.append(
+            f"{judge['num_cut']:,} replies were cut at {limit:,} tokens (--judge-max-tokens)"
+        )
+    missing = judge["num_requests"] - judge["num_replies"]
+    if missing:
+        lines.append(
+            f"{missing:,} of {judge['num_requests']:,} requests got no reply: {judge['refused'][0]}"
+        )
+    if judge["num_unread"] == judge["num_replies"]:
+        lines.append("nothing can be said of these models: no reply of the judge could be read")
+    return lines
+
+
+def _of_orders(record: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for label, pair in record["results"].get("pairs", {}).items():
+        num_read = pair["num_comparisons"] - pair["num_unread"] - pair["num_without_reply"]
+        if num_read < pair["num_comparisons"]:
+            lines.append(
+                f"{label}: {num_read:,} of {pair['num_comparisons']:,} comparisons count, for the "
+                f"others a verdict is missing"
+            )
+        if num_read:
+            share = 100 * pair["num_disagreeing"] / num_read
+            lines.append(
+                f"{label}: the two orders disagree in {pair['num_disagreeing']:,} of {num_read:,} "
+                f"comparisons ({share:.0f} %), which are ties; what was shown first won both times "
+                f"in {pair['num_first_shown_twice']:,}, what was shown second in "
+                f"{pair['num_second_shown_twice']:,}"
+            )
+    return lines
+
+
+def _of_answers(record: Mapping[str, Any]) -> list[str]:
+    limit, lines = record["options"]["max_new_tokens"], []
+    for model in record["models"]:
+        if model["num_answers_cut"]:
+            lines.append(
+                f"{model['label']}: {model['num_answers_cut']:,} of {model['num_answers']:,} "
+                f"answers were cut, at {limit:,} tokens (--max-new-tokens) or at the longest "
+                f"sequence that the model takes"
+            )
+        if model["num_answers_without_room"]:
+            lines.append(
+                f"{model['label']}: {model['num_answers_without_room']:,} of "
+                f"{model['num_answers']:,} answers are empty, for the conversation leaves the "
+                f"model no room"
+            )
+    return lines
+
+
+def _to_ask(cost: Mapping[str, Any]) -> int:
+    return int(cost["num_requests"] - cost["num_kept"])
+
+
+def _parts(results: Mapping[str, Any]) -> Sequence[str]:
+    return list(next(iter(results["models"].values()))["ratings"])
+
+
+def _as_share(gain: Mapping[str, Any]) -> dict[str, Any]:
+    """A mean gain from -1 to 1 as a share of comparisons won, in percent, ties as half of one."""
+    known = {
+        name: None if gain[name] is None else 50 * (1 + gain[name])
+        for name in ("mean", "low", "high")
+    }
+    return {**known, "num_questions": gain["num_questions"]}
+
+
+def _mean(found: Mapping[str, Any]) -> Text:
+    """As Text, for rich reads brackets in a string as markup."""
+    if found["mean"] is None:
+        return Text("-")
+    if found["low"] is None:
+        return Text(f"{found['mean']:.2f}")
+    return Text(f"{found['mean']:.2f} [{found['low']:.2f}, {found['high']:.2f}]")
+
+
+def _interval(found: Mapping[str, Any], form: str) -> str:
+    if found["low"] is None:
+        return ""
+    return f"{form.format(found['low'])} to {form.format(found['high'])}"
+
+
+def _table(title: str) -> Table:
+    return Table(
+        box=None, padding=(0, 2), pad_edge=False, title=Text(title, style="bold"),
+        title_justify="left",
+    )  # fmt: skip
