@@ -126,7 +126,7 @@ def _base_and_adapters(
     assert isinstance(model, PreTrainedModel)
     yield base
     for subject in subjects[1:]:
-        with _lent(model):
+        with lent(model):
             tuned = load_adapter(model, subject.source)
             to_evaluation(tuned)
             weights = get_peft_model_state_dict(tuned, save_embedding_layers=False)
@@ -162,7 +162,7 @@ def _load(subject: Subject, source: ModelOptions, template: str | None) -> Loade
 
 
 @contextlib.contextmanager
-def _lent(model: PreTrainedModel) -> Iterator[None]:
+def lent(model: PreTrainedModel) -> Iterator[None]:
     """Give a model to PEFT, which replaces parts of it, and take it back as it was.
 
     PEFT's own `unload` leaves modules that an adapter holds whole in the model.

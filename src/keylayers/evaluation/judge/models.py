@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keylayers.errors import ModelError
-from keylayers.evaluation.subjects import _lent
+from keylayers.evaluation.subjects import lent
 from keylayers.models import (
     ADAPTER_FILES,
     TOKENIZER_FILES,
@@ -125,7 +125,7 @@ class OpenModels:
         if judged.kind == "base":
             yield _ready(self._base)
             return
-        with _lent(self._base):
+        with lent(self._base):
             yield _ready(load_adapter(self._base, judged.name))
 
 
