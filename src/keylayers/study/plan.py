@@ -4,7 +4,7 @@
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +43,15 @@ RANKING = (*STAGE_1, *_names(UpdateOptions, MaskOptions))
 CURVE = _names(CurveOptions)
 TRAINING = _names(SelectionOptions, ModelOptions, DataOptions, TrainingOptions)
 TRAINING_THAT_RANKS = (*TRAINING, *_names(StabilityOptions, MaskOptions))
+USUAL = {
+    one.name: one.default
+    for part in (
+        *(ModelOptions, DataOptions, TrainingOptions, StabilityOptions, UpdateOptions),
+        *(MaskOptions, CurveOptions),
+    )
+    for one in fields(part)
+    if one.default is not MISSING
+}
 WITHOUT_EFFECT = ("report_to", "save_steps")  # on what comes out
 FILES = ("model", "data", "adapter", "tuned", "chat_template")  # or names of the hub
 # Options of a study alone: what is trained on a ranking of another model, or of other data.
@@ -198,7 +207,7 @@ def _cell(
     decisive = {
         name: _content(name, options[name])
         for name in names
-        if name in options and name not in WITHOUT_EFFECT
+        if name in options and name not in WITHOUT_EFFECT and options[name] != USUAL.get(name)
     }
     inputs = {
         "keylayers": __version__,
