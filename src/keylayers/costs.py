@@ -123,6 +123,11 @@ class StepTime:
             self._above[place] = self._above[place + 1] + sizes[place]
 
     @property
+    def forward(self) -> float:
+        """Of a forward pass."""
+        return float(self._forward)
+
+    @property
     def whole(self) -> float:
         """Of a step that trains all."""
         return self.of(self.order)

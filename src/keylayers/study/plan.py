@@ -4,7 +4,7 @@
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -69,6 +69,7 @@ class Cell:
         commands: The words of keylayers' commands that make it, without output folders.
         needs: Names of the cells that must be finished before.
         points: The combinations of the study file that it belongs to.
+        options: Those that the study file gives it, and whether a ranking is verified.
     """
 
     kind: Kind
@@ -76,6 +77,7 @@ class Cell:
     commands: tuple[tuple[str, ...], ...]
     needs: tuple[str, ...]
     points: tuple[Point, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -214,10 +216,12 @@ def _cell(
         "kind": kind,
         "options": decisive,
         "needs": [one.key for one in needs],
-        "is_verified": len(commands) > 1 or any(name in CURVE for name in names),
+        "is_verified": any(name in CURVE for name in names),
     }
     key = json_sha256(inputs)[:KEY_LENGTH]
-    return Cell(kind, key, tuple(commands), tuple(one.name for one in needs), ())
+    asked = {name: options[name] for name in (*names, "max_steps") if name in options}
+    asked |= {"is_verified": True} if inputs["is_verified"] else {}
+    return Cell(kind, key, tuple(commands), tuple(one.name for one in needs), (), asked)
 
 
 def _command(command: Command, options: Mapping[str, Any], names: Iterable[str]) -> tuple[str, ...]:

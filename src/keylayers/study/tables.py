@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A study in the terminal: its cells while they run, its plan, and what it found."""
+"""A study in the terminal: its cells while they run, and what it found."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,19 +26,6 @@ from keylayers.study.summary import (
 STATUSES: tuple[Status, ...] = ("finished", "running", "waiting", "failed", "skipped")
 
 
-def plan_table(cells: Sequence[Cell], states: Mapping[str, CellState]) -> Table:
-    """Every cell with what it belongs to, and whether it is finished already."""
-    table = Table(box=None, pad_edge=False)
-    for title in ("cell", "serves", "needs", "state"):
-        table.add_column(title)
-    for cell in cells:
-        status = states[cell.name].status
-        table.add_row(
-            Text(cell.name), Text(_serves(cell)), Text(", ".join(cell.needs)), Text(_to_do(status))
-        )
-    return table
-
-
 def progress_table(
     cells: Sequence[Cell], states: Mapping[str, CellState], last_line: Callable[[Cell], str]
 ) -> Group:
@@ -58,7 +45,7 @@ def progress_table(
 def outcome_line(cell: Cell, state: CellState) -> str:
     """How a cell ended, in one line."""
     why = f": {state.error}" if state.error else f" after {state.seconds:.0f} s"
-    return f"{cell.name} ({_serves(cell)}) {state.status}{why}"
+    return f"{cell.name} ({serves_text(cell)}) {state.status}{why}"
 
 
 def summary_tables(table: pd.DataFrame, axes: Sequence[str]) -> list[Table]:
@@ -111,11 +98,8 @@ def _summary_table(table: pd.DataFrame, axes: Sequence[str], measure: str) -> Ta
     return shown
 
 
-def _serves(cell: Cell) -> str:
+def serves_text(cell: Cell) -> str:
+    """Which combinations a cell belongs to: the first, and how many more."""
     first = " ".join(f"{axis}={label}" for axis, label in cell.points[0].items())
     more = len(cell.points) - 1
     return f"{first} and {more} more" if more else first
-
-
-def _to_do(status: Status) -> str:
-    return "finished" if status == "finished" else "to do"
