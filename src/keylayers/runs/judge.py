@@ -92,8 +92,7 @@ def judge(options: JudgeOptions, output: Path, progress: Progress | None = None)
             until then are kept.
     """
     progress = progress or Silent()
-    client = JudgeClient(options.endpoint)
-    with output_folder(output):
+    with JudgeClient(options.endpoint) as client, output_folder(output):
         job = _Job.of(options, output)
         with one_at_a_time(output):
             answers = _answers(job, client, progress)

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from keylayers.errors import JudgeError
 from keylayers.evaluation.judge.client import Refused, Reply
@@ -23,6 +23,7 @@ MAX_REFUSED_FIRST = 3  # without any reply: then it is not the prompts' fault
 MAX_REFUSED_IN_A_ROW = 10
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Who is asked."""
 

@@ -9,6 +9,7 @@ too long for the judge, and the run goes on without. Needs no torch.
 
 import os
 from dataclasses import dataclass
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from keylayers.errors import ConfigError, JudgeError
@@ -77,6 +78,17 @@ class JudgeClient:
             timeout=options.judge_timeout_seconds,
             http_client=http,
         )
+
+    def __enter__(self) -> "JudgeClient":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._client.close()
 
     def ask(self, prompt: str) -> Reply:
         """The judge's reply.

@@ -4,10 +4,12 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from keylayers.errors import ConfigError, ModelError
@@ -31,7 +33,7 @@ class Speaker:
         sha256: Which model it is.
     """
 
-    model: PreTrainedModel
+    model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
     sha256: str
@@ -63,10 +65,10 @@ def generate_answers(
         if known.issuperset(keys):
             continue
         said = _Conversations(speaker, batch)
+        sampling = _sampling(temperature, settings.options.max_new_tokens, stops, speaker)
         for turn in range(max(len(one.turns) for one in batch)):
-            torch.manual_seed(_seed(settings.options.answer_seed, batch, turn))
-            limit = settings.options.max_new_tokens
-            said.continue_by_one_turn(turn, _sampling(temperature, limit, stops, speaker))
+            with _seeded(_seed(settings.options.answer_seed, batch, turn), speaker.model.device):
+                said.continue_by_one_turn(turn, sampling)
         for index, key in enumerate(keys):
             if key not in known:
                 on_answer(said.answer(index, key))
@@ -199,6 +201,15 @@ def stop_tokens(speaker: Speaker) -> list[int]:
     if ids and ids[0] in tokenizer.all_special_ids:
         found.append(ids[0])
     return list(dict.fromkeys(token for token in found if token is not None))
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from a seed in the block, and leave the random state as it was."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type):
+        torch.manual_seed(seed)
+        yield
 
 
 def _seed(seed: int, batch: Sequence[Question], turn: int) -> int:

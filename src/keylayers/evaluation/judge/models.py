@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keylayers.errors import ModelError
@@ -110,7 +111,7 @@ class OpenModels:
         self._base: PreTrainedModel | None = None
 
     @contextmanager
-    def opened(self, judged: JudgedModel) -> Iterator[PreTrainedModel]:
+    def opened(self, judged: JudgedModel) -> Iterator[PreTrainedModel | PeftModel]:
         """The model for the length of the block, in evaluation on the accelerator if there is one.
 
         Raises:
