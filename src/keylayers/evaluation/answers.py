@@ -12,25 +12,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from latex2sympy2_extended import NormalizationConfig
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
 from keylayers.errors import ConfigError, DataError
 
 SECONDS = 5  # for reading one answer, and for comparing two
+BOX = "\\boxed"
 _WHERE = (
-    LatexExtractionConfig(
-        try_extract_without_anchor=False,
-        boxed_match_priority=0,
-        normalization_config=NormalizationConfig(
-            basic_latex=True,
-            units=True,
-            malformed_operators=True,
-            nits=True,
-            boxed="last",  # whoever boxes twice has changed their mind
-            equations=False,
-        ),
-    ),
+    LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0),
     ExprExtractionConfig(try_extract_without_anchor=False),
 )
 
@@ -72,7 +61,9 @@ def verdict(text: str, wanted: str) -> Verdict:
         text: What the model wrote.
         wanted: A text that holds the right answer in the same way.
     """
-    found = parse(text, _WHERE, parsing_timeout=SECONDS)
+    # Whoever boxes twice has changed their mind; the checker would take both for the answer.
+    last = text[text.rfind(BOX) :] if BOX in text else text
+    found = parse(last, _WHERE, parsing_timeout=SECONDS)
     if not found:
         return Verdict(None, is_right=False)
     start = time.perf_counter()

@@ -51,12 +51,12 @@ class ProblemSet:
     Attributes:
         name: In tables.
         problems: In the order of the file.
-        notes: What was left out, and why.
+        note: How many there are, and what was left out.
     """
 
     name: str
     problems: tuple[Problem, ...]
-    notes: tuple[str, ...]
+    note: str
 
 
 def load_problems(source: str, split: str, limit: int | None) -> ProblemSet:
@@ -87,12 +87,16 @@ def load_problems(source: str, split: str, limit: int | None) -> ProblemSet:
     distinct = tuple(dict.fromkeys(problems))
     if not distinct:
         raise DataError(f"`problems` must hold problems with answers, got none in {source!r}")
-    notes = [f"{path.stem if is_file else source}: {len(distinct[:limit])} problems"]
-    if left_out := len(found) - len(problems):
-        notes.append(f"left out: {left_out} with an answer of no known form, or none")
-    if twice := len(problems) - len(distinct):
-        notes.append(f"left out: {twice} that are there twice")
-    return ProblemSet(path.stem if is_file else source, distinct[:limit], tuple(notes))
+    name = path.stem if is_file else source
+    counts = {
+        "with an answer of no known form, or none": len(found) - len(problems),
+        "that are there twice": len(problems) - len(distinct),
+    }
+    left_out = [f"{number} {reason}" for reason, number in counts.items() if number]
+    note = f"{name}: {len(distinct[:limit])} problems"
+    if left_out:
+        note += f"; of all in the set, left out are {' and '.join(left_out)}"
+    return ProblemSet(name, distinct[:limit], note)
 
 
 def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:

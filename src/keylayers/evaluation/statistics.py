@@ -48,7 +48,7 @@ class Documents:
 
     def mean(self) -> float:
         """The measure."""
-        return float(_mean(self, [np.flatnonzero(one) for one in self._members()]))
+        return float(self.parts().sum())
 
     def less(self, other: "Documents") -> "Documents":
         """The difference to `other`, which must be measured on the same documents."""
@@ -56,8 +56,9 @@ class Documents:
         assert np.array_equal(self.strata, other.strata)
         return Documents(self.values - other.values, self.sizes, self.strata, self.weights)
 
-    def _members(self) -> list[ndarray]:
-        return [self.strata == stratum for stratum in range(len(self.weights))]
+    def members(self) -> list[Int[ndarray, " member"]]:
+        """The places of the documents of each stratum."""
+        return [np.flatnonzero(self.strata == one) for one in range(len(self.weights))]
 
     def parts(self) -> Float[ndarray, " document"]:
         """What each document adds to the measure; they sum to it."""
@@ -99,7 +100,7 @@ def difference_interval(documents: Documents, seed: int = 0) -> Interval | None:
 
 
 def _bootstrap(documents: Documents, seed: int) -> Interval | None:
-    members = [np.flatnonzero(one) for one in documents._members()]
+    members = documents.members()
     if min(len(one) for one in members) < 2:
         return None
     mean = documents.mean()
@@ -124,7 +125,7 @@ def _mean(documents: Documents, drawn: Sequence[ndarray]) -> ndarray:
     for weight, chosen in zip(documents.weights, drawn, strict=True):
         sums = documents.values[chosen].sum(axis=-1)
         total = total + weight * sums / documents.sizes[chosen].sum(axis=-1)
-    return total
+    return np.asarray(total)
 
 
 def sign_flip_p(documents: Documents, seed: int = 0) -> float:

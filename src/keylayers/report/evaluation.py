@@ -18,6 +18,7 @@ FEW_DOCUMENTS = 30
 MANY_DIFFERENCES = 5
 LOSS = "loss"
 NO_DIFFERENCE = "no difference shown"
+SAME = "the same on each"
 
 
 def evaluation_report(found: Evaluation) -> RenderableType:
@@ -90,6 +91,8 @@ def difference_words(measure: Measure, one: Difference) -> str:
     """What a difference shows."""
     if one.interval is None:
         return "no interval"
+    if one.interval.low == one.interval.high == 0:
+        return SAME
     if not one.is_shown:
         return NO_DIFFERENCE
     if measure.higher_is_better is None:
@@ -106,8 +109,11 @@ def _value(result: Result, measure: Measure) -> Text:
 def _difference(one: Difference | None, measure: Measure) -> Text:
     if one is None:
         return Text()
-    text = _digits(measure, one.value, sign="+") + _brackets(measure, one.interval, sign="+")
-    return Text(f"{text}\n{difference_words(measure, one)}")
+    words = difference_words(measure, one)
+    text = _digits(measure, one.value, sign="+")
+    if words != SAME:
+        text += _brackets(measure, one.interval, sign="+")
+    return Text(f"{text}\n{words}")
 
 
 def _brackets(measure: Measure, interval: Interval | None, sign: str = "") -> str:
@@ -188,7 +194,7 @@ def _of_chance(shown: Sequence[Measure]) -> list[str]:
     if not lost:
         return []
     names = ", ".join(dict.fromkeys(lost))
-    return [f"no model is above chance, so differences say nothing of what it knows: {names}"]
+    return [f"no model is above chance, so there is nothing to compare: {names}"]
 
 
 def _of_many(differences: Sequence[Difference]) -> list[str]:

@@ -3,7 +3,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from keylayers.records import RECORD, environment, json_sha256, num_launched
 from keylayers.runs.eval_jobs import Job, Plan, need_libraries, planned
 
 LIBRARIES = ("lm_eval", "math-verify", "scipy", "numpy")
-OF_SPLIT = ("content_sha256", "held_out", "split_seed", "max_length")
+# What decides which examples are held out, as far as records of trained models hold it.
+OF_SPLIT = ("content_sha256", "max_examples", "held_out", "split_seed", "max_length_asked")
 
 
 def evaluate(
@@ -75,6 +76,7 @@ class _Run:
         self.names: dict[str, str] = {}  # key -> name of the model
         self.measured: dict[str, dict[str, Measured]] = {}
         self.models: dict[str, dict[str, Any]] = {}
+        self.pairs: list[dict[str, Any]] = []
         self.notes: list[str] = []
 
     def measure(self, loaded: Loaded) -> None:
@@ -82,13 +84,15 @@ class _Run:
         name = loaded.subject.name
         if self.plan is None:
             self.plan = planned(self.options, loaded, self.output)
+            self.notes += self.plan.notes
             for note in self.plan.notes:
                 self.progress.note(note)
         self._note_other_split(loaded)
         found = self.measured.setdefault(name, {})
         num_kept = 0
         for job in self.plan.jobs:
-            key = json_sha256([loaded.sha256, job.name, job.inputs_sha256(loaded)])
+            inputs = job.inputs_sha256(loaded)
+            key = json_sha256([loaded.sha256, job.name, inputs])
             kept = self.store.get(key)
             if kept is None:
                 kept = job.run(loaded, self.progress)
@@ -97,6 +101,9 @@ class _Run:
                 num_kept += 1
             found[job.name] = kept
             self.names[key] = name
+            self.pairs.append(
+                {"pair": key, "model": name, "inputs_sha256": inputs, **_finite(kept.about())}
+            )
             self.notes += _notes(name, kept)
         if num_kept:
             of = "all" if num_kept == len(self.plan.jobs) else f"{num_kept} of {len(self.plan.jobs)}"
@@ -127,7 +134,7 @@ class _Run:
                 "options": options.flat(),
                 "environment": environment() | {"evaluation_libraries": _versions()},
                 "inputs": {job.name: job.record() for job in self.plan.jobs},
-                "pairs": _pairs(self.names, self.measured),
+                "pairs": self.pairs,
                 "documents": DOCUMENTS,
             },
         )
@@ -139,7 +146,8 @@ class _Run:
         record = Path(loaded.subject.source) / RECORD
         if own is None or loaded.subject.kind == "base" or not record.is_file():
             return
-        trained = json.loads(record.read_text(encoding="utf-8")).get("data", {})
+        made = json.loads(record.read_text(encoding="utf-8"))
+        trained = made.get("data") or made.get("options", {})
         if any(name in trained and trained[name] != own[name] for name in OF_SPLIT):
             self.notes.append(
                 f"{loaded.subject.name} was trained on other data or another split of it: its "
@@ -147,22 +155,11 @@ class _Run:
             )
 
 
-def _pairs(
-    names: Mapping[str, str], measured: Mapping[str, Mapping[str, Measured]]
-) -> list[dict[str, Any]]:
-    """Each model on each task: its key in the file of documents, and what is known of it."""
-    found = []
-    tasks = {model: iter(tasks.values()) for model, tasks in measured.items()}
-    for key, model in names.items():
-        one = next(tasks[model])
-        totals = {metric: _number(value) for metric, value in one.totals.items()}
-        found.append({"pair": key, "model": model, **one.about(), "totals": totals})
-    return found
-
-
-def _number(value: float) -> float | None:
+def _finite(about: dict[str, Any]) -> dict[str, Any]:
     """For JSON, which has no NaN and no infinity."""
-    return value if math.isfinite(value) else None
+    totals = about["totals"].items()
+    finite = {metric: value if math.isfinite(value) else None for metric, value in totals}
+    return {**about, "totals": finite}
 
 
 def _versions() -> dict[str, str]:

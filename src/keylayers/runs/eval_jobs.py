@@ -240,7 +240,7 @@ def planned(options: EvalOptions, loaded: Loaded, folder: Path) -> Plan:
                 check_answer(one.answer)
             jobs.append(ProblemJob(problems, options, folder))
             parts.append(Part(problems.name, (problems.name,), in_table=in_table))
-            notes += problems.notes
+            notes.append(problems.note)
     return Plan(tuple(jobs), tuple(parts), tuple(notes))
 
 

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Intervals, tests and corrections of an evaluation, against hand results and small independents."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from scipy import stats
+
+
+def documents(values, sizes=None, strata=None, weights=None):
+    from keylayers.evaluation.statistics import Documents
+
+    values = np.asarray(values, float)
+    return Documents(
+        values,
+        np.ones(len(values)) if sizes is None else np.asarray(sizes, float),
+        np.zeros(len(values), int) if strata is None else np.asarray(strata),
+        np.ones(1) if weights is None else np.asarray(weights, float),
+    )
+
+
+def test_the_mean_is_worked_out_by_hand():
+    tokens = documents([6.0, 2.0], sizes=[3, 1])
+    assert tokens.mean() == 8 / 4  # nats of all over tokens of all, not the mean of 2 and 2
+    two_tasks = documents([1, 0, 0, 1, 1], strata=[0, 0, 0, 1, 1], weights=[0.5, 0.5])
+    assert two_tasks.mean() == pytest.approx((1 / 3 + 1) / 2)
+    by_size = documents([1, 0, 0, 1, 1], strata=[0, 0, 0, 1, 1], weights=[0.6, 0.4])
+    assert by_size.mean() == pytest.approx(3 / 5)
+    for one in (tokens, two_tasks, by_size):
+        assert one.parts().sum() == pytest.approx(one.mean())
+
+
+def test_a_share_has_the_exact_interval_of_the_binomial():
+    from keylayers.evaluation.statistics import interval
+
+    found = interval(documents([1] * 7 + [0] * 13))
+    assert found.method == "exact"
+    # Clopper and Pearson's by quantiles of the beta distribution
+    assert found.low == pytest.approx(stats.beta.ppf(0.025, 7, 14))
+    assert found.high == pytest.approx(stats.beta.ppf(0.975, 8, 13))
+
+
+def test_other_means_have_the_interval_of_a_bootstrap_within_each_stratum():
+    from keylayers.evaluation.statistics import interval
+
+    draw = np.random.default_rng(0)
+    values, sizes = draw.normal(3, 1, 60), draw.integers(1, 9, 60)
+    strata = np.repeat([0, 1], 30)
+    found = interval(documents(values, sizes, strata, [0.25, 0.75]), seed=1)
+    own = []
+    for _ in range(4000):
+        total = 0.0
+        for stratum, weight in ((0, 0.25), (1, 0.75)):
+            chosen = draw.choice(np.flatnonzero(strata == stratum), 30)
+            total += weight * values[chosen].sum() / sizes[chosen].sum()
+        own.append(total)
+    low, high = np.quantile(own, [0.025, 0.975])
+    width = high - low
+    assert found.method == "bootstrap"
+    assert found.low == pytest.approx(low, abs=0.1 * width)
+    assert found.high == pytest.approx(high, abs=0.1 * width)
+
+
+def test_an_interval_holds_the_truth_about_as_often_as_it_says():
+    from keylayers.evaluation.statistics import difference_interval
+
+    draw = np.random.default_rng(0)
+    held = [
+        difference_interval(documents(draw.exponential(1, 80) - 1), seed=run).holds(0.0)
+        for run in range(80)
+    ]
+    assert 0.87 < np.mean(held) <= 0.99
+
+
+def test_one_document_has_no_interval_and_equal_ones_have_no_width():
+    from keylayers.evaluation.statistics import difference_interval, interval
+
+    assert interval(documents([1.0])) is None
+    assert interval(documents([1, 0, 1], strata=[0, 0, 1], weights=[0.5, 0.5])) is None
+    same = difference_interval(documents([0.0] * 9))
+    assert (same.low, same.high) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("values", [[1, 1, 1, 1, 0, 0], [0.5, -0.25, 0.125, 0, 1.0, 0.3]])
+def test_the_sign_flip_test_counts_all_flips(values):
+    from keylayers.evaluation.statistics import sign_flip_p
+
+    total = abs(sum(values))
+    flips = [abs(np.dot(signs, values)) for signs in product((-1, 1), repeat=len(values))]
+    share = np.mean([one >= total - 1e-12 for one in flips])
+    assert sign_flip_p(documents(values)) == pytest.approx(share)
+
+
+def test_of_right_and_wrong_answers_it_is_mcnemars_test():
+    from keylayers.evaluation.statistics import sign_flip_p
+
+    values = [1] * 9 + [-1] * 2 + [0] * 100
+    assert sign_flip_p(documents(values)) == pytest.approx(stats.binomtest(2, 11).pvalue)
+    assert sign_flip_p(documents([0.0] * 5)) == 1.0
+
+
+def test_four_documents_of_three_hundred_show_no_difference():
+    """All go one way, so the bootstrap's interval leaves out 0; four coins often do so too."""
+    from keylayers.evaluation.measures import Difference
+    from keylayers.evaluation.statistics import difference_interval, sign_flip_p
+
+    few = documents([1.0] * 4 + [0.0] * 296)
+    found = difference_interval(few)
+    assert found.low > 0
+    one = Difference("base", few.mean(), found, sign_flip_p(few))
+    assert one.p == 0.125
+    assert not one.is_shown
+    more = documents([1.0] * 8 + [0.0] * 292)
+    assert Difference("base", 0.0, difference_interval(more), sign_flip_p(more)).is_shown
+
+
+def test_models_that_are_alike_are_seldom_shown_to_differ():
+    from keylayers.evaluation.measures import Difference
+    from keylayers.evaluation.statistics import difference_interval, sign_flip_p
+
+    draw = np.random.default_rng(0)
+    shown = 0
+    for run in range(100):
+        one = documents(draw.choice([-1, 0, 1], 60, p=[0.05, 0.9, 0.05]))
+        found = difference_interval(one, run)
+        shown += Difference("base", one.mean(), found, sign_flip_p(one)).is_shown
+    assert shown / 100 <= 0.05
+
+
+def test_holms_correction_is_worked_out_by_hand():
+    from keylayers.evaluation.statistics import holm
+
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
