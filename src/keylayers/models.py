@@ -309,7 +309,7 @@ def check_folder(name: str, wanted: str, kind: str) -> None:
         raise ModelError(f"{name!r} must be {kind}, but there is no such folder")
 
 
-def max_positions(model: PreTrainedModel) -> int | None:
+def max_positions(model: PreTrainedModel | PeftModel) -> int | None:
     """The longest sequence that the model takes, in tokens, if its config says so."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
