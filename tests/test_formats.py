@@ -81,6 +81,16 @@ CASES = {
         "prompt-completion",
         [[("system", "s"), ("user", "q"), ("assistant", "a")]],
     ),
+    "s1K-1.1 trains the reasoning and the answer after it": (
+        {
+            "question": "1+1?",
+            "solution": "2",
+            "deepseek_thinking_trajectory": "One and one.",
+            "deepseek_attempt": "It is 2.",
+        },
+        "prompt-completion",
+        [[("user", "1+1?"), ("assistant", "One and one.\n\nIt is 2.")]],
+    ),
     "LIMO trains the worked solution": (
         {"question": "1+1?", "solution": "One and one is 2.", "answer": "2"},
         "prompt-completion",

@@ -71,9 +71,9 @@ def estimate(cell: Cell) -> Estimate:
     return Estimate(OPERATIONS * multiply_adds, peak_bytes)
 
 
-def downloads(cells: Iterable[Cell]) -> dict[str, float | None]:
+def downloads(cells: Iterable[Cell]) -> dict[str, int | None]:
     """Names on the hub that the cells read -> bytes to download; None where that is not known."""
-    found: dict[str, float | None] = {}
+    found: dict[str, int | None] = {}
     for cell in cells:
         for name, sizes in (("model", _model_bytes), ("data", _data_bytes)):
             source = str(cell.options[name])
@@ -82,12 +82,12 @@ def downloads(cells: Iterable[Cell]) -> dict[str, float | None]:
     return found
 
 
-def _model_bytes(name: str) -> float | None:
+def _model_bytes(name: str) -> int | None:
     shape = model_shape(name)
     return None if shape is None else STORED_BYTES * shape.num_parameters
 
 
-def _data_bytes(name: str) -> float | None:
+def _data_bytes(name: str) -> int | None:
     size = data_size(name)
     return None if size is None else size.download_bytes
 
@@ -105,12 +105,12 @@ class _Job:
         self.mask = _part(MaskOptions, options)
         self.price = StepTime(shape.ranking(options))
         limit = min(self.data.max_length, shape.max_positions)
-        self.mean_tokens = min(limit, size.mean_bytes / BYTES_PER_TOKEN)
-        longest = size.longest_bytes
-        self.longest_tokens = limit if longest is None else min(limit, longest / BYTES_PER_TOKEN)
+        self.mean_tokens = min(float(limit), size.mean_bytes / BYTES_PER_TOKEN)
+        longest = limit * BYTES_PER_TOKEN if size.longest_bytes is None else size.longest_bytes
+        self.longest_tokens = min(float(limit), longest / BYTES_PER_TOKEN)
         num_examples = min(size.num_examples, self.data.max_examples or size.num_examples)
         held_out = self.data.held_out
-        self.num_held_out = held_out * num_examples if held_out < 1 else held_out
+        self.num_held_out = float(held_out * num_examples if held_out < 1 else held_out)
 
     def stage_1(self) -> tuple[float, float]:
         """Multiply-adds and bytes of a fine-tune of all modules, to its cap."""
@@ -179,7 +179,7 @@ class _Job:
         batch = self.tuning.batch_size * self.tuning.gradient_accumulation
         return batch * self.mean_tokens * (multiply_adds + again)
 
-    def _held_out(self, num_times: float) -> float:
+    def _held_out(self, num_times: int) -> float:
         return num_times * self.num_held_out * self.mean_tokens * self.price.forward
 
     def _bytes(self, share: float) -> float:
@@ -189,5 +189,21 @@ class _Job:
 
 def _part(kind: type[Part], options: Mapping[str, Any]) -> Part:
     """One class of options, with what the study gives of it."""
-    names = [one.name for one in fields(kind)]  # type: ignore[arg-type]
-    return kind(**{name: options[name] for name in names if name in options})
+    return kind(
+        **{
+            one.name: _typed(options[one.name], one.type)
+            for one in fields(kind)  # type: ignore[arg-type]
+            if one.name in options
+        }
+    )
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    """A value from YAML as the field has it; for YAML 1.1, 0 is an integer and 2e-4 a text."""
+    if isinstance(value, list):
+        return tuple(value)
+    for number in (int, float):
+        is_number = kind in (number, number | None)
+        if is_number and isinstance(value, (int, float, str)):
+            return number(value)
+    return value

@@ -58,7 +58,7 @@ def step_bytes(
 def _weights(shape: ModelShape, model: ModelOptions, precision: int) -> float:
     inside = NF4 if model.load_in_4bit else precision
     outside = shape.num_parameters - shape.num_module_parameters
-    return inside * shape.num_module_parameters + precision * outside
+    return float(inside * shape.num_module_parameters + precision * outside)
 
 
 def _state(shape: ModelShape, tuning: TrainingOptions, share: float) -> float:

@@ -129,7 +129,7 @@ def _cost_table(cells: Sequence[Cell], states: States, found: Estimates, tflops:
     return table
 
 
-def _download_table(sources: Mapping[str, float | None]) -> Table:
+def _download_table(sources: Mapping[str, int | None]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("from the hub, if it is not in its cache")
     table.add_column("size", justify="right")
@@ -144,7 +144,7 @@ def _download_table(sources: Mapping[str, float | None]) -> Table:
     return table
 
 
-def _download_text(num_bytes: float | None) -> str:
+def _download_text(num_bytes: int | None) -> str:
     """In decimal units, as the hub shows it."""
     if num_bytes is None:
         return "not known"

@@ -119,11 +119,11 @@ KNOWN_MODELS = {
 # From the hub's pages of these data sets, or of copies of them: rows, download, and the bytes of
 # question and answer in a row (those of No Robots and s1K-1.1, which hold more columns, roughly).
 KNOWN_DATA = {
-    "GAIR/lima": DataSize(1030, 2_900, None, 3_000_000),
-    "HuggingFaceH4/no_robots": DataSize(9500, 1_300, None, 18_900_000),
-    "vicgalle/alpaca-gpt4": DataSize(52_002, 900, None, 48_400_000),
-    "GAIR/LIMO": DataSize(817, 19_700, None, 16_100_000),
-    "simplescaling/s1K-1.1": DataSize(1000, 32_000, None, 22_300_000),
+    "GAIR/lima": DataSize(1030, 2_900.0, None, 3_000_000),
+    "HuggingFaceH4/no_robots": DataSize(9500, 1_300.0, None, 18_900_000),
+    "vicgalle/alpaca-gpt4": DataSize(52_002, 900.0, None, 48_400_000),
+    "GAIR/LIMO": DataSize(817, 19_700.0, None, 16_100_000),
+    "simplescaling/s1K-1.1": DataSize(1000, 32_000.0, None, 22_300_000),
 }
 
 

@@ -19,8 +19,10 @@ Role = Literal["system", "user", "assistant"]
 Row = Mapping[str, object]
 
 # Question and answer columns in use. `solution` comes before `answer` because LIMO keeps the worked
-# solution, which is what is trained, in the first and the bare result in the second.
-PAIRS = (
+# solution, which is what is trained, in the first and the bare result in the second. s1K-1.1 keeps
+# bare results in `solution`; its reasoning and the answer after it are trained as one text.
+PAIRS: tuple[tuple[str, ...], ...] = (
+    ("question", "deepseek_thinking_trajectory", "deepseek_attempt"),
     ("prompt", "completion"),
     ("prompt", "response"),
     ("question", "solution"),
@@ -331,14 +333,15 @@ def _from_self_instruct(row: Row, number: int) -> list[Conversation]:
 
 
 def _from_pair(row: Row, number: int) -> list[Conversation]:
-    asked, answered = next(pair for pair in PAIRS if set(pair) <= row.keys())
+    asked, *parts = next(pair for pair in PAIRS if set(pair) <= row.keys())
     if isinstance(row[asked], list):
         question = read_messages(row[asked], asked, number)
     else:
         question = (*read_system(row, number), read_question(row, asked, number))
-    if isinstance(row[answered], list):
-        return [Conversation(question + read_messages(row[answered], answered, number))]
-    answer = Message("assistant", read_text(row[answered], answered, number))
+    if len(parts) == 1 and isinstance(row[parts[0]], list):
+        return [Conversation(question + read_messages(row[parts[0]], parts[0], number))]
+    texts = [read_text(row[part], part, number) for part in parts]
+    answer = Message("assistant", "\n\n".join(text for text in texts if text))
     return [Conversation((*question, answer))]
 
 
