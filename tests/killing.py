@@ -21,15 +21,15 @@ import traceback
 from pathlib import Path
 
 
-def begin(place, words):
-    """Fork a process that runs the command in `place`; its id."""
+def begin(place, words, log="log.txt"):
+    """Fork a process that runs the command in `place`, and adds what it prints to `log`; its id."""
     child = os.fork()
     if child:
         return child
     code = 1
     try:
         os.chdir(place)
-        log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
         from keylayers.cli import main

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "keylayers"
 ORDER = (
     ("_version", "errors"),
     ("records", "options", "progress", "curve"),
-    ("folders",),
+    ("folders", "yaml_values"),
     ("processes",),
     ("model_map",),
     ("weights",),

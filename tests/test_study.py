@@ -303,18 +303,21 @@ def test_ray_gives_the_same_listens_to_nobody_else_and_leaves_nothing_behind(don
     place, _ = done
     path = study_file(place / "more", tiny, seed=[0], method=METHODS[:1], budget=[0.2])
     process = run(place, path, "on-ray", "--ray-address", "local")
-    seen, addresses = watched(process, lambda: (place / "on-ray" / "cells").exists())
-    assert {"gcs_server", "raylet"} <= {one.name() for one in seen if is_alive(one)}
-    assert all(ipaddress.ip_address(one.split("%")[0]).is_loopback for one in addresses), addresses
-    maker = next(one for one in seen if "keylayers.study.cluster" in one.cmdline())
-    folder = Path(maker.cmdline()[-1])
-    assert folder.is_dir()
-    process.kill()
-    process.wait()
+    try:
+        seen, addresses = watched(process, lambda: (place / "on-ray" / "cells").exists())
+        maker = next(one for one in seen if "keylayers.study.cluster" in one.cmdline())
+        folder = Path(maker.cmdline()[-1])
+        assert folder.is_dir()
+    finally:
+        process.kill()
+        process.wait()
+    assert {"gcs_server", "raylet"} <= set(seen.values())
+    assert addresses
+    assert [one for one in addresses if not is_loopback(one)] == []
     deadline = time.monotonic() + 30
     while any(is_alive(one) for one in seen) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert [one for one in seen if is_alive(one)] == []
+    assert [name for one, name in seen.items() if is_alive(one)] == []
     assert not folder.exists()
     assert run(place, path, "on-ray", "--ray-address", "local").wait() == 0
     cells = plan_of(path)
@@ -322,11 +325,13 @@ def test_ray_gives_the_same_listens_to_nobody_else_and_leaves_nothing_behind(don
 
 
 def watched(process, is_enough):
-    """The processes below one, and the addresses that they listen on, until it is enough."""
-    seen, addresses = set(), set()
+    """The processes below one with their names, and where all listen, until it is enough."""
+    seen, addresses = {}, set()
     while process.poll() is None:
         time.sleep(0.5)
-        seen |= set(psutil.Process(process.pid).children(recursive=True))
+        for one in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                seen[one] = one.name()
         for one in (psutil.Process(process.pid), *seen):
             with contextlib.suppress(psutil.Error):
                 ports = one.net_connections(kind="inet")
@@ -334,6 +339,11 @@ def watched(process, is_enough):
         if addresses and is_enough():
             break
     return seen, addresses
+
+
+def is_loopback(text):
+    address = ipaddress.ip_address(text.partition("%")[0])
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def is_alive(process):

@@ -9,6 +9,7 @@ import errno
 import os
 import shutil
 import tempfile
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from filelock import FileLock, Timeout
 from keylayers.errors import OutputError
 from keylayers.records import RECORD, cannot_write, is_first_process, remove_leftovers
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+KEPT = "but it is full; what was there is kept: make room and give the same command again"
 NEEDED_BYTES = 2**20  # a disk with less free is full: libraries write in pieces of about this size
 
 
@@ -175,19 +178,32 @@ def one_line_if_full(path: Path) -> Iterator[None]:
     except Exception as error:  # safetensors, tokenizers and torch raise their own; all go on
         if not _is_full(path, error):
             raise
-        raise OutputError(
-            f"the disk must have room for {str(path)!r}, but it is full; what was there is kept: "
-            f"make room and give the same command again"
-        ) from error
+        raise OutputError(f"the disk must have room for {str(path)!r}, {KEPT}") from error
+
+
+def says_full(message: str) -> bool:
+    """Whether this is what a run said, in one way or another, when the disk was full."""
+    return message.endswith(KEPT) or any(os.strerror(number) in message for number in FULL)
 
 
 def _is_full(path: Path, error: Exception) -> bool:
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return error.errno in FULL
+    if says_full(str(error)):
+        return True
+    *_, (last, _) = traceback.walk_tb(error.__traceback__)
+    is_written_by_torch = last.f_globals.get("__name__") == "torch.serialization"
+    return is_written_by_torch and not _has_room(path)  # torch says something about positions
+
+
+def _has_room(path: Path) -> bool:
     parent = next(folder for folder in path.absolute().parents if folder.exists())
-    is_named = os.strerror(errno.ENOSPC) in str(error)
-    is_written_by_torch = isinstance(error, RuntimeError) and "write" in str(error)
-    return is_named or (is_written_by_torch and shutil.disk_usage(parent).free < NEEDED_BYTES)
+    try:
+        with tempfile.TemporaryFile(dir=parent) as file:
+            file.write(bytes(NEEDED_BYTES))
+    except OSError as error:
+        return error.errno not in FULL
+    return True
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from keylayers._version import __version__
-from keylayers.errors import OutputError
+from keylayers.errors import ConfigError, OutputError
 
 RECORD = "keylayers.json"  # beside every adapter and checkpoint that keylayers writes
 CARD = "README.md"  # the same for readers: the model card of the hub
 STAGE_1_ADAPTER = "adapter"  # the folder that `rank` leaves beside ranking.json
 STAGE_1_CHECKPOINT = "tuned"  # the same after a full fine-tune
+PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
 RECORDED_LIBRARIES = (
     "torch",
     "transformers",
@@ -158,6 +159,23 @@ def _is_running(process_id: int) -> bool:
     except OSError:  # somebody else's
         return True
     return True
+
+
+def check_no_password(text: str, name: str) -> None:
+    """Refuse what would be recorded, shown and logged with a password in it.
+
+    Args:
+        text: An option.
+        name: What the message calls it, for it does not show the text.
+
+    Raises:
+        ConfigError: there is an address with one, as in `https://user:password@host`.
+    """
+    if PASSWORD.search(text):
+        raise ConfigError(
+            f"{name} must hold no password, since options are recorded, but has an address with "
+            f"one (user:password@); give it through the environment or a file of its own"
+        )
 
 
 def cannot_write(path: Path, error: OSError) -> str:

@@ -16,6 +16,7 @@ from cyclopts import App, CycloptsError, Parameter
 from keylayers._version import __version__
 from keylayers.cli.config import from_config_file, from_ranking_file, refuse_grpo
 from keylayers.errors import KeylayersError, OutputError
+from keylayers.records import check_no_password
 
 app = App(
     name="keylayers",
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens = [token for token in tokens if token != "--traceback"]
     _quiet_libraries()
     try:
+        for token in tokens:
+            check_no_password(token, "an option")
         app(tokens, print_error=False, exit_on_error=False, result_action="return_value")
     except KeyboardInterrupt:
         _complain(

@@ -13,6 +13,7 @@ from keylayers.errors import ConfigError, did_you_mean
 from keylayers.options.commands import TAKEN_FROM_RANKING, TAKEN_WITH_UPDATE
 from keylayers.ranking import Ranking
 from keylayers.records import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT
+from keylayers.yaml_values import yaml_value
 
 # Titles of option groups in `--help`, in the order in which they are shown.
 GROUPS = (
@@ -126,17 +127,16 @@ def read_yaml(path: Path, name: str) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read, or is something else.
     """
-    import yaml
-
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"`{name}` must be a YAML file, but {str(path)!r} cannot be read: {error.strerror}"
         ) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # numbers and dates out of range
+    except ValueError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{str(path)!r} must be valid YAML, but is not: {reason}") from error
+    options = yaml_value(text, repr(str(path)))
     if options is None:
         return {}
     if not isinstance(options, dict):

@@ -44,7 +44,7 @@ def plan_files(
     studies: dict[str, PlannedStudy] = {}
     for path, content in contents.items():
         name = path.stem
-        if len(contents) > 1 and (name in studies or name == CELLS):
+        if len(contents) > 1 and (name in studies or name in (CELLS, ".", "..")):
             raise ConfigError(
                 f"study files that are run together must have names of their own, other than "
                 f"{CELLS}, for their results are named after them; got {str(path)!r}; rename it"

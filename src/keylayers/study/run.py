@@ -4,6 +4,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from keylayers.errors import OutputError
+from keylayers.folders import KEPT, says_full
 from keylayers.study.cell import CellState, save_state, state_of
 from keylayers.study.plan import Cell
 from keylayers.study.workers import Workers
@@ -26,6 +28,9 @@ def run_cells(
 
     Returns:
         How each cell ended, by name.
+
+    Raises:
+        OutputError: the disk is full.
     """
     states = states_at_start(root, cells)
     by_name = {cell.name: cell for cell in cells}
@@ -46,9 +51,16 @@ def run_cells(
                 running.remove(name)
                 states[name] = state
                 if state.status == "failed":  # its process may have had no time to say so
+                    _stop_if_full(root, state)
                     save_state(root, by_name[name], state)
     finally:
         workers.close()
+
+
+def _stop_if_full(root: Path, state: CellState) -> None:
+    """On a full disk every other cell would fail too."""
+    if says_full(state.error):
+        raise OutputError(f"the disk must have room for {str(root)!r}, {KEPT}")
 
 
 def states_at_start(root: Path, cells: Sequence[Cell]) -> dict[str, CellState]:

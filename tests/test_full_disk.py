@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A full disk is one line and exit code 2; what was there is kept, and with room the run goes on.
+
+The disks are real ones in memory, of FULL_SHARES of what an unbroken run needs (a few unless the
+environment says otherwise; a longer list is in experiments/LOG.md).
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from outputs import contents
+from test_kill import COMMANDS, SMALL
+from test_study import METHODS, study_file
+
+# Of a study: what its cells said and how long they took is in these.
+UNLIKE = ("log.txt", "results.csv", "results.parquet", "report.html")
+
+SHARES = os.environ.get("FULL_SHARES")
+NAMESPACE = ("unshare", "--mount", *(() if os.geteuid() == 0 else ("--user", "--map-root-user")))
+
+
+def may_mount():
+    if shutil.which("unshare") is None:
+        return False
+    command = [*NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif(not may_mount(), reason="needs a system on which a tmpfs may be mounted"),
+]
+
+
+def fill(folder, shares, words):
+    """Where the runs were, and what is told of them."""
+    script = Path(__file__).with_name("filling.py")
+    command = [*NAMESPACE, sys.executable, "-W", "ignore", script, folder, SHARES or shares, *words]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)["runs"]
+
+
+def check(folder, runs):
+    """One line while it was full, nothing half written, and the same in the end."""
+    whole = like(contents(folder / "whole"))
+    assert {Path(path).parts[0] for path in whole} == {"out"}
+    for number, one in enumerate(runs, 1):
+        lines = [line for line in one["printed"].splitlines() if line.startswith("keylayers: ")]
+        assert one["codes"] == [2, 0], (one["share"], one["printed"][-1500:])
+        assert len(lines) == 1
+        assert "Traceback" not in one["printed"]
+        assert "it is full; what was there is kept" in lines[0] or "No space left" in lines[0]
+        left = visible(folder / f"full-{number}")
+        assert left.items() <= visible(folder / "whole").items(), one["share"]
+        assert like(contents(folder / str(number))) == whole, one["share"]
+
+
+def visible(folder):
+    """What does not lie in a hidden folder, by its path; records without times."""
+    hidden = [path for path in folder.rglob(".*") if path.is_dir()]
+    for path in hidden:
+        shutil.rmtree(path, ignore_errors=True)
+    return like(contents(folder))
+
+
+def like(held):
+    return {path: content for path, content in held.items() if Path(path).name not in UNLIKE}
+
+
+@pytest.mark.parametrize(("name", "shares"), [("rank", "0,0.3,0.5,0.9"), ("train", "0.1,0.5,0.95")])
+def test_a_run_on_a_full_disk_goes_on_when_there_is_room(tiny, tmp_path, name, shares):
+    inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", "out")
+    check(tmp_path, fill(tmp_path, shares, (*COMMANDS[name], *SMALL, *inputs)))
+
+
+def test_a_study_on_a_full_disk_goes_on_when_there_is_room(tiny, tmp_path):
+    path = study_file(tmp_path / "file", tiny, seed=[0], method=METHODS[:1], budget=[0.2])
+    words = ("study", path, "--output", "out", "--workers", "1")
+    check(tmp_path / "runs", fill(tmp_path / "runs", "0.7", words))
