@@ -14,13 +14,15 @@ from keylayers.options.commands import (
     TrainOptions,
     VerifyOptions,
 )
+from keylayers.options.evaluation import EvalOptions
 
-Command = Literal["rank", "train", "verify", "prune"]
+Command = Literal["rank", "train", "verify", "prune", "eval"]
 OPTIONS: Mapping[Command, type] = {
     "rank": RankOptions,
     "train": TrainOptions,
     "verify": VerifyOptions,
     "prune": PruneOptions,
+    "eval": EvalOptions,
 }
 
 

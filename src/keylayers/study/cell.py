@@ -103,7 +103,7 @@ def last_line(root: Path, cell: Cell) -> str:
 
 def _with_output(folder: Path, command: Sequence[str]) -> list[str]:
     """The command with the place of its results; `verify` writes beside its ranking."""
-    place = {"rank": folder, "train": folder / TUNED}.get(command[0])
+    place = {"rank": folder, "train": folder / TUNED, "eval": folder}.get(command[0])
     return [*command] if place is None else [*command, "--output", str(place)]
 
 

@@ -60,6 +60,8 @@ class Estimate:
 def estimate(cell: Cell) -> Estimate:
     """What a cell will cost, from its options and from what is known of its model and data."""
     options = cell.options
+    if cell.kind == "evaluation":
+        return Estimate(None, None, "what evaluations take")
     model, data = str(options["model"]), str(options["data"])
     shape, size = model_shape(model), data_size(data)
     if shape is None or size is None:
@@ -76,8 +78,8 @@ def downloads(cells: Iterable[Cell]) -> dict[str, int | None]:
     found: dict[str, int | None] = {}
     for cell in cells:
         for name, sizes in (("model", _model_bytes), ("data", _data_bytes)):
-            source = str(cell.options[name])
-            if not Path(source).exists():
+            source = str(cell.options.get(name, ""))
+            if source and not Path(source).exists():
                 found.setdefault(source, sizes(source))
     return found
 

@@ -22,10 +22,16 @@ from keylayers.options import (
     UpdateOptions,
 )
 from keylayers.options.command_line import Command, command_words
+from keylayers.options.evaluation import (
+    BenchmarkOptions,
+    EvalRunOptions,
+    LossOptions,
+    ProblemOptions,
+)
 from keylayers.records import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT, environment, json_sha256
 from keylayers.study.yaml_file import AxisPoint, StudyFile
 
-Kind = Literal["stage-1", "ranking", "training"]
+Kind = Literal["stage-1", "ranking", "training", "evaluation"]
 Point = Mapping[str, str]  # axis -> what stands there, in the words of the study file
 
 CELLS = "cells"  # the folder of a study that holds those of its cells
@@ -42,6 +48,8 @@ STAGE_1 = _names(ModelOptions, DataOptions, TrainingOptions, StabilityOptions)
 RANKING = (*STAGE_1, *_names(UpdateOptions, MaskOptions))
 CURVE = _names(CurveOptions)
 TRAINING = _names(SelectionOptions, ModelOptions, DataOptions, TrainingOptions)
+EVALUATED = _names(BenchmarkOptions, LossOptions, ProblemOptions, EvalRunOptions)
+EVALUATION = (*_names(ModelOptions), *EVALUATED)
 TRAINING_THAT_RANKS = (*TRAINING, *_names(StabilityOptions, MaskOptions))
 USUAL = {
     one.name: one.default
@@ -53,7 +61,11 @@ USUAL = {
     if one.default is not MISSING
 }
 WITHOUT_EFFECT = ("report_to", "save_steps")  # on what comes out
-FILES = ("model", "data", "adapter", "tuned", "chat_template")  # or names of the hub
+# Or names of the hub, or of lm-evaluation-harness.
+FILES = (
+    *("model", "data", "adapter", "tuned", "chat_template"),
+    *("forgetting_data", "task_folder", "problems"),
+)
 # Options of a study alone: what is trained on a ranking of another model, or of other data.
 TRAINED_ON = {f"train_{name}": name for name in _names(ModelOptions, DataOptions)}
 KNOWN = tuple(dict.fromkeys((*RANKING, *CURVE, *TRAINING, *TRAINED_ON)))
@@ -97,9 +109,10 @@ def plan(study: StudyFile, root: Path) -> list[Cell]:
     """
     cells: dict[str, Cell] = {}
     points: dict[str, dict[tuple[str, ...], Point]] = {}
+    _check_evaluated(study.evaluate)
     for point, options in combinations(study):
         _check_known(options)
-        for cell in _cells_at(options, study.verify, root):
+        for cell in _cells_at(options, study, root):
             cells.setdefault(cell.name, cell)
             own = {axis: point[axis] for axis in point if _decides(study.grid[axis], cell.kind)}
             points.setdefault(cell.name, {})[tuple(own.values())] = own
@@ -108,7 +121,7 @@ def plan(study: StudyFile, root: Path) -> list[Cell]:
 
 def _decides(axis: Sequence[AxisPoint], kind: Kind) -> bool:
     """Whether the entries of an axis make a difference to cells of a kind."""
-    names = {"stage-1": STAGE_1, "ranking": (*RANKING, *CURVE), "training": KNOWN}[kind]
+    names = {"stage-1": STAGE_1, "ranking": (*RANKING, *CURVE)}.get(kind, KNOWN)
     return any(name in names for one in axis for name in one.options)
 
 
@@ -120,6 +133,7 @@ def study_record(study: StudyFile, cells: Sequence[Cell]) -> dict[str, Any]:
         "grid": {axis: [asdict(one) for one in points] for axis, points in study.grid.items()},
         "verify": study.verify,
         "compare": list(study.compare),
+        "evaluate": dict(study.evaluate),
         "cells": [asdict(cell) for cell in cells],
     }
 
@@ -135,31 +149,49 @@ def combinations(study: StudyFile) -> Iterator[tuple[Point, dict[str, Any]]]:
         yield point, options
 
 
-def _cells_at(options: Mapping[str, Any], is_verified: bool, root: Path) -> Iterator[Cell]:
+def _cells_at(options: Mapping[str, Any], study: StudyFile, root: Path) -> Iterator[Cell]:
     """What one combination needs: stage 1, a ranking, and a training where there is a budget."""
     selection = _selection(options)
     if selection is not None and selection.rank_first:
         command = _command("train", options, TRAINING_THAT_RANKS)
-        yield _cell("training", options, TRAINING_THAT_RANKS, [command], [])
-        return
-    needs: list[Cell] = []
-    places: dict[str, str] = {}
-    if not any(options.get(name) for name in ("adapter", "tuned")):
-        free = dict(options) | {"method": FREE_METHOD}
-        stage_1 = _cell("stage-1", options, STAGE_1, [_command("rank", free, (*STAGE_1, "method"))])
-        yield stage_1
-        needs = [stage_1]
-        is_full = options.get("update") == "full"
-        places = {
-            "tuned" if is_full else "adapter": str(
-                _folder(root, stage_1) / (STAGE_1_CHECKPOINT if is_full else STAGE_1_ADAPTER)
-            )
-        }
-    ranking = _ranking(options, needs, is_verified, places, root)
-    yield ranking
-    if selection is None:
-        return
-    yield _training(options, ranking, needs, root)
+        trained = _cell("training", options, TRAINING_THAT_RANKS, [command], [])
+    else:
+        needs, places = [], {}
+        if not any(options.get(name) for name in ("adapter", "tuned")):
+            stage_1 = _stage_1(options)
+            yield stage_1
+            needs, places = [stage_1], _places(options, _folder(root, stage_1))
+        ranking = _ranking(options, needs, study.verify, places, root)
+        yield ranking
+        if selection is None:
+            return
+        trained = _training(options, ranking, needs, root)
+    yield trained
+    if study.evaluate:
+        yield _evaluation(trained, study.evaluate, root)
+
+
+def _stage_1(options: Mapping[str, Any]) -> Cell:
+    free = {**options, "method": FREE_METHOD}
+    command = _command("rank", free, (*STAGE_1, "method"))
+    return _cell("stage-1", options, STAGE_1, [command])
+
+
+def _places(options: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Where a stage 1 leaves what it trained, as an option that names it."""
+    if options.get("update") == "full":
+        return {"tuned": str(folder / STAGE_1_CHECKPOINT)}
+    return {"adapter": str(folder / STAGE_1_ADAPTER)}
+
+
+def _evaluation(trained: Cell, evaluate: Mapping[str, Any], root: Path) -> Cell:
+    """What was trained beside its base model, by `keylayers eval`."""
+    own = {name: trained.options[name] for name in _names(ModelOptions) if name in trained.options}
+    own |= evaluate
+    kind = "checkpoint" if trained.options.get("update") == "full" else "adapter"
+    tuned = {kind: [str(_folder(root, trained) / TUNED)]}
+    command = command_words("eval", {**own, **tuned})
+    return _cell("evaluation", own, EVALUATION, [tuple(command)], [trained])
 
 
 def _training(
@@ -257,8 +289,19 @@ def _check_known(options: Mapping[str, Any]) -> None:
             )
 
 
+def _check_evaluated(evaluate: Mapping[str, Any]) -> None:
+    for name in evaluate:
+        if name not in EVALUATED:
+            raise ConfigError(
+                f"every option under `evaluate` of a study must be one of `keylayers eval`, beside "
+                f"those of models, got {name!r}{did_you_mean(name, EVALUATED)}"
+            )
+
+
 def _content(name: str, value: Any) -> Any:
     """An option as it is hashed: files by what they hold, so that a study can be moved."""
+    if isinstance(value, list):
+        return [_content(name, one) for one in value]
     if name in FILES and isinstance(value, str) and Path(value).exists():
         return {"sha256": _sha256(Path(value).resolve())}
     return value

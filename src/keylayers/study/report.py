@@ -22,12 +22,12 @@ from keylayers.report.figures import drawn_chart
 from keylayers.study.cell import CellState
 from keylayers.study.plan import Cell
 from keylayers.study.summary import (
-    SHOWN,
+    Shown,
     groups_of,
     interval_text,
     label_of,
     number_text,
-    reference_of,
+    shown_in,
     summary,
 )
 
@@ -86,14 +86,14 @@ def render_study(
         num_cells=len(cells),
         num_finished=len(finished),
         lost=[(cell, states[cell.name]) for cell in cells if cell not in finished],
-        parts=[_part(table, axes, one) for one in SHOWN if (table["measure"] == one).any()],
+        parts=[_part(table, axes, one) for one in shown_in(table)],
     )
     return page.encode("utf-8", "replace")
 
 
-def _part(table: pd.DataFrame, axes: Sequence[str], measure: str) -> Part:
-    means = summary(table, axes, measure)
-    groups = groups_of(table, axes, measure)
+def _part(table: pd.DataFrame, axes: Sequence[str], shown: Shown) -> Part:
+    means = summary(table, axes, shown)
+    groups = groups_of(table, axes, shown.measure)
     rows = [
         {
             "labels": [label_of(row[group]) for group in groups],
@@ -104,10 +104,10 @@ def _part(table: pd.DataFrame, axes: Sequence[str], measure: str) -> Part:
         }
         for row in means.to_dict("records")
     ]
-    figure = drawn_chart(_chart(table, means, groups, measure), ".png")
+    figure = drawn_chart(_chart(table, means, groups, shown), ".png")
     return Part(
-        SHOWN[measure][0],
-        reference_of(measure),
+        shown.title,
+        shown.reference,
         groups,
         rows,
         base64.b64encode(figure).decode(),
@@ -115,7 +115,7 @@ def _part(table: pd.DataFrame, axes: Sequence[str], measure: str) -> Part:
 
 
 def _chart(
-    table: pd.DataFrame, means: pd.DataFrame, groups: Sequence[str], measure: str
+    table: pd.DataFrame, means: pd.DataFrame, groups: Sequence[str], shown: Shown
 ) -> alt.LayerChart:
     """A row for each group: its runs as dots, their mean as a bar, the reference in grey."""
 
@@ -125,7 +125,7 @@ def _chart(
     order = [name(row) for row in means.to_dict("records")]
     runs = [
         {"group": name(row), "value": row["value"]}
-        for row in table[table["measure"] == measure].to_dict("records")
+        for row in table[table["measure"] == shown.measure].to_dict("records")
     ]
     bars = [
         {
@@ -136,7 +136,7 @@ def _chart(
         for row in means.to_dict("records")
     ]
     y = alt.Y("group:N", sort=order, title=None, axis=alt.Axis(labelLimit=420))
-    x = alt.X("value:Q", title=SHOWN[measure][0], scale=alt.Scale(zero=False))
+    x = alt.X("value:Q", title=shown.title, scale=alt.Scale(zero=False))
     mean = alt.Chart(alt.InlineData(values=bars))
     return alt.layer(
         mean.transform_filter("isValid(datum.beside)")

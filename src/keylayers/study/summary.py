@@ -2,28 +2,55 @@
 """What a study found, seeds taken together: means with their 95 % intervals. Needs no torch."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
+from keylayers.study.table import OF_BASE
+
 REPLICATE = "seed"  # the axis whose entries are runs of the same thing
-# Measure -> what a reader sees, the measure that stands beside it, and what that is called.
-SHOWN = {
-    "area": ("Area under the mask curve", "area_of_random_orders", "random orders"),
-    "held_out_loss": ("Held-out loss after training", "held_out_loss_base", "base model"),
-}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A measure that summaries show.
+
+    Attributes:
+        measure: Its name in the table.
+        title: What a reader sees.
+        beside: The measure that stands beside it.
+        reference: What that is called.
+    """
+
+    measure: str
+    title: str
+    beside: str
+    reference: str
+
+
+ALWAYS = (
+    Shown("area", "Area under the mask curve", "area_of_random_orders", "random orders"),
+    Shown("held_out_loss", "Held-out loss after training", "held_out_loss_base", "base model"),
+)
+
+
+def shown_in(table: pd.DataFrame) -> list[Shown]:
+    """What summaries show of a table: mask curves, trainings, and what evaluations measured."""
+    names = [*dict.fromkeys(table["measure"].dropna())]
+    evaluated = [
+        Shown(name, name, f"{name}{OF_BASE}", "base model")
+        for name in names
+        if f"{name}{OF_BASE}" in names
+    ]
+    return [one for one in (*ALWAYS, *evaluated) if one.measure in names]
 
 
 def groups_of(table: pd.DataFrame, axes: Sequence[str], measure: str) -> list[str]:
     """The axes that tell apart what was measured, without the seed."""
     found = table[table["measure"] == measure]
     return [axis for axis in axes if axis != REPLICATE and found[axis].notna().any()]
-
-
-def reference_of(measure: str) -> str:
-    """What stands beside a measure."""
-    return SHOWN[measure][2]
 
 
 def label_of(value: object) -> str:
@@ -41,7 +68,7 @@ def interval_text(low: float, high: float) -> str:
     return "" if np.isnan(low) else f"{number_text(low)} to {number_text(high)}"
 
 
-def summary(table: pd.DataFrame, axes: Sequence[str], measure: str) -> pd.DataFrame:
+def summary(table: pd.DataFrame, axes: Sequence[str], shown: Shown) -> pd.DataFrame:
     """One row for each combination of the axes other than the seed, in the order of the table.
 
     A cell that serves several combinations of one group counts once.
@@ -49,16 +76,16 @@ def summary(table: pd.DataFrame, axes: Sequence[str], measure: str) -> pd.DataFr
     Args:
         table: As `results_table` gives it.
         axes: Of the study's grid.
-        measure: One of `SHOWN`.
+        shown: Which measure.
 
     Returns:
         The axes, `mean`, `low` and `high` (Student's 95 % interval over runs; missing for one),
         `runs`, and `beside`: the mean of what stands beside the measure.
     """
-    groups = groups_of(table, axes, measure)
+    groups = groups_of(table, axes, shown.measure)
     keys = ["cell", *groups]
-    runs = table[table["measure"] == measure].drop_duplicates(keys)
-    beside = table[table["measure"] == SHOWN[measure][1]].drop_duplicates(keys)
+    runs = table[table["measure"] == shown.measure].drop_duplicates(keys)
+    beside = table[table["measure"] == shown.beside].drop_duplicates(keys)
     runs = runs.merge(beside[[*keys, "value"]].rename(columns={"value": "beside"}), "left", keys)
     rows = []
     parts = runs.groupby(groups, sort=False, dropna=False) if groups else [((), runs)]

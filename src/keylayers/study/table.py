@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from keylayers.errors import RankingError
+from keylayers.evaluation.record import Evaluation
 from keylayers.ranking import Ranking
 from keylayers.records import RECORD, write_bytes
 from keylayers.study.cell import CellState, folder_of
@@ -24,6 +25,7 @@ from keylayers.verification import Verification, verification_file
 
 FIXED = ("cell", "kind", "status", "error")
 MEASURED = ("measure", "value", "unit")
+OF_BASE = ", base model"  # ends the name of what an evaluation measured on it
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ def _measures(root: Path, cell: Cell, state: CellState) -> Iterator[Measure]:
     yield Measure("wall_time", state.seconds, "seconds")
     if cell.kind == "training":
         yield from _of_training(folder / TUNED)
+    elif cell.kind == "evaluation":
+        yield from _of_evaluation(folder)
     else:
         yield from _of_ranking(folder, cell.kind == "stage-1")
 
@@ -125,3 +129,19 @@ def _of_training(folder: Path) -> Iterator[Measure]:
             yield Measure(f"held_out_loss_{name}", row["held_out_loss_nats"], unit)
     yield Measure("modules", selected["num_modules"], "modules")
     yield Measure("trained_parameters", selected["num_trained_parameters"], "parameters")
+
+
+def _of_evaluation(folder: Path) -> Iterator[Measure]:
+    """What was trained, its base model, and what guessing gives where that is known."""
+    found = Evaluation.load(folder)
+    for measure in found.measures:
+        if not measure.is_in_table:
+            continue
+        name = f"{measure.task}: {measure.metric}"
+        better = {True: "higher is better", False: "lower is better", None: ""}
+        unit = better[measure.higher_is_better]
+        for result in measure.results:
+            is_base = found.models[result.model]["kind"] == "base"
+            yield Measure(f"{name}{OF_BASE}" if is_base else name, result.value, unit)
+        if measure.chance is not None:
+            yield Measure(f"{name}, chance", measure.chance, unit)

@@ -14,12 +14,12 @@ from keylayers.study.cell import CellState, Status
 from keylayers.study.plan import Cell
 from keylayers.study.summary import (
     REPLICATE,
-    SHOWN,
+    Shown,
     groups_of,
     interval_text,
     label_of,
     number_text,
-    reference_of,
+    shown_in,
     summary,
 )
 
@@ -50,11 +50,7 @@ def outcome_line(cell: Cell, state: CellState) -> str:
 
 def summary_tables(table: pd.DataFrame, axes: Sequence[str]) -> list[Table]:
     """What was found: for each measure the means over seeds, with 95 % intervals."""
-    return [
-        _summary_table(table, axes, measure)
-        for measure in SHOWN
-        if (table["measure"] == measure).any()
-    ]
+    return [_summary_table(table, axes, one) for one in shown_in(table)]
 
 
 def agreement_summary(table: pd.DataFrame, axes: Sequence[str]) -> Table:
@@ -80,14 +76,14 @@ def agreement_summary(table: pd.DataFrame, axes: Sequence[str]) -> Table:
     return shown
 
 
-def _summary_table(table: pd.DataFrame, axes: Sequence[str], measure: str) -> Table:
-    groups = groups_of(table, axes, measure)
-    shown = Table(box=None, pad_edge=False, title=SHOWN[measure][0], title_justify="left")
+def _summary_table(table: pd.DataFrame, axes: Sequence[str], one: Shown) -> Table:
+    groups = groups_of(table, axes, one.measure)
+    shown = Table(box=None, pad_edge=False, title=one.title, title_justify="left")
     for group in groups:
         shown.add_column(group)
-    for name in ("mean", "95 % interval", "runs", reference_of(measure)):
+    for name in ("mean", "95 % interval", "runs", one.reference):
         shown.add_column(name, justify="right")
-    for row in summary(table, axes, measure).to_dict("records"):
+    for row in summary(table, axes, one).to_dict("records"):
         shown.add_row(
             *(Text(label_of(row[group])) for group in groups),
             f"{row['mean']:.4f}",

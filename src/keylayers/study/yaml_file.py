@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A study file: options of every run, a grid of those that differ, and what is measured."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from keylayers.errors import ConfigError, did_you_mean
+from keylayers.yaml_values import yaml_value
 
-PARTS = ("options", "grid", "verify", "compare")
+PARTS = ("options", "grid", "verify", "compare", "evaluate")
+MOST_COMBINATIONS = 10_000  # each is a run
 PATHS = ("model", "data", "train_model", "train_data")  # tables show the last part of the name
 
 
@@ -34,12 +37,14 @@ class StudyFile:
         grid: Axis -> its entries; every combination is run.
         verify: Measure the mask curve of every ranking.
         compare: Budgets at which the rankings are compared with each other; none: they are not.
+        evaluate: Options of `keylayers eval` for all that is trained; none: it is not evaluated.
     """
 
     options: Mapping[str, Any]
     grid: Mapping[str, tuple[AxisPoint, ...]]
     verify: bool = True
     compare: tuple[float, ...] = ()
+    evaluate: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def of(content: Mapping[str, Any], source: str) -> "StudyFile":
@@ -58,18 +63,31 @@ class StudyFile:
                     f"a study file must hold {', '.join(PARTS[:-1])} and {PARTS[-1]} and nothing "
                     f"else, but {source} has {key!r}{did_you_mean(str(key), PARTS)}"
                 )
-        options, grid = _part(content, "options"), _part(content, "grid")
-        verify = content.get("verify", True)
-        for name, part in (("options", options), ("grid", grid)):
+        parts = {name: _part(content, name) for name in ("options", "grid", "evaluate")}
+        for name, part in parts.items():
             if not isinstance(part, dict):
                 raise ConfigError(
                     f"`{name}` of a study must map names to values, but in {source} it is a "
                     f"{type(part).__name__}"
                 )
+        verify = content.get("verify", True)
         if not isinstance(verify, bool):
             raise ConfigError(f"`verify` of a study must be true or false, got {verify!r}")
-        axes = {_normal(axis): _axis(_normal(axis), points) for axis, points in grid.items()}
-        return StudyFile(_options(options), axes, verify, _budgets(content.get("compare")))
+        axes = {
+            _normal(axis): _axis(_normal(axis), points) for axis, points in parts["grid"].items()
+        }
+        if (num := math.prod(map(len, axes.values()))) > MOST_COMBINATIONS:
+            raise ConfigError(
+                f"the grid of a study must have at most {MOST_COMBINATIONS:,} combinations, but "
+                f"that of {source} has {num:,}; make several studies of it"
+            )
+        return StudyFile(
+            options=_options(parts["options"]),
+            grid=axes,
+            verify=verify,
+            compare=_budgets(content.get("compare")),
+            evaluate=_options(parts["evaluate"]),
+        )
 
 
 def with_settings(content: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
@@ -85,8 +103,6 @@ def with_settings(content: Mapping[str, Any], settings: Sequence[str]) -> dict[s
     Raises:
         ConfigError: a setting has no name, or its value is no YAML.
     """
-    import yaml
-
     options, grid = _part(content, "options"), _part(content, "grid")
     if not settings or not isinstance(options, dict) or not isinstance(grid, dict):
         return dict(content)  # what is no mapping is refused as it is
@@ -96,11 +112,7 @@ def with_settings(content: Mapping[str, Any], settings: Sequence[str]) -> dict[s
         name, separator, text = setting.partition("=")
         if not separator or not name:
             raise ConfigError(f"`set` must be name=value, such as seed=3, got {setting!r}")
-        try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"`set` must give a value in YAML, got {text!r}: {reason}") from error
+        value = yaml_value(text, f"the value of `set` for {name}")
         if _normal(name) in grid:
             grid[_normal(name)] = value if isinstance(value, list) else [value]
         else:
