@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """`keylayers judge` with tiny models and a scripted judge: from options to files and tables."""
 
+import io
 import json
-import os
 import shutil
 
 import pytest
+from pytest_socket import enable_socket
 
 from scripted_judge import endpoint
 from test_bad_input import complaint
@@ -60,20 +61,24 @@ def rows(path):
 
 
 @pytest.fixture(scope="module")
-def judged(tiny, bench, tmp_path_factory):
+def others(tiny, tmp_path_factory):
+    """Flags for an adapter, and a checkpoint with its tokenizer."""
+    from tiny_files import tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("others") / "tuned"
+    shutil.copytree(tiny / "tuned", folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return ("--adapter", tiny / "adapter", "--checkpoint", folder)
+
+
+@pytest.fixture(scope="module")
+def judged(tiny, bench, others, tmp_path_factory):
     """A base, an adapter and a checkpoint, rated; the folder and what the judge was asked."""
     output = tmp_path_factory.mktemp("judged") / "out"
-    more = ("--adapter", tiny / "adapter", "--checkpoint", tiny / "tuned")
     references = ("--references", bench / "r.jsonl")
-    from pytest_socket import enable_socket
-
-    enable_socket()  # the marker reaches no fixture of a module
-    os.environ["OPENAI_API_KEY"] = KEY
-    try:
-        with endpoint(("rate",)) as script:
-            assert judge(tiny, bench, script, output, *more, *references) == 0
-    finally:
-        del os.environ["OPENAI_API_KEY"]
+    enable_socket()  # the marker of the tests reaches no fixture of their module
+    with endpoint(("rate",)) as script:
+        assert judge(tiny, bench, script, output, *others, *references) == 0
     return output, script
 
 
@@ -89,7 +94,9 @@ def test_every_turn_of_every_model_is_rated_once(judged):
     assert found["judge"]["num_new_replies"] == len(rows(output / "judgements" / "single.jsonl"))
     assert found["judge"]["prompt_tokens"] == 100 * found["judge"]["num_replies"]
     assert found["judge"]["num_unread"] == 0
-    assert sum("<reference answer 1>\nEggs.\n" in one for one in prompts) == 6
+    with_reference = [one for one in prompts if "<reference answer 1>\nEggs.\n" in one]
+    assert with_reference == [one for one in prompts if "the fox eat? 0" in one]
+    assert with_reference
 
 
 def test_answers_are_those_of_plain_transformers(tiny, judged):
@@ -127,15 +134,17 @@ def test_answers_are_those_of_plain_transformers(tiny, judged):
     assert len({str(one) for one in said.values()}) == 3
 
 
-def test_the_same_command_asks_nothing_and_says_the_same(tiny, bench, judged, tmp_path, capsys):
+def test_the_same_command_asks_nothing_and_says_the_same(
+    tiny, bench, others, judged, tmp_path, capsys
+):
     """No model is loaded for it either: its weights are only hashed."""
     output, _ = judged
     copy = tmp_path / "copy"
     shutil.copytree(output, copy)
-    more = ("--adapter", tiny / "adapter", "--checkpoint", tiny / "tuned")
+    references = ("--references", bench / "r.jsonl")
     with endpoint(("rate",)) as script:
         script.address = record(output)["judge"]["url"]  # the endpoint of before, which is gone
-        assert judge(tiny, bench, script, copy, *more, "--references", bench / "r.jsonl") == 0
+        assert judge(tiny, bench, script, copy, *others, *references) == 0
     assert script.asked == []
     noted = capsys.readouterr().err
     num_replies = record(output)["judge"]["num_replies"]
@@ -159,39 +168,44 @@ def test_a_broken_run_goes_on_with_the_answers_it_would_have_given(tiny, bench, 
     assert {row["question_id"]: row for row in rows(copy)} == by_question
 
 
-def test_the_report_shows_means_intervals_and_differences(tiny, bench, judged, tmp_path, capsys):
-    output, _ = judged
-    shutil.copytree(output, tmp_path / "copy")
-    more = ("--adapter", tiny / "adapter", "--checkpoint", tiny / "tuned")
-    with endpoint(("rate",)) as script:
-        script.address = record(output)["judge"]["url"]
-        assert (
-            judge(tiny, bench, script, tmp_path / "copy", *more, "--references", bench / "r.jsonl")
-            == 0
-        )
-    shown = capsys.readouterr().out
-    results = record(output)["results"]
+def test_the_report_shows_means_intervals_and_differences(judged):
+    from rich.console import Console
+
+    from keylayers.report.judge import judgement_report
+
+    found = record(judged[0])
+    console = Console(width=120, file=io.StringIO())
+    console.print(judgement_report(found))
+    shown = console.file.getvalue()
     for label in ("base", "adapter", "tuned"):
-        one = results["models"][label]["ratings"]["all"]
+        one = found["results"]["models"][label]["ratings"]["all"]
         assert f"{one['mean']:.2f} [{one['low']:.2f}, {one['high']:.2f}]" in shown
     assert "Difference to base, on the questions that both have" in shown
     assert "no difference shown" in shown
     assert "0 of 9" in shown
-    assert all(len(line) <= 120 for line in shown.splitlines()[:-1])
+    assert "…" not in shown
 
 
 def test_pairs_are_compared_in_both_orders(tiny, bench, tmp_path, capsys):
-    """A judge that looks for a word which only one model says."""
+    """By a judge that likes what it sees first; where both say the same it is asked once."""
     more = ("--adapter", tiny / "adapter", "--mode", "pairwise", "--max-questions", 1)
     with endpoint(("text", "[[A]]")) as script:
         assert judge(tiny, bench, script, tmp_path, *more) == 0
     found = record(tmp_path)
-    assert len(script.asked) == 8  # two questions of two turns in two orders
+    base, adapter = (rows(path) for path in sorted((tmp_path / "answers").iterdir(), reverse=True))
+    num_same = sum(
+        one["turns"][:turn] == other["turns"][:turn]
+        for one, other in zip(base, adapter, strict=True)
+        for turn in (1, 2)
+    )
+    assert num_same < 4
+    assert len(script.asked) == 8 - num_same  # two questions of two turns in two orders
     pair = found["results"]["pairs"]["adapter"]
     assert pair["outcomes"]["all"]["ties"] == pair["num_disagreeing"] == 4
     shown = capsys.readouterr().out
     assert "the two orders disagree in 4 of 4 comparisons (100 %), which are ties" in shown
-    assert "Beside base: a win is one in both orders" in shown
+    assert "Beside base: wins and losses are those in both orders" in shown
+    assert "…" not in shown
 
 
 def test_replies_that_cannot_be_read_are_counted_and_shown(tiny, bench, tmp_path, capsys):

@@ -62,11 +62,19 @@ def judgement_report(record: Mapping[str, Any]) -> RenderableType:
     results = record["results"]
     parts: list[RenderableType] = []
     if record["mode"] == "single":
-        parts += [rating_table(results), category_table(results)]
+        parts += [
+            _titled("Mean rating, 1 to 10 [95 % interval over questions]", rating_table(results)),
+            _titled("Mean rating by category", category_table(results)),
+        ]
         if results["differences"]:
-            parts.append(difference_table(results))
+            title = f"Difference to {results['beside']}, on the questions that both have"
+            parts.append(_titled(title, difference_table(results)))
     else:
-        parts += [outcome_table(results), category_outcome_table(results)]
+        title = f"Beside {results['beside']}: wins and losses are those in both orders"
+        parts += [
+            _titled(title, outcome_table(results)),
+            _titled("Wins, ties and losses by category", category_outcome_table(results)),
+        ]
     spaced = [one for part in parts for one in (part, Text())]
     return Group(*spaced, Text("\n".join(notes(record))))
 
@@ -74,7 +82,7 @@ def judgement_report(record: Mapping[str, Any]) -> RenderableType:
 def rating_table(results: Mapping[str, Any]) -> Table:
     """The mean rating of each model, over all turns and by turn."""
     parts = [name for name in _parts(results) if not name.startswith(_CATEGORY)]
-    table = _table("Mean rating, 1 to 10 [95 % interval over questions]")
+    table = _table()
     table.add_column("model")
     for title in ("questions", *parts, "not read"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -91,7 +99,7 @@ def rating_table(results: Mapping[str, Any]) -> Table:
 
 def category_table(results: Mapping[str, Any]) -> Table:
     """Categories down, models across."""
-    table = _table("Mean rating by category")
+    table = _table()
     table.add_column("category")
     for label in results["models"]:
         table.add_column(Text(label), justify="right", no_wrap=True)
@@ -105,9 +113,9 @@ def category_table(results: Mapping[str, Any]) -> Table:
 
 def difference_table(results: Mapping[str, Any]) -> Table:
     """Each model beside the first one, on the same questions."""
-    table = _table(f"Difference to {results['beside']}, on the questions that both have")
+    table = _table()
     for title in ("model", "turns"):
-        table.add_column(title)
+        table.add_column(title, no_wrap=title == "turns")
     for title in ("questions", "difference", "95 % interval"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("")
@@ -130,10 +138,10 @@ def difference_table(results: Mapping[str, Any]) -> Table:
 
 def outcome_table(results: Mapping[str, Any]) -> Table:
     """Wins, ties and losses of each model against the first one."""
-    table = _table(f"Beside {results['beside']}: a win is one in both orders")
+    table = _table()
     for title in ("model", "turns"):
-        table.add_column(title)
-    for title in ("wins", "ties", "losses", "questions", "share won, ties as half"):
+        table.add_column(title, no_wrap=title == "turns")
+    for title in ("wins", "ties", "losses", "questions", "share won"):
         table.add_column(title, justify="right", no_wrap=True)
     for title in ("95 % interval", ""):
         table.add_column(title, no_wrap=True)
@@ -158,7 +166,7 @@ def outcome_table(results: Mapping[str, Any]) -> Table:
 
 def category_outcome_table(results: Mapping[str, Any]) -> Table:
     """Categories down, models across; wins, ties and losses in each cell."""
-    table = _table("Wins, ties and losses by category")
+    table = _table()
     table.add_column("category")
     pairs = results["pairs"].values()
     for label in results["pairs"]:
@@ -291,8 +299,9 @@ def _interval(found: Mapping[str, Any], form: str) -> str:
     return f"{form.format(found['low'])} to {form.format(found['high'])}"
 
 
-def _table(title: str) -> Table:
-    return Table(
-        box=None, padding=(0, 2), pad_edge=False, title=Text(title, style="bold"),
-        title_justify="left",
-    )  # fmt: skip
+def _titled(title: str, table: Table) -> RenderableType:
+    return Group(Text(title, style="bold"), table)
+
+
+def _table() -> Table:
+    return Table(box=None, padding=(0, 1), pad_edge=False)
