@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Intervals, tests and corrections of an evaluation, against hand results and small independents."""
+"""Intervals, tests and corrections of an evaluation, by hand and by independent means."""
 
 from itertools import product
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmarks by lm-evaluation-harness: its own tasks or a local task folder, one model after another.
+"""Benchmarks by lm-evaluation-harness: its own tasks, or those of a local task folder.
 
 The harness builds the prompts, runs the model and scores the answers; kept are the scores document
 by document. Needs the extra `eval`; this file is imported only where benchmarks are asked for.
@@ -184,6 +184,9 @@ class HarnessModel(HFLM):
         """As the harness has it, without a bar."""
         return super().generate_until(requests, disable_tqdm=True)
 
+    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
+        return super()._loglikelihood_tokens(requests, **(kwargs | {"disable_tqdm": True}))
+
     def _model_call(self, *args: Any, **kwargs: Any) -> Any:
         self._count()
         return super()._model_call(*args, **kwargs)
@@ -325,4 +328,3 @@ class _Warnings(logging.Handler, contextlib.AbstractContextManager["_Warnings"])
     def __exit__(self, *exception: object) -> None:
         level, self._logger.propagate, self._logger.handlers[:] = self._state
         self._logger.setLevel(level)
-

@@ -92,13 +92,12 @@ class Store:
         Args:
             names: Key -> name of the model in the table that is shown.
         """
-        _write(self.file, self._known, names)
+        order = dict.fromkeys((*names, *self._known))  # the same whatever was measured when
+        _write(self.file, {key: self._known[key] for key in order}, names)
 
 
 def _write(path: Path, pairs: Mapping[str, Measured], names: Mapping[str, str]) -> None:
-    parts = [
-        found.rows.assign(pair=key, model=names.get(key, "")) for key, found in pairs.items()
-    ]
+    parts = [found.rows.assign(pair=key, model=names.get(key, "")) for key, found in pairs.items()]
     whole = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*COLUMNS])
     table = pa.Table.from_pandas(whole[[*COLUMNS]].astype(COLUMNS), preserve_index=False)
     about = {key: found.about() for key, found in pairs.items()}

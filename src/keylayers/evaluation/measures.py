@@ -187,55 +187,60 @@ def _measure(
     seed: int,
 ) -> Measure | None:
     """None for the mean over a group of what is no mean over documents."""
-    models = list(tables)
-    first = {model: tables[model][tasks[0]] for model in models}
+    base, *_ = models = list(tables)
     rows = {
         model: pd.concat(
             [one.rows[one.rows["metric"] == metric] for one in (tables[model][t] for t in tasks)]
         )
         for model in models
     }
-    base = rows[models[0]]
-    common = {
-        "task": part.name,
-        "metric": metric,
-        "higher_is_better": first[models[0]].higher_is_better.get(metric),
-        "members": tuple(tasks) if part.is_group else (),
-        "depth": part.depth,
-        "is_in_table": part.in_table is None or metric in part.in_table,
-    }
-    if base.empty and part.is_group:
+    first = tables[base][tasks[0]]
+    found = Measure(
+        task=part.name,
+        metric=metric,
+        num_documents=len(rows[base]),
+        chance=None,
+        higher_is_better=first.higher_is_better.get(metric),
+        results=(),
+        members=tuple(tasks) if part.is_group else (),
+        depth=part.depth,
+        is_in_table=part.in_table is None or metric in part.in_table,
+    )
+    if rows[base].empty and part.is_group:
         return None
-    if base.empty:  # no mean over documents: the number alone
-        totals = {model: first[model].totals[metric] for model in models}
-        results = [
-            Result(model, totals[model], None, tuple(
-                Difference(other, totals[model] - totals[other])
-                for other in _others(model, models[0], reference)
-            ))
-            for model in models
-        ]
-        return Measure(**common, num_documents=0, chance=None, results=tuple(results))
-    documents = {model: _documents(rows[model], base, tasks, part.is_by_size) for model in models}
-    chances = replace(documents[models[0]], values=base["chance"].to_numpy(float))
+    if rows[base].empty:
+        totals = {model: tables[model][tasks[0]].totals[metric] for model in models}
+        return replace(found, results=_without_intervals(totals, reference))
+    documents = {
+        model: _documents(rows[model], rows[base], tasks, part.is_by_size) for model in models
+    }
     results = []
-    for model in models:
+    for model, own in documents.items():
         differences = []
-        for other in _others(model, models[0], reference):
-            less = documents[model].less(documents[other])
-            differences.append(
-                Difference(
-                    other, less.mean(), difference_interval(less, seed), sign_flip_p(less, seed)
-                )
-            )
-        own = documents[model]
+        for other in _others(model, base, reference):
+            less = own.less(documents[other])
+            p = sign_flip_p(less, seed)
+            differences.append(Difference(other, less.mean(), difference_interval(less, seed), p))
         results.append(Result(model, own.mean(), interval(own, seed), tuple(differences)))
-    has_chance = not np.isnan(chances.values).any()
-    return Measure(
-        **common,
-        num_documents=len(base),
-        chance=chances.mean() if has_chance else None,
-        results=tuple(results),
+    chances = replace(documents[base], values=rows[base]["chance"].to_numpy(float))
+    is_known = not np.isnan(chances.values).any()
+    return replace(found, chance=chances.mean() if is_known else None, results=tuple(results))
+
+
+def _without_intervals(totals: Mapping[str, float], reference: str | None) -> tuple[Result, ...]:
+    """Of what is no mean over documents, such as a perplexity: the numbers alone."""
+    base = next(iter(totals))
+    return tuple(
+        Result(
+            model,
+            value,
+            None,
+            tuple(
+                Difference(other, value - totals[other])
+                for other in _others(model, base, reference)
+            ),
+        )
+        for model, value in totals.items()
     )
 
 
@@ -261,7 +266,7 @@ def _documents(
 
 
 def corrected(measures: Sequence[Measure]) -> list[Measure]:
-    """The measures, with the p-values of all differences in the table corrected for their number."""
+    """The measures, with the p-values of all differences in the table corrected together."""
     p_values = [
         one.p
         for measure in measures

@@ -103,7 +103,9 @@ def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{str(path)!r} must be readable UTF-8 text, but is not: {error}") from error
+        raise DataError(
+            f"{str(path)!r} must be readable UTF-8 text, but is not: {error}"
+        ) from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -150,13 +150,14 @@ def sample_answers(
     for step, (number, chosen) in enumerate(batches, start=1):
         missing = [index for index in chosen if (keys[index], number) not in file.found]
         if missing:
-            texts = _generate([prompts[index] for index in chosen], loaded, options, [
-                seed, number, *(keys[index] for index in chosen)
-            ])
+            texts = _generate(
+                [prompts[index] for index in chosen],
+                loaded,
+                options,
+                [seed, number, *(keys[index] for index in chosen)],
+            )
             by_index = dict(zip(chosen, texts, strict=True))
-            file.add([
-                _checked(problems[index], number, *by_index[index]) for index in missing
-            ])
+            file.add([_checked(problems[index], number, *by_index[index]) for index in missing])
         on_step(step, None)
 
 

@@ -88,7 +88,9 @@ def subjects_of(model: ModelOptions, compared: ComparedOptions) -> list[Subject]
 
 def _names(sources: Sequence[str]) -> list[str]:
     """As many of the last parts of each path as tell all apart, and them from the base model."""
-    parts = [[part for part in Path(one).parts if part not in ("/", ".")] or [one] for one in sources]
+    parts = [
+        [part for part in Path(one).parts if part not in ("/", ".")] or [one] for one in sources
+    ]
     for length in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(one[-length:]) for one in parts]
         if len({*names, BASE}) == len(names) + 1:

@@ -110,9 +110,7 @@ def _pieces(
     return tuple((one, list(one)) for one in usable)
 
 
-def _probes(
-    loaded: Loaded, tokens: Sequence[tuple[list[int], list[int]]]
-) -> dict[str, list[int]]:
+def _probes(loaded: Loaded, tokens: Sequence[tuple[list[int], list[int]]]) -> dict[str, list[int]]:
     """Some of the examples as text, and what the base model's tokenizer makes of it."""
     texts = [loaded.tokenizer.decode(ids) for ids, _ in tokens[:20]]
     return {one: loaded.tokenizer.encode(one, add_special_tokens=False) for one in texts}
@@ -140,9 +138,7 @@ def measured_losses(
         batch_size: Examples at once.
         on_step: Called after each batch.
     """
-    found = example_losses(
-        loaded.model, examples.tokens, batch_size=batch_size, on_step=on_step
-    )
+    found = example_losses(loaded.model, examples.tokens, batch_size=batch_size, on_step=on_step)
     rows = pd.DataFrame(
         {
             "task": examples.name,

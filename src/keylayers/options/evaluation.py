@@ -108,7 +108,9 @@ class LossOptions:
     def __post_init__(self) -> None:
         check_at_least("forgetting_examples", self.forgetting_examples, 2)
         self.data_options(self.data or "")  # its own checks
-        unused = {"format", "max_examples", "held_out", "split_seed"} if self.data is None else set()
+        unused = (
+            {"format", "max_examples", "held_out", "split_seed"} if self.data is None else set()
+        )
         if self.forgetting_data is None:
             unused |= {"forgetting_examples"}
             unused |= {"data_split", "max_length"} if self.data is None else set()
@@ -134,7 +136,7 @@ class LossOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ProblemOptions:
-    """Problems that have an answer, solved by sampling.
+    r"""Problems that have an answer, solved by sampling.
 
     Attributes:
         problems: Sets of problems: gsm8k, math-500, aime, files (jsonl, json, csv, parquet) with
@@ -147,7 +149,7 @@ class ProblemOptions:
         top_p: Sample from the likeliest tokens that have this share of the probability together.
         max_new_tokens: Longest answer in tokens.
         ask: What follows each problem, to say how to answer. Not given: to reason step by step and
-            to put the answer into \\boxed{}.
+            to put the answer into \boxed{}.
     """
 
     problems: tuple[str, ...] = ()

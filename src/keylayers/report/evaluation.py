@@ -12,7 +12,7 @@ from rich.text import Text
 
 from keylayers.evaluation.measures import Difference, Measure, Result
 from keylayers.evaluation.record import Evaluation
-from keylayers.evaluation.statistics import Interval
+from keylayers.evaluation.statistics import LEVEL, Interval
 
 FEW_DOCUMENTS = 30
 MANY_DIFFERENCES = 5
@@ -184,17 +184,19 @@ def reading(found: Evaluation) -> list[str]:
 
 
 def _of_chance(shown: Sequence[Measure]) -> list[str]:
-    """The tasks on which no model is better than guessing."""
-    lost = [
-        measure.task
-        for measure in shown
-        if measure.chance is not None
-        and all(chance_words(measure, result) for result in measure.results)
-    ]
-    if not lost:
-        return []
-    names = ", ".join(dict.fromkeys(lost))
-    return [f"no model is above chance, so there is nothing to compare: {names}"]
+    """Where no model is better than guessing, and how often one would seem to be."""
+    guessed = [one for one in shown if one.chance is not None]
+    lost = [one for one in guessed if all(chance_words(one, result) for result in one.results)]
+    lines = []
+    if lost:
+        names = ", ".join(dict.fromkeys(one.task for one in lost))
+        lines.append(f"no model is above chance, so there is nothing to compare: {names}")
+    if len(lost) < len(guessed) >= MANY_DIFFERENCES:
+        lines.append(
+            f"a model is above chance on {len(guessed) - len(lost)} of {len(guessed)} measures; "
+            f"one that guesses would be on {(1 - LEVEL) / 2 * len(guessed):.1f} of them"
+        )
+    return lines
 
 
 def _of_many(differences: Sequence[Difference]) -> list[str]:

@@ -18,7 +18,7 @@ from keylayers.folders import output_folder, unfinished
 from keylayers.options.evaluation import EvalOptions
 from keylayers.progress import Progress, Silent
 from keylayers.records import RECORD, environment, json_sha256, num_launched
-from keylayers.runs.eval_jobs import Job, Plan, need_libraries, planned
+from keylayers.runs.eval_jobs import Plan, need_libraries, planned
 
 LIBRARIES = ("lm_eval", "math-verify", "scipy", "numpy")
 # What decides which examples are held out, as far as records of trained models hold it.
@@ -53,7 +53,9 @@ def evaluate(
         store = Store(output, under_way)
         run = _Run(options, output, store, progress)
         for loaded in each_model(
-            subjects_of(options.model, options.compared), options.model, options.losses.chat_template
+            subjects_of(options.model, options.compared),
+            options.model,
+            options.losses.chat_template,
         ):
             run.measure(loaded)
         found = run.evaluation()
@@ -106,7 +108,9 @@ class _Run:
             )
             self.notes += _notes(name, kept)
         if num_kept:
-            of = "all" if num_kept == len(self.plan.jobs) else f"{num_kept} of {len(self.plan.jobs)}"
+            of = (
+                "all" if num_kept == len(self.plan.jobs) else f"{num_kept} of {len(self.plan.jobs)}"
+            )
             self.progress.note(f"{name}: {of} measured before")
         self.models[name] = {"kind": loaded.subject.kind, **loaded.record}
 

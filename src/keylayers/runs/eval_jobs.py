@@ -9,12 +9,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from keylayers.errors import ConfigError
 from keylayers.evaluation.documents import Measured
 from keylayers.evaluation.measures import Part
-from keylayers.evaluation.pass_at_k import counts_up_to
 from keylayers.evaluation.problems import ProblemSet, load_problems
 from keylayers.evaluation.subjects import Loaded
 from keylayers.evaluation.texts import (
@@ -33,10 +32,14 @@ if TYPE_CHECKING:
 MANY_TASKS = 10  # a group of more is shown without its tasks, which the record holds
 
 
+@runtime_checkable
 class Job(Protocol):
     """One thing to measure on every model."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Different from that of all other jobs."""
+        ...
 
     def inputs_sha256(self, loaded: Loaded) -> str:
         """The hash of what decides the result, but for the weights."""
@@ -190,7 +193,8 @@ def need_libraries(options: EvalOptions) -> None:
         if is_wanted and find_spec(library) is None:
             option = "tasks" if library == "lm_eval" else "problems"
             raise ConfigError(
-                f"`{option}` need {library}, which is not installed; `pip install 'keylayers[eval]'`"
+                f"`{option}` need {library}, which is not installed; "
+                f"`pip install 'keylayers[eval]'`"
             )
 
 
