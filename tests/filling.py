@@ -68,7 +68,7 @@ def main():
     code, most = most_used(disk, words)
     assert code == 0, log.read_text()
     shutil.copytree(disk, folder / "whole")
-    subprocess.run(["umount", disk], check=True)
+    subprocess.run(["umount", "--lazy", disk], check=True)
     told = []
     for number, share in enumerate(map(float, shares.split(",")), 1):
         mount(disk, max(1, int(share * most / PAGE)) * PAGE)
@@ -79,7 +79,7 @@ def main():
         mount(disk, ROOM, "remount")
         second = ended(begin(disk, words, log))
         shutil.copytree(disk, folder / str(number))
-        subprocess.run(["umount", disk], check=True)
+        subprocess.run(["umount", "--lazy", disk], check=True)
         told.append({"share": share, "codes": [first, second], "printed": printed})
     sys.stdout.write(json.dumps({"bytes": most, "runs": told}) + "\n")
 

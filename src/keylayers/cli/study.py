@@ -77,6 +77,8 @@ def study(
         device_tflops: Of the estimates (--dry-run): what a device sustains, in 1e12 floating-point
             operations a second. Not given: 100, about a third of an A100's peak in bfloat16.
     """
+    from rich.text import Text
+
     from keylayers.cli.config import read_yaml
     from keylayers.cli.console import stdout
     from keylayers.study.files import plan_files, shared_cells
@@ -102,15 +104,16 @@ def study(
     from keylayers.records import write_json
 
     with output_folder(output), one_at_a_time(output):
+        crew = _workers(workers, ray_address) if num_finished < len(cells) else None
         for one in planned:
             with output_folder(one.folder):
                 write_json(one.folder / "study.json", study_record(one.study, one.cells))
-        if num_finished < len(cells):
+        if crew is not None:
             with _Display(output, cells) as display:
-                states = run_cells(output, cells, _workers(workers, ray_address), display.show)
+                states = run_cells(output, cells, crew, display.show)
         for one in planned:
             if len(planned) > 1:
-                console.rule(one.name, align="left")
+                console.rule(Text(one.name), align="left")
             _show_results(output, one, states)
     num_missing = sum(states[cell.name].status != "finished" for cell in cells)
     if num_missing:
@@ -123,11 +126,10 @@ def study(
 def _check(cells: "Sequence[Cell]") -> None:
     """Parse the commands before any is run; those that take over a ranking's options need it."""
     from keylayers.cli import app as commands
+    from keylayers.study.distinct import distinct_commands
 
-    for cell in cells:
-        for words in cell.commands:
-            if "--ranking" not in words:
-                commands.parse_args(words, print_error=False, exit_on_error=False)
+    for words in distinct_commands(cells):
+        commands.parse_args(words, print_error=False, exit_on_error=False)
 
 
 def _workers(num_workers: int | None, ray_address: str | None) -> "Workers":

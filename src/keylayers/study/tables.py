@@ -22,6 +22,7 @@ from keylayers.study.summary import (
     shown_in,
     summary,
 )
+from keylayers.study.yaml_file import visible
 
 STATUSES: tuple[Status, ...] = ("finished", "running", "waiting", "failed", "skipped")
 
@@ -38,13 +39,13 @@ def progress_table(
         of_kind = Counter(states[cell.name].status for cell in cells if cell.kind == kind)
         counts.add_row(kind, *(str(of_kind[status]) for status in STATUSES))
     running = [cell for cell in cells if states[cell.name].status == "running"]
-    lines = (Text(f"{cell.name}: {last_line(cell)}", style="dim") for cell in running)
+    lines = (Text(f"{cell.name}: {visible(last_line(cell))}", style="dim") for cell in running)
     return Group(counts, *lines)
 
 
 def outcome_line(cell: Cell, state: CellState) -> str:
     """How a cell ended, in one line."""
-    why = f": {state.error}" if state.error else f" after {state.seconds:.0f} s"
+    why = f": {visible(state.error)}" if state.error else f" after {state.seconds:.0f} s"
     return f"{cell.name} ({serves_text(cell)}) {state.status}{why}"
 
 
@@ -59,7 +60,7 @@ def agreement_summary(table: pd.DataFrame, axes: Sequence[str]) -> Table:
     groups = [axis for axis in axes if axis != REPLICATE and means[axis].notna().any()]
     shown = Table(box=None, pad_edge=False, title="Agreement of rankings", title_justify="left")
     for group in ("differ in", *groups):
-        shown.add_column(group)
+        shown.add_column(Text(group))
     for name in ("best", "Jaccard", "lowest to highest", "chance", "tau-b", "pairs"):
         shown.add_column(name, justify="right")
     for row in means.to_dict("records"):
@@ -80,7 +81,7 @@ def _summary_table(table: pd.DataFrame, axes: Sequence[str], one: Shown) -> Tabl
     groups = groups_of(table, axes, one.measure)
     shown = Table(box=None, pad_edge=False, title=one.title, title_justify="left")
     for group in groups:
-        shown.add_column(group)
+        shown.add_column(Text(group))
     for name in ("mean", "95 % interval", "runs", one.reference):
         shown.add_column(name, justify="right")
     for row in summary(table, axes, one).to_dict("records"):

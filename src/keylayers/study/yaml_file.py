@@ -157,9 +157,9 @@ def _point(axis: str, one: Any) -> AxisPoint:
         label = options.pop("name", None)
         own = [str(options[axis])] if axis in options else []  # its own name says nothing more
         words = own + [f"{name} {value}" for name, value in options.items() if name != axis]
-        return AxisPoint(str(label) if label is not None else ", ".join(words), options)
-    label = Path(one).name if isinstance(one, str) and axis in PATHS else str(one)
-    return AxisPoint(label, {axis: one})
+        return AxisPoint(visible(", ".join(words) if label is None else label), options)
+    label = Path(one).name if isinstance(one, str) and axis in PATHS else one
+    return AxisPoint(visible(label), {axis: one})
 
 
 def _options(options: Mapping[Any, Any]) -> dict[str, Any]:
@@ -167,4 +167,9 @@ def _options(options: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _normal(name: Any) -> str:
-    return str(name).replace("-", "_")
+    return visible(name).replace("-", "_")
+
+
+def visible(text: Any) -> str:
+    """A text of somebody else without what a terminal would obey."""
+    return "".join(one if one.isprintable() else "\ufffd" for one in str(text))
