@@ -19,6 +19,7 @@ import yaml
 
 from outputs import contents
 from test_rank import keylayers
+from test_security import NAMES, SECRET, everything_below
 
 OPTIONS = {
     "batch_size": 4,
@@ -149,10 +150,11 @@ def done(tiny, tmp_path_factory):
 
 
 def run(place, path, output, *more):
-    """A study in a process of its own, with processes below it."""
+    """A study in a process of its own, with processes below it, and secrets in its environment."""
     words = ["study", str(path), "--output", output, *(more or ("--workers", "2"))]
     code = f"import sys; from keylayers.cli import main; sys.exit(main({words!r}))"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {**os.environ, **dict.fromkeys(NAMES, SECRET)}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     with (place / f"{output}.log").open("w") as log:
         command = [sys.executable, "-W", "ignore", "-c", code]
         return subprocess.Popen(command, cwd=place, env=environment, stdout=log, stderr=log)
@@ -219,13 +221,18 @@ def test_a_finished_study_runs_nothing_and_more_entries_run_only_what_is_new(don
 @pytest.mark.slow
 def test_a_study_that_is_killed_ends_as_one_that_was_not(done):
     place, path = done
-    for seconds in (9, 12):
+    for num_cells in (1, 5):  # at work on more than these
         process = run(place, path, "broken")
-        time.sleep(seconds)
+        while process.poll() is None and len(recorded(place / "broken")) < num_cells:
+            time.sleep(0.2)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
     assert run(place, path, "broken").wait() == 0
     assert finished(place / "broken", plan_of(path)) == finished(place / "whole", plan_of(path))
+
+
+def recorded(root):
+    return list(root.glob("cells/*/cell.json"))
 
 
 def finished(root, cells):
@@ -255,6 +262,7 @@ def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(tiny, tmp_path):
     assert sorted(lost["status"]) == ["failed", "skipped", "skipped"]
     assert lost[lost["status"] == "failed"]["error"].str.contains("absent.jsonl").all()
     assert set(table[table["data"] == "data.jsonl"]["status"]) == {"finished"}
+    assert secrets_in(tmp_path) == []
     (tmp_path / "absent.jsonl").write_bytes((tiny / "data.jsonl").read_bytes())
     assert run(tmp_path, path, "out").wait() == 0  # tried again
 
@@ -307,7 +315,11 @@ def test_ray_gives_the_same_listens_to_nobody_else_and_leaves_nothing_behind(don
         seen, addresses = watched(process, lambda: (place / "on-ray" / "cells").exists())
         maker = next(one for one in seen if "keylayers.study.cluster" in one.cmdline())
         folder = Path(maker.cmdline()[-1])
-        assert folder.is_dir()
+        token = next(one for one, name in seen.items() if name == "raylet").environ()[
+            "RAY_AUTH_TOKEN"
+        ]
+        assert list(folder.rglob("*.log"))
+        assert holding((SECRET, token), folder) == []
     finally:
         process.kill()
         process.wait()
@@ -322,6 +334,28 @@ def test_ray_gives_the_same_listens_to_nobody_else_and_leaves_nothing_behind(don
     assert run(place, path, "on-ray", "--ray-address", "local").wait() == 0
     cells = plan_of(path)
     assert finished(place / "on-ray", cells) == finished(place / "whole", cells)
+
+
+@pytest.mark.slow
+def test_no_key_or_token_is_in_anything_that_a_study_writes(done):
+    names = {path.name for path in everything_below(done[0])}
+    assert {"cell.json", "log.txt", "study.json", "results.csv", "report.html"} <= names
+    assert secrets_in(done[0]) == []
+    assert SECRET not in pd.read_parquet(done[0] / "whole" / "results.parquet").to_csv()
+
+
+def secrets_in(folder):
+    return holding((SECRET,), folder)
+
+
+def holding(texts, folder):
+    found = []
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # of a run that is at work
+            held = path.read_bytes() if path.is_file() else b""
+            if any(text.encode() in held for text in texts):
+                found.append(path)
+    return found
 
 
 def watched(process, is_enough):
