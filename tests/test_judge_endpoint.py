@@ -3,6 +3,7 @@
 
 import json
 import threading
+import time
 
 import pytest
 
@@ -228,6 +229,9 @@ BAD_OPTIONS = [
     ({"judge_url": "http://"}, "must be an address such as"),
     ({"judge_url": "http://host:port"}, "must be an address such as"),
     ({"judge_url": "http://a b"}, "must be an address such as"),
+    ({"judge_url": "http://a..b"}, "must be an address such as"),
+    ({"judge_url": "http://a\x1b[31m"}, "must be an address such as"),
+    ({"judge_url": "http://a/" + "b" * 3000}, "must be an address such as"),
     ({"judge_url": "https://me:" + KEY + "@host/v1"}, "must hold no user, password or query"),
     ({"judge_url": "https://host/v1?key=" + KEY}, "must hold no user, password or query"),
     ({"judge_model": " "}, "`judge_model` must be the judge's name"),
@@ -250,6 +254,15 @@ def test_options_out_of_range_are_one_line(given, line):
         EndpointOptions(**{"judge_url": "http://host", "judge_model": "m"} | given)
     assert line in str(caught.value)
     assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["256.256.256.256", "☃.invalid"])
+def test_an_address_that_the_client_refuses_is_one_line(host):
+    from keylayers.errors import ConfigError
+    from keylayers.evaluation.judge.client import JudgeClient
+
+    with pytest.raises(ConfigError, match=r"`judge_url` must be an address that can be used: Inva"):
+        JudgeClient(options(f"http://{host}"))
 
 
 def requests(count):
@@ -306,6 +319,29 @@ def test_requests_go_out_side_by_side(tmp_path):
     from keylayers.evaluation.judge.asking import ask_all as run
 
     assert run(Judge(), requests(8), tmp_path / "r.jsonl", 4, Notes()).num_new == 8
+
+
+def test_an_interrupted_run_keeps_what_was_under_way(tmp_path):
+    import os
+    import signal
+
+    from keylayers.evaluation.judge.asking import ask_all as run
+    from keylayers.evaluation.judge.client import Reply
+
+    class Judge:
+        def ask(self, prompt):
+            if prompt == "prompt 2":
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+            return Reply("[[1]]", "stop", 1, 1)
+
+    notes, path = Notes(), tmp_path / "r.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(Judge(), requests(50), path, 2, notes)
+    kept = [json.loads(line)["key"] for line in path.read_text().splitlines()]
+    assert "key 2" in kept
+    assert len(kept) < 10
+    assert notes.lines == ["waiting up to 20 s for replies under way, to keep them"]
 
 
 def test_an_endpoint_that_gives_up_leaves_what_it_said(tmp_path):

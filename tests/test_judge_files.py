@@ -82,6 +82,8 @@ BAD_QUESTIONS = [
     ('{"question_id": 1, "category": "a", "turns": "b"}', "but line 1 is not"),
     ('{"question_id": 1, "category": "a", "turns": ["\\ud800"]}', "but line 1 is not"),
     ('{"question_id": 1, "category": 3, "turns": ["b"]}', "but line 1 is not"),
+    ('{"question_id": 1, "category": "\\u001b[31m", "turns": ["b"]}', "but line 1 is not"),
+    ('{"question_id": "\\ud800", "category": "a", "turns": ["b"]}', "but line 1 is not"),
     (f"{json.dumps(QUESTION)}\n{json.dumps(QUESTION)}", "but 1 is there again in line 2"),
 ]
 

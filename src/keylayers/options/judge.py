@@ -16,6 +16,7 @@ JudgeMode = Literal["single", "pairwise"]
 LimitField = Literal["max_tokens", "max_completion_tokens"]
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+MAX_URL = 2000  # characters
 # As MT-Bench has them, from memory of FastChat's code; what is not named there is sampled at 0.7.
 CATEGORY_TEMPERATURES: Mapping[str, float] = {
     "writing": 0.7,
@@ -219,10 +220,11 @@ def _check_url(url: str) -> None:
     """Refuse what is no address, and secrets inside one; the message must not hold these."""
     try:
         parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        host = (parts.hostname or "").encode("idna")  # refuses parts that are empty or too long
+        is_address = parts.scheme in ("http", "https") and bool(host) and parts.port != 0
     except ValueError:  # a port that is no number, or brackets that do not close
         is_address = False
-    if not is_address or any(character.isspace() for character in url):
+    if not is_address or not url.isprintable() or " " in url or len(url) > MAX_URL:
         raise ConfigError(
             "`judge_url` must be an address such as https://api.openai.com/v1 or "
             "http://localhost:8000, got something else"

@@ -57,6 +57,7 @@ class JudgeClient:
 
     def __init__(self, options: EndpointOptions) -> None:
         try:
+            import httpx2  # the client's own
             import openai
         except ImportError as error:
             raise ConfigError(
@@ -71,13 +72,18 @@ class JudgeClient:
         http = openai.DefaultHttpxClient(
             follow_redirects=False, event_hooks={"response": [self._refuse_huge]}
         )
-        self._client = openai.OpenAI(
-            api_key=self._key or _NO_KEY,
-            base_url=options.base_url,
-            max_retries=options.judge_retries,
-            timeout=options.judge_timeout_seconds,
-            http_client=http,
-        )
+        try:
+            self._client = openai.OpenAI(
+                api_key=self._key or _NO_KEY,
+                base_url=options.base_url,
+                max_retries=options.judge_retries,
+                timeout=options.judge_timeout_seconds,
+                http_client=http,
+            )
+        except httpx2.InvalidURL as error:
+            raise ConfigError(
+                f"`judge_url` must be an address that can be used: {error}"
+            ) from error
 
     def __enter__(self) -> "JudgeClient":
         return self
@@ -156,6 +162,8 @@ class JudgeClient:
         text: Any = getattr(message, "content", None) or ""
         if not isinstance(text, str):
             raise Refused("the reply's content is no text")
+        if len(text) > MAX_REPLY_BYTES:  # of a reply that did not say how long it is
+            raise Refused(f"the reply has {len(text):,} characters")
         usage: Any = found.usage
         reason: Any = getattr(choices[0], "finish_reason", None)
         return Reply(

@@ -65,9 +65,9 @@ def generate_answers(
         if known.issuperset(keys):
             continue
         said = _Conversations(speaker, batch)
-        sampling = _sampling(temperature, settings.options.max_new_tokens, stops, speaker)
+        sampling = plain_sampling(temperature, settings.options.max_new_tokens, stops, speaker)
         for turn in range(max(len(one.turns) for one in batch)):
-            with _seeded(_seed(settings.options.answer_seed, batch, turn), speaker.model.device):
+            with seeded(_seed(settings.options.answer_seed, batch, turn), speaker.model.device):
                 said.continue_by_one_turn(turn, sampling)
         for index, key in enumerate(keys):
             if key not in known:
@@ -85,7 +85,7 @@ class _Conversations:
     def continue_by_one_turn(self, turn: int, sampling: GenerationConfig) -> None:
         asked = [index for index, one in enumerate(self._questions) if turn < len(one.turns)]
         prompts = [self._prompt(index, turn) for index in asked]
-        for index, reply in zip(asked, _replies(self._speaker, prompts, sampling), strict=True):
+        for index, reply in zip(asked, replies(self._speaker, prompts, sampling), strict=True):
             self._said[index].append(reply)
 
     def answer(self, index: int, key: str) -> Answer:
@@ -107,27 +107,36 @@ class _Conversations:
         return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def _replies(
+def replies(
     speaker: Speaker, prompts: Sequence[list[int]], sampling: GenerationConfig
 ) -> list[tuple[str, Ending, int]]:
     """Text, ending and number of tokens of the reply to each prompt.
 
     Where the model's longest sequence leaves less room than the limit, prompts are continued one by
     one, each as far as its own length allows.
+
+    Args:
+        speaker: Who replies.
+        prompts: In tokens.
+        sampling: How; from `plain_sampling`.
+
+    Raises:
+        ModelError: the model gives no probabilities to sample from.
+        ConfigError: the batch does not fit into memory.
     """
     longest = max_positions(speaker.model)
     limit = sampling.max_new_tokens
     room = [limit if longest is None else min(limit, longest - len(one)) for one in prompts]
     if min(room) == limit:
         return _continued(speaker, prompts, sampling)
-    replies: list[tuple[str, Ending, int]] = []
+    found: list[tuple[str, Ending, int]] = []
     for prompt, tokens in zip(prompts, room, strict=True):
         if tokens < 1:
-            replies.append(("", "no room", 0))
+            found.append(("", "no room", 0))
             continue
         shorter = GenerationConfig(**{**sampling.to_dict(), "max_new_tokens": tokens})
-        replies += _continued(speaker, [prompt], shorter)
-    return replies
+        found += _continued(speaker, [prompt], shorter)
+    return found
 
 
 @torch.inference_mode()
@@ -149,8 +158,7 @@ def _continued(
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"the answers of a batch must fit into memory, but {len(prompts)} of "
-            f"{sampling.max_new_tokens} tokens do not; lower `answer_batch_size` or "
-            f"`max_new_tokens`"
+            f"{sampling.max_new_tokens} tokens do not; lower the batch size or `max_new_tokens`"
         ) from error
     except RuntimeError as error:
         if "probability tensor" not in str(error):
@@ -172,11 +180,19 @@ def _reply(
     return text, "length" if end is None else "stop", len(said)
 
 
-def _sampling(
-    temperature: float, limit: int, stops: Sequence[int], speaker: Speaker
+def plain_sampling(
+    temperature: float, limit: int, stops: Sequence[int], speaker: Speaker, top_p: float = 1.0
 ) -> GenerationConfig:
-    """Plain sampling at a temperature, whatever the model's own file asks for beside it."""
-    drawn = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature > 0 else {}
+    """Sampling at a temperature, whatever the model's own file asks for beside it.
+
+    Args:
+        temperature: 0 for the likeliest token, always.
+        limit: Longest reply in tokens.
+        stops: Tokens that end it, from `stop_tokens`.
+        speaker: Who replies.
+        top_p: Draw from the likeliest tokens that have this share of the probability together.
+    """
+    drawn = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     return GenerationConfig(
         do_sample=temperature > 0,
         num_beams=1,
@@ -204,10 +220,10 @@ def stop_tokens(speaker: Speaker) -> list[int]:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Draw from a seed in the block, and leave the random state as it was."""
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type):
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         yield
 

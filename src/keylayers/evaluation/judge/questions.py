@@ -127,14 +127,15 @@ def _parse_questions(path: Path, content: bytes) -> list[Question]:
         name: Any = row.get("question_id")
         category: Any = row.get("category")
         turns: Any = row.get("turns")
-        if not _is_id(name) or not _are_texts([category]) or not _are_texts(turns):
+        is_category = isinstance(category, str) and category.isprintable() and category.strip()
+        if not _is_id(name) or not is_category or not _are_texts(turns):
             raise DataError(
                 f"every line of {str(path)!r} must be a question as FastChat writes it, with "
                 f"question_id, category and turns, but line {number} is not"
             )
         if str(name) in questions:
             raise DataError(
-                f"every question_id in {str(path)!r} must be there once, but {name} is there "
+                f"every question_id in {str(path)!r} must be there once, but {name!r} is there "
                 f"again in line {number}"
             )
         none = (None,) * len(turns)
@@ -179,7 +180,7 @@ def _rows(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _is_id(value: Any) -> bool:
-    is_text = isinstance(value, str) and bool(value.strip()) and _is_text(value)
+    is_text = isinstance(value, str) and value.isprintable() and bool(value.strip())
     return is_text or (isinstance(value, int) and not isinstance(value, bool))
 
 
