@@ -8,22 +8,27 @@ that are there.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import GenerationConfig
-
 from keylayers.errors import OutputError
 from keylayers.evaluation.answers import verdict
+from keylayers.evaluation.judge.answers import Ending
+from keylayers.evaluation.judge.generation import (
+    Speaker,
+    plain_sampling,
+    replies,
+    seeded,
+    stop_tokens,
+)
+from keylayers.evaluation.judge.lines import LineFile, read_lines
 from keylayers.evaluation.problems import Problem
 from keylayers.evaluation.subjects import Loaded
 from keylayers.options.evaluation import ProblemOptions
 from keylayers.progress import OnStep
-from keylayers.records import cannot_write, json_sha256
+from keylayers.records import json_sha256
 from keylayers.training.chat import render
 from keylayers.training.formats import Message
 
@@ -63,45 +68,29 @@ class SampleFile:
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self.path = path
-        self.found: dict[tuple[str, int], Sample] = {}
-        kept = self._read()
+        rows, num_damaged = read_lines(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("r+b" if path.exists() else "w+b") as file:
-                file.truncate(kept)  # a line that a killed run did not finish
-                if kept == 0:
-                    file.write(json.dumps(about, ensure_ascii=False).encode() + b"\n")
-        except OSError as error:
-            raise OutputError(cannot_write(path, error)) from error
-
-    def _read(self) -> int:
-        """Take in what is there; how many bytes of it are whole lines."""
-        if not self.path.is_file():
-            return 0
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        try:
-            for line in whole.splitlines()[1:]:
-                one = Sample(**json.loads(line))
-                self.found[one.problem, one.sample] = one
-        except (ValueError, TypeError, RecursionError) as error:
+            samples = [Sample(**row) for row in rows[1:]]
+        except TypeError:
+            num_damaged += 1
+        if num_damaged:
             raise OutputError(
-                f"{str(self.path)!r} must hold samples that `keylayers eval` wrote, but does not: "
-                f"{error}; move it away"
-            ) from error
-        return len(whole)
+                f"{str(path)!r} must hold samples that `keylayers eval` wrote, but {num_damaged} "
+                f"lines are something else; move it away"
+            )
+        self.found = {(one.problem, one.sample): one for one in samples}
+        if not rows:
+            self._write([about])
 
     def add(self, samples: Sequence[Sample]) -> None:
         """Write them, on disk before this returns."""
-        lines = [json.dumps(asdict(one), ensure_ascii=True) + "\n" for one in samples]
-        try:
-            with self.path.open("ab") as file:
-                file.write("".join(lines).encode())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise OutputError(cannot_write(self.path, error)) from error
+        self._write([asdict(one) for one in samples])
         self.found |= {(one.problem, one.sample): one for one in samples}
+
+    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
+        with LineFile(self.path) as file:
+            for row in rows:
+                file.add(row)
 
 
 def prompts_of(
@@ -176,69 +165,30 @@ def _batches(
             yield number, order[start : start + batch_size]
 
 
-def _checked(problem: Problem, number: int, text: str, num_tokens: int, is_cut: bool) -> Sample:
+def _checked(problem: Problem, number: int, text: str, ending: Ending, num_tokens: int) -> Sample:
     found = verdict(text, problem.answer)
     return Sample(
         problem=problem.sha256(),
         sample=number,
         text=text,
         num_tokens=num_tokens,
-        is_cut=is_cut,
+        is_cut=ending != "stop",
         **asdict(found),
     )
 
 
 def _generate(
-    prompts: Sequence[Sequence[int]], loaded: Loaded, options: ProblemOptions, key: list[Any]
-) -> list[tuple[str, int, bool]]:
-    """Text, number of tokens and whether it was cut, for each prompt."""
-    longest = max(len(one) for one in prompts)
-    room = options.max_new_tokens
-    if loaded.max_positions is not None:
-        room = min(room, loaded.max_positions - longest)
-    if room < 1:
-        return [("", 0, True)] * len(prompts)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    ids = torch.full((len(prompts), longest), int(tokenizer.pad_token_id))
-    mask = torch.zeros_like(ids)
-    for row, one in enumerate(prompts):  # padded on the left, so that all end where answers begin
-        ids[row, longest - len(one) :] = torch.tensor(one)
-        mask[row, longest - len(one) :] = 1
-    seed = int(hashlib.sha256(json.dumps(key).encode()).hexdigest()[:15], 16)
-    ends = _end_tokens(loaded)
-    devices = [] if model.device.type == "cpu" else [model.device]
-    with torch.no_grad(), torch.random.fork_rng(devices, device_type=model.device.type):
-        torch.manual_seed(seed)
-        out = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=_generation_config(options, room, ends, tokenizer.pad_token_id),
-        )
-    found = []
-    for row in out[:, longest:].tolist():
-        end = next((place for place, token in enumerate(row) if token in ends), None)
-        kept = row if end is None else row[:end]
-        text = tokenizer.decode(kept, skip_special_tokens=True)
-        found.append((text, len(kept), end is None))
-    return found
-
-
-def _end_tokens(loaded: Loaded) -> list[int]:
-    """Every token that ends an answer: the model's own, and the tokenizer's."""
-    own = loaded.model.generation_config.eos_token_id
-    tokens = own if isinstance(own, list) else [own]
-    return sorted({one for one in (*tokens, loaded.tokenizer.eos_token_id) if one is not None})
-
-
-def _generation_config(
-    options: ProblemOptions, room: int, ends: list[int], padding: int
-) -> GenerationConfig:
-    """Explicit: what a checkpoint says of its generation would fill what is left open."""
-    fixed: dict[str, Any] = {"max_new_tokens": room, "eos_token_id": ends, "pad_token_id": padding}
-    fixed |= {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-    temperature = options.resolved_temperature
-    if temperature == 0:
-        return GenerationConfig(do_sample=False, **fixed)
-    return GenerationConfig(
-        do_sample=True, temperature=temperature, top_p=options.top_p, top_k=0, **fixed
+    prompts: Sequence[list[int]], loaded: Loaded, options: ProblemOptions, key: list[Any]
+) -> list[tuple[str, Ending, int]]:
+    """Text, ending and number of tokens for each prompt."""
+    speaker = Speaker(loaded.model, loaded.tokenizer, loaded.template, loaded.sha256)
+    sampling = plain_sampling(
+        options.resolved_temperature,
+        options.max_new_tokens,
+        stop_tokens(speaker),
+        speaker,
+        options.top_p,
     )
+    digest = hashlib.sha256(json.dumps(key).encode()).digest()
+    with seeded(int.from_bytes(digest[:8], "big") >> 1, loaded.model.device):
+        return replies(speaker, prompts, sampling)
