@@ -18,17 +18,24 @@ if TYPE_CHECKING:
     from keylayers.compare import Agreement, agreement, chance_jaccard
     from keylayers.curve import MaskCurve, Recommendation
     from keylayers.errors import KeylayersError
+    from keylayers.evaluation.record import Evaluation
     from keylayers.export import export_selection
     from keylayers.mask.curve import mask_curve
     from keylayers.mean_rank import consensus
     from keylayers.memory import StepMemory
     from keylayers.options import (
+        BenchmarkOptions,
         BudgetOptions,
+        ComparedOptions,
         CurveOptions,
         DataOptions,
+        EvalOptions,
+        EvalRunOptions,
+        LossOptions,
         MaskOptions,
         ModelOptions,
         ObjectiveOptions,
+        ProblemOptions,
         PruneOptions,
         RankOptions,
         SelectionOptions,
@@ -40,6 +47,7 @@ if TYPE_CHECKING:
     )
     from keylayers.ranking import RankedModule, Ranking
     from keylayers.runs.callback import FreezeUnimportant
+    from keylayers.runs.eval import evaluate
     from keylayers.runs.prune import PrunedUpdate, prune
     from keylayers.runs.rank import rank, rank_modules
     from keylayers.runs.train import train
@@ -55,17 +63,24 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Agreement": "compare",
+    "BenchmarkOptions": "options",
     "BudgetOptions": "options",
+    "ComparedOptions": "options",
     "CurveOptions": "options",
     "DataOptions": "options",
+    "EvalOptions": "options",
+    "EvalRunOptions": "options",
+    "Evaluation": "evaluation.record",
     "Freeze": "selection",
     "FreezeUnimportant": "runs.callback",
     "KeylayersError": "errors",
+    "LossOptions": "options",
     "MaskCurve": "curve",
     "MaskOptions": "options",
     "ModelOptions": "options",
     "ObjectiveOptions": "options",
     "PrefixCache": "training.prefix_cache",
+    "ProblemOptions": "options",
     "PruneOptions": "options",
     "PrunedUpdate": "runs.prune",
     "RankOptions": "options",
@@ -87,6 +102,7 @@ _HOME = {
     "agreement": "compare",
     "chance_jaccard": "compare",
     "consensus": "mean_rank",
+    "evaluate": "runs.eval",
     "export_selection": "export",
     "mask_curve": "mask.curve",
     "measured_memory": "training.memory",
@@ -102,17 +118,24 @@ _HOME = {
 
 __all__ = [
     "Agreement",
+    "BenchmarkOptions",
     "BudgetOptions",
+    "ComparedOptions",
     "CurveOptions",
     "DataOptions",
+    "EvalOptions",
+    "EvalRunOptions",
+    "Evaluation",
     "Freeze",
     "FreezeUnimportant",
     "KeylayersError",
+    "LossOptions",
     "MaskCurve",
     "MaskOptions",
     "ModelOptions",
     "ObjectiveOptions",
     "PrefixCache",
+    "ProblemOptions",
     "PruneOptions",
     "PrunedUpdate",
     "RankOptions",
@@ -135,6 +158,7 @@ __all__ = [
     "agreement",
     "chance_jaccard",
     "consensus",
+    "evaluate",
     "export_selection",
     "mask_curve",
     "measured_memory",

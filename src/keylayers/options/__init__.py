@@ -26,6 +26,14 @@ from keylayers.options.commands import (
     TrainOptions,
     VerifyOptions,
 )
+from keylayers.options.evaluation import (
+    BenchmarkOptions,
+    ComparedOptions,
+    EvalOptions,
+    EvalRunOptions,
+    LossOptions,
+    ProblemOptions,
+)
 from keylayers.options.inputs import (
     DataOptions,
     ModelOptions,
@@ -48,14 +56,19 @@ from keylayers.options.training import (
 __all__ = [
     "LOSS_UNITS",
     "METHOD_OPTIONS",
+    "BenchmarkOptions",
     "BudgetOptions",
+    "ComparedOptions",
     "Control",
     "CurveOptions",
     "DataFormat",
     "DataOptions",
     "Dtype",
+    "EvalOptions",
+    "EvalRunOptions",
     "FreezeAction",
     "Granularity",
+    "LossOptions",
     "MaskData",
     "MaskOptimizer",
     "MaskOptions",
@@ -63,6 +76,7 @@ __all__ = [
     "ModelOptions",
     "Objective",
     "ObjectiveOptions",
+    "ProblemOptions",
     "PruneOptions",
     "RankOptions",
     "SelectionOptions",
