@@ -11,7 +11,7 @@ from test_scores import by_name, score
 
 
 def test_the_sizes_of_the_rounds_by_hand():
-    from keylayers.scores.elimination import round_sizes
+    from keylayers.options.passes import round_sizes
 
     assert round_sizes(56, 0.7) == [56, 39, 27, 19, 13, 9, 6, 4]
     assert round_sizes(56, 0.5) == [56, 28, 14, 7, 4]

@@ -144,7 +144,8 @@ def test_passes_are_counted():
 @pytest.mark.parametrize("method", NAMES)
 def test_progress_knows_how_many_steps_a_method_reports(method):
     from keylayers.options import METHOD_OPTIONS, MaskOptions
-    from keylayers.scores import METHODS, num_steps
+    from keylayers.options.passes import num_steps
+    from keylayers.scores import METHODS
     from keylayers.updates import adapter_updates
 
     fast = {name: value for name, value in FAST.items() if name in METHOD_OPTIONS[method]}

@@ -23,12 +23,13 @@ from keylayers.mask.reference import reference_of
 from keylayers.mask.trainer_data import prepared_for
 from keylayers.models import describe, load_tokenizer, max_positions
 from keylayers.options import LOSS_UNITS, MaskOptions, RankOptions, UpdateOptions
+from keylayers.options.passes import STOPS_BY_ITSELF, num_steps
 from keylayers.progress import OnStep, Progress, Silent
 from keylayers.ranking import RankedModule, Ranking
 from keylayers.records import environment
 from keylayers.runs.stage_1 import from_stage_1, stage_1_folder
 from keylayers.runs.update import RankJob, TunedModel, existing_update, load_base
-from keylayers.scores import STOPS_BY_ITSELF, num_steps, score_modules
+from keylayers.scores import score_modules
 from keylayers.sharding import shard_as_asked
 from keylayers.training.data import prepare
 from keylayers.training.objectives import prepared_examples

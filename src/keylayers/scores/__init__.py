@@ -14,13 +14,14 @@ from keylayers.mask.module_scores import ModuleScores
 from keylayers.mask.trainer_log import TrainerLog
 from keylayers.mask.trainer_loss import samples
 from keylayers.options import MaskOptions, Method
+from keylayers.options.passes import STOPS_BY_ITSELF
 from keylayers.progress import OnStep
 from keylayers.scores.adalora import adalora
 from keylayers.scores.aletheia import aletheia
 from keylayers.scores.block_influence import block_influence
 from keylayers.scores.cka import cka
 from keylayers.scores.depth import first, last, middle
-from keylayers.scores.elimination import elimination, round_sizes
+from keylayers.scores.elimination import elimination
 from keylayers.scores.eva import eva
 from keylayers.scores.fisher import fisher
 from keylayers.scores.gradient_norm import gradient_norm
@@ -63,15 +64,6 @@ METHODS: dict[Method, ScoreFunction] = {
     "random": random_order,
 }
 
-READS_BATCHES_ONCE: tuple[Method, ...] = (
-    "gradient-norm",
-    "fisher",
-    "aletheia",
-    "lora-drop",
-    "plop",
-    "block-influence",
-    "cka",
-)
 # For a trainer that samples its data: the gradient of its loss means something, its value does not,
 # and its batches hold no tokens to look at.
 FOR_SAMPLED_DATA: tuple[Method, ...] = (
@@ -90,7 +82,6 @@ FOR_SAMPLED_DATA: tuple[Method, ...] = (
     "middle",
     "random",
 )
-STOPS_BY_ITSELF: tuple[Method, ...] = ("ila", "price")  # `until_stable` ends their own loop
 
 
 def score_modules(
@@ -132,20 +123,3 @@ def score_modules(
         found = repeated(method, trainer, updates, options, on_step)
     log.modules(len(found.losses), dict(zip(found.module_names, found.scores, strict=True)))
     return found
-
-
-def num_steps(options: MaskOptions, num_gates: int) -> int | None:
-    """How many steps a method reports, for progress; None where that is not known beforehand."""
-    if options.method in STOPS_BY_ITSELF or options.method == "adalora":
-        return options.mask_steps
-    if options.until_stable is not None:
-        return None
-    if options.method == "elimination":
-        return options.mask_batches * len(round_sizes(num_gates, options.keep_fraction))
-    if options.method == "path":
-        return options.mask_batches * (options.path_points + 2)
-    if options.method == "leave-one-out":
-        return options.mask_batches * (num_gates + 1)
-    if options.method == "shapley":
-        return options.permutations * (num_gates + 1)
-    return options.mask_batches if options.method in READS_BATCHES_ONCE else None

@@ -36,10 +36,9 @@ from keylayers.mask.module_scores import ModuleScores
 from keylayers.mask.path_integral import shares_in_one_sweep
 from keylayers.mask.scoring import mean_and_error, scoring
 from keylayers.options import MaskOptions
+from keylayers.options.passes import round_sizes
 from keylayers.progress import OnStep
 from keylayers.updates import Update
-
-SMALLEST_ROUND = 4  # gates; fewer are not split again
 
 
 def elimination(
@@ -79,14 +78,6 @@ def elimination(
             standard_errors=variance.sqrt() if options.mask_batches > 1 else None,
             findings={"rounds": carried},
         )
-
-
-def round_sizes(num_gates: int, keep_fraction: float) -> list[int]:
-    """How many gates each round scores: all, then `keep_fraction` of the round before."""
-    sizes = [num_gates]
-    while sizes[-1] > SMALLEST_ROUND:
-        sizes.append(min(sizes[-1] - 1, max(1, round(keep_fraction * sizes[-1]))))
-    return sizes
 
 
 def _best(scores: torch.Tensor, is_open: torch.Tensor, size: int) -> torch.Tensor:

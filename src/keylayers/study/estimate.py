@@ -23,6 +23,7 @@ from keylayers.options import (
     StabilityOptions,
     TrainingOptions,
 )
+from keylayers.options.passes import STOPS_BY_ITSELF, num_steps
 from keylayers.study.estimate_memory import step_bytes
 from keylayers.study.plan import Cell
 from keylayers.study.sizes import (
@@ -61,7 +62,7 @@ def estimate(cell: Cell) -> Estimate:
     """What a cell will cost, from its options and from what is known of its model and data."""
     options = cell.options
     if cell.kind == "evaluation":
-        return Estimate(None, None, "what evaluations take")
+        return Estimate(None, None, "how long evaluations take")
     model, data = str(options["model"]), str(options["data"])
     shape, size = model_shape(model), data_size(data)
     if shape is None or size is None:
@@ -162,8 +163,6 @@ class _Job:
         return (count if is_share else count / self.shape.num_modules), float("inf")
 
     def _scoring(self) -> float:
-        from keylayers.scores import STOPS_BY_ITSELF, num_steps
-
         asked = replace(self.mask, until_stable=None)
         num_passes = num_steps(asked, self.shape.num_modules)
         if num_passes is None:

@@ -18,6 +18,9 @@ from keylayers.study.tables import serves_text
 TERA = 1e12
 DEVICE_TFLOPS = 100.0  # about a third of an A100's peak in bfloat16
 MINUTE, HOUR = 60, 3600
+EVALUATIONS = (
+    "Evaluations come on top: what they take depends on their tasks, whose data are not listed."
+)
 
 Estimates = Mapping[str, Estimate]
 States = Mapping[str, CellState]
@@ -55,6 +58,8 @@ def print_plan(
         console.print(_download_table(sources))
         console.print()
     console.print(assumptions(tflops), highlight=False)
+    if any(cell.kind == "evaluation" for cell in cells):
+        console.print(EVALUATIONS, highlight=False)
 
 
 def assumptions(tflops: float) -> str:
