@@ -15,8 +15,8 @@ from typing import Any
 
 from keylayers.errors import OutputError
 from keylayers.evaluation.answers import verdict
-from keylayers.evaluation.judge.answers import Ending
-from keylayers.evaluation.judge.generation import (
+from keylayers.evaluation.generation import (
+    Ending,
     Speaker,
     plain_sampling,
     replies,

@@ -17,11 +17,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from keylayers.evaluation.generation import Speaker
 from keylayers.evaluation.judge.answers import Answer, AnswerSettings, kept_answers
 from keylayers.evaluation.judge.asking import Asked, ask_all, kept_replies
 from keylayers.evaluation.judge.client import JudgeClient, Reply
+from keylayers.evaluation.judge.conversations import generate_answers
 from keylayers.evaluation.judge.cost import Estimate, estimate
-from keylayers.evaluation.judge.generation import Speaker, generate_answers
 from keylayers.evaluation.judge.lines import LineFile
 from keylayers.evaluation.judge.models import JudgedModel, OpenModels, find_models
 from keylayers.evaluation.judge.questions import QuestionSet, read_questions

@@ -10,14 +10,13 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from keylayers.evaluation.generation import Ending
 from keylayers.evaluation.judge.lines import read_lines
 from keylayers.evaluation.judge.questions import Question
 from keylayers.options.judge import AnswerOptions, JudgedOptions
 from keylayers.records import json_sha256
-
-Ending = Literal["stop", "length", "no room"]
 
 
 @dataclass(frozen=True)
