@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much memory a step or pass holds, foreseen from a model's shape. Needs no torch.
 
-The parts are those of `keylayers.memory`. What a block keeps, and what a step works with beside it,
-were measured by `benchmarks/memory_budget.py` on Llama blocks and are taken to grow with the widths
-of the model; `tests/test_estimate.py` holds the sums against its record.
+The parts are those of `keylayers.memory`. What a block keeps and what the loss works with was
+measured by `benchmarks/memory_budget.py` on Llama blocks, and is taken to grow with the widths of
+the model; `tests/test_estimate.py` holds the sums against its record and a step of another shape.
 """
 
 from keylayers.options import ModelOptions, TrainingOptions
@@ -17,8 +17,10 @@ KEPT_HIDDEN, KEPT_INNER = 8.5, 4.0
 # In half precision nearly as many bytes as in float32: LoRA's inputs stay float32.
 KEPT_IN_HALF = 0.9
 KEPT_FROZEN = 0.75  # of that, if no module of the block is trained
-WORKING_BLOCKS, WORKING_BLOCKS_IN_HALF = 3.5, 2.0  # what a step works with, in blocks kept
-LOGITS = 7.2  # float32 copies of the logits that the loss works with
+# The loss works through the vocabulary in chunks of so many tokens (trl, without Triton): a buffer
+# of a chunk, and so many float32 copies of the logits in it.
+CHUNK = 32_768
+LOGITS = 7.2
 ADAPTER_COPIES, FULL_COPIES = 4, 3  # (the matrices,) their gradient and AdamW's two moments
 
 
@@ -42,17 +44,14 @@ def step_bytes(
     precision = FLOAT if is_float else HALF
     kept_numbers = KEPT_HIDDEN * shape.hidden_size + KEPT_INNER * shape.intermediate_size
     block = num_tokens * FLOAT * kept_numbers * (1 if is_float else KEPT_IN_HALF)
-    working = (WORKING_BLOCKS if is_float else WORKING_BLOCKS_IN_HALF) * block
+    working = num_tokens * (precision * CHUNK + LOGITS * FLOAT * min(shape.vocabulary, CHUNK))
     if tuning.gradient_checkpointing:
         inputs = shape.num_blocks * num_tokens * precision * shape.hidden_size
         kept = inputs + block
-        working -= block  # the block that is computed anew is counted once
+        working = max(0.0, working - block)  # the loss is done when a block is computed anew
     else:
         kept = shape.num_blocks * block * (KEPT_FROZEN + (1 - KEPT_FROZEN) * share)
-    logits = LOGITS * FLOAT * num_tokens * shape.vocabulary
-    return (
-        _weights(shape, model, precision) + _state(shape, tuning, share) + kept + working + logits
-    )
+    return _weights(shape, model, precision) + _state(shape, tuning, share) + kept + working
 
 
 def _weights(shape: ModelShape, model: ModelOptions, precision: int) -> float:

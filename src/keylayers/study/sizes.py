@@ -47,18 +47,18 @@ class ModelShape:
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """Projection -> inputs and outputs of its matrix."""
+        """Name in a block -> inputs and outputs of the matrix."""
         heads = self.num_heads * self.head_size
         keys = self.num_key_value_heads * self.head_size
         width, inner = self.hidden_size, self.intermediate_size
         return {
-            "q_proj": (width, heads),
-            "k_proj": (width, keys),
-            "v_proj": (width, keys),
-            "o_proj": (heads, width),
-            "gate_proj": (width, inner),
-            "up_proj": (width, inner),
-            "down_proj": (inner, width),
+            "self_attn.q_proj": (width, heads),
+            "self_attn.k_proj": (width, keys),
+            "self_attn.v_proj": (width, keys),
+            "self_attn.o_proj": (heads, width),
+            "mlp.gate_proj": (width, inner),
+            "mlp.up_proj": (width, inner),
+            "mlp.down_proj": (inner, width),
         }
 
     @property
@@ -85,7 +85,9 @@ class ModelShape:
     def ranking(self, options: Mapping[str, Any]) -> Ranking:
         """Its modules in the form in which `keylayers.costs` prices them, without scores."""
         modules = tuple(
-            RankedModule(f"model.layers.{block}.{name}", block, name, rows * columns, None)
+            RankedModule(
+                f"model.layers.{block}.{name}", block, name.partition(".")[2], rows * columns, None
+            )
             for block in range(self.num_blocks)
             for name, (rows, columns) in self.matrices.items()
         )
