@@ -110,6 +110,17 @@ def test_a_planted_difference_is_shown_and_noise_is_not():
     assert not found["differences"]["noise"]["all"]["is_shown"]
 
 
+def test_many_differences_are_corrected_for_their_number():
+    draw = random.Random(2)
+    labels = ["base", *(f"same {i}" for i in range(20))]
+    found = single(asked(30), labels, lambda one: f"[[{draw.randint(3, 8)}]]")
+    for parts in (("all", "turn 1", "turn 2"), ("category math", "category writing")):
+        family = [of_one[part] for of_one in found["differences"].values() for part in parts]
+        least = min(family, key=lambda one: one["p_value"])
+        assert least["corrected_p_value"] == min(1, least["p_value"] * len(family))
+        assert not any(one["is_shown"] for one in family)
+
+
 def test_what_was_not_read_is_counted_and_is_in_no_mean():
     def say(request):
         if (request.question_id, request.turn) == (0, 2):

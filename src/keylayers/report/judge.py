@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a judge said of some models, and what asking it costs, in the terminal. Needs no torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 WHOLE = "all"
+MODELS_ACROSS = 5
 _CATEGORY = "category "
 
 
@@ -64,16 +65,28 @@ def judgement_report(record: Mapping[str, Any]) -> RenderableType:
     if record["mode"] == "single":
         parts += [
             _titled("Mean rating, 1 to 10 [95 % interval over questions]", rating_table(results)),
-            _titled("Mean rating by category", category_table(results)),
+            *(
+                _titled("Mean rating by category", category_table(results, labels))
+                for labels in _side_by_side(results["models"])
+            ),
         ]
         if results["differences"]:
             title = f"Difference to {results['beside']}, on the questions that both have"
             parts.append(_titled(title, difference_table(results)))
     else:
-        title = f"Beside {results['beside']}: wins and losses are those in both orders"
+        title = (
+            f"Beside {results['beside']}: wins and losses are those in both orders; a tie is half "
+            f"a win in the share won"
+        )
         parts += [
             _titled(title, outcome_table(results)),
-            _titled("Wins, ties and losses by category", category_outcome_table(results)),
+            *(
+                _titled(
+                    "Wins, ties and losses by category", category_outcome_table(results, labels)
+                )
+                for labels in _side_by_side(results["pairs"])
+            ),
+            _titled("Do the two orders agree?", order_table(results)),
         ]
     spaced = [one for part in parts for one in (part, Text())]
     return Group(*spaced, Text("\n".join(notes(record))))
@@ -97,15 +110,15 @@ def rating_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def category_table(results: Mapping[str, Any]) -> Table:
+def category_table(results: Mapping[str, Any], labels: Sequence[str]) -> Table:
     """Categories down, models across."""
     table = _table()
     table.add_column("category")
-    for label in results["models"]:
+    for label in labels:
         table.add_column(Text(label), justify="right", no_wrap=True)
     for part in _parts(results):
         if part.startswith(_CATEGORY):
-            ratings = [model["ratings"][part] for model in results["models"].values()]
+            ratings = [results["models"][label]["ratings"][part] for label in labels]
             name = part.removeprefix(_CATEGORY)
             table.add_row(Text(name), *(_mean(one) for one in ratings))
     return table
@@ -164,20 +177,40 @@ def outcome_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def category_outcome_table(results: Mapping[str, Any]) -> Table:
+def category_outcome_table(results: Mapping[str, Any], labels: Sequence[str]) -> Table:
     """Categories down, models across; wins, ties and losses in each cell."""
     table = _table()
     table.add_column("category")
-    pairs = results["pairs"].values()
-    for label in results["pairs"]:
+    pairs = [results["pairs"][label] for label in labels]
+    for label in labels:
         table.add_column(Text(label), justify="right", no_wrap=True)
-    for part in next(iter(pairs))["outcomes"]:
+    for part in pairs[0]["outcomes"]:
         if part.startswith(_CATEGORY):
             cells = [pair["outcomes"][part] for pair in pairs]
             table.add_row(
                 Text(part.removeprefix(_CATEGORY)),
                 *(f"{one['wins']}  {one['ties']}  {one['losses']}" for one in cells),
             )
+    return table
+
+
+def order_table(results: Mapping[str, Any]) -> Table:
+    """How often the two orders disagree, and whether the judge then likes what it sees first."""
+    table = _table()
+    table.add_column("model")
+    titles = ("compared", "disagree", "first shown won both", "second shown won both")
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    for label, pair in results["pairs"].items():
+        num_read = pair["num_comparisons"] - pair["num_unread"] - pair["num_without_reply"]
+        share = f" ({100 * pair['num_disagreeing'] / num_read:.0f} %)" if num_read else ""
+        table.add_row(
+            Text(label),
+            f"{num_read:,} of {pair['num_comparisons']:,}",
+            f"{pair['num_disagreeing']:,}{share}",
+            f"{pair['num_first_shown_twice']:,}",
+            f"{pair['num_second_shown_twice']:,}",
+        )
     return table
 
 
@@ -201,7 +234,6 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         f"judged by {judge['model']} at {judge['url']}: {judge['num_replies']:,} replies, "
         f"{judge['num_new_replies']:,} of them new; {counted}{price}",
         *_of_unread(record),
-        *_of_orders(record),
         *_of_answers(record),
     ]
 
@@ -229,26 +261,6 @@ def _of_unread(record: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _of_orders(record: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for label, pair in record["results"].get("pairs", {}).items():
-        num_read = pair["num_comparisons"] - pair["num_unread"] - pair["num_without_reply"]
-        if num_read < pair["num_comparisons"]:
-            lines.append(
-                f"{label}: {num_read:,} of {pair['num_comparisons']:,} comparisons count, for the "
-                f"others a verdict is missing"
-            )
-        if num_read:
-            share = 100 * pair["num_disagreeing"] / num_read
-            lines.append(
-                f"{label}: the two orders disagree in {pair['num_disagreeing']:,} of {num_read:,} "
-                f"comparisons ({share:.0f} %), which are ties; what was shown first won both times "
-                f"in {pair['num_first_shown_twice']:,}, what was shown second in "
-                f"{pair['num_second_shown_twice']:,}"
-            )
-    return lines
-
-
 def _of_answers(record: Mapping[str, Any]) -> list[str]:
     limit, lines = record["options"]["max_new_tokens"], []
     for model in record["models"]:
@@ -265,6 +277,12 @@ def _of_answers(record: Mapping[str, Any]) -> list[str]:
                 f"model no room"
             )
     return lines
+
+
+def _side_by_side(models: Collection[str]) -> list[list[str]]:
+    """The models in groups that a line has room for."""
+    labels = list(models)
+    return [labels[i : i + MODELS_ACROSS] for i in range(0, len(labels), MODELS_ACROSS)]
 
 
 def _to_ask(cost: Mapping[str, Any]) -> int:

@@ -5,7 +5,7 @@ A question is the unit: intervals are bootstraps over questions, and models are 
 ones. The value of a question is the mean over its turns, and only questions count of which every
 turn could be read; a reply that could not be read, or is missing, is in no mean and is counted. A
 difference is shown only if its interval leaves out 0 and so does a test that flips the signs of the
-questions' differences (evaluation/statistics.py).
+questions' differences, corrected for the number of differences (evaluation/statistics.py).
 
 In pairs a win counts only if both orders agree; orders that disagree are a tie (Zheng et al. 2023,
 arXiv 2306.05685).
@@ -20,10 +20,11 @@ from keylayers.evaluation.judge.client import Reply
 from keylayers.evaluation.judge.questions import Question, QuestionSet
 from keylayers.evaluation.judge.requests import JudgeRequest
 from keylayers.evaluation.judge.verdicts import read_rating, read_verdict
-from keylayers.evaluation.statistics import Documents, difference_interval, sign_flip_p
+from keylayers.evaluation.statistics import Documents, difference_interval, holm, sign_flip_p
 
 SIGNIFICANCE = 0.05
 WHOLE = "all"  # the part that is all turns of all questions
+CATEGORY = "category "  # begins the name of a part that is one
 
 # Value of a model's answer to a turn of a question; None where it is not known.
 Values = Mapping[tuple[str, int | str, int], float | None]
@@ -69,6 +70,7 @@ def single_results(
         }
         for label in labels[1:]
     }
+    _mark_shown(list(differences.values()))
     return {"models": models, "beside": labels[0], "differences": differences}
 
 
@@ -88,10 +90,11 @@ def pairwise_results(
     """
     shown = {(one.models, one.question_id, one.turn): replies.get(one.key) for one in requests}
     first = labels[0]
-    return {
-        "beside": first,
-        "pairs": {label: _pair(asked, first, label, shown) for label in labels[1:]},
-    }
+    pairs = {label: _pair(asked, first, label, shown) for label in labels[1:]}
+    _mark_shown(
+        [{name: one["gain"] for name, one in pair["outcomes"].items()} for pair in pairs.values()]
+    )
+    return {"beside": first, "pairs": pairs}
 
 
 def _pair(
@@ -168,7 +171,7 @@ def _parts(asked: QuestionSet) -> list[Part]:
     return [
         (WHOLE, every),
         *((f"turn {turn}", only(turn)) for turn in turns),
-        *((f"category {category}", within(category)) for category in asked.categories),
+        *((f"{CATEGORY}{category}", within(category)) for category in asked.categories),
     ]
 
 
@@ -205,17 +208,28 @@ def _mean(values: Mapping[int | str, float]) -> dict[str, Any]:
 def _difference(
     values: Mapping[int | str, float], others: Mapping[int | str, float]
 ) -> dict[str, Any]:
-    """The mean difference on the questions that both have, and whether it is shown."""
+    """The mean difference on the questions that both have, and how likely it is by chance."""
     pairs = {name: value - others[name] for name, value in values.items() if name in others}
-    found = _mean(pairs)
     p_value = sign_flip_p(_documents(list(pairs.values()))) if pairs else None
-    is_shown = (
-        p_value is not None
-        and p_value < SIGNIFICANCE
-        and found["low"] is not None
-        and not found["low"] <= 0 <= found["high"]
-    )
-    return found | {"p_value": p_value, "is_shown": is_shown}
+    return _mean(pairs) | {"p_value": p_value}
+
+
+def _mark_shown(by_model: Sequence[dict[str, dict[str, Any]]]) -> None:
+    """Say of each difference whether it is shown, by p-values corrected for their number.
+
+    Those of whole turns stand in one table and are corrected together, and so are those of
+    categories, which are in the record alone.
+    """
+    cells = [(name, one) for parts in by_model for name, one in parts.items()]
+    for is_category in (False, True):
+        family = [one for name, one in cells if name.startswith(CATEGORY) == is_category]
+        known = [one for one in family if one["p_value"] is not None]
+        for one in family:
+            one["corrected_p_value"], one["is_shown"] = None, False
+        for one, p_value in zip(known, holm([one["p_value"] for one in known]), strict=True):
+            one["corrected_p_value"] = p_value
+            is_beyond = one["low"] is not None and not one["low"] <= 0 <= one["high"]
+            one["is_shown"] = is_beyond and p_value < SIGNIFICANCE
 
 
 def _documents(values: Sequence[float]) -> Documents:
