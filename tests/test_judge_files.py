@@ -2,8 +2,11 @@
 """Questions, prompts, verdicts and files of lines."""
 
 import json
+from dataclasses import asdict
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 QUESTION = {"question_id": 1, "category": "math", "turns": ["One and one?", "And one more?"]}
 REFERENCE = {"question_id": 1, "choices": [{"turns": ["Two.", "Three."]}]}
@@ -286,6 +289,46 @@ def test_lines_are_whole_whatever_was_there_before(tmp_path):
         file.add({"text": "last"})
     assert read_lines(path) == ([*rows, {"text": "last"}], 3)
     assert b"half a li" not in path.read_bytes()
+
+
+ANSWER = {
+    "key": "k",
+    "model_sha256": "m",
+    "question_id": 1,
+    "turns": ["a"],
+    "endings": ["stop"],
+    "num_tokens": [1],
+}
+REPLY = {
+    "key": "k",
+    "text": "[[7]]",
+    "finish_reason": "stop",
+    "prompt_tokens": 1,
+    "completion_tokens": None,
+}
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just("\ud800"),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@pytest.mark.parametrize("row", [ANSWER, REPLY], ids=["answers", "replies"])
+@given(data=st.data())
+def test_damaged_files_of_answers_and_replies_are_counted(tmp_path_factory, row, data):
+    from keylayers.evaluation.judge.answers import kept_answers
+    from keylayers.evaluation.judge.asking import kept_replies
+
+    changed = data.draw(st.sampled_from(sorted(row)))
+    path = tmp_path_factory.mktemp("damaged") / "file.jsonl"
+    lines(path, row | {changed: data.draw(values)})
+    found, num_damaged = kept_answers(path, "m") if row is ANSWER else kept_replies(path)
+    assert len(found) + num_damaged <= 1
+    for one in found.values():
+        assert json.dumps(asdict(one), ensure_ascii=False).encode()
+    lines(path, row)
+    found, num_damaged = kept_answers(path, "m") if row is ANSWER else kept_replies(path)
+    assert (len(found), num_damaged) == (1, 0)
 
 
 def test_a_long_line_that_was_not_finished_is_cut_off(tmp_path):

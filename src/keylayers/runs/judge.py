@@ -137,8 +137,12 @@ class _Job:
         """Question -> answer of a model that is there already, and the number of damaged lines."""
         found, num_damaged = kept_answers(self.answers_file(model), model.sha256)
         settings = self.settings(model)
-        keys = {one.question_id: settings.key(one) for one in self.asked.questions}
-        return {name: found[key] for name, key in keys.items() if key in found}, num_damaged
+        kept = {}
+        for one in self.asked.questions:
+            answer = found.get(settings.key(one))
+            if answer is not None and len(answer.turns) == len(one.turns):
+                kept[one.question_id] = answer
+        return kept, num_damaged
 
     def requests(self, answers: Mapping[str, Mapping[int | str, Answer]]) -> list[JudgeRequest]:
         """All requests, for answers that are there or still to be given."""

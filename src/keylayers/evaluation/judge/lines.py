@@ -36,6 +36,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     for line in content.split(b"\n")[:-1]:
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # fails for half a character
         except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict):
