@@ -49,8 +49,7 @@ def ranking(data):
 def verification(data):
     """What is accepted can be written again."""
     FILE.write_bytes(data)
-    found = Verification.load(FILE)
-    json.dumps(found.to_json(), allow_nan=False)
+    Verification.load(FILE).save(FILE)
 
 
 def as_yaml(data):

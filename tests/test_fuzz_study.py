@@ -5,13 +5,15 @@ import contextlib
 import json
 import re
 import struct
+import time
+from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from damage import LARGE, cases, changed, damaged_text, run
+from damage import LARGE, LONGEST_SECONDS, cases, changed, damaged_text, run
 from test_fuzz_inputs import YAML
 
 pytestmark = pytest.mark.filterwarnings(LARGE)
@@ -26,7 +28,7 @@ STUDY = {
     "compare": [0.3],
 }
 NAME = re.compile(r"(stage-1|ranking|training)-[0-9a-f]{12}")
-FOUND = []  # of each accepted file, how many cells
+OUT = Path("out")
 
 
 def bomb(where):
@@ -46,32 +48,49 @@ study_files = st.one_of(
 )
 
 
-def test_a_damaged_study_file_is_one_line_or_a_plan(tmp_path_factory, monkeypatch):
+def test_a_damaged_study_file_is_refused_or_a_plan():
+    from keylayers.errors import ConfigError
     from keylayers.study.files import plan_files
     from keylayers.yaml_values import yaml_value
 
-    folder = tmp_path_factory.mktemp("study")
-    monkeypatch.chdir(folder)
-    path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump(STUDY))
-    with contextlib.suppress(AssertionError):  # the first call imports torch, which takes its time
-        run("study", "study.yaml", "--dry-run", "--output", "out")
+    found = []  # of each accepted file, how many cells
 
-    @cases(400)
+    @cases(1000)
     @given(study_files)
     def check(content):
-        path.write_bytes(content)
-        if run("study", "study.yaml", "--dry-run", "--output", "out") == 0:
-            value = yaml_value(path.read_text(encoding="utf-8"), "it")
-            (planned,) = plan_files({path: value}, folder / "out")
-            for cell in planned.cells:
-                assert NAME.fullmatch(cell.name)
-                assert json.dumps(cell.commands, allow_nan=False)
-            FOUND.append(len(planned.cells))
+        start = time.process_time()
+        try:
+            value = yaml_value(content.decode("utf-8", "replace"), "it")
+            (planned,) = plan_files({Path("s.yaml"): value if isinstance(value, dict) else {}}, OUT)
+        except ConfigError:
+            return
+        finally:
+            assert time.process_time() - start < LONGEST_SECONDS
+        for cell in planned.cells:
+            assert NAME.fullmatch(cell.name)
+            assert json.dumps(cell.commands, allow_nan=False)
+        found.append(len(planned.cells))
+
+    check()
+    assert max(found) > 1  # some were sound
+
+
+def test_a_damaged_study_file_is_one_line_or_shown(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("study")
+    monkeypatch.chdir(folder)
+    words = ("study", "study.yaml", "--dry-run", "--output", "out")
+    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    with contextlib.suppress(AssertionError):  # the first call imports, which takes its time
+        run(*words)
+
+    @cases(100)
+    @given(study_files)
+    def check(content):
+        (folder / "study.yaml").write_bytes(content)
+        run(*words)
         assert [one.name for one in folder.iterdir()] == ["study.yaml"]
 
     check()
-    assert max(FOUND) > 1  # some were sound
 
 
 # What a YAML file holds -> what is said.

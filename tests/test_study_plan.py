@@ -74,6 +74,10 @@ REFUSED = [
     ({"grid": {"method": ["elimination", "ilaa"]}}, "ilaa.*--method.*Did you mean"),
     ({"options": {"model": "m", "data": "d", "lora_rank": 0}}, "`lora_rank` must be at least 1"),
     ({"grid": {"budget": [{"budget": 0.3, "freeze": 0.2}]}}, "exactly one of `budget`"),
+    (
+        {"grid": {"budget": [{"freeze": "much"}]}},
+        "must be of the kinds that `keylayers train` takes",
+    ),
 ]
 
 

@@ -272,7 +272,14 @@ def _selection(options: Mapping[str, Any]) -> SelectionOptions | None:
         return None
     if "budget" in asked:
         asked["budget"] = str(asked["budget"])
-    return SelectionOptions(**({"ranking": "."} | asked if "rank_first" not in asked else asked))
+    ranked = {} if "rank_first" in asked else {"ranking": "."}
+    try:
+        return SelectionOptions(**ranked | asked)
+    except TypeError as error:
+        raise ConfigError(
+            f"a budget and what goes with it must be of the kinds that `keylayers train` takes, "
+            f"got {asked}"
+        ) from error
 
 
 def _check_known(options: Mapping[str, Any]) -> None:
