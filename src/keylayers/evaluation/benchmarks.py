@@ -244,11 +244,13 @@ def run_benchmark(
             fewshot_as_multiturn=options.apply_chat_template,
             confirm_run_unsafe_code=options.run_generated_code,
         )
-    totals = {
+    all_totals = {
         metric_name(*key.split(",", 1)): float(value)
         for key, value in found["results"][name].items()
         if "," in key and "_stderr," not in key and isinstance(value, Real)
     }
+    totals = {metric: value for metric, value in all_totals.items() if math.isfinite(value)}
+    left_out = [f"{one} is not finite, and left out" for one in all_totals if one not in totals]
     rows = pd.DataFrame(
         [row for sample in found["samples"][name] for row in _rows(name, task, sample)],
         columns=["task", "metric", "document", "document_sha256", "value", "size", "chance"],
@@ -264,7 +266,7 @@ def run_benchmark(
         facts={
             "num_fewshot": task.get_config("num_fewshot"),
             "num_cut_prompts": warnings.num_cut,
-            "warnings": warnings.others,
+            "warnings": [*warnings.others, *left_out],
             "version": str(task.VERSION),
         },
     )
@@ -280,8 +282,8 @@ def _seed(task: Any, seed: int) -> None:
 
 def _rows(name: str, task: Any, sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for metric in sample["metrics"]:
-        if not isinstance(sample[metric], Real):
-            continue  # parts of a figure that is no mean over documents
+        if not isinstance(sample[metric], Real) or not math.isfinite(sample[metric]):
+            continue  # a part of what is no mean over documents
         yield {
             "task": name,
             "metric": metric_name(metric, sample["filter"]),

@@ -22,6 +22,7 @@ from keylayers.evaluation.statistics import (
 )
 
 ALPHA = 0.05
+WHERE = ["task", "document", "document_sha256"]
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def _measure(
     reference: str | None,
     seed: int,
 ) -> Measure | None:
-    """None for the mean over a group of what is no mean over documents."""
+    """None where a model has no number, or a group would average what is no mean over documents."""
     base, *_ = models = list(tables)
     rows = {
         model: pd.concat(
@@ -206,11 +207,12 @@ def _measure(
         depth=part.depth,
         is_in_table=part.in_table is None or metric in part.in_table,
     )
-    if rows[base].empty and part.is_group:
-        return None
-    if rows[base].empty:
-        totals = {model: tables[model][tasks[0]].totals[metric] for model in models}
-        return replace(found, results=_without_intervals(totals, reference))
+    if rows[base].empty or not _are_of_the_same_documents(rows):
+        totals = {model: tables[model][tasks[0]].totals.get(metric) for model in models}
+        known = {model: value for model, value in totals.items() if value is not None}
+        if part.is_group or len(known) < len(models):
+            return None
+        return replace(found, num_documents=0, results=_without_intervals(known, reference))
     documents = {
         model: _documents(rows[model], rows[base], tasks, part.is_by_size) for model in models
     }
@@ -251,13 +253,17 @@ def _others(model: str, base: str, reference: str | None) -> list[str]:
     return [base] if reference in (None, model) else [base, str(reference)]
 
 
+def _are_of_the_same_documents(rows: Mapping[str, pd.DataFrame]) -> bool:
+    """Whether every model has a value for the same documents; a task may leave some out."""
+    first, *others = (set(map(tuple, one[WHERE].to_numpy())) for one in rows.values())
+    return all(one == first for one in others)
+
+
 def _documents(
     rows: pd.DataFrame, base: pd.DataFrame, tasks: Sequence[str], is_by_size: bool
 ) -> Documents:
-    """The rows of a model in the order of the base model's, which they must be the same as."""
-    where = ["task", "document", "document_sha256"]
-    rows = base[where].merge(rows, on=where, how="left", validate="one_to_one")
-    assert not rows["value"].isna().any(), "models were measured on other documents"
+    """The rows of a model, in the order of the base model's."""
+    rows = base[WHERE].merge(rows, on=WHERE, how="left", validate="one_to_one")
     strata = rows["task"].map({task: number for number, task in enumerate(tasks)}).to_numpy(int)
     counts = np.bincount(strata, minlength=len(tasks))
     weights = counts / counts.sum() if is_by_size else np.full(len(tasks), 1 / len(tasks))

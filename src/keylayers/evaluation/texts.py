@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What losses are measured on: a fine-tune's held-out examples, and text that it may forget."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from keylayers.errors import DataError, ModelError
+from keylayers.errors import DataError, LossError, ModelError
 from keylayers.evaluation.documents import Measured
 from keylayers.evaluation.loss import example_losses
 from keylayers.evaluation.subjects import Loaded
@@ -22,6 +23,7 @@ from keylayers.training.reading import read_conversations
 GAIN, FORGETTING = "held-out data", "forgetting"
 METRIC = "loss"
 MIN_TOKENS = 2  # the first is predicted by nothing
+MAX_TOKEN_CHARACTERS = 16  # more than a token has on average; bounds what is read of a large file
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def _forgetting(options: LossOptions, loaded: Loaded) -> Examples:
     if source.lower().endswith(".txt"):
         tokens = _pieces(Path(source), loaded, length, options.forgetting_examples)
     else:
-        format, converted = read_conversations(options.data_options(source))
+        # `format` is that of the fine-tune's data, not of this.
+        format, converted = read_conversations(replace(options.data_options(source), format=None))
         chosen = list({one.digest(): one for one in converted.conversations}.values())
         template = None
         if format != "text":
@@ -99,7 +102,8 @@ def _pieces(
 ) -> tuple[tuple[list[int], list[int]], ...]:
     """A plain text as pieces of so many tokens, each read from its own first token on."""
     try:
-        text = path.expanduser().read_text(encoding="utf-8")
+        with path.expanduser().open(encoding="utf-8") as file:
+            text = file.read(at_most * length * MAX_TOKEN_CHARACTERS)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"`forgetting_data` must be a readable text in UTF-8, but {str(path)!r} is not: {error}"
@@ -139,6 +143,11 @@ def measured_losses(
         on_step: Called after each batch.
     """
     found = example_losses(loaded.model, examples.tokens, batch_size=batch_size, on_step=on_step)
+    if not all(math.isfinite(nats) for nats, _ in found):
+        raise LossError(
+            f"the loss must be a finite number, but {loaded.subject.source!r} gives NaN or "
+            f"infinity on {examples.name}; its weights are damaged, or `dtype` is too narrow for them"
+        )
     rows = pd.DataFrame(
         {
             "task": examples.name,

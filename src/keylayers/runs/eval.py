@@ -2,7 +2,6 @@
 """Evaluate a base model, adapters and checkpoints side by side, from options to files."""
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -103,9 +102,7 @@ class _Run:
                 num_kept += 1
             found[job.name] = kept
             self.names[key] = name
-            self.pairs.append(
-                {"pair": key, "model": name, "inputs_sha256": inputs, **_finite(kept.about())}
-            )
+            self.pairs.append({"pair": key, "model": name, "inputs_sha256": inputs, **kept.about()})
             self.notes += _notes(name, kept)
         if num_kept:
             of = (
@@ -150,20 +147,16 @@ class _Run:
         record = Path(loaded.subject.source) / RECORD
         if own is None or loaded.subject.kind == "base" or not record.is_file():
             return
-        made = json.loads(record.read_text(encoding="utf-8"))
-        trained = made.get("data") or made.get("options", {})
+        try:
+            made = json.loads(record.read_text(encoding="utf-8"))
+            trained = made.get("data") or made["options"]
+        except (OSError, ValueError, LookupError, AttributeError):
+            return  # nothing is known of its training
         if any(name in trained and trained[name] != own[name] for name in OF_SPLIT):
             self.notes.append(
                 f"{loaded.subject.name} was trained on other data or another split of it: its "
                 f"training may have seen examples that count as held out here"
             )
-
-
-def _finite(about: dict[str, Any]) -> dict[str, Any]:
-    """For JSON, which has no NaN and no infinity."""
-    totals = about["totals"].items()
-    finite = {metric: value if math.isfinite(value) else None for metric, value in totals}
-    return {**about, "totals": finite}
 
 
 def _versions() -> dict[str, str]:

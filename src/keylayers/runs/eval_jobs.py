@@ -245,6 +245,12 @@ def planned(options: EvalOptions, loaded: Loaded, folder: Path) -> Plan:
             jobs.append(ProblemJob(problems, options, folder))
             parts.append(Part(problems.name, (problems.name,), in_table=in_table))
             notes.append(problems.note)
+    names = [one.name for one in jobs]
+    if twice := [name for index, name in enumerate(names) if name in names[:index]]:
+        raise ConfigError(
+            f"tasks and sets of problems must have different names, but two are {twice[0]!r}; "
+            f"rename one file, or measure them one after the other"
+        )
     return Plan(tuple(jobs), tuple(parts), tuple(notes))
 
 
