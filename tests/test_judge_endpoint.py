@@ -4,6 +4,7 @@
 import json
 import threading
 import time
+import traceback
 
 import pytest
 
@@ -189,6 +190,27 @@ def test_a_reply_without_words_is_an_empty_reply(content):
 def test_a_key_that_is_said_back_is_not_passed_on():
     with endpoint(("text", "Your key is KEY. [[7]]")) as script:
         assert ask(script).text == "Your key is [key]. [[7]]"
+
+
+KEY_SAID_BACK = [
+    ("status", 401, "x" * 280 + "KEY"),  # where the line is cut
+    ("status", 418, "'KEY' \\"),
+    ("redirect", f"https://example.com/{KEY}"),
+    ("raw", "not json " + KEY),
+]
+
+
+@pytest.mark.parametrize("step", KEY_SAID_BACK, ids=lambda one: str(one)[:40])
+@pytest.mark.parametrize("key", [KEY, 'sk-it\'s\\"quoted"'])
+def test_no_part_of_a_key_is_in_a_line_or_a_traceback(monkeypatch, step, key):
+    from keylayers.errors import JudgeError
+
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with endpoint(step) as script, pytest.raises(JudgeError) as caught:
+        ask(script)
+    said = "".join(traceback.format_exception(caught.value))
+    assert key[:9] not in said
+    assert repr(key)[1:9] not in said
 
 
 def test_half_characters_become_whole_ones():

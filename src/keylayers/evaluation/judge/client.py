@@ -123,16 +123,17 @@ class JudgeClient:
             ) from error
         except openai.APIConnectionError as error:
             raise JudgeError(
-                self._line(f"cannot be reached: {_cause(error)}; start it, or mend `judge_url`")
-            ) from error
-        except openai.APIStatusError as error:
-            raise self._status_error(error) from error
-        except (openai.OpenAIError, ValueError) as error:  # JSON that is none is a ValueError
-            raise JudgeError(
                 self._line(
-                    f"answered with what cannot be read: {' '.join(str(error).split())[:200]}"
+                    f"cannot be reached: {self._without_key(_cause(error))}; start it, or mend "
+                    f"`judge_url`"
                 )
             ) from error
+        # From None: what these hold is the endpoint's, and `--traceback` would show it as it is.
+        except openai.APIStatusError as error:
+            raise self._status_error(error) from None
+        except (openai.OpenAIError, ValueError) as error:  # JSON that is none is a ValueError
+            reason = self._without_key(" ".join(str(error).split()))[:200]
+            raise JudgeError(self._line(f"answered with what cannot be read: {reason}")) from None
         return self._reply(found)
 
     def why_unreachable(self) -> str | None:
@@ -167,8 +168,8 @@ class JudgeClient:
         usage: Any = found.usage
         reason: Any = getattr(choices[0], "finish_reason", None)
         return Reply(
-            text=self._without_key(text.encode("utf-8", "replace").decode()),
-            finish_reason=reason if isinstance(reason, str) else None,
+            text=self._clean(text),
+            finish_reason=self._clean(reason)[:100] if isinstance(reason, str) else None,
             prompt_tokens=_count(usage, "prompt_tokens"),
             completion_tokens=_count(usage, "completion_tokens"),
         )
@@ -187,7 +188,7 @@ class JudgeClient:
     def _status_error(self, error: "openai.APIStatusError") -> Exception:
         status, said = error.status_code, self._said(error)
         if status in _OF_ONE_PROMPT:
-            return Refused(self._without_key(f"HTTP {status}: {said}"))
+            return Refused(f"HTTP {status}: {said}")
         variable = self._options.judge_key_variable
         has_key = f"the key in {variable}" if self._key else f"no key, for {variable} is not set"
         told = {
@@ -199,13 +200,12 @@ class JudgeClient:
             f"up (HTTP 429: {said}); lower `judge_requests_at_once`, or wait",
         }
         if 300 <= status < 400:
-            place = error.response.headers.get("location", "")
+            place = self._without_key(error.response.headers.get("location", ""))
             told[status] = f"is at another address, {place!r} (HTTP {status}); give that one"
         return JudgeError(self._line(told.get(status, f"answered HTTP {status}: {said}")))
 
     def _line(self, what: str) -> str:
-        name = self._options.base_url
-        return self._without_key(f"the judge at {name} must answer chats, but {what}")
+        return f"the judge at {self._options.base_url} must answer chats, but {what}"
 
     def _said(self, error: "openai.APIStatusError") -> str:
         """The endpoint's own words, in one line and not many of them."""
@@ -214,10 +214,15 @@ class JudgeClient:
             body = body.get("message") or body.get("detail") or body.get("error") or body
         if not body:
             body = error.response.text
-        text = " ".join(str(body).split())
+        # Before it is cut or quoted, for a part of the key is not found afterwards.
+        text = self._without_key(" ".join(str(body).split()))
         if text.lstrip().startswith("<"):
             return "a web page"
         return repr(text[:300]) if text else "no reason given"
+
+    def _clean(self, text: str) -> str:
+        """Whole characters, for JSON can hold halves of them, and no key."""
+        return self._without_key(text.encode("utf-8", "replace").decode())
 
     def _without_key(self, text: str) -> str:
         """Endpoints may say the key back; nothing of it may be shown or written."""
