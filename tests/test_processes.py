@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes give what one gives, to float tolerance: DDP with gloo, as on any CPU.
+"""Two processes give what one gives, to float tolerance: gloo on a CPU under each wrapper.
 
 A batch of two in each of two processes is a batch of four in one. Batches of the last, shorter kind
 are avoided: there launchers repeat examples.
@@ -9,12 +9,15 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from outputs import contents
 from test_objectives import file_for
 from test_rank import keylayers
 
@@ -42,7 +45,9 @@ COMMANDS = {
         *("rank", "--data", "{pairs}", "--objective", "dpo", *SMALL, "--held-out", 4),
         *("--max-steps", 4, "--mask-batches", 1),
     ),
+    "update-norm": ("rank", *DATA, *RANK, "--method", "update-norm"),
     "full": ("rank", *DATA, *RANK, "--update", "full", "--mask-batches", 2),
+    "dora": ("rank", *DATA, *RANK, "--update", "dora", "--mask-batches", 2),
     "train": (
         *("train", "--ranking", "{ranking}", "--budget", 0.3, "--controls", "random"),
         *("--gradient-accumulation", 2),
@@ -59,22 +64,54 @@ COMMANDS = {
 
 
 def commands(tiny, preferences, root, batch_size):
-    """The commands with their files, which write below `root`."""
+    """Name -> the command with its files, which writes below `root`."""
     files = {"{data}": tiny / "data.jsonl", "{pairs}": file_for(preferences, "dpo")}
     files["{ranking}"] = root / "elimination"
     shared = ("--model", tiny / "model", "--batch-size", batch_size)
-    return [
-        [str(files.get(word, word)) for word in (*words, *shared, "--output", root / name)]
+    return {
+        name: [str(files.get(word, word)) for word in (*words, *shared, "--output", root / name)]
         for name, words in COMMANDS.items()
-    ]
+    }
 
 
-def launch(folder, commands):
+# Wrapper -> what `accelerate launch` puts into the environment for it.
+WRAPPERS = {
+    "ddp": {},
+    "fsdp2": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    },
+    "zero2": {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+        "ACCELERATE_GRADIENT_CLIPPING": "1.0",
+        "DS_ACCELERATOR": "cpu",
+    },
+}
+SPREAD = ("elimination", "update-norm", "dpo", "full", "train", "train-full")
+RUN_UNDER = {
+    "ddp": tuple(COMMANDS),
+    "fsdp2": (*SPREAD, "dora", "rank-first"),
+    "zero2": SPREAD,
+}
+NEEDS_DEEPSPEED = "DeepSpeed is not installed: `DS_BUILD_OPS=0 pip install deepspeed` (docs)"
+
+
+def launch(folder, commands, wrapper="ddp", **environment):
     """Run the commands in two processes; their exit codes and what both printed."""
     words = folder / "commands.json"
     words.write_text(json.dumps(commands))
     script = Path(__file__).with_name("launched.py")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        **WRAPPERS[wrapper],
+        **environment,
+    }
     launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [*launcher, "--nproc-per-node", "2", script, words],
@@ -90,15 +127,34 @@ def launch(folder, commands):
 
 
 @pytest.fixture(scope="module")
-def both(tiny, preferences, tmp_path_factory):
-    """The results of one process and of two, and what the two printed."""
-    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    asked = commands(tiny, preferences, two, 2)
-    codes, out, err = launch(two, asked)
-    assert codes == {"0": [0] * len(asked), "1": [0] * len(asked)}, err[-3000:]
-    for command in commands(tiny, preferences, one, 4):
+def one(tiny, preferences, tmp_path_factory):
+    """The results of one process."""
+    root = tmp_path_factory.mktemp("one")
+    for command in commands(tiny, preferences, root, 4).values():
         assert keylayers(*command) == 0
-    return one, two, out, err
+    return root
+
+
+@pytest.fixture(scope="module", params=list(WRAPPERS))
+def two(request, tiny, preferences, tmp_path_factory):
+    """The results of two processes, what they printed, and what spread their work."""
+    wrapper = request.param
+    if wrapper == "zero2" and find_spec("deepspeed") is None:
+        pytest.skip(NEEDS_DEEPSPEED)
+    root = tmp_path_factory.mktemp(wrapper)
+    asked = commands(tiny, preferences, root, 2)
+    asked = [asked[name] for name in RUN_UNDER[wrapper]]
+    codes, out, err = launch(root, asked, wrapper)
+    assert codes == {"0": [0] * len(asked), "1": [0] * len(asked)}, err[-3000:]
+    return root, out, err, wrapper
+
+
+def results(two, name):
+    """Where two processes have the result of a command; skipped where it is not run."""
+    root, _, _, wrapper = two
+    if name not in RUN_UNDER[wrapper]:
+        pytest.skip(f"{name} is run under DDP alone")
+    return root / name
 
 
 def scores(folder):
@@ -111,37 +167,39 @@ def close(first, second, tolerance):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*METHODS, "dpo", "full"])
-def test_the_ranking_of_two_processes_is_that_of_one(both, name):
-    one, two, *_ = both
-    assert close(scores(one / name), scores(two / name), 1e-4)
-    records = [json.loads((root / name / "ranking.json").read_text()) for root in (one, two)]
+@pytest.mark.parametrize("name", [*METHODS, "update-norm", "dpo", "full", "dora"])
+def test_the_ranking_of_two_processes_is_that_of_one(one, two, name):
+    found = results(two, name)
+    assert close(scores(one / name), scores(found), 1e-4)
+    records = [json.loads((root / "ranking.json").read_text()) for root in (one / name, found)]
     for part in ("held_out_loss_nats", "stage_1"):
         first, second = (record["provenance"][part] for record in records)
         if part == "stage_1":
+            assert first["step_scores"] == pytest.approx(second["step_scores"], rel=1e-3, abs=1e-6)
             first, second = (dict(enumerate(each["losses"])) for each in (first, second))
         assert first == pytest.approx(second, rel=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LOOKS_INSIDE)
-def test_a_method_that_looks_inside_sees_every_batch_in_every_process(both, name):
-    """So its batches are smaller than those of one process with batches of four, and as many."""
-    one, two, *_ = both
-    record = json.loads((two / name / "ranking.json").read_text())["provenance"]
-    assert (
-        record["mask"]["num_forward"]
-        == json.loads((one / name / "ranking.json").read_text())["provenance"]["mask"][
-            "num_forward"
-        ]
-    )
+def test_a_method_that_looks_inside_sees_every_batch_in_every_process(
+    tiny, one, two, tmp_path, name
+):
+    """So it gives what one process gives with the batch of one of them, not of both."""
+    found = results(two, name)
+    adapter = ("--adapter", found / "adapter", "--method", name, "--mask-batches", 2)
+    inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--held-out", 8)
+    output = ("--batch-size", 2, "--output", tmp_path / "small")
+    assert keylayers("rank", *inputs, *adapter, *output) == 0
+    assert close(scores(tmp_path / "small"), scores(found), 1e-4)
+    assert not close(scores(one / name), scores(found), 1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["train", "rank-first", "train-full"])
-def test_so_is_what_is_trained(both, name):
-    one, two, *_ = both
-    records = [json.loads((root / name / "keylayers.json").read_text()) for root in (one, two)]
+def test_so_is_what_is_trained(one, two, name):
+    found = results(two, name)
+    records = [json.loads((root / "keylayers.json").read_text()) for root in (one / name, found)]
     assert records[0]["selection"]["modules"] == records[1]["selection"]["modules"]
     assert records[0].get("frozen", {}).get("modules") == (
         records[1].get("frozen", {}).get("modules")
@@ -150,20 +208,39 @@ def test_so_is_what_is_trained(both, name):
         assert first["label"] == second["label"]
         assert first["held_out_loss_nats"] == pytest.approx(second["held_out_loss_nats"], rel=1e-4)
     weights = "model.safetensors" if name == "train-full" else "adapter_model.safetensors"
-    first, second = (load_file(root / name / weights) for root in (one, two))
+    first, second = (load_file(root / weights) for root in (one / name, found))
     assert first.keys() == second.keys()
     for key, tensor in first.items():
         torch.testing.assert_close(tensor.float(), second[key].float(), atol=2e-3, rtol=1e-3)
 
 
 @pytest.mark.slow
-def test_only_the_first_process_speaks_and_writes(both):
-    _, two, out, err = both
-    assert out.count(f"written to {two / 'elimination' / 'ranking.json'}") == 1
-    of_six_steps = [words for words in COMMANDS.values() if set(RANK) <= set(words)]
+def test_only_the_first_process_speaks_and_writes(two):
+    root, out, err, wrapper = two
+    assert out.count(f"written to {root / 'elimination' / 'ranking.json'}") == 1
+    of_six_steps = [name for name in RUN_UNDER[wrapper] if set(RANK) <= set(COMMANDS[name])]
     assert err.count("stage 1 ended after 6 steps") == len(of_six_steps)
-    left = [path.name for path in two.rglob(".*")]
+    left = [path.name for path in root.rglob(".*")]
     assert left == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_a_stopped_run_of_two_processes_goes_on_bit_for_bit(tiny, preferences, tmp_path, wrapper):
+    words = commands(tiny, preferences, Path(), 2)["rank-first"]
+    left = []
+    for place, stops in (
+        (tmp_path / "whole", ({},)),
+        (tmp_path / "broken", ({"STOP_AT": "5"}, {})),
+    ):
+        place.mkdir()
+        for more in stops:
+            asked = [*words[:-1], str(place / "out")]
+            codes, _, err = launch(place, [asked], wrapper, **more)
+            assert codes == {rank: [130 if more else 0] for rank in "01"}, err[-3000:]
+        left.append(contents(place / "out"))
+    assert "training of selected goes on after step 4" in err
+    assert left[0] == left[1]
 
 
 @pytest.mark.slow
@@ -175,23 +252,57 @@ def test_a_mistake_ends_every_process_with_one_line(tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("wrapper", ["fsdp", "deepspeed"])
-def test_a_model_that_is_spread_over_processes_is_refused(
-    tiny, tmp_path, monkeypatch, capsys, wrapper
+def under(monkeypatch, wrapper, **plugin):
+    """Trainers that their launcher put under a wrapper, seen as on accelerators."""
+    from transformers import Trainer
+
+    create = Trainer.create_accelerator_and_postprocess
+
+    def wrapped(self):
+        create(self)
+        setattr(self, f"is_{wrapper}_enabled", True)
+        setattr(self.accelerator.state, f"{wrapper}_plugin", SimpleNamespace(**plugin))
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", wrapped)
+
+
+# Wrapper, what is known of it, the command -> what is said.
+REFUSED = {
+    "FSDP1": ("fsdp", {"fsdp_version": 1}, RANK, "FSDP must be of version 2, got 1"),
+    "ZeRO-3": ("deepspeed", {"zero_stage": 3}, RANK, "must be of stage 0 to 2, got 3"),
+    "AdaLoRA": (
+        *("fsdp", {"fsdp_version": 2}, (*RANK, "--update", "adalora")),
+        "must be another than adalora under FSDP",
+    ),
+    "freezing": (
+        *("deepspeed", {"zero_stage": 2}, ("--rank-first", "--steps", 4, *SMALL)),
+        "DeepSpeed's optimiser holds all weights as one",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_wrapper_cannot_do_is_refused_before_any_step(
+    tiny, tmp_path, monkeypatch, capsys, name
 ):
-    """What their launchers make of a trainer is seen there, whatever the device."""
-    from keylayers.runs import rank
+    wrapper, plugin, words, message = REFUSED[name]
+    under(monkeypatch, wrapper, **plugin)
+    monkeypatch.setattr("keylayers.sharding.fsdp2_prepare_model", lambda _, model: model)
+    inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", tmp_path / "o")
+    assert keylayers("train" if name == "freezing" else "rank", *words, *inputs) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "step 1" not in err
 
-    def spread(*arguments, **options):
-        trainer = make(*arguments, **options)
-        setattr(trainer, f"is_{wrapper}_enabled", True)
-        return trainer
 
-    make = rank.make_loss_trainer
-    monkeypatch.setattr(rank, "make_loss_trainer", spread)
-    words = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--max-steps", 1)
-    assert keylayers("rank", *words, "--output", tmp_path / "out") == 2
-    assert "must be scored with the whole model in each process" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_a_wrapper_that_is_left_out_on_a_cpu_is_not_left_out_in_silence(
+    tiny, tmp_path, monkeypatch, capsys, name
+):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", tmp_path / "o")
+    assert keylayers("rank", *inputs, *RANK) == 2
+    assert f"{name} must have accelerators to spread a model over" in capsys.readouterr().err
 
 
 def test_a_cache_of_frozen_blocks_is_refused_in_several_processes(

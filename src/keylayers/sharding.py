@@ -5,6 +5,8 @@ A block's weights are whole only while it computes. Gates are put in afterwards,
 not spread: every process has them all. Without FSDP nothing here does anything.
 """
 
+import os
+
 from accelerate.utils import fsdp2_apply_ac, fsdp2_prepare_model
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -14,26 +16,73 @@ from transformers import Trainer
 
 from keylayers.errors import ConfigError
 
+ZERO_PARAMETERS = 3  # the stage of DeepSpeed's ZeRO that spreads the weights themselves
 
-def shard_as_asked(trainer: Trainer) -> None:
-    """Spread the model of a trainer under FSDP2 that computes losses without having trained.
 
-    A trainer that trains does so itself, when it begins.
+def place_model(trainer: Trainer) -> None:
+    """Bring a trainer's model to where its wrapper wants it, so that it gives losses untrained.
+
+    Under FSDP2 it is spread over the processes, under DeepSpeed moved to the accelerator. Otherwise
+    the trainer does so itself when it begins to train.
 
     Raises:
-        ConfigError: it is the first version of FSDP, whose flattened weights no gate can scale.
+        ConfigError: the wrapper is one under which weights cannot be scaled, or the launcher asked
+            for one that does not work on this device.
     """
+    check_wrapper(trainer)
+    if trainer.is_deepspeed_enabled:
+        trainer.model.to(trainer.args.device)
     if not trainer.is_fsdp_enabled or is_sharded(trainer.model):
         return
     plugin = trainer.accelerator.state.fsdp_plugin
-    if plugin.fsdp_version != 2:
+    if plugin.activation_checkpointing:
+        trainer.model = fsdp2_apply_ac(trainer.accelerator, trainer.model)
+    trainer.model = trainer.model_wrapped = fsdp2_prepare_model(trainer.accelerator, trainer.model)
+
+
+def check_wrapper(trainer: Trainer) -> None:
+    """Refuse a trainer whose wrapper keeps weights where they cannot be read or scaled.
+
+    Raises:
+        ConfigError: says which wrappers can be used.
+    """
+    for name, is_enabled in (
+        ("FSDP", trainer.is_fsdp_enabled),
+        ("DEEPSPEED", trainer.is_deepspeed_enabled),
+    ):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true" and not is_enabled:
+            raise ConfigError(
+                f"{name} must have accelerators to spread a model over, but accelerate leaves it "
+                f"out on CPUs; start without it: the same processes under DDP give the same"
+            )
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ConfigError(
             "FSDP must be of version 2, got 1, which flattens the weights of a block into one that "
             "no gate can scale; give `fsdp_version: 2` to accelerate"
         )
-    if plugin.activation_checkpointing:
-        trainer.model = fsdp2_apply_ac(trainer.accelerator, trainer.model)
-    trainer.model = trainer.model_wrapped = fsdp2_prepare_model(trainer.accelerator, trainer.model)
+    if trainer.is_deepspeed_enabled:
+        stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
+        if stage == ZERO_PARAMETERS:
+            raise ConfigError(
+                f"DeepSpeed's ZeRO must be of stage 0 to 2, got {stage}, which takes weights apart "
+                f"where no gate can scale them; use FSDP2, which spreads them too, or `keylayers "
+                f"export` a selection to train it with another tool"
+            )
+
+
+def check_can_freeze_inside(trainer: Trainer) -> None:
+    """Refuse a trainer whose optimiser moves weights that no longer have a gradient.
+
+    Raises:
+        ConfigError: it is DeepSpeed's, which holds all weights as one.
+    """
+    check_wrapper(trainer)
+    if trainer.is_deepspeed_enabled:
+        raise ConfigError(
+            "modules must stay as they are once they are frozen, but DeepSpeed's optimiser holds "
+            "all weights as one and moves them on; use DDP or FSDP2, or rank first and train with "
+            "DeepSpeed on that ranking"
+        )
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from keylayers.apply.adapter import trainable_modules
 from keylayers.errors import GuardError, ModelError
 from keylayers.options import FreezeAction
+from keylayers.sharding import is_sharded
 from keylayers.updates import AdapterUpdate, adapter_updates
 from keylayers.updates.adalora import is_adalora
 from keylayers.updates.frozen import kept_frozen
@@ -100,7 +101,7 @@ def halt_updates(
         model: Carries the updates and is being trained.
         names: Modules whose updates are no longer trained.
         action: `freeze` leaves the updates as they are, `remove` sets them to zero.
-        optimizer: Of the run; what it remembers of the matrices is dropped.
+        optimizer: Of the run; what it remembers of the matrices is dropped, but under FSDP.
 
     Raises:
         GuardError: other modules than `names` stopped being trained too.
@@ -113,7 +114,8 @@ def halt_updates(
         if update.module.name in asked
         for name, parameter in _own(update).items()
     }
-    state = getattr(optimizer, "optimizer", optimizer).state  # accelerate wraps optimisers
+    # accelerate wraps optimisers; a spread checkpoint must hold what they know of every parameter
+    state = {} if is_sharded(model) else getattr(optimizer, "optimizer", optimizer).state
     for name, parameter in parameters.items():
         parameter.requires_grad_(False)
         parameter.grad = None

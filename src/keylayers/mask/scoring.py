@@ -154,6 +154,7 @@ def scoring(
     with gates_in as gates, source.quiet():
         seed = trainer.args.seed if options.mask_seed is None else options.mask_seed
         set_seed(seed)
+        source.is_alone = looks_inside
         with every_batch_everywhere(trainer) if looks_inside else contextlib.nullcontext():
             batches = list(islice(source.batches(seed), num_batches or options.mask_batches))
         yield Scoring(source, updates, gates, batches, on_step)

@@ -36,14 +36,11 @@ class TrainerLoss:
         model: Whose loss it is: the trainer's own unless another is given.
         num_forward: Forward passes over a batch so far.
         num_backward: Backward passes over a batch so far.
+        is_alone: Whether this process's losses are its own, because every process has every batch
+            (`every_batch_everywhere`); otherwise those of several processes are those of one batch.
     """
 
     def __init__(self, trainer: Trainer, model: nn.Module | None = None) -> None:
-        if trainer.is_deepspeed_enabled:
-            raise ConfigError(
-                "modules must be scored with weights that are whole while they compute, but "
-                "DeepSpeed spreads them; rank without it, in one process, under DDP or FSDP2"
-            )
         if getattr(trainer, "use_vllm", False):
             raise ConfigError(
                 "completions must be sampled from the masked model, but vLLM holds a copy without "
@@ -53,6 +50,7 @@ class TrainerLoss:
         self.model = trainer.model if model is None else model
         self.num_forward = 0
         self.num_backward = 0
+        self.is_alone = False
 
     def batches(self, seed: int) -> Iterator[Any]:
         """Training batches without end, shuffled anew in each epoch by the trainer's own sampler.
@@ -147,13 +145,13 @@ class TrainerLoss:
         parts = self.parts(batch)
         self.num_forward += 1
         self.num_backward += 1
-        total, share = 0.0, _share(parts)
-        with _averaged_gradients(self.model):
+        total, share = 0.0, self._share(parts)
+        with _summed_gradients(self.model) if self._is_shared else contextlib.nullcontext():
             for part in parts:
                 loss = share * self.loss(part) / len(parts)
                 total += float(loss.detach())
                 loss.backward()  # not accelerator.backward, which divides by accumulation steps
-        return _finite(_over_processes(total), f"mask step {step}")
+        return _finite(self._over_processes(total), f"mask step {step}")
 
     def value(self, batch: Any, *, step: int) -> float:
         """The loss on `batch` in nats, without a graph.
@@ -165,7 +163,24 @@ class TrainerLoss:
         with torch.no_grad():
             parts = self.parts(batch)
             total = sum(float(self.loss(part)) for part in parts) / len(parts)
-        return _finite(_over_processes(_share(parts) * total), f"mask step {step}")
+        return _finite(self._over_processes(self._share(parts) * total), f"mask step {step}")
+
+    @property
+    def _is_shared(self) -> bool:
+        return is_one_of_many() and not self.is_alone
+
+    def _share(self, parts: list[Any]) -> float:
+        """The weight of this process's batch among those of all: labelled tokens, or rows."""
+        if not self._is_shared:
+            return 1.0
+        own = sum(_weight(part) for part in parts)
+        return own / float(summed(torch.tensor(own, dtype=torch.float64)))
+
+    def _over_processes(self, loss: float) -> float:
+        """The sum of what the processes found; each of them sees the same, a loss of NaN too."""
+        if not self._is_shared:
+            return loss
+        return float(summed(torch.tensor(loss, dtype=torch.float64)))
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -244,25 +259,9 @@ def every_batch_everywhere(trainer: Trainer) -> Iterator[None]:
             del accelerator.prepare_data_loader
 
 
-def _share(parts: list[Any]) -> float:
-    """The weight of this process's batch among those of all: labelled tokens, or rows."""
-    if not is_one_of_many():
-        return 1.0
-    own = sum(_weight(part) for part in parts)
-    return own / float(summed(torch.tensor(own, dtype=torch.float64)))
-
-
-def _over_processes(loss: float) -> float:
-    """The sum of what the processes found; each of them sees the same, a loss of NaN too."""
-    return float(summed(torch.tensor(loss, dtype=torch.float64)))
-
-
 @contextlib.contextmanager
-def _averaged_gradients(model: nn.Module) -> Iterator[None]:
+def _summed_gradients(model: nn.Module) -> Iterator[None]:
     """Sum over processes what the block adds to the gradients of what is trainable: the gates."""
-    if not is_one_of_many():
-        yield
-        return
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before = [parameter.grad for parameter in trained]
     for parameter in trained:

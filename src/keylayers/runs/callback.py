@@ -21,7 +21,8 @@ from keylayers.progress import Progress, Silent
 from keylayers.ranking import Ranking
 from keylayers.runs.rank import rank_modules
 from keylayers.selection import Freeze, Selection, check_same_modules
-from keylayers.training.under_way import StepLosses, check_not_spread, loaders_kept, trainer_of
+from keylayers.sharding import check_can_freeze_inside
+from keylayers.training.under_way import StepLosses, loaders_kept, trainer_of
 from keylayers.updates import adapter_updates
 
 # Where the trainer's state keeps what the callback has found. Not the way of `ExportableState`:
@@ -33,7 +34,8 @@ class FreezeUnimportant(TrainerCallback):
     """Freezes the least important modules of a LoRA fine-tune while it runs.
 
     For any transformers or TRL trainer whose model carries a LoRA adapter, in one process or
-    under DDP. Until the freeze the run is bit for bit what it would have been without the callback.
+    under DDP or FSDP2. Until the freeze the run is bit for bit what it would have been without the
+    callback.
 
     Attributes:
         ranking: What was found; None before.
@@ -179,7 +181,7 @@ class FreezeUnimportant(TrainerCallback):
             raise ConfigError(
                 f"a trainer must hold one {type(self).__name__} at most, got {len(same)}"
             )
-        check_not_spread(trainer)
+        check_can_freeze_inside(trainer)
         check_can_halt(trainer.model, self.action)
         num_modules = len(adapter_updates(trainer.model))
         if Freeze(self.freeze_fraction).num_kept(num_modules) == num_modules:

@@ -30,7 +30,7 @@ from keylayers.records import environment
 from keylayers.runs.stage_1 import from_stage_1, stage_1_folder
 from keylayers.runs.update import RankJob, TunedModel, existing_update, load_base
 from keylayers.scores import score_modules
-from keylayers.sharding import shard_as_asked
+from keylayers.sharding import place_model
 from keylayers.training.data import prepare
 from keylayers.training.objectives import prepared_examples
 from keylayers.training.run import make_loss_trainer
@@ -78,7 +78,7 @@ def rank_modules(
     if mask_dataset is not None:
         trainer.train_dataset = prepared_for(trainer, mask_dataset)
     reference = reference_of(trainer)
-    shard_as_asked(trainer)
+    place_model(trainer)
     updates: Sequence[Update]
     try:
         if base_weights is None:

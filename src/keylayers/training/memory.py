@@ -22,6 +22,7 @@ from keylayers.mask.trainer_state import unchanged_trainer
 from keylayers.memory import ModuleMemory, StepMemory
 from keylayers.model_map import ModuleInfo, map_modules, outside_module
 from keylayers.preserve import preserved
+from keylayers.sharding import is_sharded
 from keylayers.training.kept import Watch, num_bytes, storage_key
 from keylayers.training.peak import peak_bytes
 from keylayers.training.shallow import shallow_backward
@@ -39,7 +40,8 @@ def measured_memory(trainer: Trainer) -> StepMemory:
         trainer: With every module trainable that a selection may name, by LoRA or as they are.
 
     Raises:
-        ConfigError: the trainer samples its own batches, or trains nothing.
+        ConfigError: the trainer samples its own batches, trains nothing, or its model is spread
+            over processes.
     """
     if samples(trainer):
         raise ConfigError(
@@ -47,6 +49,11 @@ def measured_memory(trainer: Trainer) -> StepMemory:
             f"{type(trainer).__name__} samples its own; give `budget` as a fraction or in x-time"
         )
     model = trainer.model
+    if is_sharded(model):
+        raise ConfigError(
+            "memory must be measured on a model that is whole, but FSDP spreads it over processes; "
+            "give `budget` as a fraction or in x-time"
+        )
     trained = [one for one in model.parameters() if one.requires_grad]
     infos = _trained_modules(model)
     if not infos:
@@ -188,6 +195,11 @@ def peak_of_step(trainer: Trainer) -> int:
     back as it was.
     """
     model = trainer.model
+    if is_sharded(model):
+        raise ConfigError(
+            "memory must be measured on a model that is whole, but FSDP spreads it over processes; "
+            "give `budget` as a fraction or in x-time"
+        )
     trained = [one for one in model.parameters() if one.requires_grad]
     with preserved(model), unchanged_trainer(trainer):
         batch = _longest_batch(trainer)

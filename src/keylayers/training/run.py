@@ -31,12 +31,12 @@ from transformers import (
 )
 
 from keylayers.apply.adapter import add_lora
-from keylayers.errors import LossError
+from keylayers.errors import ConfigError, LossError
 from keylayers.folders import one_line_if_full
 from keylayers.mask.stability import is_stable
 from keylayers.options import StabilityOptions, TrainingOptions
 from keylayers.progress import OnStep
-from keylayers.sharding import shard_as_asked
+from keylayers.sharding import place_model
 from keylayers.training.checkpoints import Checkpoints
 from keylayers.training.loggers import check_loggers, name_loggers
 from keylayers.training.objectives import LoadReference, TrainerParts, build_trainer
@@ -96,7 +96,8 @@ def make_trainer(
         title: What loggers call it.
 
     Raises:
-        ConfigError: a logger that is not known or not installed.
+        ConfigError: a logger that is not known or not installed; a wrapper of several processes
+            under which weights cannot be read or scaled.
     """
     check_loggers(options.report_to)
     # trainers make their folder
@@ -116,6 +117,7 @@ def make_trainer(
         )
     trainer.remove_callback(PrinterCallback)
     name_loggers(trainer, title)
+    place_model(trainer)
     return trainer
 
 
@@ -131,7 +133,7 @@ def make_loss_trainer(
 
     On the training examples if none are. `prepared_examples` gives the held-out ones.
     """
-    trainer = make_trainer(
+    return make_trainer(
         model,
         tokenizer,
         data.mask or data.train,
@@ -142,8 +144,6 @@ def make_loss_trainer(
         load_reference=load_reference,
         title="stage-2",
     )
-    shard_as_asked(trainer)
-    return trainer
 
 
 def _settings(
@@ -234,6 +234,7 @@ def fine_tune(
             checkpoint sees it, and starts over.
 
     Raises:
+        ConfigError: AdaLoRA under FSDP.
         LossError: the loss became NaN or infinite; says at which step.
         OutputError: the disk is full.
     """
@@ -242,6 +243,11 @@ def fine_tune(
     if cache is not None:
         callbacks.append(cache)
     if is_adalora(trainer.model):
+        if trainer.is_fsdp_enabled:
+            raise ConfigError(
+                "`update` must be another than adalora under FSDP: PEFT lowers AdaLoRA's ranks by "
+                "whole matrices, of which each process has a part"
+            )
         callbacks.append(_RankAllocation())
         checkpoints = None
     if checkpoints is not None:

@@ -40,12 +40,6 @@ def trainer_of(callback: TrainerCallback) -> Trainer:
     )
 
 
-def check_not_spread(trainer: Trainer) -> None:
-    """Raise a ConfigError if the model is spread over processes."""
-    if trainer.is_deepspeed_enabled:
-        raise ConfigError("x")
-
-
 class StepLosses:
     """Sees the loss of each batch that a trainer trains on, until closed."""
 
