@@ -562,3 +562,23 @@ def test_a_rate_of_no_spread_is_said_to_be_the_same():
     assert difference_words(one, worse) == "worse"
     loss = Measure("t", "loss", 50, None, False, (result,))
     assert difference_words(loss, worse) == "better"
+
+
+def test_the_log_shows_what_the_record_holds():
+    from io import StringIO
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from keylayers.evaluation.record import Evaluation
+    from keylayers.report.evaluation import evaluation_report
+
+    folder = Path(__file__).resolve().parents[1] / "experiments"
+    found = Evaluation.load(folder / "records" / "evaluation_english_2m_mmlu.json")
+    console = Console(file=StringIO(), width=120)
+    console.print(evaluation_report(found))
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    entry = (folder / "LOG.md").read_text().split("## 2026-11-25: two adapters of the 2 M model")[1]
+    shown = entry.split("```")[1].strip("\n").splitlines()
+    assert len(shown) > 30
+    assert set(shown) <= set(lines)

@@ -267,7 +267,6 @@ def run_benchmark(
             "num_fewshot": task.get_config("num_fewshot"),
             "num_cut_prompts": warnings.num_cut,
             "warnings": [*warnings.others, *left_out],
-            "version": str(task.VERSION),
         },
     )
 

@@ -82,7 +82,8 @@ class TaskJob:
 
     def record(self) -> dict[str, Any]:
         """Its kind and the version that its file gives it."""
-        return {"kind": "benchmark", "version": str(self.task.VERSION)}
+        about = self.task.get_config("metadata") or {}
+        return {"kind": "benchmark", "version": about.get("version")}
 
 
 class Harness:
