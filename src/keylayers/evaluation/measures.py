@@ -207,7 +207,8 @@ def _measure(
         depth=part.depth,
         is_in_table=part.in_table is None or metric in part.in_table,
     )
-    if rows[base].empty or not _are_of_the_same_documents(rows):
+    is_mean = set(rows[base]["task"]) == set(tasks)  # of every task
+    if not is_mean or not _are_of_the_same_documents(rows):
         totals = {model: tables[model][tasks[0]].totals.get(metric) for model in models}
         known = {model: value for model, value in totals.items() if value is not None}
         if part.is_group or len(known) < len(models):

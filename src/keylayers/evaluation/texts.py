@@ -146,7 +146,7 @@ def measured_losses(
     if not all(math.isfinite(nats) for nats, _ in found):
         raise LossError(
             f"the loss must be a finite number, but {loaded.subject.source!r} gives NaN or "
-            f"infinity on {examples.name}; its weights are damaged, or `dtype` is too narrow for them"
+            f"infinity on {examples.name}; its weights are damaged, or `dtype` is too narrow"
         )
     rows = pd.DataFrame(
         {
