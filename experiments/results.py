@@ -84,7 +84,7 @@ def agreement_rows(path):
     if not path.exists():
         return []
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    numbers = ["budget", "jaccard", "chance_jaccard", "tau"]
+    numbers = ["best", "jaccard", "chance_jaccard", "tau"]
     named = [name for name in table.columns if name not in (*numbers, "top_weighted_tau")]
     return [
         {"point": {name: row[name] for name in named}}
@@ -235,11 +235,11 @@ def agreement_lines(recipe, *shown):
     for labels, rows in sorted(groups.items(), key=lambda item: "seeds" in item[0][-1]):
         line = [*labels]
         for budget in (0.3, 0.75):
-            found = [row for row in rows if row["budget"] == budget]
+            found = [row for row in rows if row["best"] == budget]
             values = [row["jaccard"] for row in found]
             line.append(f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})")
             line.append(f"{statistics.mean(row['chance_jaccard'] for row in found):.2f}")
-        taus = [row["tau"] for row in rows if row["budget"] == 0.3]
+        taus = [row["tau"] for row in rows if row["best"] == 0.3]
         lines.append([*line, f"{statistics.mean(taus):.2f}", str(len(taus))])
     return lines
 

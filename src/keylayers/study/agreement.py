@@ -2,8 +2,8 @@
 """How far the rankings of a study agree that differ in one axis alone. Needs no torch.
 
 One row for each such pair and budget. Columns: `differs` (the axis), `first` and `second` (its two
-entries), the other axes, `budget`, and what `keylayers compare` says of the pair. Pairs that differ
-in their seed show how much of any disagreement is noise.
+entries), the other axes, `best` (the share of the modules), and what `keylayers compare` says of
+the pair. Pairs that differ in their seed show how much of any disagreement is noise.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,7 +53,7 @@ def agreement_table(
         if len(differing) == 1:
             rankings = (ranking, ranking_of_other)
             rows += _rows_of_pair(differing[0], (one, other), rankings, budgets)
-    return pd.DataFrame(rows, columns=[*PAIR, *axes, "budget", *MEASURES])
+    return pd.DataFrame(rows, columns=[*PAIR, *axes, "best", *MEASURES])
 
 
 def agreement_means(table: pd.DataFrame, axes: Sequence[str], replicate: str) -> pd.DataFrame:
@@ -71,7 +71,7 @@ def agreement_means(table: pd.DataFrame, axes: Sequence[str], replicate: str) ->
     shown = table.assign(
         first=table["first"].mask(of_seeds, "one"), second=table["second"].mask(of_seeds, "another")
     )
-    keys = [*PAIR, *(axis for axis in axes if axis != replicate), "budget"]
+    keys = [*PAIR, *(axis for axis in axes if axis != replicate), "best"]
     means = (
         shown.groupby(keys, sort=False, dropna=False)
         .agg(
@@ -85,7 +85,7 @@ def agreement_means(table: pd.DataFrame, axes: Sequence[str], replicate: str) ->
         .reset_index()
     )
     return means.sort_values(
-        ["differs", "budget"],
+        ["differs", "best"],
         key=lambda column: column.map(list(axes).index) if column.name == "differs" else column,
         kind="stable",
     )
@@ -104,6 +104,6 @@ def _rows_of_pair(
         yield {
             **dict(zip(PAIR, (axis, first[axis], second[axis]), strict=True)),
             **shared,
-            "budget": budget,
+            "best": budget,
             **{name: getattr(found, name) for name in MEASURES},
         }

@@ -9,6 +9,7 @@ the first block.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,7 +107,7 @@ class _Job:
         self.tuning = _part(TrainingOptions, options)
         self.stability = _part(StabilityOptions, options)
         self.mask = _part(MaskOptions, options)
-        self.price = StepTime(shape.ranking(options))
+        self.price = _price(shape, self.tuning.update, self.tuning.lora_rank)
         limit = min(self.data.max_length, shape.max_positions)
         self.mean_tokens = min(float(limit), size.mean_bytes / BYTES_PER_TOKEN)
         longest = limit * BYTES_PER_TOKEN if size.longest_bytes is None else size.longest_bytes
@@ -186,6 +187,11 @@ class _Job:
     def _bytes(self, share: float) -> float:
         num_tokens = self.tuning.batch_size * self.longest_tokens
         return step_bytes(self.shape, self.model, self.tuning, num_tokens, share)
+
+
+@cache
+def _price(shape: ModelShape, update: str, lora_rank: int) -> StepTime:
+    return StepTime(shape.ranking({"update": update, "lora_rank": lora_rank}))
 
 
 def _part(kind: type[Part], options: Mapping[str, Any]) -> Part:

@@ -98,12 +98,12 @@ def _of_ranking(folder: Path, is_stage_1: bool) -> Iterator[Measure]:
     made_by = Ranking.load(folder).provenance
     unit = str(made_by.get("loss_unit", "nats"))
     if is_stage_1:
-        yield Measure("steps", made_by["stage_1"]["num_steps"], "steps")
+        yield Measure("steps", float(made_by["stage_1"]["num_steps"]), "steps")
         for name, loss in made_by["held_out_loss_nats"].items():
             yield Measure(f"held_out_loss_{name}", loss, unit)
         return
     yield Measure("scoring_time", made_by["mask"]["seconds"], "seconds")
-    passes = made_by["mask"]["num_forward"] + made_by["mask"]["num_backward"]
+    passes = float(made_by["mask"]["num_forward"] + made_by["mask"]["num_backward"])
     yield Measure("scoring_passes", passes, "passes over a batch")
     try:
         found = Verification.load(verification_file(folder))
@@ -127,8 +127,8 @@ def _of_training(folder: Path) -> Iterator[Measure]:
         name, _, more = row["label"].partition(" (")
         if not more.startswith("stage 1"):  # that is in stage 1's own rows
             yield Measure(f"held_out_loss_{name}", row["held_out_loss_nats"], unit)
-    yield Measure("modules", selected["num_modules"], "modules")
-    yield Measure("trained_parameters", selected["num_trained_parameters"], "parameters")
+    yield Measure("modules", float(selected["num_modules"]), "modules")
+    yield Measure("trained_parameters", float(selected["num_trained_parameters"]), "parameters")
 
 
 def _of_evaluation(folder: Path) -> Iterator[Measure]:
@@ -142,6 +142,6 @@ def _of_evaluation(folder: Path) -> Iterator[Measure]:
         unit = better[measure.higher_is_better]
         for result in measure.results:
             is_base = found.models[result.model]["kind"] == "base"
-            yield Measure(f"{name}{OF_BASE}" if is_base else name, result.value, unit)
+            yield Measure(f"{name}{OF_BASE}" if is_base else name, float(result.value), unit)
         if measure.chance is not None:
-            yield Measure(f"{name}, chance", measure.chance, unit)
+            yield Measure(f"{name}, chance", float(measure.chance), unit)

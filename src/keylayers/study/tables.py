@@ -67,7 +67,7 @@ def agreement_summary(table: pd.DataFrame, axes: Sequence[str]) -> Table:
         shown.add_row(
             Text(f"{row['differs']}: {row['first']}, {row['second']}"),
             *(Text(label_of(row[group])) for group in groups),
-            f"{100 * row['budget']:g} %",
+            f"{100 * row['best']:g} %",
             f"{row['jaccard']:.2f}",
             f"{row['lowest']:.2f} to {row['highest']:.2f}",
             f"{row['chance_jaccard']:.2f}",
