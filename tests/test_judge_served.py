@@ -8,7 +8,6 @@ tiny model that judges rates nothing, so every reply is one that cannot be read.
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -103,25 +102,18 @@ def proxy(address):
         thread.join()
 
 
-def begin(tiny, tmp_path, address):
+def words(tiny, tmp_path, address):
     questions = [
         {"question_id": i, "category": "food", "turns": [f"What does animal {i} eat?"]}
         for i in range(NUM_QUESTIONS)
     ]
     file = tmp_path / "q.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in questions))
-    words = (
+    return (
         *("judge", "--model", tiny / "model", "--adapter", tiny / "adapter", "--questions", file),
         *("--judge-url", address, "--judge-model", tiny / "model", "--max-new-tokens", 8),
         *("--judge-max-tokens", 8, "--judge-requests-at-once", 1, "--output", tmp_path / "out"),
     )
-    with (tmp_path / "log.txt").open("a") as log:
-        return subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "keylayers", *map(str, words)],
-            env=environment(OPENAI_API_KEY=KEY),
-            stdout=log,
-            stderr=log,
-        )
 
 
 def lines(path):
@@ -131,15 +123,15 @@ def lines(path):
 @pytest.mark.timeout(900)
 def test_killed_runs_ask_a_real_server_nothing_twice(tiny, served, tmp_path):
     replies = tmp_path / "out" / "judgements" / "single.jsonl"
+    driver = Path(__file__).with_name("judge_killed.py")
+    counts = ",".join(map(str, KILL_AT))
     with proxy(served) as (address, prompts):
-        for number in KILL_AT:
-            process = begin(tiny, tmp_path, address)
-            wait_for(lambda number=number: len(lines(replies)) >= number)
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL
-        num_kept = len(lines(replies))
-        assert KILL_AT[-1] <= num_kept < NUM_QUESTIONS
-        assert begin(tiny, tmp_path, address).wait() == 0, (tmp_path / "log.txt").read_text()
+        command = [driver, tmp_path, replies, counts, *words(tiny, tmp_path, address)]
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", *map(str, command)],
+            env=environment(OPENAI_API_KEY=KEY, PYTHONPATH=os.pathsep.join(filter(None, sys.path))),
+        )
+    assert done.returncode == 0, (tmp_path / "log.txt").read_text()
     found = json.loads((tmp_path / "out" / "judgement.json").read_text())
     keys = [json.loads(line)["key"] for line in lines(replies)]
     assert len(keys) == len(set(keys)) == len(set(prompts)) == found["judge"]["num_requests"]
