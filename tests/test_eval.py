@@ -3,9 +3,13 @@
 
 import json
 import math
+import re
+from io import StringIO
+from pathlib import Path
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from test_rank import keylayers
 from tiny_files import ANIMALS, FOODS, tiny_model, tiny_tokenizer
@@ -103,7 +107,6 @@ NAMES = ["base model", "adapter", "other", "tuned"]
 def evaluated(place):
     """The whole evaluation, and what it printed."""
     from contextlib import chdir, redirect_stderr, redirect_stdout
-    from io import StringIO
 
     from keylayers.evaluation.record import Evaluation
 
@@ -564,21 +567,43 @@ def test_a_rate_of_no_spread_is_said_to_be_the_same():
     assert difference_words(loss, worse) == "better"
 
 
-def test_the_log_shows_what_the_record_holds():
-    from io import StringIO
-    from pathlib import Path
+RECORD = Path(__file__).resolve().parents[1] / "experiments"
 
-    from rich.console import Console
 
-    from keylayers.evaluation.record import Evaluation
+def rendered(found, width):
+    """The lines of the report as a terminal of this width shows them."""
     from keylayers.report.evaluation import evaluation_report
 
-    folder = Path(__file__).resolve().parents[1] / "experiments"
-    found = Evaluation.load(folder / "records" / "evaluation_english_2m_mmlu.json")
-    console = Console(file=StringIO(), width=120)
+    console = Console(file=StringIO(), width=width)
     console.print(evaluation_report(found))
-    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
-    entry = (folder / "LOG.md").read_text().split("## 2026-11-25: two adapters of the 2 M model")[1]
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+def recorded():
+    from keylayers.evaluation.record import Evaluation
+
+    return Evaluation.load(RECORD / "records" / "evaluation_english_2m_mmlu.json")
+
+
+def test_the_log_shows_what_the_record_holds():
+    entry = (RECORD / "LOG.md").read_text().split("## 2026-11-25: two adapters of the 2 M model")[1]
     shown = entry.split("```")[1].strip("\n").splitlines()
     assert len(shown) > 30
-    assert set(shown) <= set(lines)
+    assert set(shown) <= set(rendered(recorded(), 120))
+
+
+def test_a_narrow_terminal_breaks_no_interval():
+    wide, narrow = ("\n".join(rendered(recorded(), width)) for width in (120, 80))
+    intervals = re.compile(r"\[[-+]?\d\.\d+, [-+]?\d\.\d+\]")
+    assert len(intervals.findall(wide)) > 40
+    assert sorted(intervals.findall(narrow)) == sorted(intervals.findall(wide))
+
+
+def test_names_are_no_markup(tmp_path):
+    from keylayers.evaluation.record import Evaluation
+
+    text = json.dumps(recorded().to_json()).replace("alpaca-all", "[red]x[/y]")
+    (tmp_path / "evaluation.json").write_text(text)
+    lines = rendered(Evaluation.load(tmp_path), 140)
+    assert any("against [red]x[/y]" in line for line in lines)
+    assert any(line.startswith("  [red]x[/y]") for line in lines)

@@ -181,6 +181,43 @@ def test_every_answer_of_the_real_sets_can_be_read(shared):
             check_answer(one.answer)
 
 
+def test_what_samples_are_worth_is_worked_out_by_hand():
+    from keylayers.evaluation.answers import are_same
+    from keylayers.evaluation.problems import Problem
+    from keylayers.evaluation.sampling import Sample
+    from keylayers.evaluation.solved import solved
+
+    problems = [Problem("a", "\\boxed{1}"), Problem("b", "\\boxed{2}")]
+    answers = {"a": ["1", "1", "7", None], "b": ["3", "3.0", "2", "5"]}
+    samples = {
+        (one.sha256(), number): Sample(
+            one.sha256(),
+            number,
+            "",
+            num_tokens=10,
+            is_cut=answer is None,
+            answer=answer,
+            is_right=answer == one.answer[7:-1],
+            is_out_of_time=False,
+        )
+        for one in problems
+        for number, answer in enumerate(answers[one.text])
+    }
+    found = solved("set", problems, samples, 4, are_same)
+    assert found.totals == pytest.approx(
+        {
+            "pass@1": (2 / 4 + 1 / 4) / 2,
+            "pass@2": ((1 - 1 / 6) + (1 - 3 / 6)) / 2,
+            "pass@4": 1.0,
+            "majority@4": (1 + 0) / 2,  # 3 and 3.0 are one answer, and win over 2
+        }
+    )
+    assert found.facts["num_unanswered"] == found.facts["num_cut"] == 1
+    first = solved("set", problems, samples, 1, are_same)  # the first sample of each alone
+    assert first.totals == {"pass@1": 0.5}
+    assert sorted(first.rows["value"]) == [0.0, 1.0]
+
+
 @pytest.fixture(scope="module")
 def base(tiny):
     """The tiny model, ready to be measured."""

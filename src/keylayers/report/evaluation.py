@@ -4,9 +4,11 @@
 Needs no torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +18,7 @@ from keylayers.evaluation.statistics import LEVEL, Interval
 
 FEW_DOCUMENTS = 30
 MANY_DIFFERENCES = 5
+WIDEST = 1000  # columns, for measuring
 LOSS = "loss"
 NO_DIFFERENCE = "no difference shown"
 SAME = "the same on each"
@@ -23,7 +26,7 @@ SAME = "the same on each"
 
 def evaluation_report(found: Evaluation) -> RenderableType:
     """All of an evaluation that a terminal shows."""
-    parts: list[RenderableType] = [evaluation_table(found)]
+    parts: list[RenderableType] = [_Fitting(found)]
     scaling = scaling_table(found)
     if scaling is not None:
         parts += [Text(), Text("Problems solved with more samples", style="bold"), scaling]
@@ -31,24 +34,41 @@ def evaluation_report(found: Evaluation) -> RenderableType:
     return Group(*parts)
 
 
-def evaluation_table(found: Evaluation) -> Table:
-    """A block a measure, a row a model: value, and differences on the same documents."""
+@dataclass(frozen=True)
+class _Fitting:
+    """The table as wide as it is, or with intervals under their numbers where that is too wide."""
+
+    found: Evaluation
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        wide = evaluation_table(self.found)
+        width = Measurement.get(console, options.update(max_width=WIDEST), wide).maximum
+        yield wide if width <= options.max_width else evaluation_table(self.found, between="\n")
+
+
+def evaluation_table(found: Evaluation, between: str = " ") -> Table:
+    """A block a measure, a row a model: value, and differences on the same documents.
+
+    Args:
+        found: What is shown.
+        between: What stands between a number and its interval.
+    """
     shown = [one for one in found.measures if one.is_in_table]
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("")
-    table.add_column("value", no_wrap=True)
+    table.add_column("value")
     base = next(iter(found.models))
     others = [base] if len(found.models) > 1 else []
     others += [found.reference] if found.reference is not None else []
     for name in others:
-        table.add_column(f"against {name}", no_wrap=True)
+        table.add_column(Text(f"against {name}"))  # brackets in a string would be markup
     for measure in shown:
         indent = "  " * measure.depth
         table.add_row(Text(f"{indent}{title(measure)}", style="bold"), Text(about(measure), "dim"))
         for result in measure.results:
-            cells = [_value(result, measure)]
+            cells = [_value(result, measure, between)]
             by_name = {one.against: one for one in result.differences}
-            cells += [_difference(by_name.get(name), measure) for name in others]
+            cells += [_difference(by_name.get(name), measure, between) for name in others]
             table.add_row(Text(f"{indent}  {result.model}"), *cells)
     return table
 
@@ -100,27 +120,27 @@ def difference_words(measure: Measure, one: Difference) -> str:
     return "better" if (one.value > 0) == measure.higher_is_better else "worse"
 
 
-def _value(result: Result, measure: Measure) -> Text:
+def _value(result: Result, measure: Measure, between: str) -> Text:
     words = chance_words(measure, result)
-    text = _digits(measure, result.value) + _brackets(measure, result.interval)
+    text = _digits(measure, result.value) + _brackets(measure, result.interval, between)
     return Text(f"{text}\n{words}" if words else text)
 
 
-def _difference(one: Difference | None, measure: Measure) -> Text:
+def _difference(one: Difference | None, measure: Measure, between: str) -> Text:
     if one is None:
         return Text()
     words = difference_words(measure, one)
     text = _digits(measure, one.value, sign="+")
     if words != SAME:
-        text += _brackets(measure, one.interval, sign="+")
+        text += _brackets(measure, one.interval, between, sign="+")
     return Text(f"{text}\n{words}")
 
 
-def _brackets(measure: Measure, interval: Interval | None, sign: str = "") -> str:
+def _brackets(measure: Measure, interval: Interval | None, between: str, sign: str = "") -> str:
     if interval is None:
         return ""
     low, high = (_digits(measure, one, sign) for one in (interval.low, interval.high))
-    return f" [{low}, {high}]"
+    return f"{between}[{low}, {high}]"
 
 
 def _digits(measure: Measure, value: float, sign: str = "") -> str:
