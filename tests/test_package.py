@@ -16,6 +16,7 @@ ORDER = (
     ("records", "options", "progress", "curve"),
     ("folders", "yaml_values"),
     ("processes",),
+    ("sharding",),
     ("model_map",),
     ("weights",),
     ("preserve",),

@@ -20,11 +20,13 @@ import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, set_seed
 
+from keylayers.errors import ConfigError
 from keylayers.mask.module_scores import ModuleScores
 from keylayers.mask.trainer_loss import TrainerLoss
 from keylayers.options import MaskOptions
 from keylayers.preserve import preserved
 from keylayers.progress import OnStep
+from keylayers.sharding import is_sharded
 from keylayers.updates import Update
 from keylayers.updates.base_weight import check_linear
 
@@ -68,7 +70,16 @@ def adalora(
 
 
 def _adaptive_copy(trainer: Trainer, names: list[str], num_steps: int) -> PeftModel:
-    """A copy of the base model with AdaLoRA on `names`."""
+    """A copy of the base model with AdaLoRA on `names`.
+
+    Raises:
+        ConfigError: the model is spread over processes.
+    """
+    if is_sharded(trainer.model):
+        raise ConfigError(
+            "`method` must be another than adalora under FSDP, whose models cannot be copied; rank "
+            "in one process, under DDP, or by elimination"
+        )
     base = copy.deepcopy(trainer.model)
     if isinstance(base, PeftModel):
         base = base.unload()
