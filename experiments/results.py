@@ -125,7 +125,9 @@ def plus_minus(values, digits=3, sign="+"):
 
 
 def markdown(titles, rows):
-    """A Markdown table."""
+    """A Markdown table; a line instead if there is nothing for it yet."""
+    if not rows:
+        return "Not finished yet."
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
