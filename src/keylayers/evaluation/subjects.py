@@ -151,9 +151,10 @@ def _base_and_adapters(
 def _load(subject: Subject, source: ModelOptions, template: str | None) -> Loaded:
     tokenizer = load_tokenizer(source)
     model = load_model(source)
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is not None and not source.load_in_4bit:  # which is where it belongs already
-        model = model.to(accelerator)
+    # without this question a build of PyTorch for CUDA names one where there is none
+    is_there = torch.accelerator.is_available()
+    if is_there and not source.load_in_4bit:  # which is where it belongs already
+        model = model.to(torch.accelerator.current_accelerator())
     to_evaluation(model)
     sha256 = weights_sha256(model)
     record = describe(source, model) | {"weights_sha256": sha256}
