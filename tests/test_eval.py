@@ -69,6 +69,10 @@ def write_tasks(folder):
         (folder / f"{name}.yaml").write_text(f"task: {name}\n{files}{CHOICE}")
     (folder / "written.yaml").write_text(WRITTEN + files)
     (folder / "rolling.yaml").write_text(ROLLING + files)
+    (folder / "fixed.yaml").write_text(f"task: fixed\nnum_fewshot: 0\n{files}{CHOICE}")
+    broken = CHOICE.replace("{{question}}", "{{no_such_field}}")
+    (folder / "broken.yaml").write_text(f"task: broken\n{files}{broken}")
+    (folder / "gone.yaml").write_text(f"task: gone\n{files.replace('five', 'gone')}{CHOICE}")
     (folder / "foods.yaml").write_text(GROUP)
 
 
@@ -358,7 +362,7 @@ def test_what_changes_is_measured_anew_and_the_rest_is_not(evaluated, place, tmp
     assert sorted(again[key] for key in stop.kept) == sorted([*changed] * 4)
 
 
-def test_a_chat_template_and_examples_are_part_of_the_prompt(place, tmp_path, monkeypatch):
+def test_a_chat_template_and_examples_are_part_of_the_prompt(place, tmp_path, monkeypatch, capsys):
     """The prompts that the harness logs, as the model is asked."""
     monkeypatch.chdir(place)
     seen = []
@@ -368,15 +372,20 @@ def test_a_chat_template_and_examples_are_part_of_the_prompt(place, tmp_path, mo
 
     def spy(**kwargs):
         found = evaluate(**kwargs)
-        seen.append(found["samples"]["three"][0]["arguments"][0][0])
+        (samples,) = found["samples"].values()
+        seen.append(samples[0]["arguments"][0][0])
         return found
 
     monkeypatch.setattr(benchmarks.lm_eval, "evaluate", spy)
-    arguments = ["--model", "model", "--task-folder", "tasks", "--tasks", "three", "--limit", "2"]
+    tasks = ["--task-folder", "tasks", "--tasks", "three", "fixed", "--limit", "2"]
+    arguments = ["--model", "model", *tasks]
     arguments += ["--num-fewshot", "1", "--apply-chat-template", "--chat-template", "alpaca"]
     assert keylayers("eval", *arguments, "--output", tmp_path / "out") == 0
     assert seen[0].count("### Instruction:") == 2
     assert seen[0].endswith("### Response:\n")
+    assert seen[1].count("### Instruction:") == 1
+    shown = capsys.readouterr().out
+    assert "base model, fixed: 0 examples in each prompt, for the task file fixes" in shown
 
 
 def test_the_base_model_is_the_same_after_each_adapter(place):
@@ -424,6 +433,11 @@ ONE = ["--model", "model"]
 BAD = [
     (ONE, "something must be measured"),
     ([*ONE, "--tasks", "three", "--task-folder", "none"], "there is no 'none'"),
+    ([*ONE, "--task-folder", "tasks", "--tasks", "broken"], "'no_such_field' is undefined"),
+    (
+        [*ONE, "--task-folder", "tasks", "--tasks", "gone"],
+        "must be in order and their documents in",
+    ),
     ([*ONE, "--tasks", "three", "--limit", "0"], "`limit` must be at least 1"),
     ([*ONE, "--tasks", "three", "--towers", "all"], "`towers` must be left out"),
     ([*ONE, "--data", "data.jsonl", "--num-fewshot", "2"], "`num_fewshot` must be left out"),

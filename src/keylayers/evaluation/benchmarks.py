@@ -21,8 +21,10 @@ import numpy as np
 import pandas as pd
 import torch
 from huggingface_hub.errors import HfHubHTTPError
+from jinja2 import TemplateError
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from yaml import YAMLError
 
 from keylayers.errors import ConfigError, DataError, did_you_mean
 from keylayers.evaluation.documents import Measured
@@ -43,7 +45,7 @@ OF_CHOICES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")  # a guess is r
 # What a task with a bad file, or with data out of reach, raises when it is built.
 FROM_A_BAD_TASK = (
     *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError),
-    *(datasets.exceptions.DatasetsError, HfHubHTTPError),
+    *(datasets.exceptions.DatasetsError, HfHubHTTPError, TemplateError, YAMLError),
 )
 
 
@@ -90,16 +92,19 @@ def load_benchmarks(options: BenchmarkOptions) -> Benchmarks:
         with quiet_datasets(), _Warnings():
             loaded = manager.load(list(options.tasks))
     except FROM_A_BAD_TASK as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(
             f"the tasks {', '.join(options.tasks)} must be in order and their documents in reach, "
-            f"but the harness said: {reason}"
+            f"but the harness said: {_reason(error)}"
         ) from error
     tasks = loaded["tasks"]
     for name, task in tasks.items():
         _check(name, task, options)
         _give_fewshot(task, options)
     return Benchmarks(tasks, tuple(_group(one) for one in loaded.get("groups", {}).values()))
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__} {' '.join(str(error).split())[:300]}".strip()
 
 
 def _manager(options: BenchmarkOptions) -> Any:
@@ -200,20 +205,32 @@ class HarnessModel(HFLM):
         self.on_step(self.num_passes, None)
 
 
-def inputs_sha256(task: Any, model: HarnessModel, options: BenchmarkOptions, seed: int) -> str:
-    """The hash of all that decides a task's result but the weights: prompts, documents, scoring."""
+def inputs_sha256(
+    name: str, task: Any, model: HarnessModel, options: BenchmarkOptions, seed: int
+) -> str:
+    """The hash of all that decides a task's result but the weights: prompts, documents, scoring.
+
+    Raises:
+        DataError: the task file does not fit its documents.
+    """
     _seed(task, seed)
     template = model.apply_chat_template if options.apply_chat_template else None
-    with _Warnings():
-        task.build_all_requests(
-            limit=options.limit,
-            rank=0,
-            world_size=1,
-            apply_chat_template=options.apply_chat_template,
-            fewshot_as_multiturn=options.apply_chat_template,
-            chat_template=template,
-            tokenizer_name=model.tokenizer_name if template else "",
-        )
+    try:
+        with _Warnings():
+            task.build_all_requests(
+                limit=options.limit,
+                rank=0,
+                world_size=1,
+                apply_chat_template=options.apply_chat_template,
+                fewshot_as_multiturn=options.apply_chat_template,
+                chat_template=template,
+                tokenizer_name=model.tokenizer_name if template else "",
+            )
+    except FROM_A_BAD_TASK as error:
+        raise DataError(
+            f"the task {name!r} must give a prompt for each of its documents, but the harness "
+            f"said: {_reason(error)}"
+        ) from error
     config = {key: value for key, value in task.dump_config().items() if key in SCORING}
     requests = [[one.doc_id, one.idx, str(one.args)] for one in task.instances]
     documents = [str(doc) for _, doc in task.doc_iterator(limit=options.limit)]
@@ -250,7 +267,10 @@ def run_benchmark(
         if "," in key and "_stderr," not in key and isinstance(value, Real)
     }
     totals = {metric: value for metric, value in all_totals.items() if math.isfinite(value)}
-    left_out = [f"{one} is not finite, and left out" for one in all_totals if one not in totals]
+    said = [f"{one} is not finite, and left out" for one in all_totals if one not in totals]
+    num_fewshot = task.get_config("num_fewshot")
+    if options.num_fewshot not in (None, num_fewshot):
+        said.append(f"{num_fewshot} examples in each prompt, for the task file fixes their number")
     rows = pd.DataFrame(
         [row for sample in found["samples"][name] for row in _rows(name, task, sample)],
         columns=["task", "metric", "document", "document_sha256", "value", "size", "chance"],
@@ -264,9 +284,9 @@ def run_benchmark(
         totals=totals,
         higher_is_better={one: directions.get(one.split(" (")[0]) for one in totals},
         facts={
-            "num_fewshot": task.get_config("num_fewshot"),
+            "num_fewshot": num_fewshot,
             "num_cut_prompts": warnings.num_cut,
-            "warnings": [*warnings.others, *left_out],
+            "warnings": [*warnings.others, *said],
         },
     )
 

@@ -67,8 +67,8 @@ class TaskJob:
         """Of prompts, documents and scoring."""
         from keylayers.evaluation.benchmarks import inputs_sha256
 
-        model = self.harness.model(loaded)
-        return inputs_sha256(self.task, model, self.options.benchmarks, self.options.run.seed)
+        model, options = self.harness.model(loaded), self.options
+        return inputs_sha256(self.name, self.task, model, options.benchmarks, options.run.seed)
 
     def run(self, loaded: Loaded, progress: Progress) -> Measured:
         """One model on this task."""
