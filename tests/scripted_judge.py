@@ -90,12 +90,6 @@ class Endpoint(BaseHTTPRequestHandler):
         digest = hashlib.sha256(body["messages"][0]["content"].encode()).digest()
         self.chat(f"It is as it is.\nRating: [[{1 + digest[0] % 10}]]")
 
-    def do_prefer(self, body, key, word):
-        """The verdict A or B for the conversation that holds a word, C where both or none do."""
-        halves = body["messages"][0]["content"].split("<assistant B 1>")
-        has = [word in half for half in halves]
-        self.chat(f"[[{'C' if has[0] == has[1] else 'A' if has[0] else 'B'}]]")
-
     def do_cut(self, body, key, text):
         self.chat(text, finish_reason="length")
 

@@ -37,13 +37,15 @@ def rating_prompt(question: Question, answers: Sequence[str]) -> str:
         ),
         *([_REFERENCE] if _has_reference(question, turn) else []),
         _DATA,
+    ]
+    material = [*_references(question, turn), _conversation(question, answers, "assistant")]
+    # What the judge is to write comes last, where weak ones still remember it.
+    form = (
         "First give your reasons in a few sentences. Then end with one line that holds only your "
         "rating, a number from 1 (useless) to 10 (could not be better) in double square brackets, "
-        "such as: Rating: [[5]]",
-    ]
-    return "\n\n".join(
-        [*rules, *_references(question, turn), _conversation(question, answers, "assistant")]
+        "such as: Rating: [[5]]"
     )
+    return "\n\n".join([*rules, *material, form])
 
 
 def comparison_prompt(question: Question, first: Sequence[str], second: Sequence[str]) -> str:
@@ -57,17 +59,17 @@ def comparison_prompt(question: Question, first: Sequence[str], second: Sequence
         *_context_rules(turn, "The turns before are context and are not compared."),
         *([_REFERENCE] if _has_reference(question, turn) else []),
         _DATA,
-        "First give your reasons in a few sentences. Then end with one line that holds only your "
-        "verdict: [[A]] if A's is better, [[B]] if B's is better, [[C]] if neither is.",
     ]
-    return "\n\n".join(
-        [
-            *rules,
-            *_references(question, turn),
-            _conversation(question, first, "assistant A"),
-            _conversation(question, second, "assistant B"),
-        ]
+    material = [
+        *_references(question, turn),
+        _conversation(question, first, "assistant A"),
+        _conversation(question, second, "assistant B"),
+    ]
+    form = (
+        "First give your reasons in a few sentences. Then end with one line that holds only your "
+        "verdict: [[A]] if A's is better, [[B]] if B's is better, [[C]] if neither is."
     )
+    return "\n\n".join([*rules, *material, form])
 
 
 def _context_rules(turn: int, rule: str) -> list[str]:
