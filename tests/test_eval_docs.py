@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What docs/evaluation.md says is done as it is printed: MMLU as a task folder, and the Python."""
+
+import re
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from test_rank import keylayers
+
+DOCS = (Path(__file__).resolve().parents[1] / "docs" / "evaluation.md").read_text()
+NUM_DOCUMENTS = 5  # of each subject
+
+
+def block(language):
+    (found,) = re.findall(rf"```{language}\n(.*?)```", DOCS, re.DOTALL)
+    return found
+
+
+@pytest.fixture(scope="module")
+def mmlu(shared, tmp_path_factory):
+    """A folder with the small real model, two adapters of it, and the task folder of the docs."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    place = tmp_path_factory.mktemp("mmlu")
+    with zipfile.ZipFile(shared / "data" / "bench" / "mmlu.zip") as file:
+        file.extractall(place)
+    (place / "data").rename(place / "mmlu")
+    (place / "tasks").mkdir()
+    (place / "tasks" / "mmlu.template").write_text(block("yaml"))
+    subprocess.run(["bash", "-c", block("bash")], cwd=place, check=True)
+    (place / "english-2m").symlink_to(shared / "models" / "english-2m")
+    for number, name in enumerate(("one", "two")):
+        torch.manual_seed(number)
+        model = AutoModelForCausalLM.from_pretrained(place / "english-2m", dtype=torch.float32)
+        tuned = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+        with torch.no_grad():
+            for parameter_name, parameter in tuned.named_parameters():
+                if "lora_B" in parameter_name:
+                    parameter += 0.02 * torch.randn_like(parameter)
+        tuned.save_pretrained(place / name)
+    return place
+
+
+def test_two_adapters_on_six_subjects_of_mmlu_are_near_chance_and_the_table_says_so(
+    mmlu, monkeypatch, capsys
+):
+    from keylayers.evaluation.record import Evaluation
+
+    monkeypatch.chdir(mmlu)
+    arguments = ["--model", "english-2m", "--adapter", "one", "two", "--task-folder", "tasks"]
+    arguments += ["--tasks", "mmlu_six", "--limit", str(NUM_DOCUMENTS), "--output", "out"]
+    assert keylayers("eval", *arguments) == 0
+    shown = capsys.readouterr().out
+    group, *subjects = Evaluation.load("out").measures
+    assert (group.task, group.metric) == ("mmlu_six", "acc")
+    assert group.num_documents == 6 * NUM_DOCUMENTS
+    assert group.chance == pytest.approx(0.25)
+    assert [one.task for one in subjects] == list(group.members)
+    assert len(subjects) == 6
+    for result in group.results:
+        own = [each.value for one in subjects for each in one.results if each.model == result.model]
+        assert result.value == pytest.approx(sum(own) / 6)
+        assert result.interval.low <= 0.25
+    blocks = shown.split("mmlu_six, acc")[1].split("anatomy, acc")[0]
+    assert blocks.count("chance") == 4  # what it is, and of each model that it is not above it
+    assert "no model is above chance, so there is nothing to compare: mmlu_six" in shown
+    assert "better" not in shown.replace("lower is better", "")
+
+
+def test_the_python_of_the_docs_runs(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, source in (("base", "model"), ("tuned", "adapter"), ("chats.jsonl", "data.jsonl")):
+        (tmp_path / name).symlink_to(tiny / source)
+    names: dict[str, object] = {}
+    exec(compile(block("python"), "docs/evaluation.md", "exec"), names)
+    assert names["gain"].against == "base model"
+    assert names["gain"].interval is not None
+    assert (tmp_path / "evaluation" / "documents.parquet").is_file()
