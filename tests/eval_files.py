@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of evaluations measure: task files, and a folder with models, tasks and data."""
+
+import json
+
+from tiny_files import ANIMALS, FOODS, tiny_model, tiny_tokenizer
+
+CHOICE = """
+dataset_path: json
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{right}}"
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+WRITTEN = """
+task: written
+dataset_path: json
+output_type: generate_until
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[right]}}"
+generation_kwargs: {max_gen_toks: 2, until: ["."], do_sample: false}
+metric_list: [{metric: exact_match}]
+"""
+ROLLING = """
+task: rolling
+dataset_path: json
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{metric: word_perplexity}]
+"""
+GROUP = """
+group: foods
+task: [three, five]
+aggregate_metric_list:
+  - {metric: acc, weight_by_size: true}
+  - {metric: acc_norm, weight_by_size: false}
+"""
+
+
+def write_tasks(folder):
+    """Task files: `foods`, a group of two multiple-choice tasks, `written` and `rolling`."""
+    folder.mkdir()
+    for name, num_choices, num in (("three", 3, 9), ("five", 5, 6)):
+        rows = [
+            {
+                "question": f"The {ANIMALS[index % 8]} {index} eats",
+                "choices": [FOODS[(index + place) % 8] for place in range(num_choices)],
+                "right": index % num_choices,
+            }
+            for index in range(num)
+        ]
+        data = folder / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files = f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+        (folder / f"{name}.yaml").write_text(f"task: {name}\n{files}{CHOICE}")
+    (folder / "written.yaml").write_text(WRITTEN + files)
+    (folder / "rolling.yaml").write_text(ROLLING + files)
+    (folder / "fixed.yaml").write_text(f"task: fixed\nnum_fewshot: 0\n{files}{CHOICE}")
+    broken = CHOICE.replace("{{question}}", "{{no_such_field}}")
+    (folder / "broken.yaml").write_text(f"task: broken\n{files}{broken}")
+    (folder / "gone.yaml").write_text(f"task: gone\n{files.replace('five', 'gone')}{CHOICE}")
+    (folder / "foods.yaml").write_text(GROUP)
+
+
+def write_place(tiny, folder):
+    """All that is evaluated: model, two adapters, a checkpoint, tasks, data."""
+    from peft import LoraConfig, get_peft_model
+
+    for name in ("model", "tuned", "adapter", "data.jsonl"):
+        (folder / name).symlink_to(tiny / name)
+    tiny_tokenizer().save_pretrained(folder / "tuned")
+    other = get_peft_model(
+        tiny_model(len(tiny_tokenizer())),
+        # a head that the adapter holds whole: PEFT's own `unload` would leave it in the base model
+        LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    )
+    other.base_model.model.lm_head.modules_to_save["default"].weight.data *= -1
+    other.save_pretrained(folder / "other")
+    write_tasks(folder / "tasks")
+    (folder / "known.txt").write_text(" ".join(f"The {one} eats." for one in ANIMALS * 6))
+    problems = [{"problem": f"What is {n} + 1?", "answer": n + 1} for n in range(3)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(one) + "\n" for one in problems))
+
+
+MODELS = ["--model", "model", "--adapter", "adapter", "other", "--checkpoint", "tuned"]
+TASKS = ["--task-folder", "tasks", "--tasks", "foods,written", "rolling"]
+LOSSES = ["--data", "data.jsonl", "--forgetting-data", "known.txt", "--max-length", "32"]
+PROBLEMS = ["--problems", "sums.jsonl", "--samples", "4", "--max-new-tokens", "4"]
+ALL = [*MODELS, *TASKS, *LOSSES, *PROBLEMS]
+NAMES = ["base model", "adapter", "other", "tuned"]

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How an evaluation is shown: words for what is noise, at any width, with any names."""
+
+import json
+import math
+import re
+from io import StringIO
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+
+RECORD = Path(__file__).resolve().parents[1] / "experiments"
+
+
+def rendered(found, width):
+    """The lines of the report as a terminal of this width shows them."""
+    from keylayers.report.evaluation import evaluation_report
+
+    console = Console(file=StringIO(), width=width)
+    console.print(evaluation_report(found))
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+def recorded():
+    from keylayers.evaluation.record import Evaluation
+
+    return Evaluation.load(RECORD / "records" / "evaluation_english_2m_mmlu.json")
+
+
+def test_documents_that_only_some_models_have_give_no_interval():
+    """As where a task leaves out answers that it cannot score."""
+    from keylayers.evaluation.documents import Measured
+    from keylayers.evaluation.measures import Part, measures_of
+
+    def of(num):
+        rows = pd.DataFrame(
+            {
+                "task": "t",
+                "metric": "f1",
+                "document": range(num),
+                "document_sha256": "x",
+                "value": 0.5,
+                "size": 1.0,
+                "chance": math.nan,
+            }
+        )
+        return {"t": Measured("t", rows, {"f1": 0.5}, {"f1": True})}
+
+    (same,) = measures_of(Part("t", ("t",)), {"base model": of(9), "a": of(9)}, None, 0)
+    assert same.num_documents == 9
+    assert same.results[1].differences[0].interval is not None
+    (other,) = measures_of(Part("t", ("t",)), {"base model": of(9), "a": of(8)}, None, 0)
+    assert other.results[1].differences[0].interval is None
+    groups = Part("g", ("t",), is_group=True)
+    assert not list(measures_of(groups, {"base model": of(9), "a": of(8)}, None, 0))
+
+
+def test_a_rate_of_no_spread_is_said_to_be_the_same():
+    from keylayers.evaluation.measures import Difference, Measure, Result
+    from keylayers.evaluation.statistics import Interval
+    from keylayers.report.evaluation import chance_words, difference_words
+
+    same = Difference("base model", 0.0, Interval(0.0, 0.0, "bootstrap"), 1.0, 1.0)
+    result = Result("a", 0.1, Interval(0.02, 0.2, "exact"), (same,))
+    one = Measure("t", "acc", 50, 0.25, True, (result,))
+    assert difference_words(one, same) == "the same on each"
+    assert chance_words(one, result) == "below chance"
+    worse = Difference("base model", -0.1, Interval(-0.2, -0.05, "bootstrap"), 0.01, 0.01)
+    assert difference_words(one, worse) == "worse"
+    loss = Measure("t", "loss", 50, None, False, (result,))
+    assert difference_words(loss, worse) == "better"
+
+
+def test_the_log_shows_what_the_record_holds():
+    entry = (RECORD / "LOG.md").read_text().split("## 2026-11-25: two adapters of the 2 M model")[1]
+    shown = entry.split("```")[1].strip("\n").splitlines()
+    assert len(shown) > 30
+    assert set(shown) <= set(rendered(recorded(), 120))
+
+
+def test_a_narrow_terminal_breaks_no_interval():
+    wide, narrow = ("\n".join(rendered(recorded(), width)) for width in (120, 80))
+    intervals = re.compile(r"\[[-+]?\d\.\d+, [-+]?\d\.\d+\]")
+    assert len(intervals.findall(wide)) > 40
+    assert sorted(intervals.findall(narrow)) == sorted(intervals.findall(wide))
+
+
+def test_names_are_no_markup(tmp_path):
+    from keylayers.evaluation.record import Evaluation
+
+    text = json.dumps(recorded().to_json()).replace("alpaca-all", "[red]x[/y]")
+    (tmp_path / "evaluation.json").write_text(text)
+    lines = rendered(Evaluation.load(tmp_path), 140)
+    assert any("against [red]x[/y]" in line for line in lines)
+    assert any(line.startswith("  [red]x[/y]") for line in lines)
