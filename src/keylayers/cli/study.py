@@ -65,7 +65,7 @@ def study(
     report.html if charts are installed.
 
     Args:
-        studies: YAML files with `options`, `grid`, `verify` and `compare`. Several share their
+        studies: YAML files with `options`, `grid` and what is measured. Several share their
             cells, and each has its results in a folder of its name.
         output: Folder of the study: its cells and its results.
         settings: Options that are given anew, as name=value, or the entries of an axis of the grid,
