@@ -273,3 +273,7 @@ def test_what_changes_is_measured_anew_and_the_rest_is_not(evaluated, place, tmp
     record = json.loads((out / "evaluation.json").read_text())
     again = {one["pair"]: one["task"] for one in record["provenance"]["pairs"]}
     assert sorted(again[key] for key in stop.kept) == sorted([*changed] * 4)
+    table = pd.read_parquet(out / "documents.parquet")  # has what was measured before, too
+    before = pd.read_parquet(place / "out" / "documents.parquet")
+    assert set(before["pair"]) < set(table["pair"])
+    assert set(table["model"]) == set(NAMES)

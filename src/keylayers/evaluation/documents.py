@@ -73,9 +73,12 @@ class Store:
         self.file = folder / DOCUMENTS
         self.under_way = under_way
         self._known: dict[str, Measured] = {}
+        self._names: dict[str, str] = {}
         for path in (self.file, *sorted(under_way.glob("*.parquet"))):
             if path.is_file():
-                self._known |= _read(path)
+                pairs, names = _read(path)
+                self._known |= pairs
+                self._names |= names
 
     def get(self, key: str) -> Measured | None:
         """What was measured under this key, if it was."""
@@ -93,7 +96,8 @@ class Store:
             names: Key -> name of the model in the table that is shown.
         """
         order = dict.fromkeys((*names, *self._known))  # the same whatever was measured when
-        _write(self.file, {key: self._known[key] for key in order}, names)
+        pairs = {key: self._known[key] for key in order}
+        _write(self.file, pairs, {**self._names, **names})
 
 
 def _write(path: Path, pairs: Mapping[str, Measured], names: Mapping[str, str]) -> None:
@@ -107,7 +111,8 @@ def _write(path: Path, pairs: Mapping[str, Measured], names: Mapping[str, str]) 
     write_bytes(path, sink.getvalue().to_pybytes())
 
 
-def _read(path: Path) -> dict[str, Measured]:
+def _read(path: Path) -> tuple[dict[str, Measured], dict[str, str]]:
+    """The pairs, and the names of their models."""
     try:
         table = pq.read_table(path)
         about = json.loads(table.schema.metadata[_META])
@@ -120,7 +125,8 @@ def _read(path: Path) -> dict[str, Measured]:
         ) from error
     rows = {str(key): part for key, part in whole.groupby("pair", sort=False)}
     empty = whole.iloc[:0]
-    return {
+    names = {key: str(part["model"].iloc[0]) for key, part in rows.items()}
+    pairs = {
         key: Measured(
             task=one["task"],
             rows=rows.get(key, empty).drop(columns=["pair", "model"]).reset_index(drop=True),
@@ -130,3 +136,4 @@ def _read(path: Path) -> dict[str, Measured]:
         )
         for key, one in about.items()
     }
+    return pairs, names
