@@ -89,7 +89,7 @@ def test_every_small_recipe_is_planned_on_the_files_of_the_demo(demo_files, monk
     monkeypatch.chdir(demo_files)
     assert keylayers("study", *SMALL, "--dry-run") == 0
     out = capsys.readouterr().out
-    assert "not known offline" not in out
+    assert "not known:" not in out
     assert "from the hub" not in out
     assert {path.stem for path in SMALL} <= {path.stem for path in PAPER}
     found = plans(SMALL)
@@ -201,6 +201,7 @@ REFUSED = [
     (["wrong.yaml"], ("--dry-run",), "`compare` of a study must be a list of shares"),
     (["eval.yaml"], ("--dry-run",), "got 'taskss', did you mean 'tasks'"),
     (["late.yaml"], ("--dry-run",), "`seed` must be"),
+    (["much.yaml"], ("--dry-run",), "`budget` must be .* got 'much'"),
 ]
 
 
@@ -213,6 +214,7 @@ def test_what_cannot_be_run_is_one_clear_line(tmp_path, monkeypatch, capsys, nam
     written(tmp_path / "b", "a", **good)
     written(tmp_path, "wrong", **good, compare=[30])
     written(tmp_path, "eval", **good, evaluate={"taskss": ["mmlu"]})
+    written(tmp_path, "much", options={**good["options"], "budget": "much"})
     written(tmp_path, "late", options=good["options"], grid={"seed": [0, 1, -1]})
     assert keylayers("study", *names, *more) == 2
     error = capsys.readouterr().err

@@ -7,7 +7,7 @@ loading and tokenising. Where only a part of the modules is trained, the lowest 
 the first block.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from keylayers.options import (
     TrainingOptions,
 )
 from keylayers.options.passes import STOPS_BY_ITSELF, num_steps
+from keylayers.selection import parse_budget
 from keylayers.study.estimate_memory import step_bytes
 from keylayers.study.plan import Cell
 from keylayers.study.sizes import (
@@ -40,6 +41,7 @@ OPERATIONS = 2  # a multiplication and an addition
 NUM_REPEATS = 10  # runs of a method at most, with `until_stable`
 NUM_LEAVE_ONE_OUT = 64  # examples that `verify --leave-one-out` looks at
 FORWARD_ONLY = ("leave-one-out", "shapley")
+FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
 
 Part = TypeVar("Part")
 
@@ -79,11 +81,16 @@ def downloads(cells: Iterable[Cell]) -> dict[str, int | None]:
     """Names on the hub that the cells read -> bytes to download; None where that is not known."""
     found: dict[str, int | None] = {}
     for cell in cells:
-        for name, sizes in (("model", _model_bytes), ("data", _data_bytes)):
-            source = str(cell.options.get(name, ""))
-            if source and not Path(source).exists():
-                found.setdefault(source, sizes(source))
+        for name, sizes in SOURCES.items():
+            source = cell.options.get(name)
+            if source is not None and _is_on_hub(str(source)):
+                found.setdefault(str(source), sizes(str(source)))
     return found
+
+
+def _is_on_hub(source: str) -> bool:
+    """Whether a name is none of a file, here or missing."""
+    return not Path(source).exists() and Path(source).suffix not in FILE_TYPES
 
 
 def _model_bytes(name: str) -> int | None:
@@ -94,6 +101,18 @@ def _model_bytes(name: str) -> int | None:
 def _data_bytes(name: str) -> int | None:
     size = data_size(name)
     return None if size is None else size.download_bytes
+
+
+def _not_known(name: str) -> None:
+    return None
+
+
+SOURCES: Mapping[str, Callable[[str], int | None]] = {
+    "model": _model_bytes,
+    "data": _data_bytes,
+    "adapter": _not_known,
+    "tuned": _model_bytes,
+}
 
 
 class _Job:
@@ -156,12 +175,13 @@ class _Job:
             return 1.0, parse_memory(budget)
         if self.options.get("freeze") is not None:
             return 1.0 - float(self.options["freeze"]), float("inf")
-        amount, _, unit = budget.partition("x-")
-        if unit == "time" or budget in ("auto", "None"):  # not known before the ranking is
+        if budget in ("auto", "None") or budget.endswith("x-time"):  # the ranking will tell
             return 1.0, float("inf")
-        count = float(amount)
-        is_share = count <= 1 and "." in amount
-        return (count if is_share else count / self.shape.num_modules), float("inf")
+        if budget.endswith("x-params"):
+            return float(budget.removesuffix("x-params")), float("inf")
+        wanted = parse_budget(budget)
+        is_count = isinstance(wanted, int)
+        return float(budget) / (self.shape.num_modules if is_count else 1), float("inf")
 
     def _scoring(self) -> float:
         asked = replace(self.mask, until_stable=None)

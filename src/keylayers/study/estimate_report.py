@@ -51,7 +51,7 @@ def print_plan(
     console.print(_cost_table(cells, states, found, tflops))
     missing = dict.fromkeys(one.unknown for one in found.values() if one.unknown)
     if missing:
-        console.print(f"not known offline: {', '.join(missing)}", highlight=False, markup=False)
+        console.print(f"not known: {', '.join(missing)}", highlight=False, markup=False)
     console.print()
     sources = downloads(cells)
     if sources:
@@ -78,6 +78,8 @@ def duration_text(seconds: float | None) -> str:
     """A time as plans show it; a dash where it is not known."""
     if seconds is None:
         return "-"
+    if seconds < 0.05:
+        return "< 0.1 s"
     if seconds < 2 * MINUTE:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     if seconds < 2 * HOUR:

@@ -29,6 +29,7 @@ from keylayers.options.evaluation import (
     ProblemOptions,
 )
 from keylayers.records import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT, environment, json_sha256
+from keylayers.selection import parse_budget
 from keylayers.study.yaml_file import AxisPoint, StudyFile
 
 Kind = Literal["stage-1", "ranking", "training", "evaluation"]
@@ -272,6 +273,8 @@ def _selection(options: Mapping[str, Any]) -> SelectionOptions | None:
         return None
     if "budget" in asked:
         asked["budget"] = str(asked["budget"])
+        if asked["budget"] != "auto":
+            parse_budget(asked["budget"])  # refused here rather than after the ranking
     ranked = {} if "rank_first" in asked else {"ranking": "."}
     try:
         return SelectionOptions(**ranked | asked)
