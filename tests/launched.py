@@ -29,7 +29,7 @@ def spread_by_fsdp():
 
     def init(self, *arguments, fsdp_plugin=None, **named):
         begin(self, *arguments, fsdp_plugin=fsdp_plugin, **named)
-        if self.distributed_type == DistributedType.MULTI_CPU:
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
 
     AcceleratorState.__init__ = init

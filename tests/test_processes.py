@@ -175,7 +175,9 @@ def test_the_ranking_of_two_processes_is_that_of_one(one, two, name):
     for part in ("held_out_loss_nats", "stage_1"):
         first, second = (record["provenance"][part] for record in records)
         if part == "stage_1":
-            assert first["step_scores"] == pytest.approx(second["step_scores"], rel=1e-3, abs=1e-6)
+            if two[3] != "zero2":  # which hides gradients
+                steps = [each["step_scores"] for each in (first, second)]
+                assert steps[0] == pytest.approx(steps[1], rel=1e-3, abs=1e-6)
             first, second = (dict(enumerate(each["losses"])) for each in (first, second))
         assert first == pytest.approx(second, rel=1e-4)
 
@@ -252,8 +254,16 @@ def test_a_mistake_ends_every_process_with_one_line(tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+class Plugin(SimpleNamespace):
+    """What accelerate knows of a wrapper; all that is not named is off."""
+
+    def __getattr__(self, _):
+        return False
+
+
 def under(monkeypatch, wrapper, **plugin):
     """Trainers that their launcher put under a wrapper, seen as on accelerators."""
+    from accelerate.state import AcceleratorState
     from transformers import Trainer
 
     create = Trainer.create_accelerator_and_postprocess
@@ -261,8 +271,8 @@ def under(monkeypatch, wrapper, **plugin):
     def wrapped(self):
         create(self)
         setattr(self, f"is_{wrapper}_enabled", True)
-        setattr(self.accelerator.state, f"{wrapper}_plugin", SimpleNamespace(**plugin))
 
+    monkeypatch.setattr(AcceleratorState, f"{wrapper}_plugin", Plugin(**plugin), raising=False)
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", wrapped)
 
 
@@ -295,14 +305,13 @@ def test_what_a_wrapper_cannot_do_is_refused_before_any_step(
     assert "step 1" not in err
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
 def test_a_wrapper_that_is_left_out_on_a_cpu_is_not_left_out_in_silence(
-    tiny, tmp_path, monkeypatch, capsys, name
+    tiny, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", tmp_path / "o")
     assert keylayers("rank", *inputs, *RANK) == 2
-    assert f"{name} must have accelerators to spread a model over" in capsys.readouterr().err
+    assert "FSDP must have accelerators to spread a model over" in capsys.readouterr().err
 
 
 def test_a_cache_of_frozen_blocks_is_refused_in_several_processes(

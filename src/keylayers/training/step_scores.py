@@ -49,8 +49,8 @@ class StepScores(TrainerCallback):
 
     @property
     def scores(self) -> Mapping[str, float]:
-        """Module name -> score, in model order; empty before the training."""
-        if self._sums is None:
+        """Module name -> score, in model order; empty if no step was seen."""
+        if self._sums is None or self.num_steps == 0:
             return {}
         sums = torch.zeros(len(self._modules), dtype=torch.float64)
         sums.index_add_(0, torch.tensor(self._owners), self._sums.double().cpu())
@@ -61,12 +61,12 @@ class StepScores(TrainerCallback):
         """The modules by their scores, to be selected from, saved and compared like any ranking.
 
         Raises:
-            RankingError: nothing has been trained yet.
+            RankingError: nothing has been trained yet, or under DeepSpeed, which hides gradients.
         """
         if self.num_steps == 0:
             raise RankingError(
-                "a ranking from steps needs a training, but no step was taken; call "
-                "trainer.train() first"
+                "a ranking from steps needs a training, but no step was taken whose gradients can "
+                "be seen; call trainer.train() first, and without DeepSpeed, which hides them"
             )
         scores = self.scores
         modules = (RankedModule.of(module, scores[module.name]) for module in self._modules)
@@ -116,6 +116,8 @@ class StepScores(TrainerCallback):
     ) -> None:
         """The matrices have moved, and their gradients are still there."""
         assert self._sums is not None
+        if all(parameter.grad is None for parameter in self._parameters):
+            return  # DeepSpeed keeps the gradients in a place of its own
         falls = torch.stack(
             [
                 _loss_fall(parameter, before)
