@@ -271,8 +271,9 @@ def under(monkeypatch, wrapper, **plugin):
     def wrapped(self):
         create(self)
         setattr(self, f"is_{wrapper}_enabled", True)
+        known = Plugin(**plugin)
+        monkeypatch.setattr(AcceleratorState, f"{wrapper}_plugin", known, raising=False)
 
-    monkeypatch.setattr(AcceleratorState, f"{wrapper}_plugin", Plugin(**plugin), raising=False)
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", wrapped)
 
 

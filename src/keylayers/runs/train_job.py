@@ -36,6 +36,7 @@ from keylayers.report.model_card import model_card
 from keylayers.runs.callback import FreezeUnimportant
 from keylayers.runs.reopen import note_other_objective, objective_of, sizes_of
 from keylayers.selection import Budget, Selection, check_same_modules, select
+from keylayers.sharding import check_can_freeze_inside
 from keylayers.training.checkpoints import Checkpoints
 from keylayers.training.data import prepare
 from keylayers.training.memory import measured_memory
@@ -120,6 +121,8 @@ class TrainJob:
         fresh = self._fresh()
         num_steps = self.options.selection.steps
         model, trainer = self._trainer(fresh, names, label)
+        if callback is not None:
+            check_can_freeze_inside(trainer)  # the callback asks too, when training has begun
         held_out = prepared_examples(trainer)["held_out"]
         if self.base_loss_nats is None:  # LoRA's update is zero at first, so this is the base model
             self.base_loss_nats = held_out_loss(trainer, held_out)
