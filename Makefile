@@ -6,6 +6,9 @@ export HF_HUB_OFFLINE ?= 1
 # PyTorch with two threads on a busy two-core machine is 10 to 45 times slower than with one.
 export OMP_NUM_THREADS ?= 1
 
+# Tests run side by side in so many processes, a file in each.
+WORKERS ?= 2
+
 .PHONY: demo test check bench clean
 .DELETE_ON_ERROR:
 
@@ -13,7 +16,7 @@ demo: $(VENV)/installed
 	$(BIN)/keylayers demo
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
