@@ -75,15 +75,22 @@ def render_report(sources: Sequence[Source], budget: Budget = 0.3) -> bytes:
     return page.encode("utf-8", "replace")  # JSON allows half characters, UTF-8 does not
 
 
-def _template() -> Template:
+def page_environment(package: str) -> Environment:
+    """The templates in the folder `page` of a package, which escape all foreign text."""
     environment = Environment(
-        loader=PackageLoader("keylayers.report", "page"),
+        loader=PackageLoader(package, "page"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shell": shlex.quote, "measure": measure}
+    environment.filters["shell"] = shlex.quote
+    return environment
+
+
+def _template() -> Template:
+    environment = page_environment("keylayers.report")
+    environment.filters["measure"] = measure
     return environment.get_template("page.html")
 
 

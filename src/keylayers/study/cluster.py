@@ -60,7 +60,7 @@ class Cluster:
                 "`ray_address` needs Ray, which is not installed; `pip install 'keylayers[study]'`"
             )
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        self._undertaker: subprocess.Popen[bytes] | None = None
+        self._watcher: subprocess.Popen[bytes] | None = None
         if address == LOCAL:
             self.ray = self._started()
         else:
@@ -70,16 +70,16 @@ class Cluster:
     def close(self) -> None:
         """Leave it; what was started here ends, and its files go."""
         self.ray.shutdown()
-        if self._undertaker is not None:
-            assert self._undertaker.stdin is not None
-            self._undertaker.stdin.close()
-            self._undertaker.wait()
+        if self._watcher is not None:
+            assert self._watcher.stdin is not None
+            self._watcher.stdin.close()
+            self._watcher.wait()
 
     def _started(self) -> Any:
         os.environ.update(ENVIRONMENT)  # before Ray is imported, which reads it then
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         folder = tempfile.mkdtemp(prefix="keylayers-ray-")  # short: it holds sockets
-        self._undertaker = subprocess.Popen(
+        self._watcher = subprocess.Popen(
             [sys.executable, "-m", __name__, folder],
             stdin=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C and Ray's own reaper kill by groups
@@ -147,7 +147,7 @@ def _no_cluster(address: str, reason: str) -> str:
     )
 
 
-def bury(folder: Path, spared: int) -> None:
+def end_cluster(folder: Path, spared: int) -> None:
     """Kill every process that has a file of the folder open, as all of a cluster do; remove it.
 
     Args:
@@ -171,4 +171,4 @@ def _users(folder: Path) -> Iterator[psutil.Process]:
 
 if __name__ == "__main__":
     sys.stdin.buffer.read()
-    bury(Path(sys.argv[1]), os.getppid())
+    end_cluster(Path(sys.argv[1]), os.getppid())

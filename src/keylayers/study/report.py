@@ -5,7 +5,6 @@ Runs no script and loads nothing: the charts are pictures inside the file.
 """
 
 import base64
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -13,12 +12,12 @@ from typing import Any
 
 import altair as alt
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from keylayers._version import __version__
 from keylayers.report.charts import BLUE, GREY
 from keylayers.report.figures import drawn_chart
+from keylayers.report.html import page_environment
 from keylayers.study.cell import CellState
 from keylayers.study.plan import Cell
 from keylayers.study.summary import (
@@ -68,25 +67,21 @@ def render_study(
         cells: Of the study.
         states: How each ended, by name.
     """
-    environment = Environment(
-        loader=PackageLoader("keylayers.study", "page"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["shell"] = shlex.quote
     finished = [cell for cell in cells if states[cell.name].status == "finished"]
     style = files("keylayers.report").joinpath("page", "page.css").read_text(encoding="utf-8")
-    page = environment.get_template("study.html").render(
-        version=__version__,
-        style=Markup(style),
-        axes=axes,
-        cells=cells,
-        num_cells=len(cells),
-        num_finished=len(finished),
-        lost=[(cell, states[cell.name]) for cell in cells if cell not in finished],
-        parts=[_part(table, axes, one) for one in shown_in(table)],
+    page = (
+        page_environment("keylayers.study")
+        .get_template("study.html")
+        .render(
+            version=__version__,
+            style=Markup(style),
+            axes=axes,
+            cells=cells,
+            num_cells=len(cells),
+            num_finished=len(finished),
+            lost=[(cell, states[cell.name]) for cell in cells if cell not in finished],
+            parts=[_part(table, axes, one) for one in shown_in(table)],
+        )
     )
     return page.encode("utf-8", "replace")
 
