@@ -95,11 +95,18 @@ class KindMean:
     top_weighted_tau: float | None
 
 
-def agreement(rankings: Sequence[Ranking], budget: Budget) -> list[Agreement]:
+def agreement(
+    rankings: Sequence[Ranking], budget: Budget, *, has_intervals: bool = True
+) -> list[Agreement]:
     """The agreement of every pair of rankings at one budget, in order of their indices.
 
     Rankings of different modules are matched by relative depth and projection. The draws behind
     the intervals depend on the index of a ranking and on nothing else that is random.
+
+    Args:
+        rankings: Two or more.
+        budget: What the selections that are compared may take.
+        has_intervals: Draw the scores anew for the intervals, which takes most of the time.
 
     Raises:
         RankingError: two rankings share no projection, or the budget reaches modules without a
@@ -107,7 +114,7 @@ def agreement(rankings: Sequence[Ranking], budget: Budget) -> list[Agreement]:
         ConfigError: the budget has no known form, or buys nothing or more than there is.
     """
     sides = [
-        _Side(index, ranking, _drawn_scores(ranking, index))
+        _Side(index, ranking, _drawn_scores(ranking, index) if has_intervals else None)
         for index, ranking in enumerate(rankings)
     ]
     return [_agreement_of(first, second, budget) for first, second in combinations(sides, 2)]

@@ -100,7 +100,7 @@ def _rows_of_pair(
     first, second = points
     shared = {name: label for name, label in first.items() if name != axis}
     for budget in budgets:
-        (found,) = agreement(rankings, budget)
+        (found,) = agreement(rankings, budget, has_intervals=False)
         yield {
             **dict(zip(PAIR, (axis, first[axis], second[axis]), strict=True)),
             **shared,
