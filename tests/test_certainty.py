@@ -97,3 +97,11 @@ def test_more_noise_never_decides_a_place(pairs, data):
     small = undecided(noisy(pairs), budget)
     large = undecided(noisy([(score, error + 1) for score, error in pairs]), budget)
     assert set(small) <= set(large)
+
+
+def test_equal_scores_are_said_to_rank_nothing():
+    from keylayers.report.terminal import certainty_line
+
+    assert "nothing is ranked" in certainty_line(ranking_of([0.5] * 4), 2)
+    assert "nothing is ranked" not in certainty_line(ranking_of([0.5, 0.5, 0.4]), 2)
+    assert not ranking_of([1.0]).is_flat

@@ -358,8 +358,13 @@ def test_an_interrupted_run_keeps_what_was_under_way(tmp_path):
             return Reply("[[1]]", "stop", 1, 1)
 
     notes, path = Notes(), tmp_path / "r.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        run(Judge(), requests(50), path, 2, notes)
+    # A job in a shell's background starts with interrupts ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(Judge(), requests(50), path, 2, notes)
+    finally:
+        signal.signal(signal.SIGINT, before)
     kept = [json.loads(line)["key"] for line in path.read_text().splitlines()]
     assert "key 2" in kept
     assert len(kept) < 10

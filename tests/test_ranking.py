@@ -93,6 +93,8 @@ DAMAGE = [
     (lambda text: text.replace('"score": 1.0', '"score": true'), "module 0, 'score' must be"),
     (lambda text: text.replace('"block_index": 0', '"block_index": 0.5'), "must be int or null"),
     (lambda text: json.dumps({**json.loads(text), "modules": 3}), "must hold a list `modules`"),
+    (lambda text: text.replace('"a_proj"', f'"{"a" * 2000}"'), "most 1000 characters, got .* 2000"),
+    (lambda text: text.replace('"by hand"', f'"{"a" * 2000}"'), "at most 1000 characters"),
     (lambda text: json.dumps({**json.loads(text), "modules": [3]}), "module 0 must be a mapping"),
     (lambda text: text.replace('"score": 1.0', f'"score": {10**400}'), "finite number or null"),
     (lambda text: text.replace('"standard_error": null', '"standard_error": NaN', 1), "from 0 or"),

@@ -242,6 +242,7 @@ def test_rankings_that_differ_in_one_axis_are_compared(tmp_path):
     from keylayers.study.plan import Cell
 
     orders = {("x", "0"): [4, 3, 2, 1], ("x", "1"): [4, 3, 1, 2], ("y", "0"): [1, 2, 3, 4]}
+    orders[("flat", "1")] = [1, 1, 1, 1]
     cells = []
     for (data, seed), scores in orders.items():
         cell = Cell("ranking", f"{data}{seed}", (), (), ({"data": data, "seed": seed},))
@@ -251,6 +252,10 @@ def test_rankings_that_differ_in_one_axis_are_compared(tmp_path):
         ranking_of([float(one) for one in scores]).save(folder / "ranking.json")
     states = {cell.name: CellState("finished") for cell in cells}
     table = agreement_table(tmp_path, cells, states, ["data", "seed"], [0.5])
+    with_flat = table["second"] == "flat"
+    assert with_flat.sum() == 1  # with x1
+    assert table.loc[with_flat, ["jaccard", "chance_jaccard", "tau"]].isna().all(axis=None)
+    table = table[~with_flat]
     rows = table.set_index("differs")
     assert sorted(rows.index) == ["data", "seed"]  # x0 with y0, and x0 with x1
     assert rows.loc["seed", ["first", "second", "data"]].tolist() == ["0", "1", "x"]

@@ -62,7 +62,7 @@ def test_an_update_that_exists_needs_no_stage_1(tiny, tmp_path):
 REFUSED = [
     (
         {"grids": {}},
-        "must hold options, grid, verify and compare and nothing else, but .* has 'grids'",
+        "must hold options, grid, verify, compare and evaluate and nothing else, .* has 'grids'",
     ),
     ({"options": []}, "`options` of a study must map names to values, but in .* it is a list"),
     ({"verify": 1}, "`verify` of a study must be true or false, got 1"),
@@ -73,6 +73,10 @@ REFUSED = [
     ({"options": {"model": "m"}}, "must say which `data`"),
     ({"grid": {"method": ["elimination", "ilaa"]}}, "ilaa.*--method.*Did you mean"),
     ({"options": {"model": "m", "data": "d", "lora_rank": 0}}, "`lora_rank` must be at least 1"),
+    (
+        {"options": {"model": "m" * 300, "data": "d"}},
+        "must be a file, a folder or a name.*too long",
+    ),
     ({"grid": {"budget": [{"budget": 0.3, "freeze": 0.2}]}}, "exactly one of `budget`"),
     (
         {"grid": {"budget": [{"freeze": "much"}]}},

@@ -7,6 +7,7 @@ better rank (1, 2, 2, 4). A module without a score (`None`) comes after all othe
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "keylayers/ranking"
 SCHEMA_VERSION = 1
+MAX_NAME_LENGTH = 1000  # far above any model's; figures and tables hold what is shorter
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,15 @@ class Ranking:
         names = [module.name for module in self.modules]
         if not names:
             raise RankingError("a ranking must hold at least one module, got none")
-        repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-        if repeated:
-            raise RankingError(f"a ranking must name each module once, but repeats {repeated[0]}")
+        repeated = next((name for name, count in Counter(names).items() if count > 1), None)
+        if repeated is not None:
+            raise RankingError(f"a ranking must name each module once, but repeats {repeated}")
+        for text in (self.method, *names, *self.projections):
+            if len(text) > MAX_NAME_LENGTH:
+                raise RankingError(
+                    f"names in a ranking must have at most {MAX_NAME_LENGTH} characters, got one of "
+                    f"{len(text)} that begins with {text[:40]!r}"
+                )
         for module in self.modules:
             if module.score is not None and not is_number(module.score):
                 raise RankingError(
@@ -107,6 +115,11 @@ class Ranking:
     def projections(self) -> tuple[str, ...]:
         """The kinds of its modules, in model order."""
         return tuple(dict.fromkeys(module.projection for module in self.modules))
+
+    @property
+    def is_flat(self) -> bool:
+        """Nothing is ranked: several modules, and all their scores are equal."""
+        return len(self.modules) > 1 and len({module.score for module in self.modules}) == 1
 
     def ordered(self) -> list[RankedModule]:
         """All modules, best first; ties in model order, modules without a score last."""

@@ -8,7 +8,7 @@ not spread: every process has them all. Without FSDP nothing here does anything.
 import os
 
 from accelerate.utils import fsdp2_apply_ac, fsdp2_prepare_model
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -100,13 +100,13 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def whole(tensor: Tensor) -> Float[Tensor, "..."]:
+def whole(tensor: Tensor) -> Shaped[Tensor, "..."]:
     """The tensor with the parts of all processes, without its graph; each of them must ask."""
     found = tensor.detach()
     return found.full_tensor() if isinstance(found, DTensor) else found
 
 
-def own_part(tensor: Tensor) -> Float[Tensor, "..."]:
+def own_part(tensor: Tensor) -> Shaped[Tensor, "..."]:
     """What this process holds of the tensor, without its graph."""
     found = tensor.detach()
     return found.to_local() if isinstance(found, DTensor) else found

@@ -85,7 +85,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(str(error))
         return error.exit_code
     except OSError as error:
-        if is_traceback_wanted or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if is_traceback_wanted:
+            raise
+        if error.errno == errno.ENAMETOOLONG:
+            _complain(
+                f"a file or a folder must have a name that the system takes, but one that begins "
+                f"with {str(error.filename)[:40]!r} is too long"
+            )
+            return 2
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _complain(
             "the disk must have room for what libraries keep on it, but it is full; what was "

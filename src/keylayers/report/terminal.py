@@ -114,6 +114,11 @@ def certainty_line(ranking: Ranking, budget: Budget) -> str:
         RankingError: the budget reaches modules that have no score.
     """
     selection = ranking.select(budget)
+    if ranking.is_flat:
+        return (
+            "all modules have the same score: nothing is ranked, and a budget takes them in the "
+            "model's order; an update from the first steps of a warm-up adds nothing yet"
+        )
     known = list(decisions(ranking, budget).values())
     num_unknown, num_open = known.count(None), known.count(False)
     if num_unknown == len(known):

@@ -3,9 +3,11 @@
 
 One row for each such pair and budget. Columns: `differs` (the axis), `first` and `second` (its two
 entries), the other axes, `best` (the share of the modules), and what `keylayers compare` says of
-the pair. Pairs that differ in their seed show how much of any disagreement is noise.
+the pair, or nothing where one of them ranks nothing (all scores are equal): its best modules are
+then the model's first. Pairs that differ in their seed show how much of any disagreement is noise.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -99,11 +101,12 @@ def _rows_of_pair(
 ) -> Iterator[dict[str, Any]]:
     first, second = points
     shared = {name: label for name, label in first.items() if name != axis}
+    ranks_nothing = any(ranking.is_flat for ranking in rankings)
     for budget in budgets:
         (found,) = agreement(rankings, budget, has_intervals=False)
         yield {
             **dict(zip(PAIR, (axis, first[axis], second[axis]), strict=True)),
             **shared,
             "best": budget,
-            **{name: getattr(found, name) for name in MEASURES},
+            **{name: math.nan if ranks_nothing else getattr(found, name) for name in MEASURES},
         }

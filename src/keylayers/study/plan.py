@@ -312,8 +312,15 @@ def _content(name: str, value: Any) -> Any:
     """An option as it is hashed: files by what they hold, so that a study can be moved."""
     if isinstance(value, list):
         return [_content(name, one) for one in value]
-    if name in FILES and isinstance(value, str) and Path(value).exists():
-        return {"sha256": _sha256(Path(value).resolve())}
+    if name in FILES and isinstance(value, str):
+        try:
+            if Path(value).exists():
+                return {"sha256": _sha256(Path(value).resolve())}
+        except OSError as error:  # such as a name longer than the system takes
+            raise ConfigError(
+                f"`{name}` of a study must be a file, a folder or a name, but {value[:40]!r} cannot "
+                f"be one: {error.strerror}"
+            ) from error
     return value
 
 

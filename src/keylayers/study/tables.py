@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A study in the terminal: its cells while they run, and what it found."""
 
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 from rich.console import Group
@@ -68,13 +70,22 @@ def agreement_summary(table: pd.DataFrame, axes: Sequence[str]) -> Table:
             Text(f"{row['differs']}: {row['first']}, {row['second']}"),
             *(Text(label_of(row[group])) for group in groups),
             f"{100 * row['best']:g} %",
-            f"{row['jaccard']:.2f}",
-            f"{row['lowest']:.2f} to {row['highest']:.2f}",
-            f"{row['chance_jaccard']:.2f}",
-            f"{row['tau']:.2f}",
+            *_agreement_texts(row),
             str(row["pairs"]),
         )
     return shown
+
+
+def _agreement_texts(row: Mapping[Hashable, Any]) -> list[str]:
+    """Jaccard, its range, chance and tau; a dash for each where a ranking ranks nothing."""
+    if math.isnan(row["jaccard"]):
+        return ["-"] * 4
+    return [
+        f"{row['jaccard']:.2f}",
+        f"{row['lowest']:.2f} to {row['highest']:.2f}",
+        f"{row['chance_jaccard']:.2f}",
+        f"{row['tau']:.2f}",
+    ]
 
 
 def _summary_table(table: pd.DataFrame, axes: Sequence[str], one: Shown) -> Table:
