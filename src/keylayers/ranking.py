@@ -91,8 +91,8 @@ class Ranking:
         for text in (self.method, *names, *self.projections):
             if len(text) > MAX_NAME_LENGTH:
                 raise RankingError(
-                    f"names in a ranking must have at most {MAX_NAME_LENGTH} characters, got one of "
-                    f"{len(text)} that begins with {text[:40]!r}"
+                    f"names in a ranking must have at most {MAX_NAME_LENGTH} characters, got one "
+                    f"of {len(text)} that begins with {text[:40]!r}"
                 )
         for module in self.modules:
             if module.score is not None and not is_number(module.score):

@@ -318,8 +318,8 @@ def _content(name: str, value: Any) -> Any:
                 return {"sha256": _sha256(Path(value).resolve())}
         except OSError as error:  # such as a name longer than the system takes
             raise ConfigError(
-                f"`{name}` of a study must be a file, a folder or a name, but {value[:40]!r} cannot "
-                f"be one: {error.strerror}"
+                f"`{name}` of a study must be a file, a folder or a name, but {value[:40]!r} "
+                f"cannot be one: {error.strerror}"
             ) from error
     return value
 
