@@ -224,17 +224,24 @@ def cross_table():
     )
 
 
-def agreement_lines(recipe, *shown):
-    """Means over pairs: what differs, the axes in `shown`, and agreement at both budgets."""
+def agreement_lines(recipe, *shown, **of_seeds_at):
+    """Means over pairs: what differs, the axes in `shown`, and agreement at both budgets.
+
+    Pairs that differ in their seed come last, and only those at `of_seeds_at`.
+    """
     groups = {}
     for row in load()[recipe]["agreement"]:
         point = row["point"]
         of_seeds = point["differs"] == "seed"
+        if of_seeds and any(point[axis] != label for axis, label in of_seeds_at.items()):
+            continue
         pair = "seeds" if of_seeds else f"{point['differs']}: {point['first']}, {point['second']}"
         labels = [TITLES.get(point[axis], point[axis]) or "" for axis in shown]
         groups.setdefault((*labels, pair.replace("_", " ").replace(".jsonl", "")), []).append(row)
+    pairs = [*dict.fromkeys(labels[-1] for labels in groups)]
+    pairs.sort(key=lambda pair: pair == "seeds")
     lines = []
-    for labels, rows in sorted(groups.items(), key=lambda item: "seeds" in item[0][-1]):
+    for labels, rows in sorted(groups.items(), key=lambda item: pairs.index(item[0][-1])):
         line = [*labels]
         for budget in (0.3, 0.75):
             found = [row for row in rows if row["best"] == budget]
@@ -256,10 +263,8 @@ def initial_table():
 
 def checkpoints_table():
     """Shares of stage 1."""
-    lines = [line for line in agreement_lines("checkpoints", "method") if "method:" not in line[1]]
+    lines = agreement_lines("checkpoints", "method", checkpoint="100 %")
     wanted = [line for line in lines if "100 %" in line[1] or line[1] == "seeds"]
-    if all(line[1] == "seeds" for line in wanted):
-        wanted = []
     return markdown(["method", *AGREEMENT], wanted)
 
 
