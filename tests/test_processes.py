@@ -153,7 +153,7 @@ def results(two, name):
     """Where two processes have the result of a command; skipped where it is not run."""
     root, _, _, wrapper = two
     if name not in RUN_UNDER[wrapper]:
-        pytest.skip(f"{name} is run under DDP alone")
+        pytest.skip(f"{name} is not run under {wrapper}")
     return root / name
 
 
@@ -162,15 +162,18 @@ def scores(folder):
     return torch.tensor([module["score"] for module in modules], dtype=torch.float64)
 
 
-def close(first, second, tolerance):
-    return bool((first - second).abs().max() <= tolerance * first.abs().max())
+def difference(first, second):
+    """The largest, as a part of the largest score of the first."""
+    return float((first - second).abs().max() / first.abs().max())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*METHODS, "update-norm", "dpo", "full", "dora"])
-def test_the_ranking_of_two_processes_is_that_of_one(one, two, name):
+def test_the_ranking_of_two_processes_is_that_of_one(one, two, name, record_property):
     found = results(two, name)
-    assert close(scores(one / name), scores(found), 1e-4)
+    measured = difference(scores(one / name), scores(found))
+    record_property("difference of scores", measured)  # for the log: --junitxml
+    assert measured < 1e-4
     records = [json.loads((root / "ranking.json").read_text()) for root in (one / name, found)]
     for part in ("held_out_loss_nats", "stage_1"):
         first, second = (record["provenance"][part] for record in records)
@@ -193,8 +196,8 @@ def test_a_method_that_looks_inside_sees_every_batch_in_every_process(
     inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--held-out", 8)
     output = ("--batch-size", 2, "--output", tmp_path / "small")
     assert keylayers("rank", *inputs, *adapter, *output) == 0
-    assert close(scores(tmp_path / "small"), scores(found), 1e-4)
-    assert not close(scores(one / name), scores(found), 1e-4)
+    assert difference(scores(tmp_path / "small"), scores(found)) < 1e-4
+    assert difference(scores(one / name), scores(found)) > 1e-4
 
 
 @pytest.mark.slow
@@ -227,22 +230,14 @@ def test_only_the_first_process_speaks_and_writes(two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
-def test_a_stopped_run_of_two_processes_goes_on_bit_for_bit(tiny, preferences, tmp_path, wrapper):
-    words = commands(tiny, preferences, Path(), 2)["rank-first"]
-    left = []
-    for place, stops in (
-        (tmp_path / "whole", ({},)),
-        (tmp_path / "broken", ({"STOP_AT": "5"}, {})),
-    ):
-        place.mkdir()
-        for more in stops:
-            asked = [*words[:-1], str(place / "out")]
-            codes, _, err = launch(place, [asked], wrapper, **more)
-            assert codes == {rank: [130 if more else 0] for rank in "01"}, err[-3000:]
-        left.append(contents(place / "out"))
+def test_a_stopped_run_of_two_processes_goes_on_bit_for_bit(tiny, preferences, two, tmp_path):
+    whole = results(two, "rank-first")
+    words = commands(tiny, preferences, tmp_path, 2)["rank-first"]
+    for more in ({"STOP_AT": "5"}, {}):
+        codes, _, err = launch(tmp_path, [words], two[3], **more)
+        assert codes == {rank: [130 if more else 0] for rank in "01"}, err[-3000:]
     assert "training of selected goes on after step 4" in err
-    assert left[0] == left[1]
+    assert contents(whole) == contents(tmp_path / "rank-first")
 
 
 @pytest.mark.slow
