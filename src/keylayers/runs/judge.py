@@ -2,7 +2,7 @@
 """Models answer questions and a judge rates or compares the answers, from options to files.
 
     OUTPUT/answers/*.jsonl      what each model said, a file a model
-    OUTPUT/judgements/*.jsonl   what the judge replied, a file a mode
+    OUTPUT/judgements/*.jsonl   what the judge replied or refused, a file a mode
     OUTPUT/judgement.json       options, models, counts and results of the last run
 
 The first two only grow: what stands there is neither generated nor asked for again.

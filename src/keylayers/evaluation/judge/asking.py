@@ -2,7 +2,9 @@
 """Ask the judge, several requests at a time, and write down each reply as it comes. Needs no torch.
 
 A run that is killed loses at most the replies that were under way, and the next one asks for what
-is not in the file. One that stops because the endpoint fails waits a little for them.
+is not in the file. One that stops because the endpoint fails waits a little for them. Refusals are
+written down too: what was refused before is asked again, after all else, and being refused again
+says nothing about the endpoint.
 """
 
 import queue
@@ -20,7 +22,7 @@ from keylayers.progress import Progress
 
 GRACE_SECONDS = 20.0  # for replies under way when a run stops: they are paid for
 MAX_REFUSED_FIRST = 3  # without any reply: then it is not the prompts' fault
-MAX_REFUSED_IN_A_ROW = 10
+MAX_REFUSED_IN_A_ROW = 10  # of those that were not refused before
 
 
 @runtime_checkable
@@ -53,11 +55,16 @@ def kept_replies(path: Path) -> tuple[dict[str, Reply], int]:
     found = {}
     for row in rows:
         reply = _reply_of(row)
-        if reply is None:
-            num_damaged += 1
-        else:
+        if reply is not None:
             found[row["key"]] = reply
+        else:
+            num_damaged += not _is_refusal(row)
     return found, num_damaged
+
+
+def refused_before(path: Path) -> frozenset[str]:
+    """Keys of the requests that a file says were refused, whether or not a reply came later."""
+    return frozenset(row["key"] for row in read_lines(path)[0] if _is_refusal(row))
 
 
 def ask_all(
@@ -72,7 +79,7 @@ def ask_all(
     Args:
         judge: Who is asked.
         requests: Each once.
-        path: File of the replies, which grows.
+        path: File of the replies and refusals, which grows.
         num_at_once: Requests under way at the same time.
         progress: Where to report to.
 
@@ -81,8 +88,10 @@ def ask_all(
         OutputError: the file cannot be written.
     """
     replies, _ = kept_replies(path)
+    before = refused_before(path)
     replies = {one.key: replies[one.key] for one in requests if one.key in replies}
     new = [one for one in requests if one.key not in replies]
+    new.sort(key=lambda one: one.key in before)
     if not new:
         return Asked(replies, {}, 0)
     refused: dict[str, str] = {}
@@ -97,8 +106,8 @@ def ask_all(
                     in_a_row = 0
                 else:
                     refused[request.key] = str(found)
-                    in_a_row += 1
-                    _stop_if_hopeless(found, in_a_row, has_any=len(refused) < number)
+                    in_a_row += not replies or request.key not in before
+                    _stop_if_hopeless(found, in_a_row, has_any=bool(replies))
                 on_step(number, None)
         except JudgeError as error:
             under_way.stop(progress)
@@ -154,11 +163,18 @@ class _UnderWay:
                 return
             found: Reply | BaseException
             try:
-                found = self._judge.ask(request.prompt)
-                self._file.add(request.about() | asdict(found))
+                found = self._ask(request.prompt)
+                said = {"refused": str(found)} if isinstance(found, Refused) else asdict(found)
+                self._file.add(request.about() | said)
             except BaseException as error:  # raised again in the thread that waits for it
                 found = error
             self._found.put((request, found))
+
+    def _ask(self, prompt: str) -> Reply | Refused:
+        try:
+            return self._judge.ask(prompt)
+        except Refused as refused:
+            return refused
 
 
 def _stop_if_hopeless(found: Refused, in_a_row: int, *, has_any: bool) -> None:
@@ -176,6 +192,10 @@ def _with_what_is_kept(error: JudgeError, path: Path) -> JudgeError:
     if not num_kept:
         return error
     return JudgeError(f"{error}. {num_kept} replies are kept, and the same command goes on")
+
+
+def _is_refusal(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("key"), str) and isinstance(row.get("refused"), str)
 
 
 def _reply_of(row: Mapping[str, Any]) -> Reply | None:
