@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which model was measured: its weights, and what decides results beside them."""
 
+import json
+
 import pytest
 
+from eval_files import write_place
+from test_rank import keylayers
 from tiny_files import tiny_model, tiny_tokenizer
 
 
@@ -69,3 +73,51 @@ def test_what_changes_results_changes_the_hash(model, change):
     assert hashed(model, tokenizer) == before
     change(model, tokenizer)
     assert hashed(model, tokenizer) != before
+
+
+def edit(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.fixture
+def place(tiny, tmp_path, monkeypatch):
+    """A copy of the model to edit, and a folder with all that is evaluated."""
+    shared = tmp_path / "place"
+    shared.mkdir()
+    write_place(tiny, shared)
+    monkeypatch.chdir(shared)
+    (shared / "copy").mkdir()
+    for path in (shared / "model").iterdir():
+        (shared / "copy" / path.name).write_bytes(path.read_bytes())
+    return shared
+
+
+def losses(place):
+    from keylayers.evaluation.record import Evaluation
+
+    (measure,) = Evaluation.load(place / "out").measures
+    return [one.value for one in measure.results]
+
+
+def test_models_that_differ_in_their_config_alone_are_two_models(place):
+    edit(place / "copy" / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 2})
+    forgetting = ["--forgetting-data", "known.txt", "--max-length", "32"]
+    assert keylayers("eval", "--model", "copy", *forgetting, "--output", "out") == 0
+    (alone,) = losses(place)
+    arguments = ["--model", "model", "--checkpoint", "copy", *forgetting]
+    assert keylayers("eval", *arguments, "--output", "out") == 0
+    base, copy = losses(place)
+    assert copy == alone
+    assert abs(copy - base) > 1e-3
+
+
+def test_other_settings_of_generation_are_another_model(place, capsys):
+    sums = ["--problems", "sums.jsonl", "--max-new-tokens", "4"]
+    arguments = ["eval", "--model", "copy", *sums, "--output", "out"]
+    assert keylayers(*arguments) == 0
+    assert keylayers(*arguments) == 0
+    assert "all measured before" in capsys.readouterr().err
+    edit(place / "copy" / "generation_config.json", eos_token_id=[2, 9])
+    assert keylayers(*arguments) == 0
+    assert "measured before" not in capsys.readouterr().err
+    assert len(list((place / "out" / "samples").iterdir())) == 2

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems: read, asked, answered, checked, counted; samples are never taken twice."""
+"""Problems: read, answered, checked, counted."""
 
 import json
 import threading
 from itertools import combinations
 
 import pytest
-
-QUESTIONS = [("What is 2 + 2?", "4"), ("What is 3 * 3?", 9), ("Half of 1?", "\\frac{1}{2}")]
 
 
 def write_problems(path, rows):
@@ -216,115 +214,3 @@ def test_what_samples_are_worth_is_worked_out_by_hand():
     first = solved("set", problems, samples, 1, are_same)  # the first sample of each alone
     assert first.totals == {"pass@1": 0.5}
     assert sorted(first.rows["value"]) == [0.0, 1.0]
-
-
-@pytest.fixture(scope="module")
-def base(tiny):
-    """The tiny model, ready to be measured."""
-    from keylayers.evaluation.subjects import each_model, subjects_of
-    from keylayers.options import ModelOptions
-    from keylayers.options.evaluation import ComparedOptions
-
-    model = ModelOptions(model=str(tiny / "model"))
-    return next(each_model(subjects_of(model, ComparedOptions()), model, None))
-
-
-def sampled(base, path, num_samples, stop_after=None, batch_size=2, **options):
-    """All samples of the file after one run, and how many answers the run generated."""
-    from keylayers.evaluation import sampling
-    from keylayers.evaluation.problems import Problem
-    from keylayers.options.evaluation import ProblemOptions
-
-    problems = [Problem(text, f"\\boxed{{{answer}}}") for text, answer in QUESTIONS]
-    asked = ProblemOptions(
-        problems=("mine",), samples=num_samples, max_new_tokens=6, ask="Say.", **options
-    )
-    generated = []
-    generate = base.model.generate
-
-    def counted(**kwargs):
-        if len(generated) == stop_after:
-            raise KeyboardInterrupt
-        generated.append(len(kwargs["input_ids"]))
-        return generate(**kwargs)
-
-    base.model.generate = counted
-    file = sampling.SampleFile(path, {"of": "a test"})
-    try:
-        sampling.sample_answers(
-            problems,
-            base,
-            asked,
-            file,
-            batch_size=batch_size,
-            seed=3,
-            on_step=lambda step, loss: None,
-        )
-    except KeyboardInterrupt:
-        pass
-    finally:
-        del base.model.generate
-    return file.found, sum(generated)
-
-
-def test_a_run_that_was_killed_goes_on_with_the_samples_it_would_have_taken(base, tmp_path):
-    whole, num = sampled(base, tmp_path / "whole.jsonl", 4, temperature=1.0)
-    assert num == len(whole) == 12
-    assert len({one.text for one in whole.values()}) > 6  # it does sample
-    path = tmp_path / "killed.jsonl"
-    part, first = sampled(base, path, 4, stop_after=3, temperature=1.0)
-    assert 0 < len(part) < 12
-    with path.open("ab") as file:
-        file.write(b'{"problem": "torn')  # what a kill in the middle of a line leaves
-    found, second = sampled(base, path, 4, temperature=1.0)
-    assert found == whole
-    assert first + second == 12
-    assert sorted(path.read_text().splitlines()) == sorted(
-        (tmp_path / "whole.jsonl").read_text().splitlines()
-    )
-
-
-def test_more_samples_are_added_to_those_that_are_there(base, tmp_path):
-    path = tmp_path / "more.jsonl"
-    few, _ = sampled(base, path, 2, temperature=1.0)
-    many, num = sampled(base, path, 4, temperature=1.0)
-    assert num == 6
-    assert few.items() <= many.items()
-    assert sampled(base, path, 4, temperature=1.0)[1] == 0
-
-
-def test_without_temperature_the_answer_is_that_of_the_likeliest_tokens(base, tmp_path):
-    import torch
-
-    found, _ = sampled(base, tmp_path / "greedy.jsonl", 1, batch_size=3)
-    text, _ = QUESTIONS[0]
-    prompt = base.chat_tokenizer().apply_chat_template(
-        [{"role": "user", "content": f"{text}\n\nSay."}],
-        add_generation_prompt=True,
-        return_dict=False,
-    )
-    ids = list(prompt)
-    for _ in range(6):  # one token after another, without padding, cache or batch
-        with torch.no_grad():
-            ids.append(int(base.model(torch.tensor([ids])).logits[0, -1].argmax()))
-    (own,) = [one for one in found.values() if one.problem == _hash(text, "4")]
-    assert own.text == base.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
-    assert own.num_tokens == 6
-    assert own.is_cut
-
-
-def _hash(text, answer):
-    from keylayers.evaluation.problems import Problem
-
-    return Problem(text, f"\\boxed{{{answer}}}").sha256()
-
-
-def test_a_file_of_something_else_is_not_overwritten(base, tmp_path):
-    from keylayers.errors import OutputError
-    from keylayers.evaluation.sampling import SampleFile
-
-    path = tmp_path / "mine.jsonl"
-    path.write_text("one\ntwo\n")
-    with pytest.raises(OutputError, match="must hold samples that `keylayers eval` wrote"):
-        SampleFile(path, {})
-    assert path.read_text() == "one\ntwo\n"

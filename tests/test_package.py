@@ -112,7 +112,8 @@ LIGHT = [
     "from keylayers.cli import main; main(['eval', '--help'])",
     "from keylayers.cli import main; main(['show', 'no-such-file.json'])",
     "import keylayers.ranking, keylayers.selection, keylayers.compare, keylayers.report.terminal",
-    "import keylayers.evaluation.record, keylayers.report.evaluation, keylayers.evaluation.identity",
+    "import keylayers.evaluation.record, keylayers.report.evaluation",
+    "import keylayers.evaluation.identity",
     "import keylayers.certainty, keylayers.mean_rank, keylayers.export, keylayers.memory",
 ]
 

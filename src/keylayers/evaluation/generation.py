@@ -80,11 +80,12 @@ def _continued(
     ids = [[pad] * more + one for one, more in zip(prompts, padding, strict=True)]
     mask = [[0] * more + [1] * len(one) for one, more in zip(prompts, padding, strict=True)]
     try:
-        found = speaker.model.generate(
-            input_ids=torch.tensor(ids, device=device),
-            attention_mask=torch.tensor(mask, device=device),
-            generation_config=sampling,
-        )
+        with _nothing_of_its_own(speaker.model):
+            found = speaker.model.generate(
+                input_ids=torch.tensor(ids, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                generation_config=sampling,
+            )
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"the answers of a batch must fit into memory, but {len(prompts)} of "
@@ -99,6 +100,21 @@ def _continued(
         ) from error
     stops = set(sampling.eos_token_id)
     return [_reply(row, stops, speaker.tokenizer) for row in found[:, width:].tolist()]
+
+
+@contextmanager
+def _nothing_of_its_own(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Take the model's own settings from it, with which `generate` fills all that is not said.
+
+    Without this its file could forbid words or repetitions, and no option would show it.
+    """
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = plain.generation_config
+    plain.generation_config = GenerationConfig(bos_token_id=own.bos_token_id)
+    try:
+        yield
+    finally:
+        plain.generation_config = own
 
 
 def _reply(

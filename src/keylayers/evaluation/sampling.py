@@ -181,7 +181,7 @@ def _generate(
     prompts: Sequence[list[int]], loaded: Loaded, options: ProblemOptions, key: list[Any]
 ) -> list[tuple[str, Ending, int]]:
     """Text, ending and number of tokens for each prompt."""
-    speaker = Speaker(loaded.model, loaded.tokenizer, loaded.template, loaded.sha256)
+    speaker = Speaker(loaded.model, loaded.tokenizer, loaded.template, loaded.identity)
     sampling = plain_sampling(
         options.resolved_temperature,
         options.max_new_tokens,

@@ -18,10 +18,12 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keylayers.errors import GuardError
+from keylayers.evaluation.identity import config_sha256
 from keylayers.models import describe, load_adapter, load_model, load_tokenizer, max_positions
 from keylayers.options import ModelOptions
 from keylayers.options.evaluation import ComparedOptions
 from keylayers.preserve import to_evaluation
+from keylayers.records import json_sha256
 from keylayers.training.chat import ChatTemplate, resolve_template
 from keylayers.weights import fingerprint, tensors_sha256, weights_sha256
 
@@ -53,7 +55,8 @@ class Loaded:
         model: With its adapter, if it has one.
         tokenizer: Its own; of an adapter the base model's.
         template: How it is spoken to.
-        sha256: Hash of all its weights, base and adapter together.
+        identity: Hash of what decides its results: weights, base and adapter together, how they
+            are loaded, config, generation config and tokenizer.
         record: What a record says of it.
     """
 
@@ -61,7 +64,7 @@ class Loaded:
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
-    sha256: str
+    identity: str
     record: dict[str, Any]
 
     def chat_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -143,7 +146,7 @@ def _base_and_adapters(
                 tuned,
                 base.tokenizer,
                 base.template,
-                sha256=f"{base.sha256} {adapter} {sorted(config.items())}",
+                identity=json_sha256([base.identity, adapter, config]),
                 record={"name": subject.source, "adapter_sha256": adapter},
             )
 
@@ -156,12 +159,15 @@ def _load(subject: Subject, source: ModelOptions, template: str | None) -> Loade
     if is_there and not source.load_in_4bit:  # which is where it belongs already
         model = model.to(torch.accelerator.current_accelerator())
     to_evaluation(model)
-    sha256 = weights_sha256(model)
-    record = describe(source, model) | {"weights_sha256": sha256}
-    how = [sha256, record["dtype"], source.load_in_4bit]
-    return Loaded(
-        subject, model, tokenizer, resolve_template(tokenizer, template), str(how), record
-    )
+    generation_config = model.generation_config.to_dict() if model.can_generate() else {}
+    hashes = {
+        "weights_sha256": weights_sha256(model),
+        "config_sha256": config_sha256(model.config.to_dict(), generation_config, tokenizer),
+    }
+    record = describe(source, model) | hashes
+    identity = json_sha256([hashes, record["dtype"], source.load_in_4bit])
+    chat = resolve_template(tokenizer, template)
+    return Loaded(subject, model, tokenizer, chat, identity, record)
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ class _Run:
         num_kept = 0
         for job in self.plan.jobs:
             inputs = job.inputs_sha256(loaded)
-            key = json_sha256([loaded.sha256, job.name, inputs])
+            key = json_sha256([loaded.identity, job.name, inputs])
             kept = self.store.get(key)
             if kept is None:
                 kept = job.run(loaded, self.progress)

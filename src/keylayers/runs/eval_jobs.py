@@ -164,7 +164,7 @@ class ProblemJob:
         from keylayers.evaluation.solved import solved
 
         options, run = self.options.problems, self.options.run
-        key = json_sha256([loaded.sha256, self._sampling_sha256(loaded)])
+        key = json_sha256([loaded.identity, self._sampling_sha256(loaded)])
         words = re.sub(r"[^\w.-]+", "-", f"{self.name} {loaded.subject.name}")
         path = self.folder / "samples" / f"{words}-{key[:8]}.jsonl"
         file = SampleFile(path, {"problems": self.name, "model": loaded.subject.source, "key": key})
