@@ -218,6 +218,7 @@ def test_replies_that_cannot_be_read_are_counted_and_shown(tiny, bench, tmp_path
     assert r"'[bold]I like it\x1b[31m'" in shown  # nothing in it reaches the terminal as it is
     assert "\x1b[31m" not in shown
     assert "3 replies were cut at 2,048 tokens" in shown
+    assert "and none of those is read" in shown
     assert "nothing can be said of these models" in shown
     found = record(tmp_path)
     assert found["results"]["models"]["base"]["ratings"]["all"]["mean"] is None
@@ -234,6 +235,29 @@ def test_requests_without_reply_are_shown_and_asked_again(tiny, bench, tmp_path,
         assert judge(tiny, bench, script, tmp_path, "--max-questions", 1) == 0
     assert len(script.asked) == 5
     assert record(tmp_path)["results"]["models"]["base"]["num_without_reply"] == 0
+
+
+def test_a_rating_in_a_reply_that_was_cut_is_in_no_count(tiny, bench, tmp_path):
+    with endpoint(("cut", "[[9]]"), ("text", "<think>A [[7]]? But"), ("text", "[[4]]")) as script:
+        assert judge(tiny, bench, script, tmp_path, "--max-questions", 1) == 0
+    found = record(tmp_path)
+    of_base = found["results"]["models"]["base"]
+    assert found["judge"]["num_unread"] == of_base["num_unread"] == 2
+    assert (found["judge"]["num_cut"], of_base["num_requests"]) == (1, 4)
+    assert of_base["ratings"]["all"]["mean"] == 4.0
+
+
+def test_two_questions_with_the_same_turns_keep_an_answer_each(tiny, tmp_path):
+    same = [{"question_id": i, "category": "writing", "turns": ["What?"]} for i in (1, 2)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in same))
+    with endpoint(("rate",)) as script:
+        assert judge(tiny, tmp_path, script, tmp_path / "out") == 0
+        first = record(tmp_path / "out")
+        assert judge(tiny, tmp_path, script, tmp_path / "out") == 0
+    (answers,) = (tmp_path / "out" / "answers").iterdir()
+    assert len({str(row["turns"]) for row in rows(answers)}) == 2  # or this would test nothing
+    assert len(script.asked) == first["judge"]["num_requests"] == 2
+    assert record(tmp_path / "out")["results"] == first["results"]
 
 
 def test_a_judge_that_is_not_there_leaves_the_answers(tiny, bench, tmp_path, capsys):
@@ -273,7 +297,7 @@ def test_a_dry_run_says_what_it_would_cost_and_does_nothing(tiny, bench, judged,
 def test_no_key_is_in_anything_that_is_written_or_printed(tiny, bench, tmp_path, capfd):
     """Even if the judge says it back, in a reply or in an error."""
     steps = (("text", "Your key is KEY [[5]]"), ("status", 400, "bad key KEY"), ("rate",))
-    with endpoint(*steps, ("status", 401, "wrong key KEY")) as script:
+    with endpoint(*steps, ("status", 402, "no money on KEY")) as script:
         assert judge(tiny, bench, script, tmp_path / "a", "--max-questions", 1) == 2
         more = ("--mode", "pairwise", "--adapter", tiny / "adapter")
         assert judge(tiny, bench, script, tmp_path / "a", *more) == 2

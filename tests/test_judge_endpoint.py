@@ -96,7 +96,11 @@ def test_what_may_pass_is_tried_again(failures):
 
 
 UNUSABLE = [
-    (("status", 401, "Incorrect API key provided: KEY"), "refused the key in OPENAI_API_KEY", 1),
+    (
+        ("status", 401, "Incorrect API key provided: KEY"),
+        "refused the key in OPENAI_API_KEY (HTTP 401); set one that it takes",
+        1,
+    ),
     (("status", 402, "insufficient balance"), "wants to be paid (HTTP 402: 'insufficient bal", 1),
     (("status", 404, "no such model"), "knows no such place or model (HTTP 404: 'no such mod", 1),
     (("status", 418, "a teapot"), "answered HTTP 418: 'a teapot'", 1),
@@ -152,6 +156,10 @@ def test_silence_is_one_line():
 
 REFUSED = [
     (("status", 400, "this model's maximum context length is 10"), "HTTP 400: \"this model's max"),
+    (
+        ("status", 403, "no rights: sk-k****LaYeRs"),
+        "HTTP 403: its words are not shown, for they may",
+    ),
     (("status", 500, "the prompt broke it"), "HTTP 500: 'the prompt broke it'"),
     (("json", {"object": "chat.completion", "choices": []}), "the reply holds no choices"),
     (("json", {"object": "chat.completion", "choices": None}), "the reply holds no choices"),
@@ -190,7 +198,8 @@ def test_a_key_that_is_said_back_is_not_passed_on():
 
 
 KEY_SAID_BACK = [
-    ("status", 401, "x" * 280 + "KEY"),  # where the line is cut
+    ("status", 404, "x" * 280 + "KEY"),  # where the line is cut
+    ("status", 401, f"Incorrect API key provided: {KEY[:9]}********"),
     ("status", 418, "'KEY' \\"),
     ("redirect", f"https://example.com/{KEY}"),
     ("raw", "not json " + KEY),
@@ -208,6 +217,15 @@ def test_no_part_of_a_key_is_in_a_line_or_a_traceback(monkeypatch, step, key):
     said = "".join(traceback.format_exception(caught.value))
     assert key[:9] not in said
     assert repr(key)[1:9] not in said
+
+
+def test_an_endpoint_that_wants_a_key_is_told_from_one_that_refuses_it(monkeypatch):
+    from keylayers.errors import JudgeError
+
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with endpoint(("status", 401, "no")) as script, pytest.raises(JudgeError) as caught:
+        ask(script)
+    assert str(caught.value).endswith("but wants a key (HTTP 401); set OPENAI_API_KEY")
 
 
 def test_half_characters_become_whole_ones():

@@ -168,12 +168,21 @@ def test_mt_bench_by_its_name_is_the_file_of_its_space(tmp_path, monkeypatch):
     assert asked.record["name"] == "mt-bench"
 
 
+def said(text, finish_reason="stop"):
+    from keylayers.evaluation.judge.client import Reply
+
+    return Reply(text, finish_reason, 1, 1)
+
+
 RATINGS = [
     ("Good.\nRating: [[7]]", 7.0),
     ("[[7.5]]", 7.5),
     ("[[ 10 ]]", 10.0),
     ("[[7]] as I said: [[7]]", 7.0),
     ("<think>[[3]] or [[4]]</think>Rating: [[8]]", 8.0),
+    ("[[3]] or [[4]]</think>Rating: [[8]]", 8.0),
+    ("<think>It may be a [[7]], but let me look again at", None),
+    ("<think>[[3]]</think>Hm. <think>Rather a [[8]]", None),
     ("Rating: 7", None),
     ("", None),
     ("[[0]]", None),
@@ -195,7 +204,16 @@ RATINGS = [
 def test_a_rating_is_read_or_it_is_not_and_never_guessed(reply, rating):
     from keylayers.evaluation.judge.verdicts import read_rating
 
-    assert read_rating(reply) == rating
+    assert read_rating(said(reply)) == rating
+
+
+def test_a_reply_that_was_cut_is_not_read():
+    from keylayers.evaluation.judge.verdicts import read_rating, read_verdict
+
+    for text in ("I am to end with a number, such as: Rating: [[5]]", "Let me weigh it. [[7]] or"):
+        assert read_rating(said(text)) is not None
+        assert read_rating(said(text, "length")) is None
+    assert read_verdict(said("[[A]]", "length")) is None
 
 
 VERDICTS = [
@@ -214,7 +232,7 @@ VERDICTS = [
 def test_a_verdict_is_read_or_it_is_not(reply, verdict):
     from keylayers.evaluation.judge.verdicts import read_verdict
 
-    assert read_verdict(reply) == verdict
+    assert read_verdict(said(reply)) == verdict
 
 
 def question(references=("Two.", "Three.")):

@@ -8,9 +8,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-WHOLE = "all"
+from keylayers.evaluation.judge.results import CATEGORY, WHOLE
+
 MODELS_ACROSS = 5
-_CATEGORY = "category "
 
 
 def plan_table(plan: Mapping[str, Any]) -> Table:
@@ -94,7 +94,7 @@ def judgement_report(record: Mapping[str, Any]) -> RenderableType:
 
 def rating_table(results: Mapping[str, Any]) -> Table:
     """The mean rating of each model, over all turns and by turn."""
-    parts = [name for name in _parts(results) if not name.startswith(_CATEGORY)]
+    parts = [name for name in _parts(results) if not name.startswith(CATEGORY)]
     table = _table()
     table.add_column("model")
     for title in ("questions", *parts, "not read"):
@@ -117,9 +117,9 @@ def category_table(results: Mapping[str, Any], labels: Sequence[str]) -> Table:
     for label in labels:
         table.add_column(Text(label), justify="right", no_wrap=True)
     for part in _parts(results):
-        if part.startswith(_CATEGORY):
+        if part.startswith(CATEGORY):
             ratings = [results["models"][label]["ratings"][part] for label in labels]
-            name = part.removeprefix(_CATEGORY)
+            name = part.removeprefix(CATEGORY)
             table.add_row(Text(name), *(_mean(one) for one in ratings))
     return table
 
@@ -135,7 +135,7 @@ def difference_table(results: Mapping[str, Any]) -> Table:
     for label, differences in results["differences"].items():
         shown = label
         for part, one in differences.items():
-            if part.startswith(_CATEGORY):
+            if part.startswith(CATEGORY):
                 continue
             table.add_row(
                 Text(shown),
@@ -161,7 +161,7 @@ def outcome_table(results: Mapping[str, Any]) -> Table:
     for label, pair in results["pairs"].items():
         shown = label
         for part, one in pair["outcomes"].items():
-            if part.startswith(_CATEGORY):
+            if part.startswith(CATEGORY):
                 continue
             share = _as_share(one["gain"])
             table.add_row(
@@ -185,10 +185,10 @@ def category_outcome_table(results: Mapping[str, Any], labels: Sequence[str]) ->
     for label in labels:
         table.add_column(Text(label), justify="right", no_wrap=True)
     for part in pairs[0]["outcomes"]:
-        if part.startswith(_CATEGORY):
+        if part.startswith(CATEGORY):
             cells = [pair["outcomes"][part] for pair in pairs]
             table.add_row(
-                Text(part.removeprefix(_CATEGORY)),
+                Text(part.removeprefix(CATEGORY)),
                 *(f"{one['wins']}  {one['ties']}  {one['losses']}" for one in cells),
             )
     return table
@@ -249,7 +249,8 @@ def _of_unread(record: Mapping[str, Any]) -> list[str]:
     if judge["num_cut"]:
         limit = record["options"]["judge_max_tokens"]
         lines.append(
-            f"{judge['num_cut']:,} replies were cut at {limit:,} tokens (--judge-max-tokens)"
+            f"{judge['num_cut']:,} replies were cut at {limit:,} tokens (--judge-max-tokens), and "
+            f"none of those is read"
         )
     missing = judge["num_requests"] - judge["num_replies"]
     if missing:

@@ -232,7 +232,7 @@ def _record(
     results = single_results if endpoint.mode == "single" else pairwise_results
     read = read_rating if endpoint.mode == "single" else read_verdict
     replies = list(found.replies.values())
-    unread = [one.text for one in replies if read(one.text) is None]
+    unread = [one.text for one in replies if read(one) is None]
     return {
         "mode": endpoint.mode,
         "results": results(job.asked, labels, requests, found.replies),
@@ -245,7 +245,7 @@ def _record(
             "num_replies": len(replies),
             "num_new_replies": found.num_new,
             "num_unread": len(unread),
-            "num_cut": sum(one.finish_reason == "length" for one in replies),
+            "num_cut": sum(one.is_cut for one in replies),
             "examples_unread": [text[:300] for text in unread[:NUM_EXAMPLES]],
             "refused": sorted(set(found.refused.values()))[:NUM_EXAMPLES],
             **_tokens(replies, job),

@@ -99,6 +99,9 @@ class AnswerSettings:
         """What must be the same for an answer to be used again."""
         return json_sha256(
             {
+                "question_id": str(
+                    question.question_id
+                ),  # of two with equal turns, each has its own
                 "turns": question.turns,
                 "temperature": self.options.temperature_of(question.category),
                 "max_new_tokens": self.options.max_new_tokens,

@@ -22,6 +22,7 @@ MAX_REPLY_BYTES = 4 * 2**20  # of one reply; the longest that a judge is allowed
 REACH_SECONDS = 10.0  # to see whether anything is there
 _NO_KEY = "no-key"  # servers of one's own ask for none, but the client wants a word
 _OF_ONE_PROMPT = (400, 403, 413, 422, 500)  # statuses that may be about the prompt alone
+_ABOUT_THE_KEY = (401, 403)  # whose words may be "Incorrect API key provided: sk-****1234"
 
 
 class Refused(Exception):
@@ -43,6 +44,11 @@ class Reply:
     finish_reason: str | None
     prompt_tokens: int | None
     completion_tokens: int | None
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it ended at the limit, in the middle of what the judge had to say."""
+        return self.finish_reason == "length"
 
 
 class JudgeClient:
@@ -190,9 +196,10 @@ class JudgeClient:
         if status in _OF_ONE_PROMPT:
             return Refused(f"HTTP {status}: {said}")
         variable = self._options.judge_key_variable
-        has_key = f"the key in {variable}" if self._key else f"no key, for {variable} is not set"
         told = {
-            401: f"refused {has_key} (HTTP 401: {said})",
+            401: f"refused the key in {variable} (HTTP 401); set one that it takes"
+            if self._key
+            else f"wants a key (HTTP 401); set {variable}",
             402: f"wants to be paid (HTTP 402: {said})",
             404: f"knows no such place or model (HTTP 404: {said}); mend `judge_url`, which often "
             f"ends in /v1, or `judge_model`",
@@ -209,6 +216,8 @@ class JudgeClient:
 
     def _said(self, error: "openai.APIStatusError") -> str:
         """The endpoint's own words, in one line and not many of them."""
+        if error.status_code in _ABOUT_THE_KEY:
+            return "its words are not shown, for they may hold a part of the key"
         body: Any = error.body
         if isinstance(body, dict):
             body = body.get("message") or body.get("detail") or body.get("error") or body

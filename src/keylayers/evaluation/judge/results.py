@@ -52,7 +52,7 @@ def single_results(
     }
     for one in requests:
         counts, reply = models[one.models[0]], replies.get(one.key)
-        rating = None if reply is None else read_rating(reply.text)
+        rating = None if reply is None else read_rating(reply)
         ratings[(one.models[0], one.question_id, one.turn)] = rating
         counts["num_requests"] += 1
         counts["num_without_reply"] += reply is None
@@ -113,7 +113,7 @@ def _pair(
         for turn in range(1, len(question.turns) + 1):
             name = question.question_id
             pair = [shown[(models, name, turn)] for models in ((first, label), (label, first))]
-            verdicts = [None if one is None else read_verdict(one.text) for one in pair]
+            verdicts = [None if one is None else read_verdict(one) for one in pair]
             counts["num_comparisons"] += 1
             counts["num_without_reply"] += None in pair
             counts["num_unread"] += None not in pair and None in verdicts
