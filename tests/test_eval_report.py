@@ -56,6 +56,71 @@ def test_documents_that_only_some_models_have_give_no_interval():
     assert not list(measures_of(groups, {"base model": of(9), "a": of(8)}, None, 0))
 
 
+def test_what_has_no_interval_is_no_comparison():
+    """One document has no interval, so its difference is none of those that Holm corrects."""
+    from dataclasses import replace
+
+    from keylayers.evaluation.documents import Measured
+    from keylayers.evaluation.measures import Part, corrected, measures_of
+    from keylayers.report.evaluation import reading
+
+    def of(name, values):
+        rows = pd.DataFrame(
+            {
+                "task": name,
+                "metric": "acc",
+                "document": range(len(values)),
+                "document_sha256": "x",
+                "value": values,
+                "size": 1.0,
+                "chance": math.nan,
+            }
+        )
+        return Measured(name, rows, {"acc": sum(values) / len(values)}, {"acc": True})
+
+    names = [f"many {number}" for number in range(5)]
+    models = {"base model": 0.0, "a": 1.0}
+    measured = {
+        model: {"one": of("one", [value])} | {name: of(name, [value] * 40) for name in names}
+        for model, value in models.items()
+    }
+    parts = [Part(name, (name,)) for name in ("one", *names)]
+    found = corrected([one for part in parts for one in measures_of(part, measured, None, 0)])
+    one, *many = [measure.results[1].differences[0] for measure in found]
+    assert one.interval is one.p is one.p_holm is None
+    assert [each.p_holm for each in many] == [5 * each.p for each in many]
+    shown = reading(replace(recorded(), measures=tuple(found)))
+    assert any("Holm's correction for 5 comparisons" in line for line in shown)
+
+
+def test_an_at_in_the_name_of_a_metric_makes_no_samples():
+    """As in HumanEval's `pass@1 (create_test)`, which the harness measures."""
+    from dataclasses import replace
+
+    from keylayers.evaluation.measures import Measure, Result
+    from keylayers.report.evaluation import scaling_table
+
+    def measure(task, metric):
+        results = (Result("base model", 0.25, None),)
+        return Measure(task, metric, 40, None, True, results)
+
+    def found(*measures):
+        inputs = {
+            "humaneval": {"kind": "benchmark"},
+            "sums": {"kind": "problems"},
+            "more": {"kind": "problems"},
+        }
+        provenance = {"inputs": inputs}
+        models = {"base model": {}}
+        return replace(recorded(), measures=measures, models=models, provenance=provenance)
+
+    code, first = measure("humaneval", "pass@1 (create_test)"), measure("sums", "pass@1")
+    assert scaling_table(found(code, first)) is None
+    table = scaling_table(found(code, first, measure("sums", "pass@2"), measure("more", "pass@1")))
+    assert [list(column.cells)[-1] for column in table.columns[1:]] == ["0.250", ""]
+    assert rendered(found(code, first), 100)
+
+
 def test_a_rate_of_no_spread_is_said_to_be_the_same():
     from keylayers.evaluation.measures import Difference, Measure, Result
     from keylayers.evaluation.statistics import Interval

@@ -92,6 +92,17 @@ def test_the_sign_flip_test_counts_all_flips(values):
     assert sign_flip_p(documents(values)) == pytest.approx(share)
 
 
+def test_the_sign_flip_test_is_the_same_in_any_unit():
+    """A loss is divided by the tokens of all examples, so its parts may be as small as these."""
+    from keylayers.evaluation.statistics import sign_flip_p
+
+    values = np.array([0.5, -0.25, 0.125, 0, 1.0, 0.3, 0.4])
+    found = sign_flip_p(documents(values))
+    assert found == sign_flip_p(documents(values, sizes=[1e9] * 7))
+    assert found == sign_flip_p(documents(1e-12 * values))
+    assert found != pytest.approx(stats.binomtest(1, 6).pvalue)
+
+
 def test_of_right_and_wrong_answers_it_is_mcnemars_test():
     from keylayers.evaluation.statistics import sign_flip_p
 

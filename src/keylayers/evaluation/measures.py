@@ -33,7 +33,7 @@ class Difference:
         against: Name of the other.
         value: Of the difference.
         interval: 95 %, by bootstrap over documents; None where the documents do not allow one.
-        p: Of "no difference", by flipping signs.
+        p: Of "no difference", by flipping signs; None without an interval.
         p_holm: Corrected for all differences that the evaluation shows.
     """
 
@@ -222,8 +222,9 @@ def _measure(
         differences = []
         for other in _others(model, base, reference):
             less = own.less(documents[other])
-            p = sign_flip_p(less, seed)
-            differences.append(Difference(other, less.mean(), difference_interval(less, seed), p))
+            around = difference_interval(less, seed)
+            p = None if around is None else sign_flip_p(less, seed)
+            differences.append(Difference(other, less.mean(), around, p))
         results.append(Result(model, own.mean(), interval(own, seed), tuple(differences)))
     chances = replace(documents[base], values=rows[base]["chance"].to_numpy(float))
     is_known = not np.isnan(chances.values).any()

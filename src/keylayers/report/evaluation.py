@@ -152,7 +152,9 @@ def _digits(measure: Measure, value: float, sign: str = "") -> str:
 
 def scaling_table(found: Evaluation) -> Table | None:
     """pass@k and majority@k of each model for every k; None where one sample was taken."""
-    measures = [one for one in found.measures if "@" in one.metric]
+    inputs = found.provenance["inputs"]
+    of_samples = [name for name, one in inputs.items() if one["kind"] == "problems"]
+    measures = [one for one in found.measures if one.task in of_samples]
     metrics = list(dict.fromkeys(one.metric for one in measures))
     if len(metrics) < 2:
         return None
@@ -169,7 +171,8 @@ def scaling_table(found: Evaluation) -> Table | None:
     for task in dict.fromkeys(one.task for one in measures):
         table.add_row(Text(task, style="bold"))
         for model in found.models:
-            cells = [f"{values[task, model, metric]:.3f}" for metric in ordered]
+            own = [values.get((task, model, metric)) for metric in ordered]
+            cells = ["" if value is None else f"{value:.3f}" for value in own]
             table.add_row(Text(f"  {model}"), *cells)
     return table
 
@@ -183,7 +186,7 @@ def reading(found: Evaluation) -> list[str]:
         for measure in shown
         for result in measure.results
         for one in result.differences
-        if one.interval is not None
+        if one.p is not None
     ]
     if differences:
         lines[0] += "; other seeds of training are not in it"
