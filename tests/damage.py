@@ -36,7 +36,7 @@ ODD = (
     [], {}, [[]], [None], {"": None}, [1, "a"], {"a": {"b": []}},
 )  # fmt: skip
 values = st.one_of(
-    st.sampled_from(ODD),
+    st.sampled_from(ODD).map(copy.deepcopy),
     st.integers(),
     st.floats(),
     st.text(max_size=12),

@@ -34,6 +34,10 @@ YAML = [
         "'",
         "a: !!binary x",
         "a: 2026-13-45",
+        "a: !!bool abc",
+        "a: !!int ''",
+        "a: !!timestamp abc",
+        "!!map [a]",
     ),
     "x: &x [1]\n" + "y: [" + ", ".join(["*x"] * 1000) + "]",
 ]

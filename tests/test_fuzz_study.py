@@ -104,6 +104,12 @@ ODD_YAML = [
     (b"options: {model: m, data: 2026-01-01}", "got a date; put a text in quotes"),
     (b"options: {model: m, data: !!binary aGk=}", "got a bytes; put a text in quotes"),
     (b"options: {model: m, data: d}\ngrid: {seed: !!set {1, 2}}", "got a set"),
+    *(
+        (f"options: {{model: m, data: d}}\ngrid: {{seed: [{odd}]}}", "must be valid YAML")
+        for odd in ("!!bool abc", "!!int ''", "!!float ''", "!!int '-'", "!!timestamp abc")
+    ),
+    (b"options: !!map [x]", "must be valid YAML, but is not: a .*:map must be a mapping"),
+    (b"options: !!set [x]", "must be valid YAML"),
     (b"options: {model: 'https://me:hunter2@host/m', data: d}", "must hold no password"),
     (
         f"options: {{model: m, data: d}}\ngrid: {{seed: {[*range(200)]}, steps: {[*range(200)]}}}",

@@ -275,6 +275,10 @@ def under(monkeypatch, wrapper, **plugin):
 # Wrapper, what is known of it, the command -> what is said.
 REFUSED = {
     "FSDP1": ("fsdp", {"fsdp_version": 1}, RANK, "FSDP must be of version 2, got 1"),
+    "checkpointing by FSDP": (
+        *("fsdp", {"fsdp_version": 2, "activation_checkpointing": True}, RANK),
+        "`fsdp_activation_checkpointing` must be false",
+    ),
     "ZeRO-3": ("deepspeed", {"zero_stage": 3}, RANK, "must be of stage 0 to 2, got 3"),
     "AdaLoRA": (
         *("fsdp", {"fsdp_version": 2}, (*RANK, "--update", "adalora")),

@@ -181,14 +181,13 @@ def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(tiny, tmp_path):
 
 
 def test_a_worker_that_dies_takes_one_cell_with_it(tmp_path):
-    from keylayers.cli import main
     from keylayers.study.plan import Cell
     from keylayers.study.workers import LocalWorkers
 
-    workers = LocalWorkers(main, 1, 0)
+    workers = LocalWorkers(_dying_or_not, 1)
     dying = Cell("ranking", "a", (("--die",),), (), ())
     try:
-        workers.begin(_Dying(tmp_path), dying)
+        workers.begin(tmp_path, dying)
         while not (states := workers.finished(1.0)):
             pass
         assert states[dying.name].status == "failed"
@@ -199,15 +198,91 @@ def test_a_worker_that_dies_takes_one_cell_with_it(tmp_path):
         while not (states := workers.finished(1.0)):
             pass
         assert "--model requires an argument" in states[refused.name].error
+        (pool,) = workers._pools.values()
+        (idle,) = pool._processes.values()
+        idle.kill()
+        idle.join()
+        (tmp_path / "cells" / "ranking-c").write_text("in the way")
+        cannot = Cell("ranking", "c", (("rank",),), (), ())
+        workers.begin(tmp_path, cannot)
+        while not (states := workers.finished(1.0)):
+            pass
+        assert states[cannot.name].status == "failed"
+        assert "File exists" in states[cannot.name].error
     finally:
         workers.close()
 
 
-class _Dying(type(Path())):
-    """A folder whose use kills the process, as the system does when memory runs out."""
+def test_each_local_worker_has_one_accelerator(tmp_path, monkeypatch):
+    """By its name, which is set before anything of keylayers imports torch."""
+    code = "import sys, keylayers.study.workers; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    from keylayers.study.plan import Cell
+    from keylayers.study.workers import LocalWorkers, local_devices
 
-    def __truediv__(self, name):
+    workers = LocalWorkers(visible_device, 3, ["4", "GPU-7"])
+    cells = [Cell("ranking", name, (("rank",),), (), ()) for name in "abc"]
+    try:
+        for cell in cells:
+            workers.begin(tmp_path, cell)
+        states = {}
+        while len(states) < len(cells):
+            states |= workers.finished(1.0)
+    finally:
+        workers.close()
+    assert [states[cell.name].error for cell in cells] == ["4", "GPU-7", "4"]
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
+    assert local_devices() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7")
+    assert local_devices() == ["4", "GPU-7"]
+
+
+def visible_device(_words):
+    """A command that fails with the accelerator it sees."""
+    sys.stdout.write(f"keylayers: {os.environ['CUDA_VISIBLE_DEVICES']}\n")
+    return 2
+
+
+def test_what_a_cell_had_finished_is_kept_when_its_worker_dies(tmp_path):
+    from keylayers.study.cell import CellState, failed, run_cell, save_state
+    from keylayers.study.plan import Cell
+
+    cell = Cell("ranking", "a", (("rank",), ("verify",)), (), ())
+    save_state(tmp_path, cell, CellState("running", "", 5.0, 1))
+    assert failed(tmp_path, cell, "died") == CellState("failed", "died", 5.0, 1)
+    ran = []
+    assert run_cell(tmp_path, cell, lambda words: ran.append(words[0]) or 0).status == "finished"
+    assert ran == ["verify"]
+
+
+def test_a_finished_cell_without_its_results_is_to_be_done(tmp_path):
+    from keylayers.study.cell import CellState, folder_of, save_state, state_of
+    from keylayers.study.plan import Cell
+
+    cell = Cell("ranking", "a", (("rank",),), (), ())
+    save_state(tmp_path, cell, CellState("finished", "", 5.0, 1))
+    assert state_of(tmp_path, cell) == CellState()
+    (folder_of(tmp_path, cell) / "ranking.json").write_text("{}")
+    assert state_of(tmp_path, cell).status == "finished"
+
+
+def test_a_cell_that_ends_python_fails_alone(tmp_path):
+    from keylayers.study.cell import run_cell
+    from keylayers.study.plan import Cell
+
+    state = run_cell(tmp_path, Cell("ranking", "a", (("rank",),), (), ()), lambda _: sys.exit(0))
+    assert state.status == "failed"
+    assert state.error.startswith("SystemExit")
+
+
+def _dying_or_not(words):
+    """Keylayers' own commands, and one that ends its process as a lack of memory does."""
+    from keylayers.cli import main
+
+    if list(words) == ["--die"]:
         os.kill(os.getpid(), signal.SIGKILL)
+    return main(words)
 
 
 def test_one_study_at_a_time_has_a_folder(tiny, tmp_path, capsys):

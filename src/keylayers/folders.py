@@ -162,8 +162,8 @@ def one_at_a_time(folder: Path, written: Path | None = None) -> Iterator[None]:
     try:
         yield
     finally:
+        (folder / ".lock").unlink(missing_ok=True)  # while it is held, so that no one else holds it
         lock.release()
-        (folder / ".lock").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -48,8 +48,14 @@ def num_launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def wrapper() -> str | None:
+    """What a launcher asked accelerate to spread a model's training with, beside DDP."""
+    asked = (name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}"))
+    return next((name for name in asked if os.environ[f"ACCELERATE_USE_{name}"] == "true"), None)
+
+
 def environment() -> dict[str, Any]:
-    """The software and the kind of machine that a result comes from, for its record."""
+    """The software, the kind of machine and the processes that a result comes from."""
     versions = {}
     for library in RECORDED_LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -61,6 +67,8 @@ def environment() -> dict[str, Any]:
         "libraries": versions,
         "machine": platform.machine(),
         "system": platform.system(),
+        "num_processes": num_launched(),
+        "wrapper": wrapper(),
     }
 
 

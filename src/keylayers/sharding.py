@@ -7,7 +7,7 @@ not spread: every process has them all. Without FSDP nothing here does anything.
 
 import os
 
-from accelerate.utils import fsdp2_apply_ac, fsdp2_prepare_model
+from accelerate.utils import fsdp2_prepare_model
 from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -34,9 +34,6 @@ def place_model(trainer: Trainer) -> None:
         trainer.model.to(trainer.args.device)
     if not trainer.is_fsdp_enabled or is_sharded(trainer.model):
         return
-    plugin = trainer.accelerator.state.fsdp_plugin
-    if plugin.activation_checkpointing:
-        trainer.model = fsdp2_apply_ac(trainer.accelerator, trainer.model)
     trainer.model = trainer.model_wrapped = fsdp2_prepare_model(trainer.accelerator, trainer.model)
 
 
@@ -55,11 +52,19 @@ def check_wrapper(trainer: Trainer) -> None:
                 f"{name} must have accelerators to spread a model over, but accelerate leaves it "
                 f"out on CPUs; start without it: the same processes under DDP give the same"
             )
-    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
-        raise ConfigError(
-            "FSDP must be of version 2, got 1, which flattens the weights of a block into one that "
-            "no gate can scale; give `fsdp_version: 2` to accelerate"
-        )
+    if trainer.is_fsdp_enabled:
+        plugin = trainer.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ConfigError(
+                "FSDP must be of version 2, got 1, which flattens the weights of a block into one "
+                "that no gate can scale; give `fsdp_version: 2` to accelerate"
+            )
+        if plugin.activation_checkpointing:
+            raise ConfigError(
+                "`fsdp_activation_checkpointing` must be false, got true, which renames modules; "
+                "turn checkpointing on by `--gradient-checkpointing` (in a script: "
+                "`gradient_checkpointing=True`) instead"
+            )
     if trainer.is_deepspeed_enabled:
         stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
         if stage == ZERO_PARAMETERS:

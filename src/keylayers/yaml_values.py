@@ -9,6 +9,9 @@ from keylayers.errors import ConfigError
 from keylayers.records import check_no_password
 
 MOST_VALUES = 100_000  # aliases counted each time they stand for something
+# What its parser raises beside its own error: for numbers and dates out of range, and tags that
+# their values do not fit (`!!int ''`).
+BROKEN = (ValueError, RecursionError, LookupError, AttributeError, TypeError)
 PLAIN = (str, int, float, bool, type(None))
 
 
@@ -28,7 +31,7 @@ def yaml_value(text: str, source: str) -> Any:
     try:
         loader = _loader()(text)
         value = loader.get_single_data()
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # numbers and dates out of range
+    except (yaml.YAMLError, *BROKEN) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{source} must be valid YAML, but is not: {reason}") from error
     _check(value, source, {}, set())
@@ -44,6 +47,8 @@ def _loader() -> Any:
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             """A mapping from its node."""
+            if not isinstance(node, yaml.MappingNode):
+                raise yaml.YAMLError(f"a {node.tag} must be a mapping")
             own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
             names = [key.value for key in own if isinstance(key, yaml.ScalarNode)]
             twice = next((name for name in names if names.count(name) > 1), None)

@@ -134,12 +134,12 @@ def _check(cells: "Sequence[Cell]") -> None:
 
 def _workers(num_workers: int | None, ray_address: str | None) -> "Workers":
     from keylayers.cli import main
-    from keylayers.study.workers import LocalWorkers, RayWorkers, num_devices, num_local_workers
+    from keylayers.study.workers import LocalWorkers, RayWorkers, local_devices, num_local_workers
 
     if num_workers is not None and num_workers < 1:
         raise ConfigError(f"`workers` must be at least 1, got {num_workers}")
     if ray_address is None:
-        devices = num_devices()
+        devices = local_devices()
         return LocalWorkers(main, num_workers or num_local_workers(devices), devices)
     if num_workers is not None:
         raise ConfigError("`workers` must be left out with `ray_address`: the cluster has its own")

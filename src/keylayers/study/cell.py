@@ -6,10 +6,11 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from keylayers.records import RECORD as TRAINED
 from keylayers.records import write_json
 from keylayers.study.plan import CELLS, TUNED, Cell
 
@@ -17,6 +18,13 @@ Status = Literal["waiting", "running", "finished", "failed", "skipped"]
 RunCommand = Callable[[Sequence[str]], int]
 
 RECORD = "cell.json"
+# Kind of a cell -> the file without which there is no result.
+RESULTS = {
+    "stage-1": "ranking.json",
+    "ranking": "ranking.json",
+    "training": f"{TUNED}/{TRAINED}",
+    "evaluation": "evaluation.json",
+}
 LOG = "log.txt"
 PREFIX = "keylayers: "  # of the one line that says what is wrong
 
@@ -39,12 +47,18 @@ class CellState:
 
 
 def state_of(root: Path, cell: Cell) -> CellState:
-    """What an earlier run left of a cell; anything that cannot be read counts as not begun."""
+    """What an earlier run left of a cell.
+
+    What cannot be read counts as not begun, and so does a finished cell whose results are gone.
+    """
+    folder = folder_of(root, cell)
     try:
-        record = json.loads((folder_of(root, cell) / RECORD).read_text(encoding="utf-8"))
-        return CellState(**record["state"])
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        state = CellState(**record["state"])
     except (OSError, ValueError, KeyError, TypeError):
         return CellState()
+    is_there = (folder / RESULTS.get(cell.kind, RECORD)).is_file()
+    return state if is_there or state.status != "finished" else CellState()
 
 
 def folder_of(root: Path, cell: Cell) -> Path:
@@ -93,6 +107,11 @@ def save_state(root: Path, cell: Cell, state: CellState) -> None:
     write_json(folder_of(root, cell) / RECORD, record)
 
 
+def failed(root: Path, cell: Cell, error: str) -> CellState:
+    """The state of a cell whose worker could not say how it went: what was finished stays so."""
+    return replace(state_of(root, cell), status="failed", error=error)
+
+
 def last_line(root: Path, cell: Cell) -> str:
     """What a running cell said last."""
     with contextlib.suppress(OSError):
@@ -116,7 +135,7 @@ def _run(folder: Path, words: Sequence[str], run_command: RunCommand) -> str:
     ):
         try:
             code = run_command(words)
-        except Exception as error:  # of whatever kind: the other cells go on
+        except (Exception, SystemExit) as error:  # of whatever kind: the other cells go on
             traceback.print_exc()
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
     if code == 0:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run the cells of a study in an order that their needs allow, and record how each went."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def run_cells(
                 states[name] = state
                 if state.status == "failed":  # its process may have had no time to say so
                     _stop_if_full(root, state)
-                    save_state(root, by_name[name], state)
+                    with contextlib.suppress(OSError, OutputError):  # of this cell alone
+                        save_state(root, by_name[name], state)
     finally:
         workers.close()
 
