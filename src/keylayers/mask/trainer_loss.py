@@ -245,6 +245,7 @@ def every_batch_everywhere(trainer: Trainer) -> Iterator[None]:
             num_processes=1,
             process_index=0,
             put_on_device=accelerator.device_placement,
+            dispatch_batches=False,  # streams too: the first process would hand out parts
             use_seedable_sampler=accelerator.use_seedable_sampler,
             data_seed=accelerator.dataloader_config.data_seed,
         )
