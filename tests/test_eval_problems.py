@@ -66,6 +66,17 @@ ANSWERED = [
     ("\\boxed{5}", "4", False),
     ("\\boxed{3568, 5880}", "5880, 3568", True),
     ("\\boxed{x = 4}", "4", True),
+    ("\\boxed{evil}", "live", False),  # math-verify has the product of the same letters
+    ("\\boxed{Live}", "live", True),
+    ("\\boxed{New  York}", "\\text{New York}", True),
+    ("\\boxed{\\text{York New}}", "New York", False),
+    ("$\\boxed{\\textbf{Paris.}}$", "Paris", True),
+    ("The answer is Paris.", "Paris", True),
+    ("So the answer is: **Rome**", "Paris", False),
+    ("The answer is (B).", "B", True),
+    ("The answer is C, not (B).", "B", False),
+    ("\\boxed{(B)}", "B", True),
+    ("\\boxed{yx}", "\\frac{xy}{1}", True),
 ]
 
 
@@ -83,6 +94,15 @@ def test_what_is_no_answer_is_never_taken_for_one(text):
     from keylayers.evaluation.answers import Verdict, verdict
 
     assert verdict(text, "\\boxed{4}") == Verdict(None, is_right=False)
+    assert verdict(text, "\\boxed{Paris}") == Verdict(None, is_right=False)
+
+
+def test_words_are_an_answer_only_where_words_are_wanted():
+    from keylayers.evaluation.answers import verdict
+
+    assert verdict("I was in Paris.", "\\boxed{Paris}").answer is None
+    assert verdict("The answer is not clear.", "\\boxed{4}").answer is None
+    assert verdict("The answer is not clear.", "\\boxed{Paris}").answer == "not clear"
 
 
 def test_equal_answers_are_one_vote():
@@ -91,6 +111,8 @@ def test_equal_answers_are_one_vote():
 
     answers = ["4", "0.5", "\\frac{1}{2}", None, "7"]
     assert votes(answers, [True, False, False, False, False], are_same) == [0, 1, 1, None, 2]
+    words = ["live", "evil", "\\text{Live}", "(B)", "B"]
+    assert votes(words, [True, False, True, False, False], are_same) == [0, 1, 0, 2, 2]
 
 
 def test_a_checker_outside_the_main_thread_is_refused():
