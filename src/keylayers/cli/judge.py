@@ -45,7 +45,7 @@ def judge(
 
     Args:
         output: Folder of answers, replies and judgement.json.
-        dry_run: Only show what would be asked, and what it costs at most.
+        dry_run: Only show what would be asked, and what it costs at most. Nothing is written.
         config: YAML file with any of these options; flags win over it.
     """
     from dataclasses import asdict

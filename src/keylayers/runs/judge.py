@@ -36,6 +36,7 @@ from keylayers.records import environment, write_json
 from keylayers.report.judge import estimate_line
 
 JUDGEMENT = "judgement.json"
+ANSWERS = "answers"
 NUM_EXAMPLES = 3  # replies that could not be read, for the record
 
 
@@ -59,13 +60,16 @@ class JudgePlan:
 
 
 def plan_judge(options: JudgeOptions, output: Path) -> JudgePlan:
-    """What a run would do and cost; nothing is written, generated or asked.
+    """What a run would do and cost; nothing is written in `output`, generated or asked.
+
+    Weights are read only to see whose the answers in `output` are, if there are any.
 
     Raises:
         KeylayersError: a bad option, question file or model.
     """
-    job = _Job.of(options, output)
-    answers = {one.label: job.kept(one)[0] for one in job.models}
+    has_answers = (output / ANSWERS).is_dir()
+    job = _Job.of(options, output, is_hashed=has_answers)
+    answers = {one.label: job.kept(one)[0] if has_answers else {} for one in job.models}
     requests = list(unique(job.requests(answers)))
     num_turns = sum(len(one.turns) for one in job.asked.questions)
     return JudgePlan(
@@ -117,9 +121,10 @@ class _Job:
     models: Sequence[JudgedModel]
 
     @staticmethod
-    def of(options: JudgeOptions, output: Path) -> "_Job":
+    def of(options: JudgeOptions, output: Path, *, is_hashed: bool = True) -> "_Job":
         asked = read_questions(options.answers)
-        models = find_models(options.judged, options.answers.chat_template)
+        template = options.answers.chat_template
+        models = find_models(options.judged, template, is_hashed=is_hashed)
         return _Job(options, output, asked, models)
 
     @property
@@ -128,14 +133,14 @@ class _Job:
 
     def answers_file(self, model: JudgedModel) -> Path:
         """Named by what the model is, so that its name, which is anybody's, makes no path."""
-        return self.output / "answers" / f"{model.kind}-{model.sha256[:16]}.jsonl"
+        return self.output / ANSWERS / f"{model.kind}-{model.identity[:16]}.jsonl"
 
     def settings(self, model: JudgedModel) -> AnswerSettings:
         return AnswerSettings.of(self.options.answers, self.options.judged, model.template.text)
 
     def kept(self, model: JudgedModel) -> tuple[dict[int | str, Answer], int]:
         """Question -> answer of a model that is there already, and the number of damaged lines."""
-        found, num_damaged = kept_answers(self.answers_file(model), model.sha256)
+        found, num_damaged = kept_answers(self.answers_file(model), model.identity)
         settings = self.settings(model)
         kept = {}
         for one in self.asked.questions:
@@ -209,7 +214,7 @@ def _generated(
             found[answer.question_id] = answer
             on_step(len(found), None)
 
-        speaker = Speaker(opened, model.tokenizer, model.template, model.sha256)
+        speaker = Speaker(opened, model.tokenizer, model.template, model.identity)
         generate_answers(speaker, job.asked.questions, job.settings(model), known, keep)
     return found
 

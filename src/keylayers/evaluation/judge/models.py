@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models that are judged: which they are, by the bytes of their weights, and how they chat."""
+"""The models that are judged: which they are, by all that decides answers, and how they chat."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 from keylayers.errors import ModelError
+from keylayers.evaluation.identity import config_sha256
 from keylayers.evaluation.subjects import lent
 from keylayers.models import (
     ADAPTER_FILES,
@@ -24,8 +27,10 @@ from keylayers.models import (
     load_tokenizer,
     local_folder,
 )
+from keylayers.options import ModelOptions
 from keylayers.options.judge import JudgedOptions
 from keylayers.preserve import to_evaluation
+from keylayers.records import json_sha256
 from keylayers.training.chat import ChatTemplate, resolve_template
 
 Kind = Literal["base", "adapter", "checkpoint"]
@@ -39,7 +44,9 @@ class JudgedModel:
         label: What tables call it.
         kind: What it is.
         name: As it was given.
-        sha256: Of its weight files, with those of the base under an adapter.
+        identity: SHA-256 of what decides its answers beside their settings: weights, config,
+            generation config and tokenizer, and those of the base under an adapter. Empty if
+            nothing was hashed.
         tokenizer: Its own; an adapter has its base's.
         template: How it is addressed.
     """
@@ -47,7 +54,7 @@ class JudgedModel:
     label: str
     kind: Kind
     name: str
-    sha256: str
+    identity: str
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
 
@@ -59,41 +66,46 @@ class JudgedModel:
             "label": self.label,
             "kind": self.kind,
             "name": self.name,
-            "files_sha256": self.sha256,
+            "identity": self.identity,
             "chat_template": template,
         }
 
 
-def find_models(options: JudgedOptions, chat_template: str | None) -> list[JudgedModel]:
+def find_models(
+    options: JudgedOptions, chat_template: str | None, *, is_hashed: bool = True
+) -> list[JudgedModel]:
     """The models in the order in which they are shown; no weights are loaded, only read once.
 
     Args:
         options: Which they are.
         chat_template: For all of them; each one's own, or else alpaca, if not given.
+        is_hashed: Whether to say which models these are. Otherwise no weights are read, and none
+            of a base or checkpoint on the hub are fetched.
 
     Raises:
         ModelError: one is not there, has no tokenizer, or is there twice.
         ConfigError: no such chat template.
     """
-    base_sha256 = _files_sha256(_weight_files(options))
     tokenizer = load_tokenizer(options.source())
+    of_base = _identity(options.source(), tokenizer, is_hashed=is_hashed)
     names = _labels([*options.adapter, *options.checkpoint])
     found = []
     if options.base:
         template = resolve_template(tokenizer, chat_template)
-        found.append(JudgedModel("base", "base", options.model, base_sha256, tokenizer, template))
+        found.append(JudgedModel("base", "base", options.model, of_base, tokenizer, template))
     for adapter in options.adapter:
         folder = _adapter_folder(adapter)
         own = _own_tokenizer(options, folder) or tokenizer
-        sha256 = _files_sha256([folder / name for name in ADAPTER_FILES], base_sha256)
+        files = [folder / name for name in ADAPTER_FILES]
+        identity = json_sha256([of_base, _files_sha256(files)]) if is_hashed else ""
         template = resolve_template(own, chat_template)
-        found.append(JudgedModel(names[adapter], "adapter", adapter, sha256, tokenizer, template))
+        found.append(JudgedModel(names[adapter], "adapter", adapter, identity, tokenizer, template))
     for checkpoint in options.checkpoint:
-        sha256 = _files_sha256(_weight_files(options, checkpoint))
         own = load_tokenizer(options.source(checkpoint))
+        identity = _identity(options.source(checkpoint), own, is_hashed=is_hashed)
         template = resolve_template(own, chat_template)
         found.append(
-            JudgedModel(names[checkpoint], "checkpoint", checkpoint, sha256, own, template)
+            JudgedModel(names[checkpoint], "checkpoint", checkpoint, identity, own, template)
         )
     _refuse_twins(found)
     return found
@@ -139,9 +151,40 @@ def _ready(model: Any) -> Any:
     return model
 
 
-def _weight_files(options: JudgedOptions, checkpoint: str | None = None) -> list[Path]:
-    files = Checkpoint.open(options.source(checkpoint)).files.values()
-    return sorted(set(files), key=lambda path: path.name)
+def _identity(source: ModelOptions, tokenizer: PreTrainedTokenizerBase, *, is_hashed: bool) -> str:
+    """The hash of weights, config, generation config and tokenizer; empty if not asked for."""
+    if not is_hashed:
+        if Path(source.model).is_dir():
+            Checkpoint.open(source)  # headers are read, so that a folder without weights is refused
+        return ""
+    files = sorted(set(Checkpoint.open(source).files.values()), key=lambda path: path.name)
+    config = _content(source, "config.json")
+    generation_config = _content(source, "generation_config.json")
+    beside_weights = config_sha256(config, generation_config, tokenizer)
+    return json_sha256([_files_sha256(files), beside_weights])
+
+
+def _content(source: ModelOptions, name: str) -> dict[str, Any]:
+    """What a file of JSON beside a model's weights holds; nothing if it is not there."""
+    path = cached_file(
+        source.model,
+        name,
+        revision=source.revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,  # without a network, as models are loaded
+    )
+    if path is None:
+        return {}
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ModelError(
+            f"{name} of {source.model!r} must be a JSON object, but is none or cannot be read; "
+            f"mend it"
+        )
+    return content
 
 
 def _adapter_folder(adapter: str) -> Path:
@@ -174,9 +217,9 @@ def _own_tokenizer(options: JudgedOptions, folder: Path) -> PreTrainedTokenizerB
         ) from error
 
 
-def _files_sha256(files: Sequence[Path], before: str = "") -> str:
-    """The hash of some files, names and contents, and of what stands before them."""
-    digest = hashlib.sha256(before.encode())
+def _files_sha256(files: Sequence[Path]) -> str:
+    """The hash of some files, names and contents."""
+    digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
