@@ -88,7 +88,7 @@ def test_every_turn_of_every_model_is_rated_once(judged):
     found = record(output)
     prompts = [one["messages"][0]["content"] for one in script.asked]
     assert len(prompts) == len(set(prompts)) == found["judge"]["num_requests"]
-    assert [one["label"] for one in found["models"]] == ["base", "adapter", "tuned"]
+    assert [one["label"] for one in found["models"]] == ["base model", "adapter", "tuned"]
     for one in found["models"]:
         assert one["num_answers"] == NUM_TURNS
         assert found["results"]["models"][one["label"]]["num_requests"] == NUM_TURNS
@@ -178,10 +178,10 @@ def test_the_report_shows_means_intervals_and_differences(judged):
     console = Console(width=120, file=io.StringIO())
     console.print(judgement_report(found))
     shown = console.file.getvalue()
-    for label in ("base", "adapter", "tuned"):
+    for label in ("base model", "adapter", "tuned"):
         one = found["results"]["models"][label]["ratings"]["all"]
         assert f"{one['mean']:.2f} [{one['low']:.2f}, {one['high']:.2f}]" in shown
-    assert "Difference to base, on the questions that both have" in shown
+    assert "Difference to base model, on the questions that both have" in shown
     assert "no difference shown" in shown
     assert "0 of 9" in shown
     assert "…" not in shown
@@ -206,7 +206,7 @@ def test_pairs_are_compared_in_both_orders(tiny, bench, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "compared   disagree  first shown won both  second shown won both" in shown
     assert re.search(r"adapter +4 of 4  4 \(100 %\) +4 +0\n", shown)
-    assert "Beside base: wins and losses are those in both orders; a tie is half" in shown
+    assert "Beside base model: wins and losses are those in both orders; a tie is half" in shown
     assert "…" not in shown
 
 
@@ -221,7 +221,7 @@ def test_replies_that_cannot_be_read_are_counted_and_shown(tiny, bench, tmp_path
     assert "and none of those is read" in shown
     assert "nothing can be said of these models" in shown
     found = record(tmp_path)
-    assert found["results"]["models"]["base"]["ratings"]["all"]["mean"] is None
+    assert found["results"]["models"]["base model"]["ratings"]["all"]["mean"] is None
     assert found["judge"]["num_unread"] == 4
 
 
@@ -234,14 +234,14 @@ def test_requests_without_reply_are_shown_and_asked_again(tiny, bench, tmp_path,
         assert printed.err.splitlines()[-1].startswith("keylayers: the judge must reply to every")
         assert judge(tiny, bench, script, tmp_path, "--max-questions", 1) == 0
     assert len(script.asked) == 5
-    assert record(tmp_path)["results"]["models"]["base"]["num_without_reply"] == 0
+    assert record(tmp_path)["results"]["models"]["base model"]["num_without_reply"] == 0
 
 
 def test_a_rating_in_a_reply_that_was_cut_is_in_no_count(tiny, bench, tmp_path):
     with endpoint(("cut", "[[9]]"), ("text", "<think>A [[7]]? But"), ("text", "[[4]]")) as script:
         assert judge(tiny, bench, script, tmp_path, "--max-questions", 1) == 0
     found = record(tmp_path)
-    of_base = found["results"]["models"]["base"]
+    of_base = found["results"]["models"]["base model"]
     assert found["judge"]["num_unread"] == of_base["num_unread"] == 2
     assert (found["judge"]["num_cut"], of_base["num_requests"]) == (1, 4)
     assert of_base["ratings"]["all"]["mean"] == 4.0
@@ -283,7 +283,7 @@ def test_a_dry_run_says_what_it_would_cost_and_does_nothing(tiny, bench, judged,
     assert script.asked == []
     assert not (tmp_path / "new").exists()
     for line in (
-        "models            base, adapter",
+        "models            base model, adapter",
         "questions         5: math 2, writing 3",
         "answers           18 turns to give, 0 are there",
         "requests          18 to the judge, 0 replies are there",
@@ -352,7 +352,7 @@ def test_the_same_adapter_twice_is_refused(tiny, bench, tmp_path, capsys):
     adapters = ("--adapter", tiny / "adapter", tiny / "adapter")
     with endpoint(("rate",)) as script:
         assert judge(tiny, bench, script, tmp_path / "out", *adapters) == 2
-    assert "are both called 'adapter'" in complaint(capsys)
+    assert "every model must be given once, got" in complaint(capsys)
 
 
 def test_without_openai_the_extra_is_named(tiny, bench, tmp_path, capsys, monkeypatch):

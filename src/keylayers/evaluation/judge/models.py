@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -16,7 +16,7 @@ from transformers.utils.hub import cached_file
 
 from keylayers.errors import ModelError
 from keylayers.evaluation.identity import config_sha256
-from keylayers.evaluation.subjects import lent
+from keylayers.evaluation.subjects import Kind, lent, subjects_of
 from keylayers.models import (
     ADAPTER_FILES,
     TOKENIZER_FILES,
@@ -28,12 +28,11 @@ from keylayers.models import (
     local_folder,
 )
 from keylayers.options import ModelOptions
+from keylayers.options.evaluation import ComparedOptions
 from keylayers.options.judge import JudgedOptions
 from keylayers.preserve import to_evaluation
 from keylayers.records import json_sha256
 from keylayers.training.chat import ChatTemplate, resolve_template
-
-Kind = Literal["base", "adapter", "checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -83,31 +82,28 @@ def find_models(
             of a base or checkpoint on the hub are fetched.
 
     Raises:
-        ModelError: one is not there, has no tokenizer, or is there twice.
-        ConfigError: no such chat template.
+        ModelError: one is not there or has no tokenizer.
+        ConfigError: one is there twice, or there is no such chat template.
     """
-    tokenizer = load_tokenizer(options.source())
-    of_base = _identity(options.source(), tokenizer, is_hashed=is_hashed)
-    names = _labels([*options.adapter, *options.checkpoint])
+    compared = ComparedOptions(adapter=options.adapter, checkpoint=options.checkpoint)
+    subjects = subjects_of(options.source(), compared)
+    of_base = load_tokenizer(options.source())
+    identity_of_base = _identity(options.source(), of_base, is_hashed=is_hashed)
     found = []
-    if options.base:
-        template = resolve_template(tokenizer, chat_template)
-        found.append(JudgedModel("base", "base", options.model, of_base, tokenizer, template))
-    for adapter in options.adapter:
-        folder = _adapter_folder(adapter)
-        own = _own_tokenizer(options, folder) or tokenizer
-        files = [folder / name for name in ADAPTER_FILES]
-        identity = json_sha256([of_base, _files_sha256(files)]) if is_hashed else ""
-        template = resolve_template(own, chat_template)
-        found.append(JudgedModel(names[adapter], "adapter", adapter, identity, tokenizer, template))
-    for checkpoint in options.checkpoint:
-        own = load_tokenizer(options.source(checkpoint))
-        identity = _identity(options.source(checkpoint), own, is_hashed=is_hashed)
-        template = resolve_template(own, chat_template)
-        found.append(
-            JudgedModel(names[checkpoint], "checkpoint", checkpoint, identity, own, template)
-        )
-    _refuse_twins(found)
+    for one in subjects if options.base else subjects[1:]:
+        tokenizer, identity = of_base, identity_of_base
+        with_template = tokenizer
+        if one.kind == "adapter":
+            folder = _adapter_folder(one.source)
+            files = [folder / name for name in ADAPTER_FILES]
+            identity = json_sha256([identity, _files_sha256(files)]) if is_hashed else ""
+            with_template = _own_tokenizer(options, folder) or tokenizer
+        elif one.kind == "checkpoint":
+            source = options.source(one.source)
+            tokenizer = with_template = load_tokenizer(source)
+            identity = _identity(source, tokenizer, is_hashed=is_hashed)
+        template = resolve_template(with_template, chat_template)
+        found.append(JudgedModel(one.name, one.kind, one.source, identity, tokenizer, template))
     return found
 
 
@@ -225,25 +221,3 @@ def _files_sha256(files: Sequence[Path]) -> str:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{path.name} {content}\n".encode())
     return digest.hexdigest()
-
-
-def _labels(names: Sequence[str]) -> dict[str, str]:
-    """Name -> as many of its last parts as tell all apart, and from the base."""
-    parts = {name: name.rstrip("/").split("/") for name in names}
-    longest = max((len(one) for one in parts.values()), default=0)
-    for length in range(1, longest + 1):
-        labels = {name: "/".join(one[-length:]) for name, one in parts.items()}
-        if len({*labels.values(), "base"}) == len(labels) + 1:
-            return labels
-    return {name: name for name in names}
-
-
-def _refuse_twins(models: Sequence[JudgedModel]) -> None:
-    seen: dict[str, JudgedModel] = {}
-    for one in models:
-        twin = seen.setdefault(one.label, one)
-        if twin is not one:
-            raise ModelError(
-                f"every model must be given once and have a name of its own, but {one.name!r} and "
-                f"{twin.name!r} are both called {one.label!r}; leave one out, or move it"
-            )
