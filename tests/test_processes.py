@@ -172,7 +172,7 @@ def difference(first, second):
 def test_the_ranking_of_two_processes_is_that_of_one(one, two, name, record_property):
     found = results(two, name)
     measured = difference(scores(one / name), scores(found))
-    record_property("difference of scores", measured)  # for the log: --junitxml
+    record_property("difference of scores", measured)  # --junitxml=FILE -o junit_family=xunit1
     assert measured < 1e-4
     records = [json.loads((root / "ranking.json").read_text()) for root in (one / name, found)]
     for part in ("held_out_loss_nats", "stage_1"):
