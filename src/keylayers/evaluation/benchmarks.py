@@ -6,6 +6,8 @@ by document. Needs the extra `eval`; this file is imported only where benchmarks
 """
 
 import contextlib
+import functools
+import inspect
 import logging
 import math
 import random
@@ -176,6 +178,24 @@ class HarnessModel(HFLM):
         to_evaluation(loaded.model)  # in keylayers' own way, after the harness'
         self.on_step: OnStep = lambda step, loss: None
         self.num_passes = 0
+        self.num_cut = 0
+
+    def tok_batch_encode(
+        self,
+        strings: Any,
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the harness has it, with a count of the prompts that lose their beginning.
+
+        The harness says so once a batch, whatever the number of prompts in it.
+        """
+        tokens, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+        if left_truncate_len:
+            self.num_cut += int((mask.sum(dim=1) > left_truncate_len).sum())
+            tokens, mask = tokens[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+        return tokens, mask
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
         """As the harness has it, without a bar."""
@@ -231,10 +251,26 @@ def inputs_sha256(
             f"the task {name!r} must give a prompt for each of its documents, but the harness "
             f"said: {_reason(error)}"
         ) from error
-    config = {key: value for key, value in task.dump_config().items() if key in SCORING}
+    config = {key: _said(value) for key, value in task.dump_config().items() if key in SCORING}
     requests = [[one.doc_id, one.idx, str(one.args)] for one in task.instances]
     documents = [str(doc) for _, doc in task.doc_iterator(limit=options.limit)]
     return json_sha256([lm_eval.__version__, str(config), requests, documents])
+
+
+def _said(value: Any) -> Any:
+    """The value with each function in it as its source: as text it is a place in memory."""
+    if isinstance(value, dict):
+        return {key: _said(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_said(one) for one in value]
+    if isinstance(value, functools.partial):
+        return [_said(value.func), _said(value.args), _said(value.keywords)]
+    if not callable(value):
+        return value
+    try:
+        return inspect.getsource(value)
+    except (TypeError, OSError):  # built in, or made by a call
+        return f"{type(value).__module__}.{getattr(value, '__qualname__', type(value).__name__)}"
 
 
 def run_benchmark(
@@ -250,7 +286,7 @@ def run_benchmark(
         seed: Of examples in the prompt, and of sampled answers.
     """
     _seed(task, seed)
-    warnings = _Warnings()
+    model.num_cut, warnings = 0, _Warnings()
     with warnings, quiet_datasets(), torch.no_grad():
         found = lm_eval.evaluate(
             lm=model,
@@ -285,7 +321,7 @@ def run_benchmark(
         higher_is_better={one: directions.get(one.split(" (")[0]) for one in totals},
         facts={
             "num_fewshot": num_fewshot,
-            "num_cut_prompts": warnings.num_cut,
+            "num_cut_prompts": model.num_cut + warnings.num_cut,
             "warnings": [*warnings.others, *said],
         },
     )

@@ -6,7 +6,7 @@ whose key is in the file is never measured again. Needs no torch.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from keylayers.records import write_bytes
 DOCUMENTS = "documents.parquet"
 COLUMNS = {
     "pair": "string",  # key
-    "model": "string",  # its name in the table of the last run that used the pair
+    "model": "string",  # its name in the table of the last run that used the pair; rows for each
     "task": "string",
     "metric": "string",
     "document": "int64",  # its place in the task, from 0
@@ -73,7 +73,7 @@ class Store:
         self.file = folder / DOCUMENTS
         self.under_way = under_way
         self._known: dict[str, Measured] = {}
-        self._names: dict[str, str] = {}
+        self._names: dict[str, list[str]] = {}
         for path in (self.file, *sorted(under_way.glob("*.parquet"))):
             if path.is_file():
                 pairs, names = _read(path)
@@ -89,19 +89,23 @@ class Store:
         self._known[key] = found
         _write(self.under_way / f"{key[:32]}.parquet", {key: found}, {})
 
-    def finish(self, names: Mapping[str, str]) -> None:
+    def finish(self, names: Mapping[str, Sequence[str]]) -> None:
         """Write all pairs into one file.
 
         Args:
-            names: Key -> name of the model in the table that is shown.
+            names: Key -> names in the table that is shown of the model, and of those equal to it.
         """
         order = dict.fromkeys((*names, *self._known))  # the same whatever was measured when
         pairs = {key: self._known[key] for key in order}
         _write(self.file, pairs, {**self._names, **names})
 
 
-def _write(path: Path, pairs: Mapping[str, Measured], names: Mapping[str, str]) -> None:
-    parts = [found.rows.assign(pair=key, model=names.get(key, "")) for key, found in pairs.items()]
+def _write(path: Path, pairs: Mapping[str, Measured], names: Mapping[str, Sequence[str]]) -> None:
+    parts = [
+        found.rows.assign(pair=key, model=name)
+        for key, found in pairs.items()
+        for name in names.get(key, [""])
+    ]
     whole = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*COLUMNS])
     table = pa.Table.from_pandas(whole[[*COLUMNS]].astype(COLUMNS), preserve_index=False)
     about = {key: found.about() for key, found in pairs.items()}
@@ -111,8 +115,8 @@ def _write(path: Path, pairs: Mapping[str, Measured], names: Mapping[str, str]) 
     write_bytes(path, sink.getvalue().to_pybytes())
 
 
-def _read(path: Path) -> tuple[dict[str, Measured], dict[str, str]]:
-    """The pairs, and the names of their models."""
+def _read(path: Path) -> tuple[dict[str, Measured], dict[str, list[str]]]:
+    """The pairs, and the names of their models, which have the same rows each."""
     try:
         table = pq.read_table(path)
         about = json.loads(table.schema.metadata[_META])
@@ -125,7 +129,8 @@ def _read(path: Path) -> tuple[dict[str, Measured], dict[str, str]]:
         ) from error
     rows = {str(key): part for key, part in whole.groupby("pair", sort=False)}
     empty = whole.iloc[:0]
-    names = {key: str(part["model"].iloc[0]) for key, part in rows.items()}
+    names = {key: list(map(str, part["model"].unique())) for key, part in rows.items()}
+    rows = {key: part[part["model"] == names[key][0]] for key, part in rows.items()}
     pairs = {
         key: Measured(
             task=one["task"],

@@ -3,7 +3,7 @@
 
 The base model is loaded once. Each adapter is put on it and taken off again, with proof, so that
 adapters of different kinds can be compared, and those that replace whole modules. One checkpoint at
-a time is in memory.
+a time is in memory, where those who measure let go of each before they ask for the next.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keylayers.errors import GuardError
+from keylayers.errors import ConfigError, GuardError
 from keylayers.evaluation.identity import config_sha256
 from keylayers.models import describe, load_adapter, load_model, load_tokenizer, max_positions
 from keylayers.options import ModelOptions
@@ -80,11 +80,21 @@ class Loaded:
 
 
 def subjects_of(model: ModelOptions, compared: ComparedOptions) -> list[Subject]:
-    """The base model, then the adapters, then the checkpoints, each under a name of its own."""
+    """The base model, then the adapters, then the checkpoints, each under a name of its own.
+
+    Raises:
+        ConfigError: two have the same name.
+    """
     sources = (*compared.adapter, *compared.checkpoint)
     names = _names(sources)
     kinds: list[Kind] = ["adapter"] * len(compared.adapter)
     kinds += ["checkpoint"] * len(compared.checkpoint)
+    for name, source in zip(names, sources, strict=True):
+        if [*names, BASE].count(name) > 1:
+            raise ConfigError(
+                f"every model must have a name of its own in the table, but {source!r} has that of "
+                f"another, {name!r}; rename its folder"
+            )
     others = [Subject(*one) for one in zip(names, kinds, sources, strict=True)]
     return [Subject(BASE, "base", model.model), *others]
 

@@ -57,6 +57,7 @@ def evaluate(
             options.losses.chat_template,
         ):
             run.measure(loaded)
+            del loaded  # or it would be in memory beside the next one
         found = run.evaluation()
         store.finish(run.names)
         found.save(output / EVALUATION)
@@ -74,7 +75,7 @@ class _Run:
         self.store = store
         self.progress = progress
         self.plan: Plan | None = None
-        self.names: dict[str, str] = {}  # key -> name of the model
+        self.names: dict[str, list[str]] = {}  # key -> names of the models, equal ones have one
         self.measured: dict[str, dict[str, Measured]] = {}
         self.models: dict[str, dict[str, Any]] = {}
         self.pairs: list[dict[str, Any]] = []
@@ -101,7 +102,7 @@ class _Run:
             else:
                 num_kept += 1
             found[job.name] = kept
-            self.names[key] = name
+            self.names.setdefault(key, []).append(name)
             self.pairs.append({"pair": key, "model": name, "inputs_sha256": inputs, **kept.about()})
             self.notes += _notes(name, kept)
         if num_kept:
@@ -110,6 +111,7 @@ class _Run:
             )
             self.progress.note(f"{name}: {of} measured before")
         self.models[name] = {"kind": loaded.subject.kind, **loaded.record}
+        self.plan.harness.release()
 
     def evaluation(self) -> Evaluation:
         """All measures, from what is measured."""
@@ -173,7 +175,7 @@ def _notes(model: str, one: Measured) -> Iterator[str]:
     """What a reader must know of one model on one task."""
     facts = one.facts
     if number := facts.get("num_cut_prompts", 0):
-        yield f"{model}, {one.task}: {number} prompts lost their beginning to fit the model"
+        yield f"{model}, {one.task}: {number:,} requests lost the beginning of their prompt to fit"
     for text in facts.get("warnings", ()):
         yield f"{model}, {one.task}: {text}"
     if "num_samples" not in facts:

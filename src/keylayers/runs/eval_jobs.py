@@ -6,7 +6,7 @@ A job knows the hash of all that decides its result but the weights, and how to 
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -101,6 +101,10 @@ class Harness:
             self._last = (loaded, HarnessModel(loaded, self.batch_size))
         return self._last[1]
 
+    def release(self) -> None:
+        """Let go of the model, so that the next can take its place in memory."""
+        self._last = None
+
 
 @dataclass
 class LossJob:
@@ -138,8 +142,6 @@ class ProblemJob:
     problems: ProblemSet
     options: EvalOptions
     folder: Path
-    files: dict[str, str] = field(default_factory=dict)
-    """Name of a model -> file of its samples."""
 
     @property
     def name(self) -> str:
@@ -147,11 +149,13 @@ class ProblemJob:
         return self.problems.name
 
     def _sampling_sha256(self, loaded: Loaded) -> str:
+        from keylayers.evaluation.answers import CHECKER
         from keylayers.evaluation.sampling import decisive, prompts_of
 
         prompts = prompts_of(self.problems.problems, loaded, self.options.problems)
         keys = [one.sha256() for one in self.problems.problems]
-        return json_sha256([decisive(prompts, self.options.problems, self.options.run.seed), keys])
+        sampling = decisive(prompts, self.options.problems, self.options.run.seed)
+        return json_sha256([sampling, keys, CHECKER])
 
     def inputs_sha256(self, loaded: Loaded) -> str:
         """Of the prompts, the sampling and the answers that are wanted."""
@@ -206,6 +210,7 @@ class Plan:
     jobs: tuple[Job, ...]
     parts: tuple[Part, ...]
     notes: tuple[str, ...]
+    harness: Harness
 
 
 def planned(options: EvalOptions, loaded: Loaded, folder: Path) -> Plan:
@@ -222,6 +227,7 @@ def planned(options: EvalOptions, loaded: Loaded, folder: Path) -> Plan:
     jobs: list[Job] = []
     parts: list[Part] = []
     notes: list[str] = []
+    harness = Harness(options.run.batch_size)
     for examples in examples_of(options.losses, loaded):
         jobs.append(LossJob(examples, options))
         parts.append(Part(examples.name, (examples.name,)))
@@ -230,7 +236,6 @@ def planned(options: EvalOptions, loaded: Loaded, folder: Path) -> Plan:
         from keylayers.evaluation.benchmarks import load_benchmarks
 
         found = load_benchmarks(options.benchmarks)
-        harness = Harness(options.run.batch_size)
         jobs += [TaskJob(name, task, options, harness) for name, task in found.tasks.items()]
         parts += _task_parts(found)
     if options.problems.problems:
@@ -252,7 +257,7 @@ def planned(options: EvalOptions, loaded: Loaded, folder: Path) -> Plan:
             f"tasks and sets of problems must have different names, but two are {twice[0]!r}; "
             f"rename one file, or measure them one after the other"
         )
-    return Plan(tuple(jobs), tuple(parts), tuple(notes))
+    return Plan(tuple(jobs), tuple(parts), tuple(notes), harness)
 
 
 def _task_parts(found: "Benchmarks") -> Iterator[Part]:

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models of `keylayers eval`: one in memory at a time, equal ones, their names and training."""
+
+import gc
+import weakref
+
+import pandas as pd
+import pytest
+
+from eval_files import LOSSES, PROBLEMS, TASKS, write_place
+from test_rank import keylayers
+
+
+@pytest.fixture(scope="module")
+def place(tiny, tmp_path_factory):
+    """A folder with all that is evaluated."""
+    folder = tmp_path_factory.mktemp("eval")
+    write_place(tiny, folder)
+    return folder
+
+
+def test_each_model_is_gone_from_memory_before_the_next_is_loaded(place, tmp_path, monkeypatch):
+    from keylayers.evaluation import subjects
+
+    monkeypatch.chdir(place)
+    load, models, num_alive = subjects.load_model, [], []
+
+    def watched(source):
+        num_alive.append(sum(one() is not None for one in models))
+        model = load(source)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(subjects, "load_model", watched)
+    arguments = ["--model", "model", "--adapter", "adapter", "--checkpoint", "tuned", "model"]
+    measured = [*TASKS, *LOSSES, *PROBLEMS, "--limit", "2"]
+    gc.disable()  # else it may happen to run in between
+    try:
+        assert keylayers("eval", *arguments, *measured, "--output", tmp_path / "out") == 0
+    finally:
+        gc.enable()
+    assert num_alive == [0, 0, 0]
+
+
+def test_equal_models_have_rows_each(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    arguments = ["--model", "model", "--checkpoint", "model", *LOSSES, "--output", tmp_path / "out"]
+    for _ in range(2):
+        assert keylayers("eval", *arguments) == 0
+        table = pd.read_parquet(tmp_path / "out" / "documents.parquet")
+        wide = table.pivot(index=["task", "document"], columns="model", values="value")
+        assert list(wide) == ["base model", "model"]
+        assert wide.notna().all(axis=None)
+        assert (wide["base model"] == wide["model"]).all()
+
+
+def test_no_model_takes_the_name_of_the_base():
+    from keylayers.errors import ConfigError
+    from keylayers.evaluation.subjects import subjects_of
+    from keylayers.options import ModelOptions
+    from keylayers.options.evaluation import ComparedOptions
+
+    with pytest.raises(ConfigError, match="'base model' has that of another"):
+        subjects_of(ModelOptions(model="m"), ComparedOptions(adapter=("base model",)))
