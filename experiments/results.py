@@ -80,7 +80,10 @@ def trained_rows(table, axes):
 
 
 def agreement_rows(path):
-    """A row for each pair of rankings and budget, with what it is under `point`."""
+    """A row for each pair of rankings and budget, with what it is under `point`.
+
+    Pairs of which one ranks nothing have no measures, and are left out.
+    """
     if not path.exists():
         return []
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -90,6 +93,7 @@ def agreement_rows(path):
         {"point": {name: row[name] for name in named}}
         | {name: float(f"{float(row[name]):.4f}") for name in numbers}
         for row in table.to_dict("records")
+        if all(row[name] for name in numbers)
     ]
 
 
