@@ -134,8 +134,7 @@ def select(ranking: Ranking, budget: Budget, memory: StepMemory | None = None) -
     if isinstance(budget, str) and memory is not None:
         return _selection(ranking, best_within_memory(ranking, memory, budget), budget)
     if isinstance(budget, str) and _TIME.fullmatch(budget):
-        fraction = _fraction(budget, _TIME, "of the cost of a step", "x-time")
-        return _selection(ranking, best_within_time(ranking, fraction), budget)
+        return _selection(ranking, best_within_time(ranking, _fraction_of_time(budget)), budget)
     count = _count(ordered, budget)
     taken, left = ordered[:count], ordered[count:]
     if taken[-1].score is None:
@@ -172,7 +171,7 @@ def parse_budget(text: str) -> Budget:
     """The budget that `text` writes; `0.3x-params`, `0.6x-time` and `12GiB` stay text.
 
     Raises:
-        ConfigError: it has none of the known forms.
+        ConfigError: it has none of the known forms, or a fraction that cannot be.
     """
     if text == AUTO:
         raise ConfigError(
@@ -182,16 +181,22 @@ def parse_budget(text: str) -> Budget:
     if is_memory(text):
         parse_memory(text)
         return text
-    if _PARAMS.fullmatch(text) or _TIME.fullmatch(text):
+    if _PARAMS.fullmatch(text):
+        _fraction_of_parameters(text)
+        return text
+    if _TIME.fullmatch(text):
+        _fraction_of_time(text)
         return text
     try:
         return int(text)
     except ValueError:
         pass
     try:
-        return float(text)
+        fraction = float(text)
     except ValueError:
         raise ConfigError(f"`budget` must be {_FORMS}, got {text!r}") from None
+    _check_fraction(fraction)
+    return fraction
 
 
 def _count(ordered: Sequence[RankedModule], budget: Budget) -> int:
@@ -210,14 +215,12 @@ def _count(ordered: Sequence[RankedModule], budget: Budget) -> int:
                 f"got {budget}; a fraction needs a decimal point"
             )
         return budget
-    if not 0 < budget <= 1:
-        raise ConfigError(f"`budget` as a fraction must be above 0 and at most 1, got {budget}")
+    _check_fraction(budget)
     return max(1, _rounded(budget * num_modules))
 
 
 def _count_within_parameters(ordered: Sequence[RankedModule], budget: str) -> int:
-    fraction = _fraction(budget, _PARAMS, "of parameters", "x-params")
-    allowed = fraction * sum(module.num_parameters for module in ordered)
+    allowed = _fraction_of_parameters(budget) * sum(module.num_parameters for module in ordered)
     count = total = 0
     for module in ordered:
         total += module.num_parameters
@@ -230,6 +233,19 @@ def _count_within_parameters(ordered: Sequence[RankedModule], budget: str) -> in
             f"{ordered[0].num_parameters:,} parameters, but {budget} allows {int(allowed):,}"
         )
     return count
+
+
+def _check_fraction(budget: float) -> None:
+    if not 0 < budget <= 1:
+        raise ConfigError(f"`budget` as a fraction must be above 0 and at most 1, got {budget}")
+
+
+def _fraction_of_parameters(budget: str) -> float:
+    return _fraction(budget, _PARAMS, "of parameters", "x-params")
+
+
+def _fraction_of_time(budget: str) -> float:
+    return _fraction(budget, _TIME, "of the cost of a step", "x-time")
 
 
 def _fraction(budget: str, form: re.Pattern[str], of_what: str, unit: str) -> float:
