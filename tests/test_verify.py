@@ -98,6 +98,20 @@ def test_the_curve_the_area_and_a_budget_are_shown(verified):
     assert max(len(line) for line in verified.out.splitlines() if "written" not in line) <= 120
 
 
+def test_a_verification_elsewhere_is_the_same_and_stands_beside_a_copy(copy, tmp_path, verified):
+    before = sorted(path.name for path in copy.iterdir())
+    found = verify(copy, "--margin", "0.5", "--output", tmp_path / "new" / "curve")
+    assert found.code == 0
+    assert sorted(path.name for path in copy.iterdir()) == before
+    folder = tmp_path / "new" / "curve"
+    assert sorted(path.name for path in folder.iterdir()) == ["ranking.json", "verification.json"]
+    assert (folder / "ranking.json").read_bytes() == (copy / "ranking.json").read_bytes()
+    content = json.loads((folder / "verification.json").read_text(encoding="utf-8"))
+    assert content["best_first"] == verified.content()["best_first"]
+    trained = ("--steps", "1", "--output", tmp_path / "tuned")
+    assert keylayers("train", "--ranking", folder, "--budget", "auto", *trained) == 0
+
+
 def test_the_curve_ends_at_the_rankings_own_held_out_losses(verified):
     losses = verified.made_by()["held_out_loss_nats"]
     content = verified.content()

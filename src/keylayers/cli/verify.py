@@ -37,6 +37,7 @@ def verify(
     update: Annotated[UpdateOptions, flat("An update that exists already")] = UpdateOptions(),
     curve: Annotated[CurveOptions, flat("Measuring")] = CurveOptions(),
     objective: Annotated[ObjectiveOptions, flat("Objective")] = ObjectiveOptions(),
+    output: Path | None = None,
     config: Path | None = None,
 ) -> None:
     """Measure a ranking: held-out loss with only the best modules' updates kept.
@@ -48,6 +49,8 @@ def verify(
 
     Args:
         ranking: Ranking file, or the folder that holds ranking.json.
+        output: Folder for verification.json and a copy of the ranking. Not given: verification.json
+            is written beside the ranking.
         config: YAML file with any of these options; flags win over it.
     """
     from keylayers.cli.console import ConsoleProgress, stdout
@@ -55,7 +58,8 @@ def verify(
     from keylayers.runs.verify import verify as run
     from keylayers.verification import verification_file
 
-    found = run(ranking, VerifyOptions(model, data, update, curve, objective), ConsoleProgress())
+    options = VerifyOptions(model, data, update, curve, objective)
+    found = run(ranking, options, ConsoleProgress(), output=output)
     console = stdout()
     console.print(verification_report(found))
-    console.print(f"\nwritten to {verification_file(ranking)}", markup=False)
+    console.print(f"\nwritten to {verification_file(output or ranking)}", markup=False)

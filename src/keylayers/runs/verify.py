@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import Trainer
 
 from keylayers.curve import MaskCurve
+from keylayers.folders import output_folder
 from keylayers.mask.curve import mask_curve
 from keylayers.options import LOSS_UNITS, MaskOptions, VerifyOptions
 from keylayers.progress import Progress, Silent
@@ -22,10 +23,15 @@ from keylayers.updates import Update
 from keylayers.verification import Verification, verification_file
 
 NUM_LEAVE_ONE_OUT_EXAMPLES = 64
+RANKING = "ranking.json"
 
 
 def verify(
-    ranking: str | Path, options: VerifyOptions, progress: Progress | None = None
+    ranking: str | Path,
+    options: VerifyOptions,
+    progress: Progress | None = None,
+    *,
+    output: Path | None = None,
 ) -> Verification:
     """Measure the mask curve of a ranking, and write verification.json beside the ranking file.
 
@@ -36,12 +42,26 @@ def verify(
         ranking: Ranking file, or the folder that holds ranking.json.
         options: Model, update and data, and how to measure.
         progress: Where to report to.
+        output: Folder for verification.json and a copy of the ranking, instead of beside it.
 
     Raises:
-        KeylayersError: a bad option, ranking, model, update or data set; nothing is written then.
+        KeylayersError: a bad option, ranking, model, update, data set or output; nothing is written
+            then.
     """
     progress = progress or Silent()
     loaded = Ranking.load(ranking)
+    if output is None:
+        found = _verification(loaded, options, progress)
+        found.save(verification_file(ranking))
+        return found
+    with output_folder(output):
+        found = _verification(loaded, options, progress)
+        loaded.save(output / RANKING)
+        found.save(verification_file(output))
+    return found
+
+
+def _verification(loaded: Ranking, options: VerifyOptions, progress: Progress) -> Verification:
     opened = reopen(loaded, options, progress)
     tuned, batch_size = opened.tuned, options.curve.eval_batch_size
     trainer = loss_trainer(tuned.model, opened.tokenizer, opened.data, batch_size, options)
@@ -52,7 +72,7 @@ def verify(
     worst_first = curves.measure(order[::-1], "worst first")
     names = [module.name for module in loaded.modules]  # the same orders whatever the ranking
     seeds = [f"{options.curve.order_seed} {index}" for index in range(options.curve.random_orders)]
-    found = Verification(
+    return Verification(
         ranking_sha256=json_sha256(loaded.to_json()),
         best_first=best_first,
         worst_first=worst_first,
@@ -73,8 +93,6 @@ def verify(
             "loss_unit": LOSS_UNITS[options.objective.objective],
         },
     )
-    found.save(verification_file(ranking))
-    return found
 
 
 @dataclass(frozen=True)
