@@ -79,6 +79,8 @@ def from_ranking_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
     options = {name: recorded[name] for name in wanted if name in recorded and name in known}
     if _given(arguments, "objective") not in (None, recorded.get("objective", "sft")):
         options.pop("beta", None)  # it belongs to the objective
+    if _given(arguments, "model") not in (None, recorded.get("model")):
+        options.pop("revision", None)  # it belongs to the model
     if commands in WITH_UPDATE:
         options |= _update_of(Path(path), made_by, arguments)
         _fill(app, arguments, options, source=path)
