@@ -135,7 +135,8 @@ def test_what_costs_more_is_foreseen_to():
     )
     ila = operations("ranking", method="ila")
     assert ila > operations("ranking", method="random")
-    assert ila < operations("ranking", method="ila", is_verified=True)
+    assert operations("verification", points=5) < operations("verification")
+    assert operations("verification") < operations("verification", leave_one_out=True)
     assert operations("ranking", method="leave-one-out") > ila
     assert operations(max_steps=50, max_length=64) < operations(max_steps=50)
 
@@ -151,3 +152,17 @@ def test_what_is_not_known_is_said():
         found = estimate(Cell("stage-1", "key", (), (), (), {**OPTIONS, **options}))
         assert found.operations is None
         assert found.unknown == unknown
+
+
+def test_sizes_of_data_are_bytes_of_its_lines(tmp_path):
+    from keylayers.study.sizes import DataSize, data_size
+
+    row = json.dumps({"text": "\u6f22\u5b57\u2028" * 30}, ensure_ascii=False)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{row}\n\n{row}\n", encoding="utf-8")
+    num_bytes = len(row.encode())
+    assert num_bytes > 2 * len(row)
+    assert data_size(str(path)) == DataSize(2, float(num_bytes), num_bytes)
+    whole = tmp_path / "rows.json"
+    whole.write_text(f"[{row}, {row}]", encoding="utf-8")
+    assert data_size(str(whole)) == DataSize(2, float(num_bytes), num_bytes)

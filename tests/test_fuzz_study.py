@@ -27,7 +27,7 @@ STUDY = {
     "verify": True,
     "compare": [0.3],
 }
-NAME = re.compile(r"(stage-1|ranking|training)-[0-9a-f]{12}")
+NAME = re.compile(r"(stage-1|ranking|verification|training)-[0-9a-f]{12}")
 OUT = Path("out")
 
 
@@ -48,11 +48,12 @@ study_files = st.one_of(
 )
 
 
-def test_a_damaged_study_file_is_refused_or_a_plan():
+def test_a_damaged_study_file_is_refused_or_a_plan(monkeypatch):
     from keylayers.errors import ConfigError
     from keylayers.study.files import plan_files
     from keylayers.yaml_values import yaml_value
 
+    monkeypatch.setattr("keylayers.study.plan.environment", dict)  # asks git, which takes its time
     found = []  # of each accepted file, how many cells
 
     @cases(1000)

@@ -177,7 +177,7 @@ def test_options_that_are_given_anew_take_the_place_of_those_of_the_file(tmp_pat
     (study,) = plans([path], settings=["model=other", "seed=[5]", "data=c.jsonl"]).values()
     assert study.study.options["model"] == "other"
     assert [one.label for one in study.study.grid["data"]] == ["c.jsonl"]
-    assert {flags(cell, "--seed")[0] for cell in study.cells} == {"5"}
+    assert {seed for cell in study.cells for seed in flags(cell, "--seed")} == {"5"}
 
 
 def test_options_at_their_defaults_make_the_same_cells(tmp_path):
@@ -266,6 +266,19 @@ def test_rankings_that_differ_in_one_axis_are_compared(tmp_path):
     means = agreement_means(table, ["data", "seed"], "seed")
     assert means["differs"].tolist() == ["data", "seed"]
     assert means.loc[means["differs"] == "seed", "first"].tolist() == ["one"]
+
+
+def test_a_ranking_that_ranks_nothing_is_no_row_of_the_record(tmp_path):
+    """`agreement.csv` has empty fields then."""
+    path = tmp_path / "agreement.csv"
+    path.write_text(
+        "differs,first,second,best,jaccard,chance_jaccard,tau,top_weighted_tau\n"
+        "seed,0,1,0.3,,,,\nseed,0,2,0.3,0.5,0.2,0.25,0.1\n"
+    )
+    made = runpy.run_path(str(ROOT / "experiments" / "results.py"))
+    (row,) = made["agreement_rows"](path)
+    assert row["point"] == {"differs": "seed", "first": "0", "second": "2"}
+    assert row["jaccard"] == 0.5
 
 
 @pytest.mark.slow

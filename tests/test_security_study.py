@@ -51,7 +51,7 @@ def test_cells_are_named_by_hashes_whatever_the_study_calls_them(planned):
 
     assert len(cells) > len(HOSTILE)
     for cell in cells:
-        assert re.fullmatch(r"(stage-1|ranking|training)-[0-9a-f]{12}", cell.name)
+        assert re.fullmatch(r"(stage-1|ranking|verification|training)-[0-9a-f]{12}", cell.name)
         assert folder_of(root, cell).resolve().parent == root.resolve() / "cells"
 
 

@@ -168,11 +168,11 @@ def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(tiny, tmp_path):
     output = tmp_path / "out"
     assert run(tmp_path, path, "out").wait() == 1
     log = (tmp_path / "out.log").read_text()
-    assert "3 of 6 cells finished" in log
-    assert "every cell must finish, but 3 of 6 did not" in log
+    assert "4 of 8 cells finished" in log
+    assert "every cell must finish, but 4 of 8 did not" in log
     table = pd.read_csv(output / "results.csv")
     lost = table[table["data"] == "absent.jsonl"]
-    assert sorted(lost["status"]) == ["failed", "skipped", "skipped"]
+    assert sorted(lost["status"]) == ["failed", "skipped", "skipped", "skipped"]
     assert lost[lost["status"] == "failed"]["error"].str.contains("absent.jsonl").all()
     assert set(table[table["data"] == "data.jsonl"]["status"]) == {"finished"}
     assert secrets_in(tmp_path) == []

@@ -8,10 +8,10 @@ the first block.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from keylayers.costs import StepTime
 from keylayers.memory import is_memory, parse_memory
@@ -26,6 +26,7 @@ from keylayers.options import (
 )
 from keylayers.options.passes import STOPS_BY_ITSELF, num_steps
 from keylayers.selection import parse_budget
+from keylayers.study.cell_options import options_of
 from keylayers.study.estimate_memory import step_bytes
 from keylayers.study.plan import Cell
 from keylayers.study.sizes import (
@@ -42,8 +43,6 @@ NUM_REPEATS = 10  # runs of a method at most, with `until_stable`
 NUM_LEAVE_ONE_OUT = 64  # examples that `verify --leave-one-out` looks at
 FORWARD_ONLY = ("leave-one-out", "shapley")
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
-
-Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,12 @@ def estimate(cell: Cell) -> Estimate:
         unknown = f"the shape of {model}" if shape is None else f"the size of {data}"
         return Estimate(None, None, unknown)
     job = _Job(options, shape, size)
-    parts = {"stage-1": job.stage_1, "ranking": job.ranking, "training": job.training}
+    parts = {
+        "stage-1": job.stage_1,
+        "ranking": job.ranking,
+        "verification": job.verification,
+        "training": job.training,
+    }
     multiply_adds, peak_bytes = parts[cell.kind]()
     return Estimate(OPERATIONS * multiply_adds, peak_bytes)
 
@@ -121,11 +125,11 @@ class _Job:
     def __init__(self, options: Mapping[str, Any], shape: ModelShape, size: DataSize) -> None:
         self.options = options
         self.shape = shape
-        self.model = _part(ModelOptions, options)
-        self.data = _part(DataOptions, options)
-        self.tuning = _part(TrainingOptions, options)
-        self.stability = _part(StabilityOptions, options)
-        self.mask = _part(MaskOptions, options)
+        self.model = options_of(ModelOptions, options)
+        self.data = options_of(DataOptions, options)
+        self.tuning = options_of(TrainingOptions, options)
+        self.stability = options_of(StabilityOptions, options)
+        self.mask = options_of(MaskOptions, options)
         self.price = _price(shape, self.tuning.update, self.tuning.lora_rank)
         limit = min(self.data.max_length, shape.max_positions)
         self.mean_tokens = min(float(limit), size.mean_bytes / BYTES_PER_TOKEN)
@@ -141,14 +145,16 @@ class _Job:
         return steps + self._held_out(2), self._bytes(1.0)
 
     def ranking(self) -> tuple[float, float]:
-        """Those of scoring, and of the mask curve if it is measured."""
-        total = self._scoring() + self._held_out(2)
-        if self.options.get("is_verified"):
-            curve = _part(CurveOptions, self.options)
-            total += self._held_out((2 + curve.random_orders) * curve.points)
-            if curve.leave_one_out:
-                passes = (self.shape.num_modules + 1) * NUM_LEAVE_ONE_OUT + self.num_held_out
-                total += passes * self.mean_tokens * self.price.forward
+        """Those of scoring."""
+        return self._scoring() + self._held_out(2), self._bytes(0.0)
+
+    def verification(self) -> tuple[float, float]:
+        """Those of the mask curve and of those beside it."""
+        curve = options_of(CurveOptions, self.options)
+        total = self._held_out((2 + curve.random_orders) * curve.points)
+        if curve.leave_one_out:
+            passes = (self.shape.num_modules + 1) * NUM_LEAVE_ONE_OUT + self.num_held_out
+            total += passes * self.mean_tokens * self.price.forward
         return total, self._bytes(0.0)
 
     def training(self) -> tuple[float, float]:
@@ -212,25 +218,3 @@ class _Job:
 @cache
 def _price(shape: ModelShape, update: str, lora_rank: int) -> StepTime:
     return StepTime(shape.ranking({"update": update, "lora_rank": lora_rank}))
-
-
-def _part(kind: type[Part], options: Mapping[str, Any]) -> Part:
-    """One class of options, with what the study gives of it."""
-    return kind(
-        **{
-            one.name: _typed(options[one.name], one.type)
-            for one in fields(kind)  # type: ignore[arg-type]
-            if one.name in options
-        }
-    )
-
-
-def _typed(value: Any, kind: Any) -> Any:
-    """A value from YAML as the field has it; for YAML 1.1, 0 is an integer and 2e-4 a text."""
-    if isinstance(value, list):
-        return tuple(value)
-    for number in (int, float):
-        is_number = kind in (number, number | None)
-        if is_number and isinstance(value, (int, float, str)):
-            return number(value)
-    return value

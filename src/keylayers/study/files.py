@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from keylayers.errors import ConfigError
+from keylayers.study.agreement import MEASURES, PAIR
 from keylayers.study.plan import CELLS, Cell, plan
+from keylayers.study.summary import MEANS
+from keylayers.study.table import FIXED, MEASURED
 from keylayers.study.yaml_file import StudyFile, with_settings
+
+# Columns of what a study writes and shows, beside those that its axes are named after.
+OF_AGREEMENT = (*PAIR, "best", *MEASURES, "pairs", "lowest", "highest")
+COLUMNS = (*FIXED, *MEASURED, *MEANS, *OF_AGREEMENT)
 
 
 @dataclass(frozen=True)
@@ -50,9 +57,19 @@ def plan_files(
                 f"{CELLS}, for their results are named after them; got {str(path)!r}; rename it"
             )
         study = StudyFile.of(with_settings(content, settings), str(path))
+        _check_axes(study)
         folder = root / name if len(contents) > 1 else root
         studies[name] = PlannedStudy(name, folder, study, plan(study, root))
     return list(studies.values())
+
+
+def _check_axes(study: StudyFile) -> None:
+    for axis in study.grid:
+        if axis in COLUMNS:
+            raise ConfigError(
+                f"no axis of a study must be named as a column of its results ({', '.join(COLUMNS)}"
+                f"), got {axis!r}; name it otherwise"
+            )
 
 
 def shared_cells(studies: Sequence[PlannedStudy]) -> list[Cell]:

@@ -161,11 +161,12 @@ def data_size(name: str) -> DataSize | None:
     if not path.exists():
         return KNOWN_DATA.get(name)
     try:
-        text = path.read_text(encoding="utf-8")
+        held = path.read_bytes()
         if path.suffix == ".json":
-            lengths = [len(json.dumps(row, ensure_ascii=False)) for row in json.loads(text)]
+            rows = (json.dumps(row, ensure_ascii=False) for row in json.loads(held))
+            lengths = [len(row.encode("utf-8")) for row in rows]
         elif path.suffix == ".jsonl":
-            lengths = [len(line) for line in text.splitlines() if line.strip()]
+            lengths = [len(line) for line in held.split(b"\n") if line.strip()]
         else:
             return None
     except (OSError, ValueError, TypeError):

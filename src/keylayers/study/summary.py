@@ -11,6 +11,7 @@ from scipy import stats
 from keylayers.study.table import OF_BASE
 
 REPLICATE = "seed"  # the axis whose entries are runs of the same thing
+MEANS = ("mean", "low", "high", "runs", "beside")  # columns of a summary after its axes
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def summary(table: pd.DataFrame, axes: Sequence[str], shown: Shown) -> pd.DataFr
                 "beside": part["beside"].mean(),
             }
         )
-    found = pd.DataFrame(rows, columns=[*groups, "mean", "low", "high", "runs", "beside"])
+    found = pd.DataFrame(rows, columns=[*groups, *MEANS])
     order = {axis: list(table[axis].unique()) for axis in groups}  # as in the study file
     return (
         found.sort_values(groups, key=lambda axis: axis.map(order[axis.name].index), kind="stable")

@@ -15,7 +15,6 @@ from typing import Any
 
 import pandas as pd
 
-from keylayers.errors import RankingError
 from keylayers.evaluation.record import Evaluation
 from keylayers.ranking import Ranking
 from keylayers.records import RECORD, write_bytes
@@ -90,6 +89,8 @@ def _measures(root: Path, cell: Cell, state: CellState) -> Iterator[Measure]:
         yield from _of_training(folder / TUNED)
     elif cell.kind == "evaluation":
         yield from _of_evaluation(folder)
+    elif cell.kind == "verification":
+        yield from _of_verification(folder)
     else:
         yield from _of_ranking(folder, cell.kind == "stage-1")
 
@@ -105,10 +106,10 @@ def _of_ranking(folder: Path, is_stage_1: bool) -> Iterator[Measure]:
     yield Measure("scoring_time", made_by["mask"]["seconds"], "seconds")
     passes = float(made_by["mask"]["num_forward"] + made_by["mask"]["num_backward"])
     yield Measure("scoring_passes", passes, "passes over a batch")
-    try:
-        found = Verification.load(verification_file(folder))
-    except (OSError, RankingError):
-        return
+
+
+def _of_verification(folder: Path) -> Iterator[Measure]:
+    found = Verification.load(verification_file(folder))
     unit = "normalised area: 0 all updates, 1 none"
     if found.best_first.normalised_area is not None:
         yield Measure("area", found.best_first.normalised_area, unit)

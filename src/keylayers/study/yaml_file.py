@@ -101,7 +101,8 @@ def with_settings(content: Mapping[str, Any], settings: Sequence[str]) -> dict[s
         settings: `name=value`, the value in YAML.
 
     Raises:
-        ConfigError: a setting has no name, or its value is no YAML.
+        ConfigError: a setting has no name, its value is no YAML, or entries of the grid, which win
+            over options of every run, give what it names.
     """
     options, grid = _part(content, "options"), _part(content, "grid")
     if not settings or not isinstance(options, dict) or not isinstance(grid, dict):
@@ -117,7 +118,20 @@ def with_settings(content: Mapping[str, Any], settings: Sequence[str]) -> dict[s
             grid[_normal(name)] = value if isinstance(value, list) else [value]
         else:
             options[name] = value
+    for setting in settings:
+        _check_has_effect(setting.partition("=")[0], grid)
     return {**content, "options": options, "grid": grid}
+
+
+def _check_has_effect(name: str, grid: Mapping[str, Any]) -> None:
+    """Refuse a setting of an option that an entry of the grid gives in every case."""
+    for axis, points in grid.items():
+        entries = points if isinstance(points, list) and _normal(name) != axis else []
+        if any(_normal(name) in map(_normal, one) for one in entries if isinstance(one, dict)):
+            raise ConfigError(
+                f"`set` must name an axis of the grid, or an option that none of its entries "
+                f"gives, but those of {axis!r} give {name!r}; give the axis anew, or edit the file"
+            )
 
 
 def _part(content: Mapping[str, Any], name: str) -> Any:
