@@ -9,6 +9,8 @@ import pytest
 from test_rank import keylayers, rank, read
 from test_train import STEPS, best, ranked  # noqa: F401  (the ranking of test_train, made once)
 
+from rankings import ranking_of
+
 
 def again(command, options, *more, ranked_with=None):
     from keylayers.options.command_line import command_line
@@ -70,3 +72,15 @@ def test_what_is_left_out_and_what_is_quoted(command, options, line):
     from keylayers.options.command_line import command_line
 
     assert command_line(command, options) == line
+
+
+@pytest.mark.parametrize(("model", "revision"), [(None, "abc"), ("base", "abc"), ("other", None)])
+def test_a_revision_is_taken_over_for_its_own_model_alone(tmp_path, model, revision):
+    from keylayers.cli import app
+
+    options = {"model": "base", "revision": "abc", "data": "d"}
+    ranking_of([1.0], provenance={"options": options}).save(tmp_path / "ranking.json")
+    words = ["train", "--ranking", str(tmp_path), "--budget", "1"]
+    words += [] if model is None else ["--model", model]
+    _, bound, _ = app.parse_args(words, print_error=False, exit_on_error=False)
+    assert bound.arguments["model"].revision == revision

@@ -18,16 +18,25 @@ from test_fuzz_inputs import YAML
 
 pytestmark = pytest.mark.filterwarnings(LARGE)
 STUDY = {
-    "options": {"model": "nowhere", "data": "nowhere.jsonl", "max_steps": 3, "epsilon": 0.1},
+    "options": {
+        **{
+            "model": "mistralai/Mistral-7B-v0.1",
+            "data": "GAIR/lima",
+            "max_steps": 3,
+            "epsilon": 0.1,
+        },
+        **{"points": 5, "random_orders": 2, "train_max_length": 64, "controls": ["random"]},
+    },
     "grid": {
         "seed": [0, 1],
         "method": ["ila", {"name": "path", "method": "path", "path_points": 2}],
-        "budget": [0.3, 1.0, {"freeze": 0.25}],
+        "budget": [0.3, "1.0x-params", "0.5x-time", "auto", {"freeze": 0.25}],
     },
     "verify": True,
     "compare": [0.3],
+    "evaluate": {"tasks": ["mmlu"], "limit": 3},
 }
-NAME = re.compile(r"(stage-1|ranking|verification|training)-[0-9a-f]{12}")
+NAME = re.compile(r"(stage-1|ranking|verification|training|evaluation)-[0-9a-f]{12}")
 OUT = Path("out")
 
 

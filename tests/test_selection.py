@@ -48,6 +48,10 @@ def test_a_fraction_of_parameters_takes_the_best_while_they_fit():
 BAD = [
     ("abc", r"`budget` must be a fraction such as 0.3, a count such as 17, .* got 'abc'"),
     ("", r"`budget` must be a fraction"),
+    (
+        "abcx-time",
+        r"of the cost of a step must be above 0x-time and at most 1x-time, got 'abcx-time'",
+    ),
     ("0", r"as a count must be between 1 and 4, the ranking's modules, got 0"),
     ("5", r"as a count must be between 1 and 4"),
     ("-1", r"as a count must be between 1 and 4"),

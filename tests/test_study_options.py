@@ -42,6 +42,7 @@ REFUSED = [
     ({"budget": 0}, "`budget` as a count must be at least 1, got 0"),
     ({"budget": True}, "`budget` must be a text, got True"),
     ({"points": 1}, "`points` must be at least 2, got 1"),
+    ({"lora-rank": 4, "lora_rank": 8}, "got 'lora_rank' twice, with - and with _"),
     ({"rank_first": True, "train_data": "other"}, "`train_data` .* left out with `rank_first`"),
     ({"rank_first": True, "update": "full"}, "`update` must be an adapter with `rank_first`"),
     (
@@ -71,6 +72,11 @@ OTHER_PARTS = [
 def test_parts_that_cannot_be_together_are_one_line(tmp_path, capsys, parts, message):
     assert study(tmp_path, options=BASE | {"budget": 0.3}, **parts) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_an_evaluation_of_nothing_is_refused(tmp_path, capsys):
+    assert study(tmp_path, options=BASE, evaluate={"tasks": ["mmlu"]}) == 2
+    assert "must be left out where nothing is trained" in capsys.readouterr().err
 
 
 def test_no_axis_is_named_as_a_column_of_the_results(tmp_path, capsys):

@@ -103,6 +103,11 @@ def plan(study: StudyFile, root: Path) -> list[Cell]:
                 cells[cell.name] = cell
             own = {axis: point[axis] for axis in point if _decides(study.grid[axis], cell)}
             points.setdefault(cell.name, {})[tuple(own.values())] = own
+    if study.evaluate and not any(cell.kind == "evaluation" for cell in cells.values()):
+        raise ConfigError(
+            "`evaluate` of a study must be left out where nothing is trained; give `budget`, "
+            "`freeze` or `rank_first` to train"
+        )
     return [replace(cell, points=tuple(points[name].values())) for name, cell in cells.items()]
 
 

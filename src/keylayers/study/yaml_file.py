@@ -73,9 +73,7 @@ class StudyFile:
         verify = content.get("verify", True)
         if not isinstance(verify, bool):
             raise ConfigError(f"`verify` of a study must be true or false, got {verify!r}")
-        axes = {
-            _normal(axis): _axis(_normal(axis), points) for axis, points in parts["grid"].items()
-        }
+        axes = {axis: _axis(axis, points) for axis, points in _options(parts["grid"]).items()}
         if (num := math.prod(map(len, axes.values()))) > MOST_COMBINATIONS:
             raise ConfigError(
                 f"the grid of a study must have at most {MOST_COMBINATIONS:,} combinations, but "
@@ -177,7 +175,16 @@ def _point(axis: str, one: Any) -> AxisPoint:
 
 
 def _options(options: Mapping[Any, Any]) -> dict[str, Any]:
-    return {_normal(name): value for name, value in options.items()}
+    """Options, or axes of the grid, by the names of their flags."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        if _normal(name) in found:
+            raise ConfigError(
+                f"every name in a study file must stand once where it stands, got {name!r} twice, "
+                f"with - and with _"
+            )
+        found[_normal(name)] = value
+    return found
 
 
 def _normal(name: Any) -> str:
