@@ -101,6 +101,12 @@ BAD = [
     ([*ONE, "--problems", "sums.jsonl", "./sums.jsonl"], "two are 'sums'"),
     ([*ONE, "--problems", "gsm8", "--samples", "2"], "did you mean 'gsm8k'"),
     ([*ONE, "--problems", "sums.jsonl", "--samples", "2", "--temperature", "0"], "above 0"),
+    ([*ONE, "--problems", "gsm8k", "--problems-split", "train"], "unless a set is owner/name on"),
+    ([*ONE, "--problems", "sums.jsonl", "--top-p", "0.5"], "`top_p` must be left out at"),
+    (
+        [*ONE, "--forgetting-data", "known.txt", "--chat-template", "chatml"],
+        "`forgetting_data` that is no plain text",
+    ),
     ([*ONE, "--forgetting-data", "known.txt", "--held-out", "3"], "`held_out` must be left out"),
     (
         [*MODELS, "--tasks", "three", "--reference", "base"],

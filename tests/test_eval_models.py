@@ -62,3 +62,34 @@ def test_no_model_takes_the_name_of_the_base():
 
     with pytest.raises(ConfigError, match="'base model' has that of another"):
         subjects_of(ModelOptions(model="m"), ComparedOptions(adapter=("base model",)))
+
+
+@pytest.mark.parametrize(("trained", "template"), [("trained", "model"), ("stage 1", "chatml")])
+def test_training_in_another_chat_template_is_said(
+    place, tmp_path, monkeypatch, capsys, trained, template
+):
+    monkeypatch.chdir(place)
+    given = [] if template == "model" else ["--chat-template", template]
+    data = ["--model", "model", "--data", "data.jsonl", "--max-length", "64", "--held-out", "5"]
+    small = ["--max-steps", "2", "--batch-size", "4", "--mask-batches", "1"]
+    assert keylayers("rank", *data, *given, *small, "--output", tmp_path / "rank") == 0
+    source = tmp_path / "rank" / "adapter"
+    if trained == "trained":
+        source = tmp_path / "adapter"
+        train = ["--ranking", tmp_path / "rank" / "ranking.json", "--budget", "3", "--steps", "1"]
+        assert keylayers("train", *train, "--output", source) == 0
+
+    def said(name, *more):
+        capsys.readouterr()
+        assert keylayers("eval", "--adapter", source, *more, "--output", tmp_path / name) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    other = "alpaca" if template == "model" else "model"
+    text = f"adapter was trained in the chat template {template!r}, but is measured in {other!r}"
+    elsewhere = ["--chat-template", "alpaca"] if template == "model" else []
+    asked = ["--model", "model", "--problems", "sums.jsonl", "--max-new-tokens", "2"]
+    for name, measured in (("loss", data), ("problems", asked)):
+        assert text in said(f"{name}-other", *measured, *elsewhere)
+        assert "chat template" not in said(f"{name}-same", *measured, *given)
+    known = ["--model", "model", "--forgetting-data", "known.txt", "--max-length", "32"]
+    assert "chat template" not in said("none", *known)

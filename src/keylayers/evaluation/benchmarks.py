@@ -228,7 +228,7 @@ class HarnessModel(HFLM):
 def inputs_sha256(
     name: str, task: Any, model: HarnessModel, options: BenchmarkOptions, seed: int
 ) -> str:
-    """The hash of all that decides a task's result but the weights: prompts, documents, scoring.
+    """The hash of all that decides a task's result but the model: prompts, documents, scoring.
 
     Raises:
         DataError: the task file does not fit its documents.

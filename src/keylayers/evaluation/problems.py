@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keylayers.errors import DataError, did_you_mean
+from keylayers.errors import ConfigError, DataError, did_you_mean
 from keylayers.options import DataOptions
+from keylayers.options.evaluation import ProblemOptions
 from keylayers.records import json_sha256
 from keylayers.training.reading import opened
 
@@ -57,6 +58,21 @@ class ProblemSet:
     name: str
     problems: tuple[Problem, ...]
     note: str
+
+
+def check_split(options: ProblemOptions) -> None:
+    """Raise a ConfigError for a split that is given and that no set of problems is read by."""
+    sources, split = options.problems, options.problems_split
+    if split == ProblemOptions.problems_split or any(not _is_fixed(one) for one in sources):
+        return
+    raise ConfigError(
+        f"`problems_split` must be left out unless a set is owner/name on the hub, got {split!r} "
+        f"with {', '.join(sources)}; files have no splits, and {', '.join(KNOWN)} have their own"
+    )
+
+
+def _is_fixed(source: str) -> bool:
+    return source in KNOWN or Path(source).expanduser().is_file()
 
 
 def load_problems(source: str, split: str, limit: int | None) -> ProblemSet:

@@ -106,10 +106,19 @@ def prompts_of(
     return found
 
 
-def decisive(prompts: Sequence[Sequence[int]], options: ProblemOptions, seed: int) -> str:
-    """The hash of all that decides the samples but the weights."""
+def decisive(
+    prompts: Sequence[Sequence[int]], loaded: Loaded, options: ProblemOptions, seed: int
+) -> str:
+    """The hash of all that decides the samples but the model itself.
+
+    Of all prompts together, since samples are drawn for a batch of them, by one seed.
+    """
     sampling = [options.resolved_temperature, options.top_p, options.max_new_tokens, seed]
-    return json_sha256([sampling, [list(one) for one in prompts]])
+    return json_sha256([sampling, stop_tokens(_speaker(loaded)), [list(one) for one in prompts]])
+
+
+def _speaker(loaded: Loaded) -> Speaker:
+    return Speaker(loaded.model, loaded.tokenizer, loaded.template, loaded.identity)
 
 
 def sample_answers(
@@ -181,7 +190,7 @@ def _generate(
     prompts: Sequence[list[int]], loaded: Loaded, options: ProblemOptions, key: list[Any]
 ) -> list[tuple[str, Ending, int]]:
     """Text, ending and number of tokens for each prompt."""
-    speaker = Speaker(loaded.model, loaded.tokenizer, loaded.template, loaded.identity)
+    speaker = _speaker(loaded)
     sampling = plain_sampling(
         options.resolved_temperature,
         options.max_new_tokens,

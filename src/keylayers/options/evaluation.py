@@ -78,7 +78,7 @@ class LossOptions:
 
     Attributes:
         data: The data that the fine-tune learned from. Its held-out examples are measured: the same
-            that `rank` and `train` hold out, where `max_length` to `split_seed` are as there.
+            that `rank` and `train` hold out, where `chat_template` to `split_seed` are as there.
         forgetting_data: Text that the base model knows: a .txt file, or data in any format that
             `data` takes.
         forgetting_examples: Use only the first so many examples of it; of a .txt file, so many
@@ -178,6 +178,11 @@ class ProblemOptions:
             for one in fields(self):
                 if one.name != "problems" and getattr(self, one.name) != one.default:
                     raise ConfigError(f"`{one.name}` must be left out without `problems`")
+        if self.top_p < 1 and self.resolved_temperature == 0:
+            raise ConfigError(
+                f"`top_p` must be left out at temperature 0, where always the likeliest token is "
+                f"taken, got {self.top_p}; give `temperature`, or several `samples`"
+            )
 
     @property
     def resolved_temperature(self) -> float:
@@ -226,10 +231,11 @@ class EvalOptions:
                 "something must be measured: give `tasks`, `data`, `forgetting_data` or `problems`"
             )
         is_chat = self.benchmarks.apply_chat_template or losses.data or self.problems.problems
-        if losses.chat_template is not None and not (is_chat or losses.forgetting_data):
+        is_plain = (losses.forgetting_data or ".txt").lower().endswith(".txt")
+        if losses.chat_template is not None and is_plain and not is_chat:
             raise ConfigError(
-                "`chat_template` must be left out without `data`, `problems` or "
-                "`apply_chat_template`"
+                "`chat_template` must be left out without `data`, `problems`, "
+                "`apply_chat_template`, or `forgetting_data` that is no plain text (.txt)"
             )
         if self.benchmarks.limit is not None and not (
             self.benchmarks.tasks or self.problems.problems

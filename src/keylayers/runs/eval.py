@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ from typing import Any
 from keylayers.errors import ConfigError
 from keylayers.evaluation.documents import DOCUMENTS, Measured, Store
 from keylayers.evaluation.measures import corrected, measures_of
+from keylayers.evaluation.problems import check_split
 from keylayers.evaluation.record import EVALUATION, Evaluation
-from keylayers.evaluation.subjects import Loaded, each_model, subjects_of
+from keylayers.evaluation.subjects import Loaded, Subject, each_model, subjects_of
 from keylayers.evaluation.texts import GAIN
 from keylayers.folders import output_folder, unfinished
 from keylayers.options.evaluation import EvalOptions
 from keylayers.progress import Progress, Silent
 from keylayers.records import RECORD, environment, json_sha256, num_launched
 from keylayers.runs.eval_jobs import Plan, need_libraries, planned
+from keylayers.training.chat import resolve_template
 
 LIBRARIES = ("lm_eval", "math-verify", "scipy", "numpy")
 # What decides which examples are held out, as far as records of trained models hold it.
@@ -31,7 +34,7 @@ def evaluate(
 
     evaluation.json has all numbers, documents.parquet each document of each model, samples/ the
     answers to problems. What is finished is not measured again when the same is asked for again;
-    the hash of weights and inputs decides.
+    the hash of model and inputs decides.
 
     Args:
         options: Which models, and what is measured.
@@ -48,6 +51,7 @@ def evaluate(
             f"`keylayers eval` by itself"
         )
     need_libraries(options)
+    check_split(options.problems)
     with output_folder(output), unfinished(output / EVALUATION) as under_way:
         store = Store(output, under_way)
         run = _Run(options, output, store, progress)
@@ -89,7 +93,7 @@ class _Run:
             self.notes += self.plan.notes
             for note in self.plan.notes:
                 self.progress.note(note)
-        self._note_other_split(loaded)
+        self._note_other_training(loaded)
         found = self.measured.setdefault(name, {})
         num_kept = 0
         for job in self.plan.jobs:
@@ -142,23 +146,50 @@ class _Run:
             },
         )
 
-    def _note_other_split(self, loaded: Loaded) -> None:
-        """Say so where a model was trained by keylayers on another split of the data."""
+    def _note_other_training(self, loaded: Loaded) -> None:
+        """Say so where keylayers trained a model on another split, or in another chat template."""
         assert self.plan is not None
         own = next((job.record() for job in self.plan.jobs if job.name == GAIN), None)
-        record = Path(loaded.subject.source) / RECORD
-        if own is None or loaded.subject.kind == "base" or not record.is_file():
-            return
-        try:
-            made = json.loads(record.read_text(encoding="utf-8"))
-            trained = made.get("data") or made["options"]
-        except (OSError, ValueError, LookupError, AttributeError):
-            return  # nothing is known of its training
-        if any(name in trained and trained[name] != own[name] for name in OF_SPLIT):
+        trained = _trained_on(loaded.subject)
+        if own and any(name in trained and trained[name] != own[name] for name in OF_SPLIT):
             self.notes.append(
                 f"{loaded.subject.name} was trained on other data or another split of it: its "
                 f"training may have seen examples that count as held out here"
             )
+        used = [own["chat_template"]] if own and own["chat_template"] else []
+        if self.options.problems.problems or self.options.benchmarks.apply_chat_template:
+            used.append(asdict(loaded.template))
+        name, text = _template_of(trained, loaded) or (None, None)
+        if others := [one["name"] for one in used if name and one["text"] != text]:
+            self.notes.append(
+                f"{loaded.subject.name} was trained in the chat template {name!r}, but is measured "
+                f"in {others[0]!r}; give `--chat-template` as in training"
+            )
+
+
+def _trained_on(subject: Subject) -> dict[str, Any]:
+    """What the record beside a model says of the data it was trained on; empty without one."""
+    record = Path(subject.source) / RECORD
+    if subject.kind == "base" or not record.is_file():
+        return {}
+    try:
+        made = json.loads(record.read_text(encoding="utf-8"))
+        return dict(made.get("data") or made["options"])
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return {}  # nothing is known of its training
+
+
+def _template_of(trained: dict[str, Any], loaded: Loaded) -> tuple[str, str] | None:
+    """Name and text of the chat template that a model was trained in, if its record says so."""
+    said = trained.get("chat_template")
+    try:
+        if isinstance(said, dict):
+            return str(said["name"]), str(said["text"])
+        # An option; without it the record does not say whether there were chats at all.
+        found = resolve_template(loaded.tokenizer, said) if isinstance(said, str) else None
+    except (KeyError, ConfigError):
+        return None  # a file that is no longer there
+    return (found.name, found.text) if found else None
 
 
 def _versions() -> dict[str, str]:
@@ -175,7 +206,8 @@ def _notes(model: str, one: Measured) -> Iterator[str]:
     """What a reader must know of one model on one task."""
     facts = one.facts
     if number := facts.get("num_cut_prompts", 0):
-        yield f"{model}, {one.task}: {number:,} requests lost the beginning of their prompt to fit"
+        what = "requests lost the beginning of their prompt to fit the model"
+        yield f"{model}, {one.task}: {number:,} {what}"
     for text in facts.get("warnings", ()):
         yield f"{model}, {one.task}: {text}"
     if "num_samples" not in facts:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an evaluation does with each model: benchmarks, losses, problems.
 
-A job knows the hash of all that decides its result but the weights, and how to measure one model.
+A job knows the hash of all that decides its result but the model, and how to measure one model.
 """
 
 import re
@@ -42,7 +42,7 @@ class Job(Protocol):
         ...
 
     def inputs_sha256(self, loaded: Loaded) -> str:
-        """The hash of what decides the result, but for the weights."""
+        """The hash of what decides the result, but for the model."""
         ...
 
     def run(self, loaded: Loaded, progress: Progress) -> Measured:
@@ -154,7 +154,7 @@ class ProblemJob:
 
         prompts = prompts_of(self.problems.problems, loaded, self.options.problems)
         keys = [one.sha256() for one in self.problems.problems]
-        sampling = decisive(prompts, self.options.problems, self.options.run.seed)
+        sampling = decisive(prompts, loaded, self.options.problems, self.options.run.seed)
         return json_sha256([sampling, keys, CHECKER])
 
     def inputs_sha256(self, loaded: Loaded) -> str:
