@@ -141,3 +141,31 @@ def test_the_settings_of_the_models_own_file_change_no_sample(
     found, _ = sampled(base, tmp_path / "own.jsonl", 1, temperature=temperature)
     assert found == plain
     assert base.model.generation_config is own
+
+
+def test_what_decides_samples_and_verdicts_is_in_their_hash(base, tmp_path, monkeypatch):
+    import copy
+    from dataclasses import replace
+
+    from keylayers.evaluation import answers
+    from keylayers.evaluation.problems import Problem, ProblemSet
+    from keylayers.options import ModelOptions
+    from keylayers.options.evaluation import EvalOptions, ProblemOptions
+    from keylayers.runs.eval_jobs import ProblemJob
+
+    problems = tuple(Problem(text, f"\\boxed{{{answer}}}") for text, answer in QUESTIONS)
+    options = EvalOptions(ModelOptions(model="m"), problems=ProblemOptions(problems=("mine",)))
+    job = ProblemJob(ProblemSet("mine", problems, ""), options, tmp_path)
+    found = [job.inputs_sha256(base), job.inputs_sha256(base)]
+    assert found[0] == found[1]
+    # a template that asks in the same way, but closes an answer by another token
+    text = base.template.text.replace("{{ m['content'] }}</s>", "{{ m['content'] }}<s>")
+    found.append(job.inputs_sha256(replace(base, template=replace(base.template, text=text))))
+    own = copy.deepcopy(base.model.generation_config)
+    own.eos_token_id = [2, 9]
+    with monkeypatch.context() as patched:
+        patched.setattr(base.model, "generation_config", own)
+        found.append(job.inputs_sha256(base))
+    monkeypatch.setattr(answers, "CHECKER", "math-verify 99")
+    found.append(job.inputs_sha256(base))
+    assert len(set(found[1:])) == 4

@@ -66,3 +66,20 @@ def test_every_prompt_that_is_cut_is_counted(place, capsys):
         assert "long: 5 requests lost the beginning of their prompt" in " ".join(
             capsys.readouterr().out.split()
         )
+
+
+def test_no_function_is_known_by_its_place_in_memory():
+    from functools import partial
+
+    from keylayers.evaluation.benchmarks import _said
+
+    class Callable:
+        def __call__(self):
+            """Nothing."""
+
+    found = _said({"own": [write_task, partial(write_task, name="x"), len, Callable()], "n": 1})
+    assert " at 0x" not in str(found)
+    assert "def write_task" in found["own"][0]
+    assert found["own"][1][2] == {"name": "x"}
+    assert "len" in found["own"][2]
+    assert found["n"] == 1
