@@ -22,6 +22,7 @@ RECORD = "cell.json"
 RESULTS = {
     "stage-1": "ranking.json",
     "ranking": "ranking.json",
+    "verification": "verification.json",
     "training": f"{TUNED}/{TRAINED}",
     "evaluation": "evaluation.json",
 }
@@ -121,9 +122,9 @@ def last_line(root: Path, cell: Cell) -> str:
 
 
 def _with_output(folder: Path, command: Sequence[str]) -> list[str]:
-    """The command with the place of its results; `verify` writes beside its ranking."""
-    place = {"rank": folder, "train": folder / TUNED, "eval": folder}.get(command[0])
-    return [*command] if place is None else [*command, "--output", str(place)]
+    """The command with the place of its results."""
+    place = folder / TUNED if command[0] == "train" else folder
+    return [*command, "--output", str(place)]
 
 
 def _run(folder: Path, words: Sequence[str], run_command: RunCommand) -> str:

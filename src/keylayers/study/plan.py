@@ -62,8 +62,7 @@ class Cell:
     Attributes:
         kind: What it makes.
         key: Hash of all that decides what comes out.
-        commands: The words of keylayers' commands that make it, without output folders; but
-            `verify` is told not to write beside its ranking.
+        commands: The words of keylayers' commands that make it, without output folders.
         needs: Names of the cells that must be finished before.
         points: The combinations of the study file that it belongs to.
         options: Those that the study file gives it.
@@ -192,10 +191,10 @@ class _Planner:
         ranking = self._cell("ranking", options, RANKING, [tuple(rank)], before)
         if not self.verify:
             return [*before, ranking]
-        cell = self._cell("verification", options, VERIFICATION, [], [ranking])
         own = {**options, **place, "ranking": str(self._folder(ranking))}
-        verify = (*_command("verify", own, VERIFY), "--output", str(self._folder(cell)))
-        return [*before, ranking, replace(cell, commands=(verify,))]
+        verify = _command("verify", own, VERIFY)
+        curve = self._cell("verification", options, VERIFICATION, [verify], [ranking])
+        return [*before, ranking, curve]
 
     def _training(self, options: Mapping[str, Any], ranked: Mapping[str, Cell]) -> Cell:
         """The training of what a ranking selects, on its own model and data or on others."""
