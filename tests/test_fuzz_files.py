@@ -7,7 +7,7 @@ import math
 import pytest
 from hypothesis import given
 
-from damage import LARGE, cases, damaged_json, run
+from damage import LARGE, begin, cases, damaged_json, run
 
 from rankings import ranking_of
 
@@ -89,6 +89,7 @@ def clean(folder):
 def test_a_damaged_ranking_is_refused_or_right(command, folder):
     by_hand().save(folder / "good.json")
     path = folder / "ranking.json"
+    begin(*filled(command, folder, folder / "good.json"))
 
     @cases(1000)
     @given(damaged_json(by_hand().to_json()))

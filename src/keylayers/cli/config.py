@@ -145,6 +145,9 @@ def read_yaml(path: Path, name: str) -> dict[str, Any]:
         raise ConfigError(
             f"{str(path)!r} must map options to values, got a {type(options).__name__}"
         )
+    for key in options:
+        if not isinstance(key, str):
+            raise ConfigError(f"every key in {str(path)!r} must be a name, got {key!r}")
     return options
 
 
