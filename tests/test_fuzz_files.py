@@ -134,6 +134,7 @@ def test_a_damaged_verification_is_refused_or_right(command, folder):
     path = folder / "good.verification.json"
     verification_of(by_hand()).save(path)
     content = json.loads(path.read_text())
+    begin(*filled(command, folder, path))
 
     @cases(1000)
     @given(damaged_json(content))
