@@ -56,21 +56,30 @@ study_files = st.one_of(
 )
 
 
-def test_a_damaged_study_file_is_refused_or_a_plan(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def imported(tiny):
+    """What the commands import, so that the time of each is its own."""
+    inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl")
+    begin("rank", *inputs, "--adapter", tiny / "nowhere")
+    begin("study", tiny / "nowhere.yaml", "--dry-run")
+
+
+def test_a_damaged_study_file_is_refused_or_a_plan(tmp_path, monkeypatch):
+    from keylayers.cli.config import read_yaml
     from keylayers.errors import ConfigError
     from keylayers.study.files import plan_files
-    from keylayers.yaml_values import yaml_value
 
     monkeypatch.setattr("keylayers.study.plan.environment", dict)  # asks git, which takes its time
+    path = tmp_path / "s.yaml"
     found = []  # of each accepted file, how many cells
 
     @cases(1000)
     @given(study_files)
     def check(content):
+        path.write_bytes(content)
         start = time.process_time()
         try:
-            value = yaml_value(content.decode("utf-8", "replace"), "it")
-            (planned,) = plan_files({Path("s.yaml"): value if isinstance(value, dict) else {}}, OUT)
+            (planned,) = plan_files({path: read_yaml(path, "study")}, OUT)
         except ConfigError:
             return
         finally:
@@ -89,7 +98,6 @@ def test_a_damaged_study_file_is_one_line_or_shown(tmp_path_factory, monkeypatch
     monkeypatch.chdir(folder)
     words = ("study", "study.yaml", "--dry-run", "--output", "out")
     (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
-    begin(*words)
 
     @cases(100)
     @given(study_files)

@@ -3,6 +3,7 @@
 
 import re
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -76,10 +77,17 @@ def test_a_report_shows_hostile_names_as_text(planned, results):
 
     study, cells, states, _ = planned
     page = render_study(results, list(study.grid), cells, states).decode()
-    assert "<script" not in page
-    assert "<img src=x" not in page
     for text in HOSTILE[:6]:
         assert str(escape(text)) in page
+    axes = [*study.grid]
+    row = {axes[0]: None, **dict.fromkeys(axes[1:], HOSTILE[4]), "best": 0.3, "tau": 0.5}
+    row |= {"differs": axes[0], "first": HOSTILE[0], "second": HOSTILE[1]}
+    row |= {"jaccard": 1.0, "chance_jaccard": 0.2}
+    compared_page = render_study(results, axes, cells, states, pd.DataFrame([row])).decode()
+    assert "Agreement of rankings" in compared_page
+    for one in (page, compared_page):
+        assert "<script" not in one
+        assert "<img src=x" not in one
 
 
 def test_the_terminal_shows_hostile_names_as_text(planned, results, capsys):

@@ -199,7 +199,7 @@ def _show_results(root: Path, planned: "PlannedStudy", states: "Mapping[str, Cel
     table = results_table(root, cells, states, axes)
     write_table(folder, table)
     shown = summary_tables(table, axes)
-    written = ["results.parquet", "results.csv"]
+    written, agreement = ["results.parquet", "results.csv"], None
     if planned.study.compare:
         agreement = agreement_table(root, cells, states, axes, planned.study.compare)
         write_bytes(folder / "agreement.csv", agreement.to_csv(index=False).encode("utf-8"))
@@ -208,7 +208,7 @@ def _show_results(root: Path, planned: "PlannedStudy", states: "Mapping[str, Cel
     if all(find_spec(name) is not None for name in NEEDED):
         from keylayers.study.report import render_study
 
-        write_bytes(folder / "report.html", render_study(table, axes, cells, states))
+        write_bytes(folder / "report.html", render_study(table, axes, cells, states, agreement))
         written.append("report.html")
     console = stdout()
     for one in shown:

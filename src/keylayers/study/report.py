@@ -21,7 +21,10 @@ from keylayers.report.html import page_environment
 from keylayers.study.cell import CellState
 from keylayers.study.plan import Cell
 from keylayers.study.summary import (
+    AGREEMENT,
+    AGREEMENT_TITLE,
     Shown,
+    agreement_texts,
     groups_of,
     interval_text,
     label_of,
@@ -58,6 +61,7 @@ def render_study(
     axes: Sequence[str],
     cells: Sequence[Cell],
     states: Mapping[str, CellState],
+    agreement: pd.DataFrame | None = None,
 ) -> bytes:
     """The report of a study, as an HTML file.
 
@@ -66,6 +70,7 @@ def render_study(
         axes: Of the study's grid.
         cells: Of the study.
         states: How each ended, by name.
+        agreement: As `agreement_table` gives it, if rankings are compared.
     """
     finished = [cell for cell in cells if states[cell.name].status == "finished"]
     style = files("keylayers.report").joinpath("page", "page.css").read_text(encoding="utf-8")
@@ -81,9 +86,18 @@ def render_study(
             num_finished=len(finished),
             lost=[(cell, states[cell.name]) for cell in cells if cell not in finished],
             parts=[_part(table, axes, one) for one in shown_in(table)],
+            agreement=_agreement(agreement, axes),
         )
     )
     return page.encode("utf-8", "replace")
+
+
+def _agreement(table: pd.DataFrame | None, axes: Sequence[str]) -> dict[str, Any] | None:
+    """The table of agreement, as text; None if there are no pairs."""
+    if table is None or table.empty:
+        return None
+    groups, rows = agreement_texts(table, axes)
+    return {"title": AGREEMENT_TITLE, "groups": groups, "columns": AGREEMENT, "rows": rows}
 
 
 def _part(table: pd.DataFrame, axes: Sequence[str], shown: Shown) -> Part:

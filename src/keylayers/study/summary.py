@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a study found, seeds taken together: means with their 95 % intervals. Needs no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
+from keylayers.study.agreement import agreement_means
 from keylayers.study.table import OF_BASE
 
+AGREEMENT_TITLE = "Agreement of rankings"
+AGREEMENT = ("best", "Jaccard", "lowest to highest", "chance", "tau-b", "pairs")
 REPLICATE = "seed"  # the axis whose entries are runs of the same thing
 MEANS = ("mean", "low", "high", "runs", "beside")  # columns of a summary after its axes
 
@@ -120,3 +124,38 @@ def _interval(values: np.ndarray) -> tuple[float, float]:
         return float(values[0]), float(values[0])
     low, high = stats.t.interval(0.95, len(values) - 1, loc=values.mean(), scale=error)
     return float(low), float(high)
+
+
+def agreement_texts(
+    table: pd.DataFrame, axes: Sequence[str]
+) -> tuple[list[str], list[tuple[list[str], list[str]]]]:
+    """How far rankings agree that differ in one axis, as tables show it: means over pairs.
+
+    Args:
+        table: As `agreement_table` gives it.
+        axes: Of the study's grid.
+
+    Returns:
+        What groups the rows; and for each row the labels of its group and the texts of AGREEMENT.
+    """
+    means = agreement_means(table, axes, REPLICATE)
+    groups = [axis for axis in axes if axis != REPLICATE and means[axis].notna().any()]
+    rows = []
+    for row in means.to_dict("records"):
+        pair = f"{row['differs']}: {row['first']}, {row['second']}"
+        labels = [pair, *(label_of(row[group]) for group in groups)]
+        share, pairs = f"{100 * row['best']:g} %", str(row["pairs"])
+        rows.append((labels, [share, *_agreement_numbers(row), pairs]))
+    return ["differ in", *groups], rows
+
+
+def _agreement_numbers(row: Mapping[Hashable, Any]) -> list[str]:
+    """Jaccard, its range, chance and tau; a dash for each where a ranking ranks nothing."""
+    if np.isnan(row["jaccard"]):
+        return ["-"] * 4
+    return [
+        f"{row['jaccard']:.2f}",
+        f"{row['lowest']:.2f} to {row['highest']:.2f}",
+        f"{row['chance_jaccard']:.2f}",
+        f"{row['tau']:.2f}",
+    ]

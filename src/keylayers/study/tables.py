@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """A study in the terminal: its cells while they run, and what it found."""
 
-import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from keylayers.study.agreement import agreement_means
 from keylayers.study.cell import CellState, Status
 from keylayers.study.plan import Cell
 from keylayers.study.summary import (
-    REPLICATE,
+    AGREEMENT,
+    AGREEMENT_TITLE,
     Shown,
+    agreement_texts,
     groups_of,
     interval_text,
     label_of,
@@ -58,34 +57,15 @@ def summary_tables(table: pd.DataFrame, axes: Sequence[str]) -> list[Table]:
 
 def agreement_summary(table: pd.DataFrame, axes: Sequence[str]) -> Table:
     """How far rankings agree that differ in one axis: means over pairs, beside chance."""
-    means = agreement_means(table, axes, REPLICATE)
-    groups = [axis for axis in axes if axis != REPLICATE and means[axis].notna().any()]
-    shown = Table(box=None, pad_edge=False, title="Agreement of rankings", title_justify="left")
-    for group in ("differ in", *groups):
+    groups, rows = agreement_texts(table, axes)
+    shown = Table(box=None, pad_edge=False, title=AGREEMENT_TITLE, title_justify="left")
+    for group in groups:
         shown.add_column(Text(group))
-    for name in ("best", "Jaccard", "lowest to highest", "chance", "tau-b", "pairs"):
+    for name in AGREEMENT:
         shown.add_column(name, justify="right")
-    for row in means.to_dict("records"):
-        shown.add_row(
-            Text(f"{row['differs']}: {row['first']}, {row['second']}"),
-            *(Text(label_of(row[group])) for group in groups),
-            f"{100 * row['best']:g} %",
-            *_agreement_texts(row),
-            str(row["pairs"]),
-        )
+    for labels, numbers in rows:
+        shown.add_row(*map(Text, labels), *numbers)
     return shown
-
-
-def _agreement_texts(row: Mapping[Hashable, Any]) -> list[str]:
-    """Jaccard, its range, chance and tau; a dash for each where a ranking ranks nothing."""
-    if math.isnan(row["jaccard"]):
-        return ["-"] * 4
-    return [
-        f"{row['jaccard']:.2f}",
-        f"{row['lowest']:.2f} to {row['highest']:.2f}",
-        f"{row['chance_jaccard']:.2f}",
-        f"{row['tau']:.2f}",
-    ]
 
 
 def _summary_table(table: pd.DataFrame, axes: Sequence[str], one: Shown) -> Table:
