@@ -26,6 +26,7 @@ REFUSED = [
     ({"random_orders": [1, 2]}, r"`random_orders` must be a whole number, got \[1, 2\]"),
     ({"max_steps": 2.5}, "`max_steps` must be a whole number, got 2.5"),
     ({"seed": True}, "`seed` must be a whole number, got True"),
+    ({"max_steps": 10**400}, "`max_steps` must be a whole number, got 1000"),
     ({"epsilon": "inf"}, "`epsilon` must be a finite number, got 'inf'"),
     ({"load_in_4bit": "yes"}, "`load_in_4bit` must be true or false, got 'yes'"),
     ({"revision": {"a": 1}}, "`revision` must be a text"),

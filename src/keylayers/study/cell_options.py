@@ -220,7 +220,7 @@ def _plain(name: str, value: int | float | str, kind: Any) -> Any:
     except (ValueError, OverflowError):
         raise ConfigError(f"`{name}` must be {what}, got {_shown(value)}") from None
     is_other = kind is int and isinstance(value, float) and number != value
-    if is_other or not math.isfinite(number) or abs(number) >= LARGEST:
+    if is_other or abs(number) >= LARGEST or not math.isfinite(number):
         raise ConfigError(f"`{name}` must be {what}, got {_shown(value)}")
     return number
 
