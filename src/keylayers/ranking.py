@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from keylayers.model_map import ModuleInfo
     from keylayers.selection import Budget, Selection
 
+FILE = "ranking.json"  # in the folder of a run
 SCHEMA = "keylayers/ranking"
 SCHEMA_VERSION = 1
 MAX_NAME_LENGTH = 1000  # far above any model's; figures and tables hold what is shorter
@@ -169,7 +170,7 @@ class Ranking:
         """
         path = Path(path)
         if path.is_dir():
-            path = path / "ranking.json"
+            path = path / FILE
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:

@@ -50,8 +50,8 @@ def num_launched() -> int:
 
 def wrapper() -> str | None:
     """What a launcher asked accelerate to spread a model's training with, beside DDP."""
-    asked = (name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}"))
-    return next((name for name in asked if os.environ[f"ACCELERATE_USE_{name}"] == "true"), None)
+    names = ("FSDP", "DEEPSPEED")
+    return next((one for one in names if os.environ.get(f"ACCELERATE_USE_{one}") == "true"), None)
 
 
 def environment() -> dict[str, Any]:

@@ -5,8 +5,6 @@ A block's weights are whole only while it computes. Gates are put in afterwards,
 not spread: every process has them all. Without FSDP nothing here does anything.
 """
 
-import os
-
 from accelerate.utils import fsdp2_prepare_model
 from jaxtyping import Shaped
 from torch import Tensor, nn
@@ -15,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from keylayers.errors import ConfigError
+from keylayers.records import wrapper
 
 ZERO_PARAMETERS = 3  # the stage of DeepSpeed's ZeRO that spreads the weights themselves
 
@@ -43,15 +42,13 @@ def check_wrapper(trainer: Trainer) -> None:
     Raises:
         ConfigError: says which wrappers can be used.
     """
-    for name, is_enabled in (
-        ("FSDP", trainer.is_fsdp_enabled),
-        ("DEEPSPEED", trainer.is_deepspeed_enabled),
-    ):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true" and not is_enabled:
-            raise ConfigError(
-                f"{name} must have accelerators to spread a model over, but accelerate leaves it "
-                f"out on CPUs; start without it: the same processes under DDP give the same"
-            )
+    asked = wrapper()
+    enabled = {"FSDP": trainer.is_fsdp_enabled, "DEEPSPEED": trainer.is_deepspeed_enabled}
+    if asked is not None and not enabled[asked]:
+        raise ConfigError(
+            f"{asked} must have accelerators to spread a model over, but accelerate leaves it out "
+            f"on CPUs; start without it: the same processes under DDP give the same"
+        )
     if trainer.is_fsdp_enabled:
         plugin = trainer.accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:

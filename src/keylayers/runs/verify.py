@@ -13,7 +13,7 @@ from keylayers.folders import output_folder
 from keylayers.mask.curve import mask_curve
 from keylayers.options import LOSS_UNITS, MaskOptions, VerifyOptions
 from keylayers.progress import Progress, Silent
-from keylayers.ranking import Ranking
+from keylayers.ranking import FILE, Ranking
 from keylayers.records import environment, json_sha256
 from keylayers.runs.reopen import loss_trainer, reopen
 from keylayers.scores import score_modules
@@ -23,7 +23,6 @@ from keylayers.updates import Update
 from keylayers.verification import Verification, verification_file
 
 NUM_LEAVE_ONE_OUT_EXAMPLES = 64
-RANKING = "ranking.json"
 
 
 def verify(
@@ -56,7 +55,7 @@ def verify(
         return found
     with output_folder(output):
         found = _verification(loaded, options, progress)
-        loaded.save(output / RANKING)
+        loaded.save(output / FILE)
         found.save(verification_file(output))
     return found
 

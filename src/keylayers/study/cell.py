@@ -10,9 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from keylayers.evaluation.record import EVALUATION
+from keylayers.ranking import FILE as RANKING
 from keylayers.records import RECORD as TRAINED
 from keylayers.records import write_json
 from keylayers.study.plan import CELLS, TUNED, Cell
+from keylayers.verification import FILE as VERIFICATION
 
 Status = Literal["waiting", "running", "finished", "failed", "skipped"]
 RunCommand = Callable[[Sequence[str]], int]
@@ -20,11 +23,11 @@ RunCommand = Callable[[Sequence[str]], int]
 RECORD = "cell.json"
 # Kind of a cell -> the file without which there is no result.
 RESULTS = {
-    "stage-1": "ranking.json",
-    "ranking": "ranking.json",
-    "verification": "verification.json",
+    "stage-1": RANKING,
+    "ranking": RANKING,
+    "verification": VERIFICATION,
     "training": f"{TUNED}/{TRAINED}",
-    "evaluation": "evaluation.json",
+    "evaluation": EVALUATION,
 }
 LOG = "log.txt"
 PREFIX = "keylayers: "  # of the one line that says what is wrong
