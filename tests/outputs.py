@@ -15,6 +15,21 @@ def contents(folder):
     return {str(path.relative_to(folder)): _content(path) for path in files}
 
 
+def differences(first, second):
+    """What differs between two folders' contents: a line for each file, short enough for a log."""
+    lines = []
+    for path in sorted(first.keys() | second.keys()):
+        one, other = (str(held[path]) if path in held else None for held in (first, second))
+        if one is None or other is None:
+            lines.append(f"{path}: only in the {'second' if one is None else 'first'}")
+        elif one != other:
+            pairs = enumerate(zip(one, other, strict=False))
+            at = next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
+            around = slice(max(0, at - 40), at + 40)
+            lines.append(f"{path}: {one[around]!r} and {other[around]!r}")
+    return lines
+
+
 def _content(path):
     if path.suffix == ".json":
         return _timeless(json.loads(path.read_text()))

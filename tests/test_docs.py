@@ -154,6 +154,17 @@ def test_help_of_the_whole_is_that_of_the_parts():
         assert function.__doc__.splitlines()[0] == text
 
 
+def test_help_shows_examples_as_code_and_not_the_marks_around_it(capsys):
+    from keylayers.cli import COMMANDS as SHOWN
+    from keylayers.cli import main
+
+    for name in SHOWN:
+        assert main([name, "--help"]) == 0
+        printed = capsys.readouterr().out
+        assert f"keylayers {name}" in printed.partition("Examples")[2], name
+        assert "```" not in printed, name
+
+
 def test_the_version_is_in_the_changelog():
     import keylayers
 

@@ -20,6 +20,7 @@ from keylayers.records import RECORD, cannot_write, is_first_process, remove_lef
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 KEPT = "but it is full; what was there is kept: make room and give the same command again"
+UNFINISHED = "unfinished"  # ends the name of what a run has done so far
 NEEDED_BYTES = 2**20  # a disk with less free is full: libraries write in pieces of about this size
 
 
@@ -123,7 +124,7 @@ def unfinished(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: another run is at work on `path`, or nothing can be written there.
     """
-    folder = _beside(path, "unfinished")
+    folder = _beside(path, UNFINISHED)
     if not is_first_process():
         yield folder
         return
@@ -135,6 +136,17 @@ def unfinished(path: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what `unfinished` left of a run that was killed when `path` was just whole.
+
+    Raises:
+        OutputError: another run is at work on `path`, or nothing can be written there.
+    """
+    if is_first_process() and _beside(path, UNFINISHED).is_dir():
+        with unfinished(path):
+            pass
 
 
 @contextlib.contextmanager

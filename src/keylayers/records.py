@@ -25,6 +25,7 @@ RECORD = "keylayers.json"  # beside every adapter and checkpoint that keylayers 
 CARD = "README.md"  # the same for readers: the model card of the hub
 STAGE_1_ADAPTER = "adapter"  # the folder that `rank` leaves beside ranking.json
 STAGE_1_CHECKPOINT = "tuned"  # the same after a full fine-tune
+CLOCK_SECONDS = 10.0  # by which the clocks of processes and files may differ
 PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
 RECORDED_LIBRARIES = (
     "torch",
@@ -148,9 +149,9 @@ def remove_leftovers(path: Path) -> None:
     path = path.absolute()
     for name in os.listdir(path.parent):
         match = re.fullmatch(re.escape(f".{path.name}.") + r"(\d+)\.(tmp|old)", name)
-        if match is None or _is_running(int(match[1])):
-            continue
         left = path.parent / name
+        if match is None or _is_at_work(int(match[1]), left):
+            continue
         if match[2] == "old" and not path.exists():
             left.replace(path)
         elif left.is_dir():
@@ -159,14 +160,25 @@ def remove_leftovers(path: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def _is_running(process_id: int) -> bool:
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
+def _is_at_work(process_id: int, left: Path) -> bool:
+    """Whether another process is about to put `left` in its place.
+
+    The number alone does not tell: a container starts the same command under the same number each
+    time, and what was killed keeps its number until its parent asks how it ended.
+    """
+    import psutil  # only where something is left: `--help` is to be quick
+
+    if process_id == os.getpid():
         return False
-    except OSError:  # somebody else's
+    try:
+        process = psutil.Process(process_id)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return bool(process.create_time() < left.stat().st_mtime + CLOCK_SECONDS)
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return False
+    except psutil.Error:  # somebody else's
         return True
-    return True
 
 
 def check_no_password(text: str, name: str) -> None:

@@ -24,7 +24,7 @@ app = App(
     "only those.",
     version=__version__,
     config=(from_config_file, from_ranking_file, refuse_grpo),
-    help_format="markdown",
+    help_format="plaintext",  # what renders the markdown of sub-commands is slow to import
     suppress_keyboard_interrupt=False,  # `main` says what was kept
     default_parameter=Parameter(consume_multiple=True, negative_iterable=()),
 )

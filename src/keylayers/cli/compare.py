@@ -25,7 +25,7 @@ keylayers compare lima alpaca --json | jq '.pairs[0].tau'
 """
 
 JSON = Parameter(name="--json", negative=())
-app = App(help_epilogue=EXAMPLES)
+app = App(help_epilogue=EXAMPLES, help_format="markdown")
 
 
 @app.default

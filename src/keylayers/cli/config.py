@@ -10,8 +10,6 @@ from cyclopts.argument import Argument, ArgumentCollection
 from cyclopts.config import Dict
 
 from keylayers.errors import ConfigError, did_you_mean
-from keylayers.options.commands import TAKEN_FROM_RANKING, TAKEN_WITH_UPDATE
-from keylayers.ranking import Ranking
 from keylayers.records import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT
 from keylayers.yaml_values import yaml_value
 
@@ -67,6 +65,9 @@ def from_config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCol
 
 def from_ranking_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Where a ranking is given, fill what is missing with what the ranking's own run used."""
+    from keylayers.options.commands import TAKEN_FROM_RANKING, TAKEN_WITH_UPDATE  # not for --help
+    from keylayers.ranking import Ranking
+
     path = _given(arguments, "ranking") if commands in WITH_RANKING else None
     if path is None:
         return

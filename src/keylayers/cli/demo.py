@@ -14,7 +14,7 @@ keylayers demo --output demo --files-only
 ```
 """
 
-app = App(help_epilogue=EXAMPLES)
+app = App(help_epilogue=EXAMPLES, help_format="markdown")
 
 
 @app.default

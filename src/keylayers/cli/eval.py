@@ -27,7 +27,7 @@ keylayers eval --model base --adapter tuned --task-folder my-tasks --tasks mine 
 ```
 """
 
-app = App(help_epilogue=EXAMPLES)
+app = App(help_epilogue=EXAMPLES, help_format="markdown")
 
 
 @app.default

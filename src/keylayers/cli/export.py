@@ -16,7 +16,7 @@ keylayers export out --freeze 0.25 --to axolotl --update full --output axolotl
 ```
 """
 
-app = App(help_epilogue=EXAMPLES)
+app = App(help_epilogue=EXAMPLES, help_format="markdown")
 
 
 @app.default

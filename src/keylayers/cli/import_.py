@@ -13,7 +13,7 @@ keylayers show ranking.json --budget 0.3
 ```
 """
 
-app = App(help_epilogue=EXAMPLES)
+app = App(help_epilogue=EXAMPLES, help_format="markdown")
 
 
 @app.default

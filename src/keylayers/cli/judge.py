@@ -23,7 +23,7 @@ keylayers judge --config judge.yaml --mode pairwise --judge-requests-at-once 8
 ```
 """
 
-app = App(help_epilogue=EXAMPLES)
+app = App(help_epilogue=EXAMPLES, help_format="markdown")
 
 
 @app.default

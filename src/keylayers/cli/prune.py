@@ -25,7 +25,7 @@ keylayers prune --ranking r.json --model base --tuned instruct --budget auto --d
 ```
 """
 
-app = App(help_epilogue=EXAMPLES)
+app = App(help_epilogue=EXAMPLES, help_format="markdown")
 
 
 @app.default

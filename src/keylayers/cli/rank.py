@@ -27,7 +27,7 @@ keylayers rank --config rank.yaml --seed 1
 ```
 """
 
-app = App(help_epilogue=EXAMPLES)
+app = App(help_epilogue=EXAMPLES, help_format="markdown")
 
 
 @app.default

@@ -31,7 +31,7 @@ keylayers show out --json | jq '.modules[0].name'
 
 JSON = Parameter(name="--json", negative=())
 NEEDED = ("altair", "vl_convert", "jinja2")  # of the extra `report`
-app = App(help_epilogue=EXAMPLES)
+app = App(help_epilogue=EXAMPLES, help_format="markdown")
 
 
 @app.default

@@ -44,7 +44,7 @@ compare: [0.3, 0.75]
 ```
 """
 
-app = App(help_epilogue=EXAMPLES)
+app = App(help_epilogue=EXAMPLES, help_format="markdown")
 
 
 @app.default

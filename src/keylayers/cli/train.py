@@ -28,7 +28,7 @@ keylayers train --rank-first --model meta-llama/Llama-3.2-1B --data chats.jsonl 
 ```
 """
 
-app = App(help_epilogue=EXAMPLES)
+app = App(help_epilogue=EXAMPLES, help_format="markdown")
 
 
 @app.default

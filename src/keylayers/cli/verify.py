@@ -25,7 +25,7 @@ keylayers verify --ranking r.json --model base --adapter my-adapter --data chats
 ```
 """
 
-app = App(help_epilogue=EXAMPLES)
+app = App(help_epilogue=EXAMPLES, help_format="markdown")
 
 
 @app.default

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from keylayers.apply.freeze import train_only
 from keylayers.apply.saving import save_tuned
-from keylayers.folders import unfinished
+from keylayers.folders import remove_unfinished, unfinished
 from keylayers.model_map import map_modules
 from keylayers.options import RankOptions, UpdateOptions
 from keylayers.records import (
@@ -50,6 +50,7 @@ def from_stage_1(job: RankJob) -> TunedModel:
     stage_1 = _finished(folder, inputs)
     model = job.model
     if stage_1 is not None:
+        remove_unfinished(folder)
         job.progress.note(f"stage 1 of the same inputs is taken from {folder}")
     else:
         with unfinished(folder) as before:

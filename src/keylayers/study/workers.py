@@ -67,14 +67,11 @@ class LocalWorkers:
     def begin(self, root: Path, cell: Cell) -> None:
         """Give a cell to an idle worker, which is started if it is not there yet."""
         slot = self._idle.pop()
+        if slot in self._pools and _has_died(self._pools[slot]):
+            self._pools.pop(slot).shutdown(wait=False)
         if slot not in self._pools:
             self._pools[slot] = self._new_pool(slot)
-        try:
-            future = self._pools[slot].submit(run_cell, root, cell, self._run_command)
-        except BrokenProcessPool:  # it died while it was idle
-            self._pools[slot].shutdown(wait=False)
-            self._pools[slot] = self._new_pool(slot)
-            future = self._pools[slot].submit(run_cell, root, cell, self._run_command)
+        future = self._pools[slot].submit(run_cell, root, cell, self._run_command)
         self._running[future] = (root, cell, slot)
 
     def finished(self, timeout_seconds: float) -> dict[str, CellState]:
@@ -181,6 +178,11 @@ def local_devices() -> list[str]:
 def num_local_workers(devices: Sequence[str]) -> int:
     """As many as accelerators, or as cores where there are none."""
     return len(devices) or len(os.sched_getaffinity(0))
+
+
+def _has_died(pool: ProcessPoolExecutor) -> bool:
+    """Whether its process is gone, which the pool itself finds out a moment later."""
+    return any(not process.is_alive() for process in (pool._processes or {}).values())
 
 
 def _run_on_ray(folder: str, root: Path, cell: Cell, run_command: RunCommand) -> CellState:
