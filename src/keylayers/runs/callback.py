@@ -5,6 +5,7 @@ What the callback has found travels in the trainer's own state, which each check
 run that resumes goes on as if it had never stopped.
 """
 
+import json
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -228,7 +229,7 @@ class FreezeUnimportant(TrainerCallback):
                     f"`{name}` must be {saved[name]} as in the checkpoint, which has frozen "
                     f"modules already, got {getattr(self, name)}; start from an earlier one"
                 )
-        self.ranking = Ranking.from_json(saved["ranking"], "the checkpoint's state")
+        self.ranking = Ranking.from_json(json.loads(saved["ranking"]), "the checkpoint's state")
         self.selection = self.ranking.select(Freeze(self.freeze_fraction))
         self.frozen = tuple(saved["frozen"])
         self.frozen_at_step, self.reason = saved["frozen_at_step"], saved["reason"]
@@ -260,5 +261,6 @@ class FreezeUnimportant(TrainerCallback):
             "frozen": list(self.frozen),
             "frozen_at_step": self.frozen_at_step,
             "reason": self.reason,
-            "ranking": None if self.ranking is None else self.ranking.to_json(),
+            # as text, since the trainer sorts the keys of what it saves
+            "ranking": None if self.ranking is None else json.dumps(self.ranking.to_json()),
         }
