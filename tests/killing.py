@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kill a command with SIGKILL at random moments, give it again, and say how often it was killed.
+"""Kill a command with SIGKILL, give it again, and say how often it was killed.
 
 A process of its own: it imports the libraries once and forks for each run, which begins at once.
-A run is killed at a moment drawn from the length of an unbroken one; every other time the run that
-goes on is killed too.
 
-    python killing.py FOLDER NUM_KILLS SEED WORD...
+    python killing.py moments FOLDER NUM_KILLS SEED WORD...
+    python killing.py changes FOLDER NUM_KILLS 0 WORD...
 
 runs `keylayers WORD...` in FOLDER/whole unbroken and in FOLDER/1, FOLDER/2, ... with kills; the
 words write to the folder that they are run in. Writes one line of JSON to stdout.
+
+`moments` are drawn from the length of an unbroken run; every other time the run that goes on is
+killed too. `changes` kills right before a change of the disk: a file opened to be written, a file
+or folder made, renamed or removed. NUM_KILLS of them are spread over all that an unbroken run
+makes, the last among them.
 """
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -20,9 +25,31 @@ import time
 import traceback
 from pathlib import Path
 
+CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree")
+num_changes = multiprocessing.RawValue("q")  # of the run that was begun last; forks share it
 
-def begin(place, words, log="log.txt"):
-    """Fork a process that runs the command in `place`, and adds what it prints to `log`; its id."""
+
+def watch_changes(kill_before):
+    """Count changes of the disk from now on, and kill this process before one of them."""
+
+    def see(event, details):
+        is_opened = event == "open" and isinstance(details[2], int)
+        is_written = is_opened and details[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if not (is_written or event in CHANGES) or str(details[0]).startswith("/dev/"):
+            return
+        num_changes.value += 1
+        if num_changes.value == kill_before:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    num_changes.value = 0
+    sys.addaudithook(see)
+
+
+def begin(place, words, log="log.txt", kill_before=None):
+    """Fork a process that runs the command in `place`, and adds what it prints to `log`; its id.
+
+    It kills itself before the change of the disk of that number, from 1; 0 only counts them.
+    """
     child = os.fork()
     if child:
         return child
@@ -34,6 +61,8 @@ def begin(place, words, log="log.txt"):
         os.dup2(log, 2)
         from keylayers.cli import main
 
+        if kill_before is not None:
+            watch_changes(kill_before)
         code = main(words)
     except BaseException:
         traceback.print_exc()
@@ -55,28 +84,58 @@ def killed_after(child, seconds):
     return ended(child) == -signal.SIGKILL
 
 
+def kill_at_moments(folder, words, num_kills, draw, length):
+    """Places in `folder` of runs that were killed so many times in all and have ended since."""
+    kills, places = 0, []
+    while kills < num_kills:
+        places.append(new_place(folder, len(places) + 1))
+        for _ in range(1 + len(places) % 2):
+            child = begin(places[-1], words)
+            kills += killed_after(child, draw.uniform(0, length))
+            if kills == num_kills:
+                break
+        finish(places[-1], words)
+    return places
+
+
+def kill_at_changes(folder, words, num_kills):
+    """The same, each killed once."""
+    in_all, places = num_changes.value, []
+    for number in range(1, num_kills + 1):
+        places.append(new_place(folder, number))
+        child = begin(places[-1], words, kill_before=round(number * in_all / num_kills))
+        assert ended(child) == -signal.SIGKILL, f"nothing was killed in {places[-1]}"
+        finish(places[-1], words)
+    return places
+
+
+def new_place(folder, name):
+    place = folder / str(name)
+    place.mkdir(parents=True)
+    return place
+
+
+def finish(place, words):
+    assert ended(begin(place, words)) == 0, f"the run that goes on failed in {place}"
+
+
 def main():
-    folder, num_kills, seed, *words = sys.argv[1:]
-    folder, draw = Path(folder), random.Random(int(seed))
+    how, folder, num_kills, seed, *words = sys.argv[1:]
+    folder, num_kills = Path(folder), int(num_kills)
     import keylayers.runs.rank
     import keylayers.runs.train  # noqa: F401  both before the first fork
 
-    (folder / "whole").mkdir(parents=True)
     start = time.perf_counter()
-    assert ended(begin(folder / "whole", words)) == 0, "the unbroken run failed"
+    unbroken = begin(new_place(folder, "whole"), words, kill_before=0)
+    assert ended(unbroken) == 0, "the unbroken run failed"
     length = time.perf_counter() - start
-    kills = places = 0
-    while kills < int(num_kills):
-        places += 1
-        place = folder / str(places)
-        place.mkdir()
-        for _ in range(1 + places % 2):
-            child = begin(place, words)
-            kills += killed_after(child, draw.uniform(0, length))
-            if kills == int(num_kills):
-                break
-        assert ended(begin(place, words)) == 0, f"the run that goes on failed in {place}"
-    sys.stdout.write(json.dumps({"kills": kills, "places": places, "seconds": length}) + "\n")
+    if how == "changes":
+        num_kills = num_kills or num_changes.value
+        places = kill_at_changes(folder, words, num_kills)
+    else:
+        places = kill_at_moments(folder, words, num_kills, random.Random(int(seed)), length)
+    told = {"kills": num_kills, "places": len(places), "seconds": length}
+    sys.stdout.write(json.dumps(told) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 """`kill -9` at any moment loses nothing: the same command ends as if it had never been killed.
 
 Each command is killed at KILLS random moments (5 unless the environment says otherwise; the full
-count of 50 each is in experiments/LOG.md).
+count of 50 each is in experiments/LOG.md), and right before CHANGES changes of the disk (12; 0 for
+every one, which is there too): random moments seldom meet the milliseconds between two of them.
 """
 
 import json
@@ -19,14 +20,15 @@ from outputs import contents, differences
 from test_study import METHODS, finished, plan_of, run, study_file
 
 KILLS = int(os.environ.get("KILLS", "5"))
+CHANGES = int(os.environ.get("CHANGES", "12"))
 SMALL = ("--batch-size", "4", "--lora-rank", "4", "--save-steps", "2", "--learning-rate", "0.02")
 IGNORED = "log.txt"  # what the runs printed
 
 
-def kill(folder, words, seed=0):
+def kill(how, num_kills, folder, words, seed=0):
     """What an unbroken run left, what each killed one left, and the count."""
     script = Path(__file__).with_name("killing.py")
-    command = [sys.executable, "-W", "ignore", script, folder, KILLS, seed, *words]
+    command = [sys.executable, "-W", "ignore", script, how, folder, num_kills, seed, *words]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
         [str(word) for word in command], capture_output=True, text=True, env=environment
@@ -51,12 +53,37 @@ COMMANDS = {
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_killed_run_ends_as_if_it_had_not_been(tiny, tmp_path, name):
-    inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", "out")
-    whole, left, kills = kill(tmp_path, (*COMMANDS[name], *SMALL, *inputs))
+    words = (*COMMANDS[name], *SMALL, *inputs(tiny))
+    whole, left, kills = kill("moments", KILLS, tmp_path, words)
     assert kills == KILLS
+    check(whole, left)
+
+
+FEWER_STEPS = {
+    "rank": ("rank", "--max-steps", 6, "--mask-batches", 2),
+    "train": ("train", "--rank-first", "--steps", 8, "--mask-batches", 2, "--controls", "random"),
+    "full": ("rank", "--max-steps", 4, "--mask-batches", 2, "--update", "full"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", FEWER_STEPS)
+def test_so_does_one_that_is_killed_before_a_change_of_the_disk(tiny, tmp_path, name):
+    words = (*FEWER_STEPS[name], *SMALL, *inputs(tiny))
+    whole, left, kills = kill("changes", CHANGES, tmp_path, words)
+    assert kills == len(left) >= (CHANGES or 50)
+    check(whole, left)
+
+
+def inputs(tiny):
+    return ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", "out")
+
+
+def check(whole, left):
     assert {Path(path).parts[0] for path in whole} == {"out"}  # nothing is left beside it
-    for one in left:
-        assert differences(whole, one) == []
+    for number, one in enumerate(left, 1):
+        assert differences(whole, one) == [], number
 
 
 @pytest.mark.slow
