@@ -80,6 +80,26 @@ def test_an_evaluation_of_nothing_is_refused(tmp_path, capsys):
     assert "must be left out where nothing is trained" in capsys.readouterr().err
 
 
+# What a study has beside a model and data -> the option that no cell of it takes.
+WITHOUT_EFFECT = [
+    ({"options": {**BASE, "points": 4}, "verify": False}, "points"),
+    ({"options": BASE, "grid": {"order_seed": [0, 1]}, "verify": False}, "order_seed"),
+    ({"options": {**BASE, "train_data": "other"}}, "train_data"),
+    ({"options": {**BASE, "steps": 100}}, "steps"),
+    ({"options": {**BASE, "controls": ["random"]}}, "controls"),
+    ({"options": {**BASE, "rank_first": True, "random_orders": 2}}, "random_orders"),
+]
+
+
+@pytest.mark.parametrize(("parts", "name"), WITHOUT_EFFECT)
+def test_an_option_that_no_cell_takes_is_refused(tmp_path, capsys, parts, name):
+    assert study(tmp_path, **parts) == 2
+    assert f"takes `{name}`; leave it out" in capsys.readouterr().err
+    if "rank_first" not in parts["options"]:
+        options = {**parts["options"], "budget": 0.3}
+        assert study(tmp_path, **parts | {"options": options, "verify": True}) == 0
+
+
 def test_no_axis_is_named_as_a_column_of_the_results(tmp_path, capsys):
     from keylayers.study.cell_options import KNOWN
     from keylayers.study.files import COLUMNS

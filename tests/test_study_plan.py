@@ -52,7 +52,9 @@ def test_a_cell_is_known_by_what_it_reads_and_not_by_where_that_is(tiny, tmp_pat
 
 
 def test_a_run_that_ranks_inside_itself_needs_no_ranking(tiny, tmp_path):
-    cells = plan_of(study_file(tmp_path, tiny, budget=[{"rank_first": True, "freeze": 0.25}]))
+    unused = dict.fromkeys(("points", "random_orders"))
+    budget = [{"rank_first": True, "freeze": 0.25}]
+    cells = plan_of(study_file(tmp_path, tiny, unused, budget=budget))
     assert kinds(cells) == ["training"]
     assert "--rank-first" in cells[0].commands[0]
     assert cells[0].points == ({"budget": "rank_first True, freeze 0.25"},)

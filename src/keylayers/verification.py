@@ -12,6 +12,7 @@ from keylayers.curve import MaskCurve, Recommendation
 from keylayers.errors import ConfigError, RankingError
 from keylayers.options import BudgetOptions, SelectionOptions
 from keylayers.provenance import check_provenance, update_sha256s
+from keylayers.ranking import FILE as RANKING
 from keylayers.ranking import Ranking
 from keylayers.records import json_sha256, write_json
 from keylayers.selection import AUTO, Budget, Freeze, parse_budget
@@ -218,4 +219,4 @@ def verification_file(ranking: str | Path) -> Path:
     path = Path(ranking)
     if path.is_dir():
         return path / FILE
-    return path.parent / (FILE if path.name == "ranking.json" else f"{path.stem}.{FILE}")
+    return path.parent / (FILE if path.name == RANKING else f"{path.stem}.{FILE}")

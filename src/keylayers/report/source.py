@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keylayers.errors import ConfigError
-from keylayers.ranking import Ranking
+from keylayers.ranking import FILE, Ranking
 from keylayers.selection import Budget, are_best
 from keylayers.verification import Verification, verification_file
 
@@ -73,7 +73,7 @@ def labels(paths: Sequence[Path]) -> list[str]:
 def _parts(path: Path) -> tuple[str, ...]:
     """The folder that holds ranking.json, or the file without its ending."""
     path = path.absolute()
-    if path.name == "ranking.json" and len(path.parts) > 2:
+    if path.name == FILE and len(path.parts) > 2:
         return path.parent.parts[1:]
     return path.with_suffix("").parts[1:] if path.suffix == ".json" else path.parts[1:]
 

@@ -19,7 +19,7 @@ from keylayers.errors import ConfigError
 from keylayers.mask.stability import is_stable
 from keylayers.options import FreezeAction, MaskOptions, StabilityOptions
 from keylayers.progress import Progress, Silent
-from keylayers.ranking import Ranking
+from keylayers.ranking import FILE, Ranking
 from keylayers.runs.rank import rank_modules
 from keylayers.selection import Freeze, Selection, check_same_modules
 from keylayers.sharding import check_can_freeze_inside
@@ -155,7 +155,7 @@ class FreezeUnimportant(TrainerCallback):
         """Lay the ranking into the checkpoint, for `keylayers show`; resuming does not need it."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.ranking is not None and state.is_world_process_zero and folder.is_dir():
-            self.ranking.save(folder / "ranking.json")
+            self.ranking.save(folder / FILE)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -25,7 +25,7 @@ from keylayers.models import describe, load_tokenizer, max_positions
 from keylayers.options import LOSS_UNITS, MaskOptions, RankOptions, UpdateOptions
 from keylayers.options.passes import STOPS_BY_ITSELF, num_steps
 from keylayers.progress import OnStep, Progress, Silent
-from keylayers.ranking import RankedModule, Ranking
+from keylayers.ranking import FILE, RankedModule, Ranking
 from keylayers.records import environment
 from keylayers.runs.stage_1 import from_stage_1, stage_1_folder
 from keylayers.runs.update import RankJob, TunedModel, existing_update, load_base
@@ -166,7 +166,7 @@ def rank(
             "total": time.perf_counter() - start,
         }
         ranking = _to_ranking(update.updates, learned, options.mask, provenance)
-        ranking.save(output / "ranking.json")
+        ranking.save(output / FILE)
     return ranking
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from keylayers.options import Control, FreezeAction, MaskOptions, Method, StabilityOptions
-from keylayers.ranking import Ranking
+from keylayers.ranking import FILE, Ranking
 from keylayers.records import json_sha256
 from keylayers.runs.callback import FreezeUnimportant
 from keylayers.runs.train_job import TrainedSet, TrainJob
@@ -56,7 +56,7 @@ def _train(job: TrainJob, output: Path, callback: FreezeUnimportant, inputs: str
         "seconds": result.seconds,
         "results": [asdict(one) for one in (job.base_row(), row)],
     }
-    job.save(model, output, record, ranking, {"ranking.json": ranking.to_json()})
+    job.save(model, output, record, ranking, {FILE: ranking.to_json()})
     return record
 
 

@@ -2,7 +2,7 @@
 """A study file as cells: which commands, in which order, with what shared. Needs no torch."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -89,14 +89,17 @@ def plan(study: StudyFile, root: Path) -> list[Cell]:
         root: Folder of the study.
 
     Raises:
-        ConfigError: an option is unknown, has a value that cannot be used, or cannot be together
-            with the others.
+        ConfigError: an option is unknown, has a value that cannot be used or no effect, or cannot
+            be together with the others.
     """
+    given: set[str] = set()
     cells: dict[str, Cell] = {}
     points: dict[str, dict[tuple[str, ...], Point]] = {}
     planner = _Planner(root, study.verify, evaluated_options(study.evaluate), environment())
     for point, options in combinations(study):
-        for cell in planner.cells_at(given_options(options)):
+        asked = given_options(options)
+        given |= set(asked)
+        for cell in planner.cells_at(asked):
             if cell.name not in cells:
                 CHECKS[cell.kind](cell.options)
                 cells[cell.name] = cell
@@ -107,7 +110,21 @@ def plan(study: StudyFile, root: Path) -> list[Cell]:
             "`evaluate` of a study must be left out where nothing is trained; give `budget`, "
             "`freeze` or `rank_first` to train"
         )
+    _check_have_effect(given, cells.values())
     return [replace(cell, points=tuple(points[name].values())) for name, cell in cells.items()]
+
+
+def _check_have_effect(given: Iterable[str], cells: Collection[Cell]) -> None:
+    """Refuse options that no cell takes."""
+    kinds = list(dict.fromkeys(cell.kind for cell in cells))
+    taken = {"rank_first"}.union(*(cell.options for cell in cells))
+    if "training" in kinds:
+        taken |= TRAINED_ON.keys()
+    for name in sorted(set(given) - taken):
+        raise ConfigError(
+            f"every option of a study must have an effect, but no cell of this one "
+            f"({', '.join(kinds)}) takes `{name}`; leave it out"
+        )
 
 
 def _decides(axis: Sequence[AxisPoint], cell: Cell) -> bool:
