@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`kill -9` at any moment loses nothing: the same command ends as if it had never been killed.
 
-Each command is killed at KILLS random moments (4 unless the environment says otherwise; the full
-count of 50 each is in experiments/LOG.md), and right before CHANGES changes of the disk (8; 0 for
+Each command is killed at KILLS random moments (3 unless the environment says otherwise; the full
+count of 50 each is in experiments/LOG.md), and right before CHANGES changes of the disk (6; 0 for
 every one, which is there too): random moments seldom meet the milliseconds between two of them.
 """
 
@@ -19,8 +19,8 @@ import pytest
 from outputs import contents, differences
 from test_study import METHODS, finished, plan_of, run, study_file
 
-KILLS = int(os.environ.get("KILLS", "4"))
-CHANGES = int(os.environ.get("CHANGES", "8"))
+KILLS = int(os.environ.get("KILLS", "3"))
+CHANGES = int(os.environ.get("CHANGES", "6"))
 SMALL = ("--batch-size", "4", "--lora-rank", "4", "--save-steps", "2", "--learning-rate", "0.02")
 IGNORED = "log.txt"  # what the runs printed
 
