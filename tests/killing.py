@@ -85,28 +85,29 @@ def killed_after(child, seconds):
 
 
 def kill_at_moments(folder, words, num_kills, draw, length):
-    """Places in `folder` of runs that were killed so many times in all and have ended since."""
-    kills, places = 0, []
+    """How often runs were killed in all, and in how many places in `folder`; they have ended."""
+    kills = places = 0
     while kills < num_kills:
-        places.append(new_place(folder, len(places) + 1))
-        for _ in range(1 + len(places) % 2):
-            child = begin(places[-1], words)
-            kills += killed_after(child, draw.uniform(0, length))
+        places += 1
+        place = new_place(folder, places)
+        for _ in range(1 + places % 2):
+            kills += killed_after(begin(place, words), draw.uniform(0, length))
             if kills == num_kills:
                 break
-        finish(places[-1], words)
-    return places
+        finish(place, words)
+    return kills, places
 
 
 def kill_at_changes(folder, words, num_kills):
     """The same, each killed once."""
-    in_all, places = num_changes.value, []
+    in_all = num_changes.value
+    num_kills = num_kills or in_all
     for number in range(1, num_kills + 1):
-        places.append(new_place(folder, number))
-        child = begin(places[-1], words, kill_before=round(number * in_all / num_kills))
-        assert ended(child) == -signal.SIGKILL, f"nothing was killed in {places[-1]}"
-        finish(places[-1], words)
-    return places
+        place = new_place(folder, number)
+        child = begin(place, words, kill_before=round(number * in_all / num_kills))
+        assert ended(child) == -signal.SIGKILL, f"nothing was killed in {place}"
+        finish(place, words)
+    return num_kills, num_kills
 
 
 def new_place(folder, name):
@@ -130,12 +131,10 @@ def main():
     assert ended(unbroken) == 0, "the unbroken run failed"
     length = time.perf_counter() - start
     if how == "changes":
-        num_kills = num_kills or num_changes.value
-        places = kill_at_changes(folder, words, num_kills)
+        kills, places = kill_at_changes(folder, words, num_kills)
     else:
-        places = kill_at_moments(folder, words, num_kills, random.Random(int(seed)), length)
-    told = {"kills": num_kills, "places": len(places), "seconds": length}
-    sys.stdout.write(json.dumps(told) + "\n")
+        kills, places = kill_at_moments(folder, words, num_kills, random.Random(int(seed)), length)
+    sys.stdout.write(json.dumps({"kills": kills, "places": places, "seconds": length}) + "\n")
 
 
 if __name__ == "__main__":

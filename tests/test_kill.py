@@ -25,8 +25,13 @@ SMALL = ("--batch-size", "4", "--lora-rank", "4", "--save-steps", "2", "--learni
 IGNORED = "log.txt"  # what the runs printed
 
 
-def kill(how, num_kills, folder, words, seed=0):
-    """What an unbroken run left, what each killed one left, and the count."""
+def kill(how, num_kills, folder, tiny, words, seed=0):
+    """Check that killed runs leave what an unbroken one leaves; how many kills, in how many places.
+
+    Nothing is left beside the output.
+    """
+    inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", "out")
+    words = (*words, *SMALL, *inputs)
     script = Path(__file__).with_name("killing.py")
     command = [sys.executable, "-W", "ignore", script, how, folder, num_kills, seed, *words]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -35,8 +40,11 @@ def kill(how, num_kills, folder, words, seed=0):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     count = json.loads(done.stdout)
-    left = [visible(folder / str(index + 1)) for index in range(count["places"])]
-    return visible(folder / "whole"), left, count["kills"]
+    whole = visible(folder / "whole")
+    assert {Path(path).parts[0] for path in whole} == {"out"}
+    for number in range(1, count["places"] + 1):
+        assert differences(whole, visible(folder / str(number))) == [], number
+    return count["kills"], count["places"]
 
 
 def visible(place):
@@ -53,10 +61,8 @@ COMMANDS = {
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_killed_run_ends_as_if_it_had_not_been(tiny, tmp_path, name):
-    words = (*COMMANDS[name], *SMALL, *inputs(tiny))
-    whole, left, kills = kill("moments", KILLS, tmp_path, words)
+    kills, _ = kill("moments", KILLS, tmp_path, tiny, COMMANDS[name])
     assert kills == KILLS
-    check(whole, left)
 
 
 FEWER_STEPS = {
@@ -70,20 +76,8 @@ FEWER_STEPS = {
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", FEWER_STEPS)
 def test_so_does_one_that_is_killed_before_a_change_of_the_disk(tiny, tmp_path, name):
-    words = (*FEWER_STEPS[name], *SMALL, *inputs(tiny))
-    whole, left, kills = kill("changes", CHANGES, tmp_path, words)
-    assert kills == len(left) >= (CHANGES or 50)
-    check(whole, left)
-
-
-def inputs(tiny):
-    return ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", "out")
-
-
-def check(whole, left):
-    assert {Path(path).parts[0] for path in whole} == {"out"}  # nothing is left beside it
-    for number, one in enumerate(left, 1):
-        assert differences(whole, one) == [], number
+    kills, places = kill("changes", CHANGES, tmp_path, tiny, FEWER_STEPS[name])
+    assert kills == places >= (CHANGES or 50)
 
 
 @pytest.mark.slow

@@ -168,9 +168,7 @@ class Ranking:
         Raises:
             RankingError: it is missing, cut off, of another schema, or holds values that cannot be.
         """
-        path = Path(path)
-        if path.is_dir():
-            path = path / FILE
+        path = ranking_file(path)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -253,3 +251,9 @@ def _module_from_json(row: Any, path: str, index: int) -> RankedModule:
             values[name] = float(values[name])
     values["is_stacked"] = row.get("is_stacked", False) is True
     return RankedModule(**values)
+
+
+def ranking_file(ranking: str | Path) -> Path:
+    """The ranking file itself, where the folder of a run is given for it."""
+    path = Path(ranking)
+    return path / FILE if path.is_dir() else path

@@ -71,11 +71,10 @@ def _write_consensus(loaded: "Sequence[Ranking]", paths: Sequence[Path], target:
     """Write the consensus, but never over one of its sources, nor over what is no ranking."""
     from keylayers.errors import RankingError
     from keylayers.mean_rank import consensus
-    from keylayers.ranking import FILE, Ranking
+    from keylayers.ranking import Ranking, ranking_file
 
     for path in paths:
-        source = path / FILE if path.is_dir() else path
-        if source.resolve() == target.resolve():
+        if ranking_file(path).resolve() == target.resolve():
             raise ConfigError(
                 f"`consensus` must be a new file, but {str(target)!r} is one of the rankings; "
                 f"choose another name"

@@ -65,12 +65,12 @@ def from_config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCol
 
 def from_ranking_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Where a ranking is given, fill what is missing with what the ranking's own run used."""
-    from keylayers.options.commands import TAKEN_FROM_RANKING, TAKEN_WITH_UPDATE  # not for --help
-    from keylayers.ranking import Ranking
-
     path = _given(arguments, "ranking") if commands in WITH_RANKING else None
     if path is None:
         return
+    from keylayers.options.commands import TAKEN_FROM_RANKING, TAKEN_WITH_UPDATE
+    from keylayers.ranking import Ranking
+
     made_by = Ranking.load(path).provenance
     recorded = made_by.get("options", {})
     known = {_key(argument) for argument in arguments}

@@ -98,7 +98,7 @@ def plan(study: StudyFile, root: Path) -> list[Cell]:
     planner = _Planner(root, study.verify, evaluated_options(study.evaluate), environment())
     for point, options in combinations(study):
         asked = given_options(options)
-        given |= set(asked)
+        given |= asked.keys()
         for cell in planner.cells_at(asked):
             if cell.name not in cells:
                 CHECKS[cell.kind](cell.options)
@@ -114,13 +114,13 @@ def plan(study: StudyFile, root: Path) -> list[Cell]:
     return [replace(cell, points=tuple(points[name].values())) for name, cell in cells.items()]
 
 
-def _check_have_effect(given: Iterable[str], cells: Collection[Cell]) -> None:
+def _check_have_effect(given: set[str], cells: Collection[Cell]) -> None:
     """Refuse options that no cell takes."""
     kinds = list(dict.fromkeys(cell.kind for cell in cells))
     taken = {"rank_first"}.union(*(cell.options for cell in cells))
     if "training" in kinds:
         taken |= TRAINED_ON.keys()
-    for name in sorted(set(given) - taken):
+    for name in sorted(given - taken):
         raise ConfigError(
             f"every option of a study must have an effect, but no cell of this one "
             f"({', '.join(kinds)}) takes `{name}`; leave it out"

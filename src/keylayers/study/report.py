@@ -45,14 +45,16 @@ class Part:
         title: What was measured.
         beside: What stands beside it.
         groups: Axes of the table.
-        rows: Of the table, as text.
+        columns: Those with numbers.
+        rows: Labels of the groups, and the numbers as text.
         figure: The chart, PNG in base64: a browser has other fonts, which an SVG would clip.
     """
 
     title: str
     beside: str
     groups: Sequence[str]
-    rows: Sequence[Mapping[str, Any]]
+    columns: Sequence[str]
+    rows: Sequence[tuple[list[str], list[str]]]
     figure: str
 
 
@@ -104,13 +106,15 @@ def _part(table: pd.DataFrame, axes: Sequence[str], shown: Shown) -> Part:
     means = summary(table, axes, shown)
     groups = groups_of(table, axes, shown.measure)
     rows = [
-        {
-            "labels": [label_of(row[group]) for group in groups],
-            "mean": number_text(row["mean"]),
-            "interval": interval_text(row["low"], row["high"]),
-            "runs": row["runs"],
-            "beside": number_text(row["beside"]),
-        }
+        (
+            [label_of(row[group]) for group in groups],
+            [
+                number_text(row["mean"]),
+                interval_text(row["low"], row["high"]),
+                str(row["runs"]),
+                number_text(row["beside"]),
+            ],
+        )
         for row in means.to_dict("records")
     ]
     figure = drawn_chart(_chart(table, means, groups, shown), ".png")
@@ -118,6 +122,7 @@ def _part(table: pd.DataFrame, axes: Sequence[str], shown: Shown) -> Part:
         shown.title,
         shown.reference,
         groups,
+        ("mean", "95 % interval", "runs", shown.reference),
         rows,
         base64.b64encode(figure).decode(),
     )
