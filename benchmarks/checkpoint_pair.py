@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from keylayers.models import Checkpoint, load_model
+from keylayers.model.loading import Checkpoint, load_model
 from keylayers.options import MaskOptions, ModelOptions
 from keylayers.scores import score_modules
 from keylayers.updates import dense_updates

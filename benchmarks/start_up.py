@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from keylayers.demo.run import BASE, write_data
-from keylayers.ranking import RankedModule, Ranking
+from keylayers.ranking.ranking import RankedModule, Ranking
 
 NUM_ROUNDS = 5
 HELP = "from keylayers.cli import main; main(['--help'])"

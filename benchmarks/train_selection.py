@@ -22,9 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.mask_step import kept_storage
 from keylayers.apply.adapter import add_lora
-from keylayers.costs import step_cost
-from keylayers.model_map import ModuleInfo, map_modules
-from keylayers.ranking import RankedModule, Ranking
+from keylayers.ranking.cost import step_cost
+from keylayers.model.modules import ModuleInfo, map_modules
+from keylayers.ranking.ranking import RankedModule, Ranking
 from keylayers.training.peak import peak_bytes
 from keylayers.training.shallow import shallow_backward
 

@@ -19,11 +19,11 @@ from transformers import TrainerCallback
 
 from keylayers.demo.run import BASE, write_data
 from keylayers.evaluation.loss import held_out_loss
-from keylayers.model_map import map_modules
-from keylayers.models import load_model, load_tokenizer, max_positions
+from keylayers.model.modules import map_modules
+from keylayers.model.loading import load_model, load_tokenizer, max_positions
 from keylayers.options import DataOptions, ModelOptions, TrainingOptions
 from keylayers.records import environment, json_sha256, write_json
-from keylayers.training.data import prepare
+from keylayers.data.prepare import prepare
 from keylayers.training.run import fine_tune, make_trainer, new_adapter
 from keylayers.updates import adapter_updates
 

@@ -24,10 +24,10 @@ with atheris.instrument_imports(include=["keylayers", "yaml"]):
     import yaml
 
     from keylayers.errors import KeylayersError
-    from keylayers.ranking import Ranking
-    from keylayers.study.plan import plan
-    from keylayers.study.yaml_file import StudyFile
-    from keylayers.verification import Verification
+    from keylayers.ranking.ranking import Ranking
+    from keylayers.commands.study.plan import plan
+    from keylayers.commands.study.yaml_file import StudyFile
+    from keylayers.ranking.verification import Verification
     from keylayers.yaml_values import yaml_value
 
 from test_fuzz_files import by_hand, verification_of

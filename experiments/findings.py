@@ -12,7 +12,7 @@ from pathlib import Path
 
 from scipy.stats import kendalltau, t
 
-from keylayers.compare import chance_jaccard
+from keylayers.ranking.compare import chance_jaccard
 
 RECORDS = Path(__file__).parent / "records"
 DATA = {

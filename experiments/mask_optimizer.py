@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 
 from keylayers.evaluation.loss import held_out_loss
-from keylayers.mask.curve import mask_curve
-from keylayers.model_map import map_modules
-from keylayers.models import load_model, load_tokenizer, max_positions
+from keylayers.evaluation.mask_curve import mask_curve
+from keylayers.model.modules import map_modules
+from keylayers.model.loading import load_model, load_tokenizer, max_positions
 from keylayers.options import DataOptions, MaskOptions, ModelOptions, TrainingOptions
 from keylayers.records import environment, write_json
 from keylayers.scores.ila import ila
-from keylayers.training.data import prepare
+from keylayers.data.prepare import prepare
 from keylayers.training.run import fine_tune, make_trainer, new_adapter
 from keylayers.updates import adapter_updates
 

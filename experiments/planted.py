@@ -19,7 +19,7 @@ from pathlib import Path
 import cells
 import torch
 
-from keylayers.mask.curve import subset_losses
+from keylayers.evaluation.mask_curve import subset_losses
 from keylayers.options import MaskOptions
 from keylayers.records import environment, write_json
 from keylayers.scores import score_modules

@@ -17,7 +17,7 @@ from pathlib import Path
 import cells
 import torch
 
-from keylayers.mask.curve import mask_curve
+from keylayers.evaluation.mask_curve import mask_curve
 from keylayers.options import METHOD_OPTIONS, MaskOptions
 from keylayers.records import environment, write_json
 from keylayers.scores import METHODS

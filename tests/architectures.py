@@ -207,7 +207,7 @@ def whole_way(architecture: Architecture) -> Outcome:
     """LoRA on all modules, rank, select, train the selection from scratch, save, reload."""
     from keylayers import MaskOptions, rank_modules
     from keylayers.apply.adapter import add_lora
-    from keylayers.model_map import map_modules
+    from keylayers.model.modules import map_modules
 
     base = architecture.build()
     infos = map_modules(base, architecture.towers)

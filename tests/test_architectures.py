@@ -26,14 +26,14 @@ def test_the_table_has_no_row_without_a_test():
 
 
 def test_layers_that_a_state_space_mixer_only_reads_are_no_modules():
-    from keylayers.model_map import map_modules
+    from keylayers.model.modules import map_modules
 
     mamba = next(one for one in ARCHITECTURES if one.title == "Mamba")
     assert {info.projection for info in map_modules(mamba.build())} == {"in_proj", "x_proj"}
 
 
 def test_experts_of_a_kind_are_one_module_a_block():
-    from keylayers.model_map import map_modules
+    from keylayers.model.modules import map_modules
 
     mixtral = next(one for one in ARCHITECTURES if one.title == "Mixtral").build()
     experts = [info for info in map_modules(mixtral) if info.is_stacked]
@@ -47,7 +47,7 @@ def test_experts_of_a_kind_are_one_module_a_block():
 
 
 def test_the_decoders_blocks_are_numbered_on_from_the_encoders():
-    from keylayers.model_map import map_modules
+    from keylayers.model.modules import map_modules
 
     t5 = next(one for one in ARCHITECTURES if one.title == "T5").build()
     blocks = {info.name.split(".layer.")[0]: info.block_index for info in map_modules(t5)}
@@ -62,7 +62,7 @@ def test_the_decoders_blocks_are_numbered_on_from_the_encoders():
 def test_a_tower_for_images_counts_only_where_asked_for_or_adapted():
     from peft import LoraConfig, get_peft_model
 
-    from keylayers.model_map import map_modules
+    from keylayers.model.modules import map_modules
     from keylayers.updates import adapter_updates
 
     llava = next(one for one in ARCHITECTURES if one.title == "LLaVA")

@@ -253,7 +253,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tiny, tmp_path, capsys):
 
 
 def test_ctrl_c_leaves_no_half_written_file(tiny, tmp_path, capsys, monkeypatch):
-    from keylayers.mask.trainer_loss import TrainerLoss
+    from keylayers.trainers.loss import TrainerLoss
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt

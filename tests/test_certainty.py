@@ -39,7 +39,7 @@ def noisy(pairs):
 
 @pytest.mark.parametrize("name", CASES)
 def test_undecided_by_hand(name):
-    from keylayers.certainty import undecided
+    from keylayers.ranking.certainty import undecided
 
     pairs, budget, expected = CASES[name]
     ranking = noisy(pairs)
@@ -47,7 +47,7 @@ def test_undecided_by_hand(name):
 
 
 def test_a_decision_is_unknown_without_an_interval():
-    from keylayers.certainty import decisions
+    from keylayers.ranking.certainty import decisions
 
     ranking = noisy([(3, 0.1), (2, None), (1, 9.0), (None, 0.1)])
     assert list(decisions(ranking, 1).values()) == [True, None, False, None]
@@ -56,8 +56,8 @@ def test_a_decision_is_unknown_without_an_interval():
 
 
 def test_a_budget_that_cannot_be_is_refused():
-    from keylayers.certainty import undecided
     from keylayers.errors import ConfigError, RankingError
+    from keylayers.ranking.certainty import undecided
 
     ranking = noisy([(1, 0.1), (None, None)])
     with pytest.raises(ConfigError, match="between 1 and 2"):
@@ -69,7 +69,7 @@ def test_a_budget_that_cannot_be_is_refused():
 # Powers of two scale floating-point numbers exactly, so that ends of intervals stay on the cut.
 @given(MODULES, st.integers(-30, 30).map(lambda power: 2.0**power), st.data())
 def test_the_unit_of_the_scores_changes_nothing(pairs, factor, data):
-    from keylayers.certainty import undecided
+    from keylayers.ranking.certainty import undecided
 
     budget = data.draw(st.integers(1, len(pairs)))
     scaled = [(factor * score, factor * error) for score, error in pairs]
@@ -78,7 +78,7 @@ def test_the_unit_of_the_scores_changes_nothing(pairs, factor, data):
 
 @given(MODULES, st.data())
 def test_without_noise_all_but_ties_is_decided(pairs, data):
-    from keylayers.certainty import undecided
+    from keylayers.ranking.certainty import undecided
 
     ranking = noisy([(score, 0) for score, _ in pairs])
     budget = data.draw(st.integers(1, len(pairs)))
@@ -91,7 +91,7 @@ def test_without_noise_all_but_ties_is_decided(pairs, data):
 
 @given(MODULES, st.data())
 def test_more_noise_never_decides_a_place(pairs, data):
-    from keylayers.certainty import undecided
+    from keylayers.ranking.certainty import undecided
 
     budget = data.draw(st.integers(1, len(pairs)))
     small = undecided(noisy(pairs), budget)

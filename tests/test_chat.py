@@ -116,7 +116,7 @@ def build_tokenizer(*, trim_offsets=True, start=False, eos="</s>"):
 
 
 def conversation_of(turns):
-    from keylayers.training.formats import Conversation, Message
+    from keylayers.data.formats import Conversation, Message
 
     return Conversation(tuple(Message(role, content) for role, content in turns))
 
@@ -291,8 +291,8 @@ def test_truncation_keeps_the_start_and_is_seen(tokenizer):
 
 
 def test_plain_text_counts_whole_and_ends(tokenizer):
+    from keylayers.data.formats import Conversation
     from keylayers.training import chat
-    from keylayers.training.formats import Conversation
 
     for start in (True, False):
         tokenizer = build_tokenizer(start=start)

@@ -58,7 +58,7 @@ def with_errors(ranking, standard_error):
 
 def deep_ranking(columns):
     """Projection -> the scores of its modules by block; None where a block lacks it."""
-    from keylayers.ranking import RankedModule, Ranking
+    from keylayers.ranking.ranking import RankedModule, Ranking
 
     num_blocks = max(len(scores) for scores in columns.values())
     modules = [
@@ -71,14 +71,14 @@ def deep_ranking(columns):
 
 
 def pair_of(first, second, budget=0.5):
-    from keylayers.compare import agreement
+    from keylayers.ranking.compare import agreement
 
     (pair,) = agreement([first, second], budget)
     return pair
 
 
 def test_chance_is_what_random_selections_give():
-    from keylayers.compare import chance_jaccard
+    from keylayers.ranking.compare import chance_jaccard
 
     draw = random.Random(0)
     modules = range(12)
@@ -91,7 +91,7 @@ def test_chance_is_what_random_selections_give():
 
 @given(st.integers(1, 6), st.data())
 def test_chance_is_the_mean_over_all_pairs_of_selections(num_modules, data):
-    from keylayers.compare import chance_jaccard
+    from keylayers.ranking.compare import chance_jaccard
 
     sizes = [data.draw(st.integers(1, num_modules)) for _ in range(2)]
     every = [
@@ -103,14 +103,14 @@ def test_chance_is_the_mean_over_all_pairs_of_selections(num_modules, data):
 
 
 def test_two_random_three_quarters_share_about_sixty_per_cent():
-    from keylayers.compare import chance_jaccard
+    from keylayers.ranking.compare import chance_jaccard
 
     assert chance_jaccard(224, 168, 168) == pytest.approx(0.60, abs=0.005)
 
 
 @given(st.integers(1, 30), st.data())
 def test_chance_lies_between_none_and_all(num_modules, data):
-    from keylayers.compare import chance_jaccard
+    from keylayers.ranking.compare import chance_jaccard
 
     size = data.draw(st.integers(1, num_modules))
     other = data.draw(st.integers(1, num_modules))
@@ -120,7 +120,7 @@ def test_chance_lies_between_none_and_all(num_modules, data):
 
 
 def test_agreement_by_hand():
-    from keylayers.compare import agreement
+    from keylayers.ranking.compare import agreement
 
     first = ranking_of([4.0, 3.0, 2.0, 1.0])
     same = ranking_of([40.0, 30.0, 20.0, 10.0])
@@ -263,7 +263,7 @@ def test_more_noise_gives_a_wider_interval_and_drowns_the_agreement():
 
 
 def test_modules_that_share_a_gate_share_the_noise():
-    from keylayers.compare import agreement
+    from keylayers.ranking.compare import agreement
 
     # two blocks of two modules: with the noise of the block, ties within a block stay ties
     ranking = with_errors(ranking_of([2.0, 2.0, 1.0, 1.0], granularity="block"), 100.0)
@@ -279,7 +279,7 @@ def test_intervals_are_the_same_each_time():
 
 @pytest.mark.parametrize(("changes", "kind"), KINDS, ids=lambda case: str(case))
 def test_the_kind_of_a_pair_comes_from_the_records(changes, kind):
-    from keylayers.kinds import pair_kind
+    from keylayers.ranking.differences import pair_kind
 
     assert pair_kind(run_of(), run_of(**changes)) == kind
     assert pair_kind(run_of(**changes), run_of()) == kind
@@ -314,7 +314,7 @@ UPDATES = [
 
 @pytest.mark.parametrize(("first", "second", "kind"), UPDATES)
 def test_another_update_is_no_repetition(first, second, kind):
-    from keylayers.kinds import pair_kind
+    from keylayers.ranking.differences import pair_kind
 
     assert pair_kind(run_of(**first), run_of(**second)) == kind
     assert pair_kind(run_of(**second), run_of(**first)) == kind
@@ -322,13 +322,13 @@ def test_another_update_is_no_repetition(first, second, kind):
 
 @pytest.mark.parametrize("record", [{}, {"model": "m", "data": "a", "options": None}])
 def test_the_kind_is_unknown_without_a_record(record):
-    from keylayers.kinds import pair_kind
+    from keylayers.ranking.differences import pair_kind
 
     assert pair_kind(replace(run_of(), provenance=record), run_of()) == "unknown"
 
 
 def test_means_stand_by_kind():
-    from keylayers.compare import agreement, mean_by_kind
+    from keylayers.ranking.compare import agreement, mean_by_kind
 
     runs = [run_of(), run_of(seed=1), run_of(seed=2), run_of(content="b")]
     reverse = tuple(
@@ -344,7 +344,7 @@ def test_means_stand_by_kind():
 
 
 def test_the_mean_leaves_out_what_is_not_defined():
-    from keylayers.compare import agreement, mean_by_kind
+    from keylayers.ranking.compare import agreement, mean_by_kind
 
     rankings = [ranking_of([2.0, 1.0]), ranking_of([2.0, 1.0]), ranking_of([1.0, 1.0])]
     (mean,) = mean_by_kind(agreement(rankings, 1.0))
@@ -396,7 +396,7 @@ def test_compare_prints_pairs_means_and_notes(files, capsys):
 def test_the_widest_table_fits(capsys, tmp_path):
     from rich.console import Console
 
-    from keylayers.compare import Agreement
+    from keylayers.ranking.compare import Agreement
     from keylayers.report.agreement import agreement_table
 
     low = (-0.99, -0.88)
@@ -413,7 +413,7 @@ def test_the_widest_table_fits(capsys, tmp_path):
 
 def grid(score_of):
     """Eight blocks of seven projections, as of a small Llama."""
-    from keylayers.ranking import RankedModule, Ranking
+    from keylayers.ranking.ranking import RankedModule, Ranking
 
     modules = tuple(
         RankedModule(f"model.layers.{block}.{kind}_proj", block, f"{kind}_proj", 10, score)
@@ -428,7 +428,7 @@ def test_chance_of_rankings_of_whole_blocks_is_that_of_orders_of_blocks():
     """17 of 56 modules are two blocks and three modules of a third one: exact by counting pairs."""
     from itertools import permutations
 
-    from keylayers.compare import agreement, chance_jaccard
+    from keylayers.ranking.compare import agreement, chance_jaccard
 
     blocks = grid(lambda block, _: float(block))
     (pair,) = agreement([blocks, grid(lambda block, _: float(-block))], 17)

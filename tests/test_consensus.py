@@ -10,7 +10,7 @@ from rankings import ranking_of
 
 
 def test_consensus_by_hand():
-    from keylayers.mean_rank import consensus
+    from keylayers.ranking.consensus import consensus
 
     first, second = ranking_of([9.0, 5.0, 5.0, 1.0]), ranking_of([3.0, 4.0, 2.0, 1.0])
     merged = consensus([first, second])
@@ -25,7 +25,7 @@ def test_consensus_by_hand():
 
 
 def test_consensus_lists_its_sources():
-    from keylayers.mean_rank import consensus
+    from keylayers.ranking.consensus import consensus
     from keylayers.records import json_sha256
 
     runs = [run_of(), run_of(seed=1, granularity="block")]
@@ -45,7 +45,7 @@ def test_consensus_lists_its_sources():
 
 
 def test_consensus_takes_each_module_from_the_rankings_that_score_it():
-    from keylayers.mean_rank import consensus
+    from keylayers.ranking.consensus import consensus
 
     merged = consensus([ranking_of([2.0, None, None, 1.0]), ranking_of([None, 2.0, None, 1.0])])
     scores = [module.score for module in merged.modules]
@@ -55,7 +55,7 @@ def test_consensus_takes_each_module_from_the_rankings_that_score_it():
 
 @given(SCORES)
 def test_the_consensus_of_one_ranking_has_its_order(scores):
-    from keylayers.mean_rank import consensus
+    from keylayers.ranking.consensus import consensus
 
     ranking = ranking_of(scores)
     merged = consensus([ranking])
@@ -65,7 +65,7 @@ def test_the_consensus_of_one_ranking_has_its_order(scores):
 
 def test_rankings_of_different_modules_have_no_consensus():
     from keylayers.errors import RankingError
-    from keylayers.mean_rank import consensus
+    from keylayers.ranking.consensus import consensus
 
     with pytest.raises(RankingError, match=r"ranking 2 and the first differ in 1, first model"):
         consensus([ranking_of([1.0, 2.0]), ranking_of([1.0])])
@@ -88,7 +88,7 @@ def files(tmp_path):
 
 
 def test_compare_writes_the_consensus(files, tmp_path, capsys):
-    from keylayers.ranking import Ranking
+    from keylayers.ranking.ranking import Ranking
 
     target = tmp_path / "consensus.json"
     assert compare(files["run"], files["data"], "--consensus", target) == 0

@@ -25,14 +25,14 @@ def names_of(ranking, places):
     ],
 )
 def test_the_backward_pass_stops_at_the_lowest_trained_module(places, cost):
-    from keylayers.costs import step_cost
+    from keylayers.ranking.cost import step_cost
 
     ranking = ranking_of([4.0, 3.0, 2.0, 1.0], num_parameters=SIZES, provenance=FULL)
     assert step_cost(ranking, names_of(ranking, places)) == pytest.approx(cost / 340)
 
 
 def test_lora_costs_its_own_matrices():
-    from keylayers.costs import step_cost
+    from keylayers.ranking.cost import step_cost
 
     made_by = {"options": {"lora_rank": 2}}
     ranking = ranking_of([2.0, 1.0], num_parameters=[100, 100], provenance=made_by)
@@ -45,8 +45,8 @@ def test_lora_costs_its_own_matrices():
 @pytest.mark.parametrize("made_by", [FULL, {"options": {"lora_rank": 1}}])
 def test_the_best_set_within_a_price_is_that_of_trying_all(budget, made_by):
     """Of equal sizes, so that taking by score is exact."""
-    from keylayers.costs import best_within_time, step_cost
     from keylayers.errors import ConfigError
+    from keylayers.ranking.cost import best_within_time, step_cost
 
     scores = [0.5, 3.0, -1.0, 0.2, 2.0, 0.0, 1.0, None]
     ranking = ranking_of(scores, num_parameters=50, provenance=made_by)
@@ -82,7 +82,7 @@ def test_prices_without_sense_are_refused(written):
 def test_a_price_has_no_cut():
     from dataclasses import replace
 
-    from keylayers.certainty import decisions
+    from keylayers.ranking.certainty import decisions
 
     ranking = ranking_of([3.0, 2.0, 1.0, 0.5], provenance=FULL)
     modules = tuple(replace(one, standard_error=9.0) for one in ranking.modules)

@@ -38,7 +38,7 @@ DIALOGUES = {
 @pytest.fixture(scope="module")
 def tokenizer():
     from keylayers.demo.run import BASE
-    from keylayers.models import load_tokenizer
+    from keylayers.model.loading import load_tokenizer
     from keylayers.options import ModelOptions
 
     return load_tokenizer(ModelOptions(model=str(BASE)))

@@ -150,7 +150,7 @@ def test_help_of_the_whole_is_that_of_the_parts():
 
     for name, text in SHOWN.items():
         own = f"{name}_" if iskeyword(name) else name
-        function = getattr(import_module(f"keylayers.cli.{own}"), own)
+        function = getattr(import_module(f"keylayers.commands.{own}"), own)
         assert function.__doc__.splitlines()[0] == text
 
 

@@ -27,7 +27,7 @@ def test_scores_agree_with_the_definition_written_out():
     from transformers import set_seed
 
     from keylayers.gates import gated
-    from keylayers.mask.trainer_loss import TrainerLoss
+    from keylayers.trainers.loss import TrainerLoss
     from keylayers.updates import adapter_updates
 
     set_seed(3)

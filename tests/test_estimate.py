@@ -17,7 +17,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize(("name", "billions"), PUBLISHED.items())
 def test_a_known_model_has_its_published_size(name, billions):
-    from keylayers.study.sizes import KNOWN_MODELS, model_shape
+    from keylayers.commands.study.sizes import KNOWN_MODELS, model_shape
 
     assert set(KNOWN_MODELS) == set(PUBLISHED)
     assert model_shape(name).num_parameters / 1e9 == pytest.approx(billions, abs=0.005)
@@ -26,8 +26,8 @@ def test_a_known_model_has_its_published_size(name, billions):
 def test_the_shape_of_a_model_on_disk_is_that_of_the_model(tiny):
     from transformers import AutoModelForCausalLM
 
-    from keylayers.model_map import map_modules
-    from keylayers.study.sizes import model_shape
+    from keylayers.commands.study.sizes import model_shape
+    from keylayers.model.modules import map_modules
 
     shape = model_shape(str(tiny / "model"))
     modules = list(map_modules(AutoModelForCausalLM.from_pretrained(tiny / "model")))
@@ -40,7 +40,7 @@ def test_the_shape_of_a_model_on_disk_is_that_of_the_model(tiny):
 
 
 def test_another_architecture_is_not_known(tmp_path):
-    from keylayers.study.sizes import model_shape
+    from keylayers.commands.study.sizes import model_shape
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     assert model_shape(str(tmp_path)) is None
@@ -53,9 +53,9 @@ CASES = json.loads((ROOT / "benchmarks" / "memory_budget.json").read_text())["ca
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['vocabulary']} {case['update']}")
 def test_memory_is_what_the_benchmark_measured(case):
     """Its budgets lie at a fifth and four fifths of the way from one module to all."""
+    from keylayers.commands.study.estimate_memory import step_bytes
+    from keylayers.commands.study.sizes import ModelShape
     from keylayers.options import ModelOptions, TrainingOptions
-    from keylayers.study.estimate_memory import step_bytes
-    from keylayers.study.sizes import ModelShape
 
     low, _, high = (one["budget"] for one in case["budgets"])
     measured = high + (high - low) / 3
@@ -73,12 +73,12 @@ def test_memory_of_another_shape_is_what_a_step_of_it_holds():
     from transformers import AutoTokenizer
 
     from keylayers.apply.adapter import add_lora
+    from keylayers.commands.study.estimate_memory import step_bytes
+    from keylayers.commands.study.sizes import model_shape
     from keylayers.demo.run import BASE
-    from keylayers.model_map import map_modules
-    from keylayers.models import load_model
+    from keylayers.model.loading import load_model
+    from keylayers.model.modules import map_modules
     from keylayers.options import ModelOptions, TrainingOptions
-    from keylayers.study.estimate_memory import step_bytes
-    from keylayers.study.sizes import model_shape
     from keylayers.training.memory import measured_memory
     from keylayers.training.run import make_trainer
 
@@ -99,15 +99,15 @@ OPTIONS = {"model": "mistralai/Mistral-7B-v0.1", "data": "GAIR/lima", "held_out"
 
 
 def operations(kind="stage-1", **options):
-    from keylayers.study.estimate import estimate
-    from keylayers.study.plan import Cell
+    from keylayers.commands.study.estimate import estimate
+    from keylayers.commands.study.plan import Cell
 
     return estimate(Cell(kind, "key", (), (), (), {**OPTIONS, **options})).operations
 
 
 def test_operations_are_those_of_passes_through_the_weights():
     """2 a weight and token forward, 2 back for activations, 2 for the gradient of weights."""
-    from keylayers.study.sizes import BYTES_PER_TOKEN, KNOWN_DATA, KNOWN_MODELS
+    from keylayers.commands.study.sizes import BYTES_PER_TOKEN, KNOWN_DATA, KNOWN_MODELS
 
     shape = KNOWN_MODELS[OPTIONS["model"]]
     in_passes = shape.num_module_parameters + shape.vocabulary * shape.hidden_size
@@ -142,8 +142,8 @@ def test_what_costs_more_is_foreseen_to():
 
 
 def test_what_is_not_known_is_said():
-    from keylayers.study.estimate import estimate
-    from keylayers.study.plan import Cell
+    from keylayers.commands.study.estimate import estimate
+    from keylayers.commands.study.plan import Cell
 
     for options, unknown in (
         ({"model": "somebody/model"}, "the shape of somebody/model"),
@@ -155,7 +155,7 @@ def test_what_is_not_known_is_said():
 
 
 def test_sizes_of_data_are_bytes_of_its_lines(tmp_path):
-    from keylayers.study.sizes import DataSize, data_size
+    from keylayers.commands.study.sizes import DataSize, data_size
 
     row = json.dumps({"text": "\u6f22\u5b57\u2028" * 30}, ensure_ascii=False)
     path = tmp_path / "rows.jsonl"

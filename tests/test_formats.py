@@ -305,7 +305,7 @@ def test_spellings_agree_and_every_conversation_ends_with_an_answer(found):
 
 @given(st.lists(st.text(), min_size=2, max_size=5), st.lists(st.text(), min_size=2, max_size=5))
 def test_digests_are_equal_exactly_for_equal_conversations(left, right):
-    from keylayers.training.formats import Conversation, Message
+    from keylayers.data.formats import Conversation, Message
 
     one, other = (
         Conversation(tuple(Message("user", text) for text in texts)) for texts in (left, right)
@@ -334,7 +334,7 @@ def test_formats_import_neither_torch_nor_datasets():
     import sys
 
     code = (
-        "import sys, keylayers.training.formats, keylayers.training.chat, keylayers.training.data;"
+        "import sys, keylayers.data.formats, keylayers.data.chat, keylayers.data.prepare;"
         "print(sorted({'torch', 'transformers', 'datasets', 'jinja2'} & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -43,7 +43,7 @@ def by_hand():
 
 def check_ranking(path):
     """What was accepted is a ranking: finite scores, in order, the same after a round trip."""
-    from keylayers.ranking import Ranking
+    from keylayers.ranking.ranking import Ranking
 
     ranking = Ranking.load(path)
     scores = [one.score for one in ranking.ordered()]
@@ -103,9 +103,9 @@ def test_a_damaged_ranking_is_refused_or_right(command, folder):
 
 
 def verification_of(ranking):
-    from keylayers.curve import MaskCurve
+    from keylayers.ranking.curve import MaskCurve
+    from keylayers.ranking.verification import Verification
     from keylayers.records import json_sha256
-    from keylayers.verification import Verification
 
     def curve(*losses):
         rows = tuple((loss, loss + 0.1) for loss in losses)

@@ -65,11 +65,11 @@ def imported(tiny):
 
 
 def test_a_damaged_study_file_is_refused_or_a_plan(tmp_path, monkeypatch):
-    from keylayers.cli.config import read_yaml
+    from keylayers.commands.config import read_yaml
+    from keylayers.commands.study.files import plan_files
     from keylayers.errors import ConfigError
-    from keylayers.study.files import plan_files
 
-    monkeypatch.setattr("keylayers.study.plan.environment", dict)  # asks git, which takes its time
+    monkeypatch.setattr("keylayers.commands.study.plan.environment", dict)
     path = tmp_path / "s.yaml"
     found = []  # of each accepted file, how many cells
 

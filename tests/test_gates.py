@@ -223,7 +223,7 @@ def test_gates_leave_no_trace(kind):
 
 def test_pythons_random_state_is_restored_too():
     # on its own, because the shape checks of the other functions draw from it while tests run
-    from keylayers.preserve import preserved
+    from keylayers.model.preserve import preserved
 
     model = tiny_llama()
     before = random.getstate()

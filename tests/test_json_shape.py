@@ -31,7 +31,7 @@ WRONG = {
 
 
 def checked(tmp_path, text, name="data.jsonl"):
-    from keylayers.training.json_shape import check_shape
+    from keylayers.data.json_shape import check_shape
 
     path = tmp_path / name
     content = text.encode()
@@ -56,8 +56,8 @@ def test_what_would_crash_arrow_is_refused(kind, name, tmp_path):
 
 
 def test_every_file_of_a_folder_is_looked_at(tmp_path):
+    from keylayers.data.json_shape import check_shape
     from keylayers.errors import DataError
-    from keylayers.training.json_shape import check_shape
 
     (tmp_path / "a.jsonl").write_text('{"a": "b"}\n')
     (tmp_path / "deep").mkdir()

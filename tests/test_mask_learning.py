@@ -210,7 +210,7 @@ def test_a_loss_that_is_not_finite_is_reported_with_its_step():
 
 
 def test_standard_errors_match_the_spread_of_many_runs():
-    from keylayers.mask.learning import standard_errors
+    from keylayers.scores.learning import standard_errors
 
     generator = torch.Generator().manual_seed(0)
     num_runs, num_steps = 400, 60

@@ -24,7 +24,7 @@ def test_the_same_profile_at_another_depth_agrees_fully():
 
 
 def test_ranks_between_blocks_are_interpolated_by_hand():
-    from keylayers.matching import match, scores_of
+    from keylayers.ranking.matching import match, scores_of
 
     # depths 0, 1/2, 1 in the shallow model and 0, 1/3, 2/3, 1 in the deep one
     shallow = deep_ranking({"q": [1.0, 3.0, 2.0]})
@@ -38,7 +38,7 @@ def test_ranks_between_blocks_are_interpolated_by_hand():
 
 
 def test_blocks_without_the_projection_or_a_score_are_bridged():
-    from keylayers.matching import match, scores_of
+    from keylayers.ranking.matching import match, scores_of
 
     shallow = deep_ranking({"q": [2.0, 1.0]})
     deep = deep_ranking({"q": ["absent", 5.0, None, 7.0, "absent"], "v": [0.0] * 5})
@@ -84,8 +84,8 @@ def test_results_do_not_depend_on_the_hash_seed():
 import sys
 sys.path[:0] = [{source!r}, {tests!r}]
 from test_compare import deep_ranking, with_errors
-from keylayers.compare import agreement
-from keylayers.mean_rank import consensus
+from keylayers.ranking.compare import agreement
+from keylayers.ranking.consensus import consensus
 a = with_errors(deep_ranking({{"q": [3.0, 2.0, 2.0], "v": [1.0, 1.0, 0.0], "x": [1.0] * 3}}), 1.0)
 b = with_errors(deep_ranking({{"v": [3.0, 2.0, 2.0, 1.0], "q": [1.0] * 4, "y": [1.0] * 4}}), 1.0)
 print(agreement([a, b, a], 0.5), consensus([a, a]).modules)

@@ -18,7 +18,7 @@ MIB = 2**20
 
 def memory_of(states, kept, storages, **options):
     """Modules named as `ranking_of` does, met in that order."""
-    from keylayers.memory import KeptStorage, ModuleMemory, StepMemory
+    from keylayers.ranking.memory import KeptStorage, ModuleMemory, StepMemory
 
     names = [one.name for one in ranking_of([1.0] * len(states)).modules]
     return StepMemory(

@@ -11,7 +11,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def test_a_llama_has_seven_modules_a_block_in_model_order():
-    from keylayers.model_map import map_modules
+    from keylayers.model.modules import map_modules
 
     modules = map_modules(tiny_llama(3))
     assert len(modules) == 21
@@ -22,14 +22,14 @@ def test_a_llama_has_seven_modules_a_block_in_model_order():
 
 
 def test_biases_count_as_parameters():
-    from keylayers.model_map import map_modules
+    from keylayers.model.modules import map_modules
 
     first = map_modules(tiny_llama(attention_bias=True))[0]
     assert first.num_parameters == 16 * 16 + 16
 
 
 def test_names_that_repeat_in_a_block_are_told_apart():
-    from keylayers.model_map import map_modules
+    from keylayers.model.modules import map_modules
 
     modules = map_modules(tiny_gpt2())
     assert [module.projection for module in modules[:4]] == [
@@ -44,7 +44,7 @@ def test_names_that_repeat_in_a_block_are_told_apart():
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 def test_the_map_is_the_same_with_an_adapter_around_the_model(make):
-    from keylayers.model_map import map_modules
+    from keylayers.model.modules import map_modules
 
     plain = map_modules(make())
     config = LoraConfig(r=2, target_modules="all-linear", fan_in_fan_out=make is tiny_gpt2)
@@ -54,7 +54,7 @@ def test_the_map_is_the_same_with_an_adapter_around_the_model(make):
 
 def test_models_without_one_stack_of_blocks_are_refused():
     from keylayers.errors import ModelError
-    from keylayers.model_map import map_modules
+    from keylayers.model.modules import map_modules
 
     class Two(nn.Module):
         def __init__(self):
@@ -71,7 +71,7 @@ def test_models_without_one_stack_of_blocks_are_refused():
 def test_the_hash_of_weights_sees_the_base_model_alone():
     import torch
 
-    from keylayers.weights import weights_sha256
+    from keylayers.model.weights import weights_sha256
 
     plain = weights_sha256(tiny_llama())
     wrapped = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules="all-linear"))
@@ -92,7 +92,7 @@ NAMES = [f"model.layers.{block}.{kind}" for block in range(12) for kind in ("a.q
 def test_the_target_expression_matches_the_selection_and_nothing_else(selected):
     import re
 
-    from keylayers.targets import target_regex
+    from keylayers.ranking.targets import target_regex
 
     expression = target_regex([name for name in NAMES if name in selected])
     lures = [name.replace(".", "x") for name in NAMES] + [f"x.{name}" for name in NAMES]
@@ -101,7 +101,7 @@ def test_the_target_expression_matches_the_selection_and_nothing_else(selected):
 
 
 def test_the_target_expression_is_short():
-    from keylayers.targets import target_regex
+    from keylayers.ranking.targets import target_regex
 
     names = [f"model.layers.{block}.mlp.up_proj" for block in (5, 7)]
     names.append("model.layers.3.self_attn.q_proj")

@@ -193,7 +193,7 @@ def test_a_reward_models_weights_are_not_trained_whole(ranked, tmp_path, capsys)
 
 
 def test_a_new_head_is_the_same_whatever_the_seed(tiny):
-    from keylayers.models import load_model
+    from keylayers.model.loading import load_model
     from keylayers.options import ModelOptions
 
     heads = []
@@ -206,11 +206,11 @@ def test_a_new_head_is_the_same_whatever_the_seed(tiny):
 
 
 def test_a_trainer_that_thaws_weights_is_refused(tiny, preferences, monkeypatch):
+    from keylayers.data.prepare import prepare
     from keylayers.errors import GuardError
-    from keylayers.models import load_model, load_tokenizer
+    from keylayers.model.loading import load_model, load_tokenizer
     from keylayers.options import DataOptions, ModelOptions, TrainingOptions
     from keylayers.training import objectives
-    from keylayers.training.data import prepare
     from keylayers.training.run import make_trainer
 
     def thawing(parts):
@@ -250,9 +250,9 @@ def test_the_docs_name_every_objective_and_its_data():
     from pathlib import Path
     from typing import get_args
 
+    from keylayers.data.preference_data import FORMAT_OF
     from keylayers.options import LOSS_UNITS, Objective
     from keylayers.training.objectives import OBJECTIVES
-    from keylayers.training.preference_data import FORMAT_OF
 
     text = (Path(__file__).resolve().parents[1] / "docs" / "objectives.md").read_text()
     assert set(get_args(Objective)) == set(OBJECTIVES) == set(LOSS_UNITS) == {"sft", *FORMAT_OF}

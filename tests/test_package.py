@@ -10,53 +10,24 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "keylayers"
 
-# Left to right: a file imports only from its own place or from places before it.
-ORDER = (
-    ("_version", "errors"),
-    ("records", "options", "progress", "curve"),
-    ("folders", "yaml_values"),
-    ("processes",),
-    ("sharding",),
-    ("model_map",),
-    ("weights",),
-    ("preserve",),
-    ("updates",),
-    ("gates",),
-    ("mask",),
-    ("scores",),
-    ("provenance",),
+# From the lowest layer to the highest: a file imports from its own layer or a lower one.
+LAYERS = (
+    ("errors", "records", "folders", "yaml_values", "processes", "progress", "options"),
+    ("model", "updates", "trainers"),
+    ("gates", "scores"),
     ("ranking",),
-    ("costs",),
-    ("memory", "targets"),
-    ("selection",),
-    ("certainty",),
-    ("verification",),
-    ("kinds", "matching"),
-    ("compare",),
-    ("mean_rank",),
-    ("apply",),
-    ("models",),
-    ("training",),
-    ("evaluation",),
-    ("export",),
-    ("report",),
-    ("runs",),
-    ("study",),
-    ("demo",),
-    ("cli",),
-    ("__main__",),
+    ("data", "training", "evaluation", "apply", "export", "report", "demo"),
+    ("runs", "commands", "cli", "__main__", "_version"),
 )
-PLACE = {name: index for index, names in enumerate(ORDER) for name in names}
-# A method that is a shortcut to a later step imports it when it is called.
-SHORTCUTS = {("ranking", "selection"), ("ranking", "memory"), ("selection", "apply")}
+LAYER = {name: index for index, names in enumerate(LAYERS) for name in names}
 
 
 def imports_of(path):
-    """(imported part of keylayers, whether at the top of the file)."""
+    """The top-level parts of keylayers that a file imports, wherever in the file."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("keylayers."):
-            yield node.module.split(".")[1], node in tree.body
+            yield node.module.split(".")[1]
 
 
 FILES = [path for path in sorted(SOURCE.rglob("*.py")) if path != SOURCE / "__init__.py"]
@@ -65,14 +36,13 @@ FILES = [path for path in sorted(SOURCE.rglob("*.py")) if path != SOURCE / "__in
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_imports_point_one_way(path):
     own = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-    for imported, is_at_top in imports_of(path):
-        is_shortcut = (own, imported) in SHORTCUTS and not is_at_top
-        assert PLACE[imported] <= PLACE[own] or is_shortcut, f"{own} imports {imported}"
+    upwards = {name for name in imports_of(path) if LAYER[name] > LAYER[own]}
+    assert not upwards, f"{own} imports {upwards}"
 
 
 def test_every_file_has_its_place():
     tops = {path.relative_to(SOURCE).parts[0].removesuffix(".py") for path in FILES}
-    assert tops == set(PLACE)
+    assert tops == set(LAYER)
 
 
 def test_the_public_names_are_exact():
@@ -90,7 +60,7 @@ def test_no_public_function_has_the_name_of_a_file():
     """Or it would be a module for whoever asks after that file was imported."""
     import keylayers
 
-    assert not set(keylayers.__all__) & set(PLACE)
+    assert not set(keylayers.__all__) & set(LAYER)
 
 
 def heavy_modules_after(code):
@@ -111,10 +81,12 @@ LIGHT = [
     "from keylayers.cli import main; main(['train', '--help'])",
     "from keylayers.cli import main; main(['eval', '--help'])",
     "from keylayers.cli import main; main(['show', 'no-such-file.json'])",
-    "import keylayers.ranking, keylayers.selection, keylayers.compare, keylayers.report.terminal",
+    "import keylayers.ranking.ranking, keylayers.ranking.selection, keylayers.ranking.compare",
+    "import keylayers.report.terminal",
     "import keylayers.evaluation.record, keylayers.report.evaluation",
     "import keylayers.evaluation.identity",
-    "import keylayers.certainty, keylayers.mean_rank, keylayers.export, keylayers.memory",
+    "import keylayers.ranking.certainty, keylayers.ranking.consensus, keylayers.ranking.memory",
+    "import keylayers.export",
 ]
 
 

@@ -70,7 +70,7 @@ def turns(messages):
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_pairs_of_all_formats_are_the_same_pairs(name):
-    from keylayers.training.preferences import preferences, require_preferences
+    from keylayers.data.preferences import preferences, require_preferences
 
     row, (prompt, chosen, rejected) = PAIRS[name]
     require_preferences("pairs", "dpo", list(row))
@@ -83,7 +83,7 @@ def test_pairs_of_all_formats_are_the_same_pairs(name):
 
 @pytest.mark.parametrize("name", RATED)
 def test_rated_answers_of_all_formats_are_the_same(name):
-    from keylayers.training.preferences import preferences, require_preferences
+    from keylayers.data.preferences import preferences, require_preferences
 
     row, label = RATED[name]
     require_preferences("rated", "kto", list(row))
@@ -118,8 +118,8 @@ WRONG_COLUMNS = [
 def test_columns_for_another_objective_are_refused_with_what_is_needed(
     format, objective, columns, message
 ):
+    from keylayers.data.preferences import require_preferences
     from keylayers.errors import DataError
-    from keylayers.training.preferences import require_preferences
 
     with pytest.raises(DataError, match=message):
         require_preferences(format, objective, columns)
@@ -140,15 +140,15 @@ WRONG_ROWS = [
 
 @pytest.mark.parametrize(("format", "row", "message"), WRONG_ROWS)
 def test_rows_that_cannot_be_read_are_named(format, row, message):
+    from keylayers.data.preferences import preferences
     from keylayers.errors import DataError
-    from keylayers.training.preferences import preferences
 
     with pytest.raises(DataError, match=message):
         preferences([row], format)
 
 
 def test_rows_without_a_prompt_or_an_answer_are_dropped_and_counted():
-    from keylayers.training.preferences import preferences
+    from keylayers.data.preferences import preferences
 
     rows = [
         {"prompt": "Hi?", "chosen": "Good.", "rejected": " "},
@@ -160,8 +160,8 @@ def test_rows_without_a_prompt_or_an_answer_are_dropped_and_counted():
 
 
 def prepared(tmp_path, rows, objective, **options):
+    from keylayers.data.prepare import prepare
     from keylayers.options import DataOptions
-    from keylayers.training.data import prepare
 
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -250,8 +250,8 @@ def test_pairs_are_no_data_for_supervised_fine_tuning(tmp_path):
 def test_csv_and_parquet_are_read_too(tmp_path):
     from datasets import Dataset
 
+    from keylayers.data.prepare import prepare
     from keylayers.options import DataOptions
-    from keylayers.training.data import prepare
 
     for kind, objective in (("pairs", "dpo"), ("rated", "kto")):
         table = Dataset.from_list(many(kind))

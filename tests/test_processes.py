@@ -297,7 +297,7 @@ def test_what_a_wrapper_cannot_do_is_refused_before_any_step(
 ):
     wrapper, plugin, words, message = REFUSED[name]
     under(monkeypatch, wrapper, **plugin)
-    monkeypatch.setattr("keylayers.sharding.fsdp2_prepare_model", lambda _, model: model)
+    monkeypatch.setattr("keylayers.model.sharding.fsdp2_prepare_model", lambda _, model: model)
     inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", tmp_path / "o")
     assert keylayers("train" if name == "freezing" else "rank", *words, *inputs) == 2
     err = capsys.readouterr().err

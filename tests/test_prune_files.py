@@ -21,7 +21,7 @@ KEPT = (V0, DOWN1)
 
 def save_adapter(folder, names=ALL, model=None, dtype=torch.float32, **options):
     """An adapter whose every matrix is far from zero, on exactly `names`."""
-    from keylayers.targets import target_regex
+    from keylayers.ranking.targets import target_regex
 
     config = LoraConfig(r=2, target_modules=target_regex(names), **options)
     adapted = get_peft_model(model or tiny_llama(), config)
@@ -226,7 +226,7 @@ def checkpoints(folder, *, base=torch.float32, tuned=torch.bfloat16, shard="2KB"
 
 
 def opened(folder):
-    from keylayers.models import Checkpoint
+    from keylayers.model.loading import Checkpoint
     from keylayers.options import ModelOptions
 
     return Checkpoint.open(ModelOptions(model=str(folder)))

@@ -61,9 +61,9 @@ def plain_peft_modules(base, adapter):
 
 @pytest.fixture
 def trainer(tiny):
-    from keylayers.models import load_model, load_tokenizer
+    from keylayers.data.prepare import prepare
+    from keylayers.model.loading import load_model, load_tokenizer
     from keylayers.options import DataOptions, ModelOptions, TrainingOptions
-    from keylayers.training.data import prepare
     from keylayers.training.run import fine_tune, make_trainer, new_adapter
 
     source = ModelOptions(model=str(tiny / "model"), load_in_4bit=True, dtype="float32")
@@ -81,7 +81,7 @@ def trainer(tiny):
 def test_the_gradient_of_the_gates_is_the_slope_of_the_loss(trainer):
     """In float32, in which bitsandbytes computes: within some roundings of the losses."""
     from keylayers.gates import gated
-    from keylayers.mask.trainer_loss import TrainerLoss
+    from keylayers.trainers.loss import TrainerLoss
     from keylayers.updates import adapter_updates
 
     source = TrainerLoss(trainer)

@@ -41,7 +41,7 @@ def test_one_module_is_a_ranking():
 
 @given(SCORES)
 def test_a_ranking_survives_the_round_trip_through_its_file(tmp_path_factory, scores):
-    from keylayers.ranking import Ranking
+    from keylayers.ranking.ranking import Ranking
 
     path = tmp_path_factory.mktemp("ranking") / "ranking.json"
     ranking = ranking_of(scores, provenance={"seed": 3, "ünïcode": "✓"})
@@ -73,7 +73,7 @@ def test_scores_that_are_no_numbers_are_refused(score):
 
 def test_a_ranking_names_each_module_once():
     from keylayers.errors import RankingError
-    from keylayers.ranking import Ranking
+    from keylayers.ranking.ranking import Ranking
 
     modules = ranking_of([1.0]).modules
     with pytest.raises(RankingError, match=r"each module once, but repeats model.layers.0.a_proj"):
@@ -121,7 +121,7 @@ DAMAGE = [
 @pytest.mark.parametrize(("damage", "message"), DAMAGE)
 def test_damaged_files_are_refused_with_one_line(tmp_path, damage, message):
     from keylayers.errors import RankingError
-    from keylayers.ranking import Ranking
+    from keylayers.ranking.ranking import Ranking
 
     path = tmp_path / "ranking.json"
     ranking_of([1.0, 2.0]).save(path)
@@ -133,7 +133,7 @@ def test_damaged_files_are_refused_with_one_line(tmp_path, damage, message):
 
 def test_a_missing_file_is_named(tmp_path):
     from keylayers.errors import RankingError
-    from keylayers.ranking import Ranking
+    from keylayers.ranking.ranking import Ranking
 
     with pytest.raises(RankingError, match=r"must exist, but there is no '.*nowhere.json'"):
         Ranking.load(tmp_path / "nowhere.json")
@@ -219,7 +219,7 @@ def test_show_marks_what_the_data_do_not_decide(tmp_path, capsys, errors, argume
 
 
 def test_show_writes_what_is_decided_as_json(tmp_path, capsys):
-    from keylayers.ranking import Ranking
+    from keylayers.ranking.ranking import Ranking
 
     folder = file_of(tmp_path, [0.1, None, 0.1, 0.9], scores=(1.0, 2.0, 4.0, 3.0))
     assert show(folder, "--json", "--budget", "0.5") == 0

@@ -21,7 +21,7 @@ SMALL = sorted((ROOT / "recipes" / "small").glob("*.yaml"))
 
 
 def plans(paths, root=Path("study"), settings=()):
-    from keylayers.study.files import plan_files
+    from keylayers.commands.study.files import plan_files
 
     contents = {path: yaml.safe_load(path.read_text(encoding="utf-8")) for path in paths}
     return {one.name: one for one in plan_files(contents, root, settings)}
@@ -35,7 +35,7 @@ def paper():
 
 @pytest.mark.parametrize("name", [path.stem for path in PAPER])
 def test_every_recipe_of_the_paper_is_planned_offline_with_its_cost(paper, name):
-    from keylayers.study.estimate import downloads, estimate
+    from keylayers.commands.study.estimate import downloads, estimate
 
     cells = paper[name].cells
     assert {"stage-1", "ranking"} <= {cell.kind for cell in cells}
@@ -224,7 +224,7 @@ def test_what_cannot_be_run_is_one_clear_line(tmp_path, monkeypatch, capsys, nam
 
 
 def test_commands_that_hold_nothing_new_are_not_checked_again(paper):
-    from keylayers.study.distinct import distinct_commands
+    from keylayers.commands.study.distinct import distinct_commands
 
     cells = [cell for one in paper.values() for cell in one.cells]
     checked = list(distinct_commands(cells))
@@ -236,10 +236,10 @@ def test_commands_that_hold_nothing_new_are_not_checked_again(paper):
 
 
 def test_rankings_that_differ_in_one_axis_are_compared(tmp_path):
-    from keylayers.compare import chance_jaccard
-    from keylayers.study.agreement import agreement_means, agreement_table
-    from keylayers.study.cell import CellState
-    from keylayers.study.plan import Cell
+    from keylayers.commands.study.agreement import agreement_means, agreement_table
+    from keylayers.commands.study.cell import CellState
+    from keylayers.commands.study.plan import Cell
+    from keylayers.ranking.compare import chance_jaccard
 
     orders = {("x", "0"): [4, 3, 2, 1], ("x", "1"): [4, 3, 1, 2], ("y", "0"): [1, 2, 3, 4]}
     orders[("flat", "1")] = [1, 1, 1, 1]

@@ -28,7 +28,7 @@ def reference_model(kind):
 
 def losses_at(trainer, gate):
     from keylayers.gates import gated
-    from keylayers.mask.trainer_loss import TrainerLoss, batch_losses
+    from keylayers.trainers.loss import TrainerLoss, batch_losses
     from keylayers.updates import adapter_updates
 
     source = TrainerLoss(trainer)

@@ -29,16 +29,16 @@ def folder(tmp_path):
 
 
 def curve(losses):
-    from keylayers.curve import MaskCurve
+    from keylayers.ranking.curve import MaskCurve
 
     return MaskCurve(tuple(range(len(losses))), tuple(losses))
 
 
 def verify_by_hand(folder):
     """A verification of ranking `one`, as `keylayers verify` leaves it."""
-    from keylayers.ranking import Ranking
+    from keylayers.ranking.ranking import Ranking
+    from keylayers.ranking.verification import Verification
     from keylayers.records import json_sha256
-    from keylayers.verification import Verification
 
     ranking = Ranking.load(folder / "one")
     Verification(
@@ -79,8 +79,8 @@ def test_the_figure_of_several_rankings_names_each(folder):
 
 
 def test_an_agreement_shows_jaccard_with_its_chance(folder):
-    from keylayers.compare import agreement
-    from keylayers.ranking import Ranking
+    from keylayers.ranking.compare import agreement
+    from keylayers.ranking.ranking import Ranking
 
     path = folder / "agreement.svg"
     more = ("--figure", path, "--budget", "2")
@@ -153,7 +153,7 @@ def test_a_curve_of_an_earlier_ranking_is_refused_and_named(folder, capsys):
 
 
 def test_without_the_extra_the_line_says_what_to_install(folder, monkeypatch, capsys):
-    from keylayers.cli import show
+    from keylayers.commands import show
 
     monkeypatch.setattr(show, "NEEDED", (*show.NEEDED, "no_such_library"))
     assert keylayers("show", folder / "one", "--html", folder / "r.html") == 2
@@ -180,7 +180,7 @@ def test_the_same_report_twice_is_the_same_file(folder):
 
 
 def test_rankings_that_cannot_be_compared_are_still_shown(folder, capsys):
-    from keylayers.ranking import Ranking
+    from keylayers.ranking.ranking import Ranking
 
     one = Ranking.load(folder / "one")
     other = tuple(
@@ -225,7 +225,7 @@ def test_a_ranking_that_is_given_twice_has_two_labels():
 
 
 def test_the_range_of_budgets_is_where_a_place_is_undecided():
-    from keylayers.certainty import undecided
+    from keylayers.ranking.certainty import undecided
     from keylayers.report.html import open_budgets
 
     ranking = ranking_of([0.9, 0.5, 0.5, 0.48, 0.2, 0.1, None, 0.19])

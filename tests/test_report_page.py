@@ -84,8 +84,8 @@ def column(page, number):
 
 
 def test_the_slider_shows_what_select_takes_at_every_budget(chromium, tmp_path):
-    from keylayers.certainty import undecided
-    from keylayers.costs import step_cost
+    from keylayers.ranking.certainty import undecided
+    from keylayers.ranking.cost import step_cost
 
     ranking = by_hand()
     with page_of(chromium, report(tmp_path, {"hand": ranking})) as page:
@@ -218,8 +218,8 @@ def test_no_other_script_runs_even_if_one_got_in(chromium, tmp_path):
 
 
 def test_several_rankings_are_chosen_by_radio_and_compared(chromium, verified):
-    from keylayers.compare import agreement
-    from keylayers.ranking import Ranking
+    from keylayers.ranking.compare import agreement
+    from keylayers.ranking.ranking import Ranking
 
     rankings = [Ranking.load(verified / name) for name in "ab"]
     pair = agreement(rankings, 0.3)[0]

@@ -19,7 +19,7 @@ def batches_of(trainer, count):
 
     from transformers import set_seed
 
-    from keylayers.mask.trainer_loss import TrainerLoss
+    from keylayers.trainers.loss import TrainerLoss
 
     set_seed(trainer.args.seed)
     return list(islice(TrainerLoss(trainer).batches(trainer.args.seed), count))
@@ -170,7 +170,7 @@ def test_block_influence_from_hidden_states():
 
 
 def test_padding_does_not_count():
-    from keylayers.mask.probe import token_mask
+    from keylayers.scores.probe import token_mask
 
     hidden = torch.zeros(2, 3, 4)
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])

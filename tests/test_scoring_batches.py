@@ -13,9 +13,9 @@ from trainers import build
 
 def command_line_trainer(tiny, **options):
     """The trainer that `keylayers rank` uses, with the adapter of the tiny files."""
-    from keylayers.models import load_adapter, load_model, load_tokenizer
+    from keylayers.data.prepare import prepare
+    from keylayers.model.loading import load_adapter, load_model, load_tokenizer
     from keylayers.options import DataOptions, ModelOptions, TrainingOptions
-    from keylayers.training.data import prepare
     from keylayers.training.run import make_trainer
 
     source = ModelOptions(model=str(tiny / "model"))
@@ -46,7 +46,7 @@ def test_the_masks_seed_draws_other_batches(tiny, method):
 
 def test_batches_of_kto_keep_their_neighbours_and_come_in_other_orders():
     """It compares the answers of a batch; TRL pairs each with its neighbour beforehand."""
-    from keylayers.mask.trainer_loss import TrainerLoss
+    from keylayers.trainers.loss import TrainerLoss
 
     options = {"per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
     trainer = build("KTO", "config", **options)
@@ -63,7 +63,7 @@ def test_batches_of_kto_keep_their_neighbours_and_come_in_other_orders():
 
 
 def test_a_shorter_block_stays_last():
-    from keylayers.mask.trainer_loss import _in_other_blocks
+    from keylayers.trainers.loss import _in_other_blocks
 
     data = Dataset.from_dict({"x": range(11)})
     orders = (_in_other_blocks(data, 4, torch.Generator().manual_seed(one)) for one in range(8))
@@ -85,7 +85,7 @@ def test_repeats_look_at_other_batches(tiny):
 def opt():
     """An OPT with LoRA on all modules: it has dropout of its own and flattens all tokens."""
     from keylayers.apply.adapter import add_lora
-    from keylayers.model_map import map_modules
+    from keylayers.model.modules import map_modules
 
     architecture = next(one for one in ARCHITECTURES if one.title == "OPT")
     base = architecture.build()

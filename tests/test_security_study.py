@@ -26,9 +26,9 @@ HOSTILE = [
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     """A study whose axes and entries have hostile names, every cell of which failed or is done."""
-    from keylayers.study.cell import CellState
-    from keylayers.study.plan import plan
-    from keylayers.study.yaml_file import StudyFile
+    from keylayers.commands.study.cell import CellState
+    from keylayers.commands.study.plan import plan
+    from keylayers.commands.study.yaml_file import StudyFile
 
     content = {"options": {"model": HOSTILE[0], "data": HOSTILE[1]}}
     content["grid"] = {
@@ -48,7 +48,7 @@ def planned(tmp_path_factory):
 
 def test_cells_are_named_by_hashes_whatever_the_study_calls_them(planned):
     _, cells, _, root = planned
-    from keylayers.study.cell import folder_of
+    from keylayers.commands.study.cell import folder_of
 
     assert len(cells) > len(HOSTILE)
     for cell in cells:
@@ -59,7 +59,7 @@ def test_cells_are_named_by_hashes_whatever_the_study_calls_them(planned):
 @pytest.fixture
 def results(planned):
     """The table that such a study gives, with an area for each of its rankings."""
-    from keylayers.study.table import results_table
+    from keylayers.commands.study.table import results_table
 
     study, cells, states, root = planned
     table = results_table(root, cells, states, list(study.grid))
@@ -73,7 +73,7 @@ def test_a_report_shows_hostile_names_as_text(planned, results):
     pytest.importorskip("altair")
     from markupsafe import escape
 
-    from keylayers.study.report import render_study
+    from keylayers.commands.study.report import render_study
 
     study, cells, states, _ = planned
     page = render_study(results, list(study.grid), cells, states).decode()
@@ -93,7 +93,7 @@ def test_a_report_shows_hostile_names_as_text(planned, results):
 def test_the_terminal_shows_hostile_names_as_text(planned, results, capsys):
     from rich.console import Console
 
-    from keylayers.study.tables import outcome_line, progress_table, summary_tables
+    from keylayers.commands.study.tables import outcome_line, progress_table, summary_tables
 
     study, cells, states, _ = planned
     console = Console(width=2000, force_terminal=True, highlight=False)

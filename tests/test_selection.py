@@ -31,7 +31,7 @@ def test_a_budget_buys_the_nearest_number_of_modules(budget, count):
 
 
 def test_freezing_a_quarter_trains_all_but_the_worst_quarter():
-    from keylayers.selection import Freeze
+    from keylayers.ranking.selection import Freeze
 
     selection = ranking_of([float(index) for index in range(56)]).select(Freeze(0.25))
     assert len(selection.modules) == 42
@@ -68,7 +68,7 @@ BAD = [
 @pytest.mark.parametrize("budget", ["1.5", "nan", "2x-params", "abcx-params", "abcx-time"])
 def test_a_fraction_that_cannot_be_is_refused_before_there_is_a_ranking(budget):
     from keylayers.errors import ConfigError
-    from keylayers.selection import parse_budget
+    from keylayers.ranking.selection import parse_budget
 
     with pytest.raises(ConfigError, match=r"`budget` as a fraction.* must be above 0"):
         parse_budget(budget)
@@ -85,7 +85,7 @@ def test_budgets_that_make_no_sense_are_refused(budget, message):
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 2.0])
 def test_freezing_nothing_or_everything_is_refused(fraction):
     from keylayers.errors import ConfigError
-    from keylayers.selection import Freeze
+    from keylayers.ranking.selection import Freeze
 
     with pytest.raises(ConfigError, match="`freeze` must be above 0 and below 1"):
         ranking_of([1.0, 2.0]).select(Freeze(fraction))
@@ -123,7 +123,7 @@ def test_nothing_left_out_is_better_than_what_is_taken(scores, budget):
 
 def test_a_ranking_of_another_model_is_refused_with_the_first_names():
     from keylayers.errors import RankingError
-    from keylayers.selection import check_same_modules
+    from keylayers.ranking.selection import check_same_modules
 
     ranking = ranking_of([1.0, 2.0, 3.0])
     here = {"model.layers.0.a_proj": 10, "model.layers.0.b_proj": 11, "model.layers.1.a_proj": 10}

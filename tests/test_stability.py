@@ -22,13 +22,13 @@ CURVES = [
 
 @pytest.mark.parametrize(("losses", "expected"), CURVES)
 def test_a_loss_is_stable_when_two_windows_agree(losses, expected):
-    from keylayers.mask.stability import is_stable
+    from keylayers.training.stability import is_stable
 
     assert is_stable(losses, options(epsilon=0.1 - 1e-12)) is expected
 
 
 def test_epsilon_zero_never_stops():
-    from keylayers.mask.stability import is_stable
+    from keylayers.training.stability import is_stable
 
     assert not is_stable([1.0] * 100, options(epsilon=0.0))
 

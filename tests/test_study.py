@@ -47,8 +47,8 @@ def study_file(folder, tiny, options=None, **grid):
 
 
 def plan_of(path, root=Path("study")):
-    from keylayers.study.plan import plan
-    from keylayers.study.yaml_file import StudyFile
+    from keylayers.commands.study.plan import plan
+    from keylayers.commands.study.yaml_file import StudyFile
 
     return plan(StudyFile.of(yaml.safe_load(path.read_text()), str(path)), root)
 
@@ -179,8 +179,8 @@ def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(tiny, tmp_path):
 
 
 def test_a_worker_that_dies_takes_one_cell_with_it(tmp_path):
-    from keylayers.study.plan import Cell
-    from keylayers.study.workers import LocalWorkers
+    from keylayers.commands.study.plan import Cell
+    from keylayers.commands.study.workers import LocalWorkers
 
     workers = LocalWorkers(_dying_or_not, 1)
     dying = Cell("ranking", "a", (("--die",),), (), ())
@@ -213,10 +213,10 @@ def test_a_worker_that_dies_takes_one_cell_with_it(tmp_path):
 
 def test_each_local_worker_has_one_accelerator(tmp_path, monkeypatch):
     """By its name, which is set before anything of keylayers imports torch."""
-    code = "import sys, keylayers.study.workers; sys.exit('torch' in sys.modules)"
+    code = "import sys, keylayers.commands.study.workers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    from keylayers.study.plan import Cell
-    from keylayers.study.workers import LocalWorkers, local_devices
+    from keylayers.commands.study.plan import Cell
+    from keylayers.commands.study.workers import LocalWorkers, local_devices
 
     workers = LocalWorkers(visible_device, 3, ["4", "GPU-7"])
     cells = [Cell("ranking", name, (("rank",),), (), ()) for name in "abc"]
@@ -243,8 +243,8 @@ def visible_device(_words):
 
 
 def test_what_a_cell_had_finished_is_kept_when_its_worker_dies(tmp_path):
-    from keylayers.study.cell import CellState, failed, run_cell, save_state
-    from keylayers.study.plan import Cell
+    from keylayers.commands.study.cell import CellState, failed, run_cell, save_state
+    from keylayers.commands.study.plan import Cell
 
     cell = Cell("ranking", "a", (("rank",), ("verify",)), (), ())
     save_state(tmp_path, cell, CellState("running", "", 5.0, 1))
@@ -255,8 +255,8 @@ def test_what_a_cell_had_finished_is_kept_when_its_worker_dies(tmp_path):
 
 
 def test_a_finished_cell_without_its_results_is_to_be_done(tmp_path):
-    from keylayers.study.cell import CellState, folder_of, save_state, state_of
-    from keylayers.study.plan import Cell
+    from keylayers.commands.study.cell import CellState, folder_of, save_state, state_of
+    from keylayers.commands.study.plan import Cell
 
     cell = Cell("ranking", "a", (("rank",),), (), ())
     save_state(tmp_path, cell, CellState("finished", "", 5.0, 1))
@@ -266,8 +266,8 @@ def test_a_finished_cell_without_its_results_is_to_be_done(tmp_path):
 
 
 def test_a_cell_that_ends_python_fails_alone(tmp_path):
-    from keylayers.study.cell import run_cell
-    from keylayers.study.plan import Cell
+    from keylayers.commands.study.cell import run_cell
+    from keylayers.commands.study.plan import Cell
 
     state = run_cell(tmp_path, Cell("ranking", "a", (("rank",),), (), ()), lambda _: sys.exit(0))
     assert state.status == "failed"
@@ -299,7 +299,7 @@ def test_ray_gives_the_same_listens_to_nobody_else_and_leaves_nothing_behind(don
     process = run(place, path, "on-ray", "--ray-address", "local")
     try:
         seen, addresses = watched(process, lambda: (place / "on-ray" / "cells").exists())
-        maker = next(one for one in seen if "keylayers.study.cluster" in one.cmdline())
+        maker = next(one for one in seen if "keylayers.commands.study.cluster" in one.cmdline())
         folder = Path(maker.cmdline()[-1])
         token = next(one for one, name in seen.items() if name == "raylet").environ()[
             "RAY_AUTH_TOKEN"
@@ -383,8 +383,8 @@ NO_CLUSTER = [
 
 @pytest.mark.parametrize(("address", "message"), NO_CLUSTER)
 def test_a_ray_that_does_not_answer_is_one_line_and_soon(address, message, socket_enabled):
+    from keylayers.commands.study.cluster import Cluster
     from keylayers.errors import ConfigError
-    from keylayers.study.cluster import Cluster
 
     start = time.perf_counter()
     with pytest.raises(ConfigError, match=re.escape(message)) as told:

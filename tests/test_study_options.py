@@ -101,8 +101,8 @@ def test_an_option_that_no_cell_takes_is_refused(tmp_path, capsys, parts, name):
 
 
 def test_no_axis_is_named_as_a_column_of_the_results(tmp_path, capsys):
-    from keylayers.study.cell_options import KNOWN
-    from keylayers.study.files import COLUMNS
+    from keylayers.commands.study.cell_options import KNOWN
+    from keylayers.commands.study.files import COLUMNS
 
     named = ("kind", "status", "measure", "value", "cell", "unit")
     of_agreement = ("differs", "first", "second", "best", "jaccard", "chance_jaccard", "tau")
@@ -124,7 +124,7 @@ def test_a_setting_that_entries_of_the_grid_give_is_refused(tmp_path, capsys):
 
 def test_an_option_is_the_same_in_every_class_that_has_it():
     """Cells take the type and the default of an option by its name alone."""
-    from keylayers.study.cell_options import CLASSES
+    from keylayers.commands.study.cell_options import CLASSES
 
     found = {}
     for part in CLASSES:

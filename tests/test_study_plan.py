@@ -115,7 +115,7 @@ def test_a_dry_run_shows_every_cell_and_writes_nothing(tiny, tmp_path, capsys):
 
 def planned(grid=None, settings=(), **options):
     """The cells of a study by kind, without a file."""
-    from keylayers.study.files import plan_files
+    from keylayers.commands.study.files import plan_files
 
     content = {"options": BASE | options, "grid": grid or {}}
     (study,) = plan_files({Path("s.yaml"): content}, Path("out"), settings)
@@ -155,8 +155,8 @@ def test_all_modules_of_other_rankings_are_other_modules(grid, options):
 
 
 def test_other_software_makes_other_cells(monkeypatch):
+    from keylayers.commands.study import plan
     from keylayers.records import environment
-    from keylayers.study import plan
 
     made_by, before = environment(), planned(budget=0.3)
     for part, other in (
@@ -212,7 +212,7 @@ def test_null_and_false_are_options_that_are_not_given():
 
 
 def test_towers_are_no_option_of_an_evaluation():
-    from keylayers.study.files import plan_files
+    from keylayers.commands.study.files import plan_files
 
     content = {"options": BASE | {"towers": "all", "budget": 0.3}, "evaluate": {"tasks": "mmlu"}}
     (study,) = plan_files({Path("s.yaml"): content}, Path("out"))

@@ -90,7 +90,7 @@ def test_freezing_the_worst_quarter_trains_the_others(ranked, tmp_path):
 def test_the_chat_template_that_was_trained_with_is_saved(tiny, ranked, tmp_path):
     from transformers import AutoTokenizer
 
-    from keylayers.training.chat import BUILT_IN
+    from keylayers.data.chat import BUILT_IN
 
     options = ("--ranking", ranked, "--budget", "2", "--steps", "1", "--output", tmp_path / "t")
     assert keylayers("train", *options, "--chat-template", "alpaca") == 0
@@ -140,10 +140,10 @@ def test_controls_are_trained_beside_the_selection(ranked, tmp_path, capsys):
 
 
 def test_the_printed_loss_is_that_of_the_saved_adapter(tiny, ranked, tmp_path):
+    from keylayers.data.prepare import prepare
     from keylayers.evaluation.loss import held_out_loss
-    from keylayers.models import load_adapter, load_model, load_tokenizer
+    from keylayers.model.loading import load_adapter, load_model, load_tokenizer
     from keylayers.options import DataOptions, ModelOptions, TrainingOptions
-    from keylayers.training.data import prepare
     from keylayers.training.run import make_trainer
 
     options = ("--ranking", ranked, "--budget", "0.3", *STEPS, "--output", tmp_path / "t")

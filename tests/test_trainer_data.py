@@ -33,7 +33,7 @@ def test_raw_examples_are_prepared_as_the_trainer_prepared_its_own(kind):
 
 @pytest.mark.parametrize("kind", FROM_TRL)
 def test_rows_of_the_trainers_own_data_are_used_as_they_are(kind):
-    from keylayers.mask.trainer_data import prepared_for
+    from keylayers.trainers.data import prepared_for
 
     trainer = build(kind, "config", is_trained=False)
     part = trainer.train_dataset.select(range(4, 8))
@@ -44,7 +44,7 @@ def test_rows_of_the_trainers_own_data_are_used_as_they_are(kind):
 @pytest.mark.parametrize("way", ["config", "model"])
 def test_precomputed_references_are_computed_for_new_examples_with_the_trainers_own(kind, way):
     """In `__init__` nothing was trained yet; now the adapter is, and must not be its reference."""
-    from keylayers.mask.trainer_data import prepared_for
+    from keylayers.trainers.data import prepared_for
 
     raw = DATA[kind](first=8)
     later = build(kind, way, precompute_ref_log_probs=True)

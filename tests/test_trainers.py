@@ -112,7 +112,7 @@ def hold_what_has_no_gradient(trainer, source, batch):
 @pytest.mark.parametrize(("kind", "way"), CASES, ids=IDS)
 def test_the_gradient_of_the_gates_is_the_slope_of_the_trainers_own_loss(trainer_of, kind, way):
     from keylayers.gates import gated
-    from keylayers.mask.trainer_loss import TrainerLoss
+    from keylayers.trainers.loss import TrainerLoss
     from keylayers.updates import adapter_updates
 
     trainer = trainer_of(kind, way)
@@ -140,7 +140,7 @@ def test_the_gradient_of_the_gates_is_the_slope_of_the_trainers_own_loss(trainer
 @pytest.mark.parametrize("kind", ["DPO", "KTO", "GRPO"])
 def test_nothing_but_gates_is_ever_trainable_while_a_trainer_switches_adapters(trainer_of, kind):
     from keylayers.gates import gated
-    from keylayers.mask.trainer_loss import TrainerLoss
+    from keylayers.trainers.loss import TrainerLoss
     from keylayers.updates import adapter_updates
 
     for way in ("config", "model"):
@@ -210,7 +210,7 @@ def test_a_trainer_that_casts_gates_in_its_loss_is_stopped():
 def reference_log_probabilities(trainer, gate):
     """What DPO compares with, on the first batch, with all gates at `gate`."""
     from keylayers.gates import gated
-    from keylayers.mask.trainer_loss import TrainerLoss
+    from keylayers.trainers.loss import TrainerLoss
     from keylayers.updates import adapter_updates
 
     source = TrainerLoss(trainer)
@@ -255,7 +255,7 @@ def test_the_reference_is_the_base_or_where_the_user_began_at_every_gate(trainer
 
 def test_grpo_generates_with_the_masked_model_and_anew_for_each_mask(trainer_of):
     from keylayers.gates import gated
-    from keylayers.mask.trainer_loss import TrainerLoss
+    from keylayers.trainers.loss import TrainerLoss
     from keylayers.updates import adapter_updates
 
     trainer = trainer_of("GRPO", "config")
@@ -307,7 +307,7 @@ def test_grpo_generates_with_the_masked_model_and_anew_for_each_mask(trainer_of)
 
 
 def test_grpo_sees_each_prompt_once_an_epoch(trainer_of):
-    from keylayers.mask.trainer_loss import TrainerLoss
+    from keylayers.trainers.loss import TrainerLoss
 
     trainer = trainer_of("GRPO", "config")
     source = TrainerLoss(trainer)

@@ -17,7 +17,7 @@ def score(trainer, **values):
 
 
 def test_a_selection_is_settled_after_so_many_equal_ones():
-    from keylayers.mask.settled import SettledSelection
+    from keylayers.scores.stable_selection import SettledSelection
 
     watch = SettledSelection(0.5, patience=2)
     orders = [[4, 3, 2, 1], [4, 3, 2, 1], [1, 2, 3, 4], [2, 1, 4, 3], [2, 1, 3, 4]]

@@ -14,13 +14,13 @@ COUNTS = (0, 2, 4, 6)
 
 
 def curve_of(losses, counts=COUNTS, **batches):
-    from keylayers.curve import MaskCurve
+    from keylayers.ranking.curve import MaskCurve
 
     return MaskCurve(tuple(counts), tuple(losses), **batches)
 
 
 def verification_of(best_first=FALLING, random=((3.0, 2.5, 1.5, 1.0),), **options):
-    from keylayers.verification import Verification
+    from keylayers.ranking.verification import Verification
 
     return Verification(
         ranking_sha256="0" * 64,
@@ -103,7 +103,7 @@ def full_verification():
 
 @pytest.mark.parametrize("make", [verification_of, full_verification])
 def test_a_saved_verification_is_loaded_as_it_was(tmp_path, make):
-    from keylayers.verification import Verification
+    from keylayers.ranking.verification import Verification
 
     found = make()
     found.save(tmp_path / "verification.json")
@@ -175,7 +175,7 @@ def broken_files():
 @pytest.mark.parametrize("kind", broken_files())
 def test_a_broken_file_is_refused_in_one_line(tmp_path, kind):
     from keylayers.errors import RankingError
-    from keylayers.verification import Verification
+    from keylayers.ranking.verification import Verification
 
     path = tmp_path / "verification.json"
     path.write_bytes(broken_files()[kind].encode("utf-8", "surrogatepass"))
@@ -188,7 +188,7 @@ def test_a_broken_file_is_refused_in_one_line(tmp_path, kind):
 
 def test_the_schema_of_another_file_is_named(tmp_path):
     from keylayers.errors import RankingError
-    from keylayers.verification import Verification
+    from keylayers.ranking.verification import Verification
 
     path = tmp_path / "verification.json"
     path.write_text(broken_files()["another schema"])
@@ -198,7 +198,7 @@ def test_the_schema_of_another_file_is_named(tmp_path):
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     from keylayers.errors import RankingError
-    from keylayers.verification import Verification
+    from keylayers.ranking.verification import Verification
 
     with pytest.raises(RankingError, match=r"no '.*none\.json'; make it with `keylayers verify`"):
         Verification.load(tmp_path / "none.json")
@@ -207,7 +207,7 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
 
 
 def test_the_file_lies_beside_the_ranking(tmp_path):
-    from keylayers.verification import verification_file
+    from keylayers.ranking.verification import verification_file
 
     assert verification_file(tmp_path) == tmp_path / "verification.json"
     assert verification_file(str(tmp_path / "ranking.json")) == tmp_path / "verification.json"
@@ -227,7 +227,7 @@ def verified_ranking(folder, scores, **options):
 
 
 def test_the_automatic_budget_is_the_recommended_count(tmp_path):
-    from keylayers.verification import auto_budget
+    from keylayers.ranking.verification import auto_budget
 
     ranking, path = verified_ranking(tmp_path, [6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
     assert auto_budget(ranking, path) == 4
@@ -245,8 +245,8 @@ def test_the_automatic_budget_is_the_recommended_count(tmp_path):
 )
 def test_the_automatic_budget_needs_a_curve_of_the_rankings_own_run(tmp_path, measured_with, what):
     from keylayers.errors import RankingError
+    from keylayers.ranking.verification import auto_budget
     from keylayers.records import json_sha256
-    from keylayers.verification import auto_budget
 
     stage_1 = {"num_steps": 1, "stopped_by": "stable", "seconds": 1.0, "adapter_sha256": "update"}
     made_by = {
@@ -267,7 +267,7 @@ def test_the_automatic_budget_needs_a_curve_of_the_rankings_own_run(tmp_path, me
 
 def test_the_automatic_budget_is_refused_where_there_is_none(tmp_path):
     from keylayers.errors import ConfigError, RankingError
-    from keylayers.verification import auto_budget
+    from keylayers.ranking.verification import auto_budget
 
     scores = [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
     ranking, path = verified_ranking(tmp_path, scores)

@@ -152,7 +152,7 @@ def test_only_the_verification_is_written(ranked, verified):
 
 
 def test_it_belongs_to_the_ranking_and_comes_out_the_same_again(verified, copy):
-    from keylayers.ranking import Ranking
+    from keylayers.ranking.ranking import Ranking
     from keylayers.records import json_sha256
 
     content = verified.content()
@@ -169,10 +169,10 @@ def test_the_points_are_measured_with_exactly_the_best_modules(tiny, verified):
     """Independently: PEFT's own model, with LoRA's B set to zero in the modules left out."""
     import torch
 
+    from keylayers.data.prepare import prepare
     from keylayers.evaluation.loss import held_out_loss
-    from keylayers.models import load_adapter, load_model, load_tokenizer
+    from keylayers.model.loading import load_adapter, load_model, load_tokenizer
     from keylayers.options import DataOptions, ModelOptions, TrainingOptions
-    from keylayers.training.data import prepare
     from keylayers.training.run import make_trainer
 
     source = ModelOptions(model=str(tiny / "model"))

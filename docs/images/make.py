@@ -16,7 +16,7 @@ import altair as alt
 from playwright.sync_api import sync_playwright
 from rich.console import Console
 
-from keylayers.ranking import Ranking
+from keylayers.ranking.ranking import Ranking
 from keylayers.report.figures import drawn_chart
 from keylayers.report.html import render_report
 from keylayers.report.source import load_sources

@@ -14,15 +14,10 @@ from keylayers._version import __version__
 
 if TYPE_CHECKING:
     from keylayers.apply.hub import push_to_hub
-    from keylayers.certainty import undecided
-    from keylayers.compare import Agreement, agreement, chance_jaccard
-    from keylayers.curve import MaskCurve, Recommendation
     from keylayers.errors import KeylayersError
+    from keylayers.evaluation.mask_curve import mask_curve
     from keylayers.evaluation.record import Evaluation
     from keylayers.export import export_selection
-    from keylayers.mask.curve import mask_curve
-    from keylayers.mean_rank import consensus
-    from keylayers.memory import StepMemory
     from keylayers.options import (
         BenchmarkOptions,
         BudgetOptions,
@@ -45,7 +40,14 @@ if TYPE_CHECKING:
         UpdateOptions,
         VerifyOptions,
     )
-    from keylayers.ranking import RankedModule, Ranking
+    from keylayers.ranking.certainty import undecided
+    from keylayers.ranking.compare import Agreement, agreement, chance_jaccard
+    from keylayers.ranking.consensus import consensus
+    from keylayers.ranking.curve import MaskCurve, Recommendation
+    from keylayers.ranking.memory import StepMemory
+    from keylayers.ranking.ranking import RankedModule, Ranking
+    from keylayers.ranking.selection import Freeze, Selection
+    from keylayers.ranking.verification import Verification
     from keylayers.runs.callback import FreezeUnimportant
     from keylayers.runs.eval import evaluate
     from keylayers.runs.prune import PrunedUpdate, prune
@@ -53,16 +55,14 @@ if TYPE_CHECKING:
     from keylayers.runs.train import train
     from keylayers.runs.train_job import TrainedSet
     from keylayers.runs.verify import verify
-    from keylayers.selection import Freeze, Selection
     from keylayers.training.memory import measured_memory
     from keylayers.training.prefix_cache import PrefixCache
     from keylayers.training.shallow import ShallowBackward
     from keylayers.training.step_scores import StepScores
     from keylayers.updates.dense import module_weights
-    from keylayers.verification import Verification
 
 _HOME = {
-    "Agreement": "compare",
+    "Agreement": "ranking.compare",
     "BenchmarkOptions": "options",
     "BudgetOptions": "options",
     "ComparedOptions": "options",
@@ -71,11 +71,11 @@ _HOME = {
     "EvalOptions": "options",
     "EvalRunOptions": "options",
     "Evaluation": "evaluation.record",
-    "Freeze": "selection",
+    "Freeze": "ranking.selection",
     "FreezeUnimportant": "runs.callback",
     "KeylayersError": "errors",
     "LossOptions": "options",
-    "MaskCurve": "curve",
+    "MaskCurve": "ranking.curve",
     "MaskOptions": "options",
     "ModelOptions": "options",
     "ObjectiveOptions": "options",
@@ -84,27 +84,27 @@ _HOME = {
     "PruneOptions": "options",
     "PrunedUpdate": "runs.prune",
     "RankOptions": "options",
-    "RankedModule": "ranking",
-    "Ranking": "ranking",
-    "Recommendation": "curve",
-    "Selection": "selection",
+    "RankedModule": "ranking.ranking",
+    "Ranking": "ranking.ranking",
+    "Recommendation": "ranking.curve",
+    "Selection": "ranking.selection",
     "SelectionOptions": "options",
     "ShallowBackward": "training.shallow",
     "StabilityOptions": "options",
-    "StepMemory": "memory",
+    "StepMemory": "ranking.memory",
     "StepScores": "training.step_scores",
     "TrainOptions": "options",
     "TrainedSet": "runs.train_job",
     "TrainingOptions": "options",
     "UpdateOptions": "options",
-    "Verification": "verification",
+    "Verification": "ranking.verification",
     "VerifyOptions": "options",
-    "agreement": "compare",
-    "chance_jaccard": "compare",
-    "consensus": "mean_rank",
+    "agreement": "ranking.compare",
+    "chance_jaccard": "ranking.compare",
+    "consensus": "ranking.consensus",
     "evaluate": "runs.eval",
     "export_selection": "export",
-    "mask_curve": "mask.curve",
+    "mask_curve": "evaluation.mask_curve",
     "measured_memory": "training.memory",
     "module_weights": "updates.dense",
     "prune": "runs.prune",
@@ -112,7 +112,7 @@ _HOME = {
     "rank": "runs.rank",
     "rank_modules": "runs.rank",
     "train": "runs.train",
-    "undecided": "certainty",
+    "undecided": "ranking.certainty",
     "verify": "runs.verify",
 }
 

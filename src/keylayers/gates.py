@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from keylayers.errors import GuardError
-from keylayers.model_map import ModuleInfo, linear_of
+from keylayers.model.modules import ModuleInfo, linear_of
+from keylayers.model.preserve import preserved
 from keylayers.options import Granularity
-from keylayers.preserve import preserved
 from keylayers.updates import Update
 from keylayers.updates.frozen import kept_frozen
 from keylayers.updates.gate import Gate, Link

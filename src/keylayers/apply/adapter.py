@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from keylayers.errors import GuardError, ModelError
-from keylayers.model_map import base_model_of, map_modules
-from keylayers.targets import lora_targets
+from keylayers.model.modules import base_model_of, map_modules
+from keylayers.ranking.targets import lora_targets
 from keylayers.updates.adapter import always_on, own_parameters, tuner_layers
 
 

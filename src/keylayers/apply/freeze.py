@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from keylayers.apply.adapter import prove_trainable
 from keylayers.errors import GuardError, ModelError
-from keylayers.model_map import map_modules, module_by_name
-from keylayers.sharding import whole
+from keylayers.model.modules import map_modules, module_by_name
+from keylayers.model.sharding import whole
 
 
 def train_only(model: nn.Module, names: Sequence[str]) -> None:

@@ -18,12 +18,12 @@ from torch.optim import Optimizer
 
 from keylayers.apply.adapter import trainable_modules
 from keylayers.errors import GuardError, ModelError
+from keylayers.model.sharding import is_sharded
+from keylayers.model.weights import fingerprint
 from keylayers.options import FreezeAction
-from keylayers.sharding import is_sharded
 from keylayers.updates import AdapterUpdate, adapter_updates
 from keylayers.updates.adalora import is_adalora
 from keylayers.updates.frozen import kept_frozen
-from keylayers.weights import fingerprint
 
 
 @dataclass(frozen=True)

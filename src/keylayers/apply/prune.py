@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from keylayers.apply.saving import has_same_bits
 from keylayers.errors import GuardError, ModelError
-from keylayers.targets import lora_targets
+from keylayers.ranking.targets import lora_targets
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NESTED = ".base_layer"  # what PEFT adds to the path of a layer in another layer

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keylayers.folders import replaced_folder
+from keylayers.model.sharding import is_sharded, whole
+from keylayers.model.weights import is_added
 from keylayers.processes import wait_for_all
 from keylayers.records import CARD, RECORD, is_first_process, write_json, write_text
-from keylayers.sharding import is_sharded, whole
 from keylayers.updates.adalora import is_adalora
-from keylayers.weights import is_added
 
 
 def save_tuned(

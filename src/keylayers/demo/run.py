@@ -9,7 +9,6 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from keylayers.compare import Agreement, agreement
 from keylayers.demo.world import STYLES, Style, alignment_examples
 from keylayers.errors import OutputError
 from keylayers.folders import output_folder
@@ -24,7 +23,8 @@ from keylayers.options import (
     TrainOptions,
 )
 from keylayers.progress import Progress, Silent
-from keylayers.ranking import Ranking
+from keylayers.ranking.compare import Agreement, agreement
+from keylayers.ranking.ranking import Ranking
 from keylayers.records import write_bytes
 from keylayers.runs.rank import rank
 from keylayers.runs.train import train

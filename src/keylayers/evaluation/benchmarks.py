@@ -28,15 +28,15 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from yaml import YAMLError
 
+from keylayers.data.reading import quiet_datasets
 from keylayers.errors import ConfigError, DataError, did_you_mean
 from keylayers.evaluation.documents import Measured
 from keylayers.evaluation.measures import metric_name
 from keylayers.evaluation.subjects import Loaded
+from keylayers.model.preserve import to_evaluation
 from keylayers.options.evaluation import BenchmarkOptions
-from keylayers.preserve import to_evaluation
 from keylayers.progress import OnStep
 from keylayers.records import json_sha256
-from keylayers.training.reading import quiet_datasets
 
 # What decides how an answer is scored; the prompts and documents are hashed as they are.
 SCORING = (

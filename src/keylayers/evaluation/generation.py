@@ -11,10 +11,10 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from keylayers.data.chat import ChatTemplate, render
+from keylayers.data.formats import Message
 from keylayers.errors import ConfigError, ModelError
-from keylayers.models import max_positions
-from keylayers.training.chat import ChatTemplate, render
-from keylayers.training.formats import Message
+from keylayers.model.loading import max_positions
 
 Ending = Literal["stop", "length", "no room"]  # by itself, at the limit, or before it began
 _PROBE = "answer"  # the text after which a template shows how it closes an answer

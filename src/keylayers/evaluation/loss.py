@@ -9,10 +9,10 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, Trainer
 
-from keylayers.mask.trainer_data import prepared_for
-from keylayers.mask.trainer_loss import TrainerLoss, batch_losses, every_batch_everywhere
+from keylayers.data.chat import IGNORED
 from keylayers.progress import OnStep
-from keylayers.training.chat import IGNORED
+from keylayers.trainers.data import prepared_for
+from keylayers.trainers.loss import TrainerLoss, batch_losses, every_batch_everywhere
 
 
 def held_out_loss(trainer: Trainer, dataset: Dataset) -> float:

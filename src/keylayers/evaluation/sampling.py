@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from keylayers.data.chat import render
+from keylayers.data.formats import Message
 from keylayers.errors import OutputError
 from keylayers.evaluation.answers import verdict
 from keylayers.evaluation.generation import (
@@ -29,8 +31,6 @@ from keylayers.evaluation.subjects import Loaded
 from keylayers.options.evaluation import ProblemOptions
 from keylayers.progress import OnStep
 from keylayers.records import json_sha256
-from keylayers.training.chat import render
-from keylayers.training.formats import Message
 
 ASK = "\n\nReason step by step, and put the final answer into \\boxed{}."
 

@@ -17,15 +17,21 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from keylayers.data.chat import ChatTemplate, resolve_template
 from keylayers.errors import ConfigError, GuardError
 from keylayers.evaluation.identity import config_sha256
-from keylayers.models import describe, load_adapter, load_model, load_tokenizer, max_positions
+from keylayers.model.loading import (
+    describe,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    max_positions,
+)
+from keylayers.model.preserve import to_evaluation
+from keylayers.model.weights import fingerprint, tensors_sha256, weights_sha256
 from keylayers.options import ModelOptions
 from keylayers.options.evaluation import ComparedOptions
-from keylayers.preserve import to_evaluation
 from keylayers.records import json_sha256
-from keylayers.training.chat import ChatTemplate, resolve_template
-from keylayers.weights import fingerprint, tensors_sha256, weights_sha256
 
 BASE = "base model"
 Kind = Literal["base", "adapter", "checkpoint"]

@@ -9,6 +9,9 @@ from typing import Any
 
 import pandas as pd
 
+from keylayers.data.chat import encode_all, resolve_template
+from keylayers.data.prepare import prepare
+from keylayers.data.reading import read_conversations
 from keylayers.errors import DataError, LossError, ModelError
 from keylayers.evaluation.documents import Measured
 from keylayers.evaluation.loss import example_losses
@@ -16,9 +19,6 @@ from keylayers.evaluation.subjects import Loaded
 from keylayers.options.evaluation import LossOptions
 from keylayers.progress import OnStep
 from keylayers.records import json_sha256
-from keylayers.training.chat import encode_all, resolve_template
-from keylayers.training.data import prepare
-from keylayers.training.reading import read_conversations
 
 GAIN, FORGETTING = "held-out data", "forgetting"
 METRIC = "loss"

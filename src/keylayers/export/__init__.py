@@ -9,9 +9,9 @@ from keylayers.errors import ConfigError, OutputError
 from keylayers.export import axolotl, llamafactory, ms_swift, peft, torchtune, trl, unsloth
 from keylayers.export.settings import Files, Kind, Settings
 from keylayers.folders import output_folder
-from keylayers.ranking import Ranking
+from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.selection import Budget
 from keylayers.records import write_text
-from keylayers.selection import Budget
 
 Tool = Literal["peft", "trl", "axolotl", "llamafactory", "ms-swift", "torchtune", "unsloth"]
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from keylayers.export.settings import Files, Settings, yaml_text
-from keylayers.targets import by_block, lora_targets
+from keylayers.ranking.targets import by_block, lora_targets
 
 
 def export(settings: Settings) -> Files:

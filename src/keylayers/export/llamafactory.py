@@ -6,7 +6,7 @@ alone.
 """
 
 from keylayers.export.settings import Files, Settings, refuse, yaml_text
-from keylayers.targets import lora_targets
+from keylayers.ranking.targets import lora_targets
 
 
 def export(settings: Settings) -> Files:

@@ -8,7 +8,7 @@ Parameters of a full fine-tune are matched from the start of their names: the do
 from typing import Any
 
 from keylayers.export.settings import Files, Settings, refuse, yaml_text
-from keylayers.targets import target_regex
+from keylayers.ranking.targets import target_regex
 
 
 def export(settings: Settings) -> Files:

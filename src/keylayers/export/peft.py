@@ -5,7 +5,7 @@ import json
 from pprint import pformat
 
 from keylayers.export.settings import Files, Settings, python_list
-from keylayers.targets import lora_targets
+from keylayers.ranking.targets import lora_targets
 
 _LORA = '''# LoRA on exactly {count} modules of {model}.
 from peft import LoraConfig, get_peft_model

@@ -8,7 +8,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 
 from keylayers.errors import ConfigError
-from keylayers.selection import Selection
+from keylayers.ranking.selection import Selection
 
 Kind = Literal["lora", "full"]
 Files = Mapping[str, str]

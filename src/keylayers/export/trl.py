@@ -8,7 +8,7 @@ A list of one name is taken for a regular expression there. Full fine-tuning goe
 from typing import Any
 
 from keylayers.export.settings import Files, Settings, refuse, yaml_text
-from keylayers.targets import lora_targets
+from keylayers.ranking.targets import lora_targets
 
 
 def export(settings: Settings) -> Files:

@@ -6,7 +6,7 @@ vision-language models too, hands a string on to PEFT and cuts names of a list s
 """
 
 from keylayers.export.settings import Files, Settings, python_list, refuse
-from keylayers.targets import target_regex
+from keylayers.ranking.targets import target_regex
 
 _TEXT = '''# LoRA on exactly {count} modules of {model}.
 MODULES = {names}

@@ -4,10 +4,10 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from keylayers.compare import agreement
 from keylayers.errors import RankingError
-from keylayers.ranking import Ranking
-from keylayers.selection import Budget
+from keylayers.ranking.compare import agreement
+from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.selection import Budget
 
 
 def ranks_left(ranking: Ranking) -> dict[str, int]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from keylayers.compare import Agreement, Interval, KindMean
+from keylayers.ranking.compare import Agreement, Interval, KindMean
 
 
 def agreement_table(pairs: Sequence[Agreement], names: Sequence[str]) -> Table:
@@ -15,7 +15,7 @@ def agreement_table(pairs: Sequence[Agreement], names: Sequence[str]) -> Table:
     Brackets hold 95 % intervals. A cell is blank where the measure is not defined or not known.
 
     Args:
-        pairs: As `keylayers.compare.agreement` gives them.
+        pairs: As `keylayers.ranking.compare.agreement` gives them.
         names: Of the rankings, by index.
     """
     table = _table("pair", "kind", "Jaccard", "by chance", "corrected", "tau-b", "top-weighted")

@@ -11,12 +11,12 @@ from typing import Any, TypeAlias
 
 import altair as alt
 
-from keylayers.compare import Agreement
-from keylayers.curve import MaskCurve
-from keylayers.ranking import Ranking
+from keylayers.ranking.compare import Agreement
+from keylayers.ranking.curve import MaskCurve
+from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.verification import Verification
 from keylayers.report.curve import loss_unit
 from keylayers.report.losses import LossCurves
-from keylayers.verification import Verification
 
 Chart: TypeAlias = alt.Chart | alt.LayerChart
 
@@ -151,7 +151,7 @@ def agreement_chart(pairs: Sequence[Agreement], names: Sequence[str]) -> Chart:
     """Jaccard of every pair with its chance level in brackets; the colour is corrected for it.
 
     Args:
-        pairs: As `keylayers.compare.agreement` gives them.
+        pairs: As `keylayers.ranking.compare.agreement` gives them.
         names: Of the rankings, by index; all different.
     """
     rows = [

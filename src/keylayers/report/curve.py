@@ -9,9 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from keylayers.curve import MaskCurve
+from keylayers.ranking.curve import MaskCurve
+from keylayers.ranking.verification import Verification
 from keylayers.report.terminal import in_nats
-from keylayers.verification import Verification
 
 BAR_WIDTH = 30
 

@@ -11,8 +11,9 @@ from typing import Any, Literal, get_args
 import altair as alt
 import vl_convert
 
-from keylayers.compare import agreement
 from keylayers.errors import ConfigError
+from keylayers.ranking.compare import agreement
+from keylayers.ranking.selection import Budget
 from keylayers.report.charts import (
     Chart,
     agreement_chart,
@@ -23,7 +24,6 @@ from keylayers.report.charts import (
 )
 from keylayers.report.losses import loss_curves
 from keylayers.report.source import Source, num_best
-from keylayers.selection import Budget
 
 Kind = Literal["heatmap", "curve", "losses", "agreement"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

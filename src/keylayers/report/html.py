@@ -20,11 +20,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from keylayers._version import __version__
-from keylayers.certainty import decisions
-from keylayers.compare import agreement, mean_by_kind
-from keylayers.costs import step_cost
 from keylayers.errors import RankingError
-from keylayers.ranking import Ranking
+from keylayers.ranking.certainty import decisions
+from keylayers.ranking.compare import agreement, mean_by_kind
+from keylayers.ranking.cost import step_cost
+from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.selection import Budget
 from keylayers.report.agreement import agreement_notes, measure
 from keylayers.report.charts import (
     Chart,
@@ -39,7 +40,6 @@ from keylayers.report.losses import loss_curves
 from keylayers.report.repeat import how_to_repeat
 from keylayers.report.source import Source, num_best
 from keylayers.report.terminal import provenance_lines
-from keylayers.selection import Budget
 
 CELL_WIDTHS = (30, 64)  # of a heatmap's columns on a page, in pixels: least and most
 BESIDE_CELLS = 130  # labels and legend

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from keylayers.provenance import is_number
-from keylayers.ranking import Ranking
+from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.record import is_number
 
 LEARNED = ("ila", "price")  # methods that take steps; of others a loss is one of many masks
 

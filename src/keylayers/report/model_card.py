@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from keylayers.options.command_line import Command, command_line
-from keylayers.ranking import Ranking
+from keylayers.ranking.ranking import Ranking
 from keylayers.report.repeat import how_to_repeat
 from keylayers.report.terminal import in_nats
 

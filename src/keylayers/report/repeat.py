@@ -4,7 +4,7 @@
 import shlex
 
 from keylayers.options.command_line import command_line
-from keylayers.ranking import Ranking
+from keylayers.ranking.ranking import Ranking
 
 
 def how_to_repeat(ranking: Ranking) -> str:

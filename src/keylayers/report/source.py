@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keylayers.errors import ConfigError
-from keylayers.ranking import FILE, Ranking
-from keylayers.selection import Budget, are_best
-from keylayers.verification import Verification, verification_file
+from keylayers.ranking.ranking import FILE, Ranking
+from keylayers.ranking.selection import Budget, are_best
+from keylayers.ranking.verification import Verification, verification_file
 
 
 @dataclass(frozen=True)

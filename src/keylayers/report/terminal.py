@@ -9,11 +9,11 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from keylayers.certainty import decisions, undecided
 from keylayers.errors import RankingError
-from keylayers.ranking import Ranking
+from keylayers.ranking.certainty import decisions, undecided
+from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.selection import Budget
 from keylayers.report.adalora import adalora_line, ranks_left
-from keylayers.selection import Budget
 
 # Cividis, dark to bright, by relative rank: readable for colour-blind people and in grey.
 SHADES = (

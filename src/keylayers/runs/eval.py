@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from keylayers.data.chat import resolve_template
 from keylayers.errors import ConfigError
 from keylayers.evaluation.documents import DOCUMENTS, Measured, Store
 from keylayers.evaluation.measures import corrected, measures_of
@@ -20,7 +21,6 @@ from keylayers.options.evaluation import EvalOptions
 from keylayers.progress import Progress, Silent
 from keylayers.records import RECORD, environment, json_sha256, num_launched
 from keylayers.runs.eval_jobs import Plan, need_libraries, planned
-from keylayers.training.chat import resolve_template
 
 LIBRARIES = ("lm_eval", "math-verify", "scipy", "numpy")
 # What decides which examples are held out, as far as records of trained models hold it.

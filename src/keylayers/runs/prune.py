@@ -12,12 +12,12 @@ from keylayers.errors import OutputError
 from keylayers.folders import check_replaceable, output_folder, replaced_folder
 from keylayers.options import PruneOptions
 from keylayers.progress import Progress, Silent
-from keylayers.ranking import Ranking
+from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.selection import Selection, select
+from keylayers.ranking.verification import budget_of
 from keylayers.records import CARD, RECORD, json_sha256, write_json, write_text
 from keylayers.report.model_card import model_card
 from keylayers.runs.prune_steps import Kind, PruneJob, Size, measured
-from keylayers.selection import Selection, select
-from keylayers.verification import budget_of
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from keylayers.apply.prune import WEIGHTS, num_parameters, prune_adapter
 from keylayers.apply.restore import prove_restored, restore_modules
 from keylayers.apply.saving import copy_files
+from keylayers.data.prepared import PreparedData
 from keylayers.errors import GuardError
 from keylayers.evaluation.loss import held_out_loss
-from keylayers.mask.curve import subset_losses
-from keylayers.model_map import base_model_of, map_modules
-from keylayers.models import (
+from keylayers.evaluation.mask_curve import subset_losses
+from keylayers.model.loading import (
     ADAPTER_FILES,
     CONFIG_FILES,
     TOKENIZER_FILES,
@@ -27,14 +27,14 @@ from keylayers.models import (
     load_model,
     local_folder,
 )
+from keylayers.model.modules import base_model_of, map_modules
 from keylayers.options import LOSS_UNITS, ModelOptions, PruneOptions
 from keylayers.progress import Progress
-from keylayers.ranking import Ranking
+from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.selection import Selection
 from keylayers.records import environment
 from keylayers.runs.reopen import loss_trainer, reopen
-from keylayers.selection import Selection
 from keylayers.training.objectives import prepared_examples
-from keylayers.training.prepared import PreparedData
 from keylayers.updates.adapter import tuner_layers
 
 Kind = Literal["adapter", "checkpoint"]

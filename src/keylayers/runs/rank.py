@@ -15,28 +15,28 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer
 
+from keylayers.data.prepare import prepare
 from keylayers.evaluation.loss import held_out_loss
 from keylayers.folders import check_replaceable, output_folder
 from keylayers.gates import gated, group_modules
-from keylayers.mask.module_scores import ModuleScores
-from keylayers.mask.reference import reference_of
-from keylayers.mask.trainer_data import prepared_for
-from keylayers.models import describe, load_tokenizer, max_positions
+from keylayers.model.loading import describe, load_tokenizer, max_positions
+from keylayers.model.sharding import place_model
+from keylayers.model.weights import weights_sha256
 from keylayers.options import LOSS_UNITS, MaskOptions, RankOptions, UpdateOptions
 from keylayers.options.passes import STOPS_BY_ITSELF, num_steps
 from keylayers.progress import OnStep, Progress, Silent
-from keylayers.ranking import FILE, RankedModule, Ranking
+from keylayers.ranking.ranking import FILE, RankedModule, Ranking
 from keylayers.records import environment
 from keylayers.runs.stage_1 import from_stage_1, stage_1_folder
 from keylayers.runs.update import RankJob, TunedModel, existing_update, load_base
 from keylayers.scores import score_modules
-from keylayers.sharding import place_model
-from keylayers.training.data import prepare
+from keylayers.scores.module_scores import ModuleScores
+from keylayers.trainers.data import prepared_for
+from keylayers.trainers.reference import reference_of
 from keylayers.training.objectives import prepared_examples
 from keylayers.training.run import make_loss_trainer
 from keylayers.updates import AdaLoraUpdate, Update, adapter_updates, dense_updates
 from keylayers.updates.dense import back_at_base
-from keylayers.weights import weights_sha256
 
 
 def rank_modules(

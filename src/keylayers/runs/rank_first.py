@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from keylayers.options import Control, FreezeAction, MaskOptions, Method, StabilityOptions
-from keylayers.ranking import FILE, Ranking
+from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.records import json_sha256
 from keylayers.runs.callback import FreezeUnimportant
 from keylayers.runs.train_job import TrainedSet, TrainJob

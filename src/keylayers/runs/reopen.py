@@ -8,9 +8,11 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+from keylayers.data.prepare import PreparedData, prepare
 from keylayers.errors import RankingError
-from keylayers.model_map import map_modules, outside_module
-from keylayers.models import describe, load_model, load_tokenizer, max_positions
+from keylayers.model.loading import describe, load_model, load_tokenizer, max_positions
+from keylayers.model.modules import map_modules, outside_module
+from keylayers.model.weights import weights_sha256
 from keylayers.options import (
     Objective,
     PruneOptions,
@@ -19,13 +21,11 @@ from keylayers.options import (
     VerifyOptions,
 )
 from keylayers.progress import Progress
-from keylayers.provenance import update_sha256s
-from keylayers.ranking import Ranking
+from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.record import update_sha256s
+from keylayers.ranking.selection import check_same_modules
 from keylayers.runs.update import TunedModel, existing_update
-from keylayers.selection import check_same_modules
-from keylayers.training.data import PreparedData, prepare
 from keylayers.training.run import make_loss_trainer
-from keylayers.weights import weights_sha256
 
 ENOUGH_BATCHES = 20  # of held-out examples, to resample them for an interval
 

@@ -14,11 +14,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from keylayers.errors import ModelError, RankingError
-from keylayers.model_map import map_modules
-from keylayers.models import check_folder
+from keylayers.model.loading import check_folder
+from keylayers.model.modules import map_modules
 from keylayers.options import ModelOptions
-from keylayers.provenance import is_number
-from keylayers.ranking import RankedModule, Ranking
+from keylayers.ranking.ranking import RankedModule, Ranking
+from keylayers.ranking.record import is_number
 from keylayers.records import environment, json_sha256
 from keylayers.scores.spectrum import shares_of_kind
 

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 from keylayers.apply.freeze import train_only
 from keylayers.apply.saving import save_tuned
 from keylayers.folders import remove_unfinished, unfinished
-from keylayers.model_map import map_modules
+from keylayers.model.modules import map_modules
+from keylayers.model.sharding import is_sharded
+from keylayers.model.weights import adapter_sha256, weights_sha256
 from keylayers.options import RankOptions, UpdateOptions
 from keylayers.records import (
     RECORD,
@@ -23,13 +25,11 @@ from keylayers.records import (
 )
 from keylayers.report.model_card import model_card
 from keylayers.runs.update import RankJob, TunedModel, existing_update, load_base
-from keylayers.sharding import is_sharded
 from keylayers.training.checkpoints import Checkpoints
 from keylayers.training.run import fine_tune, make_trainer, new_adapter
 from keylayers.training.step_scores import StepScores
 from keylayers.updates import adapter_updates
 from keylayers.updates.adalora import is_adalora
-from keylayers.weights import adapter_sha256, weights_sha256
 
 
 def stage_1_folder(options: RankOptions, parent: Path) -> Path:

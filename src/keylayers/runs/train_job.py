@@ -14,15 +14,19 @@ from keylayers.apply.adapter import prove_trainable
 from keylayers.apply.freeze import prove_unchanged_elsewhere, round_to_stored, train_only
 from keylayers.apply.halt import prove_kept
 from keylayers.apply.saving import save_tuned
+from keylayers.data.prepare import prepare
 from keylayers.errors import ConfigError
 from keylayers.evaluation.loss import held_out_loss
-from keylayers.memory import GIB
-from keylayers.model_map import map_modules
-from keylayers.models import Checkpoint, describe, load_model, load_tokenizer, max_positions
+from keylayers.model.loading import Checkpoint, describe, load_model, load_tokenizer, max_positions
+from keylayers.model.modules import map_modules
+from keylayers.model.sharding import check_can_freeze_inside
+from keylayers.model.weights import weights_sha256
 from keylayers.options import LOSS_UNITS, TrainOptions
 from keylayers.processes import from_first
 from keylayers.progress import Progress
-from keylayers.ranking import Ranking
+from keylayers.ranking.memory import GIB
+from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.selection import Budget, Selection, check_same_modules, select
 from keylayers.records import (
     CARD,
     RECORD,
@@ -35,15 +39,11 @@ from keylayers.records import (
 from keylayers.report.model_card import model_card
 from keylayers.runs.callback import FreezeUnimportant
 from keylayers.runs.reopen import note_other_objective, objective_of, sizes_of
-from keylayers.selection import Budget, Selection, check_same_modules, select
-from keylayers.sharding import check_can_freeze_inside
 from keylayers.training.checkpoints import Checkpoints
-from keylayers.training.data import prepare
 from keylayers.training.memory import measured_memory
 from keylayers.training.objectives import prepared_examples
 from keylayers.training.prefix_cache import PrefixCache
 from keylayers.training.run import TrainingResult, fine_tune, make_trainer, new_adapter
-from keylayers.weights import weights_sha256
 
 
 @dataclass(frozen=True)

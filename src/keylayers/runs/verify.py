@@ -8,19 +8,19 @@ from pathlib import Path
 
 from transformers import Trainer
 
-from keylayers.curve import MaskCurve
+from keylayers.data.prepared import PreparedData
+from keylayers.evaluation.mask_curve import mask_curve
 from keylayers.folders import output_folder
-from keylayers.mask.curve import mask_curve
 from keylayers.options import LOSS_UNITS, MaskOptions, VerifyOptions
 from keylayers.progress import Progress, Silent
-from keylayers.ranking import FILE, Ranking
+from keylayers.ranking.curve import MaskCurve
+from keylayers.ranking.ranking import FILE, Ranking
+from keylayers.ranking.verification import Verification, verification_file
 from keylayers.records import environment, json_sha256
 from keylayers.runs.reopen import loss_trainer, reopen
 from keylayers.scores import score_modules
 from keylayers.training.objectives import prepared_examples
-from keylayers.training.prepared import PreparedData
 from keylayers.updates import Update
-from keylayers.verification import Verification, verification_file
 
 NUM_LEAVE_ONE_OUT_EXAMPLES = 64
 

@@ -10,9 +10,6 @@ from collections.abc import Sequence
 from transformers import Trainer
 
 from keylayers.errors import ConfigError
-from keylayers.mask.module_scores import ModuleScores
-from keylayers.mask.trainer_log import TrainerLog
-from keylayers.mask.trainer_loss import samples
 from keylayers.options import MaskOptions, Method
 from keylayers.options.passes import STOPS_BY_ITSELF
 from keylayers.progress import OnStep
@@ -29,6 +26,7 @@ from keylayers.scores.ila import ila
 from keylayers.scores.kappatune import kappatune
 from keylayers.scores.leave_one_out import leave_one_out
 from keylayers.scores.lora_drop import lora_drop
+from keylayers.scores.module_scores import ModuleScores
 from keylayers.scores.path import path
 from keylayers.scores.plop import plop
 from keylayers.scores.price import price
@@ -37,6 +35,8 @@ from keylayers.scores.repeated import ScoreFunction, repeated
 from keylayers.scores.shapley import shapley
 from keylayers.scores.spectrum import spectrum
 from keylayers.scores.update_norm import update_norm
+from keylayers.trainers.log import TrainerLog
+from keylayers.trainers.loss import samples
 from keylayers.updates import Update
 
 METHODS: dict[Method, ScoreFunction] = {

@@ -21,12 +21,12 @@ from peft import AdaLoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, set_seed
 
 from keylayers.errors import ConfigError
-from keylayers.mask.module_scores import ModuleScores
-from keylayers.mask.trainer_loss import TrainerLoss
+from keylayers.model.preserve import preserved
+from keylayers.model.sharding import is_sharded
 from keylayers.options import MaskOptions
-from keylayers.preserve import preserved
 from keylayers.progress import OnStep
-from keylayers.sharding import is_sharded
+from keylayers.scores.module_scores import ModuleScores
+from keylayers.trainers.loss import TrainerLoss
 from keylayers.updates import Update
 from keylayers.updates.base_weight import check_linear
 

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 import torch
 from transformers import Trainer
 
-from keylayers.mask.module_scores import ModuleScores, block_indices
-from keylayers.mask.scoring import mean_and_error, scoring
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
 from keylayers.scores.gradient_norm import weight_gradient_norms
+from keylayers.scores.module_scores import ModuleScores, block_indices
+from keylayers.scores.scoring import mean_and_error, scoring
 from keylayers.updates import Update
 
 

@@ -18,12 +18,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Trainer
 
-from keylayers.mask.module_scores import ModuleScores, block_indices
-from keylayers.mask.probe import observed_blocks, token_mask
-from keylayers.mask.scoring import Scoring, mean_and_error, scoring
-from keylayers.model_map import blocks_of
+from keylayers.model.modules import blocks_of
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
+from keylayers.scores.module_scores import ModuleScores, block_indices
+from keylayers.scores.probe import observed_blocks, token_mask
+from keylayers.scores.scoring import Scoring, mean_and_error, scoring
 from keylayers.updates import Update
 from keylayers.updates.adapter import towers_of
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 
 from transformers import Trainer
 
-from keylayers.mask.module_scores import ModuleScores, block_indices, data_free
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
+from keylayers.scores.module_scores import ModuleScores, block_indices, data_free
 from keylayers.updates import Update
 
 

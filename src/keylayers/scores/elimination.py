@@ -32,12 +32,12 @@ import torch
 from transformers import Trainer
 
 from keylayers.gates import group_modules
-from keylayers.mask.module_scores import ModuleScores
-from keylayers.mask.path_integral import shares_in_one_sweep
-from keylayers.mask.scoring import mean_and_error, scoring
 from keylayers.options import MaskOptions
 from keylayers.options.passes import round_sizes
 from keylayers.progress import OnStep
+from keylayers.scores.module_scores import ModuleScores
+from keylayers.scores.path_integral import shares_in_one_sweep
+from keylayers.scores.scoring import mean_and_error, scoring
 from keylayers.updates import Update
 
 

@@ -27,11 +27,11 @@ from torch import nn
 from transformers import Trainer
 
 from keylayers.errors import ConfigError
-from keylayers.mask.module_scores import ModuleScores
-from keylayers.mask.scoring import scoring
-from keylayers.model_map import base_model_of
+from keylayers.model.modules import base_model_of
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
+from keylayers.scores.module_scores import ModuleScores
+from keylayers.scores.scoring import scoring
 from keylayers.updates import Update
 from keylayers.updates.base_weight import check_linear
 

@@ -20,11 +20,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import Trainer
 
-from keylayers.mask.module_scores import ModuleScores
-from keylayers.mask.probe import observed_gradients
-from keylayers.mask.scoring import Scoring, mean_and_error, scoring
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
+from keylayers.scores.module_scores import ModuleScores
+from keylayers.scores.probe import observed_gradients
+from keylayers.scores.scoring import Scoring, mean_and_error, scoring
 from keylayers.updates import Update
 
 

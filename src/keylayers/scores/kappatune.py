@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 from transformers import Trainer
 
-from keylayers.mask.module_scores import ModuleScores, data_free
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
+from keylayers.scores.module_scores import ModuleScores, data_free
 from keylayers.updates import Update
 from keylayers.updates.base_weight import base_weight
 

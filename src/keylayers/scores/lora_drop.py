@@ -19,11 +19,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import Trainer
 
-from keylayers.mask.module_scores import ModuleScores
-from keylayers.mask.probe import observed_inputs, per_example, token_mask
-from keylayers.mask.scoring import Scoring, mean_and_error, scoring
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
+from keylayers.scores.module_scores import ModuleScores
+from keylayers.scores.probe import observed_inputs, per_example, token_mask
+from keylayers.scores.scoring import Scoring, mean_and_error, scoring
 from keylayers.updates import Update
 
 

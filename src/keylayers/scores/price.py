@@ -17,10 +17,10 @@ from collections.abc import Sequence
 
 from transformers import Trainer
 
-from keylayers.mask.learning import learn_scores
-from keylayers.mask.module_scores import ModuleScores
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
+from keylayers.scores.learning import learn_scores
+from keylayers.scores.module_scores import ModuleScores
 from keylayers.updates import Update
 
 HALF_OPEN = 0.0  # the score of a gate of one half

@@ -7,10 +7,10 @@ from statistics import fmean
 
 from transformers import Trainer
 
-from keylayers.mask.module_scores import ModuleScores
-from keylayers.mask.settled import SettledSelection
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
+from keylayers.scores.module_scores import ModuleScores
+from keylayers.scores.stable_selection import SettledSelection
 from keylayers.updates import Update
 
 MOST_REPEATS = 10

@@ -19,10 +19,10 @@ from collections.abc import Sequence
 import torch
 from transformers import Trainer
 
-from keylayers.mask.module_scores import ModuleScores
-from keylayers.mask.scoring import mean_and_error, scoring
 from keylayers.options import MaskOptions
 from keylayers.progress import OnStep
+from keylayers.scores.module_scores import ModuleScores
+from keylayers.scores.scoring import mean_and_error, scoring
 from keylayers.updates import Update
 
 

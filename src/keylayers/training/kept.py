@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from keylayers.memory import KeptStorage
-from keylayers.model_map import ModuleInfo, blocks_of
+from keylayers.model.modules import ModuleInfo, blocks_of
+from keylayers.ranking.memory import KeptStorage
 from keylayers.updates.adapter import towers_of, tuner_layers
 
 

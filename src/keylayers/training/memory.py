@@ -17,12 +17,12 @@ from transformers import Trainer
 
 from keylayers.apply.adapter import trainable_modules
 from keylayers.errors import ConfigError
-from keylayers.mask.trainer_loss import samples
-from keylayers.mask.trainer_state import unchanged_trainer
-from keylayers.memory import ModuleMemory, StepMemory
-from keylayers.model_map import ModuleInfo, map_modules, outside_module
-from keylayers.preserve import preserved
-from keylayers.sharding import is_sharded
+from keylayers.model.modules import ModuleInfo, map_modules, outside_module
+from keylayers.model.preserve import preserved
+from keylayers.model.sharding import is_sharded
+from keylayers.ranking.memory import ModuleMemory, StepMemory
+from keylayers.trainers.loss import samples
+from keylayers.trainers.state import unchanged_trainer
 from keylayers.training.kept import Watch, num_bytes, storage_key
 from keylayers.training.peak import peak_bytes
 from keylayers.training.shallow import shallow_backward

@@ -28,8 +28,8 @@ from trl import (
 )
 
 from keylayers.errors import GuardError
-from keylayers.mask.reference import REFERENCE_ADAPTER
 from keylayers.options import Objective, TrainingOptions
+from keylayers.trainers.reference import REFERENCE_ADAPTER
 
 LoadReference = Callable[[], PreTrainedModel]
 

@@ -31,19 +31,19 @@ from transformers import (
 )
 
 from keylayers.apply.adapter import add_lora
+from keylayers.data.prepared import PreparedData
+from keylayers.data.reading import quiet_datasets
 from keylayers.errors import ConfigError, LossError
 from keylayers.folders import one_line_if_full
-from keylayers.mask.stability import is_stable
+from keylayers.model.sharding import place_model
 from keylayers.options import StabilityOptions, TrainingOptions
 from keylayers.progress import OnStep
-from keylayers.sharding import place_model
 from keylayers.training.checkpoints import Checkpoints
 from keylayers.training.loggers import check_loggers, name_loggers
 from keylayers.training.objectives import LoadReference, TrainerParts, build_trainer
 from keylayers.training.prefix_cache import PrefixCache
-from keylayers.training.prepared import PreparedData
-from keylayers.training.reading import quiet_datasets
 from keylayers.training.shallow import ShallowBackward
+from keylayers.training.stability import is_stable
 from keylayers.updates.adalora import is_adalora
 
 

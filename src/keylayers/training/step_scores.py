@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from keylayers.errors import RankingError
-from keylayers.model_map import ModuleInfo
+from keylayers.model.modules import ModuleInfo
+from keylayers.model.sharding import is_sharded, own_part
 from keylayers.processes import summed
-from keylayers.ranking import RankedModule, Ranking
+from keylayers.ranking.ranking import RankedModule, Ranking
 from keylayers.records import environment
-from keylayers.sharding import is_sharded, own_part
 from keylayers.updates import adapter_updates
 from keylayers.updates.adapter import own_parameters
 

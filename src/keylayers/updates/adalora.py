@@ -15,7 +15,7 @@ from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import Tensor, nn
 
-from keylayers.model_map import ModuleInfo
+from keylayers.model.modules import ModuleInfo
 from keylayers.updates.gate import Gate
 
 

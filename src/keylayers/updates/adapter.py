@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from keylayers.errors import ModelError
-from keylayers.model_map import (
+from keylayers.model.modules import (
     ModuleInfo,
     base_model_of,
     is_in_stack,

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from keylayers.errors import ModelError
-from keylayers.model_map import linear_of
-from keylayers.sharding import whole
+from keylayers.model.modules import linear_of
+from keylayers.model.sharding import whole
 
 
 def base_weight(layer: nn.Module) -> Float[Tensor, "d_out d_in"]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from keylayers.errors import ModelError
-from keylayers.model_map import ModuleInfo, experts_of, map_modules
+from keylayers.model.modules import ModuleInfo, experts_of, map_modules
 from keylayers.options import Towers
 from keylayers.updates.gate import GATE_CHILD, Gate
 

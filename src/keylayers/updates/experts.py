@@ -14,8 +14,8 @@ from jaxtyping import Float
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
-from keylayers.model_map import ModuleInfo
-from keylayers.sharding import whole
+from keylayers.model.modules import ModuleInfo
+from keylayers.model.sharding import whole
 from keylayers.updates.gate import GATE_CHILD, Gate
 
 

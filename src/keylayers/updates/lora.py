@@ -15,8 +15,8 @@ from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from keylayers.model_map import ModuleInfo
-from keylayers.sharding import whole
+from keylayers.model.modules import ModuleInfo
+from keylayers.model.sharding import whole
 from keylayers.updates.gate import GATE_CHILD, Gate
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 from transformers import GenerationConfig
 
+from keylayers.data.chat import render
+from keylayers.data.formats import Message
 from keylayers.evaluation.generation import (
     Ending,
     Speaker,
@@ -17,8 +19,6 @@ from keylayers.evaluation.generation import (
 )
 from keylayers.evaluation.judge.answers import Answer, AnswerSettings, batches
 from keylayers.evaluation.judge.questions import Question
-from keylayers.training.chat import render
-from keylayers.training.formats import Message
 
 
 def generate_answers(

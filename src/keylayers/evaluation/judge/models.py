@@ -14,10 +14,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from keylayers.data.chat import ChatTemplate, resolve_template
 from keylayers.errors import ModelError
 from keylayers.evaluation.identity import config_sha256
 from keylayers.evaluation.subjects import Kind, lent, subjects_of
-from keylayers.models import (
+from keylayers.model.loading import (
     ADAPTER_FILES,
     TOKENIZER_FILES,
     Checkpoint,
@@ -27,12 +28,11 @@ from keylayers.models import (
     load_tokenizer,
     local_folder,
 )
+from keylayers.model.preserve import to_evaluation
 from keylayers.options import ModelOptions
 from keylayers.options.evaluation import ComparedOptions
 from keylayers.options.judge import JudgedOptions
-from keylayers.preserve import to_evaluation
 from keylayers.records import json_sha256
-from keylayers.training.chat import ChatTemplate, resolve_template
 
 
 @dataclass(frozen=True)

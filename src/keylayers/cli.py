@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: one sub-command a file, loaded when it is called.
+
+Exit code 0 for success, 2 for a user's mistake (one line on stderr, nothing left behind), 1 for a
+failure of keylayers itself, 130 after Ctrl-C. `--traceback` shows where an error came from.
+"""
+
+import errno
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError, Parameter
+
+from keylayers._version import __version__
+from keylayers.commands.config import from_config_file, from_ranking_file, refuse_grpo
+from keylayers.errors import KeylayersError, OutputError
+from keylayers.records import check_no_password
+
+app = App(
+    name="keylayers",
+    help="Find the weight matrices that a fine-tune of a language model really needs, and train "
+    "only those.",
+    version=__version__,
+    config=(from_config_file, from_ranking_file, refuse_grpo),
+    help_format="plaintext",  # what renders the markdown of sub-commands is slow to import
+    suppress_keyboard_interrupt=False,  # `main` says what was kept
+    default_parameter=Parameter(consume_multiple=True, negative_iterable=()),
+)
+# Help stands here too, so that `keylayers --help` loads no sub-command; a test compares the two.
+COMMANDS = {
+    "demo": "Rank, show and train on the built-in model: no network, a minute or two.",
+    "rank": "Rank the modules of a model for a fine-tune.",
+    "show": "Show a ranking: heatmap of blocks by projections, best and worst modules, provenance.",
+    "verify": "Measure a ranking: held-out loss with only the best modules' updates kept.",
+    "compare": "Show how far rankings pick the same modules, beside what chance would give.",
+    "train": "Train only the modules that a ranking and a budget select.",
+    "prune": "Cut an adapter, or a tuned checkpoint, to the modules that a ranking and a budget "
+    "select.",
+    "eval": "Compare a model with adapters and checkpoints: benchmarks, losses, problems, in one "
+    "table.",
+    "import": "Make a ranking of a scan by Spectrum: it can be shown, compared, trained on and "
+    "exported.",
+    "judge": "Let a model behind an endpoint judge the answers of a base model, adapters and "
+    "checkpoints.",
+    "study": "Run every combination of models, data, seeds, methods and budgets, each once.",
+    "export": "Write the files with which another tool trains exactly the selected modules.",
+}
+for _name, _help in COMMANDS.items():
+    _file = {"import": "import_", "study": "study_command"}.get(_name, _name)
+    app.command(f"keylayers.commands.{_file}:app", name=_name, help=_help)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        arguments: Instead of the process's own.
+    """
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    is_traceback_wanted = "--traceback" in tokens
+    tokens = [token for token in tokens if token != "--traceback"]
+    _quiet_libraries()
+    try:
+        for token in tokens:
+            check_no_password(token, "an option")
+        app(tokens, print_error=False, exit_on_error=False, result_action="return_value")
+    except KeyboardInterrupt:
+        _complain(
+            "stopped; nothing is half written, and the same command goes on from what was finished"
+        )
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except CycloptsError as error:
+        if is_traceback_wanted:
+            raise
+        _complain(" ".join(str(error).split()))
+        return 2
+    except KeylayersError as error:
+        if is_traceback_wanted:
+            raise
+        _complain(str(error))
+        return error.exit_code
+    except OSError as error:
+        if is_traceback_wanted:
+            raise
+        if error.errno == errno.ENAMETOOLONG:
+            _complain(
+                f"a file or a folder must have a name that the system takes, but one that begins "
+                f"with {str(error.filename)[:40]!r} is too long"
+            )
+            return 2
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _complain(
+            "the disk must have room for what libraries keep on it, but it is full; what was "
+            "there is kept: make room and give the same command again"
+        )
+        return OutputError.exit_code
+    return 0
+
+
+def run() -> None:
+    """The console script: `main` with the process's arguments, as its exit code."""
+    sys.exit(main())
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries from printing and from reporting to servers; before they are imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries beside our own
+    for library in ("peft", "transformers", "trl"):  # deprecations between them, not for users
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
+
+
+def _complain(text: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return  # the first process of the machine says it
+    sys.stderr.write(f"keylayers: {' '.join(text.split())}\n")

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where options come from: flags win over the YAML file, and that over a ranking's record."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cyclopts import App, Group, Parameter
+from cyclopts.argument import Argument, ArgumentCollection
+from cyclopts.config import Dict
+
+from keylayers.errors import ConfigError, did_you_mean
+from keylayers.records import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT
+from keylayers.yaml_values import yaml_value
+
+# Titles of option groups in `--help`, in the order in which they are shown.
+GROUPS = (
+    "Selection",
+    "Model",
+    "Data",
+    "An update that exists already",
+    "Objective",
+    "Fine-tuning",
+    "When stage 1 ends",
+    "Learning the scores",
+    "Measuring",
+    "Compared",
+    "Benchmarks",
+    "Gain and forgetting",
+    "Problems",
+    "Running",
+    "Questions and answers",
+    "Judge",
+)
+
+WITH_RANKING = (("train",), ("verify",), ("prune",))
+WITH_UPDATE = (("verify",), ("prune",))  # they open the update that was ranked once more
+
+
+def flat(title: str) -> Parameter:
+    """Show the fields of an options class as flags of their own, together under `title`."""
+    return Parameter(name="*", group=Group(title, sort_key=GROUPS.index(title)))
+
+
+def from_config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Fill what no flag gives from the YAML file of `--config`.
+
+    Raises:
+        ConfigError: no such file, no mapping, or a key that is no option of this sub-command.
+    """
+    path = _given(arguments, "config")
+    if path is None:
+        return
+    options = read_yaml(Path(path), "config")
+    known = [name for argument in arguments if (name := _key(argument)) != "config"]
+    normal = {str(key).replace("-", "_"): value for key, value in options.items()}
+    for key in normal:
+        if key not in known:
+            raise ConfigError(
+                f"every key in {path!r} must be an option of `keylayers {' '.join(commands)}`, got "
+                f"{key!r}{did_you_mean(key, known)}"
+            )
+    _fill(app, arguments, normal, source=path)
+
+
+def from_ranking_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Where a ranking is given, fill what is missing with what the ranking's own run used."""
+    path = _given(arguments, "ranking") if commands in WITH_RANKING else None
+    if path is None:
+        return
+    from keylayers.options.commands import TAKEN_FROM_RANKING, TAKEN_WITH_UPDATE
+    from keylayers.ranking.ranking import Ranking
+
+    made_by = Ranking.load(path).provenance
+    recorded = made_by.get("options", {})
+    known = {_key(argument) for argument in arguments}
+    wanted = (
+        (*TAKEN_FROM_RANKING, *TAKEN_WITH_UPDATE) if commands in WITH_UPDATE else TAKEN_FROM_RANKING
+    )
+    options = {name: recorded[name] for name in wanted if name in recorded and name in known}
+    if _given(arguments, "objective") not in (None, recorded.get("objective", "sft")):
+        options.pop("beta", None)  # it belongs to the objective
+    if _given(arguments, "model") not in (None, recorded.get("model")):
+        options.pop("revision", None)  # it belongs to the model
+    if commands in WITH_UPDATE:
+        options |= _update_of(Path(path), made_by, arguments)
+        _fill(app, arguments, options, source=path)
+        return
+    steps = made_by.get("stage_1", {}).get("num_steps")
+    if steps is not None:
+        options["steps"] = steps
+    _fill(app, arguments, options, source=path)
+
+
+def refuse_grpo(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Say where the objective is that has no flag, for it needs rewards and ways to sample.
+
+    Raises:
+        ConfigError: `--objective grpo`.
+    """
+    if _given(arguments, "objective") == "grpo":
+        raise ConfigError(
+            "`objective` must be sft, dpo, kto, orpo or reward on the command line, got grpo, "
+            "whose rewards are a program; build TRL's GRPOTrainer and call keylayers.rank_modules"
+        )
+
+
+def _update_of(
+    path: Path, made_by: Mapping[str, Any], arguments: ArgumentCollection
+) -> dict[str, Any]:
+    """The update that was ranked: the adapter or checkpoint that stage 1 left beside the file."""
+    if _given(arguments, "adapter") or _given(arguments, "tuned"):
+        return {"adapter": None, "tuned": None}
+    folder = path if path.is_dir() else path.parent
+    kinds = {"adapter": STAGE_1_ADAPTER, "tuned": STAGE_1_CHECKPOINT}
+    is_full = made_by.get("options", {}).get("update") == "full"
+    kind = "tuned" if is_full else "adapter"
+    if "stage_1" in made_by and (folder / kinds[kind]).is_dir():
+        return {kind: str(folder / kinds[kind])}
+    return {}
+
+
+def read_yaml(path: Path, name: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds; empty for an empty file.
+
+    Args:
+        path: Of the file.
+        name: Of the option that gives it.
+
+    Raises:
+        ConfigError: it cannot be read, or is something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"`{name}` must be a YAML file, but {str(path)!r} cannot be read: {error.strerror}"
+        ) from error
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{str(path)!r} must be valid YAML, but is not: {reason}") from error
+    options = yaml_value(text, repr(str(path)))
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise ConfigError(
+            f"{str(path)!r} must map options to values, got a {type(options).__name__}"
+        )
+    for key in options:
+        if not isinstance(key, str):
+            raise ConfigError(f"every key in {str(path)!r} must be a name, got {key!r}")
+    return options
+
+
+def _fill(app: App, arguments: ArgumentCollection, options: dict[str, Any], source: str) -> None:
+    """Give each argument without tokens its value from `options`; None means not given."""
+    values = {
+        _flag(argument): options[_key(argument)]
+        for argument in arguments
+        if options.get(_key(argument)) is not None
+    }
+    Dict(values, source=source, use_commands_as_keys=False)(app, (), arguments)
+
+
+def _given(arguments: ArgumentCollection, key: str) -> str | None:
+    """The text that was given for an option, if any."""
+    for argument in arguments:
+        if _key(argument) == key and argument.tokens:
+            return argument.tokens[0].value
+    return None
+
+
+def _flag(argument: Argument) -> str:
+    return argument.name.lstrip("-")
+
+
+def _key(argument: Argument) -> str:
+    """An option's name in YAML files and records: `mask_steps` for `--mask-steps`."""
+    return _flag(argument).replace("-", "_")

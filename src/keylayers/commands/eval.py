@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`keylayers eval`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App
+
+from keylayers.commands.config import flat
+from keylayers.options import ModelOptions
+from keylayers.options.evaluation import (
+    BenchmarkOptions,
+    ComparedOptions,
+    EvalOptions,
+    EvalRunOptions,
+    LossOptions,
+    ProblemOptions,
+)
+
+EXAMPLES = """Examples:
+
+```
+keylayers eval --model base --adapter tuned-30 tuned-all --tasks mmlu,hellaswag
+keylayers eval --model base --adapter tuned --data chats.jsonl --forgetting-data known.txt
+keylayers eval --model base --checkpoint tuned --problems gsm8k math-500 --samples 8
+keylayers eval --model base --adapter tuned --task-folder my-tasks --tasks mine --limit 200
+```
+"""
+
+app = App(help_epilogue=EXAMPLES, help_format="markdown")
+
+
+@app.default
+def eval(
+    *,
+    model: Annotated[ModelOptions, flat("Model")],
+    compared: Annotated[ComparedOptions, flat("Compared")] = ComparedOptions(),
+    benchmarks: Annotated[BenchmarkOptions, flat("Benchmarks")] = BenchmarkOptions(),
+    losses: Annotated[LossOptions, flat("Gain and forgetting")] = LossOptions(),
+    problems: Annotated[ProblemOptions, flat("Problems")] = ProblemOptions(),
+    run: Annotated[EvalRunOptions, flat("Running")] = EvalRunOptions(),
+    output: Path = Path("evaluation"),
+    config: Path | None = None,
+) -> None:
+    """Compare a model with adapters and checkpoints: benchmarks, losses, problems, in one table.
+
+    Every difference is taken document by document and stands beside its interval. What is finished
+    is not measured again: the same command goes on where it was stopped. Writes evaluation.json and
+    documents.parquet. Benchmarks and problems need `pip install 'keylayers[eval]'`.
+
+    Args:
+        output: Folder of the evaluation.
+        config: YAML file with any of these options; flags win over it.
+    """
+    from keylayers.commands.console import ConsoleProgress, stdout
+    from keylayers.report.evaluation import evaluation_report
+    from keylayers.runs.eval import evaluate
+
+    options = EvalOptions(model, compared, benchmarks, losses, problems, run)
+    found = evaluate(options, output, ConsoleProgress())
+    console = stdout()
+    console.print(evaluation_report(found))
+    console.print(f"\nwritten to {output}", markup=False)

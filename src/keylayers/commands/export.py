@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`keylayers export`."""
+
+from pathlib import Path
+
+from cyclopts import App
+
+from keylayers.export import Tool
+from keylayers.export.settings import Kind
+
+EXAMPLES = """Examples:
+
+```
+keylayers export out --budget 0.3 --to peft
+keylayers export out --freeze 0.25 --to axolotl --update full --output axolotl
+```
+"""
+
+app = App(help_epilogue=EXAMPLES, help_format="markdown")
+
+
+@app.default
+def export(
+    ranking: Path,
+    /,
+    *,
+    to: Tool,
+    budget: str | None = None,
+    freeze: float | None = None,
+    update: Kind = "lora",
+    output: Path = Path("exported"),
+) -> None:
+    """Write the files with which another tool trains exactly the selected modules.
+
+    LoRA's rank and alpha and the model's name are those of the ranking's own run. What a tool
+    cannot train exactly is refused; docs/exports.md has the reasons.
+
+    Args:
+        ranking: Ranking file, or the folder that holds ranking.json.
+        to: The tool.
+        budget: How much is trained, as for `keylayers train`: 0.3, 17, 0.3x-params, 0.6x-time or
+            auto.
+        freeze: Instead of a budget: train all but the worst share, such as 0.25.
+        update: LoRA on the modules, or a full fine-tune of them.
+        output: Folder of the files.
+    """
+    from keylayers.commands.console import stdout
+    from keylayers.export import export_selection
+    from keylayers.options import BudgetOptions
+    from keylayers.ranking.ranking import Ranking
+    from keylayers.ranking.verification import budget_of
+
+    loaded = Ranking.load(ranking)
+    wanted = BudgetOptions(ranking=str(ranking), budget=budget, freeze=freeze)
+    for path in export_selection(loaded, budget_of(wanted, loaded), to, output, kind=update):
+        stdout().print(f"{path} written", markup=False)

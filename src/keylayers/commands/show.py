@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`keylayers show`."""
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter
+
+from keylayers.errors import ConfigError
+
+if TYPE_CHECKING:
+    from keylayers.ranking.ranking import Ranking
+    from keylayers.ranking.selection import Budget
+    from keylayers.report.source import Source
+
+EXAMPLES = """Examples:
+
+```
+keylayers show out/ranking.json
+keylayers show out --budget 17
+keylayers show out --html report.html
+keylayers show lima alpaca --html both.html --figure heatmap.pdf agreement.svg
+keylayers show out --json | jq '.modules[0].name'
+```
+"""
+
+JSON = Parameter(name="--json", negative=())
+NEEDED = ("altair", "vl_convert", "jinja2")  # of the extra `report`
+app = App(help_epilogue=EXAMPLES, help_format="markdown")
+
+
+@app.default
+def show(
+    *rankings: Path,
+    budget: str = "0.3",
+    html: Path | None = None,
+    figure: tuple[Path, ...] = (),
+    as_json: Annotated[bool, JSON] = False,
+) -> None:
+    """Show a ranking: heatmap of blocks by projections, best and worst modules, provenance.
+
+    Modules whose place inside or outside the selection the data do not decide are marked. Reports
+    and figures show the verification beside the ranking too, and the agreement of several rankings.
+
+    Args:
+        rankings: Ranking files, or the folders that hold ranking.json.
+        budget: Where to mark them: 0.3 is the best 30 % of the modules, 17 is 17 modules,
+            0.3x-params is 30 % of the parameters.
+        html: Write a report instead, one file that opens offline, with a slider for the budget.
+        figure: Write figures instead. The file's name says what it shows (heatmap, curve, losses
+            or agreement), its ending the format: heatmap.pdf, fig-2-curve.svg, agreement.png.
+        as_json: For machines: modules best first, with rank, score, whether its place at
+            the budget is decided, and all provenance.
+    """
+    from keylayers.ranking.ranking import Ranking
+    from keylayers.ranking.selection import parse_budget
+    from keylayers.report.source import load_sources
+
+    if not rankings:
+        raise ConfigError("`show` needs at least one ranking, got none; give its file or folder")
+    if as_json and (html is not None or figure or len(rankings) > 1):
+        raise ConfigError(
+            "`json` must be given with one ranking and without `html` and `figure`; run the "
+            "command once for each"
+        )
+    parsed = parse_budget(budget)
+    if html is not None or figure:
+        _check_files(html, figure)
+        _write(load_sources(rankings), parsed, html, figure)
+        return
+    loaded = [Ranking.load(path) for path in rankings]
+    if not as_json:
+        _print(loaded, rankings, parsed)
+        return
+    content = _content(loaded[0], parsed) | {"budget": budget}
+    json.dump(content, sys.stdout, indent=2, ensure_ascii=False)
+    sys.stdout.write("\n")
+
+
+def _print(loaded: "Sequence[Ranking]", paths: Sequence[Path], budget: "Budget") -> None:
+    from keylayers.commands.console import stdout
+    from keylayers.report.terminal import ranking_report
+
+    console = stdout()
+    for path, ranking in zip(paths, loaded, strict=True):
+        if len(loaded) > 1:
+            console.rule(str(path), align="left", characters="─")
+        console.print(ranking_report(ranking, budget=budget))
+
+
+def _check_files(html: Path | None, figures: Sequence[Path]) -> None:
+    """Refuse what cannot be written or drawn, before anything is read."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"`html` and `figure` need {', '.join(missing)}, which is not installed; install "
+            f"keylayers[report]"
+        )
+    from keylayers.report.figures import figure_kind
+
+    if html is not None and html.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"`html` must end in .html, got {str(html)!r}; choose such a name")
+    for path in figures:
+        figure_kind(path)
+
+
+def _write(
+    sources: "Sequence[Source]", budget: "Budget", html: Path | None, figures: Sequence[Path]
+) -> None:
+    """Write everything, after all of it is made."""
+    from keylayers.commands.console import stdout
+    from keylayers.records import write_bytes
+    from keylayers.report.figures import draw_figures
+    from keylayers.report.html import render_report
+
+    contents = {} if html is None else {html: render_report(sources, budget)}
+    contents |= draw_figures(sources, figures, budget)
+    for path, content in contents.items():
+        write_bytes(path, content)
+        stdout().print(f"{path} written", markup=False)
+
+
+def _content(ranking: "Ranking", budget: "Budget") -> dict[str, Any]:
+    """The ranking file's content, modules best first, each with whether its place is decided."""
+    from keylayers.errors import RankingError
+    from keylayers.ranking.certainty import decisions
+
+    known: dict[str, bool | None] = {}
+    with suppress(RankingError):  # a budget that reaches modules without a score decides nothing
+        known = decisions(ranking, budget)
+    content = ranking.to_json()
+    order = {module.name: place for place, module in enumerate(ranking.ordered())}
+    content["modules"].sort(key=lambda module: order[module["name"]])
+    for module in content["modules"]:
+        module["decided"] = known.get(module["name"])
+    return content

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure mask curves: the held-out loss when only the best k modules keep their update."""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from datasets import Dataset
+from transformers import Trainer
+
+from keylayers.gates import gated
+from keylayers.progress import OnStep
+from keylayers.ranking.curve import MaskCurve
+from keylayers.trainers.data import prepared_for
+from keylayers.trainers.loss import (
+    BatchLosses,
+    TrainerLoss,
+    batch_losses,
+    every_batch_everywhere,
+)
+from keylayers.updates import Update
+
+
+def mask_curve(
+    trainer: Trainer,
+    updates: Sequence[Update],
+    order: Sequence[str],
+    held_out: Dataset,
+    *,
+    num_points: int | None = None,
+    on_step: OnStep | None = None,
+) -> MaskCurve:
+    """The curve of one order of the modules.
+
+    Args:
+        trainer: Its model carries the updates; its loss is measured.
+        updates: From `adapter_updates` or `dense_updates`.
+        order: Names of all updated modules, best first.
+        held_out: Examples that neither training nor mask learning saw.
+        num_points: Points on the curve, evenly spaced; every count if not given.
+        on_step: Called after each point with its number, from 1, and its loss in nats.
+    """
+    counts = curve_counts(len(order), num_points)
+    subsets = [order[:count] for count in counts]
+    measured = subset_losses(trainer, updates, subsets, held_out, on_step)
+    return MaskCurve(
+        counts=tuple(counts),
+        losses=tuple(one.mean for one in measured),
+        batch_losses=tuple(one.losses for one in measured),
+        batch_weights=measured[0].weights,
+    )
+
+
+def curve_counts(num_modules: int, num_points: int | None) -> list[int]:
+    """How many modules each point keeps, from none to all."""
+    steps = num_modules if num_points is None else min(num_modules, num_points - 1)
+    return [round(num_modules * step / steps) for step in range(steps + 1)]
+
+
+def subset_losses(
+    trainer: Trainer,
+    updates: Sequence[Update],
+    subsets: Sequence[Collection[str]],
+    held_out: Dataset,
+    on_step: OnStep | None = None,
+) -> list[BatchLosses]:
+    """Held-out losses in nats with only the updates of each subset of modules kept."""
+    source = TrainerLoss(trainer)
+    held_out = prepared_for(trainer, held_out)
+    measured = []
+    with source.quiet(), every_batch_everywhere(trainer):
+        batches = list(trainer.get_eval_dataloader(held_out))
+        with gated(trainer.model, updates, initial_score=1.0, link="identity") as gates:
+            names = [modules[0] for modules in gates.groups.values()]
+            for step, subset in enumerate(subsets, start=1):
+                kept = set(subset)
+                gates.set_scores(torch.tensor([float(name in kept) for name in names]))
+                measured.append(batch_losses(source, batches))
+                if on_step is not None:
+                    on_step(step, measured[-1].mean)
+    return measured

@@ -1,2 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""The masked model: when to learn the mask, how, and how good it is."""

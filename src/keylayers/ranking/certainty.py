@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which modules' places inside or outside a selection the data decide. Needs no torch.
+
+The cut of a budget is the midpoint between the last score taken and the first left out. A module's
+place is decided when its 95 % interval, score ± 1.96 standard errors, does not contain the cut. The
+interval covers the noise of the batches within one run, with the cut held fixed. It does not cover
+other seeds of the fine-tune, which can move scores further than their batches do.
+"""
+
+from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.selection import Budget, are_best
+
+NUM_STANDARD_ERRORS = 1.96  # to each side of a normal mean, for 95 %
+
+
+def undecided(ranking: Ranking, budget: Budget) -> tuple[str, ...]:
+    """Names of the modules, in model order, whose 95 % interval contains the budget's cut.
+
+    The interval, score ± 1.96 standard errors in the unit of the score, covers the noise of the
+    batches within one run and not the seeds of the fine-tune: another seed may move a module that
+    is not named here. A budget of all modules has no cut, so that nothing is undecided; nor is
+    there one where all that is left out has no score.
+
+    Args:
+        ranking: Modules without a score or a standard error are never undecided.
+        budget: In any form of `keylayers.ranking.selection`.
+
+    Returns:
+        Empty where no standard error is known. At a tie of the last score taken with the first
+        left out, all modules with that score, as the model's order and not the data places them.
+
+    Raises:
+        ConfigError: the budget has no known form, or buys nothing or more than there is.
+        RankingError: the budget reaches modules that have no score.
+    """
+    known = decisions(ranking, budget)
+    return tuple(name for name, is_decided in known.items() if is_decided is False)
+
+
+def decisions(ranking: Ranking, budget: Budget) -> dict[str, bool | None]:
+    """Module name -> whether its place is decided, in model order; None where it is not known.
+
+    A budget by cost takes no module for its score alone: then none is known.
+
+    Raises:
+        ConfigError: the budget has no known form, or buys nothing or more than there is.
+        RankingError: the budget reaches modules that have no score.
+    """
+    chosen = ranking.select(budget).names
+    if not are_best(ranking, chosen):
+        return {module.name: None for module in ranking.modules}
+    cut = _cut(ranking, len(chosen))
+    known: dict[str, bool | None] = {}
+    for module in ranking.modules:
+        if module.score is None or module.standard_error is None:
+            known[module.name] = None
+        else:
+            reach = NUM_STANDARD_ERRORS * module.standard_error
+            known[module.name] = cut is None or abs(module.score - cut) > reach
+    return known
+
+
+def _cut(ranking: Ranking, count: int) -> float | None:
+    """Midpoint of the last score taken and the first left out; None without one of the two."""
+    ordered = ranking.ordered()
+    taken = ordered[count - 1].score
+    left_out = ordered[count].score if count < len(ordered) else None
+    return None if taken is None or left_out is None else (taken + left_out) / 2

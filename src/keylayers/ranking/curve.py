@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mask curve: held-out loss against the number of modules that keep their update. Needs no torch.
+
+The measure of a ranking: a good one reaches the loss of all updates with few modules. Nothing is
+retrained. `keylayers.evaluation.mask_curve` measures it.
+"""
+
+import math
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The smallest budget that is nearly as good as all modules, and how sure that is.
+
+    Attributes:
+        num_modules: The best so many modules.
+        margin_nats: How much worse than all modules it may be.
+        difference_nats: Its held-out loss minus that of all modules.
+        upper_nats: The difference is below this with 95 % confidence, by resampling the held-out
+            batches in pairs. It is taken for this one budget, as if it had been chosen beforehand.
+    """
+
+    num_modules: int
+    margin_nats: float
+    difference_nats: float
+    upper_nats: float
+
+
+@dataclass(frozen=True)
+class MaskCurve:
+    """Held-out loss against the number of modules that keep their update.
+
+    Attributes:
+        counts: How many of the best modules are kept, rising from 0 to all.
+        losses: Held-out loss in nats with so many.
+        batch_losses: The same for each held-out batch, one row a count; empty if not kept.
+        batch_weights: What each batch counts in the mean.
+    """
+
+    counts: tuple[int, ...]
+    losses: tuple[float, ...]
+    batch_losses: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
+    batch_weights: tuple[float, ...] = field(default=(), repr=False)
+
+    @property
+    def reduction_nats(self) -> float:
+        """How much all updates together lower the held-out loss; negative if they raise it."""
+        return self.losses[0] - self.losses[-1]
+
+    @property
+    def normalised_area(self) -> float | None:
+        """Area under the curve, "no update" mapped to 1 and "all updates" to 0; lower is better.
+
+        Trapezoids over the fraction of modules. None where the update does not lower the held-out
+        loss, because the map is undefined then.
+        """
+        if self.reduction_nats <= 0:
+            return None
+        heights = [(loss - self.losses[-1]) / self.reduction_nats for loss in self.losses]
+        area = sum(
+            (right - left) * (low + high) / 2
+            for left, right, low, high in zip(
+                self.counts, self.counts[1:], heights, heights[1:], strict=False
+            )
+        )
+        return area / self.counts[-1]
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """The count with the lowest held-out loss (the smallest such), and that loss in nats.
+
+        The minimum of noisy numbers is too good by chance; a point well below the end of the curve
+        means that some updates hurt.
+        """
+        index = min(range(len(self.losses)), key=lambda place: self.losses[place])
+        return self.counts[index], self.losses[index]
+
+    def smallest_within(self, margin_nats: float) -> Recommendation:
+        """The smallest budget that is surely within `margin_nats` of all modules.
+
+        All modules always are, so there is one. Without several held-out batches nothing is known
+        about the uncertainty and the difference itself is taken.
+        """
+        for index, count in enumerate(self.counts):
+            difference = self.losses[index] - self.losses[-1]
+            if count == 0 or difference > margin_nats:
+                continue
+            upper = self._upper_limit(index)
+            if upper <= margin_nats:
+                break
+        return Recommendation(count, margin_nats, difference, upper)
+
+    def _upper_limit(self, index: int) -> float:
+        """One-sided upper limit of the loss at `index` minus that at the end, in nats."""
+        point = self.losses[index] - self.losses[-1]
+        if len(self.batch_weights) < 2 or index == len(self.losses) - 1:
+            return point
+        from scipy.stats import bootstrap
+
+        differences = np.array(self.batch_losses[index]) - np.array(self.batch_losses[-1])
+        if np.ptp(differences) == 0:
+            return point
+        resampled = bootstrap(
+            (differences, np.array(self.batch_weights)),
+            _weighted_mean,
+            paired=True,
+            vectorized=True,
+            confidence_level=CONFIDENCE,
+            alternative="less",
+            method="percentile",
+            rng=np.random.default_rng(0),
+        )
+        return float(resampled.confidence_interval.high)
+
+    def to_json(self) -> dict[str, Any]:
+        """The curve for a record."""
+        best_count, best_loss = self.best
+        return {
+            "counts": list(self.counts),
+            "losses": list(self.losses),
+            "batch_losses": [list(row) for row in self.batch_losses],
+            "batch_weights": list(self.batch_weights),
+            "normalised_area": self.normalised_area,
+            "best": {"num_modules": best_count, "loss_nats": best_loss},
+        }
+
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> "MaskCurve":
+        """The curve of a record.
+
+        Raises:
+            ValueError, TypeError, KeyError: the record holds no such curve.
+        """
+        counts = tuple(content["counts"])
+        if len(counts) < 2 or counts[0] != 0 or any(type(one) is not int for one in counts):
+            raise ValueError(f"counts must rise from 0, got {counts[:3]}")
+        if any(left >= right for left, right in pairwise(counts)):
+            raise ValueError(f"counts must rise from 0, got {counts}")
+        losses, weights = _numbers(content["losses"]), _numbers(content["batch_weights"])
+        rows = tuple(_numbers(row) for row in content["batch_losses"])
+        num_rows = len(counts) if weights else 0
+        if len(losses) != len(counts) or len(rows) != num_rows:
+            raise ValueError(f"there must be a loss for each of {len(counts)} counts")
+        if any(len(row) != len(weights) for row in rows):
+            raise ValueError(f"there must be a loss for each of {len(weights)} batches")
+        return MaskCurve(counts, losses, rows, weights)
+
+
+def _weighted_mean(values: Any, weights: Any, axis: int = -1) -> Any:
+    return (values * weights).sum(axis=axis) / weights.sum(axis=axis)
+
+
+def _numbers(values: list[Any]) -> tuple[float, ...]:
+    """The values as finite floats."""
+    numbers = tuple(float(value) for value in values)
+    if not all(math.isfinite(number) for number in numbers):
+        raise ValueError("losses must be finite numbers")
+    return numbers
