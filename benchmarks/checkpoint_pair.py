@@ -19,7 +19,8 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from keylayers.model.loading import Checkpoint, load_model
-from keylayers.options import MaskOptions, ModelOptions
+from keylayers.model.options import ModelOptions
+from keylayers.options import MaskOptions
 from keylayers.scores import score_modules
 from keylayers.updates import dense_updates
 from keylayers.updates.dense import take_other_weights

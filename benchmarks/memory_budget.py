@@ -17,11 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from keylayers.apply.adapter import add_lora
 from keylayers.apply.freeze import train_only
 from keylayers.demo.make_base import make_tokenizer
-from keylayers.ranking.memory import StepMemory
 from keylayers.model.modules import ModuleInfo, map_modules
-from keylayers.options import TrainingOptions
+from keylayers.ranking.memory import StepMemory
 from keylayers.ranking.ranking import RankedModule, Ranking
 from keylayers.training.memory import measured_memory, peak_of_step
+from keylayers.training.options import TrainingOptions
 from keylayers.training.run import make_trainer
 
 WIDTH, BLOCKS, TOKENS, BATCH, RANK = 512, 8, 256, 4, 8

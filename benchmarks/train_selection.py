@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.mask_step import kept_storage
 from keylayers.apply.adapter import add_lora
-from keylayers.ranking.cost import step_cost
 from keylayers.model.modules import ModuleInfo, map_modules
+from keylayers.ranking.cost import step_cost
 from keylayers.ranking.ranking import RankedModule, Ranking
 from keylayers.training.peak import peak_bytes
 from keylayers.training.shallow import shallow_backward

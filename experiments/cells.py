@@ -17,13 +17,15 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from keylayers.data.options import DataOptions
+from keylayers.data.prepare import prepare
 from keylayers.demo.run import BASE, write_data
 from keylayers.evaluation.loss import held_out_loss
-from keylayers.model.modules import map_modules
 from keylayers.model.loading import load_model, load_tokenizer, max_positions
-from keylayers.options import DataOptions, ModelOptions, TrainingOptions
+from keylayers.model.modules import map_modules
+from keylayers.model.options import ModelOptions
 from keylayers.records import environment, json_sha256, write_json
-from keylayers.data.prepare import prepare
+from keylayers.training.options import TrainingOptions
 from keylayers.training.run import fine_tune, make_trainer, new_adapter
 from keylayers.updates import adapter_updates
 

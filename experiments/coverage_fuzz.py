@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 with atheris.instrument_imports(include=["keylayers", "yaml"]):
     import yaml
 
-    from keylayers.errors import KeylayersError
-    from keylayers.ranking.ranking import Ranking
     from keylayers.commands.study.plan import plan
     from keylayers.commands.study.yaml_file import StudyFile
+    from keylayers.errors import KeylayersError
+    from keylayers.ranking.ranking import Ranking
     from keylayers.ranking.verification import Verification
     from keylayers.yaml_values import yaml_value
 

@@ -26,13 +26,16 @@ from datasets import Dataset
 from peft import find_kappa_target_modules
 from scipy.stats import kendalltau
 
-from keylayers.model.modules import blocks_of, map_modules
+from keylayers.data.options import DataOptions
+from keylayers.data.prepare import prepare
 from keylayers.model.loading import load_model, load_tokenizer, max_positions
-from keylayers.options import DataOptions, MaskOptions, ModelOptions, TrainingOptions
+from keylayers.model.modules import blocks_of, map_modules
+from keylayers.model.options import ModelOptions
+from keylayers.options import MaskOptions
 from keylayers.records import environment, write_json
 from keylayers.scores import score_modules
 from keylayers.scores.spectrum import signal_to_noise
-from keylayers.data.prepare import prepare
+from keylayers.training.options import TrainingOptions
 from keylayers.training.run import make_trainer, new_adapter
 from keylayers.updates import adapter_updates
 

@@ -19,8 +19,8 @@ import cells
 import torch
 from datasets import Dataset
 
-from keylayers.ranking.cost import best_within_time
 from keylayers.evaluation.loss import held_out_loss
+from keylayers.ranking.cost import best_within_time
 from keylayers.ranking.ranking import RankedModule, Ranking
 from keylayers.records import environment, write_json
 from keylayers.training.run import fine_tune, make_trainer

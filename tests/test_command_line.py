@@ -13,7 +13,7 @@ from rankings import ranking_of
 
 
 def again(command, options, *more, ranked_with=None):
-    from keylayers.options.command_line import command_line
+    from keylayers.commands.repeat import command_line
 
     line = command_line(command, options, ranked_with)
     words = shlex.split(line)
@@ -69,7 +69,7 @@ def test_a_training_repeated_by_its_command_is_the_same(ranked, tmp_path):  # no
     ],
 )
 def test_what_is_left_out_and_what_is_quoted(command, options, line):
-    from keylayers.options.command_line import command_line
+    from keylayers.commands.repeat import command_line
 
     assert command_line(command, options) == line
 

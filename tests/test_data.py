@@ -39,8 +39,8 @@ def tokenizer():
 
 @pytest.fixture
 def prepare(tokenizer):
+    from keylayers.data.options import DataOptions
     from keylayers.data.prepare import prepare
-    from keylayers.options import DataOptions
 
     def run(data, max_positions=None, **options):
         two_splits = {"mask_data": "train"}
@@ -409,8 +409,8 @@ def test_an_unreachable_hub_name_says_why_in_one_line(prepare, monkeypatch):
 def test_real_data_is_prepared_for_a_real_model(shared, name, format, counts):
     from transformers import AutoTokenizer
 
+    from keylayers.data.options import DataOptions
     from keylayers.data.prepare import prepare
-    from keylayers.options import DataOptions
 
     tokenizer = AutoTokenizer.from_pretrained(shared / "models/english-2m")
     prepared = prepare(DataOptions(data=str(shared / "data" / name)), tokenizer, 512)

@@ -66,7 +66,7 @@ def test_the_base_model_is_small_and_knows_its_world():
     from keylayers.demo.run import BASE
     from keylayers.demo.world import pretraining_lines
     from keylayers.model.loading import load_model, load_tokenizer
-    from keylayers.options import ModelOptions
+    from keylayers.model.options import ModelOptions
 
     assert sum(path.stat().st_size for path in BASE.iterdir()) < 4e6
     weights = load_file(BASE / "model.safetensors")

@@ -39,7 +39,7 @@ DIALOGUES = {
 def tokenizer():
     from keylayers.demo.run import BASE
     from keylayers.model.loading import load_tokenizer
-    from keylayers.options import ModelOptions
+    from keylayers.model.options import ModelOptions
 
     return load_tokenizer(ModelOptions(model=str(BASE)))
 

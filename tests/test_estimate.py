@@ -55,7 +55,8 @@ def test_memory_is_what_the_benchmark_measured(case):
     """Its budgets lie at a fifth and four fifths of the way from one module to all."""
     from keylayers.commands.study.estimate_memory import step_bytes
     from keylayers.commands.study.sizes import ModelShape
-    from keylayers.options import ModelOptions, TrainingOptions
+    from keylayers.model.options import ModelOptions
+    from keylayers.training.options import TrainingOptions
 
     low, _, high = (one["budget"] for one in case["budgets"])
     measured = high + (high - low) / 3
@@ -78,8 +79,9 @@ def test_memory_of_another_shape_is_what_a_step_of_it_holds():
     from keylayers.demo.run import BASE
     from keylayers.model.loading import load_model
     from keylayers.model.modules import map_modules
-    from keylayers.options import ModelOptions, TrainingOptions
+    from keylayers.model.options import ModelOptions
     from keylayers.training.memory import measured_memory
+    from keylayers.training.options import TrainingOptions
     from keylayers.training.run import make_trainer
 
     options, tuning = ModelOptions(model=str(BASE), dtype="float32"), TrainingOptions(batch_size=4)

@@ -89,8 +89,8 @@ def test_a_loss_is_that_of_transformers_on_each_model_by_itself(evaluated, place
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    from keylayers.data.options import DataOptions
     from keylayers.data.prepare import prepare
-    from keylayers.options import DataOptions
 
     data = DataOptions(data=str(place / "data.jsonl"), max_length=32)
     held_out = prepare(data, tiny_tokenizer(), 64).held_out  # as `rank` and `train` split it

@@ -43,10 +43,10 @@ def test_a_chat_template_and_examples_are_part_of_the_prompt(place, tmp_path, mo
 
 
 def test_the_base_model_is_the_same_after_each_adapter(place):
+    from keylayers.evaluation.options import ComparedOptions
     from keylayers.evaluation.subjects import each_model, subjects_of
+    from keylayers.model.options import ModelOptions
     from keylayers.model.weights import weights_sha256
-    from keylayers.options import ModelOptions
-    from keylayers.options.evaluation import ComparedOptions
 
     source = ModelOptions(model=str(place / "model"))
     compared = ComparedOptions(adapter=(str(place / "other"), str(place / "adapter")))
@@ -63,16 +63,16 @@ def test_the_base_model_is_the_same_after_each_adapter(place):
 
 def loaded_hash(place):
     from keylayers.model.loading import load_model
+    from keylayers.model.options import ModelOptions
     from keylayers.model.weights import weights_sha256
-    from keylayers.options import ModelOptions
 
     return weights_sha256(load_model(ModelOptions(model=str(place / "model"))))
 
 
 def test_names_tell_models_apart(tmp_path):
+    from keylayers.evaluation.options import ComparedOptions
     from keylayers.evaluation.subjects import subjects_of
-    from keylayers.options import ModelOptions
-    from keylayers.options.evaluation import ComparedOptions
+    from keylayers.model.options import ModelOptions
 
     def names(*sources):
         compared = ComparedOptions(adapter=sources)

@@ -56,9 +56,9 @@ def test_equal_models_have_rows_each(place, tmp_path, monkeypatch):
 
 def test_no_model_takes_the_name_of_the_base():
     from keylayers.errors import ConfigError
+    from keylayers.evaluation.options import ComparedOptions
     from keylayers.evaluation.subjects import subjects_of
-    from keylayers.options import ModelOptions
-    from keylayers.options.evaluation import ComparedOptions
+    from keylayers.model.options import ModelOptions
 
     with pytest.raises(ConfigError, match="'base model' has that of another"):
         subjects_of(ModelOptions(model="m"), ComparedOptions(adapter=("base model",)))

@@ -9,9 +9,9 @@ QUESTIONS = [("What is 2 + 2?", "4"), ("What is 3 * 3?", 9), ("Half of 1?", "\\f
 @pytest.fixture(scope="module")
 def base(tiny):
     """The tiny model, ready to be measured."""
+    from keylayers.evaluation.options import ComparedOptions
     from keylayers.evaluation.subjects import each_model, subjects_of
-    from keylayers.options import ModelOptions
-    from keylayers.options.evaluation import ComparedOptions
+    from keylayers.model.options import ModelOptions
 
     model = ModelOptions(model=str(tiny / "model"))
     return next(each_model(subjects_of(model, ComparedOptions()), model, None))
@@ -20,8 +20,8 @@ def base(tiny):
 def sampled(base, path, num_samples, stop_after=None, batch_size=2, **options):
     """All samples of the file after one run, and how many answers the run generated."""
     from keylayers.evaluation import sampling
+    from keylayers.evaluation.options import ProblemOptions
     from keylayers.evaluation.problems import Problem
-    from keylayers.options.evaluation import ProblemOptions
 
     problems = [Problem(text, f"\\boxed{{{answer}}}") for text, answer in QUESTIONS]
     asked = ProblemOptions(
@@ -148,9 +148,9 @@ def test_what_decides_samples_and_verdicts_is_in_their_hash(base, tmp_path, monk
     from dataclasses import replace
 
     from keylayers.evaluation import answers
+    from keylayers.evaluation.options import EvalOptions, ProblemOptions
     from keylayers.evaluation.problems import Problem, ProblemSet
-    from keylayers.options import ModelOptions
-    from keylayers.options.evaluation import EvalOptions, ProblemOptions
+    from keylayers.model.options import ModelOptions
     from keylayers.runs.eval_jobs import ProblemJob
 
     problems = tuple(Problem(text, f"\\boxed{{{answer}}}") for text, answer in QUESTIONS)

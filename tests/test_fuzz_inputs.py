@@ -117,9 +117,9 @@ def data_files(ending):
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".parquet"])
 def test_damaged_data_is_read_or_refused(ending, tmp_path_factory):
     """What is read has a text in every turn that is learned."""
+    from keylayers.data.options import DataOptions
     from keylayers.data.reading import read_conversations
     from keylayers.errors import DataError
-    from keylayers.options import DataOptions
 
     path = tmp_path_factory.mktemp("data") / f"data{ending}"
 
@@ -144,7 +144,7 @@ def test_a_damaged_adapter_is_ranked_or_refused(tiny, tmp_path_factory):
     """Its config and its weights; what is loaded must be what a ranking then names."""
     from keylayers.errors import ModelError
     from keylayers.model.loading import load_adapter, load_model
-    from keylayers.options import ModelOptions
+    from keylayers.model.options import ModelOptions
     from keylayers.updates import adapter_updates
 
     folder = tmp_path_factory.mktemp("adapters") / "adapter"

@@ -19,7 +19,7 @@ def planted(monkeypatch):
 
 
 def options(address, **more):
-    from keylayers.options.judge import EndpointOptions
+    from keylayers.evaluation.judge.options import EndpointOptions
 
     given = {"judge_retries": 2, "judge_requests_at_once": 1, "judge_max_tokens": 64, **more}
     return EndpointOptions(judge_url=address, judge_model="the judge", **given)
@@ -285,7 +285,7 @@ BAD_OPTIONS = [
 @pytest.mark.parametrize(("given", "line"), BAD_OPTIONS, ids=lambda one: str(one)[:50])
 def test_options_out_of_range_are_one_line(given, line):
     from keylayers.errors import ConfigError
-    from keylayers.options.judge import EndpointOptions
+    from keylayers.evaluation.judge.options import EndpointOptions
 
     with pytest.raises(ConfigError) as caught:
         EndpointOptions(**{"judge_url": "http://host", "judge_model": "m"} | given)

@@ -18,8 +18,8 @@ def lines(path, *rows):
 
 
 def read(tmp_path, rows, references=None, **more):
+    from keylayers.evaluation.judge.options import AnswerOptions
     from keylayers.evaluation.judge.questions import read_questions
-    from keylayers.options.judge import AnswerOptions
 
     given = {"questions": lines(tmp_path / "q.jsonl", *rows), **more}
     if references is not None:
@@ -52,8 +52,8 @@ def test_the_first_questions_of_each_category_are_taken(tmp_path):
 
 
 def test_mt_bench_and_vicuna_are_read_whole(shared):
+    from keylayers.evaluation.judge.options import AnswerOptions
     from keylayers.evaluation.judge.questions import read_questions
-    from keylayers.options.judge import AnswerOptions
 
     bench = shared / "data" / "bench"
     references = str(bench / "mt_bench_reference_gpt4.jsonl")
@@ -94,8 +94,8 @@ BAD_QUESTIONS = [
 @pytest.mark.parametrize(("content", "line"), BAD_QUESTIONS, ids=lambda one: repr(one)[:40])
 def test_a_file_that_holds_no_questions_is_one_line(tmp_path, content, line):
     from keylayers.errors import DataError
+    from keylayers.evaluation.judge.options import AnswerOptions
     from keylayers.evaluation.judge.questions import read_questions
-    from keylayers.options.judge import AnswerOptions
 
     (tmp_path / "q.jsonl").write_bytes(content.encode("latin-1"))
     with pytest.raises(DataError) as caught:
@@ -140,8 +140,8 @@ MISSING = [
 @pytest.mark.parametrize(("name", "line"), MISSING, ids=repr)
 def test_questions_that_are_not_there_are_one_line(tmp_path, monkeypatch, name, line):
     from keylayers.errors import DataError
+    from keylayers.evaluation.judge.options import AnswerOptions
     from keylayers.evaluation.judge.questions import read_questions
-    from keylayers.options.judge import AnswerOptions
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=line):
@@ -152,8 +152,8 @@ def test_mt_bench_by_its_name_is_the_file_of_its_space(tmp_path, monkeypatch):
     """As the hub's own client lays it out in its cache, which stands for the hub here."""
     from huggingface_hub import constants
 
+    from keylayers.evaluation.judge.options import AnswerOptions
     from keylayers.evaluation.judge.questions import read_questions
-    from keylayers.options.judge import AnswerOptions
 
     space = tmp_path / "spaces--lmsys--mt-bench"
     file = space / "snapshots" / ("0" * 40) / "data" / "mt_bench" / "question.jsonl"

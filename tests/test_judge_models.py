@@ -15,7 +15,7 @@ pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
 def found(folder, adapter=None, *, is_hashed=True):
     """Identity of the base, or of an adapter of it."""
     from keylayers.evaluation.judge.models import find_models
-    from keylayers.options.judge import JudgedOptions
+    from keylayers.evaluation.judge.options import JudgedOptions
 
     adapters = () if adapter is None else (str(adapter),)
     options = JudgedOptions(model=str(folder), adapter=adapters)

@@ -20,8 +20,8 @@ def asked(num_questions=2, num_turns=2, categories=("math", "writing")):
 
 
 def planned(questions, labels, mode="single", said=None):
+    from keylayers.evaluation.judge.options import EndpointOptions
     from keylayers.evaluation.judge.requests import requests_for
-    from keylayers.options.judge import EndpointOptions
 
     options = EndpointOptions(judge_url="http://host", judge_model="m", mode=mode)
     if said is None:
@@ -162,8 +162,8 @@ def test_equal_answers_are_asked_once_and_differ_by_nothing():
 
 
 def test_other_settings_are_other_requests():
+    from keylayers.evaluation.judge.options import EndpointOptions
     from keylayers.evaluation.judge.requests import requests_for
-    from keylayers.options.judge import EndpointOptions
 
     def key(answer="yes", **more):
         given = {"judge_url": "http://host", "judge_model": "m", **more}
@@ -240,8 +240,8 @@ def test_a_pair_with_one_verdict_missing_is_not_counted():
 
 def test_the_estimate_is_what_is_still_to_be_asked_at_its_longest():
     from keylayers.evaluation.judge.cost import estimate
+    from keylayers.evaluation.judge.options import EndpointOptions
     from keylayers.evaluation.judge.requests import unique
-    from keylayers.options.judge import EndpointOptions
 
     questions = asked(2, 2)
     said = {"base": {0: ("one", "two"), 1: None}}
@@ -263,7 +263,7 @@ def test_the_estimate_is_what_is_still_to_be_asked_at_its_longest():
 
 
 def test_temperatures_are_those_of_the_categories_unless_one_is_given():
-    from keylayers.options.judge import AnswerOptions
+    from keylayers.evaluation.judge.options import AnswerOptions
 
     options = AnswerOptions(questions="q")
     named = {name: options.temperature_of(name) for name in ("writing", "math", "stem", "fermi")}

@@ -151,11 +151,13 @@ RECORD = {
 
 
 def written(folder, ranking, record):
+    from keylayers.commands.repeat import how_it_was_made
     from keylayers.report.model_card import model_card
 
+    commands = how_it_was_made("train", record["options"], ranking)
     selection = ranking.select(1).record()
     (folder / "README.md").write_text(
-        model_card("train", record | {"selection": selection}, ranking)
+        model_card(record | {"selection": selection}, ranking, commands)
     )
     return card_of(folder)
 

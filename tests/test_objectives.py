@@ -63,7 +63,7 @@ def test_from_ranking_to_an_adapter_that_plain_peft_loads(
         assert losses["base"] == pytest.approx(unmoved, abs=1e-6)
     capsys.readouterr()
     assert keylayers("show", folder) == 0
-    from keylayers.options import LOSS_UNITS
+    from keylayers.training.options import LOSS_UNITS
 
     assert LOSS_UNITS[objective] in capsys.readouterr().out
     short = ("--random-orders", "1", "--points", "3", "--eval-batch-size", "4")
@@ -194,7 +194,7 @@ def test_a_reward_models_weights_are_not_trained_whole(ranked, tmp_path, capsys)
 
 def test_a_new_head_is_the_same_whatever_the_seed(tiny):
     from keylayers.model.loading import load_model
-    from keylayers.options import ModelOptions
+    from keylayers.model.options import ModelOptions
 
     heads = []
     for seed in (1, 2):
@@ -206,11 +206,13 @@ def test_a_new_head_is_the_same_whatever_the_seed(tiny):
 
 
 def test_a_trainer_that_thaws_weights_is_refused(tiny, preferences, monkeypatch):
+    from keylayers.data.options import DataOptions
     from keylayers.data.prepare import prepare
     from keylayers.errors import GuardError
     from keylayers.model.loading import load_model, load_tokenizer
-    from keylayers.options import DataOptions, ModelOptions, TrainingOptions
+    from keylayers.model.options import ModelOptions
     from keylayers.training import objectives
+    from keylayers.training.options import TrainingOptions
     from keylayers.training.run import make_trainer
 
     def thawing(parts):
@@ -251,8 +253,9 @@ def test_the_docs_name_every_objective_and_its_data():
     from typing import get_args
 
     from keylayers.data.preference_data import FORMAT_OF
-    from keylayers.options import LOSS_UNITS, Objective
+    from keylayers.model.options import Objective
     from keylayers.training.objectives import OBJECTIVES
+    from keylayers.training.options import LOSS_UNITS
 
     text = (Path(__file__).resolve().parents[1] / "docs" / "objectives.md").read_text()
     assert set(get_args(Objective)) == set(OBJECTIVES) == set(LOSS_UNITS) == {"sft", *FORMAT_OF}

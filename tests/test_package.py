@@ -12,12 +12,22 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "keylayers"
 
 # From the lowest layer to the highest: a file imports from its own layer or a lower one.
 LAYERS = (
-    ("errors", "records", "folders", "yaml_values", "processes", "progress", "options"),
+    (
+        "_version",
+        "errors",
+        "ranges",
+        "records",
+        "folders",
+        "yaml_values",
+        "processes",
+        "progress",
+        "options",
+    ),
     ("model", "updates", "trainers"),
     ("gates", "scores"),
     ("ranking",),
     ("data", "training", "evaluation", "apply", "export", "report", "demo"),
-    ("runs", "commands", "cli", "__main__", "_version"),
+    ("runs", "commands", "cli", "__main__"),
 )
 LAYER = {name: index for index, names in enumerate(LAYERS) for name in names}
 

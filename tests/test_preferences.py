@@ -160,8 +160,8 @@ def test_rows_without_a_prompt_or_an_answer_are_dropped_and_counted():
 
 
 def prepared(tmp_path, rows, objective, **options):
+    from keylayers.data.options import DataOptions
     from keylayers.data.prepare import prepare
-    from keylayers.options import DataOptions
 
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -250,8 +250,8 @@ def test_pairs_are_no_data_for_supervised_fine_tuning(tmp_path):
 def test_csv_and_parquet_are_read_too(tmp_path):
     from datasets import Dataset
 
+    from keylayers.data.options import DataOptions
     from keylayers.data.prepare import prepare
-    from keylayers.options import DataOptions
 
     for kind, objective in (("pairs", "dpo"), ("rated", "kto")):
         table = Dataset.from_list(many(kind))

@@ -93,10 +93,12 @@ def test_the_adapter_of_stage_1_is_cut_to_the_best_modules(ranked, prune):
 
 def plain_loss(tiny, model, adapter=None, off=()):
     """Held-out loss of a model, or of PEFT's own with LoRA's B set to zero in the modules `off`."""
+    from keylayers.data.options import DataOptions
     from keylayers.data.prepare import prepare
     from keylayers.evaluation.loss import held_out_loss
     from keylayers.model.loading import load_adapter, load_model, load_tokenizer
-    from keylayers.options import DataOptions, ModelOptions, TrainingOptions
+    from keylayers.model.options import ModelOptions
+    from keylayers.training.options import TrainingOptions
     from keylayers.training.run import make_trainer
 
     tokenizer = load_tokenizer(ModelOptions(model=str(tiny / "model")))

@@ -227,7 +227,7 @@ def checkpoints(folder, *, base=torch.float32, tuned=torch.bfloat16, shard="2KB"
 
 def opened(folder):
     from keylayers.model.loading import Checkpoint
-    from keylayers.options import ModelOptions
+    from keylayers.model.options import ModelOptions
 
     return Checkpoint.open(ModelOptions(model=str(folder)))
 

@@ -61,9 +61,11 @@ def plain_peft_modules(base, adapter):
 
 @pytest.fixture
 def trainer(tiny):
+    from keylayers.data.options import DataOptions
     from keylayers.data.prepare import prepare
     from keylayers.model.loading import load_model, load_tokenizer
-    from keylayers.options import DataOptions, ModelOptions, TrainingOptions
+    from keylayers.model.options import ModelOptions
+    from keylayers.training.options import TrainingOptions
     from keylayers.training.run import fine_tune, make_trainer, new_adapter
 
     source = ModelOptions(model=str(tiny / "model"), load_in_4bit=True, dtype="float32")

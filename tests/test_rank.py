@@ -98,10 +98,12 @@ def test_all_gates_open_is_the_tuned_checkpoint(tiny, tmp_path):
     """The held-out loss with open gates equals that of the tuned checkpoint itself."""
     assert rank(tiny, tmp_path / "out", "--tuned", tiny / "tuned") == 0
     losses = read(tmp_path / "out")["provenance"]["held_out_loss_nats"]
+    from keylayers.data.options import DataOptions
     from keylayers.data.prepare import prepare
     from keylayers.evaluation.loss import held_out_loss
     from keylayers.model.loading import load_model, load_tokenizer
-    from keylayers.options import DataOptions, ModelOptions, TrainingOptions
+    from keylayers.model.options import ModelOptions
+    from keylayers.training.options import TrainingOptions
     from keylayers.training.run import make_trainer
 
     source = ModelOptions(model=str(tiny / "tuned"))

@@ -272,6 +272,6 @@ REPEATED = [
 
 @pytest.mark.parametrize(("made_by", "text"), REPEATED)
 def test_how_to_make_a_ranking_again(made_by, text):
-    from keylayers.report.repeat import how_to_repeat
+    from keylayers.commands.repeat import how_to_repeat
 
     assert text in how_to_repeat(ranking_of([1.0], provenance=made_by))

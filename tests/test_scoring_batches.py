@@ -13,9 +13,11 @@ from trainers import build
 
 def command_line_trainer(tiny, **options):
     """The trainer that `keylayers rank` uses, with the adapter of the tiny files."""
+    from keylayers.data.options import DataOptions
     from keylayers.data.prepare import prepare
     from keylayers.model.loading import load_adapter, load_model, load_tokenizer
-    from keylayers.options import DataOptions, ModelOptions, TrainingOptions
+    from keylayers.model.options import ModelOptions
+    from keylayers.training.options import TrainingOptions
     from keylayers.training.run import make_trainer
 
     source = ModelOptions(model=str(tiny / "model"))

@@ -98,7 +98,7 @@ def test_checkpointing_that_needs_gradients_of_inputs_keeps_them():
 def test_the_one_training_path_does_it_by_itself():
     from datasets import Dataset
 
-    from keylayers.options import TrainingOptions
+    from keylayers.training.options import TrainingOptions
     from keylayers.training.run import fine_tune, make_trainer, new_adapter
 
     options = TrainingOptions(batch_size=2, gradient_checkpointing=True, warmup_steps=0)

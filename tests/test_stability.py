@@ -3,7 +3,7 @@ import pytest
 
 
 def options(window=2, epsilon=0.1):
-    from keylayers.options import StabilityOptions
+    from keylayers.training.options import StabilityOptions
 
     return StabilityOptions(window=window, epsilon=epsilon)
 
@@ -43,7 +43,7 @@ BAD = [
 @pytest.mark.parametrize(("values", "message"), BAD)
 def test_rules_that_make_no_sense_are_refused(values, message):
     from keylayers.errors import ConfigError
-    from keylayers.options import StabilityOptions
+    from keylayers.training.options import StabilityOptions
 
     with pytest.raises(ConfigError, match=message):
         StabilityOptions(**values)

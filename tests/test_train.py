@@ -140,10 +140,12 @@ def test_controls_are_trained_beside_the_selection(ranked, tmp_path, capsys):
 
 
 def test_the_printed_loss_is_that_of_the_saved_adapter(tiny, ranked, tmp_path):
+    from keylayers.data.options import DataOptions
     from keylayers.data.prepare import prepare
     from keylayers.evaluation.loss import held_out_loss
     from keylayers.model.loading import load_adapter, load_model, load_tokenizer
-    from keylayers.options import DataOptions, ModelOptions, TrainingOptions
+    from keylayers.model.options import ModelOptions
+    from keylayers.training.options import TrainingOptions
     from keylayers.training.run import make_trainer
 
     options = ("--ranking", ranked, "--budget", "0.3", *STEPS, "--output", tmp_path / "t")

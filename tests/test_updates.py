@@ -130,10 +130,12 @@ def test_a_4_bit_base_without_bitsandbytes_is_one_clear_line(tiny, tmp_path, mon
 @pytest.mark.parametrize("kind", ["lora", "embedding", "4 bits", *KINDS])
 def test_several_steps_change_exactly_the_selected_modules(tiny, kind):
     from keylayers.apply.freeze import train_only
+    from keylayers.data.options import DataOptions
     from keylayers.data.prepare import prepare
     from keylayers.model.loading import load_model, load_tokenizer
     from keylayers.model.modules import map_modules
-    from keylayers.options import DataOptions, ModelOptions, TrainingOptions
+    from keylayers.model.options import ModelOptions
+    from keylayers.training.options import TrainingOptions
     from keylayers.training.run import fine_tune, make_trainer, new_adapter
     from keylayers.updates.adapter import own_parameters, tuner_layers
 
@@ -183,10 +185,12 @@ def test_adaloras_own_importance_stands_beside_ours(ranked, capsys):
 
 def test_adaloras_penalty_is_no_part_of_a_held_out_loss(tiny, ranked):
     """The loss of plain cross-entropy on the model's own logits, without PEFT's penalty."""
+    from keylayers.data.options import DataOptions
     from keylayers.data.prepare import prepare
     from keylayers.evaluation.loss import held_out_loss
     from keylayers.model.loading import load_adapter, load_model, load_tokenizer
-    from keylayers.options import DataOptions, ModelOptions, TrainingOptions
+    from keylayers.model.options import ModelOptions
+    from keylayers.training.options import TrainingOptions
     from keylayers.training.run import make_trainer
 
     source = ModelOptions(model=str(tiny / "model"), dtype="float32")
@@ -226,12 +230,14 @@ def test_a_full_fine_tune_in_one_run_is_ranked_from_a_copy_of_its_start(tiny):
     """The same scores as from the two checkpoints on disk; the model keeps what it has learned."""
     from keylayers import MaskOptions, module_weights, rank_modules
     from keylayers.apply.freeze import train_only
+    from keylayers.data.options import DataOptions
     from keylayers.data.prepare import prepare
     from keylayers.errors import ModelError
     from keylayers.model.loading import load_model, load_tokenizer
     from keylayers.model.modules import map_modules
-    from keylayers.options import DataOptions, ModelOptions, TrainingOptions
+    from keylayers.model.options import ModelOptions
     from keylayers.scores import score_modules
+    from keylayers.training.options import TrainingOptions
     from keylayers.training.run import fine_tune, make_trainer
     from keylayers.updates import dense_updates
 

@@ -169,10 +169,12 @@ def test_the_points_are_measured_with_exactly_the_best_modules(tiny, verified):
     """Independently: PEFT's own model, with LoRA's B set to zero in the modules left out."""
     import torch
 
+    from keylayers.data.options import DataOptions
     from keylayers.data.prepare import prepare
     from keylayers.evaluation.loss import held_out_loss
     from keylayers.model.loading import load_adapter, load_model, load_tokenizer
-    from keylayers.options import DataOptions, ModelOptions, TrainingOptions
+    from keylayers.model.options import ModelOptions
+    from keylayers.training.options import TrainingOptions
     from keylayers.training.run import make_trainer
 
     source = ModelOptions(model=str(tiny / "model"))

@@ -14,32 +14,29 @@ from keylayers._version import __version__
 
 if TYPE_CHECKING:
     from keylayers.apply.hub import push_to_hub
+    from keylayers.commands.run_options import (
+        CurveOptions,
+        PruneOptions,
+        RankOptions,
+        TrainOptions,
+        VerifyOptions,
+    )
+    from keylayers.commands.selection import BudgetOptions, SelectionOptions
+    from keylayers.data.options import DataOptions
     from keylayers.errors import KeylayersError
     from keylayers.evaluation.mask_curve import mask_curve
-    from keylayers.evaluation.record import Evaluation
-    from keylayers.export import export_selection
-    from keylayers.options import (
+    from keylayers.evaluation.options import (
         BenchmarkOptions,
-        BudgetOptions,
         ComparedOptions,
-        CurveOptions,
-        DataOptions,
         EvalOptions,
         EvalRunOptions,
         LossOptions,
-        MaskOptions,
-        ModelOptions,
-        ObjectiveOptions,
         ProblemOptions,
-        PruneOptions,
-        RankOptions,
-        SelectionOptions,
-        StabilityOptions,
-        TrainingOptions,
-        TrainOptions,
-        UpdateOptions,
-        VerifyOptions,
     )
+    from keylayers.evaluation.record import Evaluation
+    from keylayers.export import export_selection
+    from keylayers.model.options import ModelOptions, UpdateOptions
+    from keylayers.options import MaskOptions
     from keylayers.ranking.certainty import undecided
     from keylayers.ranking.compare import Agreement, agreement, chance_jaccard
     from keylayers.ranking.consensus import consensus
@@ -56,6 +53,7 @@ if TYPE_CHECKING:
     from keylayers.runs.train_job import TrainedSet
     from keylayers.runs.verify import verify
     from keylayers.training.memory import measured_memory
+    from keylayers.training.options import ObjectiveOptions, StabilityOptions, TrainingOptions
     from keylayers.training.prefix_cache import PrefixCache
     from keylayers.training.shallow import ShallowBackward
     from keylayers.training.step_scores import StepScores
@@ -63,42 +61,42 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Agreement": "ranking.compare",
-    "BenchmarkOptions": "options",
-    "BudgetOptions": "options",
-    "ComparedOptions": "options",
-    "CurveOptions": "options",
-    "DataOptions": "options",
-    "EvalOptions": "options",
-    "EvalRunOptions": "options",
+    "BenchmarkOptions": "evaluation.options",
+    "BudgetOptions": "commands.selection",
+    "ComparedOptions": "evaluation.options",
+    "CurveOptions": "commands.run_options",
+    "DataOptions": "data.options",
+    "EvalOptions": "evaluation.options",
+    "EvalRunOptions": "evaluation.options",
     "Evaluation": "evaluation.record",
     "Freeze": "ranking.selection",
     "FreezeUnimportant": "runs.callback",
     "KeylayersError": "errors",
-    "LossOptions": "options",
+    "LossOptions": "evaluation.options",
     "MaskCurve": "ranking.curve",
     "MaskOptions": "options",
-    "ModelOptions": "options",
-    "ObjectiveOptions": "options",
+    "ModelOptions": "model.options",
+    "ObjectiveOptions": "training.options",
     "PrefixCache": "training.prefix_cache",
-    "ProblemOptions": "options",
-    "PruneOptions": "options",
+    "ProblemOptions": "evaluation.options",
+    "PruneOptions": "commands.run_options",
     "PrunedUpdate": "runs.prune",
-    "RankOptions": "options",
+    "RankOptions": "commands.run_options",
     "RankedModule": "ranking.ranking",
     "Ranking": "ranking.ranking",
     "Recommendation": "ranking.curve",
     "Selection": "ranking.selection",
-    "SelectionOptions": "options",
+    "SelectionOptions": "commands.selection",
     "ShallowBackward": "training.shallow",
-    "StabilityOptions": "options",
+    "StabilityOptions": "training.options",
     "StepMemory": "ranking.memory",
     "StepScores": "training.step_scores",
-    "TrainOptions": "options",
+    "TrainOptions": "commands.run_options",
     "TrainedSet": "runs.train_job",
-    "TrainingOptions": "options",
-    "UpdateOptions": "options",
+    "TrainingOptions": "training.options",
+    "UpdateOptions": "model.options",
     "Verification": "ranking.verification",
-    "VerifyOptions": "options",
+    "VerifyOptions": "commands.run_options",
     "agreement": "ranking.compare",
     "chance_jaccard": "ranking.compare",
     "consensus": "ranking.consensus",

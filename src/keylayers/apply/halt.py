@@ -20,7 +20,7 @@ from keylayers.apply.adapter import trainable_modules
 from keylayers.errors import GuardError, ModelError
 from keylayers.model.sharding import is_sharded
 from keylayers.model.weights import fingerprint
-from keylayers.options import FreezeAction
+from keylayers.training.options import FreezeAction
 from keylayers.updates import AdapterUpdate, adapter_updates
 from keylayers.updates.adalora import is_adalora
 from keylayers.updates.frozen import kept_frozen

@@ -68,7 +68,7 @@ def from_ranking_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
     path = _given(arguments, "ranking") if commands in WITH_RANKING else None
     if path is None:
         return
-    from keylayers.options.commands import TAKEN_FROM_RANKING, TAKEN_WITH_UPDATE
+    from keylayers.commands.run_options import TAKEN_FROM_RANKING, TAKEN_WITH_UPDATE
     from keylayers.ranking.ranking import Ranking
 
     made_by = Ranking.load(path).provenance

@@ -7,8 +7,7 @@ from typing import Annotated
 from cyclopts import App
 
 from keylayers.commands.config import flat
-from keylayers.options import ModelOptions
-from keylayers.options.evaluation import (
+from keylayers.evaluation.options import (
     BenchmarkOptions,
     ComparedOptions,
     EvalOptions,
@@ -16,6 +15,7 @@ from keylayers.options.evaluation import (
     LossOptions,
     ProblemOptions,
 )
+from keylayers.model.options import ModelOptions
 
 EXAMPLES = """Examples:
 

@@ -45,10 +45,9 @@ def export(
         output: Folder of the files.
     """
     from keylayers.commands.console import stdout
+    from keylayers.commands.selection import BudgetOptions, budget_of
     from keylayers.export import export_selection
-    from keylayers.options import BudgetOptions
     from keylayers.ranking.ranking import Ranking
-    from keylayers.ranking.verification import budget_of
 
     loaded = Ranking.load(ranking)
     wanted = BudgetOptions(ranking=str(ranking), budget=budget, freeze=freeze)

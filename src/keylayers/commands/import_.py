@@ -33,7 +33,7 @@ def import_(
     """
     from keylayers.commands.console import stdout
     from keylayers.errors import OutputError
-    from keylayers.options import ModelOptions
+    from keylayers.model.options import ModelOptions
     from keylayers.runs.spectrum_file import spectrum_ranking
 
     ranking = spectrum_ranking(scan, ModelOptions(model=model, revision=revision))

@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import App
 
 from keylayers.commands.config import flat
-from keylayers.options.judge import (
+from keylayers.evaluation.judge.options import (
     AnswerOptions,
     EndpointOptions,
     JudgedOptions,

@@ -7,14 +7,11 @@ from typing import Annotated
 from cyclopts import App
 
 from keylayers.commands.config import flat
-from keylayers.options import (
-    BudgetOptions,
-    DataOptions,
-    ModelOptions,
-    ObjectiveOptions,
-    PruneOptions,
-    UpdateOptions,
-)
+from keylayers.commands.run_options import PruneOptions
+from keylayers.commands.selection import BudgetOptions
+from keylayers.data.options import DataOptions
+from keylayers.model.options import ModelOptions, UpdateOptions
+from keylayers.training.options import ObjectiveOptions
 
 EXAMPLES = """Examples:
 

@@ -7,15 +7,11 @@ from typing import Annotated
 from cyclopts import App
 
 from keylayers.commands.config import flat
-from keylayers.options import (
-    DataOptions,
-    MaskOptions,
-    ModelOptions,
-    RankOptions,
-    StabilityOptions,
-    TrainingOptions,
-    UpdateOptions,
-)
+from keylayers.commands.run_options import RankOptions
+from keylayers.data.options import DataOptions
+from keylayers.model.options import ModelOptions, UpdateOptions
+from keylayers.options import MaskOptions
+from keylayers.training.options import StabilityOptions, TrainingOptions
 
 EXAMPLES = """Examples:
 

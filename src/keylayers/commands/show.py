@@ -114,11 +114,12 @@ def _write(
 ) -> None:
     """Write everything, after all of it is made."""
     from keylayers.commands.console import stdout
+    from keylayers.commands.repeat import how_to_repeat
     from keylayers.records import write_bytes
     from keylayers.report.figures import draw_figures
     from keylayers.report.html import render_report
 
-    contents = {} if html is None else {html: render_report(sources, budget)}
+    contents = {} if html is None else {html: render_report(sources, budget, how_to_repeat)}
     contents |= draw_figures(sources, figures, budget)
     for path, content in contents.items():
         write_bytes(path, content)

@@ -7,16 +7,12 @@ from typing import Annotated
 from cyclopts import App
 
 from keylayers.commands.config import flat
-from keylayers.options import (
-    LOSS_UNITS,
-    DataOptions,
-    MaskOptions,
-    ModelOptions,
-    SelectionOptions,
-    StabilityOptions,
-    TrainingOptions,
-    TrainOptions,
-)
+from keylayers.commands.run_options import TrainOptions
+from keylayers.commands.selection import SelectionOptions
+from keylayers.data.options import DataOptions
+from keylayers.model.options import ModelOptions
+from keylayers.options import MaskOptions
+from keylayers.training.options import LOSS_UNITS, StabilityOptions, TrainingOptions
 
 EXAMPLES = """Examples:
 

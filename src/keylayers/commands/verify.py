@@ -7,14 +7,10 @@ from typing import Annotated
 from cyclopts import App
 
 from keylayers.commands.config import flat
-from keylayers.options import (
-    CurveOptions,
-    DataOptions,
-    ModelOptions,
-    ObjectiveOptions,
-    UpdateOptions,
-    VerifyOptions,
-)
+from keylayers.commands.run_options import CurveOptions, VerifyOptions
+from keylayers.data.options import DataOptions
+from keylayers.model.options import ModelOptions, UpdateOptions
+from keylayers.training.options import ObjectiveOptions
 
 EXAMPLES = """Examples:
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from keylayers.data.options import DataFormat
 from keylayers.errors import ConfigError, DataError, did_you_mean
-from keylayers.options import DataFormat
 
 Format: TypeAlias = DataFormat
 Role = Literal["system", "user", "assistant"]

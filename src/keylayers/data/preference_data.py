@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from keylayers.data.chat import ChatTemplate, render, resolve_template
 from keylayers.data.formats import Message
+from keylayers.data.options import DataOptions
 from keylayers.data.preferences import (
     Preference,
     PreferenceFormat,
@@ -20,7 +21,7 @@ from keylayers.data.preferences import (
 from keylayers.data.prepared import DataCounts, PreparedData, hash_all, hold_out
 from keylayers.data.reading import opened
 from keylayers.errors import ConfigError, DataError
-from keylayers.options import DataOptions, Objective
+from keylayers.model.options import Objective
 
 if TYPE_CHECKING:
     import datasets

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 from keylayers.data.chat import ChatTemplate, Encoded, encode_all, resolve_template
 from keylayers.data.formats import Conversation
+from keylayers.data.options import DataOptions
 from keylayers.data.preference_data import prepare_preferences
 from keylayers.data.prepared import DataCounts, PreparedData, hash_all, hold_out
 from keylayers.data.reading import read_conversations
 from keylayers.errors import ConfigError, DataError
-from keylayers.options import DataOptions, Objective
+from keylayers.model.options import Objective
 
 if TYPE_CHECKING:
     import datasets

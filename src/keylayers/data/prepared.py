@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from keylayers.data.chat import ChatTemplate
+from keylayers.data.options import DataOptions
 from keylayers.errors import ConfigError, DataError
-from keylayers.options import DataOptions
 from keylayers.records import json_sha256
 
 if TYPE_CHECKING:

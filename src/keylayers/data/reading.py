@@ -20,8 +20,8 @@ from keylayers.data.formats import (
     require_columns,
 )
 from keylayers.data.json_shape import check_shape
+from keylayers.data.options import DataOptions
 from keylayers.errors import DataError, did_you_mean
-from keylayers.options import DataOptions
 
 if TYPE_CHECKING:
     import datasets

@@ -9,19 +9,14 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from keylayers.commands.run_options import RankOptions, TrainOptions
+from keylayers.commands.selection import SelectionOptions
+from keylayers.data.options import DataOptions
 from keylayers.demo.world import STYLES, Style, alignment_examples
 from keylayers.errors import OutputError
 from keylayers.folders import output_folder
-from keylayers.options import (
-    DataOptions,
-    MaskOptions,
-    ModelOptions,
-    RankOptions,
-    SelectionOptions,
-    StabilityOptions,
-    TrainingOptions,
-    TrainOptions,
-)
+from keylayers.model.options import ModelOptions
+from keylayers.options import MaskOptions
 from keylayers.progress import Progress, Silent
 from keylayers.ranking.compare import Agreement, agreement
 from keylayers.ranking.ranking import Ranking
@@ -29,6 +24,7 @@ from keylayers.records import write_bytes
 from keylayers.runs.rank import rank
 from keylayers.runs.train import train
 from keylayers.runs.train_job import TrainedSet
+from keylayers.training.options import StabilityOptions, TrainingOptions
 
 BASE = Path(__file__).parent / "base"
 NUM_EXAMPLES = 504

@@ -32,9 +32,9 @@ from keylayers.data.reading import quiet_datasets
 from keylayers.errors import ConfigError, DataError, did_you_mean
 from keylayers.evaluation.documents import Measured
 from keylayers.evaluation.measures import metric_name
+from keylayers.evaluation.options import BenchmarkOptions
 from keylayers.evaluation.subjects import Loaded
 from keylayers.model.preserve import to_evaluation
-from keylayers.options.evaluation import BenchmarkOptions
 from keylayers.progress import OnStep
 from keylayers.records import json_sha256
 

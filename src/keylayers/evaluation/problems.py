@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from keylayers.data.options import DataOptions
 from keylayers.data.reading import opened
 from keylayers.errors import ConfigError, DataError, did_you_mean
-from keylayers.options import DataOptions
-from keylayers.options.evaluation import ProblemOptions
+from keylayers.evaluation.options import ProblemOptions
 from keylayers.records import json_sha256
 
 # Written from the hub's pages of these data sets, and tried on files of the same columns.

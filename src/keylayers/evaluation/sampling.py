@@ -26,9 +26,9 @@ from keylayers.evaluation.generation import (
     stop_tokens,
 )
 from keylayers.evaluation.judge.lines import LineFile, read_lines
+from keylayers.evaluation.options import ProblemOptions
 from keylayers.evaluation.problems import Problem
 from keylayers.evaluation.subjects import Loaded
-from keylayers.options.evaluation import ProblemOptions
 from keylayers.progress import OnStep
 from keylayers.records import json_sha256
 

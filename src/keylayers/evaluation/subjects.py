@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from keylayers.data.chat import ChatTemplate, resolve_template
 from keylayers.errors import ConfigError, GuardError
 from keylayers.evaluation.identity import config_sha256
+from keylayers.evaluation.options import ComparedOptions
 from keylayers.model.loading import (
     describe,
     load_adapter,
@@ -27,10 +28,9 @@ from keylayers.model.loading import (
     load_tokenizer,
     max_positions,
 )
+from keylayers.model.options import ModelOptions
 from keylayers.model.preserve import to_evaluation
 from keylayers.model.weights import fingerprint, tensors_sha256, weights_sha256
-from keylayers.options import ModelOptions
-from keylayers.options.evaluation import ComparedOptions
 from keylayers.records import json_sha256
 
 BASE = "base model"

@@ -15,8 +15,8 @@ from keylayers.data.reading import read_conversations
 from keylayers.errors import DataError, LossError, ModelError
 from keylayers.evaluation.documents import Measured
 from keylayers.evaluation.loss import example_losses
+from keylayers.evaluation.options import LossOptions
 from keylayers.evaluation.subjects import Loaded
-from keylayers.options.evaluation import LossOptions
 from keylayers.progress import OnStep
 from keylayers.records import json_sha256
 

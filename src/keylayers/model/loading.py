@@ -31,7 +31,7 @@ from transformers.utils import is_bitsandbytes_available, logging
 from transformers.utils.hub import cached_file
 
 from keylayers.errors import ModelError
-from keylayers.options import Dtype, ModelOptions, Objective
+from keylayers.model.options import Dtype, ModelOptions, Objective
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # What PEFT and safetensors raise for configs and weights with wrong values; found by fuzzing.

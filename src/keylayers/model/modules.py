@@ -24,7 +24,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from keylayers.errors import ModelError
-from keylayers.options import Towers
+from keylayers.model.options import Towers
 
 
 @dataclass(frozen=True)

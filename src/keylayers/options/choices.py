@@ -3,23 +3,8 @@
 
 from typing import Literal
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-DataFormat = Literal[
-    "alpaca", "sharegpt", "messages", "prompt-completion", "lima", "self-instruct", "text"
-]
-Objective = Literal["sft", "dpo", "kto", "orpo", "reward"]
-# What a loss of each objective counts, and what it is a mean over.
-LOSS_UNITS: dict[Objective, str] = {
-    "sft": "nats per token",
-    "dpo": "nats per pair",
-    "kto": "KTO's loss, 0 to 1, per answer",
-    "orpo": "nats per token and pair",
-    "reward": "nats per pair",
-}
 Granularity = Literal["module", "block", "projection"]
 MaskOptimizer = Literal["sgd", "adam"]
-MaskData = Literal["train", "held-out"]
-Towers = Literal["language", "all"]
 Method = Literal[
     "elimination",
     "path",
@@ -70,6 +55,3 @@ METHOD_OPTIONS: dict[Method, tuple[str, ...]] = {
     "middle": (),
     "random": (),
 }
-UpdateKind = Literal["lora", "rslora", "dora", "adalora", "full"]
-Control = Literal["all", "random", "first", "last", "worst"]
-FreezeAction = Literal["freeze", "remove"]

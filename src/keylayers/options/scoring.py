@@ -1,17 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the modules are scored, and how a ranking is measured."""
+"""How the modules are scored."""
 
 from dataclasses import dataclass, fields
 
 from keylayers.errors import ConfigError
 from keylayers.options.choices import METHOD_OPTIONS, Granularity, MaskOptimizer, Method
-from keylayers.options.ranges import (
-    MAX_PRICE,
-    MAX_SCORE,
-    check_above_zero,
-    check_at_least,
-    check_seed,
-)
+from keylayers.ranges import MAX_PRICE, MAX_SCORE, check_above_zero, check_at_least, check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,33 +91,3 @@ class MaskOptions:
         if self.mask_learning_rate is not None:
             return self.mask_learning_rate
         return {"sgd": 10.0, "adam": 0.05}[self.mask_optimizer]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurveOptions:
-    """How a ranking is verified.
-
-    Attributes:
-        points: Points on each mask curve, from none to all modules.
-        random_orders: How many random orders are measured beside the ranking, as its control.
-        order_seed: Of the random orders.
-        leave_one_out: Also measure the order by leave-one-out: one forward pass a module and batch,
-            so slow on large models.
-        margin: How much worse than all modules the recommended budget may be, as a share of what
-            the fine-tune lowered the held-out loss by.
-        eval_batch_size: Held-out examples that the model takes at once, at most.
-    """
-
-    points: int = 15
-    random_orders: int = 5
-    order_seed: int = 0
-    leave_one_out: bool = False
-    margin: float = 0.05
-    eval_batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        check_at_least("points", self.points, 2)
-        check_at_least("random_orders", self.random_orders, 1)
-        check_at_least("eval_batch_size", self.eval_batch_size, 1)
-        if not 0 <= self.margin < 1:
-            raise ConfigError(f"`margin` must be a share from 0 to below 1, got {self.margin}")

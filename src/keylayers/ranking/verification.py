@@ -9,12 +9,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 from keylayers.errors import ConfigError, RankingError
-from keylayers.options import BudgetOptions, SelectionOptions
 from keylayers.ranking.curve import MaskCurve, Recommendation
 from keylayers.ranking.ranking import FILE as RANKING
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import check_provenance, update_sha256s
-from keylayers.ranking.selection import AUTO, Budget, Freeze, parse_budget
 from keylayers.records import json_sha256, write_json
 
 SCHEMA = "keylayers/verification"
@@ -194,21 +192,6 @@ def _differ(own: Mapping[str, Any], other: Mapping[str, Any], part: str, name: s
     """Whether both records know it, and it is not the same."""
     values = own.get(part, {}).get(name), other.get(part, {}).get(name)
     return None not in values and values[0] != values[1]
-
-
-def budget_of(wanted: BudgetOptions | SelectionOptions, ranking: Ranking) -> Budget:
-    """The budget that the options write, `auto` looked up in the verification of the ranking.
-
-    Raises:
-        ConfigError: the budget has no known form, or `auto` has none to give.
-        RankingError: `auto`, but the ranking is not verified as it is.
-    """
-    if wanted.freeze is not None:
-        return Freeze(wanted.freeze)
-    if wanted.budget == AUTO:
-        assert wanted.ranking is not None
-        return auto_budget(ranking, verification_file(wanted.ranking))
-    return parse_budget(wanted.budget or "")
 
 
 def verification_file(ranking: str | Path) -> Path:

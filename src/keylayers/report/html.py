@@ -10,7 +10,7 @@ import base64
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -37,7 +37,6 @@ from keylayers.report.charts import (
 )
 from keylayers.report.curve import area_line, reading
 from keylayers.report.losses import loss_curves
-from keylayers.report.repeat import how_to_repeat
 from keylayers.report.source import Source, num_best
 from keylayers.report.terminal import provenance_lines
 
@@ -45,19 +44,22 @@ CELL_WIDTHS = (30, 64)  # of a heatmap's columns on a page, in pixels: least and
 BESIDE_CELLS = 130  # labels and legend
 
 
-def render_report(sources: Sequence[Source], budget: Budget = 0.3) -> bytes:
+def render_report(
+    sources: Sequence[Source], budget: Budget, how_to_repeat: Callable[[Ranking], str]
+) -> bytes:
     """The report of one or several rankings, as an HTML file.
 
     Args:
         sources: The rankings, with their verifications where there are any.
         budget: What the page shows as trained at first, and the budget of the agreement.
+        how_to_repeat: Gives the command that made a ranking.
 
     Raises:
         ConfigError: the budget has no known form, buys nothing or more than there is, or takes
             other modules than the best ones.
         RankingError: the budget reaches modules that have no score.
     """
-    views = [_view(source, budget) for source in sources]
+    views = [_view(source, budget, how_to_repeat(source.ranking)) for source in sources]
     pairs = _agreement(sources, budget) if len(sources) > 1 else None
     data = {"rankings": [view.data for view in views], "agreement": pairs and pairs["chart"]}
     libraries = vl_convert.javascript_bundle(vl_version=vega_lite_version())  # type: ignore[call-arg]
@@ -130,7 +132,7 @@ class View:
         return least, most
 
 
-def _view(source: Source, budget: Budget) -> View:
+def _view(source: Source, budget: Budget, repeat: str) -> View:
     ranking, found = source.ranking, source.verification
     count = num_best(ranking, budget)
     losses = loss_curves(ranking)
@@ -145,7 +147,7 @@ def _view(source: Source, budget: Budget) -> View:
         rows=_rows(ranking),
         lines=provenance_lines(ranking),
         reading=[] if found is None else [area_line(found), *reading(found)],
-        repeat=how_to_repeat(ranking),
+        repeat=repeat,
         provenance=json.dumps(ranking.provenance, indent=2, ensure_ascii=False),
         data={"charts": charts, "budgets": _budgets(ranking), "path": source.path, "count": count},
     )

@@ -12,32 +12,30 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from keylayers.options.command_line import Command, command_line
 from keylayers.ranking.ranking import Ranking
-from keylayers.report.repeat import how_to_repeat
 from keylayers.report.terminal import in_nats
 
 PAPER = "[Shi et al., COLM 2025](https://arxiv.org/abs/2410.17875)"
 ON_THE_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 
 
-def model_card(command: Command, record: Mapping[str, Any], ranking: Ranking | None) -> str:
+def model_card(record: Mapping[str, Any], ranking: Ranking | None, commands: str) -> str:
     """README.md of an adapter or a checkpoint.
 
     Args:
-        command: What made it: `rank` (its stage 1), `train` or `prune`.
         record: Its record, as written to keylayers.json.
-        ranking: What its modules were selected by; None for stage 1, which trains all.
+        ranking: The ranking that selected its modules; None for stage 1, which trains all.
+        commands: The commands that repeat the run.
     """
     options = record["options"]
     is_checkpoint = options.get("tuned") is not None or options.get("update") == "full"
     parts = [
         f"# {_title(record)}",
-        _introduction(command, record, ranking, is_checkpoint),
+        _introduction(record, ranking, is_checkpoint),
         *_losses(record),
         *_modules(record, ranking),
         "## How it was made",
-        _fenced(_commands(command, options, ranking), "sh"),
+        _fenced(commands, "sh"),
         _made_from(record),
         "## Use",
         _fenced(_use(options.get("objective", "sft"), is_checkpoint), "python"),
@@ -74,9 +72,7 @@ def _title(record: Mapping[str, Any]) -> str:
     return f"{_plain(name)}, {selection['num_modules']} of {selection['num_candidates']} modules"
 
 
-def _introduction(
-    command: Command, record: Mapping[str, Any], ranking: Ranking | None, is_checkpoint: bool
-) -> str:
+def _introduction(record: Mapping[str, Any], ranking: Ranking | None, is_checkpoint: bool) -> str:
     kind = "checkpoint" if is_checkpoint else "adapter"
     base, selection = _plain(record["model"]["name"]), record.get("selection")
     if ranking is None or selection is None:
@@ -85,7 +81,7 @@ def _introduction(
             f"so that their updates can be ranked."
         )
     share = selection["num_parameters"] / selection["num_candidate_parameters"]
-    done = "was pruned to" if command == "prune" else "was trained on"
+    done = "was pruned to" if "result" in record else "was trained on"
     return (
         f"This {kind} of {base} {done} {selection['num_modules']} of "
         f"{selection['num_candidates']} weight matrices ({100 * share:.0f} % of their parameters) "
@@ -143,13 +139,6 @@ def _modules(record: Mapping[str, Any], ranking: Ranking | None) -> list[str]:
     ]
     note = "Ranks, 1 is the most important; bold modules are part of this update."
     return ["## Modules", note, _table(("block", *map(_plain, projections)), rows)]
-
-
-def _commands(command: Command, options: Mapping[str, Any], ranking: Ranking | None) -> str:
-    if ranking is None or options.get("rank_first"):
-        return command_line(command, options)
-    own = command_line(command, options, ranking.provenance.get("options", {}))
-    return f"{how_to_repeat(ranking)}\n{own}"
 
 
 def _made_from(record: Mapping[str, Any]) -> str:

@@ -17,11 +17,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from keylayers.apply.halt import HaltedUpdates, check_can_halt, halt_updates
 from keylayers.errors import ConfigError
 from keylayers.model.sharding import check_can_freeze_inside
-from keylayers.options import FreezeAction, MaskOptions, StabilityOptions
+from keylayers.options import MaskOptions
 from keylayers.progress import Progress, Silent
 from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.ranking.selection import Freeze, Selection, check_same_modules
 from keylayers.runs.rank import rank_modules
+from keylayers.training.options import FreezeAction, StabilityOptions
 from keylayers.training.stability import is_stable
 from keylayers.training.under_way import StepLosses, loaders_kept, trainer_of
 from keylayers.updates import adapter_updates

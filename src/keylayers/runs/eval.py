@@ -12,12 +12,12 @@ from keylayers.data.chat import resolve_template
 from keylayers.errors import ConfigError
 from keylayers.evaluation.documents import DOCUMENTS, Measured, Store
 from keylayers.evaluation.measures import corrected, measures_of
+from keylayers.evaluation.options import EvalOptions
 from keylayers.evaluation.problems import check_split
 from keylayers.evaluation.record import EVALUATION, Evaluation
 from keylayers.evaluation.subjects import Loaded, Subject, each_model, subjects_of
 from keylayers.evaluation.texts import GAIN
 from keylayers.folders import output_folder, unfinished
-from keylayers.options.evaluation import EvalOptions
 from keylayers.progress import Progress, Silent
 from keylayers.records import RECORD, environment, json_sha256, num_launched
 from keylayers.runs.eval_jobs import Plan, need_libraries, planned

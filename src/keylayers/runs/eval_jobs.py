@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from keylayers.errors import ConfigError
 from keylayers.evaluation.documents import Measured
 from keylayers.evaluation.measures import Part
+from keylayers.evaluation.options import EvalOptions
 from keylayers.evaluation.problems import ProblemSet, load_problems
 from keylayers.evaluation.subjects import Loaded
 from keylayers.evaluation.texts import (
@@ -22,7 +23,6 @@ from keylayers.evaluation.texts import (
     examples_of,
     measured_losses,
 )
-from keylayers.options.evaluation import EvalOptions
 from keylayers.progress import Progress
 from keylayers.records import json_sha256
 

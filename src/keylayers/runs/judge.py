@@ -25,12 +25,12 @@ from keylayers.evaluation.judge.conversations import generate_answers
 from keylayers.evaluation.judge.cost import Estimate, estimate
 from keylayers.evaluation.judge.lines import LineFile
 from keylayers.evaluation.judge.models import JudgedModel, OpenModels, find_models
+from keylayers.evaluation.judge.options import JudgeOptions
 from keylayers.evaluation.judge.questions import QuestionSet, read_questions
 from keylayers.evaluation.judge.requests import JudgeRequest, Said, requests_for, unique
 from keylayers.evaluation.judge.results import pairwise_results, single_results
 from keylayers.evaluation.judge.verdicts import read_rating, read_verdict
 from keylayers.folders import one_at_a_time, output_folder
-from keylayers.options.judge import JudgeOptions
 from keylayers.progress import Progress, Silent
 from keylayers.records import environment, write_json
 from keylayers.report.judge import estimate_line

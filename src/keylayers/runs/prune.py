@@ -8,13 +8,14 @@ base's weights back in them.
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from keylayers.commands.repeat import how_it_was_made
+from keylayers.commands.run_options import PruneOptions
+from keylayers.commands.selection import budget_of
 from keylayers.errors import OutputError
 from keylayers.folders import check_replaceable, output_folder, replaced_folder
-from keylayers.options import PruneOptions
 from keylayers.progress import Progress, Silent
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.selection import Selection, select
-from keylayers.ranking.verification import budget_of
 from keylayers.records import CARD, RECORD, json_sha256, write_json, write_text
 from keylayers.report.model_card import model_card
 from keylayers.runs.prune_steps import Kind, PruneJob, Size, measured
@@ -74,7 +75,10 @@ def prune(options: PruneOptions, output: Path, progress: Progress | None = None)
                 "ranking_sha256": json_sha256(ranking.to_json()),
                 "result": asdict(found),
             }
-            write_text(folder / CARD, model_card("prune", record, ranking))
+            write_text(
+                folder / CARD,
+                model_card(record, ranking, how_it_was_made("prune", record["options"], ranking)),
+            )
             write_json(folder / RECORD, record)
     return found
 

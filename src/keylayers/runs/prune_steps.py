@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from keylayers.apply.prune import WEIGHTS, num_parameters, prune_adapter
 from keylayers.apply.restore import prove_restored, restore_modules
 from keylayers.apply.saving import copy_files
+from keylayers.commands.run_options import PruneOptions
 from keylayers.data.prepared import PreparedData
 from keylayers.errors import GuardError
 from keylayers.evaluation.loss import held_out_loss
@@ -28,13 +29,14 @@ from keylayers.model.loading import (
     local_folder,
 )
 from keylayers.model.modules import base_model_of, map_modules
-from keylayers.options import LOSS_UNITS, ModelOptions, PruneOptions
+from keylayers.model.options import ModelOptions
 from keylayers.progress import Progress
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.selection import Selection
 from keylayers.records import environment
 from keylayers.runs.reopen import loss_trainer, reopen
 from keylayers.training.objectives import prepared_examples
+from keylayers.training.options import LOSS_UNITS
 from keylayers.updates.adapter import tuner_layers
 
 Kind = Literal["adapter", "checkpoint"]

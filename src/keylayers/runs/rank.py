@@ -15,14 +15,16 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer
 
+from keylayers.commands.run_options import RankOptions
 from keylayers.data.prepare import prepare
 from keylayers.evaluation.loss import held_out_loss
 from keylayers.folders import check_replaceable, output_folder
 from keylayers.gates import gated, group_modules
 from keylayers.model.loading import describe, load_tokenizer, max_positions
+from keylayers.model.options import UpdateOptions
 from keylayers.model.sharding import place_model
 from keylayers.model.weights import weights_sha256
-from keylayers.options import LOSS_UNITS, MaskOptions, RankOptions, UpdateOptions
+from keylayers.options import MaskOptions
 from keylayers.options.passes import STOPS_BY_ITSELF, num_steps
 from keylayers.progress import OnStep, Progress, Silent
 from keylayers.ranking.ranking import FILE, RankedModule, Ranking
@@ -34,6 +36,7 @@ from keylayers.scores.module_scores import ModuleScores
 from keylayers.trainers.data import prepared_for
 from keylayers.trainers.reference import reference_of
 from keylayers.training.objectives import prepared_examples
+from keylayers.training.options import LOSS_UNITS
 from keylayers.training.run import make_loss_trainer
 from keylayers.updates import AdaLoraUpdate, Update, adapter_updates, dense_updates
 from keylayers.updates.dense import back_at_base

@@ -6,11 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from keylayers.options import Control, FreezeAction, MaskOptions, Method, StabilityOptions
+from keylayers.commands.selection import Control
+from keylayers.options import MaskOptions, Method
 from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.records import json_sha256
 from keylayers.runs.callback import FreezeUnimportant
 from keylayers.runs.train_job import TrainedSet, TrainJob
+from keylayers.training.options import FreezeAction, StabilityOptions
 
 # As many modules as are frozen are chosen by one of these rankings, which look at no data.
 _CONTROL_METHODS: dict[Control, Method] = {"random": "random", "first": "first", "last": "last"}

@@ -8,23 +8,19 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+from keylayers.commands.run_options import PruneOptions, VerifyOptions
 from keylayers.data.prepare import PreparedData, prepare
 from keylayers.errors import RankingError
 from keylayers.model.loading import describe, load_model, load_tokenizer, max_positions
 from keylayers.model.modules import map_modules, outside_module
+from keylayers.model.options import Objective, UpdateOptions
 from keylayers.model.weights import weights_sha256
-from keylayers.options import (
-    Objective,
-    PruneOptions,
-    TrainingOptions,
-    UpdateOptions,
-    VerifyOptions,
-)
 from keylayers.progress import Progress
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import update_sha256s
 from keylayers.ranking.selection import check_same_modules
 from keylayers.runs.update import TunedModel, existing_update
+from keylayers.training.options import TrainingOptions
 from keylayers.training.run import make_loss_trainer
 
 ENOUGH_BATCHES = 20  # of held-out examples, to resample them for an interval

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from keylayers.errors import ModelError, RankingError
 from keylayers.model.loading import check_folder
 from keylayers.model.modules import map_modules
-from keylayers.options import ModelOptions
+from keylayers.model.options import ModelOptions
 from keylayers.ranking.ranking import RankedModule, Ranking
 from keylayers.ranking.record import is_number
 from keylayers.records import environment, json_sha256

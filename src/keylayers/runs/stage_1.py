@@ -11,11 +11,13 @@ from transformers import PreTrainedModel
 
 from keylayers.apply.freeze import train_only
 from keylayers.apply.saving import save_tuned
+from keylayers.commands.repeat import how_it_was_made
+from keylayers.commands.run_options import RankOptions
 from keylayers.folders import remove_unfinished, unfinished
 from keylayers.model.modules import map_modules
+from keylayers.model.options import UpdateOptions
 from keylayers.model.sharding import is_sharded
 from keylayers.model.weights import adapter_sha256, weights_sha256
-from keylayers.options import RankOptions, UpdateOptions
 from keylayers.records import (
     RECORD,
     STAGE_1_ADAPTER,
@@ -59,7 +61,9 @@ def from_stage_1(job: RankJob) -> TunedModel:
             tuned, stage_1 = _train_all(job, checkpoints)
             record = {"inputs_sha256": inputs, "options": job.options.flat(), "stage_1": stage_1}
             inputs_record = {"model": job.model_record, "data": job.data.record()}
-            card = model_card("rank", record | inputs_record | {"environment": environment()}, None)
+            made = how_it_was_made("rank", job.options.flat())
+            inputs_record |= {"environment": environment()}
+            card = model_card(record | inputs_record, None, made)
             save_tuned(tuned, job.tokenizer, folder, record, card)
         if not (is_full or is_adalora(tuned) or is_sharded(tuned)):
             return TunedModel(tuned, adapter_updates(tuned), {"stage_1": stage_1})

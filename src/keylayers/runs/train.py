@@ -10,13 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from keylayers.commands.run_options import TrainOptions
+from keylayers.commands.selection import Control, budget_of
 from keylayers.folders import check_replaceable, output_folder, unfinished
-from keylayers.options import Control, TrainOptions
 from keylayers.progress import Progress, Silent
 from keylayers.ranking.memory import is_memory
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.selection import Selection, select
-from keylayers.ranking.verification import budget_of
 from keylayers.records import json_sha256
 from keylayers.runs.rank_first import train_and_freeze
 from keylayers.runs.train_job import TrainedSet, TrainJob

@@ -14,6 +14,8 @@ from keylayers.apply.adapter import prove_trainable
 from keylayers.apply.freeze import prove_unchanged_elsewhere, round_to_stored, train_only
 from keylayers.apply.halt import prove_kept
 from keylayers.apply.saving import save_tuned
+from keylayers.commands.repeat import how_it_was_made
+from keylayers.commands.run_options import TrainOptions
 from keylayers.data.prepare import prepare
 from keylayers.errors import ConfigError
 from keylayers.evaluation.loss import held_out_loss
@@ -21,7 +23,6 @@ from keylayers.model.loading import Checkpoint, describe, load_model, load_token
 from keylayers.model.modules import map_modules
 from keylayers.model.sharding import check_can_freeze_inside
 from keylayers.model.weights import weights_sha256
-from keylayers.options import LOSS_UNITS, TrainOptions
 from keylayers.processes import from_first
 from keylayers.progress import Progress
 from keylayers.ranking.memory import GIB
@@ -42,6 +43,7 @@ from keylayers.runs.reopen import note_other_objective, objective_of, sizes_of
 from keylayers.training.checkpoints import Checkpoints
 from keylayers.training.memory import measured_memory
 from keylayers.training.objectives import prepared_examples
+from keylayers.training.options import LOSS_UNITS
 from keylayers.training.prefix_cache import PrefixCache
 from keylayers.training.run import TrainingResult, fine_tune, make_trainer, new_adapter
 
@@ -287,7 +289,7 @@ class TrainJob:
             model = model.to(self.stored_dtype)
             names = record["selection"]["modules"]
             prove_unchanged_elsewhere(model, Checkpoint.open(self.source), names)
-        card = model_card("train", record, ranking)
+        card = model_card(record, ranking, how_it_was_made("train", record["options"], ranking))
         save_tuned(model, self.tokenizer, output, record, card, beside)
 
     @staticmethod
@@ -314,7 +316,10 @@ class TrainJob:
                 continue
             rows.append(train())
             record = record | {"results": [asdict(row) for row in rows]}
-            write_text(output / CARD, model_card("train", record, ranking))
+            write_text(
+                output / CARD,
+                model_card(record, ranking, how_it_was_made("train", record["options"], ranking)),
+            )
             write_json(output / RECORD, record)
         return rows
 

@@ -9,10 +9,11 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from keylayers.commands.run_options import RankOptions
 from keylayers.data.prepared import PreparedData
 from keylayers.model.loading import Checkpoint, load_adapter, load_model
+from keylayers.model.options import ModelOptions, Towers, UpdateOptions
 from keylayers.model.weights import adapter_sha256, tensors_sha256
-from keylayers.options import ModelOptions, RankOptions, Towers, UpdateOptions
 from keylayers.progress import Progress
 from keylayers.updates import Update, adapter_updates, dense_updates
 from keylayers.updates.adapter import always_on

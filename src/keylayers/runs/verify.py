@@ -8,10 +8,11 @@ from pathlib import Path
 
 from transformers import Trainer
 
+from keylayers.commands.run_options import VerifyOptions
 from keylayers.data.prepared import PreparedData
 from keylayers.evaluation.mask_curve import mask_curve
 from keylayers.folders import output_folder
-from keylayers.options import LOSS_UNITS, MaskOptions, VerifyOptions
+from keylayers.options import MaskOptions
 from keylayers.progress import Progress, Silent
 from keylayers.ranking.curve import MaskCurve
 from keylayers.ranking.ranking import FILE, Ranking
@@ -20,6 +21,7 @@ from keylayers.records import environment, json_sha256
 from keylayers.runs.reopen import loss_trainer, reopen
 from keylayers.scores import score_modules
 from keylayers.training.objectives import prepared_examples
+from keylayers.training.options import LOSS_UNITS
 from keylayers.updates import Update
 
 NUM_LEAVE_ONE_OUT_EXAMPLES = 64

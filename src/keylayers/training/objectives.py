@@ -28,8 +28,9 @@ from trl import (
 )
 
 from keylayers.errors import GuardError
-from keylayers.options import Objective, TrainingOptions
+from keylayers.model.options import Objective
 from keylayers.trainers.reference import REFERENCE_ADAPTER
+from keylayers.training.options import TrainingOptions
 
 LoadReference = Callable[[], PreTrainedModel]
 

@@ -29,7 +29,7 @@ from transformers import (
 from keylayers.apply.adapter import trainable_modules
 from keylayers.errors import ConfigError, GuardError, ModelError
 from keylayers.model.modules import base_model_of, blocks_of, map_modules
-from keylayers.options.ranges import check_above_zero
+from keylayers.ranges import check_above_zero
 from keylayers.training.hidden_states import (
     Example,
     HiddenStates,

@@ -36,11 +36,11 @@ from keylayers.data.reading import quiet_datasets
 from keylayers.errors import ConfigError, LossError
 from keylayers.folders import one_line_if_full
 from keylayers.model.sharding import place_model
-from keylayers.options import StabilityOptions, TrainingOptions
 from keylayers.progress import OnStep
 from keylayers.training.checkpoints import Checkpoints
 from keylayers.training.loggers import check_loggers, name_loggers
 from keylayers.training.objectives import LoadReference, TrainerParts, build_trainer
+from keylayers.training.options import StabilityOptions, TrainingOptions
 from keylayers.training.prefix_cache import PrefixCache
 from keylayers.training.shallow import ShallowBackward
 from keylayers.training.stability import is_stable

@@ -10,7 +10,7 @@ paper): a window should be a few per cent of a full training.
 
 from collections.abc import Sequence
 
-from keylayers.options import StabilityOptions
+from keylayers.training.options import StabilityOptions
 
 
 def is_stable(losses: Sequence[float], options: StabilityOptions) -> bool:

@@ -19,7 +19,7 @@ from keylayers.model.modules import (
     map_modules,
     outside_module,
 )
-from keylayers.options import Towers
+from keylayers.model.options import Towers
 from keylayers.updates.adalora import AdaLoraUpdate, is_adalora
 from keylayers.updates.dora import DoraUpdate
 from keylayers.updates.embedding import EmbeddingUpdate

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from keylayers.errors import ModelError
 from keylayers.model.modules import ModuleInfo, experts_of, map_modules
-from keylayers.options import Towers
+from keylayers.model.options import Towers
 from keylayers.updates.gate import GATE_CHILD, Gate
 
 

@@ -11,27 +11,21 @@ from dataclasses import MISSING, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
+from keylayers.commands.run_options import CurveOptions, RankOptions, TrainOptions, VerifyOptions
+from keylayers.commands.selection import SelectionOptions
+from keylayers.data.options import DataOptions
 from keylayers.errors import ConfigError, did_you_mean
-from keylayers.options import (
+from keylayers.evaluation.options import (
     BenchmarkOptions,
-    CurveOptions,
-    DataOptions,
     EvalOptions,
     EvalRunOptions,
     LossOptions,
-    MaskOptions,
-    ModelOptions,
-    ObjectiveOptions,
     ProblemOptions,
-    RankOptions,
-    SelectionOptions,
-    StabilityOptions,
-    TrainingOptions,
-    TrainOptions,
-    UpdateOptions,
-    VerifyOptions,
 )
+from keylayers.model.options import ModelOptions, UpdateOptions
+from keylayers.options import MaskOptions
 from keylayers.ranking.selection import AUTO, parse_budget
+from keylayers.training.options import ObjectiveOptions, StabilityOptions, TrainingOptions
 
 Part = TypeVar("Part")
 

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from keylayers.commands.run_options import CurveOptions
 from keylayers.commands.study.cell_options import options_of
 from keylayers.commands.study.estimate_memory import step_bytes
 from keylayers.commands.study.plan import Cell
@@ -24,19 +25,14 @@ from keylayers.commands.study.sizes import (
     data_size,
     model_shape,
 )
-from keylayers.options import (
-    METHOD_OPTIONS,
-    CurveOptions,
-    DataOptions,
-    MaskOptions,
-    ModelOptions,
-    StabilityOptions,
-    TrainingOptions,
-)
+from keylayers.data.options import DataOptions
+from keylayers.model.options import ModelOptions
+from keylayers.options import METHOD_OPTIONS, MaskOptions
 from keylayers.options.passes import STOPS_BY_ITSELF, num_steps
 from keylayers.ranking.cost import StepTime
 from keylayers.ranking.memory import is_memory, parse_memory
 from keylayers.ranking.selection import parse_budget
+from keylayers.training.options import StabilityOptions, TrainingOptions
 
 OPERATIONS = 2  # a multiplication and an addition
 NUM_REPEATS = 10  # runs of a method at most, with `until_stable`

@@ -7,7 +7,8 @@ the model; `tests/test_estimate.py` holds the sums against its record and a step
 """
 
 from keylayers.commands.study.sizes import ModelShape
-from keylayers.options import ModelOptions, TrainingOptions
+from keylayers.model.options import ModelOptions
+from keylayers.training.options import TrainingOptions
 
 FLOAT = 4  # bytes of a float32
 HALF = 2  # bytes of a bfloat16 or float16

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from keylayers.commands.repeat import Command, command_words
 from keylayers.commands.study.cell_options import (
     CURVE,
     EVALUATION,
@@ -30,8 +31,7 @@ from keylayers.commands.study.cell_options import (
 from keylayers.commands.study.contents import content
 from keylayers.commands.study.yaml_file import AxisPoint, StudyFile
 from keylayers.errors import ConfigError
-from keylayers.options import ModelOptions
-from keylayers.options.command_line import Command, command_words
+from keylayers.model.options import ModelOptions
 from keylayers.ranking.selection import AUTO
 from keylayers.records import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT, environment, json_sha256
 

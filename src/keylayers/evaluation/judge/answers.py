@@ -14,8 +14,8 @@ from typing import Any, get_args
 
 from keylayers.evaluation.generation import Ending
 from keylayers.evaluation.judge.lines import read_lines
+from keylayers.evaluation.judge.options import AnswerOptions, JudgedOptions
 from keylayers.evaluation.judge.questions import Question
-from keylayers.options.judge import AnswerOptions, JudgedOptions
 from keylayers.records import json_sha256
 
 

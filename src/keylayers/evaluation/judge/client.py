@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from keylayers.errors import ConfigError, JudgeError
-from keylayers.options.judge import KEY_VARIABLE, EndpointOptions
+from keylayers.evaluation.judge.options import KEY_VARIABLE, EndpointOptions
 
 if TYPE_CHECKING:
     import openai

@@ -4,8 +4,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from keylayers.evaluation.judge.options import EndpointOptions
 from keylayers.evaluation.judge.requests import JudgeRequest
-from keylayers.options.judge import EndpointOptions
 
 MILLION = 1e6
 

@@ -17,6 +17,8 @@ from transformers.utils.hub import cached_file
 from keylayers.data.chat import ChatTemplate, resolve_template
 from keylayers.errors import ModelError
 from keylayers.evaluation.identity import config_sha256
+from keylayers.evaluation.judge.options import JudgedOptions
+from keylayers.evaluation.options import ComparedOptions
 from keylayers.evaluation.subjects import Kind, lent, subjects_of
 from keylayers.model.loading import (
     ADAPTER_FILES,
@@ -28,10 +30,8 @@ from keylayers.model.loading import (
     load_tokenizer,
     local_folder,
 )
+from keylayers.model.options import ModelOptions
 from keylayers.model.preserve import to_evaluation
-from keylayers.options import ModelOptions
-from keylayers.options.evaluation import ComparedOptions
-from keylayers.options.judge import JudgedOptions
 from keylayers.records import json_sha256
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from keylayers.errors import DataError, did_you_mean
-from keylayers.options.judge import AnswerOptions
+from keylayers.evaluation.judge.options import AnswerOptions
 
 # Name -> (kind of repository, repository, file). The space of the benchmark's authors holds their
 # question file as it is; no repository of theirs is known to hold Vicuna's questions.

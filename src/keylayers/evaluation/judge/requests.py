@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from keylayers.evaluation.judge.options import EndpointOptions
 from keylayers.evaluation.judge.prompts import comparison_prompt, rating_prompt
 from keylayers.evaluation.judge.questions import Question, QuestionSet
-from keylayers.options.judge import EndpointOptions
 from keylayers.records import json_sha256
 
 # What a model said to each question, turn by turn; None where it has not answered yet.

@@ -4,11 +4,13 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from keylayers.commands.selection import BudgetOptions, SelectionOptions
+from keylayers.data.options import DataOptions
 from keylayers.errors import ConfigError
-from keylayers.options.inputs import DataOptions, ModelOptions, UpdateOptions
-from keylayers.options.scoring import CurveOptions, MaskOptions
-from keylayers.options.selection import BudgetOptions, SelectionOptions
-from keylayers.options.training import (
+from keylayers.model.options import ModelOptions, UpdateOptions
+from keylayers.options.scoring import MaskOptions
+from keylayers.ranges import check_at_least
+from keylayers.training.options import (
     ObjectiveOptions,
     StabilityOptions,
     TrainingOptions,
@@ -69,6 +71,36 @@ class RankOptions:
         """Every option by the name of its flag, for the record."""
         parts = (self.model, self.data, self.update, self.training, self.stability, self.mask)
         return {name: value for part in parts for name, value in asdict(part).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveOptions:
+    """How a ranking is verified.
+
+    Attributes:
+        points: Points on each mask curve, from none to all modules.
+        random_orders: How many random orders are measured beside the ranking, as its control.
+        order_seed: Of the random orders.
+        leave_one_out: Also measure the order by leave-one-out: one forward pass a module and batch,
+            so slow on large models.
+        margin: How much worse than all modules the recommended budget may be, as a share of what
+            the fine-tune lowered the held-out loss by.
+        eval_batch_size: Held-out examples that the model takes at once, at most.
+    """
+
+    points: int = 15
+    random_orders: int = 5
+    order_seed: int = 0
+    leave_one_out: bool = False
+    margin: float = 0.05
+    eval_batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        check_at_least("points", self.points, 2)
+        check_at_least("random_orders", self.random_orders, 1)
+        check_at_least("eval_batch_size", self.eval_batch_size, 1)
+        if not 0 <= self.margin < 1:
+            raise ConfigError(f"`margin` must be a share from 0 to below 1, got {self.margin}")
 
 
 @dataclass(frozen=True)

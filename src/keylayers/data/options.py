@@ -1,35 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run reads: a model, data, and an update that exists already."""
+"""Options of the data: where they are, how they are read and split. Needs no torch."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from keylayers.errors import ConfigError
-from keylayers.options.choices import DataFormat, Dtype, MaskData, Towers
-from keylayers.options.ranges import check_at_least
+from keylayers.ranges import check_at_least
 
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """Which model, and how it is loaded.
-
-    Attributes:
-        model: Folder of the base model, or its name on the hub.
-        revision: Branch, tag or commit of the base model on the hub.
-        dtype: Of the weights; auto is float32 on a CPU and bfloat16 on an accelerator.
-        towers: Blocks that count as the model's: those of the language model, or all, such as those
-            of its image tower too.
-        load_in_4bit: Load the base weights in 4 bits (NF4, double quantisation), as QLoRA does; the
-            adapter stays in `dtype`. Needs bitsandbytes.
-        trust_remote_code: Run Python code that comes with the model. Off: nothing of it is
-            executed.
-    """
-
-    model: str
-    revision: str | None = None
-    dtype: Dtype = "auto"
-    towers: Towers = "language"
-    load_in_4bit: bool = False
-    trust_remote_code: bool = False
+DataFormat = Literal[
+    "alpaca", "sharegpt", "messages", "prompt-completion", "lima", "self-instruct", "text"
+]
+MaskData = Literal["train", "held-out"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,24 +51,4 @@ class DataOptions:
         if not self.held_out > 0:
             raise ConfigError(
                 f"`held_out` must be a share above 0 or a number of examples, got {self.held_out}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpdateOptions:
-    """Where the update comes from; with neither, stage 1 makes it.
-
-    Attributes:
-        adapter: A PEFT LoRA adapter of the model, folder or hub name: stage 1 is skipped.
-        tuned: A second full checkpoint, fine-tuned from the model: stage 1 is skipped.
-    """
-
-    adapter: str | None = None
-    tuned: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.adapter is not None and self.tuned is not None:
-            raise ConfigError(
-                "at most one of `adapter` and `tuned` must be given, got both: there is one update "
-                "to rank"
             )

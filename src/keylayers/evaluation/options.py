@@ -4,10 +4,10 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from keylayers.data.options import DataFormat, DataOptions
 from keylayers.errors import ConfigError
-from keylayers.options.choices import DataFormat
-from keylayers.options.inputs import DataOptions, ModelOptions
-from keylayers.options.ranges import check_above_zero, check_at_least, check_seed
+from keylayers.model.options import ModelOptions
+from keylayers.ranges import check_above_zero, check_at_least, check_seed
 
 
 @dataclass(frozen=True, kw_only=True)

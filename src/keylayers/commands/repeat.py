@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any, Literal
 
-from keylayers.options.commands import (
+from keylayers.commands.run_options import (
     TAKEN_FROM_RANKING,
     TAKEN_WITH_UPDATE,
     PruneOptions,
@@ -14,7 +14,8 @@ from keylayers.options.commands import (
     TrainOptions,
     VerifyOptions,
 )
-from keylayers.options.evaluation import EvalOptions
+from keylayers.evaluation.options import EvalOptions
+from keylayers.ranking.ranking import Ranking
 
 Command = Literal["rank", "train", "verify", "prune", "eval"]
 OPTIONS: Mapping[Command, type] = {
@@ -80,3 +81,33 @@ def _words(flag: str, value: Any) -> list[str]:
         return [flag if value else f"--no-{flag[2:]}"]
     values = value if isinstance(value, (list, tuple)) else [value]
     return [flag, *(str(one) for one in values)] if values else []
+
+
+def how_to_repeat(ranking: Ranking) -> str:
+    """The command that made the ranking, or the call where it was made from Python."""
+    made_by = ranking.provenance
+    options = made_by.get("options", {})
+    if options.get("rank_first"):
+        return command_line("train", options)
+    if "data" in options and "model" in options:
+        return command_line("rank", options)
+    imported = made_by.get("imported", {})
+    if isinstance(imported, dict) and "file" in imported:
+        model = str(made_by.get("model", {}).get("name"))
+        return shlex.join(["keylayers", "import", str(imported["file"]), "--model", model])
+    if ranking.method == "step-scores":
+        return "# made by the callback keylayers.StepScores inside a run of your own"
+    if ranking.method == "consensus":
+        return "# made by keylayers compare RANKING RANKING ... --consensus FILE"
+    trainer = made_by.get("trainer", "trainer")
+    return f"# made from Python by keylayers.rank_modules on a {trainer}, method {ranking.method}"
+
+
+def how_it_was_made(
+    command: Command, options: Mapping[str, Any], ranking: Ranking | None = None
+) -> str:
+    """The commands that lead to a result: how its ranking was made, and its own command."""
+    if ranking is None or options.get("rank_first"):
+        return command_line(command, options)
+    own = command_line(command, options, ranking.provenance.get("options", {}))
+    return f"{how_to_repeat(ranking)}\n{own}"

@@ -8,9 +8,8 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from keylayers.errors import ConfigError
-from keylayers.options.choices import Dtype
-from keylayers.options.inputs import ModelOptions
-from keylayers.options.ranges import check_above_zero, check_at_least, check_seed
+from keylayers.model.options import Dtype, ModelOptions
+from keylayers.ranges import check_above_zero, check_at_least, check_seed
 
 JudgeMode = Literal["single", "pairwise"]
 LimitField = Literal["max_tokens", "max_completion_tokens"]

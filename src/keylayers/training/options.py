@@ -3,12 +3,22 @@
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from keylayers.errors import ConfigError
-from keylayers.options.choices import Objective, UpdateKind
-from keylayers.options.inputs import ModelOptions
-from keylayers.options.ranges import check_above_zero, check_at_least, check_seed
+from keylayers.model.options import ModelOptions, Objective
+from keylayers.ranges import check_above_zero, check_at_least, check_seed
+
+UpdateKind = Literal["lora", "rslora", "dora", "adalora", "full"]
+FreezeAction = Literal["freeze", "remove"]
+# What a loss of each objective counts, and what it is a mean over.
+LOSS_UNITS: dict[Objective, str] = {
+    "sft": "nats per token",
+    "dpo": "nats per pair",
+    "kto": "KTO's loss, 0 to 1, per answer",
+    "orpo": "nats per token and pair",
+    "reward": "nats per pair",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,16 @@
 """Which modules of a ranking are taken, and what is trained beside them."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from keylayers.errors import ConfigError
-from keylayers.options.choices import Control, FreezeAction
-from keylayers.options.ranges import check_above_zero, check_at_least
+from keylayers.ranges import check_above_zero, check_at_least
+from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.selection import AUTO, Budget, Freeze, parse_budget
+from keylayers.ranking.verification import auto_budget, verification_file
+from keylayers.training.options import FreezeAction
+
+Control = Literal["all", "random", "first", "last", "worst"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,3 +126,18 @@ class SelectionOptions:
     def resolved_freeze(self) -> float:
         """The share that is no longer trained with `rank_first`; a quarter as in the paper."""
         return 0.25 if self.freeze is None else self.freeze
+
+
+def budget_of(wanted: BudgetOptions | SelectionOptions, ranking: Ranking) -> Budget:
+    """The budget that the options ask for; `auto` is looked up in the ranking's verification.
+
+    Raises:
+        ConfigError: the budget has no known form, or `auto` has none to give.
+        RankingError: `auto`, but the ranking is not verified as it is.
+    """
+    if wanted.freeze is not None:
+        return Freeze(wanted.freeze)
+    if wanted.budget == AUTO:
+        assert wanted.ranking is not None
+        return auto_budget(ranking, verification_file(wanted.ranking))
+    return parse_budget(wanted.budget or "")
