@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: D103, T201
+"""Compares two folders of records, bit for bit: `compare.py DIR_A DIR_B [PATTERN ...]`."""
+
+import json
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+SHOWN = 5  # differences shown for each case
+# Expected differences, as a pattern of `case:path` (`case` alone: it may be missing), with reasons.
+ALLOWED = {
+    "*:*options/prefix_cache_gib": "the option is removed",
+}
+NOT_COMPARED = {"log", "text", "inputs_sha256"}  # wording, and a hash of paths
+
+
+def flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every value with its path; numbers as they are written."""
+    if isinstance(value, dict) and value:
+        for key, one in value.items():
+            if key not in NOT_COMPARED:
+                yield from flat(one, f"{path}/{key}")
+    elif isinstance(value, list) and value:
+        for index, one in enumerate(value):
+            yield from flat(one, f"{path}/{index}")
+    else:
+        yield path, json.dumps(value)
+
+
+def differences(name: str, a: Path, b: Path) -> list[str]:
+    for path in (a, b):
+        if not path.exists():
+            return [] if name in ALLOWED else [f"missing: {path}"]
+    left, right = (json.loads(path.read_text()) for path in (a, b))
+    first, second = dict(flat(left)), dict(flat(right))
+    found = []
+    for key in [*first, *(key for key in second if key not in first)]:
+        old, new = first.get(key, "absent"), second.get(key, "absent")
+        if old != new and not any(fnmatch(f"{name}:{key}", pattern) for pattern in ALLOWED):
+            found.append(f"{key}: {old[:200]} -> {new[:200]}")
+    if found and isinstance(right, dict) and right.get("log"):
+        found.insert(0, "message: " + " ".join(right["log"].split())[-600:])
+    return found
+
+
+def main() -> int:
+    a, b = Path(sys.argv[1]), Path(sys.argv[2])
+    patterns = sys.argv[3:] or ["*"]
+    names = sorted({path.stem for folder in (a, b) for path in folder.glob("*.json")})
+    names = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+    num_different = 0
+    for name in names:
+        found = differences(name, a / f"{name}.json", b / f"{name}.json")
+        if found:
+            num_different += 1
+            print(f"{name}: {len(found)} differences")
+            print("".join(f"    {one}\n" for one in found[:SHOWN]), end="")
+    print(f"{num_different} of {len(names)} cases differ" if names else "no case has this name")
+    return int(num_different > 0 or not names)
+
+
+sys.exit(main())
