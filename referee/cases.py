@@ -56,7 +56,7 @@ TRAINED: dict[str, Options] = {
 }
 RANKED_FIRST: dict[str, Options] = {
     "freeze": ("--freeze", 0.25),
-    "remove": ("--budget", 0.3, "--action", "remove"),
+    "remove": ("--freeze", 0.4, "--action", "remove"),
     "full": ("--update", "full", "--method", "ila", "--mask-steps", 10),
 }
 TOOLS = ("peft", "trl", "axolotl", "llamafactory", "ms-swift", "torchtune", "unsloth")

@@ -111,7 +111,10 @@ class Runner:
             return self.plain(content)
         if path.suffix == ".json":
             return self.plain(json.loads(path.read_text()))
-        return self.plain(path.read_text())
+        try:
+            return self.plain(path.read_text())
+        except UnicodeDecodeError:
+            return "binary"
 
 
 def last_of_each(arguments: Iterable[object]) -> list[str]:
