@@ -19,7 +19,8 @@ from keylayers.apply.freeze import train_only
 from keylayers.demo.make_base import make_tokenizer
 from keylayers.model.modules import ModuleInfo, map_modules
 from keylayers.ranking.memory import StepMemory
-from keylayers.ranking.ranking import RankedModule, Ranking
+from keylayers.ranking.ranked_module import RankedModule
+from keylayers.ranking.ranking import Ranking
 from keylayers.training.memory import measured_memory, peak_of_step
 from keylayers.training.options import TrainingOptions
 from keylayers.training.run import make_trainer

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from keylayers.demo.run import BASE, write_data
-from keylayers.ranking.ranking import RankedModule, Ranking
+from keylayers.ranking.ranked_module import RankedModule
+from keylayers.ranking.ranking import Ranking
 
 NUM_ROUNDS = 5
 HELP = "from keylayers.cli import main; main(['--help'])"

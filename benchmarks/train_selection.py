@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.mask_step import kept_storage
 from keylayers.apply.adapter import add_lora
 from keylayers.model.modules import ModuleInfo, map_modules
-from keylayers.ranking.cost import step_cost
-from keylayers.ranking.ranking import RankedModule, Ranking
+from keylayers.ranking.ranked_module import RankedModule
+from keylayers.ranking.ranking import Ranking
 from keylayers.training.peak import peak_bytes
 from keylayers.training.shallow import shallow_backward
 
@@ -137,7 +137,7 @@ def counted(case: Case, modules: list[ModuleInfo], size: Size) -> float:
         "model": {"num_head_parameters": size.width * VOCABULARY},
     }
     ranked = (RankedModule(*own(one), score=1.0) for one in modules)
-    return step_cost(Ranking(tuple(ranked), "counted", provenance=made_by), set(names))
+    return Ranking(tuple(ranked), "counted", provenance=made_by).step_time.share(names)
 
 
 def own(module: ModuleInfo) -> tuple[str, int | None, str, int]:

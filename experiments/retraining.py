@@ -20,8 +20,9 @@ import torch
 from datasets import Dataset
 
 from keylayers.evaluation.loss import held_out_loss
-from keylayers.ranking.cost import best_within_time
-from keylayers.ranking.ranking import RankedModule, Ranking
+from keylayers.ranking.budget import Time
+from keylayers.ranking.ranked_module import RankedModule
+from keylayers.ranking.ranking import Ranking
 from keylayers.records import environment, write_json
 from keylayers.training.run import fine_tune, make_trainer
 
@@ -77,7 +78,7 @@ def within_prices(cell, folder, shared, prices):
         "model": {"num_head_parameters": head},
     }
     ranking = Ranking(modules, "elimination", provenance=made_by)
-    names = {price: {one.name for one in best_within_time(ranking, price)} for price in prices}
+    names = {price: set(ranking.select(Time(price)).names) for price in prices}
     return {
         ("elimination within a price", price): [name for name in found["modules"] if name in taken]
         for price, taken in names.items()

@@ -152,7 +152,7 @@ def ranking(tiny, tmp_path_factory):
 
 
 TRAIN = [
-    ("a budget of 0", {"budget": "0"}, "between 1 and 21"),
+    ("a budget of 0", {"budget": "0"}, "must be at least 1, got 0"),
     ("a budget of 0.0", {"budget": "0.0"}, "above 0 and at most 1, got 0.0"),
     ("a budget above 1", {"budget": "1.5"}, "above 0 and at most 1, got 1.5"),
     ("a budget that is no number", {"budget": "abc"}, "got 'abc'"),

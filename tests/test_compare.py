@@ -58,7 +58,8 @@ def with_errors(ranking, standard_error):
 
 def deep_ranking(columns):
     """Projection -> the scores of its modules by block; None where a block lacks it."""
-    from keylayers.ranking.ranking import RankedModule, Ranking
+    from keylayers.ranking.ranked_module import RankedModule
+    from keylayers.ranking.ranking import Ranking
 
     num_blocks = max(len(scores) for scores in columns.values())
     modules = [
@@ -413,7 +414,8 @@ def test_the_widest_table_fits(capsys, tmp_path):
 
 def grid(score_of):
     """Eight blocks of seven projections, as of a small Llama."""
-    from keylayers.ranking.ranking import RankedModule, Ranking
+    from keylayers.ranking.ranked_module import RankedModule
+    from keylayers.ranking.ranking import Ranking
 
     modules = tuple(
         RankedModule(f"model.layers.{block}.{kind}_proj", block, f"{kind}_proj", 10, score)

@@ -25,20 +25,16 @@ def names_of(ranking, places):
     ],
 )
 def test_the_backward_pass_stops_at_the_lowest_trained_module(places, cost):
-    from keylayers.ranking.cost import step_cost
-
     ranking = ranking_of([4.0, 3.0, 2.0, 1.0], num_parameters=SIZES, provenance=FULL)
-    assert step_cost(ranking, names_of(ranking, places)) == pytest.approx(cost / 340)
+    assert ranking.step_time.share(names_of(ranking, places)) == pytest.approx(cost / 340)
 
 
 def test_lora_costs_its_own_matrices():
-    from keylayers.ranking.cost import step_cost
-
     made_by = {"options": {"lora_rank": 2}}
     ranking = ranking_of([2.0, 1.0], num_parameters=[100, 100], provenance=made_by)
     own = 3 * 2 * 2 * 10  # three passes through A and B of width 10
     expected = (200 + 100 + own) / (200 + 200 + 2 * own)
-    assert step_cost(ranking, names_of(ranking, [1])) == pytest.approx(expected)
+    assert ranking.step_time.share(names_of(ranking, [1])) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("budget", [0.45, 0.55, 0.65, 0.75, 0.85, 0.95, 1.0])
@@ -46,7 +42,7 @@ def test_lora_costs_its_own_matrices():
 def test_the_best_set_within_a_price_is_that_of_trying_all(budget, made_by):
     """Of equal sizes, so that taking by score is exact."""
     from keylayers.errors import ConfigError
-    from keylayers.ranking.cost import best_within_time, step_cost
+    from keylayers.ranking.budget import Time
 
     scores = [0.5, 3.0, -1.0, 0.2, 2.0, 0.0, 1.0, None]
     ranking = ranking_of(scores, num_parameters=50, provenance=made_by)
@@ -55,20 +51,20 @@ def test_the_best_set_within_a_price_is_that_of_trying_all(budget, made_by):
         set(one)
         for count in range(1, 9)
         for one in combinations(worth, count)
-        if step_cost(ranking, one) <= budget + 1e-9
+        if ranking.step_time.share(one) <= budget + 1e-9
     ]
     best = max((sum(worth[name] for name in one) for one in sets), default=0.0)
     if best <= 0:
         with pytest.raises(ConfigError, match="the forward pass and one module"):
-            best_within_time(ranking, budget)
+            ranking.select(Time(budget))
         return
-    found = best_within_time(ranking, budget)
-    assert step_cost(ranking, {one.name for one in found}) <= budget + 1e-9
+    found = ranking.select(Time(budget)).modules
+    assert ranking.step_time.share({one.name for one in found}) <= budget + 1e-9
     assert sum(worth[one.name] for one in found) == pytest.approx(best)
     assert all(one.score > 0 for one in found)
     selected = ranking.select(f"{budget}x-time")
     assert selected.modules == found
-    assert (selected.budget, selected.num_tied_out) == (f"{budget}x-time", 0)
+    assert (selected.budget, selected.num_tied_out) == (f"{budget:g}x-time", 0)
 
 
 @pytest.mark.parametrize("written", ["0x-time", "1.5x-time", "x-time", "allx-time", "-1x-time"])

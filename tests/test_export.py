@@ -28,7 +28,8 @@ SHARES = (0.1, 0.3, 0.75, 1.0)
 
 def ranking_of_model(model, seed=0):
     from keylayers.model.modules import map_modules
-    from keylayers.ranking.ranking import RankedModule, Ranking
+    from keylayers.ranking.ranked_module import RankedModule
+    from keylayers.ranking.ranking import Ranking
 
     draw = random.Random(seed)
     modules = tuple(RankedModule.of(one, draw.random()) for one in map_modules(model))

@@ -50,6 +50,49 @@ def test_imports_point_one_way(path):
     assert not upwards, f"{own} imports {upwards}"
 
 
+def graph_of_imports():
+    """File -> files of keylayers that it imports, at its top or in a function."""
+    known = {name_of(path): path for path in FILES}
+    graph = {}
+    for path in FILES:
+        graph[path] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                full = (f"{node.module}.{alias.name}" for alias in node.names)
+                names = {name if name in known else node.module for name in full}
+                graph[path] |= {known[name] for name in names if name in known}
+    return graph
+
+
+def name_of(path):
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def circle_in(graph):
+    """The files of the first circle, each importing the next; empty if there is none."""
+    finished = set()
+
+    def walk(file, above):
+        if file in above:
+            return [*above[above.index(file) :], file]
+        if file in finished:
+            return []
+        found = next((c for other in sorted(graph[file]) if (c := walk(other, [*above, file]))), [])
+        finished.add(file)
+        return found
+
+    return next((circle for file in sorted(graph) if (circle := walk(file, []))), [])
+
+
+def test_no_files_import_each_other_in_a_circle():
+    assert [name_of(path) for path in circle_in(graph_of_imports())] == []
+
+
+def test_the_test_of_circles_can_fail():
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
 def test_every_file_has_its_place():
     tops = {path.relative_to(SOURCE).parts[0].removesuffix(".py") for path in FILES}
     assert tops == set(LAYER)

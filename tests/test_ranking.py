@@ -246,7 +246,7 @@ def test_show_shows_a_ranking_whose_budget_reaches_modules_without_a_score(tmp_p
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ("auto", "auto is for `keylayers train` and `prune`"),
+        ("auto", "auto is for `keylayers train`, `prune` and `export`"),
         ("7", "between 1 and 6"),
         ("x", "must be a frac"),
     ],

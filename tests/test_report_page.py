@@ -85,7 +85,6 @@ def column(page, number):
 
 def test_the_slider_shows_what_select_takes_at_every_budget(chromium, tmp_path):
     from keylayers.ranking.certainty import undecided
-    from keylayers.ranking.cost import step_cost
 
     ranking = by_hand()
     with page_of(chromium, report(tmp_path, {"hand": ranking})) as page:
@@ -100,7 +99,7 @@ def test_the_slider_shows_what_select_takes_at_every_budget(chromium, tmp_path):
             assert text.startswith(f"{count} of 12 modules ({percent(count / 12)}); ")
             share = percent(chosen.num_parameters / total)
             assert f"; {chosen.num_parameters} parameters ({share}); " in text
-            assert f"costs about {step_cost(ranking, chosen.names):.2f} of" in text
+            assert f"costs about {ranking.step_time.share(chosen.names):.2f} of" in text
             tied = f"{chosen.num_tied_out} left out with the same score"
             assert (tied in text) == (chosen.num_tied_out > 0)
             marked = page.locator("table.modules tbody tr", has_text="~").locator(".name")

@@ -31,7 +31,7 @@ def test_a_budget_buys_the_nearest_number_of_modules(budget, count):
 
 
 def test_freezing_a_quarter_trains_all_but_the_worst_quarter():
-    from keylayers.ranking.selection import Freeze
+    from keylayers.ranking.budget import Freeze
 
     selection = ranking_of([float(index) for index in range(56)]).select(Freeze(0.25))
     assert len(selection.modules) == 42
@@ -48,16 +48,16 @@ def test_a_fraction_of_parameters_takes_the_best_while_they_fit():
 BAD = [
     ("abc", r"`budget` must be a fraction such as 0.3, a count such as 17, .* got 'abc'"),
     ("", r"`budget` must be a fraction"),
-    ("0", r"as a count must be between 1 and 4, the ranking's modules, got 0"),
-    ("5", r"as a count must be between 1 and 4"),
-    ("-1", r"as a count must be between 1 and 4"),
+    ("0", r"as a count must be at least 1, got 0"),
+    ("5", r"as a count must be between 1 and 4, the ranking's modules, got 5"),
+    ("-1", r"as a count must be at least 1"),
     (0.0, r"as a fraction must be above 0 and at most 1, got 0.0"),
     ("1.5", r"as a fraction must be above 0 and at most 1, got 1.5"),
     ("nan", r"as a fraction must be above 0 and at most 1, got nan"),
     ("inf", r"as a fraction must be above 0 and at most 1, got inf"),
     ("0x-params", r"above 0x-params and at most 1x-params, got '0x-params'"),
     ("2x-params", r"above 0x-params and at most 1x-params"),
-    ("ax-params", r"above 0x-params and at most 1x-params"),
+    ("ax-params", r"`budget` must be a fraction such as .* got 'ax-params'"),
     (
         "0.1x-params",
         r"must allow at least the best module, model.layers.1.b_proj with 10 parameters",
@@ -65,10 +65,10 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("budget", ["1.5", "nan", "2x-params", "abcx-params", "abcx-time"])
+@pytest.mark.parametrize("budget", ["1.5", "nan", "2x-params", "nanx-time"])
 def test_a_fraction_that_cannot_be_is_refused_before_there_is_a_ranking(budget):
     from keylayers.errors import ConfigError
-    from keylayers.ranking.selection import parse_budget
+    from keylayers.ranking.budget import parse_budget
 
     with pytest.raises(ConfigError, match=r"`budget` as a fraction.* must be above 0"):
         parse_budget(budget)
@@ -85,10 +85,10 @@ def test_budgets_that_make_no_sense_are_refused(budget, message):
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 2.0])
 def test_freezing_nothing_or_everything_is_refused(fraction):
     from keylayers.errors import ConfigError
-    from keylayers.ranking.selection import Freeze
+    from keylayers.ranking.budget import Freeze
 
     with pytest.raises(ConfigError, match="`freeze` must be above 0 and below 1"):
-        ranking_of([1.0, 2.0]).select(Freeze(fraction))
+        Freeze(fraction)
 
 
 def test_modules_without_a_score_cannot_be_bought():
@@ -127,12 +127,12 @@ def test_a_ranking_of_another_model_is_refused_with_the_first_names():
 
     ranking = ranking_of([1.0, 2.0, 3.0])
     here = {"model.layers.0.a_proj": 10, "model.layers.0.b_proj": 11, "model.layers.1.a_proj": 10}
-    check_same_modules(ranking, here | {"model.layers.0.b_proj": 10})
+    check_same_modules(ranking.modules, here | {"model.layers.0.b_proj": 10})
     with pytest.raises(
         RankingError,
         match=r"1 of 3 modules differ, first model.layers.0.b_proj \(10 parameters in the ranking, "
         r"11 in the model\)",
     ):
-        check_same_modules(ranking, here)
+        check_same_modules(ranking.modules, here)
     with pytest.raises(RankingError, match="none in the model"):
-        check_same_modules(ranking, {})
+        check_same_modules(ranking.modules, {})

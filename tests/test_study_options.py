@@ -35,10 +35,10 @@ REFUSED = [
     ({"budget": 0.3, "controls": ["foo"]}, "`controls` must be one of .*, got 'foo'"),
     ({"budget": 0.3, "controls": 5}, "`controls` must be one of .*, got 5"),
     (
-        {"budget": "abcx-time"},
-        "`budget` as a fraction of the cost of a step must be .* 'abcx-time'",
+        {"budget": "2x-time"},
+        "`budget` as a fraction of the cost of a step must be .* '2x-time'",
     ),
-    ({"budget": "abcx-params"}, "`budget` as a fraction of parameters must be .* 'abcx-params'"),
+    ({"budget": "abcx-params"}, "`budget` must be a fraction such as .* 'abcx-params'"),
     ({"budget": 1.5}, "`budget` as a fraction must be above 0 and at most 1, got 1.5"),
     ({"budget": 0}, "`budget` as a count must be at least 1, got 0"),
     ({"budget": True}, "`budget` must be a text, got True"),

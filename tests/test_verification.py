@@ -230,7 +230,7 @@ def test_the_automatic_budget_is_the_recommended_count(tmp_path):
     from keylayers.ranking.verification import auto_budget
 
     ranking, path = verified_ranking(tmp_path, [6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
-    assert auto_budget(ranking, path) == 4
+    assert auto_budget(ranking, path).value == 4
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_the_automatic_budget_needs_a_curve_of_the_rankings_own_run(tmp_path, me
     found = verification_of(provenance=measured_with)
     replace(found, ranking_sha256=json_sha256(ranking.to_json())).save(path)
     if what is None:
-        assert auto_budget(ranking, path) == 4
+        assert auto_budget(ranking, path).value == 4
     else:
         with pytest.raises(RankingError, match=f"was measured with {what}; run"):
             auto_budget(ranking, path)

@@ -37,13 +37,15 @@ if TYPE_CHECKING:
     from keylayers.export import export_selection
     from keylayers.model.options import ModelOptions, UpdateOptions
     from keylayers.options import MaskOptions
+    from keylayers.ranking.budget import Freeze
     from keylayers.ranking.certainty import undecided
     from keylayers.ranking.compare import Agreement, agreement, chance_jaccard
     from keylayers.ranking.consensus import consensus
     from keylayers.ranking.curve import MaskCurve, Recommendation
     from keylayers.ranking.memory import StepMemory
-    from keylayers.ranking.ranking import RankedModule, Ranking
-    from keylayers.ranking.selection import Freeze, Selection
+    from keylayers.ranking.ranked_module import RankedModule
+    from keylayers.ranking.ranking import Ranking
+    from keylayers.ranking.selection import Selection
     from keylayers.ranking.verification import Verification
     from keylayers.runs.callback import FreezeUnimportant
     from keylayers.runs.eval import evaluate
@@ -69,7 +71,7 @@ _HOME = {
     "EvalOptions": "evaluation.options",
     "EvalRunOptions": "evaluation.options",
     "Evaluation": "evaluation.record",
-    "Freeze": "ranking.selection",
+    "Freeze": "ranking.budget",
     "FreezeUnimportant": "runs.callback",
     "KeylayersError": "errors",
     "LossOptions": "evaluation.options",
@@ -82,7 +84,7 @@ _HOME = {
     "PruneOptions": "commands.run_options",
     "PrunedUpdate": "runs.prune",
     "RankOptions": "commands.run_options",
-    "RankedModule": "ranking.ranking",
+    "RankedModule": "ranking.ranked_module",
     "Ranking": "ranking.ranking",
     "Recommendation": "ranking.curve",
     "Selection": "ranking.selection",

@@ -5,7 +5,7 @@ PEFT drops unknown names without a word, so what it really hit is compared with 
 anything else is refused.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
@@ -17,23 +17,6 @@ from keylayers.errors import GuardError, ModelError
 from keylayers.model.modules import base_model_of, map_modules
 from keylayers.ranking.targets import lora_targets
 from keylayers.updates.adapter import always_on, own_parameters, tuner_layers
-
-
-def lora_config(
-    names: Sequence[str], *, stacked: Collection[str] | None = None, **options: Any
-) -> LoraConfig:
-    """A `LoraConfig` whose target is exactly `names`.
-
-    Args:
-        names: Full module names in the base model.
-        stacked: Those of `names` that are stacked experts; empty if the model has experts but
-            `names` holds none, None if it has none.
-        options: Everything else of `LoraConfig`, such as `r` and `lora_alpha`.
-    """
-    if "target_modules" in options:
-        raise TypeError("`target_modules` comes from the selection; leave it out")
-    options.setdefault("task_type", "CAUSAL_LM")
-    return LoraConfig(**lora_targets(names, stacked), **options)
 
 
 def add_lora(model: PreTrainedModel, names: Sequence[str], **options: Any) -> PeftModel:

@@ -48,9 +48,9 @@ def compare(
             of the same modules.
         as_json: For machines: pairs with all measures, and the means by kind.
     """
+    from keylayers.ranking.budget import parse_budget
     from keylayers.ranking.compare import agreement
     from keylayers.ranking.ranking import Ranking
-    from keylayers.ranking.selection import parse_budget
 
     if len(rankings) < 2:
         raise ConfigError(f"`compare` must get at least two rankings, got {len(rankings)}")

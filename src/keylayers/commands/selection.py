@@ -6,8 +6,8 @@ from typing import Literal
 
 from keylayers.errors import ConfigError
 from keylayers.ranges import check_above_zero, check_at_least
+from keylayers.ranking.budget import Auto, Budget, Freeze, parse_budget
 from keylayers.ranking.ranking import Ranking
-from keylayers.ranking.selection import AUTO, Budget, Freeze, parse_budget
 from keylayers.ranking.verification import auto_budget, verification_file
 from keylayers.training.options import FreezeAction
 
@@ -137,7 +137,8 @@ def budget_of(wanted: BudgetOptions | SelectionOptions, ranking: Ranking) -> Bud
     """
     if wanted.freeze is not None:
         return Freeze(wanted.freeze)
-    if wanted.budget == AUTO:
+    budget = parse_budget(wanted.budget or "")
+    if isinstance(budget, Auto):
         assert wanted.ranking is not None
         return auto_budget(ranking, verification_file(wanted.ranking))
-    return parse_budget(wanted.budget or "")
+    return budget

@@ -14,8 +14,8 @@ from cyclopts import App, Parameter
 from keylayers.errors import ConfigError
 
 if TYPE_CHECKING:
+    from keylayers.ranking.budget import Budget
     from keylayers.ranking.ranking import Ranking
-    from keylayers.ranking.selection import Budget
     from keylayers.report.source import Source
 
 EXAMPLES = """Examples:
@@ -57,8 +57,8 @@ def show(
         as_json: For machines: modules best first, with rank, score, whether its place at
             the budget is decided, and all provenance.
     """
+    from keylayers.ranking.budget import parse_budget
     from keylayers.ranking.ranking import Ranking
-    from keylayers.ranking.selection import parse_budget
     from keylayers.report.source import load_sources
 
     if not rankings:

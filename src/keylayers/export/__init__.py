@@ -9,8 +9,8 @@ from keylayers.errors import ConfigError, OutputError
 from keylayers.export import axolotl, llamafactory, ms_swift, peft, torchtune, trl, unsloth
 from keylayers.export.settings import Files, Kind, Settings
 from keylayers.folders import output_folder
+from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.ranking import Ranking
-from keylayers.ranking.selection import Budget
 from keylayers.records import write_text
 
 Tool = Literal["peft", "trl", "axolotl", "llamafactory", "ms-swift", "torchtune", "unsloth"]
@@ -29,7 +29,7 @@ assert set(TOOLS) == set(get_args(Tool))
 
 def export_selection(
     ranking: Ranking,
-    budget: Budget,
+    budget: WrittenBudget,
     to: Tool,
     output: Path,
     *,

@@ -7,13 +7,14 @@ interval covers the noise of the batches within one run, with the cut held fixed
 other seeds of the fine-tune, which can move scores further than their batches do.
 """
 
+from keylayers.ranking.budget import WrittenBudget
+from keylayers.ranking.ranked_module import are_best
 from keylayers.ranking.ranking import Ranking
-from keylayers.ranking.selection import Budget, are_best
 
 NUM_STANDARD_ERRORS = 1.96  # to each side of a normal mean, for 95 %
 
 
-def undecided(ranking: Ranking, budget: Budget) -> tuple[str, ...]:
+def undecided(ranking: Ranking, budget: WrittenBudget) -> tuple[str, ...]:
     """Names of the modules, in model order, whose 95 % interval contains the budget's cut.
 
     The interval, score ± 1.96 standard errors in the unit of the score, covers the noise of the
@@ -23,7 +24,7 @@ def undecided(ranking: Ranking, budget: Budget) -> tuple[str, ...]:
 
     Args:
         ranking: Modules without a score or a standard error are never undecided.
-        budget: In any form of `keylayers.ranking.selection`.
+        budget: In any form of `keylayers.ranking.budget`.
 
     Returns:
         Empty where no standard error is known. At a tie of the last score taken with the first
@@ -37,7 +38,7 @@ def undecided(ranking: Ranking, budget: Budget) -> tuple[str, ...]:
     return tuple(name for name, is_decided in known.items() if is_decided is False)
 
 
-def decisions(ranking: Ranking, budget: Budget) -> dict[str, bool | None]:
+def decisions(ranking: Ranking, budget: WrittenBudget) -> dict[str, bool | None]:
     """Module name -> whether its place is decided, in model order; None where it is not known.
 
     A budget by cost takes no module for its score alone: then none is known.
@@ -46,8 +47,8 @@ def decisions(ranking: Ranking, budget: Budget) -> dict[str, bool | None]:
         ConfigError: the budget has no known form, or buys nothing or more than there is.
         RankingError: the budget reaches modules that have no score.
     """
-    chosen = ranking.select(budget).names
-    if not are_best(ranking, chosen):
+    chosen = ranking.select(budget).modules
+    if not are_best(ranking.modules, chosen):
         return {module.name: None for module in ranking.modules}
     cut = _cut(ranking, len(chosen))
     known: dict[str, bool | None] = {}

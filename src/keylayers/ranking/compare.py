@@ -16,10 +16,11 @@ from statistics import fmean
 import numpy as np
 from jaxtyping import Bool, Float
 
+from keylayers.ranking.budget import Budget, WrittenBudget, parse_budget
 from keylayers.ranking.differences import KINDS, Kind, pair_kind
 from keylayers.ranking.matching import Matched, Places, Standings, match, scores_of
-from keylayers.ranking.ranking import RankedModule, Ranking
-from keylayers.ranking.selection import Budget
+from keylayers.ranking.ranked_module import RankedModule
+from keylayers.ranking.ranking import Ranking
 
 NUM_DRAWS = 500
 NUM_ORDERS = 2000  # of the groups, for chance: its standard error is about 0.003
@@ -96,7 +97,7 @@ class KindMean:
 
 
 def agreement(
-    rankings: Sequence[Ranking], budget: Budget, *, has_intervals: bool = True
+    rankings: Sequence[Ranking], budget: WrittenBudget, *, has_intervals: bool = True
 ) -> list[Agreement]:
     """The agreement of every pair of rankings at one budget, in order of their indices.
 
@@ -113,11 +114,12 @@ def agreement(
             score.
         ConfigError: the budget has no known form, or buys nothing or more than there is.
     """
+    parsed = parse_budget(budget)
     sides = [
         _Side(index, ranking, _drawn_scores(ranking, index) if has_intervals else None)
         for index, ranking in enumerate(rankings)
     ]
-    return [_agreement_of(first, second, budget) for first, second in combinations(sides, 2)]
+    return [_agreement_of(first, second, parsed) for first, second in combinations(sides, 2)]
 
 
 def mean_by_kind(pairs: Sequence[Agreement]) -> list[KindMean]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from keylayers.errors import RankingError
 from keylayers.ranking.matching import relative_ranks, scores_of
-from keylayers.ranking.ranking import RankedModule, Ranking
+from keylayers.ranking.ranked_module import RankedModule
+from keylayers.ranking.ranking import Ranking
 from keylayers.records import environment, json_sha256
 
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from typing import Protocol, runtime_checkable
 
 from keylayers.errors import ConfigError
-from keylayers.ranking.ranking import RankedModule, Ranking
+from keylayers.ranking.ranked_module import RankedModule
 
 # A pass through LoRA's two matrices, of a square matrix with so many parameters: 2 r sqrt(N).
 PASSES = 3  # forward, backward for activations, gradient of the matrices
@@ -45,27 +45,23 @@ class Price(Protocol):
         """Of a set whose lowest module is this one, so far alone."""
 
 
-def step_cost(ranking: Ranking, names: Collection[str]) -> float:
-    """The cost of a step that trains `names`, as a share of that of training all ranked modules."""
-    counts = StepTime(ranking)
-    chosen = [place for place, one in enumerate(ranking.modules) if one.name in names]
-    return counts.of(chosen) / counts.whole
-
-
-def best_within_time(ranking: Ranking, fraction: float) -> tuple[RankedModule, ...]:
+def best_within_time(
+    modules: Sequence[RankedModule], time: "StepTime", fraction: float
+) -> tuple[RankedModule, ...]:
     """The modules with the highest sum of scores whose step costs at most so much, in model order.
 
     Args:
-        ranking: Scores that add up, such as those in nats; of others the sum is a rough guide.
+        modules: Their scores should add up, as those in nats do; otherwise the sum is a rough
+            guide.
+        time: What a step costs.
         fraction: Highest cost, as a share of that of training all.
 
     Raises:
         ConfigError: no module with a positive score can be had for so little; says the least.
     """
-    counts = StepTime(ranking)
-    best = best_within(ranking, counts, fraction * counts.whole)
+    best = best_within(modules, time, fraction * time.whole)
     if not best:
-        least = least_price(ranking, counts) / counts.whole
+        least = least_price(modules, time) / time.whole
         raise ConfigError(
             f"`budget` must allow the forward pass and one module, which is {least:.2f}x-time for "
             f"this ranking, got {fraction:g}x-time"
@@ -73,13 +69,15 @@ def best_within_time(ranking: Ranking, fraction: float) -> tuple[RankedModule, .
     return best
 
 
-def best_within(ranking: Ranking, price: Price, limit: float) -> tuple[RankedModule, ...]:
+def best_within(
+    modules: Sequence[RankedModule], price: Price, limit: float
+) -> tuple[RankedModule, ...]:
     """The modules with the highest sum of scores for at most `limit`, in model order; () if none.
 
     For each module that could be the lowest trained one, the others above it are taken by score
     for their own cost; a module with a score of zero or below is worth no cost.
     """
-    scores = [one.score or 0.0 for one in ranking.modules]
+    scores = [module.score or 0.0 for module in modules]
     wanted = [place for place in price.order if scores[place] > 0]
     best: list[int] = []
     for index, lowest in enumerate(wanted):
@@ -94,33 +92,49 @@ def best_within(ranking: Ranking, price: Price, limit: float) -> tuple[RankedMod
                 chosen.append(place)
         if sum(scores[place] for place in chosen) > sum(scores[place] for place in best):
             best = chosen
-    return tuple(ranking.modules[place] for place in sorted(best))
+    return tuple(modules[place] for place in sorted(best))
 
 
-def least_price(ranking: Ranking, price: Price) -> float:
+def least_price(modules: Sequence[RankedModule], price: Price) -> float:
     """The price of the cheapest single module that is worth something; NaN if none is."""
-    wanted = (place for place in price.order if (ranking.modules[place].score or 0.0) > 0)
+    wanted = (place for place in price.order if (modules[place].score or 0.0) > 0)
     return min((price.bill(place).total for place in wanted), default=float("nan"))
 
 
 class StepTime:
-    """Multiply-adds for one token of the parts of a step."""
+    """Multiply-adds of a training step for one token.
 
-    def __init__(self, ranking: Ranking) -> None:
-        made_by = ranking.provenance
-        options = made_by.get("options", {})
-        is_full = options.get("update") == "full" or "tuned" in made_by
-        lora_rank = int(options.get("lora_rank", 16))
-        sizes = [one.num_parameters for one in ranking.modules]
+    Args:
+        modules: All candidates, in model order.
+        is_full: The weights themselves are trained, not LoRA matrices.
+        lora_rank: Rank of the LoRA matrices.
+        num_head_parameters: Parameters of the language model head.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[RankedModule],
+        *,
+        is_full: bool = False,
+        lora_rank: int = 16,
+        num_head_parameters: int = 0,
+    ) -> None:
+        self._names = [module.name for module in modules]
+        sizes = [module.num_parameters for module in modules]
         self.own = [
             float(size) if is_full else PASSES * 2 * lora_rank * size**0.5 for size in sizes
         ]
         self.order = range(len(sizes))
-        self._head = int(made_by.get("model", {}).get("num_head_parameters", 0))
+        self._head = num_head_parameters
         self._forward = sum(sizes) + self._head
         self._above = [0] * (len(sizes) + 1)
         for place in reversed(self.order):
             self._above[place] = self._above[place + 1] + sizes[place]
+
+    def share(self, names: Collection[str]) -> float:
+        """The cost of a step that trains `names`, as a share of that of training all."""
+        chosen = [place for place, name in enumerate(self._names) if name in names]
+        return self.of(chosen) / self.whole
 
     @property
     def forward(self) -> float:

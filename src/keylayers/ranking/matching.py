@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from keylayers.errors import RankingError
-from keylayers.ranking.ranking import RankedModule, Ranking
+from keylayers.ranking.ranked_module import RankedModule
+from keylayers.ranking.ranking import Ranking
 
 Scores = Float[np.ndarray, " module"]
 Standings = Float[np.ndarray, " common"]

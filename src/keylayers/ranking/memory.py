@@ -12,38 +12,13 @@ up what a set of modules would hold of it. Held at the peak are
 - what the loss and one block work with beside it.
 """
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from keylayers.errors import ConfigError, RankingError
+from keylayers.ranking.budget import GIB, Memory
 from keylayers.ranking.cost import best_within, least_price
-from keylayers.ranking.ranking import RankedModule, Ranking
-
-UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
-GIB = UNITS["GiB"]
-_MEMORY = re.compile(r"(.+?)\s*(GiB|MiB|GB|MB)")
-
-
-def is_memory(budget: object) -> bool:
-    """Whether a budget is an amount of memory, such as 12GiB."""
-    return isinstance(budget, str) and _MEMORY.fullmatch(budget) is not None
-
-
-def parse_memory(budget: str) -> float:
-    """Bytes.
-
-    Raises:
-        ConfigError: the amount is no number above 0.
-    """
-    match = _MEMORY.fullmatch(budget)
-    try:
-        amount = float(match[1]) if match else float("nan")
-    except ValueError:
-        amount = float("nan")
-    if match is None or not 0 < amount < float("inf"):
-        raise ConfigError(f"`budget` as memory must be above 0, such as 12GiB, got {budget!r}")
-    return amount * UNITS[match[2]]
+from keylayers.ranking.ranked_module import RankedModule
 
 
 @dataclass(frozen=True)
@@ -124,7 +99,7 @@ class StepMemory:
 
 
 def best_within_memory(
-    ranking: Ranking, memory: StepMemory, budget: str
+    modules: Sequence[RankedModule], memory: StepMemory, budget: Memory
 ) -> tuple[RankedModule, ...]:
     """The modules with the highest sum of scores that fit, in model order.
 
@@ -132,16 +107,16 @@ def best_within_memory(
         ConfigError: no module with a positive score fits; says what the least would be.
         RankingError: the step that was measured did not train all ranked modules.
     """
-    missing = [one.name for one in ranking.modules if one.name not in memory.modules]
+    missing = [module.name for module in modules if module.name not in memory.modules]
     if missing:
         raise RankingError(
             f"memory must be measured on a step that trains every ranked module, but {missing[0]} "
             f"was not trained"
         )
-    price = _StepPrice(ranking, memory)
-    best = best_within(ranking, price, parse_memory(budget))
+    price = _StepPrice(modules, memory)
+    best = best_within(modules, price, budget.num_bytes)
     if not best:
-        least = least_price(ranking, price) / GIB
+        least = least_price(modules, price) / GIB
         raise ConfigError(
             f"`budget` must allow a step of one module, which is {least:.3g}GiB with batches of "
             f"{memory.num_rows} x {memory.num_tokens} tokens, got {budget}; lower `batch_size` or "
@@ -153,9 +128,9 @@ def best_within_memory(
 class _StepPrice:
     """Bytes of the modules of one ranking."""
 
-    def __init__(self, ranking: Ranking, memory: StepMemory) -> None:
+    def __init__(self, modules: Sequence[RankedModule], memory: StepMemory) -> None:
         self._memory = memory
-        self._modules = [memory.modules[one.name] for one in ranking.modules]
+        self._modules = [memory.modules[module.name] for module in modules]
         self.order: Sequence[int] = sorted(
             range(len(self._modules)), key=lambda place: self._modules[place].order
         )

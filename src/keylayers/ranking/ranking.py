@@ -6,64 +6,25 @@ better rank (1, 2, 2, 4). A module without a score (`None`) comes after all othe
 """
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from keylayers.errors import RankingError
+from keylayers.ranking.budget import WrittenBudget, parse_budget
+from keylayers.ranking.cost import StepTime
+from keylayers.ranking.memory import StepMemory
+from keylayers.ranking.ranked_module import RankedModule, best_first
 from keylayers.ranking.record import check_provenance, is_number
+from keylayers.ranking.selection import Selection, select
 from keylayers.records import write_json
-
-if TYPE_CHECKING:
-    from keylayers.model.modules import ModuleInfo
-    from keylayers.ranking.memory import StepMemory
-    from keylayers.ranking.selection import Budget, Selection
 
 FILE = "ranking.json"  # in the folder of a run
 SCHEMA = "keylayers/ranking"
 SCHEMA_VERSION = 1
 MAX_NAME_LENGTH = 1000  # far above any model's; figures and tables hold what is shorter
-
-
-@dataclass(frozen=True)
-class RankedModule:
-    """One module and its score.
-
-    Attributes:
-        name: Full name in the base model.
-        block_index: The block it is in, from 0; None outside the blocks (embeddings, head).
-        projection: Its kind, such as `q_proj`.
-        num_parameters: Weight and bias together.
-        score: Importance, higher is more; None if the method did not score it.
-        standard_error: Of the score, in its unit; None where it is not known.
-        is_stacked: It is one parameter that stacks the matrices of several experts.
-    """
-
-    name: str
-    block_index: int | None
-    projection: str
-    num_parameters: int
-    score: float | None
-    standard_error: float | None = None
-    is_stacked: bool = False
-
-    @staticmethod
-    def of(
-        module: "ModuleInfo", score: float | None, standard_error: float | None = None
-    ) -> "RankedModule":
-        """A module of a model with its score."""
-        return RankedModule(
-            name=module.name,
-            block_index=module.block_index,
-            projection=module.projection,
-            num_parameters=module.num_parameters,
-            score=score,
-            standard_error=standard_error,
-            is_stacked=module.is_stacked,
-        )
 
 
 @dataclass(frozen=True)
@@ -124,10 +85,7 @@ class Ranking:
 
     def ordered(self) -> list[RankedModule]:
         """All modules, best first; ties in model order, modules without a score last."""
-        return sorted(
-            self.modules,
-            key=lambda module: math.inf if module.score is None else -module.score,
-        )
+        return best_first(self.modules)
 
     def ranks(self) -> dict[str, int | None]:
         """Module name -> rank, in model order; 1 is the most important, equal scores share it."""
@@ -139,11 +97,30 @@ class Ranking:
             ranks[module.name] = None if module.score is None else rank
         return {module.name: ranks[module.name] for module in self.modules}
 
-    def select(self, budget: "Budget", memory: "StepMemory | None" = None) -> "Selection":
-        """The modules that `budget` buys; forms: `keylayers.ranking.selection`."""
-        from keylayers.ranking.selection import select
+    def select(self, budget: WrittenBudget, memory: StepMemory | None = None) -> Selection:
+        """The best modules that `budget` buys.
 
-        return select(self, budget, memory)
+        Args:
+            budget: How much, in any form of `keylayers.ranking.budget`.
+            memory: What a training step holds (`keylayers.measured_memory`), for a budget in GiB.
+
+        Raises:
+            ConfigError: the budget has no known form, or buys nothing or more than there is; it is
+                in GiB and `memory` is missing, or the other way round.
+            RankingError: the budget reaches modules that have no score.
+        """
+        return select(self.modules, parse_budget(budget), self.step_time, memory)
+
+    @property
+    def step_time(self) -> StepTime:
+        """What a training step of the run that made the ranking costs."""
+        options = self.provenance.get("options", {})
+        return StepTime(
+            self.modules,
+            is_full=options.get("update") == "full" or "tuned" in self.provenance,
+            lora_rank=int(options.get("lora_rank", 16)),
+            num_head_parameters=int(self.provenance.get("model", {}).get("num_head_parameters", 0)),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The ranking file's content."""

@@ -1,57 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A selection: the modules of a ranking that a budget buys. Needs no torch.
+"""A selection: the modules of a ranking that a budget buys. Needs no torch."""
 
-Forms of a budget:
-
-| written | in Python | means |
-|---|---|---|
-| `0.3` | `0.3` | 30 % of the modules, rounded to the nearest count, a half up |
-| `17` | `17` | the best 17 modules |
-| `0.3x-params` | `"0.3x-params"` | best modules with at most 30 % of all modules' parameters |
-| `0.6x-time` | `"0.6x-time"` | highest sum of scores whose training step costs at most 60 % |
-| `12GiB` | `"12GiB"`, with `memory` | highest sum of scores whose training step fits |
-| `--freeze 0.25` | `Freeze(0.25)` | all but the worst 25 % |
-| `auto` | `verify(...).recommendation.num_modules` | fewest modules nearly as good as all |
-
-A number with a decimal point is a fraction, without one a count: `1.0` is all modules, `1` is one
-module.
-"""
-
-import math
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from keylayers.errors import ConfigError, RankingError
-from keylayers.ranking.cost import best_within_time
-from keylayers.ranking.memory import StepMemory, best_within_memory, is_memory, parse_memory
-from keylayers.ranking.ranking import RankedModule, Ranking
+from keylayers.ranking.budget import (
+    Auto,
+    Budget,
+    Count,
+    Fraction,
+    Freeze,
+    Memory,
+    Parameters,
+    Time,
+)
+from keylayers.ranking.cost import StepTime, best_within_time
+from keylayers.ranking.memory import StepMemory, best_within_memory
+from keylayers.ranking.ranked_module import RankedModule, best_first
+from keylayers.ranking.targets import lora_targets
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-
-@dataclass(frozen=True)
-class Freeze:
-    """All modules but the worst `fraction` of them."""
-
-    fraction: float
-
-    def num_kept(self, num_modules: int) -> int:
-        """How many of `num_modules` are left; at least one."""
-        return max(1, num_modules - _rounded(self.fraction * num_modules))
-
-
-Budget = float | int | str | Freeze
-
-AUTO = "auto"
-_PARAMS = re.compile(r"(.+)x-params")
-_TIME = re.compile(r"(.+)x-time")
-_FORMS = (
-    "a fraction such as 0.3, a count such as 17, a fraction of parameters such as 0.3x-params or "
-    "of the cost of a training step such as 0.6x-time, or memory such as 12GiB"
-)
 
 
 @dataclass(frozen=True)
@@ -87,12 +58,13 @@ class Selection:
 
     def lora_config(self, **options: Any) -> "LoraConfig":
         """A `peft.LoraConfig` for exactly these modules; `options` go to it as they are."""
-        from keylayers.apply.adapter import lora_config
+        from peft import LoraConfig
 
-        if not self.is_of_mixture:
-            return lora_config(self.names, **options)
+        if "target_modules" in options:
+            raise TypeError("`target_modules` comes from the selection; leave it out")
         stacked = {module.name for module in self.modules if module.is_stacked}
-        return lora_config(self.names, stacked=stacked, **options)
+        targets = lora_targets(self.names, stacked if self.is_of_mixture else None)
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **options}, **targets)
 
     def record(self) -> dict[str, Any]:
         """The selection for a run record, JSON-able."""
@@ -107,120 +79,84 @@ class Selection:
         }
 
 
-def select(ranking: Ranking, budget: Budget, memory: StepMemory | None = None) -> Selection:
-    """The best modules that `budget` buys.
+def select(
+    modules: Sequence[RankedModule],
+    budget: Budget,
+    time: StepTime,
+    memory: StepMemory | None = None,
+) -> Selection:
+    """The best modules that `budget` buys, as `Ranking.select` describes.
 
     Args:
-        ranking: The modules with their scores.
-        budget: How much; the forms are above.
-        memory: What a training step holds (`keylayers.measured_memory`), for a budget in GiB.
-
-    Raises:
-        ConfigError: the budget has no known form, or buys nothing or more than there is; it is in
-            GiB and `memory` is missing, or the other way round.
-        RankingError: the budget reaches modules that have no score.
+        modules: All candidates, in model order.
+        budget: How much.
+        time: What a training step costs, for a budget in time.
+        memory: What a training step holds, for a budget in GiB.
     """
-    ordered = ranking.ordered()
-    if isinstance(budget, str):
-        budget = parse_budget(budget)
-    if is_memory(budget) != (memory is not None):
+    if isinstance(budget, Auto):
         raise ConfigError(
-            f"`budget` {budget} needs a measured training step: use it with `keylayers train`, or "
-            f"give memory=keylayers.measured_memory(trainer)"
-            if memory is None
-            else f"`memory` must be left out with `budget` {budget}; it is for budgets such as "
-            f"12GiB"
+            "`budget` auto is for `keylayers train`, `prune` and `export`; run `keylayers verify` "
+            "and give the number of modules that it recommends"
         )
-    if isinstance(budget, str) and memory is not None:
-        return _selection(ranking, best_within_memory(ranking, memory, budget), budget)
-    if isinstance(budget, str) and _TIME.fullmatch(budget):
-        return _selection(ranking, best_within_time(ranking, _fraction_of_time(budget)), budget)
+    if isinstance(budget, Memory):
+        if memory is None:
+            raise ConfigError(
+                f"`budget` {budget} needs a measured training step: use it with `keylayers "
+                f"train`, or give memory=keylayers.measured_memory(trainer)"
+            )
+        return _selection(modules, best_within_memory(modules, memory, budget), budget)
+    if memory is not None:
+        raise ConfigError(
+            f"`memory` must be left out with `budget` {budget}; it is for budgets such as 12GiB"
+        )
+    if isinstance(budget, Time):
+        return _selection(modules, best_within_time(modules, time, budget.fraction), budget)
+    ordered = best_first(modules)
     count = _count(ordered, budget)
-    taken, left = ordered[:count], ordered[count:]
-    if taken[-1].score is None:
+    worst_taken = ordered[count - 1].score
+    if worst_taken is None:
         num_scored = sum(module.score is not None for module in ordered)
         raise RankingError(
             f"the budget must stay within the modules that have a score, but it takes {count} and "
             f"only {num_scored} have one; lower the budget"
         )
-    num_tied_out = sum(module.score == taken[-1].score for module in left)
-    return _selection(ranking, taken, budget, num_tied_out)
+    num_tied_out = sum(module.score == worst_taken for module in ordered[count:])
+    return _selection(modules, ordered[:count], budget, num_tied_out)
 
 
 def _selection(
-    ranking: Ranking, taken: Sequence[RankedModule], budget: Budget, num_tied_out: int = 0
+    modules: Sequence[RankedModule],
+    taken: Sequence[RankedModule],
+    budget: Budget,
+    num_tied_out: int = 0,
 ) -> Selection:
-    written = f"all but the worst {budget.fraction}" if isinstance(budget, Freeze) else str(budget)
     names = {module.name for module in taken}
     return Selection(
-        modules=tuple(module for module in ranking.modules if module.name in names),
-        num_candidates=len(ranking.modules),
-        num_candidate_parameters=sum(module.num_parameters for module in ranking.modules),
-        budget=written,
+        modules=tuple(module for module in modules if module.name in names),
+        num_candidates=len(modules),
+        num_candidate_parameters=sum(module.num_parameters for module in modules),
+        budget=str(budget),
         num_tied_out=num_tied_out,
-        is_of_mixture=any(module.is_stacked for module in ranking.modules),
+        is_of_mixture=any(module.is_stacked for module in modules),
     )
 
 
-def are_best(ranking: Ranking, names: Collection[str]) -> bool:
-    """Whether `names` are the best so many modules; of a budget by cost they may be others."""
-    return set(names) == {module.name for module in ranking.ordered()[: len(names)]}
-
-
-def parse_budget(text: str) -> Budget:
-    """The budget that `text` writes; `0.3x-params`, `0.6x-time` and `12GiB` stay text.
-
-    Raises:
-        ConfigError: it has none of the known forms, or a fraction that cannot be.
-    """
-    if text == AUTO:
-        raise ConfigError(
-            "`budget` auto is for `keylayers train` and `prune`; run `keylayers verify` and give "
-            "the number of modules that it recommends"
-        )
-    if is_memory(text):
-        parse_memory(text)
-        return text
-    if _PARAMS.fullmatch(text):
-        _fraction_of_parameters(text)
-        return text
-    if _TIME.fullmatch(text):
-        _fraction_of_time(text)
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        fraction = float(text)
-    except ValueError:
-        raise ConfigError(f"`budget` must be {_FORMS}, got {text!r}") from None
-    _check_fraction(fraction)
-    return fraction
-
-
-def _count(ordered: Sequence[RankedModule], budget: Budget) -> int:
+def _count(ordered: Sequence[RankedModule], budget: Fraction | Count | Parameters | Freeze) -> int:
     """How many modules of `ordered` the budget buys."""
-    num_modules = len(ordered)
-    if isinstance(budget, Freeze):
-        if not 0 < budget.fraction < 1:
-            raise ConfigError(f"`freeze` must be above 0 and below 1, got {budget.fraction}")
-        return budget.num_kept(num_modules)
-    if isinstance(budget, str):
+    if isinstance(budget, Parameters):
         return _count_within_parameters(ordered, budget)
-    if isinstance(budget, int):
-        if not 1 <= budget <= num_modules:
+    if isinstance(budget, Count):
+        if budget.value > len(ordered):
             raise ConfigError(
-                f"`budget` as a count must be between 1 and {num_modules}, the ranking's modules, "
+                f"`budget` as a count must be between 1 and {len(ordered)}, the ranking's modules, "
                 f"got {budget}; a fraction needs a decimal point"
             )
-        return budget
-    _check_fraction(budget)
-    return max(1, _rounded(budget * num_modules))
+        return budget.value
+    return budget.num_modules(len(ordered))
 
 
-def _count_within_parameters(ordered: Sequence[RankedModule], budget: str) -> int:
-    allowed = _fraction_of_parameters(budget) * sum(module.num_parameters for module in ordered)
+def _count_within_parameters(ordered: Sequence[RankedModule], budget: Parameters) -> int:
+    allowed = budget.fraction * sum(module.num_parameters for module in ordered)
     count = total = 0
     for module in ordered:
         total += module.num_parameters
@@ -235,44 +171,11 @@ def _count_within_parameters(ordered: Sequence[RankedModule], budget: str) -> in
     return count
 
 
-def _check_fraction(budget: float) -> None:
-    if not 0 < budget <= 1:
-        raise ConfigError(f"`budget` as a fraction must be above 0 and at most 1, got {budget}")
-
-
-def _fraction_of_parameters(budget: str) -> float:
-    return _fraction(budget, _PARAMS, "of parameters", "x-params")
-
-
-def _fraction_of_time(budget: str) -> float:
-    return _fraction(budget, _TIME, "of the cost of a step", "x-time")
-
-
-def _fraction(budget: str, form: re.Pattern[str], of_what: str, unit: str) -> float:
-    """The fraction in a budget of one form."""
-    match = form.fullmatch(budget)
-    try:
-        fraction = float(match[1]) if match else math.nan
-    except ValueError:
-        fraction = math.nan
-    if not 0 < fraction <= 1:
-        raise ConfigError(
-            f"`budget` as a fraction {of_what} must be above 0{unit} and at most 1{unit}, got "
-            f"{budget!r}"
-        )
-    return fraction
-
-
-def _rounded(value: float) -> int:
-    """To the nearest integer, a half up."""
-    return math.floor(value + 0.5)
-
-
-def check_same_modules(ranking: Ranking, modules: Mapping[str, int]) -> None:
+def check_same_modules(ranked: Sequence[RankedModule], modules: Mapping[str, int]) -> None:
     """Refuse a ranking of another model.
 
     Args:
-        ranking: The ranking to be used.
+        ranked: Modules of the ranking to be used.
         modules: Module name -> number of parameters, of the model at hand.
 
     Raises:
@@ -282,11 +185,11 @@ def check_same_modules(ranking: Ranking, modules: Mapping[str, int]) -> None:
     wrong = [
         f"{module.name} ({module.num_parameters:,} parameters in the ranking, "
         f"{f'{modules[module.name]:,}' if module.name in modules else 'none'} in the model)"
-        for module in ranking.modules
+        for module in ranked
         if modules.get(module.name) != module.num_parameters
     ]
     if wrong:
         raise RankingError(
-            f"the ranking must be of this model, but {len(wrong)} of {len(ranking.modules)} "
+            f"the ranking must be of this model, but {len(wrong)} of {len(ranked)} "
             f"modules differ, first {'; '.join(wrong[:3])}"
         )

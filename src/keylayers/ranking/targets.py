@@ -17,7 +17,7 @@ REWRITTEN = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 def lora_targets(names: Sequence[str], stacked: Collection[str] | None) -> dict[str, Any]:
-    """The fields of a PEFT config that put LoRA on exactly `names`; as `lora_config` takes them."""
+    """The fields of a PEFT config that put LoRA on exactly `names`, as PEFT takes them."""
     if stacked is None:
         return {"target_modules": target_regex(names)}
     modules, parameters = [], []

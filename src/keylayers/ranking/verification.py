@@ -9,6 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from keylayers.errors import ConfigError, RankingError
+from keylayers.ranking.budget import Count
 from keylayers.ranking.curve import MaskCurve, Recommendation
 from keylayers.ranking.ranking import FILE as RANKING
 from keylayers.ranking.ranking import Ranking
@@ -143,7 +144,7 @@ class Verification:
             ) from None
 
 
-def auto_budget(ranking: Ranking, path: Path) -> int:
+def auto_budget(ranking: Ranking, path: Path) -> Count:
     """The count that `keylayers verify` recommended for `ranking`.
 
     Args:
@@ -168,7 +169,7 @@ def auto_budget(ranking: Ranking, path: Path) -> int:
             f"`budget` auto needs a fine-tune that lowers the held-out loss, but this one {does}; "
             f"train it anew, or give a budget"
         )
-    return found.recommendation.num_modules
+    return Count(found.recommendation.num_modules)
 
 
 def _check_same_inputs(ranking: Ranking, found: Verification, path: Path) -> None:

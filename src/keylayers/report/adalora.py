@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from keylayers.errors import RankingError
+from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.compare import agreement
 from keylayers.ranking.ranking import Ranking
-from keylayers.ranking.selection import Budget
 
 
 def ranks_left(ranking: Ranking) -> dict[str, int]:
@@ -19,7 +19,7 @@ def ranks_left(ranking: Ranking) -> dict[str, int]:
     return {name: rank for name, rank in ranks.items() if isinstance(rank, int)}
 
 
-def adalora_line(ranking: Ranking, budget: Budget) -> str | None:
+def adalora_line(ranking: Ranking, budget: WrittenBudget) -> str | None:
     """How far the ranking and AdaLoRA's own allocation agree, for a person; None without one."""
     ranks = ranks_left(ranking)
     if len(ranks) < len(ranking.modules):

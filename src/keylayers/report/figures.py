@@ -12,8 +12,8 @@ import altair as alt
 import vl_convert
 
 from keylayers.errors import ConfigError
+from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.compare import agreement
-from keylayers.ranking.selection import Budget
 from keylayers.report.charts import (
     Chart,
     agreement_chart,
@@ -33,7 +33,7 @@ NOT_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe
 
 
 def draw_figures(
-    sources: Sequence[Source], paths: Sequence[Path], budget: Budget = 0.3
+    sources: Sequence[Source], paths: Sequence[Path], budget: WrittenBudget = 0.3
 ) -> dict[Path, bytes]:
     """The content of each figure's file.
 
@@ -72,7 +72,7 @@ def figure_kind(path: Path) -> Kind:
     return named[0]
 
 
-def _drawn(path: Path, sources: Sequence[Source], budget: Budget) -> bytes:
+def _drawn(path: Path, sources: Sequence[Source], budget: WrittenBudget) -> bytes:
     kind = figure_kind(path)
     if kind == "agreement":
         chart: Chart | alt.ConcatChart = _agreement(sources, budget)
@@ -98,7 +98,7 @@ def _drawable(content: Any) -> Any:
     return [_drawable(one) for one in content] if isinstance(content, list) else content
 
 
-def _of_one(kind: Kind, source: Source, budget: Budget) -> Chart:
+def _of_one(kind: Kind, source: Source, budget: WrittenBudget) -> Chart:
     count = num_best(source.ranking, budget)
     if kind == "heatmap":
         return heatmap_chart(source.ranking, count)
@@ -119,7 +119,7 @@ def _of_one(kind: Kind, source: Source, budget: Budget) -> Chart:
     return losses_chart(curves)
 
 
-def _agreement(sources: Sequence[Source], budget: Budget) -> Chart:
+def _agreement(sources: Sequence[Source], budget: WrittenBudget) -> Chart:
     if len(sources) < 2:
         raise ConfigError(
             "the figure of an agreement needs at least two rankings, got 1; give more of them"

@@ -21,11 +21,10 @@ from markupsafe import Markup
 
 from keylayers._version import __version__
 from keylayers.errors import RankingError
+from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.certainty import decisions
 from keylayers.ranking.compare import agreement, mean_by_kind
-from keylayers.ranking.cost import step_cost
 from keylayers.ranking.ranking import Ranking
-from keylayers.ranking.selection import Budget
 from keylayers.report.agreement import agreement_notes, measure
 from keylayers.report.charts import (
     Chart,
@@ -45,7 +44,7 @@ BESIDE_CELLS = 130  # labels and legend
 
 
 def render_report(
-    sources: Sequence[Source], budget: Budget, how_to_repeat: Callable[[Ranking], str]
+    sources: Sequence[Source], budget: WrittenBudget, how_to_repeat: Callable[[Ranking], str]
 ) -> bytes:
     """The report of one or several rankings, as an HTML file.
 
@@ -132,7 +131,7 @@ class View:
         return least, most
 
 
-def _view(source: Source, budget: Budget, repeat: str) -> View:
+def _view(source: Source, budget: WrittenBudget, repeat: str) -> View:
     ranking, found = source.ranking, source.verification
     count = num_best(ranking, budget)
     losses = loss_curves(ranking)
@@ -196,7 +195,7 @@ def _budgets(ranking: Ranking) -> list[dict[str, Any]]:
             {
                 "modules": count,
                 "parameters": chosen.num_parameters,
-                "cost": step_cost(ranking, chosen.names),
+                "cost": ranking.step_time.share(chosen.names),
                 "tied": chosen.num_tied_out,
             }
         )
@@ -207,7 +206,7 @@ def _num_scored(ranking: Ranking) -> int:
     return sum(module.score is not None for module in ranking.modules)
 
 
-def _agreement(sources: Sequence[Source], budget: Budget) -> dict[str, Any]:
+def _agreement(sources: Sequence[Source], budget: WrittenBudget) -> dict[str, Any]:
     """Chart and table of the agreement of every pair, or why there is none."""
     names = [source.label for source in sources]
     try:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keylayers.errors import ConfigError
+from keylayers.ranking.budget import WrittenBudget
+from keylayers.ranking.ranked_module import are_best
 from keylayers.ranking.ranking import FILE, Ranking
-from keylayers.ranking.selection import Budget, are_best
 from keylayers.ranking.verification import Verification, verification_file
 
 
@@ -39,7 +40,7 @@ def load_sources(paths: Sequence[Path]) -> list[Source]:
     return [_load(path, label) for path, label in zip(paths, labels(paths), strict=True)]
 
 
-def num_best(ranking: Ranking, budget: Budget) -> int:
+def num_best(ranking: Ranking, budget: WrittenBudget) -> int:
     """How many modules the budget takes; pictures show those that it takes as the best ones.
 
     Raises:
@@ -47,8 +48,8 @@ def num_best(ranking: Ranking, budget: Budget) -> int:
             cost and takes others than the best.
         RankingError: the budget reaches modules that have no score.
     """
-    chosen = ranking.select(budget).names
-    if not are_best(ranking, chosen):
+    chosen = ranking.select(budget).modules
+    if not are_best(ranking.modules, chosen):
         raise ConfigError(
             f"`budget` of a report or figure must take the best modules, as 0.3, 17 and "
             f"0.3x-params do, but {budget} goes by cost and takes others; give a number of modules"

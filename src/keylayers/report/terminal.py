@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from keylayers.errors import RankingError
+from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.certainty import decisions, undecided
 from keylayers.ranking.ranking import Ranking
-from keylayers.ranking.selection import Budget
 from keylayers.report.adalora import adalora_line, ranks_left
 
 # Cividis, dark to bright, by relative rank: readable for colour-blind people and in grey.
@@ -106,7 +106,7 @@ def extremes(ranking: Ranking, count: int = 10, *, marked: Collection[str] = ())
     return table
 
 
-def certainty_line(ranking: Ranking, budget: Budget) -> str:
+def certainty_line(ranking: Ranking, budget: WrittenBudget) -> str:
     """How many modules' places the data leave open at a budget, for a person.
 
     Raises:
@@ -198,7 +198,7 @@ def in_nats(loss_unit: str) -> str:
     return " nats" if loss_unit.startswith("nats") else ""
 
 
-def ranking_report(ranking: Ranking, *, budget: Budget = 0.3) -> RenderableType:
+def ranking_report(ranking: Ranking, *, budget: WrittenBudget = 0.3) -> RenderableType:
     """All of a ranking that a terminal shows.
 
     Args:

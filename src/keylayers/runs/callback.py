@@ -19,8 +19,9 @@ from keylayers.errors import ConfigError
 from keylayers.model.sharding import check_can_freeze_inside
 from keylayers.options import MaskOptions
 from keylayers.progress import Progress, Silent
+from keylayers.ranking.budget import Freeze
 from keylayers.ranking.ranking import FILE, Ranking
-from keylayers.ranking.selection import Freeze, Selection, check_same_modules
+from keylayers.ranking.selection import Selection, check_same_modules
 from keylayers.runs.rank import rank_modules
 from keylayers.training.options import FreezeAction, StabilityOptions
 from keylayers.training.stability import is_stable
@@ -186,7 +187,7 @@ class FreezeUnimportant(TrainerCallback):
         check_can_freeze_inside(trainer)
         check_can_halt(trainer.model, self.action)
         num_modules = len(adapter_updates(trainer.model))
-        if Freeze(self.freeze_fraction).num_kept(num_modules) == num_modules:
+        if Freeze(self.freeze_fraction).num_modules(num_modules) == num_modules:
             raise ConfigError(
                 f"`freeze_fraction` must be at least one of the adapter's {num_modules} modules, "
                 f"got {self.freeze_fraction}, which freezes none"
@@ -236,7 +237,7 @@ class FreezeUnimportant(TrainerCallback):
         self.frozen_at_step, self.reason = saved["frozen_at_step"], saved["reason"]
         assert self._trainer is not None
         modules = [update.module for update in adapter_updates(self._trainer.model)]
-        check_same_modules(self.ranking, {one.name: one.num_parameters for one in modules})
+        check_same_modules(self.ranking.modules, {one.name: one.num_parameters for one in modules})
         self._freeze(state)
         self.progress.note(
             f"{len(self.frozen)} of {len(modules)} modules stay frozen as in the checkpoint"

@@ -15,7 +15,7 @@ from keylayers.errors import OutputError
 from keylayers.folders import check_replaceable, output_folder, replaced_folder
 from keylayers.progress import Progress, Silent
 from keylayers.ranking.ranking import Ranking
-from keylayers.ranking.selection import Selection, select
+from keylayers.ranking.selection import Selection
 from keylayers.records import CARD, RECORD, json_sha256, write_json, write_text
 from keylayers.report.model_card import model_card
 from keylayers.runs.prune_steps import Kind, PruneJob, Size, measured
@@ -62,7 +62,7 @@ def prune(options: PruneOptions, output: Path, progress: Progress | None = None)
     """
     progress = progress or Silent()
     ranking = Ranking.load(options.selection.ranking)
-    selection = select(ranking, budget_of(options.selection, ranking))
+    selection = ranking.select(budget_of(options.selection, ranking))
     check_replaceable(output)
     _check_apart(options, output)
     _note_selection(selection, progress)

@@ -27,7 +27,8 @@ from keylayers.model.weights import weights_sha256
 from keylayers.options import MaskOptions
 from keylayers.options.passes import STOPS_BY_ITSELF, num_steps
 from keylayers.progress import OnStep, Progress, Silent
-from keylayers.ranking.ranking import FILE, RankedModule, Ranking
+from keylayers.ranking.ranked_module import RankedModule
+from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.records import environment
 from keylayers.runs.stage_1 import from_stage_1, stage_1_folder
 from keylayers.runs.update import RankJob, TunedModel, existing_update, load_base

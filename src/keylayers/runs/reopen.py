@@ -82,7 +82,7 @@ def reopen(ranking: Ranking, options: VerifyOptions | PruneOptions, progress: Pr
     ranked = update_sha256s(ranking.provenance)
     if ranked and ranked.isdisjoint(update_sha256s(tuned.record)):
         progress.note("the update is another one than was ranked")
-    check_same_modules(ranking, known)
+    check_same_modules(ranking.modules, known)
     _check_same_update(ranking, {one.module.name for one in tuned.updates})
     return Reopened(tuned, tokenizer, prepared, record)
 

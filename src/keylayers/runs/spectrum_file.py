@@ -17,7 +17,8 @@ from keylayers.errors import ModelError, RankingError
 from keylayers.model.loading import check_folder
 from keylayers.model.modules import map_modules
 from keylayers.model.options import ModelOptions
-from keylayers.ranking.ranking import RankedModule, Ranking
+from keylayers.ranking.ranked_module import RankedModule
+from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import is_number
 from keylayers.records import environment, json_sha256
 from keylayers.scores.spectrum import shares_of_kind

@@ -14,9 +14,9 @@ from keylayers.commands.run_options import TrainOptions
 from keylayers.commands.selection import Control, budget_of
 from keylayers.folders import check_replaceable, output_folder, unfinished
 from keylayers.progress import Progress, Silent
-from keylayers.ranking.memory import is_memory
+from keylayers.ranking.budget import Memory
 from keylayers.ranking.ranking import Ranking
-from keylayers.ranking.selection import Selection, select
+from keylayers.ranking.selection import Selection
 from keylayers.records import json_sha256
 from keylayers.runs.rank_first import train_and_freeze
 from keylayers.runs.train_job import TrainedSet, TrainJob
@@ -50,7 +50,7 @@ def train(
             return train_and_freeze(TrainJob(options, None, progress, before), output)
     ranking = Ranking.load(wanted.ranking)
     budget = budget_of(wanted, ranking)
-    selection = None if is_memory(budget) else select(ranking, budget)
+    selection = None if isinstance(budget, Memory) else ranking.select(budget)
     check_replaceable(output)
     with output_folder(output), unfinished(output) as before:
         job = TrainJob(options, ranking, progress, before)

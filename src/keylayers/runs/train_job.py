@@ -25,9 +25,9 @@ from keylayers.model.sharding import check_can_freeze_inside
 from keylayers.model.weights import weights_sha256
 from keylayers.processes import from_first
 from keylayers.progress import Progress
-from keylayers.ranking.memory import GIB
+from keylayers.ranking.budget import GIB, Budget
 from keylayers.ranking.ranking import Ranking
-from keylayers.ranking.selection import Budget, Selection, check_same_modules, select
+from keylayers.ranking.selection import Selection, check_same_modules
 from keylayers.records import (
     CARD,
     RECORD,
@@ -88,7 +88,7 @@ class TrainJob:
         model = self._load()
         self.names = [info.name for info in map_modules(model, options.model.towers)]
         if ranking is not None:
-            check_same_modules(ranking, sizes_of(model, ranking))
+            check_same_modules(ranking.modules, sizes_of(model, ranking))
         self.tokenizer = load_tokenizer(options.model)
         positions = max_positions(model)
         self.data = prepare(options.data, self.tokenizer, positions, self.objective)
@@ -197,7 +197,7 @@ class TrainJob:
         """What a budget in GiB buys, by a step of this run in which every ranked module trains."""
         names = [module.name for module in ranking.modules]
         memory = measured_memory(self._trainer(self._fresh(), names, "memory")[1])
-        selection = from_first(select(ranking, budget, memory))
+        selection = from_first(ranking.select(budget, memory))
         chosen, whole = memory.of(selection.names) / GIB, memory.of(names) / GIB
         num_modules = len(selection.modules)
         self.progress.note(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from keylayers.errors import ConfigError
-from keylayers.ranking.memory import GIB
+from keylayers.ranking.budget import GIB
 
 
 @dataclass(frozen=True)

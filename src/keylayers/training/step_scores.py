@@ -22,7 +22,8 @@ from keylayers.errors import RankingError
 from keylayers.model.modules import ModuleInfo
 from keylayers.model.sharding import is_sharded, own_part
 from keylayers.processes import summed
-from keylayers.ranking.ranking import RankedModule, Ranking
+from keylayers.ranking.ranked_module import RankedModule
+from keylayers.ranking.ranking import Ranking
 from keylayers.records import environment
 from keylayers.updates import adapter_updates
 from keylayers.updates.adapter import own_parameters

@@ -24,7 +24,7 @@ from keylayers.evaluation.options import (
 )
 from keylayers.model.options import ModelOptions, UpdateOptions
 from keylayers.options import MaskOptions
-from keylayers.ranking.selection import AUTO, parse_budget
+from keylayers.ranking.budget import parse_budget
 from keylayers.training.options import ObjectiveOptions, StabilityOptions, TrainingOptions
 
 Part = TypeVar("Part")
@@ -138,10 +138,8 @@ def verify_options(options: Mapping[str, Any]) -> VerifyOptions:
 def train_options(options: Mapping[str, Any]) -> TrainOptions:
     """Those of `keylayers train`, checked together as it does; the ranking is still to come."""
     budget = options.get("budget")
-    if budget not in (None, AUTO):
-        count = parse_budget(str(budget))  # refused here rather than after the ranking
-        if isinstance(count, int) and count < 1:
-            raise ConfigError(f"`budget` as a count must be at least 1, got {count}")
+    if budget is not None:
+        parse_budget(str(budget))  # refused here rather than after the ranking
     ranks = bool(options.get("rank_first"))
     scored = options if ranks else {}
     return TrainOptions(

@@ -29,9 +29,8 @@ from keylayers.data.options import DataOptions
 from keylayers.model.options import ModelOptions
 from keylayers.options import METHOD_OPTIONS, MaskOptions
 from keylayers.options.passes import STOPS_BY_ITSELF, num_steps
+from keylayers.ranking.budget import Count, Fraction, Memory, Parameters, parse_budget
 from keylayers.ranking.cost import StepTime
-from keylayers.ranking.memory import is_memory, parse_memory
-from keylayers.ranking.selection import parse_budget
 from keylayers.training.options import StabilityOptions, TrainingOptions
 
 OPERATIONS = 2  # a multiplication and an addition
@@ -172,18 +171,19 @@ class _Job:
 
     def _share(self) -> tuple[float, float]:
         """Which part of the modules is trained, and the most memory that the budget allows."""
-        budget = str(self.options.get("budget"))
-        if is_memory(budget):
-            return 1.0, parse_memory(budget)
         if self.options.get("freeze") is not None:
             return 1.0 - float(self.options["freeze"]), float("inf")
-        if budget in ("auto", "None") or budget.endswith("x-time"):  # the ranking will tell
-            return 1.0, float("inf")
-        if budget.endswith("x-params"):
-            return float(budget.removesuffix("x-params")), float("inf")
-        wanted = parse_budget(budget)
-        is_count = isinstance(wanted, int)
-        return float(budget) / (self.shape.num_modules if is_count else 1), float("inf")
+        written = self.options.get("budget")
+        budget = None if written is None else parse_budget(str(written))
+        if isinstance(budget, Memory):
+            return 1.0, budget.num_bytes
+        if isinstance(budget, Parameters):
+            return budget.fraction, float("inf")
+        if isinstance(budget, Count):
+            return budget.value / self.shape.num_modules, float("inf")
+        if isinstance(budget, Fraction):
+            return budget.value, float("inf")
+        return 1.0, float("inf")  # the ranking will tell
 
     def _scoring(self) -> float:
         asked = replace(self.mask, until_stable=None)
@@ -213,4 +213,4 @@ class _Job:
 
 @cache
 def _price(shape: ModelShape, update: str, lora_rank: int) -> StepTime:
-    return StepTime(shape.ranking({"update": update, "lora_rank": lora_rank}))
+    return shape.ranking({"update": update, "lora_rank": lora_rank}).step_time

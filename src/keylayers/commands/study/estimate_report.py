@@ -13,7 +13,7 @@ from keylayers.commands.study.plan import Cell
 from keylayers.commands.study.sizes import BYTES_PER_TOKEN
 from keylayers.commands.study.tables import serves_text
 from keylayers.errors import ConfigError
-from keylayers.ranking.memory import GIB
+from keylayers.ranking.budget import GIB
 
 TERA = 1e12
 DEVICE_TFLOPS = 100.0  # about a third of an A100's peak in bfloat16

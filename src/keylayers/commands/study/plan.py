@@ -32,7 +32,7 @@ from keylayers.commands.study.contents import content
 from keylayers.commands.study.yaml_file import AxisPoint, StudyFile
 from keylayers.errors import ConfigError
 from keylayers.model.options import ModelOptions
-from keylayers.ranking.selection import AUTO
+from keylayers.ranking.budget import Auto
 from keylayers.records import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT, environment, json_sha256
 
 Kind = Literal["stage-1", "ranking", "verification", "training", "evaluation"]
@@ -132,7 +132,7 @@ def _decides(axis: Sequence[AxisPoint], cell: Cell) -> bool:
     names = {"stage-1": STAGE_1, "ranking": RANKING, "verification": VERIFICATION}.get(
         cell.kind, KNOWN
     )
-    if names is KNOWN and cell.options.get("budget") != AUTO:
+    if names is KNOWN and cell.options.get("budget") != str(Auto()):
         names = tuple(name for name in KNOWN if name not in CURVE)
     return any(name in names for one in axis for name in one.options)
 
@@ -218,7 +218,7 @@ class _Planner:
         own = _trained_on(options)
         needed = ranked["ranking"]
         inputs = [needed]
-        if options.get("budget") == AUTO:
+        if options.get("budget") == str(Auto()):
             if "verification" not in ranked:
                 raise ConfigError(
                     "`verify` of a study must not be false with `budget` auto, which is what the "

@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from keylayers.ranking.ranking import RankedModule, Ranking
+from keylayers.ranking.ranked_module import RankedModule
+from keylayers.ranking.ranking import Ranking
 
 BYTES_PER_TOKEN = 4  # of English text, in the tokenizers of today
 STORED_BYTES = 2  # a parameter on the hub

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much of a ranking is trained. Needs no torch.
+
+| written | in Python | means |
+|---|---|---|
+| `0.3` | `0.3` or `Fraction(0.3)` | 30 % of the modules, rounded to the nearest count, a half up |
+| `17` | `17` or `Count(17)` | the best 17 modules |
+| `0.3x-params` | `Parameters(0.3)` | best modules with at most 30 % of all modules' parameters |
+| `0.6x-time` | `Time(0.6)` | highest sum of scores whose training step costs at most 60 % |
+| `12GiB` | `Memory(12, "GiB")` | highest sum of scores whose training step fits in memory |
+| `auto` | `Auto()` | fewest modules nearly as good as all, as `keylayers verify` recommends |
+| `--freeze 0.25` | `Freeze(0.25)` | all but the worst 25 % |
+
+A number with a decimal point is a fraction, a number without is a count: `1.0` means all modules,
+`1` means one module. `str()` of a budget is its written form, which records hold.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from keylayers.errors import ConfigError
+
+GIB = 2**30
+Unit = Literal["GiB", "MiB", "GB", "MB"]
+UNITS: dict[Unit, int] = {"GiB": GIB, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
+
+
+@dataclass(frozen=True)
+class Fraction:
+    """A share of the modules."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.value <= 1:
+            raise ConfigError(
+                f"`budget` as a fraction must be above 0 and at most 1, got {self.value}"
+            )
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+    def num_modules(self, num_candidates: int) -> int:
+        """The nearest count, a half rounded up; at least 1."""
+        return max(1, _rounded(self.value * num_candidates))
+
+
+@dataclass(frozen=True)
+class Count:
+    """A number of modules."""
+
+    value: int
+
+    def __post_init__(self) -> None:
+        if self.value < 1:
+            raise ConfigError(
+                f"`budget` as a count must be at least 1, got {self.value}; a fraction needs a "
+                f"decimal point"
+            )
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A share of the parameters of all modules."""
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.fraction, "of parameters", "x-params")
+
+    def __str__(self) -> str:
+        return f"{_short(self.fraction)}x-params"
+
+
+@dataclass(frozen=True)
+class Time:
+    """A share of the cost of a training step that trains all modules."""
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.fraction, "of the cost of a step", "x-time")
+
+    def __str__(self) -> str:
+        return f"{_short(self.fraction)}x-time"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a training step may hold."""
+
+    amount: float
+    unit: Unit = "GiB"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.amount < math.inf:
+            raise ConfigError(f"`budget` as memory must be above 0, such as 12GiB, got '{self}'")
+
+    def __str__(self) -> str:
+        return f"{_short(self.amount)}{self.unit}"
+
+    @property
+    def num_bytes(self) -> float:
+        """The amount in bytes."""
+        return self.amount * UNITS[self.unit]
+
+
+@dataclass(frozen=True)
+class Auto:
+    """What `keylayers verify` recommended for the ranking."""
+
+    def __str__(self) -> str:
+        return "auto"
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """All modules but the worst `fraction` of them."""
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction < 1:
+            raise ConfigError(f"`freeze` must be above 0 and below 1, got {self.fraction}")
+
+    def __str__(self) -> str:
+        return f"all but the worst {self.fraction}"
+
+    def num_modules(self, num_candidates: int) -> int:
+        """How many modules are left; at least 1."""
+        return max(1, num_candidates - _rounded(self.fraction * num_candidates))
+
+
+Budget = Fraction | Count | Parameters | Time | Memory | Auto | Freeze
+WrittenBudget = Budget | float | int | str  # whatever `parse_budget` takes
+
+_FORM = re.compile(rf"(.*?)(x-params|x-time|\s*(?:{'|'.join(UNITS)}))?", re.DOTALL)
+
+
+def parse_budget(written: WrittenBudget) -> Budget:
+    """The budget that a text or number writes; a budget is returned as it is.
+
+    Raises:
+        ConfigError: it has none of the known forms, or a value that cannot be.
+    """
+    if isinstance(written, Budget):
+        return written
+    if isinstance(written, float):
+        return Fraction(written)
+    text = str(written)
+    if text == str(Auto()):
+        return Auto()
+    match = _FORM.fullmatch(text)
+    assert match is not None
+    amount, form = match[1], (match[2] or "").strip()
+    try:
+        number = float(amount)
+    except ValueError:
+        raise ConfigError(
+            f"`budget` must be a fraction such as 0.3, a count such as 17, a fraction of "
+            f"parameters such as 0.3x-params or of the cost of a training step such as 0.6x-time, "
+            f"or memory such as 12GiB, got {text!r}"
+        ) from None
+    if form == "x-params":
+        return Parameters(number)
+    if form == "x-time":
+        return Time(number)
+    for unit in UNITS:
+        if form == unit:
+            return Memory(number, unit)
+    return Count(int(amount)) if re.fullmatch(r"\s*[-+]?\d+\s*", amount) else Fraction(number)
+
+
+def _check_fraction(fraction: float, of_what: str, unit: str) -> None:
+    if not 0 < fraction <= 1:
+        raise ConfigError(
+            f"`budget` as a fraction {of_what} must be above 0{unit} and at most 1{unit}, got "
+            f"'{_short(fraction)}{unit}'"
+        )
+
+
+def _short(number: float) -> str:
+    """Without `.0`: the unit says what the number is."""
+    return str(number).removesuffix(".0")
+
+
+def _rounded(value: float) -> int:
+    """To the nearest integer, a half up."""
+    return math.floor(value + 0.5)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One module of a ranking, and the order of several. Needs no torch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from keylayers.model.modules import ModuleInfo
+
+
+@dataclass(frozen=True)
+class RankedModule:
+    """One module and its score.
+
+    Attributes:
+        name: Full name in the base model.
+        block_index: The block it is in, from 0; None outside the blocks (embeddings, head).
+        projection: Its kind, such as `q_proj`.
+        num_parameters: Weight and bias together.
+        score: Importance, higher is more; None if the method did not score it.
+        standard_error: Of the score, in its unit; None where it is not known.
+        is_stacked: It is one parameter that stacks the matrices of several experts.
+    """
+
+    name: str
+    block_index: int | None
+    projection: str
+    num_parameters: int
+    score: float | None
+    standard_error: float | None = None
+    is_stacked: bool = False
+
+    @staticmethod
+    def of(
+        module: "ModuleInfo", score: float | None, standard_error: float | None = None
+    ) -> "RankedModule":
+        """A module of a model with its score."""
+        return RankedModule(
+            name=module.name,
+            block_index=module.block_index,
+            projection=module.projection,
+            num_parameters=module.num_parameters,
+            score=score,
+            standard_error=standard_error,
+            is_stacked=module.is_stacked,
+        )
+
+
+def best_first(modules: Sequence[RankedModule]) -> list[RankedModule]:
+    """The modules in order of their scores; ties stay in order, modules without a score last."""
+    return sorted(modules, key=lambda module: math.inf if module.score is None else -module.score)
+
+
+def are_best(modules: Sequence[RankedModule], chosen: Sequence[RankedModule]) -> bool:
+    """Whether `chosen` are the best of `modules`; a budget by cost may take others."""
+    names = {module.name for module in best_first(modules)[: len(chosen)]}
+    return names == {module.name for module in chosen}
