@@ -6,17 +6,22 @@ export HF_HUB_OFFLINE ?= 1
 # PyTorch with two threads on a busy two-core machine is 10 to 45 times slower than with one.
 export OMP_NUM_THREADS ?= 1
 
-# Tests run side by side in so many processes, a file in each.
+# Number of processes that run tests.
 WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-long check bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
 	$(BIN)/keylayers demo
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(PYTEST) -m "not long and not slow"
+
+# Kills, full disks, fuzzing, several processes, a browser, served models: minutes.
+test-long: $(VENV)/installed-dev
+	$(PYTEST) -m "long or slow"
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

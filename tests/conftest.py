@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Offline, one thread; keylayers is imported inside fixtures so that shape checks install."""
+"""Offline, one thread; keylayers is imported inside fixtures so that shape checks install.
+
+What many tests start from (`tiny`, `ranked`, `trained`, ...) is made once per session, also with
+several workers. Tests that change it take a copy.
+"""
 
 import os
+import shlex
+import shutil
 import warnings
 from pathlib import Path
 
@@ -11,17 +17,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # third-party deprecations at import
-    import torch
+import preloaded
 
-torch.set_num_threads(1)
 settings.register_profile("keylayers", deadline=None)  # a busy machine fails no test
 settings.load_profile("keylayers")
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+
+
+def pytest_configure(config):
+    if getattr(config.option, "tx", None):  # this process only hands out tests: workers are forks
+        config.option.tx = [f"popen//python={shlex.quote(preloaded.python())}"] * len(
+            config.option.tx
+        )
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # third-party deprecations at import
+        import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -33,20 +50,81 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model, a tuned checkpoint of it, an adapter for it, and data."""
-    from tiny_files import write_tiny_files
+def once(tmp_path_factory, request):
+    """Make a folder once per session: `once("name", write)` calls `write(folder)` in one worker."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if hasattr(request.config, "workerinput") else root
 
-    folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_files(folder)
-    return folder
+    def folder_of(name, write):
+        folder, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # left by a test that failed halfway
+                folder.mkdir()
+                write(folder)
+                done.touch()
+        return folder
+
+    return folder_of
 
 
 @pytest.fixture(scope="session")
-def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(once) -> Path:
+    """A folder with a tiny model, a tuned checkpoint of it, an adapter for it, and data."""
+    from tiny_files import write_tiny_files
+
+    return once("tiny", write_tiny_files)
+
+
+@pytest.fixture(scope="session")
+def preferences(once) -> Path:
     """A folder with pairs.jsonl (better and worse answers) and rated.jsonl (good or bad)."""
     from tiny_files import write_preferences
 
-    folder = tmp_path_factory.mktemp("preferences")
-    write_preferences(folder)
-    return folder
+    return once("preferences", write_preferences)
+
+
+@pytest.fixture(scope="session")
+def ranked(tiny, once) -> Path:
+    """A ranking with its own stage 1. Not to be changed: `ranking_copy` is for that."""
+    from commands import rank
+
+    return once("ranked", lambda folder: _check(rank(tiny, folder)))
+
+
+@pytest.fixture
+def ranking_copy(ranked, tmp_path_factory) -> Path:
+    return Path(shutil.copytree(ranked, tmp_path_factory.mktemp("copy") / "ranked"))
+
+
+@pytest.fixture(scope="session")
+def ranked_full(tiny, once) -> Path:
+    """A ranking of two checkpoints."""
+    from commands import rank
+
+    return once("ranked_full", lambda folder: _check(rank(tiny, folder, "--tuned", tiny / "tuned")))
+
+
+@pytest.fixture(scope="session")
+def trained(ranked, once) -> Path:
+    """An adapter on the best three modules, with a control. Not to be changed."""
+    from commands import STEPS, keylayers
+
+    more = ("--budget", "3", *STEPS, "--controls", "random")
+    return once(
+        "trained",
+        lambda folder: _check(keylayers("train", "--ranking", ranked, *more, "--output", folder)),
+    )
+
+
+@pytest.fixture(scope="session")
+def pruned(ranked, once) -> Path:
+    """The adapter of stage 1, cut to the best five modules. Not to be changed."""
+    from commands import keylayers
+
+    more = ("--ranking", ranked, "--budget", "5", "--output")
+    return once("pruned", lambda folder: _check(keylayers("prune", *more, folder)))
+
+
+def _check(code):
+    assert code == 0

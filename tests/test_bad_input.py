@@ -5,12 +5,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
 
-from test_rank import QUICK, keylayers
+import preloaded
+from commands import QUICK, complaint, keylayers
 
 LONG_QUESTION = "Why? " * 60
 DATA_FILES = {
@@ -99,15 +99,6 @@ RANK = [
 ]
 
 
-def complaint(capsys):
-    """The one line on stderr that says what is wrong; notes before it are not part of it."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("keylayers: ")]
-    assert errors == lines[-1:], lines
-    assert not any("Traceback" in line for line in lines)
-    return errors[0]
-
-
 @pytest.mark.parametrize(("changes", "message"), [c[1:] for c in RANK], ids=[c[0] for c in RANK])
 def test_rank_refuses(tiny, files, tmp_path, capsys, changes, message):
     options = {
@@ -142,10 +133,9 @@ def test_values_that_a_method_cannot_use_are_refused(options, message):
 
 
 @pytest.fixture(scope="module")
-def ranking(tiny, tmp_path_factory):
+def ranking(ranked, tmp_path_factory):
     output = tmp_path_factory.mktemp("bad") / "ranked"
-    arguments = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", output)
-    assert keylayers("rank", *arguments, *QUICK) == 0
+    shutil.copytree(ranked, output)
     text = (output / "ranking.json").read_text()
     (output / "half.json").write_text(text[: len(text) // 2])
     return output
@@ -283,7 +273,7 @@ def test_no_telemetry_is_sent(tiny, tmp_path):
         for name, value in os.environ.items()
         if not name.startswith("HF_") and name not in ("CI", "DISABLE_TELEMETRY", "DO_NOT_TRACK")
     }
-    command = [sys.executable, "-W", "ignore", "-c", code, "rank", *map(str, options), *QUICK]
+    command = [preloaded.python(), "-W", "ignore", "-c", code, "rank", *map(str, options), *QUICK]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "SENT" not in done.stderr

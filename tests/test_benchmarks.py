@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
+import preloaded
+
 ROOT = Path(__file__).resolve().parents[1]
 NUM_MODULES = 28
 
 
 def measured(what, fraction=1.0, place="upper"):
     case = {"shape": "tiny", "tokens": 16, "what": what, "fraction": fraction, "place": place}
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", "--output", "unused"]
+    command = [preloaded.python(), "-W", "ignore", "-m", "benchmarks.gpu", "--output", "unused"]
     done = subprocess.run(
         [*command, "--steps", "1", "--case", json.dumps(case)],
         capture_output=True,

@@ -6,8 +6,7 @@ import shlex
 
 import pytest
 
-from test_rank import keylayers, rank, read
-from test_train import STEPS, best, ranked  # noqa: F401  (the ranking of test_train, made once)
+from commands import STEPS, keylayers, rank, read
 
 from rankings import ranking_of
 
@@ -34,7 +33,7 @@ def test_a_ranking_repeated_by_its_command_is_the_same(tiny, tmp_path):
     assert "--max-length" not in line  # it is at its default
 
 
-def test_a_training_repeated_by_its_command_is_the_same(ranked, tmp_path):  # noqa: F811
+def test_a_training_repeated_by_its_command_is_the_same(ranked, tmp_path):
     """The ranking's run had LoRA rank 4; 16, the default, must then be written."""
     more = ("--lora-rank", "16", "--controls", "first", "last")
     arguments = ("--ranking", ranked, "--budget", "3", *STEPS, *more)

@@ -83,7 +83,7 @@ def test_the_base_model_is_small_and_knows_its_world():
     assert sum(losses) / len(losses) < 1.5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_demo_shows_everything(tmp_path, capsys):
     from keylayers.cli import main
 

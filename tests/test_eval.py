@@ -6,8 +6,8 @@ import json
 import pandas as pd
 import pytest
 
+from commands import keylayers
 from eval_files import ALL, NAMES, write_place
-from test_rank import keylayers
 from tiny_files import tiny_tokenizer
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from test_rank import keylayers
+from commands import keylayers
 
 DOCS = (Path(__file__).resolve().parents[1] / "docs" / "evaluation.md").read_text()
 NUM_DOCUMENTS = 5  # of each subject

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from commands import keylayers
 from eval_files import write_place
-from test_rank import keylayers
 from tiny_files import tiny_model, tiny_tokenizer
 
 

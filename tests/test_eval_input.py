@@ -3,8 +3,8 @@
 
 import pytest
 
+from commands import keylayers
 from eval_files import MODELS, write_place
-from test_rank import keylayers
 from tiny_files import ANIMALS, FOODS, tiny_tokenizer
 
 

@@ -7,8 +7,8 @@ import weakref
 import pandas as pd
 import pytest
 
+from commands import keylayers
 from eval_files import LOSSES, PROBLEMS, TASKS, write_place
-from test_rank import keylayers
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from commands import keylayers
 from eval_files import WRITTEN, write_place
-from test_rank import keylayers
 
 
 @pytest.fixture

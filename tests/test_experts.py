@@ -9,7 +9,7 @@ import transformers as hf
 from safetensors.torch import load_file
 
 from architectures import sized
-from test_train import fresh_process
+from commands import fresh_process
 from tiny_files import rows, tiny_tokenizer
 
 STACKED = ("gate_up_proj", "down_proj")

@@ -10,8 +10,7 @@ import yaml
 from peft import LoraConfig, PeftConfig, get_peft_model
 
 from architectures import ARCHITECTURES
-from test_bad_input import complaint
-from test_rank import keylayers, rank
+from commands import complaint, keylayers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
@@ -229,13 +228,6 @@ def test_a_full_fine_tune_that_a_tool_has_not_is_refused(tool, tmp_path):
     with pytest.raises(ConfigError, match=f"`to` {tool} must be able to train exactly"):
         keylayers.export_selection(ranking, 0.3, tool, tmp_path, kind="full")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture(scope="module")
-def ranked(tiny, tmp_path_factory):
-    output = tmp_path_factory.mktemp("ranked")
-    assert rank(tiny, output) == 0
-    return output
 
 
 def test_the_command_writes_what_it_says(ranked, tmp_path, capsys):

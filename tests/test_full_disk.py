@@ -33,7 +33,7 @@ def may_mount():
 
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.timeout(3600),
     pytest.mark.skipif(not may_mount(), reason="needs a system on which a tmpfs may be mounted"),
 ]

@@ -11,7 +11,7 @@ from damage import LARGE, begin, cases, damaged_json, run
 
 from rankings import ranking_of
 
-pytestmark = pytest.mark.filterwarnings(LARGE)
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings(LARGE)]
 SCORES = [0.9, 0.5, None, 0.45, 0.5, 0.1]
 MADE_BY = {
     "environment": {"keylayers": "0.1.0", "commit": None, "libraries": {"torch": "2"}},

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from damage import LARGE, begin, cases, changed, damaged_bytes, damaged_json, damaged_text, run
 
-pytestmark = pytest.mark.filterwarnings(LARGE)
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings(LARGE)]
 OPTIONS = {
     "model": "nowhere",
     "data": "nowhere.jsonl",

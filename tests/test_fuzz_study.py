@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from damage import LARGE, LONGEST_SECONDS, begin, cases, changed, damaged_text, run
 from test_fuzz_inputs import YAML
 
-pytestmark = pytest.mark.filterwarnings(LARGE)
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings(LARGE)]
 STUDY = {
     "options": {
         **{

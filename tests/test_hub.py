@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 
 import local_hub
-from test_bad_input import complaint
-from test_rank import keylayers, rank
-from test_train import STEPS
+from commands import STEPS, complaint, keylayers
 
 
 @pytest.fixture
@@ -27,13 +25,6 @@ def hub(tmp_path):
     server.send_signal(signal.SIGTERM)
     server.wait(10)
     server.stdout.close()
-
-
-@pytest.fixture(scope="module")
-def ranked(tiny, tmp_path_factory):
-    output = tmp_path_factory.mktemp("ranked")
-    assert rank(tiny, output) == 0
-    return output
 
 
 def online(address, code, *arguments, token=local_hub.TOKEN):

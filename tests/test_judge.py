@@ -9,10 +9,8 @@ import shutil
 import pytest
 from pytest_socket import enable_socket
 
+from commands import complaint, everything_below, keylayers
 from scripted_judge import endpoint
-from test_bad_input import complaint
-from test_rank import keylayers
-from test_security import everything_below
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
 

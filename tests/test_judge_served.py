@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from test_security import everything_below
+from commands import everything_below
 
-pytestmark = [pytest.mark.allow_hosts(["127.0.0.1"]), pytest.mark.slow]
+pytestmark = [pytest.mark.allow_hosts(["127.0.0.1"]), pytest.mark.long]
 
 KEY = "sk-" + "kEyLaYeRs" * 4
 NUM_QUESTIONS = 8

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import preloaded
 from outputs import contents, differences
 from test_study import METHODS, finished, plan_of, run, study_file
 
@@ -33,7 +34,7 @@ def kill(how, num_kills, folder, tiny, words, seed=0):
     inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", "out")
     words = (*words, *SMALL, *inputs)
     script = Path(__file__).with_name("killing.py")
-    command = [sys.executable, "-W", "ignore", script, how, folder, num_kills, seed, *words]
+    command = [preloaded.python(), "-W", "ignore", script, how, folder, num_kills, seed, *words]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
         [str(word) for word in command], capture_output=True, text=True, env=environment
@@ -57,7 +58,7 @@ COMMANDS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_killed_run_ends_as_if_it_had_not_been(tiny, tmp_path, name):
@@ -72,7 +73,7 @@ FEWER_STEPS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", FEWER_STEPS)
 def test_so_does_one_that_is_killed_before_a_change_of_the_disk(tiny, tmp_path, name):
@@ -80,7 +81,7 @@ def test_so_does_one_that_is_killed_before_a_change_of_the_disk(tiny, tmp_path, 
     assert kills == places >= (CHANGES or 50)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(7200)
 def test_a_killed_study_ends_as_if_it_had_not_been(tiny, tmp_path):
     import random

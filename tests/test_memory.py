@@ -7,8 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from test_bad_input import complaint
-from test_rank import keylayers, rank
+from commands import complaint, keylayers
 from trainers import build
 
 from rankings import ranking_of
@@ -215,13 +214,6 @@ def test_a_trainer_that_samples_is_refused():
 
     with pytest.raises(ConfigError, match="GRPOTrainer samples its own"):
         measured_memory(build("GRPO", "model", is_trained=False, is_moved=False))
-
-
-@pytest.fixture(scope="module")
-def ranked(tiny, tmp_path_factory):
-    output = tmp_path_factory.mktemp("ranked")
-    assert rank(tiny, output) == 0
-    return output
 
 
 @pytest.mark.parametrize("update", ["lora", "full"])

@@ -10,25 +10,9 @@ import pytest
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
 
-from test_rank import keylayers, rank
-from test_train import STEPS
+from commands import STEPS, keylayers
 
 from rankings import ranking_of
-
-
-@pytest.fixture(scope="module")
-def ranked(tiny, tmp_path_factory):
-    output = tmp_path_factory.mktemp("ranked")
-    assert rank(tiny, output) == 0
-    return output
-
-
-@pytest.fixture(scope="module")
-def trained(ranked, tmp_path_factory):
-    output = tmp_path_factory.mktemp("trained") / "out"
-    more = ("--budget", "3", *STEPS, "--controls", "random", "--output", output)
-    assert keylayers("train", "--ranking", ranked, *more) == 0
-    return output
 
 
 def card_of(folder):

@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from test_rank import keylayers
-from test_train import fresh_process
+from commands import file_for, fresh_process, keylayers
 from tiny_files import NUM_MODULES
 
 OBJECTIVES = ("dpo", "kto", "orpo", "reward")
@@ -24,10 +23,6 @@ else:
 assert "keylayers" not in sys.modules
 print(*model.targeted_module_names)
 """
-
-
-def file_for(data, objective):
-    return data / ("rated.jsonl" if objective == "kto" else "pairs.jsonl")
 
 
 def rank(tiny, data, objective, output, *more, steps=3):
@@ -265,7 +260,7 @@ def test_the_docs_name_every_objective_and_its_data():
         assert f"| {kinds[format]} |" in line
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_on_real_preferences(shared, objective, tmp_path):
     model = shared / "models" / "english-2m"

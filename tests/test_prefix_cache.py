@@ -8,8 +8,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from test_bad_input import complaint
-from test_rank import keylayers, rank
+from commands import complaint, keylayers, rank
 from tiny_files import NUM_BLOCKS
 from trainers import build
 

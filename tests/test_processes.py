@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import preloaded
+from commands import file_for, keylayers
 from outputs import contents, differences
-from test_objectives import file_for
-from test_rank import keylayers
 
 # 32 examples to train, 8 for the mask, 8 held out: whole batches of 2 and of 4
 DATA = ("--data", "{data}")
@@ -109,10 +109,11 @@ def launch(folder, commands, wrapper="ddp", **environment):
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "PYTHON_EXEC": preloaded.python(),  # with which torchrun starts its processes
         **WRAPPERS[wrapper],
         **environment,
     }
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    launcher = [preloaded.python(), "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [*launcher, "--nproc-per-node", "2", script, words],
         capture_output=True,
@@ -167,7 +168,7 @@ def difference(first, second):
     return float((first - second).abs().max() / first.abs().max())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*METHODS, "update-norm", "dpo", "full", "dora"])
 def test_the_ranking_of_two_processes_is_that_of_one(one, two, name, record_property):
     found = results(two, name)
@@ -185,7 +186,7 @@ def test_the_ranking_of_two_processes_is_that_of_one(one, two, name, record_prop
         assert first == pytest.approx(second, rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", LOOKS_INSIDE)
 def test_a_method_that_looks_inside_sees_every_batch_in_every_process(
     tiny, one, two, tmp_path, name
@@ -200,7 +201,7 @@ def test_a_method_that_looks_inside_sees_every_batch_in_every_process(
     assert difference(scores(one / name), scores(found)) > 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["train", "rank-first", "train-full"])
 def test_so_is_what_is_trained(one, two, name):
     found = results(two, name)
@@ -219,7 +220,7 @@ def test_so_is_what_is_trained(one, two, name):
         torch.testing.assert_close(tensor.float(), second[key].float(), atol=2e-3, rtol=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_only_the_first_process_speaks_and_writes(two):
     root, out, err, wrapper = two
     assert out.count(f"written to {root / 'elimination' / 'ranking.json'}") == 1
@@ -229,7 +230,7 @@ def test_only_the_first_process_speaks_and_writes(two):
     assert left == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stopped_run_of_two_processes_goes_on_bit_for_bit(tiny, preferences, two, tmp_path):
     whole = results(two, "rank-first")
     words = commands(tiny, preferences, tmp_path, 2)["rank-first"]
@@ -240,7 +241,7 @@ def test_a_stopped_run_of_two_processes_goes_on_bit_for_bit(tiny, preferences, t
     assert differences(contents(whole), contents(tmp_path / "rank-first")) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_mistake_ends_every_process_with_one_line(tiny, tmp_path):
     words = ["rank", "--model", str(tiny / "model"), "--data", str(tmp_path / "absent.jsonl")]
     codes, _, err = launch(tmp_path, [[*words, "--output", str(tmp_path / "out")]])

@@ -8,28 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from test_rank import keylayers, rank
-from test_train import PLAIN_PEFT, PLAIN_TRANSFORMERS, best, fresh_process
+from commands import PLAIN_PEFT, PLAIN_TRANSFORMERS, best, fresh_process, keylayers, rank
 from test_verify import Run, listing
 from tiny_files import NUM_MODULES, tiny_model, tiny_tokenizer
 
 PREFIX = "base_model.model."
-
-
-@pytest.fixture(scope="module")
-def ranked(tiny, tmp_path_factory):
-    """A ranking with its own stage 1."""
-    output = tmp_path_factory.mktemp("ranked") / "out"
-    assert rank(tiny, output) == 0
-    return output
-
-
-@pytest.fixture(scope="module")
-def ranked_pair(tiny, tmp_path_factory):
-    """A ranking of two checkpoints."""
-    output = tmp_path_factory.mktemp("pair") / "out"
-    assert rank(tiny, output, "--tuned", tiny / "tuned") == 0
-    return output
 
 
 @pytest.fixture
@@ -210,7 +193,7 @@ def tensors(folder):
 
 @pytest.mark.parametrize("shard", ["1GB", "20KB"], ids=["one file", "shards"])
 def test_a_checkpoint_carries_only_the_important_differences(
-    tiny, ranked_pair, prune, tmp_path, shard
+    tiny, ranked_full, prune, tmp_path, shard
 ):
     from transformers import AutoModelForCausalLM
 
@@ -218,10 +201,10 @@ def test_a_checkpoint_carries_only_the_important_differences(
     model = AutoModelForCausalLM.from_pretrained(tiny / "tuned", dtype="auto")
     model.save_pretrained(tuned, max_shard_size=shard)
     tiny_tokenizer().save_pretrained(tuned)
-    run = prune(ranked_pair, "--budget", "5", "--tuned", tuned)
+    run = prune(ranked_full, "--budget", "5", "--tuned", tuned)
     assert run.code == 0
     base, old, new = tensors(tiny / "model"), tensors(tuned), tensors(run.folder)
-    pruned = {f"{name}.weight" for name in best(ranked_pair, 21) - best(ranked_pair, 5)}
+    pruned = {f"{name}.weight" for name in best(ranked_full, 21) - best(ranked_full, 5)}
     assert {name for name in new if not torch.equal(new[name], old[name])} == pruned
     assert {name for name in pruned if torch.equal(new[name], base[name])} == pruned
     assert new.keys() == old.keys()
@@ -238,11 +221,11 @@ def test_a_checkpoint_carries_only_the_important_differences(
     assert row(run, "pruned checkpoint")[0] == "5"
 
 
-def test_the_losses_of_a_checkpoint_are_measured_on_what_was_written(tiny, ranked_pair, prune):
-    run = prune(ranked_pair, "--budget", "1.0")
+def test_the_losses_of_a_checkpoint_are_measured_on_what_was_written(tiny, ranked_full, prune):
+    run = prune(ranked_full, "--budget", "1.0")
     found = record(run)["result"]
     assert found["pruned_loss_nats"] == pytest.approx(found["full_loss_nats"], rel=1e-5)
-    run = prune(ranked_pair, "--budget", "3")  # tuned is the base plus noise: less is better
+    run = prune(ranked_full, "--budget", "3")  # tuned is the base plus noise: less is better
     found = record(run)["result"]
     assert found["pruned_loss_nats"] < found["full_loss_nats"]
     difference = found["full_loss_nats"] - found["pruned_loss_nats"]
@@ -411,7 +394,7 @@ def test_an_adapter_that_fails_its_proof_leaves_the_earlier_one(
     assert modules_of(earlier.folder / "adapter_model.safetensors") == best(ranked, 3)
 
 
-def test_a_checkpoint_that_fails_its_proof_is_not_written(ranked_pair, prune, monkeypatch):
+def test_a_checkpoint_that_fails_its_proof_is_not_written(ranked_full, prune, monkeypatch):
     from keylayers.runs import prune_steps
 
     def write_badly(files, base, folder, *, restored):
@@ -419,7 +402,7 @@ def test_a_checkpoint_that_fails_its_proof_is_not_written(ranked_pair, prune, mo
 
     restore_modules = prune_steps.restore_modules
     monkeypatch.setattr(prune_steps, "restore_modules", write_badly)
-    run = prune(ranked_pair, "--budget", "3")
+    run = prune(ranked_full, "--budget", "3")
     assert (run.code, run.out) == (1, "")
     assert "must be the tuned one but for the pruned modules, but 1 tensors differ" in run.err
     assert list(run.folder.parent.iterdir()) == []

@@ -6,28 +6,8 @@ import json
 import pytest
 from safetensors.torch import load_file
 
+from commands import keylayers, rank, read, scores
 from tiny_files import NUM_MODULES
-
-QUICK = ["--max-steps", "6", "--mask-batches", "2", "--batch-size", "4", "--lora-rank", "4"]
-
-
-def keylayers(*arguments):
-    from keylayers.cli import main
-
-    return main([str(argument) for argument in arguments])
-
-
-def rank(tiny, output, *more):
-    options = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", output)
-    return keylayers("rank", *options, *QUICK, *more)
-
-
-def read(output):
-    return json.loads((output / "ranking.json").read_text())
-
-
-def scores(output):
-    return [module["score"] for module in read(output)["modules"]]
 
 
 def test_both_stages_give_a_ranking_with_its_provenance(tiny, tmp_path, capsys):
@@ -80,10 +60,9 @@ def test_an_adapter_needs_stage_2_only(tiny, tmp_path):
     assert not (tmp_path / "out" / "adapter").exists()
 
 
-def test_ranking_stage_1s_own_adapter_gives_the_same_scores(tiny, tmp_path):
-    assert rank(tiny, tmp_path / "both") == 0
-    assert rank(tiny, tmp_path / "second", "--adapter", tmp_path / "both" / "adapter") == 0
-    assert scores(tmp_path / "both") == scores(tmp_path / "second")
+def test_ranking_stage_1s_own_adapter_gives_the_same_scores(tiny, ranked, tmp_path):
+    assert rank(tiny, tmp_path / "second", "--adapter", ranked / "adapter") == 0
+    assert scores(ranked) == scores(tmp_path / "second")
 
 
 def test_two_checkpoints_need_stage_2_only(tiny, tmp_path, capsys):
@@ -137,11 +116,10 @@ def test_options_come_from_yaml_and_flags_win(tiny, tmp_path):
     )
 
 
-def test_lists_in_yaml_are_options_too(tiny, tmp_path):
-    assert rank(tiny, tmp_path / "out") == 0
+def test_lists_in_yaml_are_options_too(ranked, tmp_path):
     config = tmp_path / "train.yaml"
     config.write_text(
-        f"ranking: {tmp_path / 'out'}\nbudget: 0.3\nsteps: 1\ncontrols: [all, random]\n"
+        f"ranking: {ranked}\nbudget: 0.3\nsteps: 1\ncontrols: [all, random]\n"
         f"output: {tmp_path / 'best'}\n"
     )
     assert keylayers("train", "--config", config) == 0
@@ -177,31 +155,27 @@ def test_a_ranking_file_cannot_switch_on_the_code_of_a_model(tiny, tmp_path):
     assert bound.arguments["model"].trust_remote_code is False
 
 
-def test_show_prints_the_ranking_and_json(tiny, tmp_path, capsys):
-    assert rank(tiny, tmp_path / "out") == 0
+def test_show_prints_the_ranking_and_json(ranked, capsys):
     capsys.readouterr()
-    assert keylayers("show", tmp_path / "out") == 0
+    assert keylayers("show", ranked) == 0
     shown = capsys.readouterr().out
     assert "1 is the most important" in shown
     assert "held out  base" in shown
-    assert keylayers("show", tmp_path / "out" / "ranking.json", "--json") == 0
+    assert keylayers("show", ranked / "ranking.json", "--json") == 0
     content = json.loads(capsys.readouterr().out)
     assert [module["rank"] for module in content["modules"]] == list(range(1, NUM_MODULES + 1))
 
 
-def test_compare_shows_agreement_beside_chance(tiny, tmp_path, capsys):
-    assert rank(tiny, tmp_path / "out") == 0
+def test_compare_shows_agreement_beside_chance(ranked, capsys):
     capsys.readouterr()
-    out = tmp_path / "out"
-    assert keylayers("compare", out, out, "--budget", "0.3") == 0
+    assert keylayers("compare", ranked, ranked, "--budget", "0.3") == 0
     row = " ".join(capsys.readouterr().out.split())
     assert "1, 2 same data and seed 1.00" in row
     assert " 0.18 1.00 " in row  # chance for 6 of 21, and corrected
 
 
-def test_stage_1s_adapter_is_an_ordinary_one(tiny, tmp_path):
-    assert rank(tiny, tmp_path / "out") == 0
-    folder = tmp_path / "out" / "adapter"
+def test_stage_1s_adapter_is_an_ordinary_one(ranked):
+    folder = ranked / "adapter"
     names = {path.name for path in folder.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "keylayers.json"} <= names
     weights = load_file(folder / "adapter_model.safetensors")

@@ -6,8 +6,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from test_rank import keylayers
-from test_train import PLAIN_PEFT, fresh_process
+from commands import PLAIN_PEFT, fresh_process, keylayers
 from tiny_files import NUM_MODULES
 
 QUICK = ["--steps", "8", "--mask-batches", "2", "--batch-size", "4", "--lora-rank", "4"]

@@ -5,13 +5,12 @@ import json
 
 import pytest
 
-from test_rank import keylayers
-from test_train import PLAIN_PEFT, fresh_process
+from commands import PLAIN_PEFT, fresh_process, keylayers
 
 SHORT = ["--max-length", "64", "--max-examples", "200"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranking_and_training_on_real_data(shared, tmp_path, capsys):
     model, data = shared / "models/english-2m", shared / "data/sft/alpaca_gpt4_999.json"
     options = ("--model", model, "--data", data, "--output", tmp_path / "out", *SHORT)

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from test_rank import keylayers
+from commands import keylayers
 
 from rankings import ranking_of
 
@@ -281,7 +281,7 @@ def test_a_ranking_that_ranks_nothing_is_no_row_of_the_record(tmp_path):
     assert row["jaccard"] == 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_shorter_stage_1_is_the_checkpoint_of_a_longer_one(tiny, tmp_path):
     """What recipes/*/checkpoints.yaml builds on."""
     options = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--epsilon", "0")
@@ -295,7 +295,7 @@ def test_a_shorter_stage_1_is_the_checkpoint_of_a_longer_one(tiny, tmp_path):
     assert losses[3] == losses[12][:3]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_studies_that_share_cells_evaluate_and_compare(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = {

@@ -11,8 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from test_bad_input import complaint
-from test_rank import keylayers, rank
+from commands import complaint, keylayers, rank
 
 from rankings import ranking_of
 

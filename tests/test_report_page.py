@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 from browser import browser, needs_chromium, page_of
-from test_rank import keylayers, rank
+from commands import keylayers, rank
 
 from rankings import ranking_of
 
-pytestmark = needs_chromium
+pytestmark = [pytest.mark.long, needs_chromium]
 HOSTILE = (
     "<img src=x onerror=window.hacked=1>",
     "</script><script>window.hacked=1</script>",

@@ -8,9 +8,8 @@ import json
 
 import pytest
 
+from commands import file_for, keylayers
 from outputs import contents, differences
-from test_objectives import file_for
-from test_rank import keylayers
 
 SMALL = ["--batch-size", "4", "--lora-rank", "4", "--mask-batches", "2", "--save-steps", "2"]
 TRAIN = ["--rank-first", "--steps", "8", "--learning-rate", "0.05"]
@@ -69,7 +68,7 @@ STAGE_1 = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", STAGE_1)
 def test_a_ranking_goes_on_inside_stage_1(tiny, tmp_path, monkeypatch, capsys, name):
     inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--max-steps", 8)
@@ -80,7 +79,7 @@ def test_a_ranking_goes_on_inside_stage_1(tiny, tmp_path, monkeypatch, capsys, n
     assert "stage 1 goes on after step 4" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("objective", ["dpo", "kto", "orpo", "reward"])
 def test_so_does_every_objective(tiny, preferences, tmp_path, monkeypatch, objective):
     inputs = ("--model", tiny / "model", "--data", file_for(preferences, objective))
@@ -99,7 +98,7 @@ TRAININGS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", TRAININGS)
 def test_a_run_that_ranks_inside_itself_goes_on(tiny, tmp_path, monkeypatch, name):
     more, of, at, expected = TRAININGS[name]
@@ -112,7 +111,7 @@ def test_a_run_that_ranks_inside_itself_goes_on(tiny, tmp_path, monkeypatch, nam
     assert first_steps == expected
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("more", [[], ["--update", "full"], ["--prefix-cache-gib", "1"]])
 def test_training_on_a_ranking_goes_on_in_the_selection_and_in_controls(
     tiny, tmp_path, monkeypatch, more

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from test_rank import keylayers, rank
-from test_train import STEPS
+from commands import STEPS, everything_below, keylayers, rank
 
 SECRET = "hf_" + "kEyLaYeRs" * 4
 NAMES = (
@@ -23,10 +22,6 @@ NAMES = (
 def planted(monkeypatch):
     for name in NAMES:
         monkeypatch.setenv(name, SECRET)
-
-
-def everything_below(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.usefixtures("planted")

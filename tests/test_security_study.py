@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from test_rank import keylayers
+from commands import keylayers
 
 HOSTILE = [
     "<script>alert(1)</script>",

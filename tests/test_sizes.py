@@ -10,7 +10,7 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from test_rank import keylayers, scores
+from commands import keylayers, scores
 from tiny_files import rows, tiny_tokenizer
 from trainers import TOKENIZER, lora, tiny_model, with_noise
 
@@ -128,7 +128,7 @@ def random_model(folder, num_blocks, max_positions):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_eighty_blocks_of_seven_modules_are_ranked(tiny, tmp_path):
     model = random_model(tmp_path / "model", 80, 64)
     inputs = ("--model", model, "--data", tiny / "data.jsonl", "--output", tmp_path / "out")
@@ -139,7 +139,7 @@ def test_eighty_blocks_of_seven_modules_are_ranked(tiny, tmp_path):
     assert sorted(module["rank"] for module in modules) == list(range(1, 561))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sequences_of_4096_tokens_are_ranked_and_trained_on(tmp_path):
     model = random_model(tmp_path / "model", 2, 4096)
     text = "The fox eats mice and the hen eats seeds while the bear eats honey. " * 400

@@ -8,8 +8,7 @@ import pytest
 import yaml
 from transformers import LlamaConfig, MistralConfig
 
-from test_bad_input import complaint
-from test_rank import keylayers
+from commands import complaint, keylayers
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "spectrum"
 SIZES = {"hidden_size": 4096, "intermediate_size": 14_336, "num_key_value_heads": 8}

@@ -17,9 +17,10 @@ import psutil
 import pytest
 import yaml
 
+import preloaded
+from commands import everything_below, keylayers
 from outputs import contents, differences
-from test_rank import keylayers
-from test_security import NAMES, SECRET, everything_below
+from test_security import NAMES, SECRET
 
 OPTIONS = {
     "batch_size": 4,
@@ -69,11 +70,11 @@ def run(place, path, output, *more):
     environment = {**os.environ, **dict.fromkeys(NAMES, SECRET)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     with (place / f"{output}.log").open("w") as log:
-        command = [sys.executable, "-W", "ignore", "-c", code]
+        command = [preloaded.python(), "-W", "ignore", "-c", code]
         return subprocess.Popen(command, cwd=place, env=environment, stdout=log, stderr=log)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_results_are_tidy_and_say_what_chance_gives(done):
     place, path = done
     table = pd.read_parquet(place / "whole" / "results.parquet")
@@ -105,7 +106,7 @@ def test_results_are_tidy_and_say_what_chance_gives(done):
     assert "Held-out loss after training" in log
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_its_report_holds_the_same_and_runs_no_script(done):
     page = (done[0] / "whole" / "report.html").read_text()
     table = pd.read_parquet(done[0] / "whole" / "results.parquet")
@@ -118,7 +119,7 @@ def test_its_report_holds_the_same_and_runs_no_script(done):
     assert "path, path_points 2, mask_batches 2" in page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_finished_study_runs_nothing_and_more_entries_run_only_what_is_new(done, tiny, tmp_path):
     place, _ = done
     before = {path: path.stat().st_mtime_ns for path in (place / "whole" / "cells").rglob("*")}
@@ -131,7 +132,7 @@ def test_a_finished_study_runs_nothing_and_more_entries_run_only_what_is_new(don
     assert all(name.startswith("training-") for name in new)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_study_that_is_killed_ends_as_one_that_was_not(done):
     place, path = done
     for num_cells in (1, 5):  # at work on more than these
@@ -159,7 +160,7 @@ def finished(root, cells):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(tiny, tmp_path):
     data = [str(tiny / "data.jsonl"), str(tmp_path / "absent.jsonl")]
     path = study_file(tmp_path, tiny, data=data, budget=[0.3])
@@ -292,7 +293,7 @@ def test_one_study_at_a_time_has_a_folder(tiny, tmp_path, capsys):
     assert "one run at a time must write to" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ray_gives_the_same_listens_to_nobody_else_and_leaves_nothing_behind(done, tiny):
     place, _ = done
     path = study_file(place / "more", tiny, seed=[0], method=METHODS[:1], budget=[0.2])
@@ -322,7 +323,7 @@ def test_ray_gives_the_same_listens_to_nobody_else_and_leaves_nothing_behind(don
     assert differences(whole, on_ray) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_key_or_token_is_in_anything_that_a_study_writes(done):
     names = {path.name for path in everything_below(done[0])}
     assert {"cell.json", "log.txt", "study.json", "results.csv", "report.html"} <= names

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 import yaml
 
-from test_rank import keylayers
+from commands import keylayers
 
 BASE = {"model": "m", "data": "d"}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from test_rank import keylayers
+from commands import keylayers
 from test_study import METHODS, plan_of, study_file
 
 BASE = {"model": "m", "data": "d"}

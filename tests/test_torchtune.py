@@ -54,6 +54,7 @@ print(json.dumps({"peft": sorted(peft), "changed": changed, "adapter": sorted(ad
 """
 
 
+@pytest.mark.long
 @needs_torchtune
 @pytest.mark.parametrize("share", SHARES)
 def test_torchtune_trains_exactly_the_selection(share, tmp_path):

@@ -2,52 +2,12 @@
 """`keylayers train`: exactly the selection is trained, and anybody can load the result."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from safetensors.torch import load_file
 
-from test_rank import keylayers, rank
+from commands import PLAIN_PEFT, PLAIN_TRANSFORMERS, STEPS, best, fresh_process, keylayers
 from tiny_files import NUM_MODULES
-
-STEPS = ["--steps", "8", "--learning-rate", "0.05"]
-
-
-@pytest.fixture(scope="module")
-def ranked(tiny, tmp_path_factory):
-    output = tmp_path_factory.mktemp("ranked")
-    assert rank(tiny, output) == 0
-    return output
-
-
-def best(ranked, count):
-    modules = json.loads((ranked / "ranking.json").read_text())["modules"]
-    return {module["name"] for module in modules if module["rank"] <= count}
-
-
-def fresh_process(code, *arguments):
-    """What a process without keylayers prints."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment,
-    )
-    return done.stdout.split()
-
-
-PLAIN_PEFT = """
-import sys
-from peft import AutoPeftModelForCausalLM
-model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1])
-assert "keylayers" not in sys.modules
-print(*model.targeted_module_names)
-"""
 
 
 def test_an_adapter_on_exactly_the_best_modules_that_plain_peft_loads(ranked, tmp_path, capsys):
@@ -98,15 +58,6 @@ def test_the_chat_template_that_was_trained_with_is_saved(tiny, ranked, tmp_path
     assert keylayers("train", *options) == 0
     own = AutoTokenizer.from_pretrained(tiny / "model").chat_template
     assert AutoTokenizer.from_pretrained(tmp_path / "t").chat_template == own
-
-
-PLAIN_TRANSFORMERS = """
-import sys
-from transformers import AutoModelForCausalLM
-model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
-assert not info["missing_keys"] and not info["unexpected_keys"]
-print(model.dtype)
-"""
 
 
 def test_a_full_update_changes_exactly_the_selected_weights(tiny, ranked, tmp_path, capsys):

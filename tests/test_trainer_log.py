@@ -6,8 +6,7 @@ import math
 import pytest
 from transformers import TrainerCallback
 
-from test_bad_input import complaint
-from test_rank import rank, read
+from commands import complaint, rank, read
 from trainers import build
 
 pytest.importorskip("tensorboard")

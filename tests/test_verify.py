@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from test_rank import keylayers, rank
+from commands import keylayers, rank
 from tiny_files import NUM_MODULES
 
 FAST = ("--points", "5", "--random-orders", "2")
@@ -51,26 +51,11 @@ def complaint(run):
 
 
 @pytest.fixture(scope="module")
-def ranked(tiny, tmp_path_factory):
-    """A ranking with its own stage 1."""
-    output = tmp_path_factory.mktemp("ranked") / "out"
-    assert rank(tiny, output) == 0
-    return output
-
-
-@pytest.fixture(scope="module")
 def verified(ranked, tmp_path_factory):
     """The same, verified with a margin that leaves modules out."""
     folder = tmp_path_factory.mktemp("verified") / "out"
     shutil.copytree(ranked, folder)
     return verify(folder, "--margin", "0.5")
-
-
-@pytest.fixture
-def copy(ranked, tmp_path):
-    """A ranking of one's own, not verified."""
-    shutil.copytree(ranked, tmp_path / "own")
-    return tmp_path / "own"
 
 
 def rows(text):
@@ -98,14 +83,16 @@ def test_the_curve_the_area_and_a_budget_are_shown(verified):
     assert max(len(line) for line in verified.out.splitlines() if "written" not in line) <= 120
 
 
-def test_a_verification_elsewhere_is_the_same_and_stands_beside_a_copy(copy, tmp_path, verified):
-    before = sorted(path.name for path in copy.iterdir())
-    found = verify(copy, "--margin", "0.5", "--output", tmp_path / "new" / "curve")
+def test_a_verification_elsewhere_is_the_same_with_a_copy_of_the_ranking(
+    ranking_copy, tmp_path, verified
+):
+    before = sorted(path.name for path in ranking_copy.iterdir())
+    found = verify(ranking_copy, "--margin", "0.5", "--output", tmp_path / "new" / "curve")
     assert found.code == 0
-    assert sorted(path.name for path in copy.iterdir()) == before
+    assert sorted(path.name for path in ranking_copy.iterdir()) == before
     folder = tmp_path / "new" / "curve"
     assert sorted(path.name for path in folder.iterdir()) == ["ranking.json", "verification.json"]
-    assert (folder / "ranking.json").read_bytes() == (copy / "ranking.json").read_bytes()
+    assert (folder / "ranking.json").read_bytes() == (ranking_copy / "ranking.json").read_bytes()
     content = json.loads((folder / "verification.json").read_text(encoding="utf-8"))
     assert content["best_first"] == verified.content()["best_first"]
     trained = ("--steps", "1", "--output", tmp_path / "tuned")
@@ -151,16 +138,18 @@ def test_only_the_verification_is_written(ranked, verified):
     assert after == files(ranked)
 
 
-def test_it_belongs_to_the_ranking_and_comes_out_the_same_again(verified, copy):
+def test_it_belongs_to_the_ranking_and_comes_out_the_same_again(verified, ranking_copy):
     from keylayers.ranking.ranking import Ranking
     from keylayers.records import json_sha256
 
     content = verified.content()
     sha256 = json_sha256(Ranking.load(verified.folder).to_json())
     assert content["ranking_sha256"] == sha256
-    again = verify(copy / "ranking.json", "--margin", "0.5")  # the file instead of its folder
+    again = verify(
+        ranking_copy / "ranking.json", "--margin", "0.5"
+    )  # the file instead of its folder
     assert again.code == 0
-    other = json.loads((copy / "verification.json").read_text())
+    other = json.loads((ranking_copy / "verification.json").read_text())
     for part in ("best_first", "worst_first", "random", "recommendation", "ranking_sha256"):
         assert other[part] == content[part]
 
@@ -198,8 +187,8 @@ def test_the_points_are_measured_with_exactly_the_best_modules(tiny, verified):
         assert content[curve]["losses"][1] == pytest.approx(loss, rel=1e-5)
 
 
-def test_leave_one_out_adds_a_column_and_its_area(copy):
-    run = verify(copy, "--leave-one-out")
+def test_leave_one_out_adds_a_column_and_its_area(ranking_copy):
+    run = verify(ranking_copy, "--leave-one-out")
     assert run.code == 0
     loo = run.content()["leave_one_out"]
     assert loo["counts"] == COUNTS
@@ -231,9 +220,9 @@ def test_an_update_that_was_given_to_rank_is_taken_over(tiny, tmp_path, way):
     assert [int(row[0]) for row in rows(run.out)] == COUNTS
 
 
-def test_an_update_that_is_given_wins_over_that_of_the_ranking(tiny, copy):
+def test_an_update_that_is_given_wins_over_that_of_the_ranking(tiny, ranking_copy):
     for option in ("adapter", "tuned"):
-        run = verify(copy, f"--{option}", tiny / option)
+        run = verify(ranking_copy, f"--{option}", tiny / option)
         assert run.code == 0
         options = run.content()["provenance"]["options"]
         other = "adapter" if option == "tuned" else "tuned"
@@ -250,15 +239,15 @@ def test_a_mask_split_is_left_out_of_the_held_out_examples_again(tiny, tmp_path)
     assert run.content()["best_first"]["losses"][-1] == pytest.approx(losses["tuned"], rel=1e-4)
 
 
-def test_other_inputs_than_the_rankings_own_are_said(tiny, copy, tmp_path):
+def test_other_inputs_than_the_rankings_own_are_said(tiny, ranking_copy, tmp_path):
     lines = (tiny / "data.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "other.jsonl").write_text("".join(lines[:40]))
-    assert OTHER_SPLIT in verify(copy, "--data", tmp_path / "other.jsonl").err
-    assert OTHER_SPLIT in verify(copy, "--split-seed", "7").err
-    changed = json.loads((copy / "ranking.json").read_text())
+    assert OTHER_SPLIT in verify(ranking_copy, "--data", tmp_path / "other.jsonl").err
+    assert OTHER_SPLIT in verify(ranking_copy, "--split-seed", "7").err
+    changed = json.loads((ranking_copy / "ranking.json").read_text())
     changed["provenance"]["model"]["weights_sha256"] = "0" * 64
-    (copy / "ranking.json").write_text(json.dumps(changed))
-    assert "the ranking was made on other weights of the same shapes" in verify(copy).err
+    (ranking_copy / "ranking.json").write_text(json.dumps(changed))
+    assert "the ranking was made on other weights of the same shapes" in verify(ranking_copy).err
 
 
 def train_auto(folder, output, capsys):
@@ -291,8 +280,8 @@ def test_the_automatic_budget_trains_exactly_the_recommended_modules(verified, t
     assert trained == best
 
 
-def test_the_automatic_budget_needs_a_verification(copy, tmp_path, capsys):
-    line = complaint(train_auto(copy, tmp_path / "t", capsys))
+def test_the_automatic_budget_needs_a_verification(ranking_copy, tmp_path, capsys):
+    line = complaint(train_auto(ranking_copy, tmp_path / "t", capsys))
     assert "the ranking must have been verified" in line
     assert "make it with `keylayers verify`" in line
     assert not (tmp_path / "t").exists()
@@ -362,20 +351,20 @@ REFUSED = [
 @pytest.mark.parametrize(
     ("damage", "more", "message"), [case[1:] for case in REFUSED], ids=[c[0] for c in REFUSED]
 )
-def test_verify_refuses_and_writes_nothing(tiny, copy, damage, more, message):
-    damage(copy)
-    before = listing(copy)
-    assert message in complaint(verify(copy, *(part.format(tiny=tiny) for part in more)))
-    assert listing(copy) == before
+def test_verify_refuses_and_writes_nothing(tiny, ranking_copy, damage, more, message):
+    damage(ranking_copy)
+    before = listing(ranking_copy)
+    assert message in complaint(verify(ranking_copy, *(part.format(tiny=tiny) for part in more)))
+    assert listing(ranking_copy) == before
 
 
-def test_an_update_that_holds_no_numbers_is_one_line(tiny, copy):
+def test_an_update_that_holds_no_numbers_is_one_line(tiny, ranking_copy):
     from safetensors.torch import load_file, save_file
 
-    weights = copy / "adapter" / "adapter_model.safetensors"
+    weights = ranking_copy / "adapter" / "adapter_model.safetensors"
     values = {name: value.fill_(float("nan")) for name, value in load_file(weights).items()}
     save_file(values, weights)
-    assert "the loss must be finite, but it is nan at batch 1" in complaint(verify(copy))
+    assert "the loss must be finite, but it is nan at batch 1" in complaint(verify(ranking_copy))
 
 
 def test_a_failed_verify_leaves_an_earlier_file_as_it_was(verified, tmp_path):
@@ -386,14 +375,14 @@ def test_a_failed_verify_leaves_an_earlier_file_as_it_was(verified, tmp_path):
     assert listing(tmp_path / "own") == before
 
 
-def test_another_update_than_the_one_that_was_ranked_is_said(tiny, copy, tmp_path):
+def test_another_update_than_the_one_that_was_ranked_is_said(tiny, ranking_copy, tmp_path):
     """As after a second `rank` that ended in stage 2: its adapter lies beside the old ranking."""
     said = "the update is another one than was ranked"
-    assert said not in verify(copy).err
-    assert said in verify(copy, "--adapter", tiny / "adapter").err
+    assert said not in verify(ranking_copy).err
+    assert said in verify(ranking_copy, "--adapter", tiny / "adapter").err
     assert rank(tiny, tmp_path / "second", "--seed", "5") == 0
-    shutil.rmtree(copy / "adapter")
-    shutil.copytree(tmp_path / "second" / "adapter", copy / "adapter")
-    assert said in verify(copy).err
+    shutil.rmtree(ranking_copy / "adapter")
+    shutil.copytree(tmp_path / "second" / "adapter", ranking_copy / "adapter")
+    assert said in verify(ranking_copy).err
     assert rank(tiny, tmp_path / "tuned", "--tuned", tiny / "tuned") == 0
     assert said not in verify(tmp_path / "tuned").err

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands of keylayers as tests give them, what they leave, and plain libraries that read it."""
+
+import json
+import subprocess
+
+import preloaded
+
+QUICK = ["--max-steps", "6", "--mask-batches", "2", "--batch-size", "4", "--lora-rank", "4"]
+STEPS = ["--steps", "8", "--learning-rate", "0.05"]
+
+PLAIN_PEFT = """
+import sys
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1])
+assert "keylayers" not in sys.modules
+print(*model.targeted_module_names)
+"""
+PLAIN_TRANSFORMERS = """
+import sys
+from transformers import AutoModelForCausalLM
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"]
+print(model.dtype)
+"""
+
+
+def keylayers(*arguments):
+    """The exit code of a command, in this process."""
+    from keylayers.cli import main
+
+    return main([str(argument) for argument in arguments])
+
+
+def rank(tiny, output, *more):
+    options = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", output)
+    return keylayers("rank", *options, *QUICK, *more)
+
+
+def read(output):
+    return json.loads((output / "ranking.json").read_text())
+
+
+def scores(output):
+    return [module["score"] for module in read(output)["modules"]]
+
+
+def best(output, count):
+    """Names of the best modules of a ranking."""
+    return {module["name"] for module in read(output)["modules"] if module["rank"] <= count}
+
+
+def complaint(capsys):
+    """The one line on stderr that says what is wrong; notes before it are not part of it."""
+    return complaint_in(capsys.readouterr().err)
+
+
+def complaint_in(err):
+    lines = [line for line in err.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("keylayers: ")]
+    assert errors == lines[-1:], lines
+    assert not any("Traceback" in line for line in lines)
+    return errors[0]
+
+
+def fresh_process(code, *arguments):
+    """What a process without keylayers prints."""
+    done = subprocess.run(
+        [preloaded.python(), "-W", "ignore", "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split()
+
+
+def file_for(preferences, objective):
+    """The file of the fixture `preferences` that an objective needs."""
+    return preferences / ("rated.jsonl" if objective == "kto" else "pairs.jsonl")
+
+
+def everything_below(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stand-in for `python` in tests: it starts at once, with torch and the like imported already.
+
+`python()` is the path of an executable that takes the arguments of Python: `-c CODE`, `-m MODULE`
+or a script. A server, started once per test session, imports the libraries and forks for each call.
+The executable hands over its standard streams, folder, environment and signals, and ends as the
+fork ends. When it is killed, so is the fork.
+
+Real Python runs instead where a fork would differ: with other options than -W, -u and -B, and with
+an environment that the libraries read while they are imported (`READ_AT_IMPORT`).
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+VARIABLE = "PRELOADED_PYTHON"  # where the executable is, for the workers of xdist
+READ_AT_IMPORT = (
+    "HF_",
+    "HUGGINGFACE_",
+    "TRANSFORMERS_",
+    "DATASETS_",
+    "TORCH",
+    "CUDA_",
+    "PYTHONHASHSEED",
+)
+READ_LATER = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+IMPORTED = (
+    *("torch", "torch._dynamo", "transformers", "peft", "trl", "datasets", "accelerate"),
+    *("safetensors.torch", "pandas", "pyarrow.parquet", "scipy.stats", "yaml", "rich.console"),
+    *("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto"),
+    *("trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "cyclopts", "beartype"),
+    *("torch.distributed.run", "torch.utils.tensorboard"),
+)
+# What `keylayers` itself sets before it imports them
+QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+}
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+servers = []  # of this process
+LAUNCHER = '#!/bin/sh\nexec "{python}" -IS "{script}" "{address}" "$@"\n'
+
+
+def python():
+    """Path of the executable; the first call of a session starts the server."""
+    if VARIABLE not in os.environ:
+        folder = Path(tempfile.mkdtemp(prefix="preloaded-"))
+        launcher, address = folder / "python", folder / "socket"
+        launcher.write_text(
+            LAUNCHER.format(python=sys.executable, script=Path(__file__), address=address)
+        )
+        launcher.chmod(0o755)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(address))
+        listener.listen(64)  # calls wait here until the imports are done
+        command = [sys.executable, __file__, "serve", str(listener.fileno()), str(folder)]
+        with (folder / "log.txt").open("w") as log:
+            server = subprocess.Popen(  # ends when this process ends, for it reads from it
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **QUIET, "PYTHONPATH": ""},
+                pass_fds=[listener.fileno()],
+                start_new_session=True,
+            )
+        listener.close()
+        servers.append(server)
+        os.environ[VARIABLE] = str(launcher)
+    return os.environ[VARIABLE]
+
+
+# --- the executable: python -IS preloaded.py ADDRESS ARGUMENTS...
+
+
+def call(address, arguments):
+    """Have the server run a fork with these arguments, and end as it ends."""
+    real = [sys.executable, *arguments]
+    connection = socket.socket(socket.AF_UNIX)
+    request = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
+    try:
+        connection.connect(address)
+    except OSError:
+        os.execv(real[0], real)
+    content = json.dumps(request).encode()
+    socket.send_fds(connection, [struct.pack("q", len(content))], [0, 1, 2])
+    connection.sendall(content)
+    told = connection.makefile()
+    process = int(told.readline() or 0)
+    if not process:
+        os.execv(real[0], real)
+
+    def forward(number, _):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
+
+    for number in FORWARDED:
+        signal.signal(number, forward)
+    code = int(told.readline() or -signal.SIGKILL)
+    if code < 0:
+        _end_by(-code)
+    os._exit(code)
+
+
+def _end_by(number):
+    if number != signal.SIGKILL:
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    signal.pause()
+
+
+# --- the server: python preloaded.py serve LISTENER
+
+
+def serve(listener, folder):
+    """Answer calls until standard input ends."""
+    import gc
+    import importlib
+    import selectors
+    import shutil
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in IMPORTED:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+    sys.modules["torch"].set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    listener = socket.socket(fileno=listener)
+    ends, wakes = os.pipe()
+    os.set_blocking(wakes, False)
+    os.set_blocking(ends, False)
+    signal.set_wakeup_fd(wakes)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    selector = selectors.DefaultSelector()
+    for file, name in ((0, "over"), (listener, "call"), (ends, "ended")):
+        selector.register(file, selectors.EVENT_READ, name)
+    at_work = {}  # process -> connection
+    while True:
+        for key, _ in selector.select():
+            if key.data == "over":
+                for process in at_work:
+                    with contextlib.suppress(OSError):
+                        os.killpg(process, signal.SIGKILL)
+                shutil.rmtree(folder, ignore_errors=True)
+                return
+            if key.data == "call":
+                _answer(listener, selector, at_work)
+            elif key.data == "ended":
+                os.read(ends, 4096)
+                _tell_ended(selector, at_work)
+            elif key.data in at_work:  # the caller was killed: it sends nothing but its end
+                os.kill(key.data, signal.SIGKILL)
+                selector.unregister(key.fileobj)
+
+
+def _answer(listener, selector, at_work):
+    import selectors
+
+    connection, _ = listener.accept()
+    streams = []
+    try:
+        start, streams, _, _ = socket.recv_fds(connection, 8, 3)
+        content = bytearray()
+        (length,) = struct.unpack("q", start)
+        while len(content) < length:
+            part = connection.recv(length - len(content))
+            if not part:
+                raise ConnectionError
+            content += part
+        request = json.loads(content)
+        if not _fork_would_do(request):
+            connection.sendall(b"0\n")
+            connection.close()
+            return
+        process = os.fork()
+        if not process:
+            _become(request, streams, [listener, connection, *at_work.values()], selector)
+        connection.sendall(f"{process}\n".encode())
+        at_work[process] = connection
+        selector.register(connection, selectors.EVENT_READ, process)
+    except OSError:  # the caller is gone already
+        connection.close()
+    finally:
+        for stream in streams:
+            os.close(stream)
+
+
+def _tell_ended(selector, at_work):
+    while at_work:
+        try:
+            process, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not process:
+            return
+        connection = at_work.pop(process)
+        with contextlib.suppress(KeyError, ValueError):
+            selector.unregister(connection)
+        with contextlib.suppress(OSError):
+            connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        connection.close()
+
+
+def _fork_would_do(request):
+    for name, value in request["environment"].items():
+        if (
+            name.startswith(READ_AT_IMPORT)
+            and name not in READ_LATER
+            and os.environ.get(name) != value
+        ):
+            return False
+    return _parsed(request["arguments"]) is not None
+
+
+def _parsed(arguments):
+    """Filters of warnings, whether output is unbuffered, and the rest; None for other options."""
+    filters, is_unbuffered, rest = [], False, list(arguments)
+    while rest and rest[0].startswith("-") and rest[0] not in ("-c", "-m"):
+        option = rest.pop(0)
+        if option == "-W":
+            filters.append(rest.pop(0))
+        elif option == "-u":
+            is_unbuffered = True
+        elif option != "-B":
+            return None
+    return (filters, is_unbuffered, rest) if rest else None
+
+
+def _become(request, streams, connections, selector):
+    """Be the process that was asked for; does not return."""
+    import atexit
+    import threading
+    import traceback
+
+    code = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.setsid()
+        for target, stream in enumerate(streams):
+            os.dup2(stream, target)
+        for stream in streams:
+            if stream > 2:
+                os.close(stream)
+        selector.close()
+        for connection in connections:
+            connection.close()
+        code = _run(request)
+    except SystemExit as error:
+        if error.code is None or isinstance(error.code, int):
+            code = error.code or 0
+        else:
+            sys.stderr.write(f"{error.code}\n")
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        sys.stdout.flush()
+        _end_by(signal.SIGINT)
+    except BaseException:
+        traceback.print_exc()
+    try:
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code & 0xFF)
+
+
+def _run(request):
+    import random
+    import runpy
+    import types
+    import warnings
+
+    filters, is_unbuffered, (first, *rest) = _parsed(request["arguments"])
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
+    sys.stdout.reconfigure(write_through=is_unbuffered, line_buffering=os.isatty(1))
+    sys.stderr.reconfigure(line_buffering=True)
+    random.seed()
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    sys.modules["torch"].set_num_threads(int(threads) if threads.isdigit() else os.cpu_count())
+    warnings.resetwarnings()
+    for kind in (ResourceWarning, ImportWarning, PendingDeprecationWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", kind)
+    warnings.filterwarnings("default", category=DeprecationWarning, module="__main__")
+    given = os.environ.get("PYTHONWARNINGS", "")
+    warnings._processoptions([*filter(None, given.split(",")), *filters])
+    path = [one for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one]
+    sys.path[:] = [*path, *sys.path[1:]]  # the first was that of this file
+    if first == "-c":
+        code, *rest = rest
+        sys.argv, sys.path[:0] = ["-c", *rest], [""]
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(code, "<string>", "exec"), main.__dict__)
+    elif first == "-m":
+        module, *rest = rest
+        sys.argv, sys.path[:0] = [module, *rest], [request["folder"]]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[:0] = [first, *rest], [str(Path(first).resolve().parent)]
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        main.__file__ = first
+        exec(compile(Path(first).read_bytes(), first, "exec"), main.__dict__)
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "serve":
+        serve(int(sys.argv[2]), sys.argv[3])
+    else:
+        call(sys.argv[1], sys.argv[2:])
