@@ -14,7 +14,8 @@ from benchmarks import (
     start_up,
     train_selection,
 )
-from keylayers.records import environment, write_json
+from keylayers.environment import environment
+from keylayers.files import write_json
 
 
 def main() -> None:

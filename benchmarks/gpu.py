@@ -25,9 +25,10 @@ from transformers.utils import is_bitsandbytes_available
 
 from keylayers.apply.adapter import add_lora
 from keylayers.apply.freeze import train_only
+from keylayers.environment import environment
+from keylayers.files import write_json
 from keylayers.gates import gated
 from keylayers.model.modules import map_modules
-from keylayers.records import environment, write_json
 from keylayers.training.shallow import shallow_backward
 from keylayers.updates import adapter_updates
 

@@ -20,11 +20,12 @@ from transformers import TrainerCallback
 from keylayers.data.options import DataOptions
 from keylayers.data.prepare import prepare
 from keylayers.demo.run import BASE, write_data
+from keylayers.environment import environment
 from keylayers.evaluation.loss import held_out_loss
+from keylayers.files import json_sha256, write_json
 from keylayers.model.loading import load_model, load_tokenizer, max_positions
 from keylayers.model.modules import map_modules
 from keylayers.model.options import ModelOptions
-from keylayers.records import environment, json_sha256, write_json
 from keylayers.training.options import TrainingOptions
 from keylayers.training.run import fine_tune, make_trainer, new_adapter
 from keylayers.updates import adapter_updates

@@ -13,8 +13,9 @@ from pathlib import Path
 import cells
 import torch
 
+from keylayers.environment import environment
+from keylayers.files import write_json
 from keylayers.options import MaskOptions
-from keylayers.records import environment, write_json
 from keylayers.scores import score_modules
 
 INITIAL_SCORES = (4.0, 2.0, 1.0)  # those of the paper (from memory of its text)

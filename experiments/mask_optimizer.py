@@ -21,13 +21,14 @@ import torch
 
 from keylayers.data.options import DataOptions
 from keylayers.data.prepare import prepare
+from keylayers.environment import environment
 from keylayers.evaluation.loss import held_out_loss
 from keylayers.evaluation.mask_curve import mask_curve
+from keylayers.files import write_json
 from keylayers.model.loading import load_model, load_tokenizer, max_positions
 from keylayers.model.modules import map_modules
 from keylayers.model.options import ModelOptions
 from keylayers.options import MaskOptions
-from keylayers.records import environment, write_json
 from keylayers.scores.ila import ila
 from keylayers.training.options import TrainingOptions
 from keylayers.training.run import fine_tune, make_trainer, new_adapter

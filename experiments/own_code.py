@@ -28,11 +28,12 @@ from scipy.stats import kendalltau
 
 from keylayers.data.options import DataOptions
 from keylayers.data.prepare import prepare
+from keylayers.environment import environment
+from keylayers.files import write_json
 from keylayers.model.loading import load_model, load_tokenizer, max_positions
 from keylayers.model.modules import blocks_of, map_modules
 from keylayers.model.options import ModelOptions
 from keylayers.options import MaskOptions
-from keylayers.records import environment, write_json
 from keylayers.scores import score_modules
 from keylayers.scores.spectrum import signal_to_noise
 from keylayers.training.options import TrainingOptions

@@ -19,9 +19,10 @@ from pathlib import Path
 import cells
 import torch
 
+from keylayers.environment import environment
 from keylayers.evaluation.mask_curve import subset_losses
+from keylayers.files import write_json
 from keylayers.options import MaskOptions
-from keylayers.records import environment, write_json
 from keylayers.scores import score_modules
 from keylayers.training.run import fine_tune, make_trainer
 from keylayers.updates import adapter_updates

@@ -17,9 +17,10 @@ from pathlib import Path
 import cells
 import torch
 
+from keylayers.environment import environment
 from keylayers.evaluation.mask_curve import mask_curve
+from keylayers.files import write_json
 from keylayers.options import METHOD_OPTIONS, MaskOptions
-from keylayers.records import environment, write_json
 from keylayers.scores import METHODS
 
 NUM_POINTS = 11

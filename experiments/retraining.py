@@ -19,11 +19,12 @@ import cells
 import torch
 from datasets import Dataset
 
+from keylayers.environment import environment
 from keylayers.evaluation.loss import held_out_loss
+from keylayers.files import write_json
 from keylayers.ranking.budget import Time
 from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import Ranking
-from keylayers.records import environment, write_json
 from keylayers.training.run import fine_tune, make_trainer
 
 from rankings import best_first

@@ -19,8 +19,9 @@ import torch
 from retraining import within_prices
 from transformers import TrainerCallback
 
+from keylayers.environment import environment
 from keylayers.evaluation.loss import held_out_loss
-from keylayers.records import environment, write_json
+from keylayers.files import write_json
 from keylayers.training.prefix_cache import PrefixCache
 from keylayers.training.run import fine_tune, make_trainer
 

@@ -25,8 +25,8 @@ def test_consensus_by_hand():
 
 
 def test_consensus_lists_its_sources():
+    from keylayers.files import json_sha256
     from keylayers.ranking.consensus import consensus
-    from keylayers.records import json_sha256
 
     runs = [run_of(), run_of(seed=1, granularity="block")]
     merged = consensus(runs)

@@ -103,9 +103,9 @@ def test_a_damaged_ranking_is_refused_or_right(command, folder):
 
 
 def verification_of(ranking):
+    from keylayers.files import json_sha256
     from keylayers.ranking.curve import MaskCurve
     from keylayers.ranking.verification import Verification
-    from keylayers.records import json_sha256
 
     def curve(*losses):
         rows = tuple((loss, loss + 0.1) for loss in losses)

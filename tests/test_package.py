@@ -16,6 +16,8 @@ LAYERS = (
         "_version",
         "errors",
         "ranges",
+        "environment",
+        "files",
         "records",
         "folders",
         "yaml_values",

@@ -35,9 +35,9 @@ def curve(losses):
 
 def verify_by_hand(folder):
     """A verification of ranking `one`, as `keylayers verify` leaves it."""
+    from keylayers.files import json_sha256
     from keylayers.ranking.ranking import Ranking
     from keylayers.ranking.verification import Verification
-    from keylayers.records import json_sha256
 
     ranking = Ranking.load(folder / "one")
     Verification(

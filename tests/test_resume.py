@@ -157,7 +157,7 @@ def test_a_finished_training_of_the_same_inputs_is_taken(tiny, tmp_path, monkeyp
 
 
 def test_checkpoints_of_other_inputs_and_half_written_ones_are_not_gone_on_from(tmp_path):
-    from keylayers.records import RECORD
+    from keylayers.files import RECORD
     from keylayers.training.checkpoints import Checkpoints
 
     marks = {

@@ -285,7 +285,7 @@ def _dying_or_not(words):
 
 
 def test_one_study_at_a_time_has_a_folder(tiny, tmp_path, capsys):
-    from keylayers.folders import one_at_a_time
+    from keylayers.files import one_at_a_time
 
     path = study_file(tmp_path, tiny, seed=[0])
     with one_at_a_time(tmp_path / "out"):

@@ -156,7 +156,7 @@ def test_all_modules_of_other_rankings_are_other_modules(grid, options):
 
 def test_other_software_makes_other_cells(monkeypatch):
     from keylayers.commands.study import plan
-    from keylayers.records import environment
+    from keylayers.environment import environment
 
     made_by, before = environment(), planned(budget=0.3)
     for part, other in (

@@ -217,7 +217,7 @@ def verified_ranking(folder, scores, **options):
     """A ranking and the file of a verification that belongs to it."""
     from dataclasses import replace
 
-    from keylayers.records import json_sha256
+    from keylayers.files import json_sha256
 
     ranking = ranking_of(scores)
     found = verification_of(**options)
@@ -245,8 +245,8 @@ def test_the_automatic_budget_is_the_recommended_count(tmp_path):
 )
 def test_the_automatic_budget_needs_a_curve_of_the_rankings_own_run(tmp_path, measured_with, what):
     from keylayers.errors import RankingError
+    from keylayers.files import json_sha256
     from keylayers.ranking.verification import auto_budget
-    from keylayers.records import json_sha256
 
     stage_1 = {"num_steps": 1, "stopped_by": "stable", "seconds": 1.0, "adapter_sha256": "update"}
     made_by = {

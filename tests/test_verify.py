@@ -139,8 +139,8 @@ def test_only_the_verification_is_written(ranked, verified):
 
 
 def test_it_belongs_to_the_ranking_and_comes_out_the_same_again(verified, ranking_copy):
+    from keylayers.files import json_sha256
     from keylayers.ranking.ranking import Ranking
-    from keylayers.records import json_sha256
 
     content = verified.content()
     sha256 = json_sha256(Ranking.load(verified.folder).to_json())

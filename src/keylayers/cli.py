@@ -15,8 +15,9 @@ from cyclopts import App, CycloptsError, Parameter
 
 from keylayers._version import __version__
 from keylayers.commands.config import from_config_file, from_ranking_file, refuse_grpo
+from keylayers.environment import check_no_password
 from keylayers.errors import KeylayersError, OutputError
-from keylayers.records import check_no_password
+from keylayers.files import FULL, WHAT_TO_DO
 
 app = App(
     name="keylayers",
@@ -93,12 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"with {str(error.filename)[:40]!r} is too long"
             )
             return 2
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
-        _complain(
-            "the disk must have room for what libraries keep on it, but it is full; what was "
-            "there is kept: make room and give the same command again"
-        )
+        _complain(f"the disk must have room for what libraries keep on it, {WHAT_TO_DO}")
         return OutputError.exit_code
     return 0
 

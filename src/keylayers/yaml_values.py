@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from keylayers.environment import check_no_password
 from keylayers.errors import ConfigError
-from keylayers.records import check_no_password
 
 MOST_VALUES = 100_000  # aliases counted each time they stand for something
 # What its parser raises beside its own error: for numbers and dates out of range, and tags that

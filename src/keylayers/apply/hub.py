@@ -10,7 +10,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
 from keylayers.errors import ConfigError, OutputError
-from keylayers.records import RECORD
+from keylayers.files import RECORD
 
 HTTPError = hub_errors.HTTPError  # type: ignore[attr-defined]  # of whichever client it uses
 

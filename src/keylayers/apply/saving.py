@@ -12,11 +12,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keylayers.folders import replaced_folder
+from keylayers.environment import is_first_process
+from keylayers.files import CARD, RECORD, replaced_folder, write_json, write_text
 from keylayers.model.sharding import is_sharded, whole
 from keylayers.model.weights import is_added
 from keylayers.processes import wait_for_all
-from keylayers.records import CARD, RECORD, is_first_process, write_json, write_text
 from keylayers.updates.adalora import is_adalora
 
 

@@ -10,7 +10,7 @@ from cyclopts.argument import Argument, ArgumentCollection
 from cyclopts.config import Dict
 
 from keylayers.errors import ConfigError, did_you_mean
-from keylayers.records import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT
+from keylayers.files import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT
 from keylayers.yaml_values import yaml_value
 
 # Titles of option groups in `--help`, in the order in which they are shown.

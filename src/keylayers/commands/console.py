@@ -15,8 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from keylayers.environment import is_first_process
 from keylayers.progress import OnStep
-from keylayers.records import is_first_process
 
 PIPE_WIDTH = 120
 LINE_SECONDS = 30.0  # between lines about a stage, where there is no terminal

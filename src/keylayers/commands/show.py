@@ -115,7 +115,7 @@ def _write(
     """Write everything, after all of it is made."""
     from keylayers.commands.console import stdout
     from keylayers.commands.repeat import how_to_repeat
-    from keylayers.records import write_bytes
+    from keylayers.files import write_bytes
     from keylayers.report.figures import draw_figures
     from keylayers.report.html import render_report
 

@@ -100,8 +100,7 @@ def study(
 
         print_plan(console, cells, states, device_tflops)
         return
-    from keylayers.folders import one_at_a_time, output_folder
-    from keylayers.records import write_json
+    from keylayers.files import one_at_a_time, output_folder, write_json
 
     with output_folder(output), one_at_a_time(output):
         crew = _workers(workers, ray_address) if num_finished < len(cells) else None
@@ -198,7 +197,7 @@ def _show_results(root: Path, planned: "PlannedStudy", states: "Mapping[str, Cel
     from keylayers.commands.study.agreement import agreement_table
     from keylayers.commands.study.table import results_table, write_table
     from keylayers.commands.study.tables import agreement_summary, summary_tables
-    from keylayers.records import write_bytes
+    from keylayers.files import write_bytes
 
     cells, folder, axes = planned.cells, planned.folder, list(planned.study.grid)
     table = results_table(root, cells, states, axes)

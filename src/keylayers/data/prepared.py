@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from keylayers.data.chat import ChatTemplate
 from keylayers.data.options import DataOptions
 from keylayers.errors import ConfigError, DataError
-from keylayers.records import json_sha256
+from keylayers.files import json_sha256
 
 if TYPE_CHECKING:
     import datasets

@@ -14,13 +14,12 @@ from keylayers.commands.selection import SelectionOptions
 from keylayers.data.options import DataOptions
 from keylayers.demo.world import STYLES, Style, alignment_examples
 from keylayers.errors import OutputError
-from keylayers.folders import output_folder
+from keylayers.files import output_folder, write_bytes
 from keylayers.model.options import ModelOptions
 from keylayers.options import MaskOptions
 from keylayers.progress import Progress, Silent
 from keylayers.ranking.compare import Agreement, agreement
 from keylayers.ranking.ranking import Ranking
-from keylayers.records import write_bytes
 from keylayers.runs.rank import rank
 from keylayers.runs.train import train
 from keylayers.runs.train_job import TrainedSet

@@ -34,9 +34,9 @@ from keylayers.evaluation.documents import Measured
 from keylayers.evaluation.measures import metric_name
 from keylayers.evaluation.options import BenchmarkOptions
 from keylayers.evaluation.subjects import Loaded
+from keylayers.files import json_sha256
 from keylayers.model.preserve import to_evaluation
 from keylayers.progress import OnStep
-from keylayers.records import json_sha256
 
 # What decides how an answer is scored; the prompts and documents are hashed as they are.
 SCORING = (

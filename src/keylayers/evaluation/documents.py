@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from keylayers.errors import OutputError
-from keylayers.records import write_bytes
+from keylayers.files import write_bytes
 
 DOCUMENTS = "documents.parquet"
 COLUMNS = {

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from keylayers.records import json_sha256
+from keylayers.files import json_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ from keylayers.data.options import DataOptions
 from keylayers.data.reading import opened
 from keylayers.errors import ConfigError, DataError, did_you_mean
 from keylayers.evaluation.options import ProblemOptions
-from keylayers.records import json_sha256
+from keylayers.files import json_sha256
 
 # Written from the hub's pages of these data sets, and tried on files of the same columns.
 KNOWN = {  # name -> data set on the hub with its config, split

@@ -9,7 +9,7 @@ from typing import Any
 
 from keylayers.errors import RankingError
 from keylayers.evaluation.measures import Measure
-from keylayers.records import write_json
+from keylayers.files import write_json
 
 EVALUATION = "evaluation.json"
 FORMAT = "keylayers evaluation 1"

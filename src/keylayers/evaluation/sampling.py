@@ -29,8 +29,8 @@ from keylayers.evaluation.judge.lines import LineFile, read_lines
 from keylayers.evaluation.options import ProblemOptions
 from keylayers.evaluation.problems import Problem
 from keylayers.evaluation.subjects import Loaded
+from keylayers.files import json_sha256
 from keylayers.progress import OnStep
-from keylayers.records import json_sha256
 
 ASK = "\n\nReason step by step, and put the final answer into \\boxed{}."
 

@@ -21,6 +21,7 @@ from keylayers.data.chat import ChatTemplate, resolve_template
 from keylayers.errors import ConfigError, GuardError
 from keylayers.evaluation.identity import config_sha256
 from keylayers.evaluation.options import ComparedOptions
+from keylayers.files import json_sha256
 from keylayers.model.loading import (
     describe,
     load_adapter,
@@ -31,7 +32,6 @@ from keylayers.model.loading import (
 from keylayers.model.options import ModelOptions
 from keylayers.model.preserve import to_evaluation
 from keylayers.model.weights import fingerprint, tensors_sha256, weights_sha256
-from keylayers.records import json_sha256
 
 BASE = "base model"
 Kind = Literal["base", "adapter", "checkpoint"]

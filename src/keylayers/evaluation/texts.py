@@ -17,8 +17,8 @@ from keylayers.evaluation.documents import Measured
 from keylayers.evaluation.loss import example_losses
 from keylayers.evaluation.options import LossOptions
 from keylayers.evaluation.subjects import Loaded
+from keylayers.files import json_sha256
 from keylayers.progress import OnStep
-from keylayers.records import json_sha256
 
 GAIN, FORGETTING = "held-out data", "forgetting"
 METRIC = "loss"

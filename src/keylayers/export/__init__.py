@@ -8,10 +8,9 @@ from typing import Literal, get_args
 from keylayers.errors import ConfigError, OutputError
 from keylayers.export import axolotl, llamafactory, ms_swift, peft, torchtune, trl, unsloth
 from keylayers.export.settings import Files, Kind, Settings
-from keylayers.folders import output_folder
+from keylayers.files import output_folder, write_text
 from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.ranking import Ranking
-from keylayers.records import write_text
 
 Tool = Literal["peft", "trl", "axolotl", "llamafactory", "ms-swift", "torchtune", "unsloth"]
 

@@ -12,8 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
+from keylayers.environment import wrapper
 from keylayers.errors import ConfigError
-from keylayers.records import wrapper
 
 ZERO_PARAMETERS = 3  # the stage of DeepSpeed's ZeRO that spreads the weights themselves
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
+from keylayers.environment import environment
 from keylayers.errors import RankingError
+from keylayers.files import json_sha256
 from keylayers.ranking.matching import relative_ranks, scores_of
 from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import Ranking
-from keylayers.records import environment, json_sha256
 
 
 def consensus(rankings: Sequence[Ranking]) -> Ranking:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from keylayers.errors import RankingError
+from keylayers.files import write_json
 from keylayers.ranking.budget import WrittenBudget, parse_budget
 from keylayers.ranking.cost import StepTime
 from keylayers.ranking.memory import StepMemory
 from keylayers.ranking.ranked_module import RankedModule, best_first
 from keylayers.ranking.record import check_provenance, is_number
 from keylayers.ranking.selection import Selection, select
-from keylayers.records import write_json
 
 FILE = "ranking.json"  # in the folder of a run
 SCHEMA = "keylayers/ranking"

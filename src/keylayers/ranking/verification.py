@@ -9,12 +9,12 @@ from statistics import fmean, stdev
 from typing import Any
 
 from keylayers.errors import ConfigError, RankingError
+from keylayers.files import json_sha256, write_json
 from keylayers.ranking.budget import Count
 from keylayers.ranking.curve import MaskCurve, Recommendation
 from keylayers.ranking.ranking import FILE as RANKING
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import check_provenance, update_sha256s
-from keylayers.records import json_sha256, write_json
 
 SCHEMA = "keylayers/verification"
 SCHEMA_VERSION = 1

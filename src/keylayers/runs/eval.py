@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from keylayers.data.chat import resolve_template
+from keylayers.environment import environment, num_launched
 from keylayers.errors import ConfigError
 from keylayers.evaluation.documents import DOCUMENTS, Measured, Store
 from keylayers.evaluation.measures import corrected, measures_of
@@ -17,9 +18,8 @@ from keylayers.evaluation.problems import check_split
 from keylayers.evaluation.record import EVALUATION, Evaluation
 from keylayers.evaluation.subjects import Loaded, Subject, each_model, subjects_of
 from keylayers.evaluation.texts import GAIN
-from keylayers.folders import output_folder, unfinished
+from keylayers.files import RECORD, json_sha256, output_folder, unfinished
 from keylayers.progress import Progress, Silent
-from keylayers.records import RECORD, environment, json_sha256, num_launched
 from keylayers.runs.eval_jobs import Plan, need_libraries, planned
 
 LIBRARIES = ("lm_eval", "math-verify", "scipy", "numpy")

@@ -23,8 +23,8 @@ from keylayers.evaluation.texts import (
     examples_of,
     measured_losses,
 )
+from keylayers.files import json_sha256
 from keylayers.progress import Progress
-from keylayers.records import json_sha256
 
 if TYPE_CHECKING:
     from keylayers.evaluation.benchmarks import Benchmarks, HarnessModel, TaskGroup

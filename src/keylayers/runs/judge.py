@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from keylayers.environment import environment
 from keylayers.evaluation.generation import Speaker
 from keylayers.evaluation.judge.answers import Answer, AnswerSettings, kept_answers
 from keylayers.evaluation.judge.asking import Asked, ask_all, kept_replies
@@ -30,9 +31,8 @@ from keylayers.evaluation.judge.questions import QuestionSet, read_questions
 from keylayers.evaluation.judge.requests import JudgeRequest, Said, requests_for, unique
 from keylayers.evaluation.judge.results import pairwise_results, single_results
 from keylayers.evaluation.judge.verdicts import read_rating, read_verdict
-from keylayers.folders import one_at_a_time, output_folder
+from keylayers.files import one_at_a_time, output_folder, write_json
 from keylayers.progress import Progress, Silent
-from keylayers.records import environment, write_json
 from keylayers.report.judge import estimate_line
 
 JUDGEMENT = "judgement.json"

@@ -12,11 +12,20 @@ from keylayers.commands.repeat import how_it_was_made
 from keylayers.commands.run_options import PruneOptions
 from keylayers.commands.selection import budget_of
 from keylayers.errors import OutputError
-from keylayers.folders import check_replaceable, output_folder, replaced_folder
+from keylayers.files import (
+    CARD,
+    RECORD,
+    check_replaceable,
+    json_sha256,
+    output_folder,
+    replaced_folder,
+    unfinished,
+    write_json,
+    write_text,
+)
 from keylayers.progress import Progress, Silent
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.selection import Selection
-from keylayers.records import CARD, RECORD, json_sha256, write_json, write_text
 from keylayers.report.model_card import model_card
 from keylayers.runs.prune_steps import Kind, PruneJob, Size, measured
 
@@ -66,7 +75,7 @@ def prune(options: PruneOptions, output: Path, progress: Progress | None = None)
     check_replaceable(output)
     _check_apart(options, output)
     _note_selection(selection, progress)
-    with output_folder(output):
+    with output_folder(output), unfinished(output):
         job = measured(options, ranking, selection, progress)
         with replaced_folder(output) as folder:
             found = _written(job, folder)

@@ -16,6 +16,7 @@ from keylayers.apply.restore import prove_restored, restore_modules
 from keylayers.apply.saving import copy_files
 from keylayers.commands.run_options import PruneOptions
 from keylayers.data.prepared import PreparedData
+from keylayers.environment import environment
 from keylayers.errors import GuardError
 from keylayers.evaluation.loss import held_out_loss
 from keylayers.evaluation.mask_curve import subset_losses
@@ -33,7 +34,6 @@ from keylayers.model.options import ModelOptions
 from keylayers.progress import Progress
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.selection import Selection
-from keylayers.records import environment
 from keylayers.runs.reopen import loss_trainer, reopen
 from keylayers.training.objectives import prepared_examples
 from keylayers.training.options import LOSS_UNITS

@@ -17,8 +17,9 @@ from transformers import Trainer
 
 from keylayers.commands.run_options import RankOptions
 from keylayers.data.prepare import prepare
+from keylayers.environment import environment
 from keylayers.evaluation.loss import held_out_loss
-from keylayers.folders import check_replaceable, output_folder
+from keylayers.files import check_replaceable, output_folder
 from keylayers.gates import gated, group_modules
 from keylayers.model.loading import describe, load_tokenizer, max_positions
 from keylayers.model.options import UpdateOptions
@@ -29,7 +30,6 @@ from keylayers.options.passes import STOPS_BY_ITSELF, num_steps
 from keylayers.progress import OnStep, Progress, Silent
 from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import FILE, Ranking
-from keylayers.records import environment
 from keylayers.runs.stage_1 import from_stage_1, stage_1_folder
 from keylayers.runs.update import RankJob, TunedModel, existing_update, load_base
 from keylayers.scores import score_modules

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from keylayers.commands.selection import Control
+from keylayers.files import json_sha256
 from keylayers.options import MaskOptions, Method
 from keylayers.ranking.ranking import FILE, Ranking
-from keylayers.records import json_sha256
 from keylayers.runs.callback import FreezeUnimportant
 from keylayers.runs.train_job import TrainedSet, TrainJob
 from keylayers.training.options import FreezeAction, StabilityOptions

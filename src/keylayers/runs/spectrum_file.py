@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from keylayers.environment import environment
 from keylayers.errors import ModelError, RankingError
+from keylayers.files import json_sha256
 from keylayers.model.loading import check_folder
 from keylayers.model.modules import map_modules
 from keylayers.model.options import ModelOptions
 from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import is_number
-from keylayers.records import environment, json_sha256
 from keylayers.scores.spectrum import shares_of_kind
 
 

@@ -13,18 +13,19 @@ from keylayers.apply.freeze import train_only
 from keylayers.apply.saving import save_tuned
 from keylayers.commands.repeat import how_it_was_made
 from keylayers.commands.run_options import RankOptions
-from keylayers.folders import remove_unfinished, unfinished
+from keylayers.environment import environment
+from keylayers.files import (
+    RECORD,
+    STAGE_1_ADAPTER,
+    STAGE_1_CHECKPOINT,
+    json_sha256,
+    remove_unfinished,
+    unfinished,
+)
 from keylayers.model.modules import map_modules
 from keylayers.model.options import UpdateOptions
 from keylayers.model.sharding import is_sharded
 from keylayers.model.weights import adapter_sha256, weights_sha256
-from keylayers.records import (
-    RECORD,
-    STAGE_1_ADAPTER,
-    STAGE_1_CHECKPOINT,
-    environment,
-    json_sha256,
-)
 from keylayers.report.model_card import model_card
 from keylayers.runs.update import RankJob, TunedModel, existing_update, load_base
 from keylayers.training.checkpoints import Checkpoints

@@ -12,12 +12,11 @@ from typing import Any
 
 from keylayers.commands.run_options import TrainOptions
 from keylayers.commands.selection import Control, budget_of
-from keylayers.folders import check_replaceable, output_folder, unfinished
+from keylayers.files import check_replaceable, json_sha256, output_folder, unfinished
 from keylayers.progress import Progress, Silent
 from keylayers.ranking.budget import Memory
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.selection import Selection
-from keylayers.records import json_sha256
 from keylayers.runs.rank_first import train_and_freeze
 from keylayers.runs.train_job import TrainedSet, TrainJob
 

@@ -17,8 +17,10 @@ from keylayers.apply.saving import save_tuned
 from keylayers.commands.repeat import how_it_was_made
 from keylayers.commands.run_options import TrainOptions
 from keylayers.data.prepare import prepare
+from keylayers.environment import environment, num_launched
 from keylayers.errors import ConfigError
 from keylayers.evaluation.loss import held_out_loss
+from keylayers.files import CARD, RECORD, json_sha256, write_json, write_text
 from keylayers.model.loading import Checkpoint, describe, load_model, load_tokenizer, max_positions
 from keylayers.model.modules import map_modules
 from keylayers.model.sharding import check_can_freeze_inside
@@ -28,15 +30,6 @@ from keylayers.progress import Progress
 from keylayers.ranking.budget import GIB, Budget
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.selection import Selection, check_same_modules
-from keylayers.records import (
-    CARD,
-    RECORD,
-    environment,
-    json_sha256,
-    num_launched,
-    write_json,
-    write_text,
-)
 from keylayers.report.model_card import model_card
 from keylayers.runs.callback import FreezeUnimportant
 from keylayers.runs.reopen import note_other_objective, objective_of, sizes_of

@@ -10,14 +10,14 @@ from transformers import Trainer
 
 from keylayers.commands.run_options import VerifyOptions
 from keylayers.data.prepared import PreparedData
+from keylayers.environment import environment
 from keylayers.evaluation.mask_curve import mask_curve
-from keylayers.folders import output_folder
+from keylayers.files import json_sha256, output_folder
 from keylayers.options import MaskOptions
 from keylayers.progress import Progress, Silent
 from keylayers.ranking.curve import MaskCurve
 from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.ranking.verification import Verification, verification_file
-from keylayers.records import environment, json_sha256
 from keylayers.runs.reopen import loss_trainer, reopen
 from keylayers.scores import score_modules
 from keylayers.training.objectives import prepared_examples

@@ -14,8 +14,9 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from keylayers.environment import is_first_process
+from keylayers.files import RECORD, write_json
 from keylayers.processes import from_first, wait_for_all
-from keylayers.records import RECORD, is_first_process, write_json
 
 FIRST_SECONDS = 60.0
 LARGEST_SHARE = 0.05  # of the time that saving may take

@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +33,6 @@ from keylayers.apply.adapter import add_lora
 from keylayers.data.prepared import PreparedData
 from keylayers.data.reading import quiet_datasets
 from keylayers.errors import ConfigError, LossError
-from keylayers.folders import one_line_if_full
 from keylayers.model.sharding import place_model
 from keylayers.progress import OnStep
 from keylayers.training.checkpoints import Checkpoints
@@ -258,8 +256,7 @@ def fine_tune(
     start = time.perf_counter()
     last = None if checkpoints is None else checkpoints.last
     try:
-        with one_line_if_full(Path(trainer.args.output_dir)):
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     finally:
         for callback in callbacks:
             trainer.remove_callback(callback)

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from keylayers.environment import environment
 from keylayers.errors import RankingError
 from keylayers.model.modules import ModuleInfo
 from keylayers.model.sharding import is_sharded, own_part
 from keylayers.processes import summed
 from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import Ranking
-from keylayers.records import environment
 from keylayers.updates import adapter_updates
 from keylayers.updates.adapter import own_parameters
 

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from keylayers.commands.study.plan import CELLS, TUNED, Cell
 from keylayers.evaluation.record import EVALUATION
+from keylayers.files import RECORD as TRAINED
+from keylayers.files import write_json
 from keylayers.ranking.ranking import FILE as RANKING
 from keylayers.ranking.verification import FILE as VERIFICATION
-from keylayers.records import RECORD as TRAINED
-from keylayers.records import write_json
 
 Status = Literal["waiting", "running", "finished", "failed", "skipped"]
 RunCommand = Callable[[Sequence[str]], int]

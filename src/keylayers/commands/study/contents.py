@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from keylayers.errors import ConfigError
-from keylayers.records import json_sha256
+from keylayers.files import json_sha256
 
 # Or names of the hub, or of lm-evaluation-harness.
 FILES = (

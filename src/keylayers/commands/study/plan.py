@@ -30,10 +30,11 @@ from keylayers.commands.study.cell_options import (
 )
 from keylayers.commands.study.contents import content
 from keylayers.commands.study.yaml_file import AxisPoint, StudyFile
+from keylayers.environment import environment
 from keylayers.errors import ConfigError
+from keylayers.files import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT, json_sha256
 from keylayers.model.options import ModelOptions
 from keylayers.ranking.budget import Auto
-from keylayers.records import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT, environment, json_sha256
 
 Kind = Literal["stage-1", "ranking", "verification", "training", "evaluation"]
 Point = Mapping[str, str]  # axis -> what stands there, in the words of the study file

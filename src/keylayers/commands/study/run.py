@@ -9,7 +9,7 @@ from keylayers.commands.study.cell import CellState, save_state, state_of
 from keylayers.commands.study.plan import Cell
 from keylayers.commands.study.workers import Workers
 from keylayers.errors import OutputError
-from keylayers.folders import KEPT, says_full
+from keylayers.files import WHAT_TO_DO, says_full
 
 TICK_SECONDS = 0.5
 
@@ -62,7 +62,7 @@ def run_cells(
 def _stop_if_full(root: Path, state: CellState) -> None:
     """On a full disk every other cell would fail too."""
     if says_full(state.error):
-        raise OutputError(f"the disk must have room for {str(root)!r}, {KEPT}")
+        raise OutputError(f"the disk must have room for {str(root)!r}, {WHAT_TO_DO}")
 
 
 def states_at_start(root: Path, cells: Sequence[Cell]) -> dict[str, CellState]:

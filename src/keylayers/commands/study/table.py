@@ -18,9 +18,9 @@ import pandas as pd
 from keylayers.commands.study.cell import CellState, folder_of
 from keylayers.commands.study.plan import TUNED, Cell
 from keylayers.evaluation.record import Evaluation
+from keylayers.files import RECORD, write_bytes
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.verification import Verification, verification_file
-from keylayers.records import RECORD, write_bytes
 
 FIXED = ("cell", "kind", "status", "error")
 MEASURED = ("measure", "value", "unit")

@@ -16,7 +16,7 @@ from keylayers.evaluation.generation import Ending
 from keylayers.evaluation.judge.lines import read_lines
 from keylayers.evaluation.judge.options import AnswerOptions, JudgedOptions
 from keylayers.evaluation.judge.questions import Question
-from keylayers.records import json_sha256
+from keylayers.files import json_sha256
 
 
 @dataclass(frozen=True)

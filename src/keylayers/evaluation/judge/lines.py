@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from keylayers.errors import OutputError
-from keylayers.records import cannot_write
+from keylayers.files import cannot_write
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -20,6 +20,7 @@ from keylayers.evaluation.identity import config_sha256
 from keylayers.evaluation.judge.options import JudgedOptions
 from keylayers.evaluation.options import ComparedOptions
 from keylayers.evaluation.subjects import Kind, lent, subjects_of
+from keylayers.files import json_sha256
 from keylayers.model.loading import (
     ADAPTER_FILES,
     TOKENIZER_FILES,
@@ -32,7 +33,6 @@ from keylayers.model.loading import (
 )
 from keylayers.model.options import ModelOptions
 from keylayers.model.preserve import to_evaluation
-from keylayers.records import json_sha256
 
 
 @dataclass(frozen=True)

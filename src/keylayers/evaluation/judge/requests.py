@@ -9,7 +9,7 @@ from typing import Any
 from keylayers.evaluation.judge.options import EndpointOptions
 from keylayers.evaluation.judge.prompts import comparison_prompt, rating_prompt
 from keylayers.evaluation.judge.questions import Question, QuestionSet
-from keylayers.records import json_sha256
+from keylayers.files import json_sha256
 
 # What a model said to each question, turn by turn; None where it has not answered yet.
 Said = Mapping[str, Mapping[int | str, tuple[str, ...] | None]]

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+import errno
+import json
+from contextlib import suppress
+
+import pytest
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    from keylayers.files import write_json
+
+    path = tmp_path / "record.json"
+    write_json(path, {"a": 1})
+    write_json(path, {"a": 2})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 2}
+    assert names(tmp_path) == ["record.json"]
+
+
+def test_a_write_removes_what_a_killed_write_left(tmp_path):
+    from keylayers.files import write_text
+
+    for name in (".a.json.0123abcd.tmp", ".aXjson.0123abcd.tmp"):
+        (tmp_path / name).touch()
+    write_text(tmp_path / "a.json", "new")
+    assert names(tmp_path) == [".aXjson.0123abcd.tmp", "a.json"]
+
+
+def test_an_output_folder_of_failed_work_vanishes_with_its_parents(tmp_path):
+    from keylayers.files import output_folder
+
+    with pytest.raises(KeyError), output_folder(tmp_path / "a" / "b" / "c"):
+        raise KeyError
+    assert names(tmp_path) == []
+
+
+def test_an_output_folder_keeps_what_was_there_and_what_was_made(tmp_path):
+    from keylayers.files import output_folder
+
+    (tmp_path / "old").mkdir()
+    with suppress(KeyError), output_folder(tmp_path / "old"):
+        raise KeyError
+    with suppress(KeyError), output_folder(tmp_path / "new"):
+        (tmp_path / "new" / "made").touch()
+        raise KeyError
+    assert names(tmp_path) == ["new", "old"]
+    assert names(tmp_path / "new") == ["made"]
+
+
+def test_an_output_below_a_file_is_refused(tmp_path):
+    from keylayers.errors import OutputError
+    from keylayers.files import output_folder
+
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(OutputError, match=r"must be a place that can be written, but '.*file/out'"),
+        output_folder(tmp_path / "file" / "out"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "num_free", "is_full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 2**40, True),
+        (OSError(errno.EACCES, "Permission denied"), 0, False),
+        (Exception("I/O error: Disk quota exceeded (os error 122)"), 2**40, True),
+        (RuntimeError("unexpected pos 576 vs 470"), 1000, True),
+        (RuntimeError("unexpected pos 576 vs 470"), 2**40, False),
+    ],
+)
+def test_a_full_disk_is_told_from_other_errors(tmp_path, monkeypatch, error, num_free, is_full):
+    import shutil
+    from types import SimpleNamespace
+
+    from keylayers.errors import OutputError
+    from keylayers.files import output_folder, says_full
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=num_free))
+    with pytest.raises(Exception, match=r".") as raised, output_folder(tmp_path / "out"):
+        raise error
+    assert isinstance(raised.value, OutputError) == is_full
+    assert says_full(str(raised.value)) == is_full
+
+
+def put(path, text):
+    """Replace the folder `path` as commands do."""
+    from keylayers.files import RECORD, replaced_folder, unfinished
+
+    with unfinished(path), replaced_folder(path) as folder:
+        (folder / RECORD).write_text(text)
+        if text == "bad":
+            raise KeyError
+
+
+def test_a_replaced_folder_is_all_new_or_all_old(tmp_path):
+    from keylayers.files import RECORD
+
+    put(tmp_path / "a", "first")
+    (tmp_path / "a" / "more").touch()
+    with pytest.raises(KeyError):
+        put(tmp_path / "a", "bad")
+    assert names(tmp_path) == ["a"]
+    assert names(tmp_path / "a") == [RECORD, "more"]
+    put(tmp_path / "a", "third")
+    assert (tmp_path / "a" / RECORD).read_text() == "third"
+    assert (names(tmp_path), names(tmp_path / "a")) == (["a"], [RECORD])
+
+
+@pytest.mark.parametrize("is_moved", [True, False])
+def test_a_replacement_that_was_killed_is_undone_or_completed(tmp_path, is_moved):
+    """Killed between the two renames, and after them."""
+    from keylayers.files import RECORD, remove_unfinished
+
+    held = {"old": "old", "new": "half"} if is_moved else {"old": "old", "a": "new"}
+    for name, text in held.items():
+        folder = tmp_path / (name if name == "a" else f".a.{name}")
+        folder.mkdir()
+        (folder / RECORD).write_text(text)
+    (tmp_path / ".a.unfinished").mkdir()
+    remove_unfinished(tmp_path / "a")
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a" / RECORD).read_text() == ("old" if is_moved else "new")
+
+
+def test_unfinished_work_is_kept_until_its_result_is_whole(tmp_path):
+    from keylayers.files import remove_unfinished, unfinished
+
+    remove_unfinished(tmp_path / "a")
+    with suppress(KeyError), unfinished(tmp_path / "a"):
+        raise KeyError
+    assert names(tmp_path) == []
+    with suppress(KeyError), unfinished(tmp_path / "a") as folder:
+        (folder / "checkpoint").touch()
+        raise KeyError
+    assert names(tmp_path) == [".a.unfinished"]
+    assert names(tmp_path / ".a.unfinished") == ["checkpoint"]
+    remove_unfinished(tmp_path / "a")
+    assert names(tmp_path) == []
+
+
+def test_a_second_run_on_the_same_output_is_refused(tmp_path):
+    from keylayers.errors import OutputError
+    from keylayers.files import unfinished
+
+    with unfinished(tmp_path / "a") as folder:
+        (folder / "checkpoint").touch()
+        with (
+            pytest.raises(OutputError, match=r"one run at a time must write to '.*a', but another"),
+            unfinished(tmp_path / "a"),
+        ):
+            pass
+        assert (folder / "checkpoint").exists()
+
+
+def test_a_folder_that_somebody_else_made_is_not_replaced(tmp_path):
+    from keylayers.errors import OutputError
+    from keylayers.files import check_replaceable
+
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(OutputError, match="holds other files"):
+        check_replaceable(tmp_path)
+    with pytest.raises(OutputError, match="is a file"):
+        check_replaceable(tmp_path / "thesis.tex")
+    check_replaceable(tmp_path / "new")
