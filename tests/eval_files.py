@@ -83,13 +83,10 @@ def write_place(tiny, folder):
     other.save_pretrained(folder / "other")
     write_tasks(folder / "tasks")
     (folder / "known.txt").write_text(" ".join(f"The {one} eats." for one in ANIMALS * 6))
-    problems = [{"problem": f"What is {n} + 1?", "answer": n + 1} for n in range(3)]
-    (folder / "sums.jsonl").write_text("".join(json.dumps(one) + "\n" for one in problems))
 
 
 MODELS = ["--model", "model", "--adapter", "adapter", "other", "--checkpoint", "tuned"]
 TASKS = ["--task-folder", "tasks", "--tasks", "foods,written", "rolling"]
 LOSSES = ["--data", "data.jsonl", "--forgetting-data", "known.txt", "--max-length", "32"]
-PROBLEMS = ["--problems", "sums.jsonl", "--samples", "4", "--max-new-tokens", "4"]
-ALL = [*MODELS, *TASKS, *LOSSES, *PROBLEMS]
+ALL = [*MODELS, *TASKS, *LOSSES]
 NAMES = ["base model", "adapter", "other", "tuned"]

@@ -125,7 +125,7 @@ def test_differences_are_taken_document_by_document(evaluated, place):
             own = (wide[result.model] - wide[one.against]).sum() / sizes.sum()
             assert one.value == pytest.approx(own)
             assert one.interval.low <= one.value <= one.interval.high
-    known = {"held-out data", "forgetting", "three", "five", "written", "sums"}
+    known = {"held-out data", "forgetting", "three", "five", "written"}
     assert set(table["task"]) == known
     assert set(table["model"]) == set(NAMES)
 
@@ -151,8 +151,6 @@ def test_the_table_says_what_is_noise(evaluated):
     assert "by chance alone" in shown
     assert "Holm's correction" in shown
     assert "fewer than 30 documents" in shown
-    assert "Problems solved with more samples" in shown
-    assert "give no answer" in shown
 
 
 def test_gain_stands_beside_forgetting(evaluated):
@@ -173,24 +171,10 @@ def test_what_is_recorded_says_how_it_came_about(evaluated):
         == 2
     )
     assert found.models["adapter"]["adapter_sha256"] != found.models["other"]["adapter_sha256"]
-    assert len(made["pairs"]) == 4 * 7
-    assert len({one["pair"] for one in made["pairs"]}) == 28
+    assert len(made["pairs"]) == 4 * 6
+    assert len({one["pair"] for one in made["pairs"]}) == 24
     assert {one["inputs_sha256"] for one in made["pairs"] if one["task"] == "three"}
     assert made["inputs"]["held-out data"]["content_sha256"]
-
-
-def test_problems_are_counted_by_samples(evaluated, place):
-    found, _, _ = evaluated
-    assert set(values(found, "sums", "pass@4")) == set(NAMES)
-    shown = {one.metric for one in found.measures if one.task == "sums" and one.is_in_table}
-    assert shown == {"pass@1", "majority@4"}
-    files = sorted((place / "out" / "samples").iterdir())
-    assert len(files) == 4
-    for path in files:
-        assert len(path.read_text().splitlines()) == 1 + 3 * 4
-    facts = [one["facts"] for one in found.provenance["pairs"] if one["task"] == "sums"]
-    assert all(one["num_samples"] == 12 for one in facts)
-    assert sum(one["num_unanswered"] for one in facts) > 0
 
 
 def test_the_same_again_measures_nothing(evaluated, place, monkeypatch, capsys):
@@ -200,7 +184,7 @@ def test_the_same_again_measures_nothing(evaluated, place, monkeypatch, capsys):
     def refuse(self, loaded, progress):
         raise AssertionError(f"{self.name} is measured again")
 
-    for kind in (eval_jobs.TaskJob, eval_jobs.LossJob, eval_jobs.ProblemJob):
+    for kind in (eval_jobs.TaskJob, eval_jobs.LossJob):
         monkeypatch.setattr(kind, "run", refuse)
     monkeypatch.chdir(place)
     before = (place / "out" / "documents.parquet").read_bytes()
@@ -240,7 +224,7 @@ def test_a_run_that_was_stopped_goes_on(evaluated, place, tmp_path, monkeypatch)
         assert code == (0 if at is None else 130)
         assert at is None or not (out / "evaluation.json").exists()
         kept += stop.kept
-    assert len(kept) == len(set(kept)) == 28
+    assert len(kept) == len(set(kept)) == 24
     name = "documents.parquet"
     pd.testing.assert_frame_equal(
         pd.read_parquet(out / name), pd.read_parquet(place / "out" / name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What docs/evaluation.md says is done as it is printed: MMLU as a task folder, and the Python."""
+"""What docs/evaluation.md says is done as it is printed: MMLU as a task folder."""
 
 import re
 import subprocess
@@ -70,14 +70,3 @@ def test_two_adapters_on_six_subjects_of_mmlu_are_near_chance_and_the_table_says
     assert blocks.count("chance") == 4  # what it is, and of each model that it is not above it
     assert "no model is above chance, so there is nothing to compare: mmlu_six" in shown
     assert "better" not in shown.replace("lower is better", "")
-
-
-def test_the_python_of_the_docs_runs(tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, source in (("base", "model"), ("tuned", "adapter"), ("chats.jsonl", "data.jsonl")):
-        (tmp_path / name).symlink_to(tiny / source)
-    names: dict[str, object] = {}
-    exec(compile(block("python"), "docs/evaluation.md", "exec"), names)
-    assert names["gain"].against == "base model"
-    assert names["gain"].interval is not None
-    assert (tmp_path / "evaluation" / "documents.parquet").is_file()

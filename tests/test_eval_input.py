@@ -98,11 +98,6 @@ BAD = [
     ([*ONE, "--data", "none.jsonl"], "`data` must be a file"),
     ([*ONE, "--data", "data.jsonl", "--limit", "3"], "`limit` must be left out"),
     ([*ONE, "--forgetting-data", "none.txt"], "must be a readable text"),
-    ([*ONE, "--problems", "sums.jsonl", "./sums.jsonl"], "two are 'sums'"),
-    ([*ONE, "--problems", "gsm8", "--samples", "2"], "did you mean 'gsm8k'"),
-    ([*ONE, "--problems", "sums.jsonl", "--samples", "2", "--temperature", "0"], "above 0"),
-    ([*ONE, "--problems", "gsm8k", "--problems-split", "train"], "unless a set is owner/name on"),
-    ([*ONE, "--problems", "sums.jsonl", "--top-p", "0.5"], "`top_p` must be left out at"),
     (
         [*ONE, "--forgetting-data", "known.txt", "--chat-template", "chatml"],
         "`forgetting_data` that is no plain text",

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from commands import keylayers
-from eval_files import LOSSES, PROBLEMS, TASKS, write_place
+from eval_files import LOSSES, TASKS, write_place
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_each_model_is_gone_from_memory_before_the_next_is_loaded(place, tmp_pat
 
     monkeypatch.setattr(subjects, "load_model", watched)
     arguments = ["--model", "model", "--adapter", "adapter", "--checkpoint", "tuned", "model"]
-    measured = [*TASKS, *LOSSES, *PROBLEMS, "--limit", "2"]
+    measured = [*TASKS, *LOSSES, "--limit", "2"]
     gc.disable()  # else it may happen to run in between
     try:
         assert keylayers("eval", *arguments, *measured, "--output", tmp_path / "out") == 0
@@ -87,8 +87,8 @@ def test_training_in_another_chat_template_is_said(
     other = "alpaca" if template == "model" else "model"
     text = f"adapter was trained in the chat template {template!r}, but is measured in {other!r}"
     elsewhere = ["--chat-template", "alpaca"] if template == "model" else []
-    asked = ["--model", "model", "--problems", "sums.jsonl", "--max-new-tokens", "2"]
-    for name, measured in (("loss", data), ("problems", asked)):
+    asked = ["--model", "model", "--task-folder", "tasks", "--tasks", "three", "--limit", "2"]
+    for name, measured in (("loss", data), ("tasks", [*asked, "--apply-chat-template"])):
         assert text in said(f"{name}-other", *measured, *elsewhere)
         assert "chat template" not in said(f"{name}-same", *measured, *given)
     known = ["--model", "model", "--forgetting-data", "known.txt", "--max-length", "32"]

@@ -93,34 +93,6 @@ def test_what_has_no_interval_is_no_comparison():
     assert any("Holm's correction for 5 comparisons" in line for line in shown)
 
 
-def test_an_at_in_the_name_of_a_metric_makes_no_samples():
-    """As in HumanEval's `pass@1 (create_test)`, which the harness measures."""
-    from dataclasses import replace
-
-    from keylayers.evaluation.measures import Measure, Result
-    from keylayers.report.evaluation import scaling_table
-
-    def measure(task, metric):
-        results = (Result("base model", 0.25, None),)
-        return Measure(task, metric, 40, None, True, results)
-
-    def found(*measures):
-        inputs = {
-            "humaneval": {"kind": "benchmark"},
-            "sums": {"kind": "problems"},
-            "more": {"kind": "problems"},
-        }
-        provenance = {"inputs": inputs}
-        models = {"base model": {}}
-        return replace(recorded(), measures=measures, models=models, provenance=provenance)
-
-    code, first = measure("humaneval", "pass@1 (create_test)"), measure("sums", "pass@1")
-    assert scaling_table(found(code, first)) is None
-    table = scaling_table(found(code, first, measure("sums", "pass@2"), measure("more", "pass@1")))
-    assert [list(column.cells)[-1] for column in table.columns[1:]] == ["0.250", ""]
-    assert rendered(found(code, first), 100)
-
-
 def test_a_rate_of_no_spread_is_said_to_be_the_same():
     from keylayers.evaluation.measures import Difference, Measure, Result
     from keylayers.evaluation.statistics import Interval

@@ -49,7 +49,7 @@ def test_every_recipe_of_the_paper_is_planned_offline_with_its_cost(paper, name)
 
 
 def test_a_dry_run_of_recipes_says_what_they_cost(capsys):
-    paths = [path for path in PAPER if path.stem in ("cross-model", "reasoning")]
+    paths = [path for path in PAPER if path.stem in ("cross-model", "qlora", "reasoning")]
     assert keylayers("study", *paths, "--dry-run") == 0
     out = capsys.readouterr().out
     for name in ("Llama-3.1-8B", "Mistral-7B-v0.1", "GAIR/lima", "GAIR/LIMO", "s1K-1.1"):

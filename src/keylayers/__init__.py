@@ -31,7 +31,6 @@ if TYPE_CHECKING:
         EvalOptions,
         EvalRunOptions,
         LossOptions,
-        ProblemOptions,
     )
     from keylayers.evaluation.record import Evaluation
     from keylayers.export import export_selection
@@ -80,7 +79,6 @@ _HOME = {
     "ModelOptions": "model.options",
     "ObjectiveOptions": "training.options",
     "PrefixCache": "training.prefix_cache",
-    "ProblemOptions": "evaluation.options",
     "PruneOptions": "commands.run_options",
     "PrunedUpdate": "runs.prune",
     "RankOptions": "commands.run_options",
@@ -135,7 +133,6 @@ __all__ = [
     "ModelOptions",
     "ObjectiveOptions",
     "PrefixCache",
-    "ProblemOptions",
     "PruneOptions",
     "PrunedUpdate",
     "RankOptions",

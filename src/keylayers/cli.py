@@ -39,12 +39,9 @@ COMMANDS = {
     "train": "Train only the modules that a ranking and a budget select.",
     "prune": "Cut an adapter, or a tuned checkpoint, to the modules that a ranking and a budget "
     "select.",
-    "eval": "Compare a model with adapters and checkpoints: benchmarks, losses, problems, in one "
-    "table.",
+    "eval": "Compare a model with adapters and checkpoints: benchmarks and losses in one table.",
     "import": "Make a ranking of a scan by Spectrum: it can be shown, compared, trained on and "
     "exported.",
-    "judge": "Let a model behind an endpoint judge the answers of a base model, adapters and "
-    "checkpoints.",
     "study": "Run every combination of models, data, seeds, methods and budgets, each once.",
     "export": "Write the files with which another tool trains exactly the selected modules.",
 }

@@ -8,7 +8,6 @@ KeylayersError                exit code
 ├── RankingError (ValueError)     2     a ranking file, or a ranking of another model
 ├── OutputError (OSError)         2     a place that cannot be written
 ├── LossError (RuntimeError)      2     the loss became NaN or infinite
-├── JudgeError (RuntimeError)     2     the judge's endpoint cannot be used; what it said is kept
 ├── StudyError (RuntimeError)     1     cells of a study failed; the others are done
 └── GuardError (RuntimeError)     1     a promise of keylayers itself was about to be broken
 
@@ -47,10 +46,6 @@ class OutputError(KeylayersError, OSError):
 
 class LossError(KeylayersError, RuntimeError):
     """The loss is not a finite number."""
-
-
-class JudgeError(KeylayersError, RuntimeError):
-    """The endpoint of a judge cannot be used, or gave no reply to some requests."""
 
 
 class StudyError(KeylayersError, RuntimeError):

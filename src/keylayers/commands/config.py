@@ -27,10 +27,7 @@ GROUPS = (
     "Compared",
     "Benchmarks",
     "Gain and forgetting",
-    "Problems",
     "Running",
-    "Questions and answers",
-    "Judge",
 )
 
 WITH_RANKING = (("train",), ("verify",), ("prune",))

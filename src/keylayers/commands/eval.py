@@ -13,7 +13,6 @@ from keylayers.evaluation.options import (
     EvalOptions,
     EvalRunOptions,
     LossOptions,
-    ProblemOptions,
 )
 from keylayers.model.options import ModelOptions
 
@@ -22,7 +21,7 @@ EXAMPLES = """Examples:
 ```
 keylayers eval --model base --adapter tuned-30 tuned-all --tasks mmlu,hellaswag
 keylayers eval --model base --adapter tuned --data chats.jsonl --forgetting-data known.txt
-keylayers eval --model base --checkpoint tuned --problems gsm8k math-500 --samples 8
+keylayers eval --model base --checkpoint tuned --tasks gsm8k
 keylayers eval --model base --adapter tuned --task-folder my-tasks --tasks mine --limit 200
 ```
 """
@@ -37,16 +36,15 @@ def eval(
     compared: Annotated[ComparedOptions, flat("Compared")] = ComparedOptions(),
     benchmarks: Annotated[BenchmarkOptions, flat("Benchmarks")] = BenchmarkOptions(),
     losses: Annotated[LossOptions, flat("Gain and forgetting")] = LossOptions(),
-    problems: Annotated[ProblemOptions, flat("Problems")] = ProblemOptions(),
     run: Annotated[EvalRunOptions, flat("Running")] = EvalRunOptions(),
     output: Path = Path("evaluation"),
     config: Path | None = None,
 ) -> None:
-    """Compare a model with adapters and checkpoints: benchmarks, losses, problems, in one table.
+    """Compare a model with adapters and checkpoints: benchmarks and losses in one table.
 
     Every difference is taken document by document and stands beside its interval. What is finished
     is not measured again: the same command goes on where it was stopped. Writes evaluation.json and
-    documents.parquet. Benchmarks and problems need `pip install 'keylayers[eval]'`.
+    documents.parquet. Benchmarks need `pip install 'keylayers[eval]'`.
 
     Args:
         output: Folder of the evaluation.
@@ -56,7 +54,7 @@ def eval(
     from keylayers.report.evaluation import evaluation_report
     from keylayers.runs.eval import evaluate
 
-    options = EvalOptions(model, compared, benchmarks, losses, problems, run)
+    options = EvalOptions(model, compared, benchmarks, losses, run)
     found = evaluate(options, output, ConsoleProgress())
     console = stdout()
     console.print(evaluation_report(found))

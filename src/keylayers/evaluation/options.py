@@ -7,7 +7,7 @@ from typing import Any
 from keylayers.data.options import DataFormat, DataOptions
 from keylayers.errors import ConfigError
 from keylayers.model.options import ModelOptions
-from keylayers.ranges import check_above_zero, check_at_least, check_seed
+from keylayers.ranges import check_at_least, check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class BenchmarkOptions:
             have none.
         apply_chat_template: Put the tasks' prompts as a chat.
         run_generated_code: Let tasks run the code that the model writes (HumanEval and its like).
-        limit: Use only the first so many documents of each task and problems of each set.
+        limit: Use only the first documents of each task, at most this number.
     """
 
     tasks: tuple[str, ...] = ()
@@ -67,9 +67,9 @@ class BenchmarkOptions:
         if self.limit is not None:
             check_at_least("limit", self.limit, 1)
         if not self.tasks:
-            for name in ("task_folder", "num_fewshot", "apply_chat_template", "run_generated_code"):
-                if getattr(self, name) not in (None, False):
-                    raise ConfigError(f"`{name}` must be left out without `tasks`")
+            for one in fields(self):
+                if getattr(self, one.name) != one.default:
+                    raise ConfigError(f"`{one.name}` must be left out without `tasks`")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class LossOptions:
             pieces of `max_length` tokens.
         data_split: Split of hub data sets.
         format: How the columns of `data` are read; recognised by their names if not given.
-        chat_template: chatml, alpaca, or a Jinja file, for data, problems and
+        chat_template: chatml, alpaca, or a Jinja file, for data and
             `apply_chat_template`. The model's own if it has one, else alpaca.
         max_length: Longest example in tokens; what is longer loses its end. At most the model's
             own limit.
@@ -135,70 +135,12 @@ class LossOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProblemOptions:
-    r"""Problems that have an answer, solved by sampling.
-
-    Attributes:
-        problems: Sets of problems: gsm8k, math-500, aime, files (jsonl, json, csv, parquet) with
-            problem or question and answer, or names on the hub.
-        problems_split: Split of a set of problems on the hub by a name of your own.
-        samples: Answers for each problem. Of several, pass@k and the majority of k are shown for k
-            = 1, 2, 4 and so on.
-        temperature: Of the sampling. Not given: 0, always the likeliest token, for one sample; 0.7
-            for several.
-        top_p: Sample from the likeliest tokens that have this share of the probability together.
-        max_new_tokens: Longest answer in tokens.
-        ask: What follows each problem, to say how to answer. Not given: to reason step by step and
-            to put the answer into \boxed{}.
-    """
-
-    problems: tuple[str, ...] = ()
-    problems_split: str = "test"
-    samples: int = 1
-    temperature: float | None = None
-    top_p: float = 1.0
-    max_new_tokens: int = 1024
-    ask: str | None = None
-
-    def __post_init__(self) -> None:
-        names = tuple(name.strip() for one in self.problems for name in one.split(","))
-        object.__setattr__(self, "problems", tuple(dict.fromkeys(filter(None, names))))
-        check_at_least("samples", self.samples, 1)
-        check_at_least("max_new_tokens", self.max_new_tokens, 1)
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"`top_p` must be above 0 and at most 1, got {self.top_p}")
-        if self.temperature is not None and self.temperature != 0:
-            check_above_zero("temperature", self.temperature)
-        if self.samples > 1 and self.temperature == 0:
-            raise ConfigError(
-                f"`temperature` must be above 0 for several samples, got 0, at which all "
-                f"{self.samples} would be the same; give `samples` 1"
-            )
-        if not self.problems:
-            for one in fields(self):
-                if one.name != "problems" and getattr(self, one.name) != one.default:
-                    raise ConfigError(f"`{one.name}` must be left out without `problems`")
-        if self.top_p < 1 and self.resolved_temperature == 0:
-            raise ConfigError(
-                f"`top_p` must be left out at temperature 0, where always the likeliest token is "
-                f"taken, got {self.top_p}; give `temperature`, or several `samples`"
-            )
-
-    @property
-    def resolved_temperature(self) -> float:
-        """The temperature that is used."""
-        if self.temperature is not None:
-            return self.temperature
-        return 0.0 if self.samples == 1 else 0.7
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvalRunOptions:
     """How an evaluation runs.
 
     Attributes:
-        batch_size: Examples, requests or answers that the model takes at once.
-        seed: Of examples in prompts, of sampled answers, and of the intervals' bootstrap.
+        batch_size: Examples or requests in one batch of the model.
+        seed: Chooses the examples in prompts, and the bootstrap samples of the intervals.
     """
 
     batch_size: int = 8
@@ -217,33 +159,26 @@ class EvalOptions:
     compared: ComparedOptions = ComparedOptions()
     benchmarks: BenchmarkOptions = BenchmarkOptions()
     losses: LossOptions = LossOptions()
-    problems: ProblemOptions = ProblemOptions()
     run: EvalRunOptions = EvalRunOptions()
 
     def __post_init__(self) -> None:
         if self.model.towers != "language":
             raise ConfigError("`towers` must be left out: an evaluation runs the whole model")
         losses = self.losses
-        if not (
-            self.benchmarks.tasks or losses.data or losses.forgetting_data or self.problems.problems
-        ):
+        if not (self.benchmarks.tasks or losses.data or losses.forgetting_data):
             raise ConfigError(
-                "something must be measured: give `tasks`, `data`, `forgetting_data` or `problems`"
+                "something must be measured: give `tasks`, `data` or `forgetting_data`"
             )
-        is_chat = self.benchmarks.apply_chat_template or losses.data or self.problems.problems
+        is_chat = self.benchmarks.apply_chat_template or losses.data
         is_plain = (losses.forgetting_data or ".txt").lower().endswith(".txt")
         if losses.chat_template is not None and is_plain and not is_chat:
             raise ConfigError(
-                "`chat_template` must be left out without `data`, `problems`, "
-                "`apply_chat_template`, or `forgetting_data` that is no plain text (.txt)"
+                "`chat_template` must be left out without `data`, `apply_chat_template`, or "
+                "`forgetting_data` that is no plain text (.txt)"
             )
-        if self.benchmarks.limit is not None and not (
-            self.benchmarks.tasks or self.problems.problems
-        ):
-            raise ConfigError("`limit` must be left out without `tasks` or `problems`")
 
     def flat(self) -> dict[str, Any]:
         """Every option by the name of its flag, for the record."""
         parts: tuple[Any, ...] = (self.model, self.compared, self.benchmarks)
-        parts += (self.losses, self.problems, self.run)
+        parts += (self.losses, self.run)
         return {name: value for part in parts for name, value in asdict(part).items()}

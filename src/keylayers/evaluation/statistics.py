@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What documents say about a model, and about the difference of two: means, intervals, tests.
 
-A measure is a mean over documents: of right answers, of nats a token, of solved problems. Documents
+A measure is a mean over documents: of right answers, of nats a token. Documents
 stand in strata (the tasks of a group), and each stratum has a weight:
 
     value = sum over strata s of weight_s * (sum of value_i in s) / (sum of size_i in s)

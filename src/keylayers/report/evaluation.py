@@ -27,9 +27,6 @@ SAME = "the same on each"
 def evaluation_report(found: Evaluation) -> RenderableType:
     """All of an evaluation that a terminal shows."""
     parts: list[RenderableType] = [_Fitting(found)]
-    scaling = scaling_table(found)
-    if scaling is not None:
-        parts += [Text(), Text("Problems solved with more samples", style="bold"), scaling]
     parts += [Text(), Text("\n".join([*reading(found), *found.notes]))]
     return Group(*parts)
 
@@ -93,9 +90,7 @@ def about(measure: Measure) -> str:
 
 
 def _documents(measure: Measure) -> str:
-    if measure.metric == LOSS:
-        return "examples"
-    return "problems" if "@" in measure.metric else "documents"
+    return "examples" if measure.metric == LOSS else "documents"
 
 
 def chance_words(measure: Measure, result: Result) -> str:
@@ -148,33 +143,6 @@ def _digits(measure: Measure, value: float, sign: str = "") -> str:
     if measure.metric == LOSS:
         return f"{value:{sign}.4f}"
     return f"{value:{sign}.3f}" if abs(value) < 100 else f"{value:{sign},.1f}"
-
-
-def scaling_table(found: Evaluation) -> Table | None:
-    """pass@k and majority@k of each model for every k; None where one sample was taken."""
-    inputs = found.provenance["inputs"]
-    of_samples = [name for name, one in inputs.items() if one["kind"] == "problems"]
-    measures = [one for one in found.measures if one.task in of_samples]
-    metrics = list(dict.fromkeys(one.metric for one in measures))
-    if len(metrics) < 2:
-        return None
-    ordered = [one for kind in ("pass", "majority") for one in metrics if one.startswith(kind)]
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("")
-    for metric in ordered:
-        table.add_column(metric, justify="right")
-    values = {
-        (one.task, result.model, one.metric): result.value
-        for one in measures
-        for result in one.results
-    }
-    for task in dict.fromkeys(one.task for one in measures):
-        table.add_row(Text(task, style="bold"))
-        for model in found.models:
-            own = [values.get((task, model, metric)) for metric in ordered]
-            cells = ["" if value is None else f"{value:.3f}" for value in own]
-            table.add_row(Text(f"  {model}"), *cells)
-    return table
 
 
 def reading(found: Evaluation) -> list[str]:

@@ -2,7 +2,7 @@
 """Evaluate a base model, adapters and checkpoints side by side, from options to files."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +14,6 @@ from keylayers.errors import ConfigError
 from keylayers.evaluation.documents import DOCUMENTS, Measured, Store
 from keylayers.evaluation.measures import corrected, measures_of
 from keylayers.evaluation.options import EvalOptions
-from keylayers.evaluation.problems import check_split
 from keylayers.evaluation.record import EVALUATION, Evaluation
 from keylayers.evaluation.subjects import Loaded, Subject, each_model, subjects_of
 from keylayers.evaluation.texts import GAIN
@@ -22,7 +21,7 @@ from keylayers.files import RECORD, json_sha256, output_folder, unfinished
 from keylayers.progress import Progress, Silent
 from keylayers.runs.eval_jobs import Plan, need_libraries, planned
 
-LIBRARIES = ("lm_eval", "math-verify", "scipy", "numpy")
+LIBRARIES = ("lm_eval", "scipy", "numpy")
 # What decides which examples are held out, as far as records of trained models hold it.
 OF_SPLIT = ("content_sha256", "max_examples", "held_out", "split_seed", "max_length_asked")
 
@@ -32,9 +31,9 @@ def evaluate(
 ) -> Evaluation:
     """Measure every model on everything that the options name, and write it to a folder.
 
-    evaluation.json has all numbers, documents.parquet each document of each model, samples/ the
-    answers to problems. What is finished is not measured again when the same is asked for again;
-    the hash of model and inputs decides.
+    evaluation.json has all numbers, documents.parquet each document of each model. What is
+    finished is not measured again when the same is asked for again; the hash of model and inputs
+    decides.
 
     Args:
         options: Which models, and what is measured.
@@ -51,10 +50,9 @@ def evaluate(
             f"`keylayers eval` by itself"
         )
     need_libraries(options)
-    check_split(options.problems)
     with output_folder(output), unfinished(output / EVALUATION) as under_way:
         store = Store(output, under_way)
-        run = _Run(options, output, store, progress)
+        run = _Run(options, store, progress)
         for loaded in each_model(
             subjects_of(options.model, options.compared),
             options.model,
@@ -71,11 +69,8 @@ def evaluate(
 class _Run:
     """Model after model, job after job."""
 
-    def __init__(
-        self, options: EvalOptions, output: Path, store: Store, progress: Progress
-    ) -> None:
+    def __init__(self, options: EvalOptions, store: Store, progress: Progress) -> None:
         self.options = options
-        self.output = output
         self.store = store
         self.progress = progress
         self.plan: Plan | None = None
@@ -89,7 +84,7 @@ class _Run:
         """Every job on this model, but for those that are finished."""
         name = loaded.subject.name
         if self.plan is None:
-            self.plan = planned(self.options, loaded, self.output)
+            self.plan = planned(self.options, loaded)
             self.notes += self.plan.notes
             for note in self.plan.notes:
                 self.progress.note(note)
@@ -157,7 +152,7 @@ class _Run:
                 f"training may have seen examples that count as held out here"
             )
         used = [own["chat_template"]] if own and own["chat_template"] else []
-        if self.options.problems.problems or self.options.benchmarks.apply_chat_template:
+        if self.options.benchmarks.apply_chat_template:
             used.append(asdict(loaded.template))
         name, text = _template_of(trained, loaded) or (None, None)
         if others := [one["name"] for one in used if name and one["text"] != text]:
@@ -210,13 +205,3 @@ def _notes(model: str, one: Measured) -> Iterator[str]:
         yield f"{model}, {one.task}: {number:,} {what}"
     for text in facts.get("warnings", ()):
         yield f"{model}, {one.task}: {text}"
-    if "num_samples" not in facts:
-        return
-    counts: Sequence[tuple[str, str]] = (
-        ("num_unanswered", "give no answer"),
-        ("num_cut", "were cut at their longest"),
-        ("num_out_of_time", "took the checker too long and count as wrong"),
-    )
-    said = [f"{facts[name]:,} {what}" for name, what in counts if facts[name]]
-    if said:
-        yield f"{model}, {one.task}: of {facts['num_samples']:,} samples {', '.join(said)}"

@@ -1,21 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an evaluation does with each model: benchmarks, losses, problems.
+"""What an evaluation does with each model: benchmarks and losses.
 
 A job knows the hash of all that decides its result but the model, and how to measure one model.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from keylayers.errors import ConfigError
 from keylayers.evaluation.documents import Measured
 from keylayers.evaluation.measures import Part
 from keylayers.evaluation.options import EvalOptions
-from keylayers.evaluation.problems import ProblemSet, load_problems
 from keylayers.evaluation.subjects import Loaded
 from keylayers.evaluation.texts import (
     Examples,
@@ -135,72 +132,12 @@ class LossJob:
         return {"kind": "loss", **self.examples.record}
 
 
-@dataclass
-class ProblemJob:
-    """One set of problems."""
-
-    problems: ProblemSet
-    options: EvalOptions
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        """Of the set."""
-        return self.problems.name
-
-    def _sampling_sha256(self, loaded: Loaded) -> str:
-        from keylayers.evaluation.answers import CHECKER
-        from keylayers.evaluation.sampling import decisive, prompts_of
-
-        prompts = prompts_of(self.problems.problems, loaded, self.options.problems)
-        keys = [one.sha256() for one in self.problems.problems]
-        sampling = decisive(prompts, loaded, self.options.problems, self.options.run.seed)
-        return json_sha256([sampling, keys, CHECKER])
-
-    def inputs_sha256(self, loaded: Loaded) -> str:
-        """Of the prompts, the sampling and the answers that are wanted."""
-        return json_sha256([self._sampling_sha256(loaded), self.options.problems.samples])
-
-    def run(self, loaded: Loaded, progress: Progress) -> Measured:
-        """The answers of one model."""
-        from keylayers.evaluation.answers import are_same
-        from keylayers.evaluation.sampling import SampleFile, num_batches, sample_answers
-        from keylayers.evaluation.solved import solved
-
-        options, run = self.options.problems, self.options.run
-        key = json_sha256([loaded.identity, self._sampling_sha256(loaded)])
-        words = re.sub(r"[^\w.-]+", "-", f"{self.name} {loaded.subject.name}")
-        path = self.folder / "samples" / f"{words}-{key[:8]}.jsonl"
-        file = SampleFile(path, {"problems": self.name, "model": loaded.subject.source, "key": key})
-        steps = num_batches(len(self.problems.problems), options.samples, run.batch_size)
-        with progress.stage(f"{loaded.subject.name}: {self.name}", steps) as on_step:
-            sample_answers(
-                self.problems.problems,
-                loaded,
-                options,
-                file,
-                batch_size=run.batch_size,
-                seed=run.seed,
-                on_step=on_step,
-            )
-        return solved(self.name, self.problems.problems, file.found, options.samples, are_same)
-
-    def record(self) -> dict[str, Any]:
-        """How many problems there are."""
-        return {"kind": "problems", "num_problems": len(self.problems.problems)}
-
-
 def need_libraries(options: EvalOptions) -> None:
     """Raise a ConfigError where the extra `eval` is needed and not installed."""
-    wanted = {"lm_eval": bool(options.benchmarks.tasks)}
-    wanted["math_verify"] = bool(options.problems.problems)
-    for library, is_wanted in wanted.items():
-        if is_wanted and find_spec(library) is None:
-            option = "tasks" if library == "lm_eval" else "problems"
-            raise ConfigError(
-                f"`{option}` need {library}, which is not installed; "
-                f"`pip install 'keylayers[eval]'`"
-            )
+    if options.benchmarks.tasks and find_spec("lm_eval") is None:
+        raise ConfigError(
+            "`tasks` need lm_eval, which is not installed; `pip install 'keylayers[eval]'`"
+        )
 
 
 @dataclass(frozen=True)
@@ -213,16 +150,15 @@ class Plan:
     harness: Harness
 
 
-def planned(options: EvalOptions, loaded: Loaded, folder: Path) -> Plan:
+def planned(options: EvalOptions, loaded: Loaded) -> Plan:
     """What is to be measured, in the order in which it is shown.
 
     Args:
         options: All of them.
         loaded: The base model, whose tokens losses are measured in.
-        folder: Gets the samples.
 
     Raises:
-        KeylayersError: data, tasks or problems are missing or cannot be used.
+        KeylayersError: data or tasks are missing or cannot be used.
     """
     jobs: list[Job] = []
     parts: list[Part] = []
@@ -238,24 +174,11 @@ def planned(options: EvalOptions, loaded: Loaded, folder: Path) -> Plan:
         found = load_benchmarks(options.benchmarks)
         jobs += [TaskJob(name, task, options, harness) for name, task in found.tasks.items()]
         parts += _task_parts(found)
-    if options.problems.problems:
-        from keylayers.evaluation.answers import check_answer, check_thread
-
-        check_thread()
-        in_table = ("pass@1", f"majority@{options.problems.samples}")
-        for source in options.problems.problems:
-            limit = options.benchmarks.limit
-            problems = load_problems(source, options.problems.problems_split, limit)
-            for one in problems.problems:
-                check_answer(one.answer)
-            jobs.append(ProblemJob(problems, options, folder))
-            parts.append(Part(problems.name, (problems.name,), in_table=in_table))
-            notes.append(problems.note)
     names = [one.name for one in jobs]
     if twice := [name for index, name in enumerate(names) if name in names[:index]]:
         raise ConfigError(
-            f"tasks and sets of problems must have different names, but two are {twice[0]!r}; "
-            f"rename one file, or measure them one after the other"
+            f"tasks must have names other than those of the losses, but two are {twice[0]!r}; "
+            f"rename the task"
         )
     return Plan(tuple(jobs), tuple(parts), tuple(notes), harness)
 

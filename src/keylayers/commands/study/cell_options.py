@@ -20,7 +20,6 @@ from keylayers.evaluation.options import (
     EvalOptions,
     EvalRunOptions,
     LossOptions,
-    ProblemOptions,
 )
 from keylayers.model.options import ModelOptions, UpdateOptions
 from keylayers.options import MaskOptions
@@ -44,7 +43,7 @@ CURVE = names_of(CurveOptions)
 VERIFICATION = (*RANKING, *CURVE)
 TRAINING = names_of(SelectionOptions, ModelOptions, DataOptions, TrainingOptions)
 TRAINING_THAT_RANKS = (*TRAINING, *names_of(StabilityOptions, MaskOptions))
-MEASURED = (BenchmarkOptions, LossOptions, ProblemOptions, EvalRunOptions)
+MEASURED = (BenchmarkOptions, LossOptions, EvalRunOptions)
 EVALUATED = names_of(*MEASURED)
 EVALUATION = (*names_of(ModelOptions), *EVALUATED)
 CLASSES = (
@@ -158,7 +157,6 @@ def eval_options(options: Mapping[str, Any]) -> EvalOptions:
         options_of(ModelOptions, options),
         benchmarks=options_of(BenchmarkOptions, options),
         losses=options_of(LossOptions, options),
-        problems=options_of(ProblemOptions, options),
         run=options_of(EvalRunOptions, options),
     )
 

@@ -12,7 +12,7 @@ from keylayers.files import json_sha256
 # Or names of the hub, or of lm-evaluation-harness.
 FILES = (
     *("model", "data", "adapter", "tuned", "chat_template"),
-    *("forgetting_data", "task_folder", "problems"),
+    *("forgetting_data", "task_folder"),
 )
 
 
