@@ -20,7 +20,6 @@ from keylayers.evaluation.texts import (
     examples_of,
     measured_losses,
 )
-from keylayers.files import json_sha256
 from keylayers.progress import Progress
 
 if TYPE_CHECKING:
