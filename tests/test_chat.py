@@ -71,7 +71,7 @@ BROKEN = {
     ),
     "Python error": ("{{ 1 / 0 }}", "it failed with: division by zero"),
     "wrong key": ("{{ messages[0]['text'] + 'a' }}", "it failed with: 'dict object' has no attr"),
-    "empty": ("", "it rendered nothing; mend the template or choose another `--chat-template`"),
+    "empty": ("", "it rendered nothing; fix the template or choose another `--chat-template`"),
     "no answer": (
         "{{ messages[0]['content'] }}",
         "must render the whole answer, it lost 'good day",
@@ -122,7 +122,7 @@ def conversation_of(turns):
 
 
 def template_of(text, tokenizer):
-    from keylayers.training import chat
+    from keylayers.data import chat
 
     if text in chat.BUILT_IN:
         return chat.resolve_template(tokenizer, text)
@@ -130,11 +130,10 @@ def template_of(text, tokenizer):
 
 
 def encode(turns, tokenizer, template, max_length=10_000):
-    from keylayers.training import chat
+    from keylayers.data import chat
 
-    return chat.encode(
-        conversation_of(turns), tokenizer, template_of(template, tokenizer), max_length
-    )
+    found = template_of(template, tokenizer)
+    return next(chat.encode_all([conversation_of(turns)], tokenizer, found, max_length))
 
 
 def labelled_runs(encoded, tokenizer):
@@ -155,14 +154,27 @@ def tokenizer(request):
     return build_tokenizer(trim_offsets=request.param)
 
 
-@pytest.mark.parametrize("case", TEMPLATES)
-def test_the_loss_counts_every_answer_with_its_closing_tokens(tokenizer, case):
+def check_answers(tokenizer, case):
     template, earlier, last = TEMPLATES[case]
     encoded = encode(TURNS, tokenizer, template)
     expected = [earlier.format(TURNS[1][1]), last.format(TURNS[3][1])]
     assert labelled_runs(encoded, tokenizer) == expected
     assert not encoded.is_last_answer_only
     assert not encoded.is_truncated
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_the_loss_counts_every_answer_with_its_closing_tokens(tokenizer, case):
+    check_answers(tokenizer, case)
+
+
+@pytest.mark.parametrize("case", ["marked", "unmarked", "built-in alpaca"])
+def test_a_tokenizer_without_offsets_counts_the_same_answers(case):
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer()
+    assert not tokenizer.is_fast
+    check_answers(tokenizer, case)
 
 
 @pytest.mark.parametrize("case", ["marked", "unmarked", "built-in alpaca", "built-in chatml"])
@@ -202,18 +214,6 @@ def test_words_without_blanks_in_any_token_are_labelled_like_any_other():
     assert counted == ["-", "-", "-", "a", "a", "</s>", "-", "-", "-", "b", "</s>"]
 
 
-@pytest.mark.parametrize("case", ["marked", "unmarked", "built-in alpaca"])
-def test_a_tokenizer_without_offsets_counts_the_same_answers(case):
-    from transformers import ByT5Tokenizer
-
-    tokenizer = ByT5Tokenizer()
-    assert not tokenizer.is_fast
-    template, earlier, last = TEMPLATES[case]
-    encoded = encode(TURNS, tokenizer, template)
-    expected = [earlier.format(TURNS[1][1]), last.format(TURNS[3][1])]
-    assert labelled_runs(encoded, tokenizer) == expected
-
-
 def test_a_template_that_rewrites_earlier_answers_leaves_the_last_one_to_learn(tokenizer):
     thinking = (
         "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}"
@@ -232,24 +232,28 @@ def test_a_conversation_may_begin_with_an_answer(tokenizer):
         assert runs == ["hello</s>", TURNS[3][1] + "</s>"]
 
 
-@pytest.mark.parametrize("template", ["alpaca", "chatml"])
-def test_built_in_templates_render_the_system_message(tokenizer, template):
-    encoded = encode([("system", "Be brief."), *TURNS], tokenizer, template)
-    assert "Be brief." in tokenizer.decode(encoded.input_ids)
-    assert "Be brief." not in "".join(labelled_runs(encoded, tokenizer))
-
-
-def test_the_alpaca_template_reads_as_in_alpaca(tokenizer):
-    encoded = encode(TURNS[2:], tokenizer, "alpaca")
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("alpaca", "Be brief.\n\n### Instruction:\nhello\n\n### Response:\ngood day, naïve 🦊</s>"),
+        (
+            "chatml",
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n"
+            "<|im_start|>assistant\ngood day, naïve 🦊<|im_end|></s>\n",
+        ),
+    ],
+)
+def test_built_in_templates_read_as_documented(tokenizer, template, expected):
+    encoded = encode([("system", "Be brief."), *TURNS[2:]], tokenizer, template)
     text = tokenizer.decode(encoded.input_ids, clean_up_tokenization_spaces=False)
-    assert text == ("### Instruction:\nhello\n\n### Response:\ngood day, naïve 🦊</s>")
+    assert text == expected
 
 
-@pytest.mark.parametrize(("start", "expected"), [(True, 1), (False, 0)])
-def test_a_built_in_template_starts_as_the_tokenizer_does(start, expected):
+@pytest.mark.parametrize("start", [True, False])
+def test_a_built_in_template_starts_as_the_tokenizer_does(start):
     tokenizer = build_tokenizer(start=start)
     encoded = encode(TURNS, tokenizer, "alpaca")
-    assert encoded.input_ids.count(tokenizer.bos_token_id) == expected
+    assert encoded.input_ids.count(tokenizer.bos_token_id) == start
 
 
 def test_chatml_does_not_end_an_answer_twice():
@@ -282,39 +286,36 @@ def test_truncation_keeps_the_start_and_is_seen(tokenizer):
     assert cut.labels == whole.labels[:9]
     assert cut.is_truncated
     assert cut.num_tokens == len(whole.input_ids)
-    assert (
-        cut.num_prompt_tokens
-        == whole.num_prompt_tokens
-        == whole.labels.index(next(label for label in whole.labels if label >= 0))
-    )
+    first = next(i for i, label in enumerate(whole.labels) if label >= 0)
+    assert cut.num_prompt_tokens == whole.num_prompt_tokens == first
     assert encode(TURNS, tokenizer, MARKED, max_length=3).num_label_tokens == 0
 
 
 def test_plain_text_counts_whole_and_ends(tokenizer):
+    from keylayers.data import chat
     from keylayers.data.formats import Conversation
-    from keylayers.training import chat
 
     for start in (True, False):
         tokenizer = build_tokenizer(start=start)
-        encoded = chat.encode(Conversation(text="The fox."), tokenizer, None, 100)
+        [encoded] = chat.encode_all([Conversation(text="The fox.")], tokenizer, None, 100)
         assert tokenizer.decode(encoded.input_ids) == "<s>" * start + "The fox.</s>"
         assert encoded.labels == encoded.input_ids
         # nothing predicts the first token
         assert encoded.num_label_tokens == len(encoded.input_ids) - 1
 
 
-def test_many_are_encoded_like_one_by_one_across_batches(tokenizer, monkeypatch):
-    from keylayers.training import chat
+def test_batches_change_nothing(tokenizer, monkeypatch):
+    from keylayers.data import chat
 
+    many = [[("user", "q"), ("assistant", "a" * i)] for i in range(1, 6)]
+    alone = [encode(turns, tokenizer, MARKED) for turns in many]
     monkeypatch.setattr(chat, "_BATCH_SIZE", 2)
-    template = template_of(MARKED, tokenizer)
-    many = [conversation_of([("user", "q"), ("assistant", "a" * i)]) for i in range(1, 6)]
-    together = list(chat.encode_all(many, tokenizer, template, 100))
-    assert together == [chat.encode(one, tokenizer, template, 100) for one in many]
+    found, template = map(conversation_of, many), template_of(MARKED, tokenizer)
+    assert list(chat.encode_all(found, tokenizer, template, 100)) == alone
 
 
 def test_the_models_own_template_is_used_unless_another_is_chosen(tokenizer, tmp_path):
-    from keylayers.training import chat
+    from keylayers.data import chat
 
     own = build_tokenizer()
     own.chat_template = MARKED
@@ -328,18 +329,12 @@ def test_the_models_own_template_is_used_unless_another_is_chosen(tokenizer, tmp
     assert chat.resolve_template(own, str(file)) == chat.ChatTemplate("mine.jinja", BARE, "file")
 
 
-def test_a_misspelt_template_gets_a_suggestion(tokenizer):
+def test_a_template_that_is_not_there_is_refused(tokenizer):
+    from keylayers.data import chat
     from keylayers.errors import ConfigError
-    from keylayers.training import chat
 
     with pytest.raises(ConfigError, match="got 'chatlm', did you mean 'chatml'"):
         chat.resolve_template(tokenizer, "chatlm")
-
-
-def test_named_templates_without_a_default_are_refused():
-    from keylayers.errors import ConfigError
-    from keylayers.training import chat
-
     tokenizer = build_tokenizer()
     tokenizer.chat_template = {"tool_use": MARKED, "rag": MARKED}
     with pytest.raises(ConfigError, match="must have a default chat template"):
@@ -349,11 +344,11 @@ def test_named_templates_without_a_default_are_refused():
 def test_a_real_model_and_real_answers_agree_with_transformers_own_mask(shared):
     from transformers import AutoTokenizer
 
-    from keylayers.training import chat, formats
+    from keylayers.data import chat, formats
 
     tokenizer = AutoTokenizer.from_pretrained(shared / "models/english-2m")
     rows = json.loads((shared / "data/sft/alpaca_gpt4_999.json").read_text(encoding="utf-8"))
-    found = formats.conversations(rows[:200], "alpaca").conversations
+    found, _ = formats.conversations(rows[:200], "alpaca")
     own = chat.resolve_template(tokenizer, None)
     bare = chat.ChatTemplate("bare", unmarked(own.text), "file")
     marked = list(chat.encode_all(found, tokenizer, own, 10_000))

@@ -9,6 +9,7 @@ import re
 import pytest
 
 ROWS = [{"instruction": f"Say {i}.", "input": "", "output": f"It is {i}."} for i in range(20)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 
 # Content of a file, and the message about it.
 UNREADABLE = {
@@ -19,7 +20,7 @@ UNREADABLE = {
     "mixed.jsonl": (b'{"text": "a"}\n{"text": ["b"]}\n', r"`text` must be text, got list in row 2"),
     "latin.jsonl": ('{"text": "é"}'.encode("latin-1"), r"must be UTF-8 text, got: 'utf-8' codec"),
     "broken.parquet": (b"nothing", r"readable as a table.*Parquet"),
-    "notes.docx": (b"x", r"Data files must be of one kind \(.json, .jsonl, .csv, .parquet"),
+    "notes.docx": (b"x", r"Data files must be of one type \(.json, .jsonl, .csv, .parquet"),
     "columns.jsonl": (b'{"body": "a"}\n', r"must fit a known format, got body"),
     "silent.jsonl": (
         b'{"instruction": "q", "output": ""}\n',
@@ -43,10 +44,8 @@ def prepare(tokenizer):
     from keylayers.data.prepare import prepare
 
     def run(data, max_positions=None, **options):
-        two_splits = {"mask_data": "train"}
-        return prepare(
-            DataOptions(data=str(data), **two_splits | options), tokenizer, max_positions
-        )
+        options = DataOptions(data=str(data), **{"mask_data": "train"} | options)
+        return prepare(options, tokenizer, max_positions)
 
     return run
 
@@ -65,25 +64,11 @@ def texts(dataset, tokenizer):
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in dataset["input_ids"]]
 
 
-def write_json(path):
-    path.write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
-
-
 def write_csv(path):
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(ROWS[0]))
         writer.writeheader()
         writer.writerows(ROWS)
-
-
-def write_parquet(path):
-    import datasets
-
-    datasets.Dataset.from_list(ROWS).to_parquet(path)
-
-
-def write_gzip(path):
-    path.write_bytes(gzip.compress("\n".join(json.dumps(row) for row in ROWS).encode()))
 
 
 def write_folder(path):
@@ -94,27 +79,27 @@ def write_folder(path):
     (path / "notes.txt").write_text("not data", encoding="utf-8")
 
 
-def write_saved(path):
+def dataset():
     import datasets
 
-    datasets.Dataset.from_list(ROWS).save_to_disk(path)
+    return datasets.Dataset.from_list(ROWS)
 
 
 def write_saved_splits(path):
     import datasets
 
-    rows = datasets.Dataset.from_list(ROWS)
+    rows = dataset()
     datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(path)
 
 
 WRITERS = {
-    "a.json": write_json,
-    "a.jsonl": lambda path: write(path, ROWS),
+    "a.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
+    "a.jsonl": lambda path: path.write_text(LINES),
     "a.csv": write_csv,
-    "a.parquet": write_parquet,
-    "a.jsonl.gz": write_gzip,
+    "a.parquet": lambda path: dataset().to_parquet(path),
+    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES.encode())),
     "folder": write_folder,
-    "saved": write_saved,
+    "saved": lambda path: dataset().save_to_disk(path),
     "saved splits": write_saved_splits,
 }
 
@@ -144,22 +129,19 @@ def test_the_examples_are_what_trl_takes_as_it_is(prepare, alpaca, tokenizer):
         assert tokenizer.decode(counted) == f"It is {number}.</s>"
 
 
-def test_training_and_held_out_examples_are_all_of_them_in_order(prepare, alpaca, tokenizer):
+def test_the_split_is_complete_ordered_and_depends_on_content_and_seed_only(
+    prepare, alpaca, tmp_path, tokenizer
+):
+    def numbers(dataset):
+        return [int(re.search(r"Say (\d+)", text).group(1)) for text in texts(dataset, tokenizer)]
+
     prepared = prepare(alpaca, held_out=0.25)
-    train, held_out = (texts(split, tokenizer) for split in (prepared.train, prepared.held_out))
-    numbers = [
-        [int(re.search(r"Say (\d+)", text).group(1)) for text in s] for s in (train, held_out)
-    ]
-    assert len(held_out) == 5
-    assert sorted(numbers[0] + numbers[1]) == list(range(20))
-    assert numbers[0] == sorted(numbers[0])
-
-
-def test_the_split_depends_on_content_and_seed_only(prepare, alpaca, tmp_path, tokenizer):
+    train, held_out = numbers(prepared.train), numbers(prepared.held_out)
+    assert (len(held_out), sorted(train + held_out)) == (5, list(range(20)))
+    assert train == sorted(train)
     reordered = write(tmp_path / "reordered.jsonl", ROWS[::-1])
-    held_out = set(texts(prepare(alpaca, held_out=5.0).held_out, tokenizer))
-    assert set(texts(prepare(reordered, held_out=5.0).held_out, tokenizer)) == held_out
-    assert set(texts(prepare(alpaca, held_out=5.0, split_seed=1).held_out, tokenizer)) != held_out
+    assert set(numbers(prepare(reordered, held_out=5.0).held_out)) == set(held_out)
+    assert set(numbers(prepare(alpaca, held_out=5.0, split_seed=1).held_out)) != set(held_out)
 
 
 def test_three_splits_never_mix_and_the_held_out_one_is_the_same(prepare, alpaca, tokenizer):
@@ -175,13 +157,6 @@ def test_three_splits_never_mix_and_the_held_out_one_is_the_same(prepare, alpaca
     assert three.record()["split_sha256"] != two.record()["split_sha256"]
 
 
-def test_examples_for_the_mask_must_leave_some_to_train(prepare, alpaca):
-    from keylayers.errors import DataError
-
-    with pytest.raises(DataError, match="after 10 held out and 10 set aside for the mask, got 20"):
-        prepare(alpaca, held_out=10.0, mask_data="held-out")
-
-
 def test_duplicates_never_reach_both_sides_of_the_split(prepare, tmp_path, tokenizer):
     prepared = prepare(write(tmp_path / "twice.jsonl", [*ROWS, *ROWS, ROWS[0]]), held_out=0.5)
     assert prepared.counts.num_duplicates == 21
@@ -190,7 +165,7 @@ def test_duplicates_never_reach_both_sides_of_the_split(prepare, tmp_path, token
     assert set(train) & set(held_out) == set()
 
 
-def test_fewer_examples_are_the_first_distinct_ones(prepare, tmp_path, tokenizer):
+def test_fewer_examples_are_the_first_distinct_ones(prepare, tmp_path):
     path = write(tmp_path / "twice.jsonl", [ROWS[0], *ROWS])
     prepared = prepare(path, max_examples=6, held_out=1.0)
     assert (prepared.counts.num_examples, prepared.counts.num_train) == (6, 5)
@@ -199,7 +174,7 @@ def test_fewer_examples_are_the_first_distinct_ones(prepare, tmp_path, tokenizer
     assert prepare(path, max_examples=50).content_sha256 == prepare(path).content_sha256
 
 
-def test_an_edited_file_is_read_anew_and_nothing_is_left_behind(
+def test_an_edited_file_is_read_again_and_nothing_is_left_behind(
     prepare, alpaca, tmp_path, monkeypatch
 ):
     import tempfile
@@ -238,33 +213,23 @@ def test_the_counts_tell_what_became_of_every_row(prepare, tmp_path):
         {"instruction": "cut", "output": "x" * 100},
         {"instruction": "y" * 100, "output": "away"},
     ]
-    counts = prepare(write(tmp_path / "a.jsonl", rows), max_length=80, held_out=2.0).counts
+    prepared = prepare(write(tmp_path / "a.jsonl", rows), max_length=80, held_out=2.0)
+    counts = prepared.counts
     assert (counts.num_dropped_empty, counts.num_duplicates) == (1, 1)
     assert (counts.num_examples, counts.num_train, counts.num_held_out) == (22, 19, 2)
     assert (counts.num_truncated, counts.num_truncated_away) == (1, 1)
-
-
-def test_tokens_are_counted_in_the_training_examples(prepare, alpaca):
-    prepared = prepare(alpaca)
     train = prepared.train.to_list()
-    assert prepared.counts.num_train_tokens == sum(len(one["input_ids"]) for one in train)
-    labels = [label for one in train for label in one["labels"]]
-    assert prepared.counts.num_label_tokens == sum(label != -100 for label in labels)
+    assert counts.num_train_tokens == sum(len(example["input_ids"]) for example in train)
+    labels = [label for example in train for label in example["labels"]]
+    assert counts.num_label_tokens == sum(label != -100 for label in labels)
 
 
 def test_the_length_is_lowered_to_what_the_model_allows(prepare, alpaca):
-    record = prepare(alpaca, max_positions=45).record()
+    prepared = prepare(alpaca, max_positions=45)
+    record = prepared.record()
     assert (record["max_length"], record["max_length_asked"]) == (45, 1024)
+    assert max(len(ids) for ids in prepared.train["input_ids"]) == 45
     assert prepare(alpaca, max_positions=4000).max_length == 1024
-    assert max(len(ids) for ids in prepare(alpaca, max_positions=45).train["input_ids"]) == 45
-
-
-def test_prompts_that_leave_no_room_are_refused_with_the_lengths(prepare, alpaca):
-    from keylayers.errors import DataError
-
-    message = r"in 10 tokens, got only prompts that leave none, the longest of 40 tokens"
-    with pytest.raises(DataError, match=message):
-        prepare(alpaca, max_length=10)
 
 
 def test_the_record_is_json_and_holds_options_counts_and_template(prepare, alpaca):
@@ -286,16 +251,12 @@ def test_the_summary_says_what_was_left_out(prepare, tmp_path):
 
 
 def test_plain_text_has_no_template_and_counts_every_token(prepare, tmp_path):
+    from keylayers.errors import ConfigError
+
     path = write(tmp_path / "text.jsonl", [{"text": f"Text {i}"} for i in range(4)])
     prepared = prepare(path)
     assert prepared.chat_template is None
-    assert all(one["labels"] == one["input_ids"] for one in prepared.train)
-
-
-def test_a_template_for_plain_text_is_refused_as_it_has_no_effect(prepare, tmp_path):
-    from keylayers.errors import ConfigError
-
-    path = write(tmp_path / "text.jsonl", [{"text": "a"}])
+    assert all(example["labels"] == example["input_ids"] for example in prepared.train)
     with pytest.raises(ConfigError, match="works on conversations, got plain text"):
         prepare(path, chat_template="alpaca")
 
@@ -320,51 +281,46 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line(prepare, tmp_path, na
     assert "\n" not in str(caught.value)
 
 
-def test_a_number_of_held_out_examples_is_whole(prepare, alpaca):
-    from keylayers.errors import ConfigError
-
-    with pytest.raises(ConfigError, match=r"got 2.5; 0.1 keeps a tenth"):
-        prepare(alpaca, held_out=2.5)
-
-
-def test_holding_everything_out_is_refused(prepare, alpaca):
-    from keylayers.errors import DataError
-
-    with pytest.raises(DataError, match=r"left to train after 20 held out, got 20 usable"):
-        prepare(alpaca, held_out=20.0)
-
-
-def test_a_missing_file_gets_a_suggestion(prepare, alpaca):
-    from keylayers.errors import DataError
-
-    with pytest.raises(DataError, match=r"none of them, did you mean 'alpaca.jsonl'\?"):
-        prepare(alpaca.with_name("alpacca.jsonl"))
+# Options of good data, and the message.
+UNFIT = [
+    ({"held_out": 2.5}, "got 2.5; 0.1 keeps a tenth"),
+    ({"held_out": 20.0}, "left to train after 20 held out, got 20 usable"),
+    (
+        {"held_out": 10.0, "mask_data": "held-out"},
+        "after 10 held out and 10 set aside for the mask, got 20",
+    ),
+    ({"max_length": 10}, "in 10 tokens, got only examples that are too long, .* up to 40 tokens"),
+    ({"data_split": "nowhere"}, "nowhere"),
+]
 
 
-def test_a_missing_relative_file_is_not_taken_for_a_hub_name(prepare, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("options", "message"), UNFIT)
+def test_options_that_do_not_fit_the_data_are_refused(prepare, alpaca, options, message):
+    from keylayers.errors import KeylayersError
+
+    with pytest.raises(KeylayersError, match=message):
+        prepare(alpaca, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("alpacca.jsonl", r"none of them, did you mean 'alpaca.jsonl'\?"),
+        ("data/train.jsonl", r"got 'data/train.jsonl', which is none of them"),  # no hub name
+        ("mixed", r"of one type .* got \.csv and \.jsonl in"),
+        ("saved splits", r"must be one of train, test .* got 'nowhere'"),
+    ],
+)
+def test_data_that_is_not_there_is_refused(prepare, alpaca, monkeypatch, tmp_path, name, message):
     from keylayers.errors import DataError
 
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r"got 'data/train.jsonl', which is none of them"):
-        prepare("data/train.jsonl")
-
-
-@pytest.mark.parametrize("name", ["saved splits", "a.jsonl"])
-def test_a_split_that_is_not_there_is_refused(prepare, tmp_path, name):
-    from keylayers.errors import DataError
-
-    WRITERS[name](tmp_path / name)
-    with pytest.raises(DataError, match=r"nowhere"):
-        prepare(tmp_path / name, data_split="nowhere")
-
-
-def test_a_folder_of_several_kinds_is_refused(prepare, tmp_path):
-    from keylayers.errors import DataError
-
-    write(tmp_path / "a.jsonl", ROWS)
-    write_csv(tmp_path / "b.csv")
-    with pytest.raises(DataError, match=r"of one kind .* got \.csv and \.jsonl in"):
-        prepare(tmp_path)
+    write_saved_splits(tmp_path / "saved splits")
+    (tmp_path / "mixed").mkdir()
+    write(tmp_path / "mixed" / "a.jsonl", ROWS)
+    write_csv(tmp_path / "mixed" / "b.csv")
+    with pytest.raises(DataError, match=message):
+        prepare(name, data_split="nowhere")
 
 
 def test_a_hub_name_is_read_with_its_configuration(prepare, monkeypatch):
@@ -417,6 +373,56 @@ def test_real_data_is_prepared_for_a_real_model(shared, name, format, counts):
     assert prepared.format == format
     assert (prepared.counts.num_examples, prepared.counts.num_duplicates) == counts
     assert prepared.chat_template.source == "model"
-    whole = [one for one in prepared.train if len(one["input_ids"]) < 512]
-    ends = {(one["input_ids"][-1], one["labels"][-1]) for one in whole}
+    whole = [example for example in prepared.train if len(example["input_ids"]) < 512]
+    ends = {(example["input_ids"][-1], example["labels"][-1]) for example in whole}
     assert ends == {(tokenizer.eos_token_id, tokenizer.eos_token_id)}
+
+
+# Brackets and null inside texts and rows count for nothing.
+ODD_ROW = {"prompt": 'a [[[ { \\ " ] null b', "completion": ":-[ \\\\", "c": None}
+SOUND_JSON = {
+    "lines": "".join(json.dumps(ODD_ROW) + "\n" for _ in range(600)),
+    "a list": json.dumps([ODD_ROW] * 600),
+    "a list over lines": json.dumps([ODD_ROW] * 600, indent=2),
+    "an object over lines": json.dumps({"data": [ODD_ROW, None]}, indent=2),
+    "nulls inside rows": '{"a": null, "b": [null, {"c": 1}]}\n' * 3,
+    "500 levels": "[" * 500 + "]" * 500,
+    "a byte order mark": "\ufeff" + '{"a": "b"}\n',
+    "nothing": "",
+}
+DEADLY_JSON = {
+    "null first": ('null\n{"a": "b"}\n', 1),
+    "null after a byte order mark": ('\ufeffnull\n{"a": "b"}\n', 1),
+    "null in a list": ('[null, {"a": "b"}]', 1),
+    "null in a list over lines": ('[\n{"a": "b"},\nnull\n]', 3),
+    "null at the start of a block": (json.dumps({"a": "x" * 400_000}) + "\nnull\n", 2),
+    "deep over lines": ("[\n" * 501, 501),
+    "deep objects": ('{"a":' * 600 + "1" + "}" * 600, 1),
+}
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json.gz"])
+def test_json_that_would_crash_arrow_is_refused_by_line(tmp_path, name):
+    from keylayers.data.reading import _check_json
+    from keylayers.errors import DataError
+
+    def check(text):
+        content = text.encode()
+        (tmp_path / name).write_bytes(gzip.compress(content) if ".gz" in name else content)
+        _check_json(tmp_path / name)
+
+    for text in SOUND_JSON.values():
+        check(text)
+    for text, line in DEADLY_JSON.values():
+        with pytest.raises(DataError, match=f"nested at most 500 levels deep, but line {line} of"):
+            check(text)
+
+
+def test_json_in_folders_is_checked_too(prepare, tmp_path):
+    from keylayers.errors import DataError
+
+    write(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "b.jsonl").write_text("null\n")
+    with pytest.raises(DataError, match=r"line 1 of .*b\.jsonl"):
+        prepare(tmp_path)

@@ -1,14 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which format rows are in, and what conversation each row holds."""
+"""Which format rows have, and which conversation each row holds."""
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-# A row, its format, and the conversations it holds as (role, content).
+S, Q, A = ("system", "s"), ("user", "q"), ("assistant", "a")
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def old_turn(role, content):
+    return {"from": role, "value": content}
+
+
+# Name: a row, its format, and the conversations it holds as (role, content).
 CASES = {
     "alpaca": (
         {"instruction": "Add.", "input": "1 2", "output": "3", "text": "joined"},
@@ -16,168 +29,146 @@ CASES = {
         [[("user", "Add.\n\n1 2"), ("assistant", "3")]],
     ),
     "alpaca without input": (
-        {"instruction": "Hi", "input": None, "output": "Hello"},
+        {"instruction": "q", "input": None, "output": "a"},
         "alpaca",
-        [[("user", "Hi"), ("assistant", "Hello")]],
+        [[Q, A]],
     ),
     "alpaca of LLaMA-Factory": (
-        {"instruction": "b", "output": "2", "system": "Be brief.", "history": [["a", "1"]]},
+        {"instruction": "q", "output": "a", "system": "s", "history": [["b", "1"]]},
         "alpaca",
-        [
-            [
-                ("system", "Be brief."),
-                ("user", "a"),
-                ("assistant", "1"),
-                ("user", "b"),
-                ("assistant", "2"),
-            ]
-        ],
+        [[S, ("user", "b"), ("assistant", "1"), Q, A]],
     ),
     "sharegpt": (
         {
             "conversations": [
-                {"from": "system", "value": "s"},
-                {"from": "human", "value": "q"},
-                {"from": "gpt", "value": "a"},
-                {"from": "human", "value": "never answered"},
+                old_turn("system", "s"),
+                old_turn("human", "q"),
+                old_turn("gpt", "a"),
+                old_turn("human", "never answered"),
             ]
         },
         "sharegpt",
-        [[("system", "s"), ("user", "q"), ("assistant", "a")]],
+        [[S, Q, A]],
     ),
     "sharegpt stored by field": (
         {"conversations": {"from": ["user", "bard"], "value": ["q", "a"]}},
         "sharegpt",
-        [[("user", "q"), ("assistant", "a")]],
+        [[Q, A]],
     ),
-    "messages beside a prompt": (
-        {
-            "prompt": "q",
-            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
-        },
+    "messages next to a prompt": (
+        {"prompt": "q", "messages": [turn(*Q), turn(*A)]},
         "messages",
-        [[("user", "q"), ("assistant", "a")]],
+        [[Q, A]],
     ),
     "messages in parts": (
         {
             "messages": [
-                {"role": "user", "content": [{"type": "text", "text": "q"}]},
-                {"role": "assistant", "content": [{"text": "a"}, {"text": "b"}]},
+                turn("user", [{"type": "text", "text": "q"}]),
+                turn("assistant", [{"text": "a"}, {"text": "b"}]),
             ]
         },
         "messages",
-        [[("user", "q"), ("assistant", "ab")]],
+        [[Q, ("assistant", "ab")]],
     ),
-    "prompt and completion": (
-        {"prompt": "q", "completion": "a"},
-        "prompt-completion",
-        [[("user", "q"), ("assistant", "a")]],
-    ),
+    "prompt and completion": ({"prompt": "q", "completion": "a"}, "prompt-completion", [[Q, A]]),
     "prompt and completion as messages": (
-        {
-            "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}],
-            "completion": [{"role": "assistant", "content": "a"}],
-        },
+        {"prompt": [turn(*S), turn(*Q)], "completion": [turn(*A)]},
         "prompt-completion",
-        [[("system", "s"), ("user", "q"), ("assistant", "a")]],
+        [[S, Q, A]],
     ),
     "s1K-1.1 trains the reasoning and the answer after it": (
         {
-            "question": "1+1?",
+            "question": "q",
             "solution": "2",
             "deepseek_thinking_trajectory": "One and one.",
             "deepseek_attempt": "It is 2.",
         },
         "prompt-completion",
-        [[("user", "1+1?"), ("assistant", "One and one.\n\nIt is 2.")]],
+        [[Q, ("assistant", "One and one.\n\nIt is 2.")]],
     ),
     "LIMO trains the worked solution": (
-        {"question": "1+1?", "solution": "One and one is 2.", "answer": "2"},
+        {"question": "q", "solution": "a", "answer": "2"},
         "prompt-completion",
-        [[("user", "1+1?"), ("assistant", "One and one is 2.")]],
+        [[Q, A]],
     ),
     "OpenOrca": (
         {"system_prompt": "s", "question": "q", "response": "a"},
         "prompt-completion",
-        [[("system", "s"), ("user", "q"), ("assistant", "a")]],
+        [[S, Q, A]],
     ),
     "Dolly": (
         {"instruction": "q", "context": "c", "response": "a"},
         "prompt-completion",
-        [[("user", "q\n\nc"), ("assistant", "a")]],
+        [[("user", "q\n\nc"), A]],
     ),
     "whole numbers": (
-        {"question": "1+1", "answer": 2},
+        {"question": "q", "answer": 2},
         "prompt-completion",
-        [[("user", "1+1"), ("assistant", "2")]],
+        [[Q, ("assistant", "2")]],
     ),
     "lima": (
         {"conversations": ["q", "a", "r", "b", "s"], "source": "x"},
         "lima",
-        [[("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]],
+        [[Q, A, ("user", "r"), ("assistant", "b")]],
     ),
     "self-instruct": (
         {
-            "instruction": "Up.",
-            "instances": [{"input": "a", "output": "A"}, {"input": "", "output": "B"}],
+            "instruction": "q",
+            "instances": [{"input": "a", "output": "A"}, {"input": "", "output": "a"}],
         },
         "self-instruct",
-        [
-            [("user", "Up.\n\na"), ("assistant", "A")],
-            [("user", "Up."), ("assistant", "B")],
-        ],
+        [[("user", "q\n\na"), ("assistant", "A")], [Q, A]],
     ),
 }
 
-# Rows with nothing to learn.
 EMPTY = [
     {"instruction": "q", "output": " \n"},
     {"instruction": "q", "output": None},
     {"conversations": ["only a question"]},
     {"conversations": []},
-    {"messages": [{"role": "user", "content": "q"}]},
-    {"messages": [{"role": "assistant", "content": ""}, {"role": "user", "content": "q"}]},
+    {"messages": [turn(*Q)]},
+    {"messages": [turn("assistant", ""), turn(*Q)]},
     {"messages": None},
     {"text": ""},
 ]
 
-# A row, the format insisted on, and the message.
-REFUSED = {
-    "unknown role": (
-        {"conversations": [{"from": "narrator", "value": "x"}]},
+# A row, the format that is forced, and the message.
+REFUSED = [
+    (
+        {"conversations": [old_turn("narrator", "x")]},
         "sharegpt",
         r"A role must be one of system.*got 'narrator' in row 1",
     ),
-    "tool": (
-        {"messages": [{"role": "tool", "content": "x"}]},
+    (
+        {"messages": [turn("tool", "x")]},
         "messages",
         r"got a tool's \(role 'tool'\) in row 1: few chat templates",
     ),
-    "tool call": (
-        {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]},
+    (
+        {"messages": [{**turn("assistant", None), "tool_calls": [{"id": 1}]}]},
         "messages",
         r"got a tool's \(role 'assistant'\) in row 1",
     ),
-    "turn without role": (
+    (
         {"messages": ["hello"]},
         "messages",
         r"must have role and content \(or from and value\), got 'hello' in row 1",
     ),
-    "not a list": ({"messages": "hello"}, "messages", r"`messages` must be a list.*str in row 1"),
-    "lima not a list": ({"conversations": "q"}, "lima", r"must be a list of texts, got str"),
-    "float": ({"text": 1.5}, "text", r"`text` must be text, got float in row 1"),
-    "bool": ({"text": True}, "text", r"`text` must be text, got bool in row 1"),
-    "history": (
+    ({"messages": "hello"}, "messages", r"`messages` must be a list.*str in row 1"),
+    ({"conversations": "q"}, "lima", r"must be a list of texts, got str"),
+    ({"text": 1.5}, "text", r"`text` must be text, got float in row 1"),
+    ({"text": True}, "text", r"`text` must be text, got bool in row 1"),
+    (
         {"instruction": "q", "output": "a", "history": ["x"]},
         "alpaca",
         r"`history` must be a list of \[question, answer\], got 'x' in row 1",
     ),
-    "instances": (
+    (
         {"instruction": "q", "instances": ["x"]},
         "self-instruct",
         r"`instances` must be a list of input and output.*in row 1",
     ),
-}
+]
 
 
 def turns(conversation):
@@ -186,7 +177,7 @@ def turns(conversation):
 
 @pytest.fixture(scope="module")
 def formats():
-    from keylayers.training import formats
+    from keylayers.data import formats
 
     return formats
 
@@ -195,50 +186,50 @@ def formats():
 def test_a_row_is_recognised_and_converted(formats, case):
     row, format, expected = CASES[case]
     assert formats.recognise(list(row), row) == format
-    converted = formats.conversations([row], format)
-    assert [turns(one) for one in converted.conversations] == expected
-    assert converted.num_dropped_empty == 0
+    assert formats.require_columns(format, list(row)) == format
+    found, num_dropped = formats.conversations([row], format)
+    assert [turns(conversation) for conversation in found] == expected
+    assert num_dropped == 0
 
 
-def test_plain_text_stays_as_it_is(formats):
+def test_plain_text_stays_as_it_is_and_differs_from_a_message(formats):
     row = {"text": " Once. "}
     assert formats.recognise(["text"], row) == "text"
-    assert formats.conversations([row], "text").conversations == [
-        formats.Conversation(text=" Once. ")
-    ]
+    text = formats.Conversation(text=" Once. ")
+    assert formats.conversations([row], "text") == ([text], 0)
+    message = formats.Conversation((formats.Message("assistant", " Once. "),))
+    assert text.digest() != message.digest()
 
 
 @pytest.mark.parametrize("row", EMPTY, ids=str)
 def test_a_row_without_an_answer_is_dropped_and_counted(formats, row):
     format = formats.recognise(list(row), row)
-    assert formats.conversations([row, row], format) == formats.Converted([], 2)
+    assert formats.conversations([row, row], format) == ([], 2)
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_trained_is_refused_with_its_row(formats, case):
+@pytest.mark.parametrize(("row", "format", "message"), REFUSED)
+def test_what_cannot_be_trained_is_refused_with_its_row(formats, row, format, message):
     from keylayers.errors import DataError
 
-    row, format, message = REFUSED[case]
     with pytest.raises(DataError, match=message) as caught:
         formats.conversations([row], format)
     assert "\n" not in str(caught.value)
 
 
-def test_the_row_number_counts_from_one(formats):
+def test_rows_are_counted_from_one(formats):
     from keylayers.errors import DataError
 
     with pytest.raises(DataError, match="in row 3"):
         formats.conversations([{"text": "a"}, {"text": "b"}, {"text": 0.5}], "text")
 
 
-def test_unknown_columns_are_listed_beside_all_formats(formats):
+def test_unknown_columns_are_listed_with_all_formats(formats):
     from keylayers.errors import DataError
 
     with pytest.raises(DataError, match="got body, title; known are") as caught:
         formats.recognise(["body", "title"], {})
-    assert "`--format`" in str(caught.value)
-    for format in formats.FORMATS:
-        assert f"{format} (" in str(caught.value)
+    for name in ("`--format`", *(f"{format} (" for format in formats.FORMATS)):
+        assert name in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +238,6 @@ def test_unknown_columns_are_listed_beside_all_formats(formats):
         {"prompt": "q", "chosen": "a", "rejected": "b"},
         {"prompt": "q", "completion": "a", "label": True},
     ],
-    ids=["dpo", "kto"],
 )
 def test_preference_data_is_not_mistaken_for_answers(formats, row):
     from keylayers.errors import DataError
@@ -259,45 +249,29 @@ def test_preference_data_is_not_mistaken_for_answers(formats, row):
 @pytest.mark.parametrize(
     ("format", "columns", "message"),
     [
-        (
-            "alpaca",
-            ["instruction", "response"],
-            "'alpaca' needs.*; output missing from instruction",
-        ),
+        ("alpaca", ["instruction", "x"], "'alpaca' needs.*; output missing from instruction"),
         ("prompt-completion", ["prompt"], "; completion missing from prompt"),
         ("text", [], "; text missing from no columns"),
+        ("sharegtp", ["conversations"], re.escape("did you mean 'sharegpt'?")),
     ],
 )
-def test_an_insisted_format_names_the_missing_columns(formats, format, columns, message):
-    from keylayers.errors import DataError
+def test_a_forced_format_that_does_not_fit_is_refused(formats, format, columns, message):
+    from keylayers.errors import KeylayersError
 
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(KeylayersError, match=message):
         formats.require_columns(format, columns)
-
-
-def test_a_misspelt_format_gets_a_suggestion(formats):
-    from keylayers.errors import ConfigError
-
-    with pytest.raises(ConfigError, match=re.escape("did you mean 'sharegpt'?")):
-        formats.require_columns("sharegtp", ["conversations"])
-
-
-def test_every_format_accepts_its_own_columns(formats):
-    for row, format, _ in CASES.values():
-        formats.require_columns(format, list(row))
 
 
 @given(st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), st.text()), max_size=6))
 def test_spellings_agree_and_every_conversation_ends_with_an_answer(found):
-    from keylayers.training import formats
+    from keylayers.data import formats
 
-    messages = [{"messages": [{"role": role, "content": text} for role, text in found]}]
-    sharegpt = [{"conversations": [{"from": role, "value": text} for role, text in found]}]
-    one = formats.conversations(messages, "messages")
-    other = formats.conversations(sharegpt, "sharegpt")
-    assert one == other
-    assert len(one.conversations) + one.num_dropped_empty == 1
-    for conversation in one.conversations:
+    messages = [{"messages": [turn(*each) for each in found]}]
+    sharegpt = [{"conversations": [old_turn(*each) for each in found]}]
+    usable, num_dropped = formats.conversations(messages, "messages")
+    assert formats.conversations(sharegpt, "sharegpt") == (usable, num_dropped)
+    assert len(usable) + num_dropped == 1
+    for conversation in usable:
         assert conversation.messages[-1].role == "assistant"
         assert conversation.messages[-1].content.strip()
         assert turns(conversation) == found[: len(conversation.messages)]
@@ -307,34 +281,27 @@ def test_spellings_agree_and_every_conversation_ends_with_an_answer(found):
 def test_digests_are_equal_exactly_for_equal_conversations(left, right):
     from keylayers.data.formats import Conversation, Message
 
-    one, other = (
-        Conversation(tuple(Message("user", text) for text in texts)) for texts in (left, right)
+    first, second = (
+        Conversation(tuple(Message("user", text) for text in texts)).digest()
+        for texts in (left, right)
     )
-    assert (one.digest() == other.digest()) == (left == right)
+    assert (first == second) == (left == right)
 
 
-def test_a_plain_text_and_a_message_of_it_differ_in_digest(formats):
-    text = formats.Conversation(text="a")
-    message = formats.Conversation((formats.Message("assistant", "a"),))
-    assert text.digest() != message.digest()
+@pytest.mark.parametrize(
+    ("name", "format", "count"),
+    [("alpaca_gpt4_999.json", "alpaca", 999), ("user_oriented_252.jsonl", "self-instruct", 252)],
+)
+def test_real_data_is_recognised(formats, shared, name, format, count):
+    text = (shared / "data/sft" / name).read_text(encoding="utf-8")
+    rows = json.loads(text) if name.endswith(".json") else list(map(json.loads, text.splitlines()))
+    assert formats.recognise(list(rows[0]), rows[0]) == format
+    assert len(formats.conversations(rows, format)[0]) == count
 
 
-def test_real_data_is_recognised(formats, shared):
-    rows = json.loads((shared / "data/sft/alpaca_gpt4_999.json").read_text(encoding="utf-8"))
-    assert formats.recognise(list(rows[0]), rows[0]) == "alpaca"
-    assert len(formats.conversations(rows, "alpaca").conversations) == 999
-    lines = (shared / "data/sft/user_oriented_252.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    assert formats.recognise(list(rows[0]), rows[0]) == "self-instruct"
-    assert len(formats.conversations(rows, "self-instruct").conversations) == 252
-
-
-def test_formats_import_neither_torch_nor_datasets():
-    import subprocess
-    import sys
-
+def test_data_imports_neither_torch_nor_datasets():
     code = (
-        "import sys, keylayers.data.formats, keylayers.data.chat, keylayers.data.prepare;"
+        "import sys, keylayers.data.prepare;"
         "print(sorted({'torch', 'transformers', 'datasets', 'jinja2'} & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -247,7 +247,7 @@ def test_the_docs_name_every_objective_and_its_data():
     from pathlib import Path
     from typing import get_args
 
-    from keylayers.data.preference_data import FORMAT_OF
+    from keylayers.data.preferences import FORMAT_OF
     from keylayers.model.options import Objective
     from keylayers.training.objectives import OBJECTIVES
     from keylayers.training.options import LOSS_UNITS

@@ -78,7 +78,6 @@ def test_pairs_of_all_formats_are_the_same_pairs(name):
     assert turns(found.prompt) == prompt
     assert [turns(answer) for answer in found.answers] == [chosen, rejected]
     assert num_dropped == 0
-    assert set(found.row()) == {"prompt", "chosen", "rejected"}
 
 
 @pytest.mark.parametrize("name", RATED)
@@ -93,28 +92,17 @@ def test_rated_answers_of_all_formats_are_the_same(name):
         [PLAIN[1]],
     )
     assert found.is_good is label
-    assert found.row()["label"] is label
 
 
-WRONG_COLUMNS = [
-    (
-        "pairs",
-        "dpo",
-        ["prompt", "completion"],
-        r"`objective` dpo needs the columns chosen\+rejected",
-    ),
-    (
-        "pairs",
-        "reward",
-        ["messages", "label"],
-        r"these are rated answers: choose `--objective` kto",
-    ),
-    ("rated", "kto", ["prompt", "chosen", "rejected"], r"label .* these are pairs: choose .* dpo"),
-    ("rated", "kto", ["label", "text"], r"got label, text; rename the columns"),
-]
-
-
-@pytest.mark.parametrize(("format", "objective", "columns", "message"), WRONG_COLUMNS)
+@pytest.mark.parametrize(
+    ("format", "objective", "columns", "message"),
+    [
+        ("pairs", "dpo", ["prompt", "completion"], r"dpo needs the columns chosen\+rejected"),
+        ("pairs", "reward", ["messages", "label"], r"these are rated .*: choose `--objective` kto"),
+        ("rated", "kto", ["prompt", "chosen", "rejected"], r"label .* are pairs: choose .* dpo"),
+        ("rated", "kto", ["label", "text"], r"got label, text; rename the columns"),
+    ],
+)
 def test_columns_for_another_objective_are_refused_with_what_is_needed(
     format, objective, columns, message
 ):
@@ -125,20 +113,16 @@ def test_columns_for_another_objective_are_refused_with_what_is_needed(
         require_preferences(format, objective, columns)
 
 
-WRONG_ROWS = [
-    ("rated", {"prompt": "Hi?", "completion": "Good.", "label": "yes"}, "must be true or false"),
-    ("rated", {"prompt": "Hi?", "completion": "Good.", "label": 3}, "must be true or false, got 3"),
-    ("pairs", {"chosen": "Good.", "rejected": "Bad."}, "A pair must have a prompt"),
-    ("pairs", {"prompt": "Hi?", "chosen": 1.5, "rejected": "Bad."}, "`chosen` must be text"),
-    (
-        "pairs",
-        {"prompt": [{"role": "critic"}], "chosen": "a", "rejected": "b"},
-        "'critic' in row 1",
-    ),
-]
-
-
-@pytest.mark.parametrize(("format", "row", "message"), WRONG_ROWS)
+@pytest.mark.parametrize(
+    ("format", "row", "message"),
+    [
+        ("rated", {"prompt": "q", "completion": "a", "label": "yes"}, "must be true or false"),
+        ("rated", {"prompt": "q", "completion": "a", "label": 3}, "must be true or false, got 3"),
+        ("pairs", {"chosen": "a", "rejected": "b"}, "A pair must have a prompt"),
+        ("pairs", {"prompt": "q", "chosen": 1.5, "rejected": "b"}, "`chosen` must be text"),
+        ("pairs", {"prompt": [{"role": "x"}], "chosen": "a", "rejected": "b"}, "'x' in row 1"),
+    ],
+)
 def test_rows_that_cannot_be_read_are_named(format, row, message):
     from keylayers.data.preferences import preferences
     from keylayers.errors import DataError
@@ -195,7 +179,8 @@ def test_three_splits_that_never_mix(tmp_path, objective, kind):
     assert {str(row["prompt"]) for row in other.held_out} != sets[2]
     assert again.content_sha256 != data.content_sha256  # another order
     assert data.format == kind
-    assert "20 examples" not in data.summary()[0]
+    answers = ["chosen", "rejected"] if kind == "pairs" else ["completion", "label"]
+    assert data.train.column_names == ["prompt", *answers]
     assert "16 examples to train, 2 for the mask and 2 held out" in data.summary()[0]
 
 
@@ -216,35 +201,23 @@ def test_the_tokens_of_the_answers_are_counted_as_the_trainer_cuts_them(tmp_path
     assert counts.num_label_tokens == 8 * sum(answers)
 
 
-REFUSED = [
-    ({"format": "alpaca"}, "pairs", "dpo", "`format` must be left out with `objective` dpo"),
-    ({"max_positions": 4}, "pairs", "dpo", "Prompts must leave room for an answer in 4 tokens"),
-]
-
-
-@pytest.mark.parametrize(("options", "kind", "objective", "message"), REFUSED)
-def test_options_without_effect_and_lengths_without_room(
-    tmp_path, options, kind, objective, message
+@pytest.mark.parametrize(
+    ("kind", "objective", "options", "message"),
+    [
+        ("pairs", "dpo", {"format": "alpaca"}, "`format` must be left out with `objective` dpo"),
+        ("pairs", "dpo", {"max_positions": 4}, "must leave room for an answer in 4 tokens"),
+        ("good", "kto", {}, "Rated answers must be good and bad"),
+        ("pairs", "sft", {}, "choose an objective for preferences with `--objective`"),
+    ],
+)
+def test_data_and_options_that_do_not_fit_the_objective_are_refused(
+    tmp_path, kind, objective, options, message
 ):
     from keylayers.errors import KeylayersError
 
+    rows = [{**row, "label": True} for row in many("rated")] if kind == "good" else many(kind)
     with pytest.raises(KeylayersError, match=message):
-        prepared(tmp_path, many(kind), objective, **options)
-
-
-def test_answers_of_one_label_only_are_refused(tmp_path):
-    from keylayers.errors import DataError
-
-    rows = [{**row, "label": True} for row in many("rated")]
-    with pytest.raises(DataError, match="must be good and bad"):
-        prepared(tmp_path, rows, "kto")
-
-
-def test_pairs_are_no_data_for_supervised_fine_tuning(tmp_path):
-    from keylayers.errors import DataError
-
-    with pytest.raises(DataError, match="choose an objective for preferences with `--objective`"):
-        prepared(tmp_path, many("pairs"), "sft")
+        prepared(tmp_path, rows, objective, **options)
 
 
 def test_csv_and_parquet_are_read_too(tmp_path):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations rendered by a chat template and cut into tokens, with the loss on the answers only.
+"""Conversations rendered by a chat template and tokenised, with the loss on the answers only.
 
-The whole conversation is rendered as one text and tokenised once, so that token boundaries are
-those of the model's own use. Which characters are answers comes from the template's
-`{% generation %}` markers, or else from rendering turn by turn; offsets carry that over to tokens.
+The whole conversation is rendered as one text and tokenised once, so token boundaries are the same
+as when the model is used. The template's `{% generation %}` markers say which characters are
+answers; without markers, rendering turn by turn does. Offsets carry that over to tokens.
 """
 
 import re
@@ -24,8 +24,8 @@ _BATCH_SIZE = 512  # conversations; bounds the memory that offsets take
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # "alpaca" is the default for models without a template because it is plain words. ChatML's marks
-# are new tokens for most base models: untrained embeddings where they are added, and where they are
-# not, a dozen pieces per turn that merge with the text around them.
+# are new tokens for most base models: if they are added, their embeddings are untrained; if not,
+# each turn gets a dozen pieces that merge with the text around them.
 # The end-of-sequence token ends every answer and not just the last, so that a conversation reads
 # the same in training and when it is continued later.
 BUILT_IN = {
@@ -51,6 +51,7 @@ BUILT_IN = {
     ),
 }
 
+_ERRORS = (AttributeError, TypeError, ValueError)
 _Span = tuple[int, int]  # first character, and the one after the last
 
 
@@ -74,13 +75,18 @@ class Encoded:
 
     input_ids: list[int]
     labels: list[int]
-    """The token itself where the loss counts, -100 elsewhere; not shifted."""
+    """The token itself where the loss counts it, -100 elsewhere; not shifted."""
     num_tokens: int
     """Length before the cut."""
     num_prompt_tokens: int
     """Tokens before the first one that the loss counts, before the cut."""
     is_last_answer_only: bool
-    """Earlier answers could not be told from the rest, so the loss leaves them out."""
+    """The template hides where earlier answers are, so the loss leaves them out."""
+
+    @property
+    def num_used_tokens(self) -> int:
+        """Tokens after the cut."""
+        return len(self.input_ids)
 
     @property
     def num_label_tokens(self) -> int:
@@ -92,6 +98,15 @@ class Encoded:
         """Whether the end was cut off."""
         return self.num_tokens > len(self.input_ids)
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether anything is left to learn."""
+        return self.num_label_tokens > 0
+
+    def row(self) -> dict[str, object]:
+        """The columns that TRL's trainer takes as they are."""
+        return {"input_ids": self.input_ids, "labels": self.labels}
+
 
 def resolve_template(
     tokenizer: "transformers.PreTrainedTokenizerBase", choice: str | None
@@ -99,7 +114,7 @@ def resolve_template(
     """The template to use.
 
     Args:
-        tokenizer: its own template is used when there is no choice; if it has none, "alpaca".
+        tokenizer: Its own template is the default; if it has none, "alpaca" is.
         choice: "alpaca", "chatml" or the path of a Jinja file.
 
     Raises:
@@ -116,8 +131,9 @@ def resolve_template(
     name = choice or "alpaca"
     if name in BUILT_IN:
         # Rendered text is tokenised without the tokenizer's own special tokens, so a built-in
-        # template writes the start token itself, for the tokenizers that always put it.
-        start = "{{ bos_token }}" if _puts_start_token(tokenizer) else ""
+        # template writes the start token itself if the tokenizer always puts one.
+        bos = tokenizer.bos_token_id
+        start = "{{ bos_token }}" if bos is not None and tokenizer.encode("a")[:1] == [bos] else ""
         return ChatTemplate(name, start + BUILT_IN[name], "built-in")
     path = Path(name).expanduser()
     try:
@@ -129,16 +145,6 @@ def resolve_template(
         ) from error
 
 
-def encode(
-    conversation: Conversation,
-    tokenizer: "transformers.PreTrainedTokenizerBase",
-    template: ChatTemplate | None,
-    max_length: int,
-) -> Encoded:
-    """The tokens and labels of one conversation; `encode_all` is faster for many."""
-    return next(encode_all([conversation], tokenizer, template, max_length))
-
-
 def encode_all(
     conversations: Iterable[Conversation],
     tokenizer: "transformers.PreTrainedTokenizerBase",
@@ -147,16 +153,16 @@ def encode_all(
 ) -> Iterator[Encoded]:
     """The tokens and labels of each conversation, in order.
 
-    The loss counts every answer with the tokens that close it, and nothing else. A last answer that
-    the template closes with no special token gets the end-of-sequence token, or the tuned model
-    would never learn to stop. Plain text counts as a whole.
+    The loss counts every answer with the tokens that close it, and nothing else. If the template
+    closes the last answer with no special token, the end-of-sequence token is added, or the tuned
+    model would never learn to stop. Plain text counts as a whole.
 
     Args:
-        conversations: all with messages, or all plain text.
-        tokenizer: one with offsets (fast) is exact; for others the pieces of a conversation are
-            tokenised one by one, which can set different boundaries where they meet.
-        template: not needed for plain text.
-        max_length: in tokens; what is longer loses its end.
+        conversations: All with messages, or all plain text.
+        tokenizer: A fast tokenizer has offsets and is exact. With others the pieces of a
+            conversation are tokenised separately, which can change boundaries where they meet.
+        template: None for plain text.
+        max_length: In tokens; longer conversations lose their end.
 
     Raises:
         DataError: the template fails, loses the answer, or hides where it is.
@@ -167,12 +173,11 @@ def encode_all(
         if template is None:
             yield from _encode_texts(batch, tokenizer, max_length)
             continue
-        rendered = [_locate(one.messages, tokenizer, template) for one in batch]
+        rendered = [_locate(conversation.messages, tokenizer, template) for conversation in batch]
         closed = [_close(text, spans, tokenizer, special) for text, spans in rendered]
-        for one, (_, spans), (ids, labels) in zip(
-            batch, closed, _tokenise(closed, tokenizer), strict=True
-        ):
-            num_answers = sum(message.role == "assistant" for message in one.messages)
+        tokenised = _tokenise(closed, tokenizer)
+        for conversation, (_, spans), (ids, labels) in zip(batch, closed, tokenised, strict=True):
+            num_answers = sum(message.role == "assistant" for message in conversation.messages)
             yield _cut(ids, labels, max_length, is_last_answer_only=len(spans) < num_answers)
 
 
@@ -191,20 +196,15 @@ def _encode_texts(
     max_length: int,
 ) -> Iterator[Encoded]:
     """Plain text as the tokenizer takes it, plus the end-of-sequence token if there is one."""
-    texts = [one.text or "" for one in batch]
+    texts = [conversation.text or "" for conversation in batch]
     eos = tokenizer.eos_token_id
     for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
         whole = ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
         yield _cut(whole, list(whole), max_length, is_last_answer_only=False)
 
 
-def _puts_start_token(tokenizer: "transformers.PreTrainedTokenizerBase") -> bool:
-    start = tokenizer.bos_token_id
-    return start is not None and tokenizer.encode("a")[:1] == [start]
-
-
 def _special_tokens(tokenizer: "transformers.PreTrainedTokenizerBase") -> str:
-    """A pattern for any one special token, or one that never matches."""
+    """A pattern that matches any special token; without special tokens it never matches."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     found = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
     return "|".join(re.escape(token) for token in found) or "(?!)"
@@ -218,8 +218,9 @@ def render(
     prompt: bool = False,
 ) -> tuple[str, list[_Span]]:
     """The text that `apply_chat_template` makes, and the spans inside generation markers."""
-    # `apply_chat_template` gives marked spans in tokens only, and loses or overruns those that
-    # begin or end with a character that no token holds, so this calls what it calls.
+    # transformers 5.23: `apply_chat_template` returns the marked spans as tokens only, and loses or
+    # overruns spans that begin or end with a character that no token holds. So we call the function
+    # that it calls, which returns characters.
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -231,20 +232,11 @@ def render(
             return_assistant_tokens_mask=template.has_markers,
             **tokenizer.special_tokens_map,
         )
-    # A template is a program: besides Jinja's own errors it fails with those of Python's operators.
-    except (
-        TemplateError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as error:
+    # A template is a program, so it can also fail with the errors of Python's operators.
+    except (TemplateError, ArithmeticError, LookupError, *_ERRORS) as error:
         reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"The chat template {template.name!r} must render every conversation, it failed with: "
-            f"{reason}; mend the template or choose another `--chat-template`."
-        ) from error
+        must = f"render every conversation, it failed with: {reason}"
+        raise _wrong(template, must) from error
     return texts[0], [tuple(span) for span in spans[0]] if spans else []
 
 
@@ -253,29 +245,29 @@ def _locate(
     tokenizer: "transformers.PreTrainedTokenizerBase",
     template: ChatTemplate,
 ) -> tuple[str, list[_Span]]:
-    """The rendered conversation and the spans of its answers, of which the last is certain."""
+    """The rendered conversation and the spans of its answers, at least that of the last one."""
     text, spans = render(messages, tokenizer, template)
-    advice = "mend the template or choose another `--chat-template`."
-    if not text.strip():
-        raise DataError(
-            f"The chat template {template.name!r} must render every conversation, "
-            f"it rendered nothing; {advice}"
-        )
     answer = messages[-1].content.strip()
+    if not text.strip():
+        raise _wrong(template, "render every conversation, it rendered nothing")
     if answer not in text:
-        raise DataError(
-            f"The chat template {template.name!r} must render the whole answer, "
-            f"it lost {answer[:60]!r}; {advice}"
-        )
+        raise _wrong(template, f"render the whole answer, it lost {answer[:60]!r}")
     if not template.has_markers:
         spans = _prefix_spans(messages, tokenizer, template, text)
     if not spans or answer not in text[slice(*spans[-1])]:
-        raise DataError(
-            f"The chat template {template.name!r} must show where the answer {answer[:60]!r} is, "
-            "by `{% generation %}` markers around it or by rendering the turns before it the same "
-            f"with and without it; {advice}"
+        raise _wrong(
+            template,
+            f"show where the answer {answer[:60]!r} is, by `{{% generation %}}` markers around it "
+            "or by rendering the turns before it the same with and without it",
         )
     return text, spans
+
+
+def _wrong(template: ChatTemplate, must: str) -> DataError:
+    return DataError(
+        f"The chat template {template.name!r} must {must}; fix the template or choose another "
+        "`--chat-template`."
+    )
 
 
 def _prefix_spans(
@@ -284,25 +276,21 @@ def _prefix_spans(
     template: ChatTemplate,
     text: str,
 ) -> list[_Span]:
-    """The spans of all answers, of the last one if earlier ones change later, or none."""
-    spans: list[_Span | None] = []
-    for i, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
+    """The spans of all answers; only the last if later turns change how others are rendered."""
+
+    def span(end: int) -> _Span | None:
         try:
-            before, _ = render(messages[:i], tokenizer, template, prompt=True)
-            after = text
-            if i + 1 < len(messages):
-                after, _ = render(messages[: i + 1], tokenizer, template)
-        except (
-            DataError
-        ):  # the whole conversation rendered, but the template refuses this part of it
-            spans.append(None)
-            continue
-        holds = after.startswith(before) and text.startswith(after)
-        spans.append((len(before), len(after)) if holds else None)
-    known = [span for span in spans if span is not None]
-    return known if len(known) == len(spans) else [span for span in spans[-1:] if span is not None]
+            before, _ = render(messages[: end - 1], tokenizer, template, prompt=True)
+            is_last = end == len(messages)
+            after = text if is_last else render(messages[:end], tokenizer, template)[0]
+        except DataError:  # the template renders the whole conversation but refuses this part
+            return None
+        is_prefix = after.startswith(before) and text.startswith(after)
+        return (len(before), len(after)) if is_prefix else None
+
+    ends = [end for end, message in enumerate(messages, 1) if message.role == "assistant"]
+    spans = [span(end) for end in ends]
+    return [found for found in (spans[-1:] if None in spans else spans) if found is not None]
 
 
 def _close(
@@ -311,12 +299,12 @@ def _close(
     tokenizer: "transformers.PreTrainedTokenizerBase",
     special: str,
 ) -> tuple[str, list[_Span]]:
-    """The text and spans, such that the last answer ends with a token that says stop."""
+    """The text and spans, changed so that the last answer ends with a token that says stop."""
     start, end = spans[-1]
     if re.search(rf"(?:{special})\s*\Z", text[start:end]):
         return text, spans
     if closing := re.match(rf"\s*(?:{special})", text[end:]):
-        # The markers leave out the closing token; it follows earlier answers too.
+        # The closing token is outside the markers, for earlier answers too.
         mark = closing.group()
         return text, [(a, b + len(mark) if text.startswith(mark, b) else b) for a, b in spans]
     if tokenizer.eos_token is None:
@@ -336,7 +324,7 @@ def _tokenise(
         for text, spans in closed:
             yield _tokenise_pieces(text, spans, tokenizer)
         return
-    # The rendered text holds all special tokens already; adding them would double the first.
+    # The rendered text has all special tokens already; adding them would double the first.
     encoded = tokenizer(
         [text for text, _ in closed],
         add_special_tokens=False,
@@ -353,7 +341,7 @@ def _tokenise(
 def _label(ids: list[int], offsets: Sequence[_Span], spans: Sequence[_Span]) -> list[int]:
     """Labels for tokens that hold at least one character of a span.
 
-    A token with equal offsets holds the blank just before them: tokenizers of the GPT-2 kind leave
+    A token whose offsets are equal holds the blank just before them: tokenizers like GPT-2's leave
     blanks out of offsets.
     """
     labels = [IGNORED] * len(ids)

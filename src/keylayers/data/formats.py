@@ -2,7 +2,7 @@
 """Rows of the common fine-tuning formats, turned into conversations.
 
 A format is recognised by its columns. Every format but plain text becomes a list of messages with
-the roles system, user and assistant, so that the rest of keylayers knows one form only.
+the roles system, user and assistant, so the rest of keylayers handles a single form.
 """
 
 import hashlib
@@ -34,8 +34,8 @@ PAIRS: tuple[tuple[str, ...], ...] = (
     ("instruction", "response"),
 )
 
-# The order decides for rows that fit several formats: UltraChat and No Robots carry `prompt` beside
-# `messages`, and Alpaca carries the joined `text` beside its own columns.
+# The first match wins: UltraChat and No Robots have `prompt` as well as `messages`, and Alpaca has
+# the joined `text` as well as its own columns.
 _COLUMNS: dict[Format, tuple[tuple[str, ...], ...]] = {
     "messages": (("messages",),),
     "sharegpt": (("conversations",),),
@@ -54,7 +54,7 @@ _ROLES: dict[str, Role] = {
 }
 _TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observation", "ipython")
 _SYSTEM_COLUMNS = ("system", "system_prompt")
-_DOCUMENT_COLUMNS = ("input", "context")  # what an instruction is about: Alpaca, Dolly
+_DOCUMENT_COLUMNS = ("input", "context")  # the text that an instruction refers to: Alpaca, Dolly
 
 # Every column that may hold text, for readers that would guess a type instead.
 TEXT_COLUMNS: tuple[str, ...] = (
@@ -87,38 +87,37 @@ class Conversation:
         return hashlib.sha256(json.dumps([turns, self.text]).encode("ascii")).digest()
 
 
-@dataclass(frozen=True)
-class Converted:
-    """The usable conversations in the order of their rows, and how many had no answer to learn."""
-
-    conversations: list[Conversation]
-    num_dropped_empty: int
-
-
 def recognise(columns: Collection[str], first_row: Row) -> Format:
     """The format that the columns show.
 
     Args:
-        columns: the names of all columns.
-        first_row: tells ShareGPT from LIMA, whose column has the same name.
+        columns: The names of all columns.
+        first_row: Tells ShareGPT from LIMA, which use the same column.
 
     Raises:
         DataError: no format has these columns, or they hold preference data.
     """
-    _refuse_preferences(columns, first_row)
+    if {"chosen", "rejected"} <= set(columns) or isinstance(first_row.get("label"), bool):
+        # It looks like plain answers, but half of them are answers to avoid.
+        raise DataError(
+            "Supervised fine-tuning needs answers to imitate, got preference data (columns "
+            f"{', '.join(columns)}); choose an objective for preferences with `--objective`, keep "
+            "the good answers only, or force a format with `--format`."
+        )
     for format in FORMATS:
         if any(set(names) <= set(columns) for names in _COLUMNS[format]):
-            if format == "sharegpt" and _holds_strings(first_row["conversations"]):
-                return "lima"
-            return format
+            turns = first_row["conversations"] if format == "sharegpt" else None
+            is_lima = isinstance(turns, list) and bool(turns) and isinstance(turns[0], str)
+            return "lima" if is_lima else format
+    known = "; ".join(f"{format} ({_describe(format)})" for format in FORMATS)
     raise DataError(
         f"The columns must fit a known format, got {', '.join(columns) or 'none'}; known are "
-        f"{_describe_formats()}. Rename the columns, or insist on a format with `--format`."
+        f"{known}. Rename the columns, or force a format with `--format`."
     )
 
 
 def require_columns(format: str, columns: Collection[str]) -> Format:
-    """The format that was asked for by name, if it can be read from these columns.
+    """The format that the user asked for, if these columns hold it.
 
     Raises:
         ConfigError: there is no such format.
@@ -141,11 +140,15 @@ def require_columns(format: str, columns: Collection[str]) -> Format:
     return asked
 
 
-def conversations(rows: Iterable[Row], format: Format) -> Converted:
-    """The conversations in the rows.
+def _describe(format: Format) -> str:
+    return " or ".join("+".join(names) for names in _COLUMNS[format])
 
-    Turns after the last answer are cut off. What then has no answer, or an empty one, is dropped
-    and counted.
+
+def conversations(rows: Iterable[Row], format: Format) -> tuple[list[Conversation], int]:
+    """The conversations in the rows, in order, and how many had no answer to learn.
+
+    Turns after the last answer are cut off. A conversation without an answer, or with an empty
+    last answer, is dropped and counted.
 
     Raises:
         DataError: a value is not text, or a role is unknown; names the row, counted from 1.
@@ -155,44 +158,20 @@ def conversations(rows: Iterable[Row], format: Format) -> Converted:
     num_dropped_empty = 0
     for number, row in enumerate(rows, start=1):
         for found in convert(row, number):
-            conversation = _end_with_answer(found)
-            if conversation is None:
-                num_dropped_empty += 1
+            messages = until_answer(found.messages)
+            answer = found.text or (messages[-1].content if messages else "")
+            if answer.strip():
+                usable.append(Conversation(messages, found.text))
             else:
-                usable.append(conversation)
-    return Converted(usable, num_dropped_empty)
+                num_dropped_empty += 1
+    return usable, num_dropped_empty
 
 
-def _end_with_answer(conversation: Conversation) -> Conversation | None:
-    """The conversation up to its last answer, or nothing if there is none to learn."""
-    if conversation.text is not None:
-        return conversation if conversation.text.strip() else None
-    messages = conversation.messages
+def until_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The turns up to the last answer; empty without an answer."""
     while messages and messages[-1].role != "assistant":
         messages = messages[:-1]
-    return Conversation(messages) if messages and messages[-1].content.strip() else None
-
-
-def _refuse_preferences(columns: Collection[str], first_row: Row) -> None:
-    """Preference data looks like plain answers, and half of those are the ones to avoid."""
-    if {"chosen", "rejected"} <= set(columns) or isinstance(first_row.get("label"), bool):
-        raise DataError(
-            "Supervised fine-tuning needs answers to imitate, got preference data (columns "
-            f"{', '.join(columns)}); choose an objective for preferences with `--objective`, keep "
-            "the good answers only, or insist on a format with `--format`."
-        )
-
-
-def _describe(format: Format) -> str:
-    return " or ".join("+".join(names) for names in _COLUMNS[format])
-
-
-def _describe_formats() -> str:
-    return "; ".join(f"{format} ({_describe(format)})" for format in FORMATS)
-
-
-def _holds_strings(turns: object) -> bool:
-    return isinstance(turns, list) and bool(turns) and isinstance(turns[0], str)
+    return messages
 
 
 def read_text(value: object, column: str, number: int) -> str:
@@ -203,12 +182,12 @@ def read_text(value: object, column: str, number: int) -> str:
     """
     if value is None:
         return ""
-    if isinstance(value, list) and all(_is_text_part(part) for part in value):
-        return "".join(part["text"] for part in value)
+    if isinstance(value, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in value
+    ):
+        return "".join(part["text"] for part in value)  # content in parts, as for vision models
     if isinstance(value, int) and not isinstance(value, bool):
-        return str(
-            value
-        )  # the answers of GSM8K; a float is refused, as 1.50 would come back as 1.5
+        return str(value)  # GSM8K's answers; floats are refused, as 1.50 would come back as 1.5
     if not isinstance(value, str):
         raise DataError(
             f"`{column}` must be text, got {type(value).__name__} in row {number}; "
@@ -217,13 +196,8 @@ def read_text(value: object, column: str, number: int) -> str:
     return value
 
 
-def _is_text_part(part: object) -> bool:
-    """Content may come in parts, as for models that also see images; parts of text are accepted."""
-    return isinstance(part, dict) and isinstance(part.get("text"), str)
-
-
 def read_system(row: Row, number: int) -> tuple[Message, ...]:
-    """The system's turn of a row that has a column for it, or nothing."""
+    """The system turn from a row's own column for it, or nothing."""
     for column in _SYSTEM_COLUMNS:
         if content := read_text(row.get(column), column, number):
             return (Message("system", content),)
@@ -231,27 +205,35 @@ def read_system(row: Row, number: int) -> tuple[Message, ...]:
 
 
 def read_question(row: Row, column: str, number: int) -> Message:
-    """The user's turn: the question, and below it the document that the question is about."""
-    parts = [
-        read_text(row.get(name), name, number)
-        for name in (column, *_DOCUMENT_COLUMNS)
-        if row.get(name)
-    ]
-    return Message("user", "\n\n".join(parts))
+    """The user's turn: the question, and below it the document that it refers to."""
+    names = [name for name in (column, *_DOCUMENT_COLUMNS) if row.get(name)]
+    return Message("user", "\n\n".join(read_text(row.get(name), name, number) for name in names))
+
+
+def read_messages(turns: object, column: str, number: int) -> tuple[Message, ...]:
+    """The turns of a cell, as `role` and `content` or as `from` and `value`.
+
+    Raises:
+        DataError: it is no list of turns, or a role is unknown; names the row.
+    """
+    if isinstance(turns, dict) and all(isinstance(values, list) for values in turns.values()):
+        # `datasets` stores a Sequence of structs as one list per field.
+        fields = zip(*turns.values(), strict=True)
+        turns = [dict(zip(turns, values, strict=True)) for values in fields]
+    if turns is not None and not isinstance(turns, list):
+        raise _wrong(f"`{column}` must be a list of turns", type(turns).__name__, number)
+    return tuple(_message(turn, number) for turn in turns or ())
 
 
 def _message(turn: object, number: int) -> Message:
-    """A turn in either spelling: `role` and `content`, or `from` and `value`."""
     if not isinstance(turn, dict) or not ({"role", "from"} & turn.keys()):
-        raise DataError(
-            f"A turn must have role and content (or from and value), got {str(turn)[:60]!r} in row "
-            f"{number}; rewrite the row or insist on another `--format`."
-        )
+        must = "A turn must have role and content (or from and value)"
+        raise _wrong(must, f"{str(turn)[:60]!r}", number)
     role = turn.get("role") or turn.get("from")
     name = role if isinstance(role, str) else f"{role!s:.60}"
     if name in _TOOL_ROLES or turn.get("tool_calls"):
         raise DataError(
-            f"A turn must be of system, user or assistant, got a tool's (role {name!r}) "
+            f"A turn must be from system, user or assistant, got a tool's (role {name!r}) "
             f"in row {number}: few chat templates render these; remove such rows."
         )
     if name not in _ROLES:
@@ -262,23 +244,10 @@ def _message(turn: object, number: int) -> Message:
     return Message(_ROLES[name], read_text(turn.get(column), column, number))
 
 
-def read_messages(turns: object, column: str, number: int) -> tuple[Message, ...]:
-    """The turns of a cell, in either spelling.
-
-    Raises:
-        DataError: it is no list of turns, or a role is unknown; names the row.
-    """
-    if isinstance(turns, dict) and all(isinstance(values, list) for values in turns.values()):
-        # `datasets` stores a Sequence of structs as one list per field.
-        turns = [
-            dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)
-        ]
-    if turns is not None and not isinstance(turns, list):
-        raise DataError(
-            f"`{column}` must be a list of turns, got {type(turns).__name__} in row {number}; "
-            "rewrite the row or insist on another `--format`."
-        )
-    return tuple(_message(turn, number) for turn in turns or ())
+def _wrong(must: str, got: str, number: int) -> DataError:
+    return DataError(
+        f"{must}, got {got} in row {number}; rewrite the row or force another `--format`."
+    )
 
 
 def _from_messages(row: Row, number: int) -> list[Conversation]:
@@ -291,10 +260,7 @@ def _from_messages(row: Row, number: int) -> list[Conversation]:
 def _from_lima(row: Row, number: int) -> list[Conversation]:
     turns = row["conversations"] or []
     if not isinstance(turns, list):
-        raise DataError(
-            f"`conversations` must be a list of texts, got {type(turns).__name__} in row {number}; "
-            "rewrite the row or insist on another `--format`."
-        )
+        raise _wrong("`conversations` must be a list of texts", type(turns).__name__, number)
     roles: tuple[Role, Role] = ("user", "assistant")
     texts = [read_text(turn, "conversations", number) for turn in turns]
     return [Conversation(tuple(Message(roles[i % 2], text) for i, text in enumerate(texts)))]
@@ -305,10 +271,8 @@ def _from_alpaca(row: Row, number: int) -> list[Conversation]:
     history: list[Message] = []  # LLaMA-Factory: earlier turns as pairs of question and answer
     for pair in row.get("history") or ():  # type: ignore[attr-defined]
         if not (isinstance(pair, list) and len(pair) == 2):
-            raise DataError(
-                f"`history` must be a list of [question, answer], got {str(pair)[:60]!r} in row "
-                f"{number}; rewrite the row."
-            )
+            must = "`history` must be a list of [question, answer]"
+            raise _wrong(must, f"{str(pair)[:60]!r}", number)
         history.append(Message("user", read_text(pair[0], "history", number)))
         history.append(Message("assistant", read_text(pair[1], "history", number)))
     question = read_question(row, "instruction", number)
@@ -317,16 +281,13 @@ def _from_alpaca(row: Row, number: int) -> list[Conversation]:
 
 def _from_self_instruct(row: Row, number: int) -> list[Conversation]:
     instances = row["instances"] or []
-    if not (isinstance(instances, list) and all(isinstance(one, dict) for one in instances)):
-        raise DataError(
-            f"`instances` must be a list of input and output, got {str(instances)[:60]!r} in row "
-            f"{number}; rewrite the row."
-        )
+    if not (isinstance(instances, list) and all(isinstance(each, dict) for each in instances)):
+        must = "`instances` must be a list of input and output"
+        raise _wrong(must, f"{str(instances)[:60]!r}", number)
     found = []
     for instance in instances:
-        question = read_question(
-            {**instance, "instruction": row["instruction"]}, "instruction", number
-        )
+        asked = {**instance, "instruction": row["instruction"]}
+        question = read_question(asked, "instruction", number)
         answer = Message("assistant", read_text(instance.get("output"), "output", number))
         found.append(Conversation((question, answer)))
     return found

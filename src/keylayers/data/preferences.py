@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of the common preference formats: a prompt with a better and a worse answer, or a rated one.
 
-Recognised by their columns, and turned into messages as the other formats are, so that one chat
-template renders all data alike.
+They are recognised by their columns and turned into messages. TRL's trainers render and tokenise
+these; here they are only measured, so that an example that a trainer would drop, or empty by
+cutting, is left out and counted.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from keylayers.data.chat import ChatTemplate, render
 from keylayers.data.formats import (
     Message,
     Row,
@@ -18,13 +20,25 @@ from keylayers.data.formats import (
     read_question,
     read_system,
     read_text,
+    until_answer,
 )
 from keylayers.errors import DataError
+from keylayers.model.options import Objective
+
+if TYPE_CHECKING:
+    import transformers
 
 PreferenceFormat: TypeAlias = Literal["pairs", "rated"]
+FORMAT_OF: dict[Objective, PreferenceFormat] = {
+    "dpo": "pairs",
+    "kto": "rated",
+    "orpo": "pairs",
+    "reward": "pairs",
+}
+ADDED_TOKENS = 2  # ORPO's trainer (TRL 1.16) adds a start and an end token where they are missing
 
 _ASKED = ("prompt", "conversations", "messages", "instruction", "question", "query")
-_RATED = ("label", "kto_tag")  # LLaMA-Factory's name is the second
+_RATED = ("label", "kto_tag")  # LLaMA-Factory uses the second
 _ANSWERED = ("completion", "response", "output")
 _NEEDED = {
     "pairs": (
@@ -44,51 +58,124 @@ _OTHER: dict[PreferenceFormat, str] = {
 
 @dataclass(frozen=True)
 class Preference:
-    """A prompt, and a chosen and a rejected answer to it, or one answer and its label."""
+    """A prompt with a chosen and a rejected answer, or with one answer and its label."""
 
     prompt: tuple[Message, ...]
     answers: tuple[tuple[Message, ...], ...]
     is_good: bool | None = None
-    """Of the one answer; nothing for a pair."""
+    """The label of the single answer; None for a pair."""
 
     def digest(self) -> bytes:
         """The SHA-256 of the canonical form; equal exactly for equal preferences."""
-        turns = [[[one.role, one.content] for one in part] for part in (self.prompt, *self.answers)]
+        parts = (self.prompt, *self.answers)
+        turns = [[[message.role, message.content] for message in part] for part in parts]
         return hashlib.sha256(json.dumps([turns, self.is_good]).encode("ascii")).digest()
+
+
+@dataclass(frozen=True)
+class MeasuredPreference:
+    """A preference and the lengths of its parts, before and after the cut to `max_length`."""
+
+    preference: Preference
+    objective: Objective
+    max_length: int
+    num_prompt_tokens: int
+    num_whole_tokens: tuple[int, ...]
+    """Tokens of the prompt with each answer, before the cut."""
+    is_last_answer_only: bool = False
+    """Never: the loss counts the answers alone."""
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether the end of an answer is cut off."""
+        return max(self.num_whole_tokens) > self.max_length
+
+    @property
+    def num_used_tokens(self) -> int:
+        """Tokens after the cut; a pair has two sequences."""
+        return sum(min(whole, self.max_length) for whole in self.num_whole_tokens)
+
+    @property
+    def num_label_tokens(self) -> int:
+        """Tokens of the answers after the cut."""
+        cut = (min(whole, self.max_length) for whole in self.num_whole_tokens)
+        return sum(max(0, whole - self.num_prompt_tokens) for whole in cut)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the trainer would use it; a reward model must see both answers whole."""
+        if self.objective == "reward":
+            return not self.is_truncated
+        return self.num_prompt_tokens + ADDED_TOKENS <= self.max_length
 
     def row(self) -> dict[str, object]:
         """The columns that TRL's trainers take."""
+        found = self.preference
+        names = ("chosen", "rejected") if found.is_good is None else ("completion",)
+        parts = {"prompt": found.prompt, **dict(zip(names, found.answers, strict=True))}
+        columns: dict[str, object] = {
+            name: [{"role": message.role, "content": message.content} for message in part]
+            for name, part in parts.items()
+        }
+        return columns if found.is_good is None else columns | {"label": found.is_good}
 
-        def turns(messages: tuple[Message, ...]) -> list[dict[str, str]]:
-            return [{"role": one.role, "content": one.content} for one in messages]
 
-        names = ("chosen", "rejected") if self.is_good is None else ("completion",)
-        columns: dict[str, object] = {"prompt": turns(self.prompt)}
-        columns |= {name: turns(one) for name, one in zip(names, self.answers, strict=True)}
-        return columns if self.is_good is None else columns | {"label": self.is_good}
+def measure(
+    preference: Preference,
+    objective: Objective,
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    template: ChatTemplate,
+    max_length: int,
+) -> MeasuredPreference:
+    """The preference with its lengths in tokens.
+
+    Raises:
+        DataError: the template fails on it.
+    """
+
+    def length(messages: Sequence[Message], *, prompt: bool = False) -> int:
+        text, _ = render(messages, tokenizer, template, prompt=prompt)
+        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    prompt = preference.prompt
+    whole = tuple(length([*prompt, *answer]) for answer in preference.answers)
+    num_prompt_tokens = length(prompt, prompt=True)
+    return MeasuredPreference(preference, objective, max_length, num_prompt_tokens, whole)
 
 
 def require_preferences(format: PreferenceFormat, objective: str, columns: Collection[str]) -> None:
-    """Refuse columns that hold no preferences of this kind.
+    """Refuse columns that do not hold preferences in this format.
 
     Raises:
-        DataError: says which columns the objective needs, and what these would do for.
+        DataError: says which columns the objective needs, and which objective these columns fit.
     """
-    if format in _kinds(columns):
+    found = _formats(columns)
+    if format in found:
         return
-    others = "".join(f"; these are {_OTHER[kind]}" for kind in _kinds(columns))
+    others = "".join(f"; these are {_OTHER[other]}" for other in found)
     raise DataError(
         f"`objective` {objective} needs the columns {_NEEDED[format]}, got "
         f"{', '.join(columns) or 'none'}{others or '; rename the columns'}."
     )
 
 
+def _formats(columns: Collection[str]) -> list[PreferenceFormat]:
+    names = set(columns)
+    found: list[PreferenceFormat] = []
+    if {"chosen", "rejected"} <= names:
+        found.append("pairs")
+    has_answer = names & set(_ANSWERED) and names & set(_ASKED)
+    if names & set(_RATED) and (names & {"messages", "conversations"} or has_answer):
+        found.append("rated")
+    return found
+
+
 def preferences(rows: Iterable[Row], format: PreferenceFormat) -> tuple[list[Preference], int]:
     """The preferences in the rows, in order, and how many rows had no prompt or no answer.
 
     Raises:
-        DataError: a value is not text, a role is unknown, or a label is neither yes nor no; names
-            the row, counted from 1.
+        DataError: a value is not text, a role is unknown, or a label is neither true nor false;
+            names the row, counted from 1.
     """
     convert = _CONVERTERS[format]
     usable, num_dropped_empty = [], 0
@@ -102,32 +189,20 @@ def preferences(rows: Iterable[Row], format: PreferenceFormat) -> tuple[list[Pre
     return usable, num_dropped_empty
 
 
-def _kinds(columns: Collection[str]) -> list[PreferenceFormat]:
-    """Which kinds of preferences these columns hold."""
-    names = set(columns)
-    kinds: list[PreferenceFormat] = []
-    if {"chosen", "rejected"} <= names:
-        kinds.append("pairs")
-    has_answer = names & set(_ANSWERED) and names & set(_ASKED)
-    if names & set(_RATED) and (names & {"messages", "conversations"} or has_answer):
-        kinds.append("rated")
-    return kinds
-
-
 def _from_pairs(row: Row, number: int) -> Preference:
     chosen, rejected = (_answer(row[name], name, number) for name in ("chosen", "rejected"))
     if any(answer[:1] and answer[0].role != "assistant" for answer in (chosen, rejected)):
-        shared = 0  # whole conversations, UltraFeedback's even beside a prompt column
-        for one, other in zip(chosen, rejected, strict=False):
-            if one != other:
+        shared = 0  # whole conversations; UltraFeedback has them in addition to a prompt column
+        for left, right in zip(chosen, rejected, strict=False):
+            if left != right:
                 break
             shared += 1
         return Preference(chosen[:shared], (chosen[shared:], rejected[shared:]))
     prompt = _prompt(row, number)
     if not prompt and not any(name in row for name in _ASKED):
         raise DataError(
-            f"A pair must have a prompt, got `chosen` and `rejected` alone in row {number}; give a "
-            "column `prompt`, or whole conversations as lists of role and content."
+            f"A pair must have a prompt, got only `chosen` and `rejected` in row {number}; add a "
+            "column `prompt`, or give whole conversations as lists of role and content."
         )
     return Preference(prompt, (chosen, rejected))
 
@@ -137,20 +212,18 @@ def _from_rated(row: Row, number: int) -> Preference:
     label = row[name]
     if not (isinstance(label, bool) or (isinstance(label, int) and label in (0, 1))):
         raise DataError(
-            f"`{name}` must be true or false, got {label!r} in row {number}; mend the row."
+            f"`{name}` must be true or false, got {label!r} in row {number}; fix the row."
         )
     answered = next((column for column in _ANSWERED if column in row), None)
     if answered is not None:
         answer = _answer(row[answered], answered, number)
         return Preference(_prompt(row, number), (answer,), bool(label))
-    turns = _prompt(row, number)
-    while turns and turns[-1].role != "assistant":
-        turns = turns[:-1]
+    turns = until_answer(_prompt(row, number))
     return Preference(turns[:-1], (turns[-1:],), bool(label))
 
 
 def _prompt(row: Row, number: int) -> tuple[Message, ...]:
-    """What comes before the answers: messages, or text as the user's turn."""
+    """The turns before the answers: messages, or text as the user's turn."""
     column = next((name for name in _ASKED if name in row), None)
     if column is None:
         return ()
@@ -165,7 +238,7 @@ def _prompt(row: Row, number: int) -> tuple[Message, ...]:
 
 def _answer(value: object, column: str, number: int) -> tuple[Message, ...]:
     """An answer as text, as one turn, or as a list of turns."""
-    if isinstance(value, dict) and not all(isinstance(one, list) for one in value.values()):
+    if isinstance(value, dict) and not all(isinstance(part, list) for part in value.values()):
         return read_messages([value], column, number)
     if isinstance(value, (list, dict)):
         return read_messages(value, column, number)

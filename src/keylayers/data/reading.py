@@ -1,32 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file, a folder or a hub data set as conversations; no code that comes with data is run."""
+"""A file, a folder or a hub data set as rows; no code that comes with data is run."""
 
+import gzip
 import logging
 import re
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from keylayers.data.formats import (
     TEXT_COLUMNS,
-    Converted,
+    Conversation,
     Format,
     Row,
     conversations,
     recognise,
     require_columns,
 )
-from keylayers.data.json_shape import check_shape
 from keylayers.data.options import DataOptions
-from keylayers.errors import DataError, did_you_mean
+from keylayers.data.preferences import (
+    FORMAT_OF,
+    Preference,
+    PreferenceFormat,
+    preferences,
+    require_preferences,
+)
+from keylayers.errors import ConfigError, DataError, did_you_mean
+from keylayers.model.options import Objective
 
 if TYPE_CHECKING:
     import datasets
 
-# File endings and the reader of `datasets` for each. CSV cells stay text, as "007" and "NA" must.
+# File endings and the reader of `datasets` for each. `datasets` 5 takes JSON that looks like a
+# coding agent's trace apart, unless told not to. CSV cells stay text: "007" and "NA" are answers.
 _READERS: dict[str, tuple[str, dict[str, object]]] = {
     ".json": ("json", {"parse_agent_traces": False}),
     ".jsonl": ("json", {"parse_agent_traces": False}),
@@ -38,20 +48,26 @@ _READERS: dict[str, tuple[str, dict[str, object]]] = {
 }
 _HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
 _READ_ROWS = 1000  # rows turned into Python objects at a time
+_DEEPEST = 500  # levels of JSON; conversations have four
+_JSON_PARTS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]|\bnull\b')
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows as they are in the data."""
+    """The rows of a data set as they are."""
 
     columns: tuple[str, ...]
     rows: Callable[[], Iterator[Row]]
-    """Gives them from the first one on, each time it is called."""
+    """Yields the rows from the first one on, each time it is called."""
 
 
 @contextmanager
 def opened(options: DataOptions) -> Iterator[Table]:
-    """The rows of the data, of which there is at least one, for the length of the block."""
+    """The rows of the data, at least one, for the length of the block.
+
+    Raises:
+        DataError: the data cannot be found or read, or has no rows.
+    """
     # The user's cache would hide edits of a file from the next run, and keep a copy of the data.
     with tempfile.TemporaryDirectory(prefix="keylayers-data-") as cache, quiet_datasets():
         found = _open(options, cache)
@@ -60,20 +76,50 @@ def opened(options: DataOptions) -> Iterator[Table]:
         yield Table(tuple(found.column_names), lambda: _rows(found))
 
 
-def read_conversations(options: DataOptions) -> tuple[Format, Converted]:
-    """Everything usable in the data, in order, and the format it had."""
+def read_conversations(options: DataOptions) -> tuple[Format, list[Conversation], int]:
+    """The format of the data, the usable conversations in order, and the number of empty ones.
+
+    Raises:
+        DataError: the data cannot be read or recognised, or holds no answer.
+    """
     with opened(options) as table:
         if options.format is None:
             format = recognise(table.columns, next(table.rows()))
         else:
             format = require_columns(options.format, table.columns)
-        converted = conversations(table.rows(), format)
-    if not converted.conversations:
+        found, num_dropped_empty = conversations(table.rows(), format)
+    if not found:
         raise DataError(
-            f"The data must hold answers to learn, got {converted.num_dropped_empty} rows without "
-            f"one in the format {format!r}; check the columns or insist on another `--format`."
+            f"The data must hold answers to learn, got {num_dropped_empty} rows without one in the "
+            f"format {format!r}; check the columns or force another `--format`."
         )
-    return format, converted
+    return format, found, num_dropped_empty
+
+
+def read_preferences(
+    options: DataOptions, objective: Objective
+) -> tuple[PreferenceFormat, list[Preference], int]:
+    """The format that the objective needs, the usable preferences, and the number of empty ones.
+
+    Raises:
+        ConfigError: a format is given, which has no effect.
+        DataError: the data cannot be read, does not fit the objective, or holds no answer.
+    """
+    if options.format is not None:
+        raise ConfigError(
+            f"`format` must be left out with `objective` {objective}, whose columns decide, got "
+            f"{options.format!r}"
+        )
+    format = FORMAT_OF[objective]
+    with opened(options) as table:
+        require_preferences(format, objective, table.columns)
+        found, num_dropped_empty = preferences(table.rows(), format)
+    if not found:
+        raise DataError(
+            f"The data must hold prompts with answers, got {num_dropped_empty} rows without; check "
+            "the columns."
+        )
+    return format, found, num_dropped_empty
 
 
 def _rows(found: "datasets.Dataset") -> Iterator[Row]:
@@ -87,7 +133,7 @@ def _rows(found: "datasets.Dataset") -> Iterator[Row]:
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Keeps `datasets` from printing: what goes wrong is in the exception."""
+    """Keeps `datasets` from printing: the exception says what went wrong."""
     import datasets
 
     verbosity = datasets.logging.get_verbosity()
@@ -103,32 +149,32 @@ def quiet_datasets() -> Iterator[None]:
 
 
 def _open(options: DataOptions, cache: str) -> "datasets.Dataset":
-    """The rows of a file, a folder or a hub data set; no code that comes with data is ever run."""
     import datasets
 
     path = Path(options.data).expanduser()
     hub = _HUB_NAME.fullmatch(options.data)
     try:
-        if path.is_dir() and any(
-            (path / name).is_file() for name in ("state.json", "dataset_dict.json")
-        ):
+        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             return _open_saved(path, options.data_split)
         if path.exists():
-            reader, reader_options = _reader(path)
+            reader, more = _reader(path)
+            files = {"data_files": str(path)} if path.is_file() else {}
             if reader == "json":
-                check_shape(path)
-            files = (
-                {"path": reader, "data_files": str(path)} if path.is_file() else {"path": str(path)}
-            )
+                for file in [path] if path.is_file() else sorted(path.rglob("*.json*")):
+                    _check_json(file)
             return datasets.load_dataset(
-                split=options.data_split, cache_dir=cache, **files, **reader_options
+                path=reader if path.is_file() else str(path),
+                split=options.data_split,
+                cache_dir=cache,
+                **files,
+                **more,
             )
         if hub is None or _suffix(path) in _READERS:
             raise DataError(_missing(path))
         return datasets.load_dataset(hub["name"], hub["config"], split=options.data_split)
     except DataError:
         raise
-    except StopIteration as error:  # how `datasets` answers to an empty JSON file
+    except StopIteration as error:  # how `datasets` 5 reacts to an empty JSON file
         raise DataError(_empty(options)) from error
     # What the readers raise for broken, mixed or missing data; Arrow's errors are among these.
     except (
@@ -155,17 +201,40 @@ def _open_saved(path: Path, split: str) -> "datasets.Dataset":
     return saved[split] if isinstance(saved, DatasetDict) else saved
 
 
+def _check_json(path: Path) -> None:
+    """Refuse JSON that ends the process without a message in pyarrow 26.0.1.
+
+    Its reader overflows the stack on deep nesting, and reads a bad address where the first rows of
+    a block are `null`.
+    """
+    depth = row_depth = 0  # row_depth is 1 in a list of rows
+    broken = suppress(OSError, EOFError, zlib.error)  # the reader says what is wrong
+    with broken, gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            is_object = line.startswith(b"{") and line.rstrip().endswith(b"}")
+            if depth == 0 and is_object and line.count(b"{") + line.count(b"[") <= _DEEPEST:
+                continue  # a plain row, as nearly all lines are
+            for part in _JSON_PARTS.findall(line):
+                row_depth = int(part == b"[") if depth == 0 and part in b"[{" else row_depth
+                depth = max(0, depth + (part in b"[{") - (part in b"]}"))
+                if depth > _DEEPEST or (part == b"null" and depth <= row_depth):
+                    raise DataError(
+                        f"JSON data must be objects, nested at most {_DEEPEST} levels deep, but "
+                        f"line {number} of {str(path)!r} is null or nested deeper; fix it"
+                    )
+
+
 def _suffix(path: Path) -> str:
     return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
 
 
 def _reader(path: Path) -> tuple[str, dict[str, object]]:
-    """The reader for a file, or for the one kind of data files in a folder."""
+    """The reader for a file, or for the single type of data files in a folder."""
     files = [path] if path.is_file() else path.rglob("*")
-    found = sorted({_suffix(one) for one in files if one.is_file()} & _READERS.keys())
+    found = sorted({_suffix(file) for file in files if file.is_file()} & _READERS.keys())
     if len({_READERS[suffix][0] for suffix in found}) != 1:
         raise DataError(
-            f"Data files must be of one kind ({', '.join(_READERS)}, maybe with .gz), got "
+            f"Data files must be of one type ({', '.join(_READERS)}, optionally with .gz), got "
             f"{' and '.join(found) or 'none of these'} in {str(path)!r}; convert, or give one file."
         )
     return _READERS[found[0]]
@@ -176,7 +245,7 @@ def _empty(options: DataOptions) -> str:
 
 
 def _missing(path: Path) -> str:
-    siblings = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
     return (
         "`data` must be a file, a folder or a hub data set as owner/name, "
         f"got {str(path)!r}, which is none of them{did_you_mean(path.name, siblings)}"
@@ -184,7 +253,7 @@ def _missing(path: Path) -> str:
 
 
 def _unreadable(options: DataOptions, error: BaseException, *, is_hub: bool) -> str:
-    """One line with the innermost cause, which is the one that names the place."""
+    """One line with the innermost cause, which names the place in the file."""
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
@@ -196,5 +265,5 @@ def _unreadable(options: DataOptions, error: BaseException, *, is_hub: bool) -> 
         )
     return (
         f"{options.data!r} must be readable as a table with one type per column (split "
-        f"{options.data_split!r}), got: {reason}. Mend the file or choose another `--data-split`."
+        f"{options.data_split!r}), got: {reason}. Fix the file or choose another `--data-split`."
     )

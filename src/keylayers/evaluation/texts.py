@@ -78,8 +78,8 @@ def _forgetting(options: LossOptions, loaded: Loaded) -> Examples:
         tokens = _pieces(Path(source), loaded, length, options.forgetting_examples)
     else:
         # `format` is that of the fine-tune's data, not of this.
-        format, converted = read_conversations(replace(options.data_options(source), format=None))
-        chosen = list({one.digest(): one for one in converted.conversations}.values())
+        format, found, _ = read_conversations(replace(options.data_options(source), format=None))
+        chosen = list({one.digest(): one for one in found}.values())
         template = None
         if format != "text":
             template = resolve_template(loaded.tokenizer, options.chat_template)

@@ -15,7 +15,7 @@ from keylayers.apply.prune import WEIGHTS, num_parameters, prune_adapter
 from keylayers.apply.restore import prove_restored, restore_modules
 from keylayers.apply.saving import copy_files
 from keylayers.commands.run_options import PruneOptions
-from keylayers.data.prepared import PreparedData
+from keylayers.data.prepare import PreparedData
 from keylayers.environment import environment
 from keylayers.errors import GuardError
 from keylayers.evaluation.loss import held_out_loss

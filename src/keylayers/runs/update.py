@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keylayers.commands.run_options import RankOptions
-from keylayers.data.prepared import PreparedData
+from keylayers.data.prepare import PreparedData
 from keylayers.model.loading import Checkpoint, load_adapter, load_model
 from keylayers.model.options import ModelOptions, Towers, UpdateOptions
 from keylayers.model.weights import adapter_sha256, tensors_sha256

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import Trainer
 
 from keylayers.commands.run_options import VerifyOptions
-from keylayers.data.prepared import PreparedData
+from keylayers.data.prepare import PreparedData
 from keylayers.environment import environment
 from keylayers.evaluation.mask_curve import mask_curve
 from keylayers.files import json_sha256, output_folder

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from keylayers.apply.adapter import add_lora
-from keylayers.data.prepared import PreparedData
+from keylayers.data.prepare import PreparedData
 from keylayers.data.reading import quiet_datasets
 from keylayers.errors import ConfigError, LossError
 from keylayers.model.sharding import place_model
