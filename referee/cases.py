@@ -296,6 +296,7 @@ def add_data(case: Callable[..., None], cases: Cases) -> None:
     )
     for name in ("dpo", "kto"):
         options = ("--data", SHARED / f"data/preference/{name}_300.json", "--objective", name)
+        options = (*options, "--max-examples", 300, "--held-out", 12, "--max-steps", 4)
         case(f"objective-{name}-english", cases.rank, "english", *options)
     steps = ("--max-steps", 3, "--method", "gradient-norm")
     for name in ("alpaca", "sharegpt", "messages", "prompt-completion", "lima", "text"):
