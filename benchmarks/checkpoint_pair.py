@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from keylayers.model.loading import Checkpoint, load_model
 from keylayers.model.options import ModelOptions
-from keylayers.options import MaskOptions
-from keylayers.scores import score_modules
+from keylayers.scores.score_modules import score_modules
+from keylayers.scores.scoring_options import scoring_options
 from keylayers.updates import dense_updates
 from keylayers.updates.dense import take_other_weights
 
@@ -119,7 +119,7 @@ def rank(model: LlamaForCausalLM, tokens: torch.Tensor, folder: Path) -> None:
     checkpoint = Checkpoint.open(ModelOptions(model=str(folder / "tuned")))
     updates = dense_updates(model, checkpoint)
     take_other_weights(model, checkpoint)
-    options = MaskOptions(method="path", mask_batches=1, path_points=2)
+    options = scoring_options(method="path", mask_batches=1, path_points=2)
     score_modules(trainer_of(model, tokens), updates, options)
 
 

@@ -81,7 +81,7 @@ def mask_steps(model: PeftModel) -> list[float]:
     """ILA as published, by the trainer's own loss and loader."""
     import tempfile
 
-    from keylayers import MaskOptions, rank_modules
+    from keylayers import rank_modules
 
     mib: list[float] = []
 
@@ -102,7 +102,7 @@ def mask_steps(model: PeftModel) -> list[float]:
                 key: torch.tensor([row[key] for row in rows]) for key in rows[0]
             },
         )
-        rank_modules(trainer, MaskOptions(method="ila", mask_steps=NUM_STEPS), see)
+        rank_modules(trainer, "ila", mask_steps=NUM_STEPS, on_step=see)
     return mib
 
 

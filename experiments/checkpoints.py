@@ -15,8 +15,8 @@ import torch
 
 from keylayers.environment import environment
 from keylayers.files import write_json
-from keylayers.options import MaskOptions
-from keylayers.scores import score_modules
+from keylayers.scores.score_modules import score_modules
+from keylayers.scores.scoring_options import scoring_options
 
 INITIAL_SCORES = (4.0, 2.0, 1.0)  # those of the paper (from memory of its text)
 
@@ -27,10 +27,10 @@ def run(cell, folder, shared):
     for part in (*cells.CHECKPOINT_FRACTIONS, None):
         loaded = cells.load(cell, folder, shared, part)
         loaded.trainer.train_dataset = loaded.mask
-        settings = {f"at {part or 1.0:g} of stage 1": MaskOptions(mask_seed=cell.seed)}
+        settings = {f"at {part or 1.0:g} of stage 1": scoring_options(mask_seed=cell.seed)}
         if part is None:
             settings |= {
-                f"ila from {score:g}": MaskOptions(
+                f"ila from {score:g}": scoring_options(
                     method="ila", initial_score=score, mask_seed=cell.seed
                 )
                 for score in INITIAL_SCORES

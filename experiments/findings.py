@@ -6,7 +6,6 @@ python experiments/findings.py       # prints them all; a test compares them wit
 
 import json
 import statistics
-import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -355,19 +354,16 @@ def forgotten_table():
 
 
 def catalogue_table():
-    """Every method: what its file says it is, and the options that it takes."""
-    from keylayers.options import METHOD_OPTIONS
-    from keylayers.scores import METHODS
+    """Every method of the table, with a link to the file that scores."""
+    from keylayers.scores.methods import BUILT_IN
 
     rows = []
-    for name, function in METHODS.items():
-        module = sys.modules[function.__module__]
-        title = module.__doc__.splitlines()[0].split(": ", 1)[1].rstrip(".")
-        file = module.__name__.rsplit(".", 1)[1]
-        options = ", ".join(f"`{one}`" for one in METHOD_OPTIONS[name]) or "none"
+    for method in BUILT_IN:
+        file = method.function.split(":")[0].rsplit(".", 1)[1]
+        options = ", ".join(f"`{name}`" for name in method.option_names) or "none"
         link = f"[{file}.py](../src/keylayers/scores/{file}.py)"
-        rows.append([f"`{name}`", title, link, options])
-    return markdown(["method", "score", "source, cost, blind spots", "options"], rows)
+        rows.append([f"`{method.name}`", method.title, link, method.source, options])
+    return markdown(["method", "score", "formula, cost, blind spots", "source", "options"], rows)
 
 
 def own_code_table():

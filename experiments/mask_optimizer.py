@@ -28,8 +28,8 @@ from keylayers.files import write_json
 from keylayers.model.loading import load_model, load_tokenizer, max_positions
 from keylayers.model.modules import map_modules
 from keylayers.model.options import ModelOptions
-from keylayers.options import MaskOptions
-from keylayers.scores.ila import ila
+from keylayers.scores.score_modules import score_modules
+from keylayers.scores.scoring_options import scoring_options
 from keylayers.training.options import TrainingOptions
 from keylayers.training.run import fine_tune, make_trainer, new_adapter
 from keylayers.updates import adapter_updates
@@ -37,7 +37,7 @@ from keylayers.updates import adapter_updates
 NUM_POINTS = 15
 NUM_RANDOM_ORDERS = 5
 SETTINGS = [
-    MaskOptions(
+    scoring_options(
         method="ila", mask_optimizer=optimizer, mask_learning_rate=rate, initial_score=score
     )
     for optimizer, rates in (("sgd", (3.0, 10.0, 30.0)), ("adam", (0.01, 0.05)))
@@ -48,15 +48,15 @@ SETTINGS = [
 
 def score(trainer, updates, setting, seed):
     """The scores of one setting of the published relaxation."""
-    return ila(trainer, updates, replace(setting, mask_seed=seed))
+    return score_modules(trainer, updates, replace(setting, mask_seed=seed))
 
 
 def describe(setting):
     """How a record names a setting."""
     return {
-        "optimizer": setting.mask_optimizer,
-        "learning_rate": setting.mask_learning_rate,
-        "initial_score": setting.initial_score,
+        "optimizer": setting.options.mask_optimizer,
+        "learning_rate": setting.options.mask_learning_rate,
+        "initial_score": setting.options.initial_score,
     }
 
 

@@ -9,26 +9,27 @@ from dataclasses import replace
 
 import mask_optimizer
 
-from keylayers.options import MaskOptions
-from keylayers.scores import METHODS
+from keylayers.scores.score_modules import score_modules
+from keylayers.scores.scoring_options import scoring_options
 
 SETTINGS = [
-    MaskOptions(method="ila"),
-    MaskOptions(method="path", path_points=8, mask_batches=2),
-    MaskOptions(method="path", path_points=8, mask_batches=8),
+    scoring_options(method="ila"),
+    scoring_options(method="path", path_points=8, mask_batches=2),
+    scoring_options(method="path", path_points=8, mask_batches=8),
 ]
 
 
 def score(trainer, updates, setting, seed):
     """The scores of one method."""
-    return METHODS[setting.method](trainer, updates, replace(setting, mask_seed=seed), None)
+    return score_modules(trainer, updates, replace(setting, mask_seed=seed))
 
 
 def describe(setting):
     """How a record names a setting."""
+    own = setting.options
     return {
         "method": setting.method,
-        "passes": setting.mask_steps if setting.method == "ila" else 8 * setting.mask_batches,
+        "passes": own.mask_steps if setting.method == "ila" else 8 * own.mask_batches,
     }
 
 

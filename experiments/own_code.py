@@ -33,8 +33,8 @@ from keylayers.files import write_json
 from keylayers.model.loading import load_model, load_tokenizer, max_positions
 from keylayers.model.modules import blocks_of, map_modules
 from keylayers.model.options import ModelOptions
-from keylayers.options import MaskOptions
-from keylayers.scores import score_modules
+from keylayers.scores.score_modules import score_modules
+from keylayers.scores.scoring_options import scoring_options
 from keylayers.scores.spectrum import signal_to_noise
 from keylayers.training.options import TrainingOptions
 from keylayers.training.run import make_trainer, new_adapter
@@ -191,7 +191,7 @@ def main():
 
     def scored(method):
         size = {} if method == "kappatune" else {"mask_batches": NUM_EXAMPLES}
-        options = MaskOptions(method=method, **size)
+        options = scoring_options(method=method, **size)
         found = score_modules(task.trainer, adapter_updates(task.trainer.model), options)
         return dict(zip(found.module_names, found.scores, strict=True))
 

@@ -22,8 +22,8 @@ import torch
 from keylayers.environment import environment
 from keylayers.evaluation.mask_curve import subset_losses
 from keylayers.files import write_json
-from keylayers.options import MaskOptions
-from keylayers.scores import score_modules
+from keylayers.scores.score_modules import score_modules
+from keylayers.scores.scoring_options import scoring_options
 from keylayers.training.run import fine_tune, make_trainer
 from keylayers.updates import adapter_updates
 
@@ -74,7 +74,7 @@ def trial(index, folder):
     if has_noise:
         add_noise(updates, names, torch.Generator().manual_seed(index))
     trainer.train_dataset = loaded.mask
-    found = score_modules(trainer, updates, MaskOptions(mask_seed=index))
+    found = score_modules(trainer, updates, scoring_options(mask_seed=index))
     ordered = sorted(zip(found.module_names, found.scores, strict=True), key=lambda one: -one[1])
     return {
         "index": index,

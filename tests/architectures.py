@@ -205,7 +205,7 @@ class Outcome:
 
 def whole_way(architecture: Architecture) -> Outcome:
     """LoRA on all modules, rank, select, train the selection from scratch, save, reload."""
-    from keylayers import MaskOptions, rank_modules
+    from keylayers import rank_modules
     from keylayers.apply.adapter import add_lora
     from keylayers.model.modules import map_modules
 
@@ -214,7 +214,7 @@ def whole_way(architecture: Architecture) -> Outcome:
     options = {"r": 2, "lora_alpha": 8, "task_type": architecture.task}
     trainer = trainer_of(add_lora(base, [info.name for info in infos], **options), architecture)
     trainer.train()
-    ranking = rank_modules(trainer, MaskOptions(method="path", mask_batches=1, path_points=2))
+    ranking = rank_modules(trainer, method="path", mask_batches=1, path_points=2)
     assert {one.name for one in ranking.modules} == {info.name for info in infos}
     selection = ranking.select(0.3)
     open_error, closed_error = gate_errors(trainer, architecture)

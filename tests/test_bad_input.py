@@ -126,10 +126,10 @@ def test_rank_refuses(tiny, files, tmp_path, capsys, changes, message):
 )
 def test_values_that_a_method_cannot_use_are_refused(options, message):
     from keylayers.errors import ConfigError
-    from keylayers.options import MaskOptions
+    from keylayers.scores.scoring_options import scoring_options
 
     with pytest.raises(ConfigError, match=message):
-        MaskOptions(**options)
+        scoring_options(**options)
 
 
 @pytest.fixture(scope="module")

@@ -115,13 +115,15 @@ def make(kind, folder, **options):
 
 def freezing(**options):
     """Stable at exactly step 8, when two windows of losses are there."""
-    from keylayers import FreezeUnimportant, MaskOptions, StabilityOptions
+    from keylayers import FreezeUnimportant, StabilityOptions
 
     own = {
         "stability": StabilityOptions(max_steps=13, window=FREEZE_STEP // 2, epsilon=1e9),
-        "mask": MaskOptions(mask_batches=2),
+        "mask_batches": 2,
         "mask_dataset": data(12),
     }
+    if "mask_steps" in options:
+        del own["mask_batches"]
     return FreezeUnimportant(**(own | options))
 
 
@@ -201,10 +203,10 @@ def is_zero(matrices, names):
 @pytest.mark.parametrize("kind", ["DPO", "KTO", "ORPO", "Reward", "GRPO"])
 def test_trainers_that_switch_adapters_in_their_loss_train_nothing_that_is_frozen(kind):
     """PEFT thaws an adapter whenever it is switched on again, as after each reference pass."""
-    from keylayers import FreezeUnimportant, MaskOptions, StabilityOptions
+    from keylayers import FreezeUnimportant, StabilityOptions
 
     trainer = build(kind, "config", is_trained=False, is_moved=False, max_steps=5)
-    quick = {"mask": MaskOptions(mask_batches=1), "stability": StabilityOptions(max_steps=3)}
+    quick = {"mask_batches": 1, "stability": StabilityOptions(max_steps=3)}
     callback, snapshots = FreezeUnimportant(0.5, **quick), Snapshots()
     for one in (callback, snapshots):
         trainer.add_callback(one)
@@ -232,10 +234,9 @@ def test_no_optimiser_moves_what_is_frozen(optim, tmp_path):
 @pytest.mark.parametrize("method", ["elimination", "ila", "adalora", "gradient-norm", "eva"])
 def test_until_the_freeze_takes_effect_the_run_is_the_same(kind, method, tmp_path):
     """The ranking leaves no trace: the next step sees the same batch, dropout and gradients."""
-    from keylayers import MaskOptions
-
-    steps = {"mask_steps": 3} if method in ("ila", "adalora") else {"mask_batches": 2}
-    callback = freezing(mask=MaskOptions(method=method, **steps), mask_dataset=None)
+    takes_steps = method in ("ila", "adalora")
+    steps = {"mask_steps": 3} if takes_steps else {"mask_batches": 2}
+    callback = freezing(method=method, mask_dataset=None, **steps)
     with_it, without = Snapshots(), Snapshots()
     options = {"max_grad_norm": 0.0, "logging_steps": 1}  # else clipping sees fewer gradients
     first = run(kind, tmp_path / "a", callback, with_it, **options)

@@ -58,9 +58,9 @@ def test_the_default_is_better_than_leave_one_out_and_every_rival_at_a_fifth_of_
     """What the README says, recomputed from the record."""
     made = runpy.run_path(str(ROOT / "experiments" / "findings.py"))
     record = made["load"]("rankings")
-    from keylayers.options import MaskOptions
+    from keylayers.scores.scoring_options import scoring_options
 
-    assert MaskOptions().method == "elimination"
+    assert scoring_options().method == "elimination"
     means = {
         one: sum(made["mean_areas"](record, *one).values()) / 6 for one in made["variants"](record)
     }

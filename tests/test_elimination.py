@@ -11,7 +11,10 @@ from test_scores import by_name, score
 
 
 def test_the_sizes_of_the_rounds_by_hand():
-    from keylayers.options.passes import round_sizes
+    from keylayers.scores.options import EliminationOptions
+
+    def round_sizes(num_gates, keep_fraction):
+        return EliminationOptions(keep_fraction=keep_fraction).round_sizes(num_gates)
 
     assert round_sizes(56, 0.7) == [56, 39, 27, 19, 13, 9, 6, 4]
     assert round_sizes(56, 0.5) == [56, 28, 14, 7, 4]

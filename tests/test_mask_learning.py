@@ -66,17 +66,17 @@ def trainer_of(model, **options):
 
 
 def options_of(**values):
-    from keylayers.options import MaskOptions
+    from keylayers.scores.scoring_options import scoring_options
 
     own = {"mask_learning_rate": 1.0, "mask_steps": 3, "initial_score": 2.0}
-    return MaskOptions(**{"method": "ila", "mask_optimizer": "sgd"} | own | values)
+    return scoring_options(**{"method": "ila", "mask_optimizer": "sgd"} | own | values)
 
 
 def learn(trainer, **values):
-    from keylayers.scores.ila import ila
+    from keylayers.scores.score_modules import score_modules
     from keylayers.updates import adapter_updates
 
-    return ila(trainer, adapter_updates(trainer.model), options_of(**values))
+    return score_modules(trainer, adapter_updates(trainer.model), options_of(**values))
 
 
 def test_one_step_of_sgd_is_the_formula():

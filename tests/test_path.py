@@ -6,12 +6,12 @@ from test_mask_learning import PLANTED, data, noisy_model, planted_model, traine
 
 
 def score(trainer, **values):
-    from keylayers.options import MaskOptions
-    from keylayers.scores import METHODS
+    from keylayers.scores.score_modules import score_modules
+    from keylayers.scores.scoring_options import scoring_options
     from keylayers.updates import adapter_updates
 
-    options = MaskOptions(**{"method": "path", "mask_batches": 2, "path_points": 8} | values)
-    return METHODS["path"](trainer, adapter_updates(trainer.model), options, None)
+    options = scoring_options(**{"method": "path", "mask_batches": 2, "path_points": 8} | values)
+    return score_modules(trainer, adapter_updates(trainer.model), options)
 
 
 def test_scores_sum_to_the_loss_reduction():
@@ -106,7 +106,7 @@ FOREIGN = [
 @pytest.mark.parametrize(("values", "message"), FOREIGN)
 def test_options_of_the_other_method_are_refused(values, message):
     from keylayers.errors import ConfigError
-    from keylayers.options import MaskOptions
+    from keylayers.scores.scoring_options import scoring_options
 
     with pytest.raises(ConfigError, match=message):
-        MaskOptions(**values)
+        scoring_options(**values)

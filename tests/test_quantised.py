@@ -110,6 +110,6 @@ def test_evaluation_leaves_the_packed_weights_alone(trainer):
             module.support_avx512bf16_for_cpu = True  # as on such a processor
     before = {name: one.clone() for name, one in trainer.model.state_dict().items()}
     held_out_loss(trainer, trainer.train_dataset)
-    keylayers.rank_modules(trainer, keylayers.MaskOptions(mask_batches=1))
+    keylayers.rank_modules(trainer, mask_batches=1)
     after = trainer.model.state_dict()
     assert all(torch.equal(one, after[name]) for name, one in before.items())

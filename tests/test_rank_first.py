@@ -147,13 +147,13 @@ def test_a_selection_needs_one_ranking(values, message):
 def test_options_of_a_ranking_have_no_place_beside_a_ranking():
     from keylayers import (
         DataOptions,
-        MaskOptions,
         ModelOptions,
         SelectionOptions,
         StabilityOptions,
         TrainOptions,
     )
     from keylayers.errors import ConfigError
+    from keylayers.scores.scoring_options import scoring_options
 
     parts = (
         SelectionOptions(ranking="r", budget="0.3"),
@@ -164,4 +164,4 @@ def test_options_of_a_ranking_have_no_place_beside_a_ranking():
     with pytest.raises(ConfigError, match="`window` must be left out without `rank_first`"):
         TrainOptions(*parts, stability=StabilityOptions(window=3))
     with pytest.raises(ConfigError, match="`method` must be left out without `rank_first`"):
-        TrainOptions(*parts, mask=MaskOptions(method="ila"))
+        TrainOptions(*parts, scoring=scoring_options("ila"))

@@ -54,8 +54,7 @@ def test_a_record_says_what_the_reference_was():
     import keylayers
 
     def reference(trainer):
-        options = keylayers.MaskOptions(mask_batches=1)
-        return keylayers.rank_modules(trainer, options).provenance["reference"]
+        return keylayers.rank_modules(trainer, mask_batches=1).provenance["reference"]
 
     trainer = around_a_finished_adapter("DPO")
     assert reference(trainer) == "base"

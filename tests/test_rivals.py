@@ -35,15 +35,15 @@ def test_random_order_is_a_shuffle_by_seed():
 def test_depth_by_hand():
     from peft import LoraConfig, get_peft_model
 
-    from keylayers.options import MaskOptions
     from keylayers.scores.depth import first, last, middle
+    from keylayers.scores.options import MethodOptions
+    from keylayers.scores.task import Task
     from keylayers.updates import adapter_updates
 
     model = get_peft_model(tiny_llama(num_blocks=4), LoraConfig(r=2, target_modules=["o_proj"]))
     updates = adapter_updates(model)
-    found = [
-        method(trainer_of(model), updates, MaskOptions()).scores for method in (first, last, middle)
-    ]
+    task = Task(trainer_of(model), updates, seed=0)
+    found = [method(task, MethodOptions()).scores for method in (first, last, middle)]
     assert found == [(0.0, -1.0, -2.0, -3.0), (0.0, 1.0, 2.0, 3.0), (-1.5, -0.5, -0.5, -1.5)]
 
 

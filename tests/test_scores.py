@@ -2,7 +2,6 @@
 """What every scoring method must do, whatever it measures."""
 
 import math
-from typing import get_args
 
 import pytest
 import torch
@@ -25,29 +24,31 @@ HAS_ERRORS = [
 ]  # fmt: skip
 
 
-def score(trainer, method, **values):
-    from keylayers.options import METHOD_OPTIONS, MaskOptions
-    from keylayers.scores import METHODS
+def options_of(method, **values):
+    from keylayers.scores.methods import find_method
+    from keylayers.scores.scoring_options import scoring_options
+
+    own = find_method(method).option_names
+    fast = {name: value for name, value in FAST.items() if name in own}
+    return scoring_options(method, **fast | values)
+
+
+def score(trainer, method, updates=None, on_step=None, **values):
+    from keylayers.scores.score_modules import score_modules
     from keylayers.updates import adapter_updates
 
-    fast = {name: value for name, value in FAST.items() if name in METHOD_OPTIONS[method]}
-    options = MaskOptions(**{"method": method} | fast | values)
-    return METHODS[method](trainer, adapter_updates(trainer.model), options, None)
+    updates = updates or adapter_updates(trainer.model)
+    return score_modules(trainer, updates, options_of(method, **values), on_step)
 
 
 def by_name(found):
     return dict(zip(found.module_names, found.scores, strict=True))
 
 
-def test_the_tables_name_every_method_once():
-    from keylayers.options import METHOD_OPTIONS, MaskOptions, Method
-    from keylayers.scores import METHODS
+def test_the_table_names_every_method_once():
+    from keylayers.scores.methods import methods
 
-    assert list(METHODS) == list(METHOD_OPTIONS) == list(get_args(Method)) == NAMES
-    fields = set(MaskOptions.__dataclass_fields__)
-    assert all(fields >= set(options) for options in METHOD_OPTIONS.values())
-    used = set().union(*METHOD_OPTIONS.values())
-    assert fields - used == {"method", "mask_seed"}
+    assert list(methods()) == NAMES
 
 
 @pytest.mark.parametrize("method", NAMES)
@@ -92,17 +93,12 @@ def test_scores_do_not_depend_on_the_order_of_the_updates(method):
     """The same module by module, whichever comes first."""
     if method in ("random", "shapley", "adalora"):
         pytest.skip("draws in the order of the updates")
-    from keylayers.options import METHOD_OPTIONS, MaskOptions
-    from keylayers.scores import METHODS
     from keylayers.updates import adapter_updates
 
-    fast = {name: value for name, value in FAST.items() if name in METHOD_OPTIONS[method]}
     found = []
     for step in (1, -1):
         trainer = trainer_of(noisy_model())
-        updates = adapter_updates(trainer.model)[::step]
-        options = MaskOptions(method=method, **fast)
-        found.append(by_name(METHODS[method](trainer, updates, options, None)))
+        found.append(by_name(score(trainer, method, adapter_updates(trainer.model)[::step])))
     assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-6)
 
 
@@ -143,20 +139,12 @@ def test_passes_are_counted():
 
 @pytest.mark.parametrize("method", NAMES)
 def test_progress_knows_how_many_steps_a_method_reports(method):
-    from keylayers.options import METHOD_OPTIONS, MaskOptions
-    from keylayers.options.passes import num_steps
-    from keylayers.scores import METHODS
-    from keylayers.updates import adapter_updates
-
-    fast = {name: value for name, value in FAST.items() if name in METHOD_OPTIONS[method]}
-    options = MaskOptions(method=method, **fast)
     trainer, seen = trainer_of(noisy_model()), []
-    METHODS[method](
-        trainer, adapter_updates(trainer.model), options, lambda step, loss: seen.append(step)
-    )
+    score(trainer, method, on_step=lambda step, loss: seen.append(step))
     assert seen == list(range(1, len(seen) + 1))
-    assert num_steps(options, 14) in (len(seen), None)
-    assert (num_steps(options, 14) is None) == (not seen)
+    expected = options_of(method).num_steps(14)
+    assert expected in (len(seen), None)
+    assert (expected is None) == (not seen)
 
 
 FOREIGN = [
@@ -180,7 +168,7 @@ FOREIGN = [
 @pytest.mark.parametrize(("values", "message"), FOREIGN)
 def test_an_option_without_effect_or_out_of_range_is_refused(values, message):
     from keylayers.errors import ConfigError
-    from keylayers.options import MaskOptions
+    from keylayers.scores.scoring_options import scoring_options
 
     with pytest.raises(ConfigError, match=message):
-        MaskOptions(**values)
+        scoring_options(**values)

@@ -29,9 +29,9 @@ def command_line_trainer(tiny, **options):
 
 
 def ranked(trainer, **options):
-    from keylayers import MaskOptions, rank_modules
+    from keylayers import rank_modules
 
-    return [one.score for one in rank_modules(trainer, MaskOptions(**options)).modules]
+    return [one.score for one in rank_modules(trainer, **options).modules]
 
 
 @pytest.mark.parametrize("method", ["elimination", "path", "ila"])
@@ -76,10 +76,10 @@ def test_a_shorter_block_stays_last():
 
 
 def test_repeats_look_at_other_batches(tiny):
-    from keylayers import MaskOptions, rank_modules
+    from keylayers import rank_modules
 
-    options = MaskOptions(mask_batches=1, until_stable=0.3)
-    found = rank_modules(command_line_trainer(tiny), options).provenance["mask"]
+    trainer = command_line_trainer(tiny)
+    found = rank_modules(trainer, mask_batches=1, until_stable=0.3).provenance["mask"]
     assert len(set(found["losses"])) > len(found["losses"]) / 2
 
 
@@ -107,9 +107,9 @@ def test_scores_do_not_hang_on_what_dropout_draws(opt):
     with torch.no_grad():
         whole = float(opt.model(**next(iter(opt.get_train_dataloader()))).loss)
     assert first == pytest.approx(ranked(opt, mask_seed=0, **options), abs=1e-5)
-    from keylayers import MaskOptions, rank_modules
+    from keylayers import rank_modules
 
-    losses = rank_modules(opt, MaskOptions(**options)).provenance["mask"]["losses"]
+    losses = rank_modules(opt, **options).provenance["mask"]["losses"]
     assert losses[0] == pytest.approx(whole, abs=1e-6)
 
 

@@ -39,11 +39,10 @@ def test_half_precision_scores_the_same_adapter_nearly_alike(tiny, in_float32, t
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gates_stay_float32_in_half_precision_and_small_steps_move_them(dtype):
-    from keylayers import MaskOptions, rank_modules
+    from keylayers import rank_modules
 
     model = with_noise(get_peft_model(tiny_model(len(TOKENIZER)).to(dtype), lora("SFT")))
-    options = MaskOptions(method="ila", mask_steps=3, mask_learning_rate=1e-3, initial_score=1.0)
-    found = rank_modules(sft(model), options)
+    found = rank_modules(sft(model), "ila", mask_steps=3, mask_learning_rate=1e-3)
     moved = [abs(one.score - 1.0) for one in found.modules]  # as it was at first
     assert all(0 < distance < torch.finfo(dtype).eps for distance in moved)
 
@@ -73,14 +72,13 @@ CHECKPOINTED = {
 @pytest.mark.parametrize("name", CHECKPOINTED)
 @pytest.mark.parametrize("method", ["elimination", "ila"])
 def test_recomputed_activations_give_the_same_scores(tmp_path, name, method):
-    from keylayers import MaskOptions, rank_modules
+    from keylayers import rank_modules
 
     more = {"mask_steps": 4} if method == "ila" else {"mask_batches": 1}
-    options = MaskOptions(method=method, **more)
 
     def found(**settings):
         model = with_noise(get_peft_model(tiny_model(len(TOKENIZER)), lora("SFT")))
-        ranking = rank_modules(sft(model, output_dir=str(tmp_path), **settings), options)
+        ranking = rank_modules(sft(model, output_dir=str(tmp_path), **settings), method, **more)
         return torch.tensor([module.score for module in ranking.modules])
 
     recomputed = found(
@@ -90,14 +88,12 @@ def test_recomputed_activations_give_the_same_scores(tmp_path, name, method):
 
 
 def test_packed_texts_give_the_scores_of_a_batch_of_them(tmp_path):
-    from keylayers import MaskOptions, rank_modules
-
-    options = MaskOptions(method="path", mask_batches=1, path_points=3)
+    from keylayers import rank_modules
 
     def scored(**settings):
         model = with_noise(get_peft_model(tiny_model(len(TOKENIZER)), lora("SFT")))
         trainer = sft(model, output_dir=str(tmp_path), **settings)
-        ranking = rank_modules(trainer, options)
+        ranking = rank_modules(trainer, "path", mask_batches=1, path_points=3)
         found = torch.tensor([module.score for module in ranking.modules])
         return found, len(trainer.train_dataset)
 

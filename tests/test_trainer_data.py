@@ -13,10 +13,9 @@ PREPARED_BY_TRAINER = ["SFT", "DPO", "KTO", "Reward", "GRPO"]
 
 
 def scores_of(trainer, mask_dataset=None):
-    from keylayers import MaskOptions, rank_modules
+    from keylayers import rank_modules
 
-    options = MaskOptions(method="elimination", mask_batches=2)
-    ranking = rank_modules(trainer, options, mask_dataset=mask_dataset)
+    ranking = rank_modules(trainer, mask_batches=2, mask_dataset=mask_dataset)
     return [module.score for module in ranking.modules]
 
 
@@ -127,11 +126,11 @@ def test_a_held_out_loss_of_classes_counts_every_row():
 
 def test_the_mask_curve_of_a_preference_trainer_starts_at_its_reference():
     """All gates closed, DPO's model is its reference: each margin is zero and the loss is ln 2."""
-    from keylayers import MaskOptions, mask_curve, rank_modules
+    from keylayers import mask_curve, rank_modules
     from keylayers.updates import adapter_updates
 
     trainer = build("DPO", "config")
-    ranking = rank_modules(trainer, MaskOptions(method="update-norm"))
+    ranking = rank_modules(trainer, method="update-norm")
     order = [module.name for module in ranking.modules]
     updates = adapter_updates(trainer.model)
     curve = mask_curve(trainer, updates, order, DATA["DPO"](first=8), num_points=3)

@@ -45,11 +45,11 @@ def trainer_with_log(folder, monkeypatch, *, is_trained=False):
 
 
 def options(method):
-    from keylayers.options import MaskOptions
+    from keylayers.scores.scoring_options import scoring_options
 
     if method == "ila":
-        return MaskOptions(method="ila", mask_steps=NUM_STEPS)
-    return MaskOptions(method=method, mask_batches=2)
+        return scoring_options(method="ila", mask_steps=NUM_STEPS)
+    return scoring_options(method=method, mask_batches=2)
 
 
 @pytest.mark.parametrize("is_trained", [True, False])
@@ -91,10 +91,9 @@ def test_other_methods_tell_the_loss_of_each_pass_and_the_scores_once(tmp_path, 
 
 def test_gates_of_whole_blocks_have_the_names_of_the_gates(tmp_path, monkeypatch):
     import keylayers
-    from keylayers.options import MaskOptions
 
     trainer = trainer_with_log(tmp_path, monkeypatch)
-    keylayers.rank_modules(trainer, MaskOptions(method="ila", mask_steps=2, granularity="block"))
+    keylayers.rank_modules(trainer, method="ila", mask_steps=2, granularity="block")
     gates = {name for name in events(tmp_path) if name.startswith("train/mask_gate/")}
     assert gates == {f"train/mask_gate/block {index}" for index in range(3)}
 
@@ -113,7 +112,7 @@ def test_a_mask_inside_a_run_leaves_the_curves_of_training_whole(tmp_path, monke
     trainer = trainer_with_log(tmp_path, monkeypatch)
     trainer.args.max_steps = 6
     at_step_3 = keylayers.StabilityOptions(max_steps=3)
-    trainer.add_callback(keylayers.FreezeUnimportant(stability=at_step_3, mask=options("ila")))
+    trainer.add_callback(keylayers.FreezeUnimportant(method=options("ila"), stability=at_step_3))
     trainer.train()
     curves = events(tmp_path)
     assert list(curves["train/loss"]) == [1, 2, 3, 4, 5, 6]

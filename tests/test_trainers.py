@@ -34,12 +34,12 @@ def trainer_of():
 
 
 def rank(trainer, method="elimination", mask_dataset=None, **values):
-    from keylayers import MaskOptions, rank_modules
+    from keylayers import rank_modules
 
     few = {"elimination": {"mask_batches": 2}, "path": {"mask_batches": 2}}
     few |= {"ila": {"mask_steps": 3}, "price": {"mask_steps": 3}}
-    options = MaskOptions(**{"method": method} | few.get(method, {}) | values)
-    return rank_modules(trainer, options, mask_dataset=mask_dataset)
+    options = few.get(method, {}) | values
+    return rank_modules(trainer, method, mask_dataset=mask_dataset, **options)
 
 
 def scores_of(trainer, method="elimination", **values):

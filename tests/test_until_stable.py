@@ -9,17 +9,17 @@ from test_mask_learning import noisy_model, planted_model, trainer_of
 
 
 def score(trainer, **values):
-    from keylayers.options import MaskOptions
-    from keylayers.scores import score_modules
+    from keylayers.scores.score_modules import score_modules
+    from keylayers.scores.scoring_options import scoring_options
     from keylayers.updates import adapter_updates
 
-    return score_modules(trainer, adapter_updates(trainer.model), MaskOptions(**values))
+    return score_modules(trainer, adapter_updates(trainer.model), scoring_options(**values))
 
 
-def test_a_selection_is_settled_after_so_many_equal_ones():
-    from keylayers.scores.stable_selection import SettledSelection
+def test_a_selection_is_stable_after_two_that_equal_the_one_before():
+    from keylayers.scores.stable_selection import StableSelection
 
-    watch = SettledSelection(0.5, patience=2)
+    watch = StableSelection(0.5, patience=2)
     orders = [[4, 3, 2, 1], [4, 3, 2, 1], [1, 2, 3, 4], [2, 1, 4, 3], [2, 1, 3, 4]]
     found = [watch.see([float(score) for score in scores]) for scores in orders]
     assert found == [False, False, False, False, True]  # order inside the selection is no change
@@ -58,9 +58,9 @@ def test_repeats_stop_once_the_same_modules_lead():
 
 def test_a_share_out_of_range_and_a_method_without_draws_are_refused():
     from keylayers.errors import ConfigError
-    from keylayers.options import MaskOptions
+    from keylayers.scores.scoring_options import scoring_options
 
-    with pytest.raises(ConfigError, match="`until_stable` must be a share above 0 and below 1"):
-        MaskOptions(until_stable=1.0)
+    with pytest.raises(ConfigError, match="`until_stable` must be above 0 and below 1"):
+        scoring_options(until_stable=1.0)
     with pytest.raises(ConfigError, match="must be left out with `method` update-norm"):
-        MaskOptions(method="update-norm", until_stable=0.3)
+        scoring_options(method="update-norm", until_stable=0.3)

@@ -228,7 +228,7 @@ def test_weights_that_cannot_be_trained_are_refused(tiny, tmp_path, options, mes
 
 def test_a_full_fine_tune_in_one_run_is_ranked_from_a_copy_of_its_start(tiny):
     """The same scores as from the two checkpoints on disk; the model keeps what it has learned."""
-    from keylayers import MaskOptions, module_weights, rank_modules
+    from keylayers import module_weights, rank_modules
     from keylayers.apply.freeze import train_only
     from keylayers.data.options import DataOptions
     from keylayers.data.prepare import prepare
@@ -236,7 +236,8 @@ def test_a_full_fine_tune_in_one_run_is_ranked_from_a_copy_of_its_start(tiny):
     from keylayers.model.loading import load_model, load_tokenizer
     from keylayers.model.modules import map_modules
     from keylayers.model.options import ModelOptions
-    from keylayers.scores import score_modules
+    from keylayers.scores.score_modules import score_modules
+    from keylayers.scores.scoring_options import scoring_options
     from keylayers.training.options import TrainingOptions
     from keylayers.training.run import fine_tune, make_trainer
     from keylayers.updates import dense_updates
@@ -252,15 +253,14 @@ def test_a_full_fine_tune_in_one_run_is_ranked_from_a_copy_of_its_start(tiny):
     trainer = make_trainer(model, tokenizer, data.train, options, num_steps=4)
     fine_tune(trainer)
     end = {name: one.detach().clone() for name, one in model.named_parameters()}
-    mask = MaskOptions(mask_batches=2)
-    ranking = rank_modules(trainer, mask, base_weights=start)
+    ranking = rank_modules(trainer, mask_batches=2, base_weights=start)
     assert all(torch.equal(one, end[name]) for name, one in model.named_parameters())
 
     base = load_model(source)
     other = make_trainer(base, tokenizer, data.train, options, num_steps=4)
-    expected = score_modules(other, dense_updates(base, end), mask)
+    expected = score_modules(other, dense_updates(base, end), scoring_options(mask_batches=2))
     assert [one.score for one in ranking.modules] == list(expected.scores)
     del start["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(ModelError, match=r"the base weights must hold model.layers.1.mlp.up_proj"):
-        rank_modules(trainer, mask, base_weights=start)
+        rank_modules(trainer, base_weights=start)
     assert all(torch.equal(one, end[name]) for name, one in model.named_parameters())

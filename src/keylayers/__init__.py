@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from keylayers.evaluation.record import Evaluation
     from keylayers.export import export_selection
     from keylayers.model.options import ModelOptions, UpdateOptions
-    from keylayers.options import MaskOptions
     from keylayers.ranking.budget import Freeze
     from keylayers.ranking.certainty import undecided
     from keylayers.ranking.compare import Agreement, agreement, chance_jaccard
@@ -49,13 +48,15 @@ if TYPE_CHECKING:
     from keylayers.runs.callback import FreezeUnimportant
     from keylayers.runs.eval import evaluate
     from keylayers.runs.prune import PrunedUpdate, prune
-    from keylayers.runs.rank import rank, rank_modules
+    from keylayers.runs.rank import rank
     from keylayers.runs.train import train
     from keylayers.runs.train_job import TrainedSet
     from keylayers.runs.verify import verify
+    from keylayers.scores.methods import Method, register_method
     from keylayers.training.memory import measured_memory
     from keylayers.training.options import ObjectiveOptions, StabilityOptions, TrainingOptions
     from keylayers.training.prefix_cache import PrefixCache
+    from keylayers.training.rank_modules import rank_modules
     from keylayers.training.shallow import ShallowBackward
     from keylayers.training.step_scores import StepScores
     from keylayers.updates.dense import module_weights
@@ -75,7 +76,7 @@ _HOME = {
     "KeylayersError": "errors",
     "LossOptions": "evaluation.options",
     "MaskCurve": "ranking.curve",
-    "MaskOptions": "options",
+    "Method": "scores.methods",
     "ModelOptions": "model.options",
     "ObjectiveOptions": "training.options",
     "PrefixCache": "training.prefix_cache",
@@ -108,7 +109,8 @@ _HOME = {
     "prune": "runs.prune",
     "push_to_hub": "apply.hub",
     "rank": "runs.rank",
-    "rank_modules": "runs.rank",
+    "rank_modules": "training.rank_modules",
+    "register_method": "scores.methods",
     "train": "runs.train",
     "undecided": "ranking.certainty",
     "verify": "runs.verify",
@@ -129,7 +131,7 @@ __all__ = [
     "KeylayersError",
     "LossOptions",
     "MaskCurve",
-    "MaskOptions",
+    "Method",
     "ModelOptions",
     "ObjectiveOptions",
     "PrefixCache",
@@ -164,6 +166,7 @@ __all__ = [
     "push_to_hub",
     "rank",
     "rank_modules",
+    "register_method",
     "train",
     "undecided",
     "verify",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from keylayers.errors import GuardError
 from keylayers.model.modules import ModuleInfo, linear_of
 from keylayers.model.preserve import preserved
-from keylayers.options import Granularity
+from keylayers.scores.options import Granularity
 from keylayers.updates import Update
 from keylayers.updates.frozen import kept_frozen
 from keylayers.updates.gate import Gate, Link

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values that an option may have, and the one line that refuses others."""
+"""Checks of an option's value, each with a one-line error."""
 
 import math
 
@@ -19,6 +19,12 @@ def check_above_zero(name: str, value: float) -> None:
     """Raise a ConfigError unless the option `name` is above 0 and finite."""
     if not 0 < value < math.inf:
         raise ConfigError(f"`{name}` must be above 0 and finite, got {value}")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raise a ConfigError unless the option `name` is a share above 0 and below 1."""
+    if not 0 < value < 1:
+        raise ConfigError(f"`{name}` must be above 0 and below 1, got {value}")
 
 
 def check_seed(name: str, value: int) -> None:

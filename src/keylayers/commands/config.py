@@ -22,7 +22,7 @@ GROUPS = (
     "Objective",
     "Fine-tuning",
     "When stage 1 ends",
-    "Learning the scores",
+    "Scoring",
     "Measuring",
     "Compared",
     "Benchmarks",

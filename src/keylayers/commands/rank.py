@@ -8,9 +8,9 @@ from cyclopts import App
 
 from keylayers.commands.config import flat
 from keylayers.commands.run_options import RankOptions
+from keylayers.commands.scoring_flags import ScoringFlags
 from keylayers.data.options import DataOptions
 from keylayers.model.options import ModelOptions, UpdateOptions
-from keylayers.options import MaskOptions
 from keylayers.training.options import StabilityOptions, TrainingOptions
 
 EXAMPLES = """Examples:
@@ -34,7 +34,7 @@ def rank(
     update: Annotated[UpdateOptions, flat("An update that exists already")] = UpdateOptions(),
     training: Annotated[TrainingOptions, flat("Fine-tuning")] = TrainingOptions(),
     stability: Annotated[StabilityOptions, flat("When stage 1 ends")] = StabilityOptions(),
-    mask: Annotated[MaskOptions, flat("Learning the scores")] = MaskOptions(),
+    scoring: Annotated[ScoringFlags, flat("Scoring")] = ScoringFlags(),
     output: Path = Path("out"),
     stage_1: Path | None = None,
     config: Path | None = None,
@@ -55,7 +55,7 @@ def rank(
     from keylayers.report.terminal import ranking_report
     from keylayers.runs.rank import rank as run
 
-    options = RankOptions(model, data, update, training, stability, mask)
+    options = RankOptions(model, data, update, training, stability, scoring.scoring())
     ranking = run(options, output, ConsoleProgress(), stage_1_in=stage_1)
     console = stdout()
     console.print(ranking_report(ranking))

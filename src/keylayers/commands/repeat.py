@@ -14,8 +14,10 @@ from keylayers.commands.run_options import (
     TrainOptions,
     VerifyOptions,
 )
+from keylayers.commands.scoring_flags import ScoringFlags
 from keylayers.evaluation.options import EvalOptions
 from keylayers.ranking.ranking import Ranking
+from keylayers.scores.scoring_options import ScoringOptions
 
 Command = Literal["rank", "train", "verify", "prune", "eval"]
 OPTIONS: Mapping[Command, type] = {
@@ -66,7 +68,8 @@ def command_words(
 def _fields(command: Command) -> Iterator["Field[Any]"]:
     """Every option of a command, in the order in which its options classes stand."""
     for part in fields(OPTIONS[command]):
-        yield from fields(part.type)  # type: ignore[arg-type]
+        flags = ScoringFlags if part.type is ScoringOptions else part.type
+        yield from fields(flags)  # type: ignore[arg-type]
 
 
 def _same(value: Any, usual: Any) -> bool:

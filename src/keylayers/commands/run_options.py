@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """All options of one command together, and what must hold between them."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from keylayers.commands.selection import BudgetOptions, SelectionOptions
 from keylayers.data.options import DataOptions
 from keylayers.errors import ConfigError
 from keylayers.model.options import ModelOptions, UpdateOptions
-from keylayers.options.scoring import MaskOptions
 from keylayers.ranges import check_at_least
+from keylayers.scores.scoring_options import ScoringOptions
 from keylayers.training.options import (
     ObjectiveOptions,
     StabilityOptions,
@@ -56,7 +56,7 @@ class RankOptions:
     update: UpdateOptions = UpdateOptions()
     training: TrainingOptions = TrainingOptions()
     stability: StabilityOptions = StabilityOptions()
-    mask: MaskOptions = MaskOptions()
+    scoring: ScoringOptions = ScoringOptions()
 
     def __post_init__(self) -> None:
         if self.update == UpdateOptions():
@@ -69,8 +69,9 @@ class RankOptions:
 
     def flat(self) -> dict[str, Any]:
         """Every option by the name of its flag, for the record."""
-        parts = (self.model, self.data, self.update, self.training, self.stability, self.mask)
-        return {name: value for part in parts for name, value in asdict(part).items()}
+        parts = (self.model, self.data, self.update, self.training, self.stability)
+        flat = {name: value for part in parts for name, value in asdict(part).items()}
+        return flat | self.scoring.flat()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +133,7 @@ class TrainOptions:
         data: Which data.
         training: How it is fine-tuned.
         stability: With `rank_first`: when the loss is stable.
-        mask: With `rank_first`: how the modules are scored.
+        scoring: With `rank_first`: how the modules are scored.
     """
 
     selection: SelectionOptions
@@ -140,7 +141,7 @@ class TrainOptions:
     data: DataOptions
     training: TrainingOptions = TrainingOptions()
     stability: StabilityOptions = StabilityOptions()
-    mask: MaskOptions = MaskOptions()
+    scoring: ScoringOptions = ScoringOptions()
 
     def __post_init__(self) -> None:
         self.training.check_weights(self.model)
@@ -153,20 +154,22 @@ class TrainOptions:
                 )
             self.stability.cap_within(self.selection.steps)
             return
-        for part in (self.stability, self.mask):
-            for one in fields(part):
-                if getattr(part, one.name) != one.default:
-                    raise ConfigError(
-                        f"`{one.name}` must be left out without `rank_first`: the modules are "
-                        f"ranked already"
-                    )
+        given = asdict(self.stability) | self.scoring.flat()
+        usual = asdict(StabilityOptions()) | ScoringOptions().flat()
+        for name, value in given.items():
+            if value != usual.get(name):
+                raise ConfigError(
+                    f"`{name}` must be left out without `rank_first`: the modules are ranked "
+                    f"already"
+                )
 
     def flat(self) -> dict[str, Any]:
         """Every option by the name of its flag, for the record."""
         parts: list[Any] = [self.selection, self.model, self.data, self.training]
         if self.selection.rank_first:
-            parts += [self.stability, self.mask]
-        return {name: value for part in parts for name, value in asdict(part).items()}
+            parts.append(self.stability)
+        flat = {name: value for part in parts for name, value in asdict(part).items()}
+        return flat | (self.scoring.flat() if self.selection.rank_first else {})
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from cyclopts import App
 
 from keylayers.commands.config import flat
 from keylayers.commands.run_options import TrainOptions
+from keylayers.commands.scoring_flags import ScoringFlags
 from keylayers.commands.selection import SelectionOptions
 from keylayers.data.options import DataOptions
 from keylayers.model.options import ModelOptions
-from keylayers.options import MaskOptions
 from keylayers.training.options import LOSS_UNITS, StabilityOptions, TrainingOptions
 
 EXAMPLES = """Examples:
@@ -35,7 +35,7 @@ def train(
     selection: Annotated[SelectionOptions | None, flat("Selection")] = None,
     training: Annotated[TrainingOptions, flat("Fine-tuning")] = TrainingOptions(),
     stability: Annotated[StabilityOptions, flat("When stage 1 ends")] = StabilityOptions(),
-    mask: Annotated[MaskOptions, flat("Learning the scores")] = MaskOptions(),
+    scoring: Annotated[ScoringFlags, flat("Scoring")] = ScoringFlags(),
     output: Path = Path("tuned"),
     push_to_hub: str | None = None,
     private: bool = False,
@@ -63,7 +63,7 @@ def train(
 
     # With nothing given this says what is missing; as a default it would be made at import.
     selection = selection or SelectionOptions()
-    options = TrainOptions(selection, model, data, training, stability, mask)
+    options = TrainOptions(selection, model, data, training, stability, scoring.scoring())
     prepare_push(push_to_hub, private)
     rows = run(options, output, ConsoleProgress())
     console = stdout()

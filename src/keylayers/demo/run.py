@@ -16,7 +16,6 @@ from keylayers.demo.world import STYLES, Style, alignment_examples
 from keylayers.errors import OutputError
 from keylayers.files import output_folder, write_bytes
 from keylayers.model.options import ModelOptions
-from keylayers.options import MaskOptions
 from keylayers.progress import Progress, Silent
 from keylayers.ranking.compare import Agreement, agreement
 from keylayers.ranking.ranking import Ranking
@@ -53,7 +52,6 @@ def demo_options(style: Style, folder: Path, *, seed: int, max_steps: int) -> Ra
         data=DataOptions(data=str(folder / f"{style}.jsonl")),
         training=TrainingOptions(batch_size=16, lora_rank=8, lora_alpha=16, seed=seed),
         stability=StabilityOptions(max_steps=max_steps),
-        mask=MaskOptions(),
     )
 
 

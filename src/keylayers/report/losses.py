@@ -8,8 +8,6 @@ from typing import Any
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import is_number
 
-LEARNED = ("ila", "price")  # methods that take steps; of others a loss is one of many masks
-
 
 @dataclass(frozen=True)
 class LossCurves:
@@ -30,8 +28,9 @@ def loss_curves(ranking: Ranking) -> LossCurves | None:
     """What the record holds of them; None if there is no curve."""
     made_by = ranking.provenance
     stages = {"stage 1, training": _numbers(made_by.get("stage_1", {}).get("losses"))}
-    if ranking.method in LEARNED:
-        losses = _numbers(made_by.get("mask", {}).get("losses"))
+    mask = made_by.get("mask", {})
+    if "learning_rate" in mask:  # otherwise each loss is one of another mask
+        losses = _numbers(mask.get("losses"))
         stages["stage 2, learning the scores"] = losses
     stages = {title: losses for title, losses in stages.items() if len(losses) > 1}
     if not stages:

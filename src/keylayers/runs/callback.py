@@ -17,13 +17,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from keylayers.apply.halt import HaltedUpdates, check_can_halt, halt_updates
 from keylayers.errors import ConfigError
 from keylayers.model.sharding import check_can_freeze_inside
-from keylayers.options import MaskOptions
 from keylayers.progress import Progress, Silent
 from keylayers.ranking.budget import Freeze
 from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.ranking.selection import Selection, check_same_modules
-from keylayers.runs.rank import rank_modules
+from keylayers.scores.scoring_options import ScoringOptions, scoring_options
 from keylayers.training.options import FreezeAction, StabilityOptions
+from keylayers.training.rank_modules import rank_modules
 from keylayers.training.stability import is_stable
 from keylayers.training.under_way import StepLosses, loaders_kept, trainer_of
 from keylayers.updates import adapter_updates
@@ -54,10 +54,12 @@ class FreezeUnimportant(TrainerCallback):
         *,
         action: FreezeAction = "freeze",
         stability: StabilityOptions | None = None,
-        mask: MaskOptions | None = None,
+        method: str | ScoringOptions = "elimination",
         mask_dataset: Dataset | None = None,
+        mask_seed: int | None = None,
         trainer: Trainer | None = None,
         progress: Progress | None = None,
+        **options: Any,
     ) -> None:
         """Check the options; nothing is done before training begins.
 
@@ -68,11 +70,13 @@ class FreezeUnimportant(TrainerCallback):
             stability: When the loss is stable, by steps whatever `logging_steps` is; and
                 `max_steps`, after which the mask is learned in any case (half the run's steps if
                 not given).
-            mask: How the modules are scored.
+            method: Name of the scoring method (docs/methods.md).
             mask_dataset: Examples to score on, in the form of the trainer's `train_dataset`; best
-                such that training does not see. Not given: the `train_dataset` itself.
+                examples that training does not see. Default: the `train_dataset` itself.
+            mask_seed: Seed of the order of the mask's batches. Default: the trainer's seed.
             trainer: Only where it is not found by itself, as under a trainer's wrapper.
             progress: Where to say what was done.
+            **options: Options of the method, such as `mask_batches=8`.
 
         Raises:
             ConfigError: an option has a value that cannot be used.
@@ -86,7 +90,7 @@ class FreezeUnimportant(TrainerCallback):
         self.freeze_fraction = freeze_fraction
         self.action = action
         self.stability = stability or StabilityOptions()
-        self.mask = mask or MaskOptions()
+        self.scoring = scoring_options(method, mask_seed=mask_seed, **options)
         self.mask_dataset = mask_dataset
         self.progress = progress or Silent()
         self._given_trainer = trainer
@@ -113,7 +117,7 @@ class FreezeUnimportant(TrainerCallback):
             "freeze_fraction": self.freeze_fraction,
             "action": self.action,
             "stability": asdict(self.stability),
-            "mask": asdict(self.mask),
+            "mask": self.scoring.flat(),
         }
 
     def on_train_begin(
@@ -197,9 +201,9 @@ class FreezeUnimportant(TrainerCallback):
     def _rank_and_freeze(self, state: TrainerState) -> None:
         assert self._trainer is not None
         why = "the loss is stable" if self.reason == "stable" else "the cap is reached"
-        self.progress.note(f"step {state.global_step}: {why}; ranking by {self.mask.method}")
+        self.progress.note(f"step {state.global_step}: {why}; ranking by {self.scoring.method}")
         with loaders_kept(self._trainer):
-            self.ranking = rank_modules(self._trainer, self.mask, mask_dataset=self.mask_dataset)
+            self.ranking = rank_modules(self._trainer, self.scoring, mask_dataset=self.mask_dataset)
         self.selection = self.ranking.select(Freeze(self.freeze_fraction))
         kept = set(self.selection.names)
         self.frozen = tuple(one.name for one in self.ranking.modules if one.name not in kept)

@@ -6,13 +6,11 @@ exists already, and a second checkpoint. The last two need stage 2 only.
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from torch import Tensor
 from transformers import Trainer
 
 from keylayers.commands.run_options import RankOptions
@@ -23,92 +21,17 @@ from keylayers.files import check_replaceable, output_folder
 from keylayers.gates import gated, group_modules
 from keylayers.model.loading import describe, load_tokenizer, max_positions
 from keylayers.model.options import UpdateOptions
-from keylayers.model.sharding import place_model
 from keylayers.model.weights import weights_sha256
-from keylayers.options import MaskOptions
-from keylayers.options.passes import STOPS_BY_ITSELF, num_steps
-from keylayers.progress import OnStep, Progress, Silent
-from keylayers.ranking.ranked_module import RankedModule
+from keylayers.progress import Progress, Silent
 from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.runs.stage_1 import from_stage_1, stage_1_folder
 from keylayers.runs.update import RankJob, TunedModel, existing_update, load_base
-from keylayers.scores import score_modules
-from keylayers.scores.module_scores import ModuleScores
-from keylayers.trainers.data import prepared_for
-from keylayers.trainers.reference import reference_of
+from keylayers.scores.score_modules import score_modules
 from keylayers.training.objectives import prepared_examples
 from keylayers.training.options import LOSS_UNITS
+from keylayers.training.rank_modules import scores_record, to_ranking
 from keylayers.training.run import make_loss_trainer
-from keylayers.updates import AdaLoraUpdate, Update, adapter_updates, dense_updates
-from keylayers.updates.dense import back_at_base
-
-
-def rank_modules(
-    trainer: Trainer,
-    options: MaskOptions | None = None,
-    on_step: OnStep | None = None,
-    *,
-    mask_dataset: Dataset | None = None,
-    base_weights: Mapping[str, Tensor] | None = None,
-) -> Ranking:
-    """Rank the modules that a trainer's fine-tune updated, by its own loss and data.
-
-    The trainer is one that you built and trained: TRL's or transformers' own (SFT, DPO, KTO, ORPO,
-    reward, GRPO), or a subclass with its own loss. It and its model are given back as they were.
-    docs/objectives.md has what holds for each.
-
-    Args:
-        trainer: Its `model` carries a LoRA adapter, or was fine-tuned as a whole.
-        options: How to score.
-        on_step: Called after each pass with its number, from 1, and its loss in nats.
-        mask_dataset: Examples to score on, best such that training did not see, in the format that
-            the trainer was built with or that of its `train_dataset` (SFT, DPO, KTO, reward: their
-            own code prepares them; ORPO and other trainers: only the latter). Not given: the
-            `train_dataset` itself.
-        base_weights: After a full fine-tune: what the modules held before, by parameter name, from
-            `keylayers.module_weights(model)` or a checkpoint.
-
-    Raises:
-        ConfigError: the trainer samples its own data (GRPO) and the method compares losses, or its
-            reference model is the update itself.
-        DataError: `mask_dataset` lacks what the trainer reads.
-        ModelError: the model carries no update that gates can scale.
-        LossError: the loss became NaN or infinite.
-        GuardError: something else than the gates changed, or a gate took no part.
-    """
-    options = options or MaskOptions()
-    model = trainer.model
-    train_dataset = trainer.train_dataset
-    if mask_dataset is not None:
-        trainer.train_dataset = prepared_for(trainer, mask_dataset)
-    reference = reference_of(trainer)
-    place_model(trainer)
-    updates: Sequence[Update]
-    try:
-        if base_weights is None:
-            updates = adapter_updates(model)
-            learned = score_modules(trainer, updates, options, on_step)
-        else:
-            with back_at_base(model, base_weights) as tuned:
-                updates = dense_updates(model, tuned)
-                learned = score_modules(trainer, updates, options, on_step)
-    finally:
-        trainer.train_dataset = train_dataset
-    provenance = {
-        "environment": environment(),
-        "model": {
-            "name": trainer.model.config._name_or_path,
-            "model_type": trainer.model.config.model_type,
-            "weights_sha256": weights_sha256(trainer.model),
-        },
-        "trainer": type(trainer).__name__,
-        "reference": reference,
-        "has_mask_dataset": mask_dataset is not None,
-        "seed": trainer.args.seed if options.mask_seed is None else options.mask_seed,
-        "options": asdict(options),
-        "mask": _mask_record(learned, options),
-    } | _adalora_record(updates)
-    return _to_ranking(updates, learned, options, provenance)
+from keylayers.updates import Update
 
 
 def rank(
@@ -158,18 +81,17 @@ def rank(
             trainer, update.updates, prepared_examples(trainer)["held_out"]
         )
         modules = [one.module for one in update.updates]
-        num_gates = len(group_modules(modules, options.mask.granularity))
-        total = num_steps(options.mask, num_gates)
+        num_gates = len(group_modules(modules, options.scoring.granularity))
+        total = options.scoring.num_steps(num_gates)
         with job.progress.stage("stage 2: scoring modules", total) as on_step:
-            learned = score_modules(trainer, update.updates, options.mask, on_step)
-        provenance["mask"] = _mask_record(learned, options.mask)
-        provenance |= _adalora_record(update.updates)
+            found = score_modules(trainer, update.updates, options.scoring, on_step)
+        provenance |= scores_record(found, update.updates)
         provenance["seconds"] = {
             "stage_1": update.record.get("stage_1", {}).get("seconds", 0.0),
-            "stage_2": learned.seconds,
+            "stage_2": found.seconds,
             "total": time.perf_counter() - start,
         }
-        ranking = _to_ranking(update.updates, learned, options.mask, provenance)
+        ranking = to_ranking(update.updates, found, options.scoring, provenance)
         ranking.save(output / FILE)
     return ranking
 
@@ -205,36 +127,3 @@ def _held_out_losses(
         with gated(trainer.model, updates, initial_score=value, link="identity"):
             losses[name] = held_out_loss(trainer, held_out)
     return losses
-
-
-def _mask_record(learned: ModuleScores, options: MaskOptions) -> dict[str, Any]:
-    record: dict[str, Any] = {
-        "losses": list(learned.losses),
-        "seconds": learned.seconds,
-        "score_unit": learned.unit,
-        "num_forward": learned.num_forward,
-        "num_backward": learned.num_backward,
-    }
-    if options.method in STOPS_BY_ITSELF:
-        record["learning_rate"] = options.resolved_learning_rate
-    return record | dict(learned.findings)
-
-
-def _adalora_record(updates: Sequence[Update]) -> dict[str, Any]:
-    """What AdaLoRA's own importance thinks of the modules, to be seen beside the scores."""
-    ranks = {one.module.name: one.ranks_left() for one in updates if isinstance(one, AdaLoraUpdate)}
-    return {"adalora_ranks_left": ranks} if ranks else {}
-
-
-def _to_ranking(
-    updates: Sequence[Update],
-    learned: ModuleScores,
-    options: MaskOptions,
-    provenance: dict[str, Any],
-) -> Ranking:
-    errors = learned.standard_errors or [None] * len(updates)
-    modules = tuple(
-        RankedModule.of(update.module, score, error)
-        for update, score, error in zip(updates, learned.scores, errors, strict=True)
-    )
-    return Ranking(modules, options.method, options.granularity, provenance)

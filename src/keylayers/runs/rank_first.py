@@ -8,14 +8,11 @@ from typing import Any
 
 from keylayers.commands.selection import Control
 from keylayers.files import json_sha256
-from keylayers.options import MaskOptions, Method
 from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.runs.callback import FreezeUnimportant
 from keylayers.runs.train_job import TrainedSet, TrainJob
+from keylayers.scores.scoring_options import ScoringOptions, scoring_options
 from keylayers.training.options import FreezeAction, StabilityOptions
-
-# As many modules as are frozen are chosen by one of these rankings, which look at no data.
-_CONTROL_METHODS: dict[Control, Method] = {"random": "random", "first": "first", "last": "last"}
 
 
 def train_and_freeze(job: TrainJob, output: Path) -> list[TrainedSet]:
@@ -28,7 +25,7 @@ def train_and_freeze(job: TrainJob, output: Path) -> list[TrainedSet]:
     Returns:
         Held-out losses: the base model, the run, and what it is compared with.
     """
-    callback = _callback(job, job.options.stability, job.options.mask)
+    callback = _callback(job, job.options.stability, job.options.scoring)
     inputs = job.inputs_sha256(job.names, callback)
     record = job.finished(output, inputs, None) or _train(job, output, callback, inputs)
     step = record["frozen"]["at_step"]
@@ -62,13 +59,15 @@ def _train(job: TrainJob, output: Path, callback: FreezeUnimportant, inputs: str
     return record
 
 
-def _callback(job: TrainJob, stability: StabilityOptions, mask: MaskOptions) -> FreezeUnimportant:
+def _callback(
+    job: TrainJob, stability: StabilityOptions, scoring: ScoringOptions
+) -> FreezeUnimportant:
     wanted = job.options.selection
     return FreezeUnimportant(
         wanted.resolved_freeze,
         action=wanted.action,
         stability=stability,
-        mask=mask,
+        method=scoring,
         progress=job.progress,
     )
 
@@ -78,7 +77,7 @@ def _control(job: TrainJob, control: Control, step: int) -> TrainedSet:
     if control == "all":
         return job.train(job.names, "all")[0]
     at_step = StabilityOptions(max_steps=step, epsilon=0.0)
-    callback = _callback(job, at_step, MaskOptions(method=_CONTROL_METHODS[control]))
+    callback = _callback(job, at_step, scoring_options(control))
     row = job.train(job.names, control, callback)[0]
     return replace(row, label=_label(control, callback.action, step))
 

@@ -13,13 +13,13 @@ from keylayers.data.prepare import PreparedData
 from keylayers.environment import environment
 from keylayers.evaluation.mask_curve import mask_curve
 from keylayers.files import json_sha256, output_folder
-from keylayers.options import MaskOptions
 from keylayers.progress import Progress, Silent
 from keylayers.ranking.curve import MaskCurve
 from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.ranking.verification import Verification, verification_file
 from keylayers.runs.reopen import loss_trainer, reopen
-from keylayers.scores import score_modules
+from keylayers.scores.score_modules import score_modules
+from keylayers.scores.scoring_options import scoring_options
 from keylayers.training.objectives import prepared_examples
 from keylayers.training.options import LOSS_UNITS
 from keylayers.updates import Update
@@ -126,7 +126,7 @@ class _Curves:
 def _leave_one_out(job: _Job, curves: _Curves, progress: Progress) -> MaskCurve:
     batch_size = job.trainer.args.per_device_train_batch_size
     num_batches = -(-NUM_LEAVE_ONE_OUT_EXAMPLES // batch_size)
-    options = MaskOptions(method="leave-one-out", mask_batches=num_batches)
+    options = scoring_options("leave-one-out", mask_batches=num_batches)
     num_passes = (len(job.updates) + 1) * num_batches
     with progress.stage("scoring: leave-one-out", num_passes) as on_step:
         found = score_modules(job.trainer, job.updates, options, on_step)

@@ -13,8 +13,6 @@ Blind to: the update that is ranked; it makes its own.
 """
 
 import copy
-import time
-from collections.abc import Sequence
 
 import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
@@ -23,47 +21,35 @@ from transformers import Trainer, set_seed
 from keylayers.errors import ConfigError
 from keylayers.model.preserve import preserved
 from keylayers.model.sharding import is_sharded
-from keylayers.options import MaskOptions
-from keylayers.progress import OnStep
 from keylayers.scores.module_scores import ModuleScores
+from keylayers.scores.options import AdaLoraOptions
+from keylayers.scores.task import Task
 from keylayers.trainers.loss import TrainerLoss
-from keylayers.updates import Update
 from keylayers.updates.base_weight import check_linear
 
 INITIAL_RANK = 8
 TARGET_RANK = 2
 
 
-def adalora(
-    trainer: Trainer,
-    updates: Sequence[Update],
-    options: MaskOptions,
-    on_step: OnStep | None = None,
-) -> ModuleScores:
+def adalora(task: Task, options: AdaLoraOptions) -> ModuleScores:
     """The rank that AdaLoRA leaves each update's module; the fraction is its tie-breaker."""
-    start = time.perf_counter()
-    for update in updates:
+    for update in task.updates:
         check_linear(update.layer)
-    names = [update.module.name for update in updates]
-    with preserved(trainer.model):
-        seed = trainer.args.seed if options.mask_seed is None else options.mask_seed
-        set_seed(seed)
-        model = _adaptive_copy(trainer, names, options.mask_steps)
-        source = TrainerLoss(trainer, model)
+    with preserved(task.trainer.model):
+        set_seed(task.seed)
+        model = _adaptive_copy(task.trainer, list(task.module_names), options.mask_steps)
+        source = TrainerLoss(task.trainer, model)
         with source.quiet():
-            losses = _train(source, options.mask_steps, seed, on_step)
+            losses = _train(source, options.mask_steps, task)
         scores = []
-        for name in names:
+        for name in task.module_names:
             values = model.get_base_model().get_submodule(name).lora_E["default"].detach().abs()
             total = float(values.sum())
             scores.append(int((values > 0).sum()) + total / (1 + total))
-    return ModuleScores(
-        module_names=tuple(names),
-        scores=tuple(scores),
-        standard_errors=None,
+    return task.result(
+        scores,
         unit="ranks left",
         losses=tuple(losses),
-        seconds=time.perf_counter() - start,
         num_forward=source.num_forward,
         num_backward=source.num_backward,
     )
@@ -96,11 +82,11 @@ def _adaptive_copy(trainer: Trainer, names: list[str], num_steps: int) -> PeftMo
     return get_peft_model(base, config)
 
 
-def _train(source: TrainerLoss, num_steps: int, seed: int, on_step: OnStep | None) -> list[float]:
+def _train(source: TrainerLoss, num_steps: int, task: Task) -> list[float]:
     """Train the copy, lowering its budget after each step."""
-    trained = [one for one in source.model.parameters() if one.requires_grad]
+    trained = [weight for weight in source.model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=source.trainer.args.learning_rate, weight_decay=0.0)
-    batches = source.batches(seed)
+    batches = source.batches(task.seed)
     model = source.model
     assert isinstance(model, PeftModel)
     losses = []
@@ -109,6 +95,6 @@ def _train(source: TrainerLoss, num_steps: int, seed: int, on_step: OnStep | Non
         optimizer.step()
         model.base_model.update_and_allocate(step)
         optimizer.zero_grad()
-        if on_step is not None:
-            on_step(step, losses[-1])
+        if task.on_step is not None:
+            task.on_step(step, losses[-1])
     return losses

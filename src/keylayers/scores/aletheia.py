@@ -12,28 +12,18 @@ Cost: as `gradient_norm`.
 Blind to: the modules inside a block, which share its score; and what gradient norm is blind to.
 """
 
-from collections.abc import Sequence
-
 import torch
-from transformers import Trainer
 
-from keylayers.options import MaskOptions
-from keylayers.progress import OnStep
 from keylayers.scores.gradient_norm import weight_gradient_norms
 from keylayers.scores.module_scores import ModuleScores, block_indices
-from keylayers.scores.scoring import mean_and_error, scoring
-from keylayers.updates import Update
+from keylayers.scores.options import Batched
+from keylayers.scores.task import Task
 
 
-def aletheia(
-    trainer: Trainer,
-    updates: Sequence[Update],
-    options: MaskOptions,
-    on_step: OnStep | None = None,
-) -> ModuleScores:
+def aletheia(task: Task, options: Batched) -> ModuleScores:
     """The summed gradient norm of each update's block in the base model."""
-    blocks = torch.tensor(block_indices(updates))
+    blocks = torch.tensor(block_indices(task.updates))
     same_block = (blocks[:, None] == blocks[None, :]).float()
-    with scoring(trainer, updates, options, on_step, looks_inside=True) as task:
-        mean, error = mean_and_error(weight_gradient_norms(task) @ same_block)
-        return task.result(mean, unit="norm of the gradient", standard_errors=error)
+    with task.masked(options.mask_batches, looks_inside=True) as masked:
+        norms = [weight_gradient_norms(masked, task.updates, batch) for batch in masked.batches]
+        return masked.mean(torch.stack(norms) @ same_block, unit="norm of the gradient")

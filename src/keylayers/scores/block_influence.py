@@ -10,39 +10,30 @@ Cost: `mask_batches` forward passes of the base model.
 Blind to: the update, and the modules inside a block, which share its score.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import Trainer
 
 from keylayers.model.modules import blocks_of
-from keylayers.options import MaskOptions
-from keylayers.progress import OnStep
 from keylayers.scores.module_scores import ModuleScores, block_indices
+from keylayers.scores.options import Batched
 from keylayers.scores.probe import observed_blocks, token_mask
-from keylayers.scores.scoring import Scoring, mean_and_error, scoring
-from keylayers.updates import Update
+from keylayers.scores.task import MaskedModel, Task
 from keylayers.updates.adapter import towers_of
 
 
-def block_influence(
-    trainer: Trainer,
-    updates: Sequence[Update],
-    options: MaskOptions,
-    on_step: OnStep | None = None,
-) -> ModuleScores:
+def block_influence(task: Task, options: Batched) -> ModuleScores:
     """The influence of each update's block in the base model."""
-    with scoring(trainer, updates, options, on_step, looks_inside=True) as task:
-        influence = torch.stack([_influence(task, batch) for batch in task.batches])
-        mean, error = mean_and_error(influence[:, block_indices(updates)])
-        return task.result(mean, unit="1 - cosine", standard_errors=error)
+    with task.masked(options.mask_batches, looks_inside=True) as masked:
+        blocks = block_indices(task.updates)
+        influence = [_influence(masked, batch)[blocks] for batch in masked.batches]
+        return masked.mean(torch.stack(influence), unit="1 - cosine")
 
 
-def _influence(task: Scoring, batch: Any) -> Float[Tensor, " block"]:
-    model = task.source.model
+def _influence(masked: MaskedModel, batch: Any) -> Float[Tensor, " block"]:
+    model = masked.model
     influence = torch.zeros(len(blocks_of(model, towers_of(model))))
 
     def see(block: int, before: Tensor, after: Tensor) -> None:
@@ -51,5 +42,5 @@ def _influence(task: Scoring, batch: Any) -> Float[Tensor, " block"]:
         influence[block] = float(1 - nn.functional.cosine_similarity(*pair, dim=-1).mean())
 
     with observed_blocks(model, see):
-        task.loss(0.0, batch)
+        masked.loss(0.0, batch)
     return influence

@@ -16,49 +16,37 @@ Blind to: the update, and the modules inside a block, which share its score. Wit
     than hidden dimensions CKA is biased upwards, in all blocks alike.
 """
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import Trainer
 
 from keylayers.model.modules import blocks_of
-from keylayers.options import MaskOptions
-from keylayers.progress import OnStep
 from keylayers.scores.module_scores import ModuleScores, block_indices
+from keylayers.scores.options import Batched
 from keylayers.scores.probe import observed_blocks, token_mask
-from keylayers.scores.scoring import scoring
-from keylayers.updates import Update
+from keylayers.scores.task import Task
 from keylayers.updates.adapter import towers_of
 
 
-def cka(
-    trainer: Trainer,
-    updates: Sequence[Update],
-    options: MaskOptions,
-    on_step: OnStep | None = None,
-) -> ModuleScores:
+def cka(task: Task, options: Batched) -> ModuleScores:
     """1 - CKA over each update's block in the base model."""
-    with scoring(trainer, updates, options, on_step, looks_inside=True) as task:
-        before: list[list[Tensor]] = [
-            [] for _ in blocks_of(trainer.model, towers_of(trainer.model))
-        ]
-        after: list[list[Tensor]] = [[] for _ in before]
+    model = task.trainer.model
+    before: list[list[Tensor]] = [[] for _ in blocks_of(model, towers_of(model))]
+    after: list[list[Tensor]] = [[] for _ in before]
 
-        def see(block: int, hidden: Tensor, output: Tensor) -> None:
-            last = token_mask(batch, hidden).long().cumsum(dim=1).argmax(dim=1)
-            rows = torch.arange(len(hidden), device=hidden.device)
-            before[block].append(hidden[rows, last].float().cpu())
-            after[block].append(output[rows, last].float().cpu())
+    def see(block: int, hidden: Tensor, output: Tensor) -> None:
+        last = token_mask(batch, hidden).long().cumsum(dim=1).argmax(dim=1)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        before[block].append(hidden[rows, last].float().cpu())
+        after[block].append(output[rows, last].float().cpu())
 
-        with observed_blocks(trainer.model, see):
-            for batch in task.batches:
-                task.loss(0.0, batch)
+    with task.masked(options.mask_batches, looks_inside=True) as masked:
+        with observed_blocks(model, see):
+            for batch in masked.batches:
+                masked.loss(0.0, batch)
         pairs = zip(before, after, strict=True)
         change = torch.tensor([1 - linear_cka(torch.cat(x), torch.cat(y)) for x, y in pairs])
-        scores = change[block_indices(updates)]
-        return task.result(scores, unit="1 - CKA")
+        return masked.result(change[block_indices(task.updates)], unit="1 - CKA")
 
 
 def linear_cka(x: Float[Tensor, "example d"], y: Float[Tensor, "example e"]) -> float:

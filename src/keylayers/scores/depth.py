@@ -10,47 +10,28 @@ Cost: none.
 Blind to: data, update and weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from transformers import Trainer
-
-from keylayers.options import MaskOptions
-from keylayers.progress import OnStep
-from keylayers.scores.module_scores import ModuleScores, block_indices, data_free
-from keylayers.updates import Update
+from keylayers.scores.module_scores import ModuleScores, block_indices
+from keylayers.scores.options import MethodOptions
+from keylayers.scores.task import Task
 
 
-def first(
-    trainer: Trainer,
-    updates: Sequence[Update],
-    options: MaskOptions,
-    on_step: OnStep | None = None,
-) -> ModuleScores:
+def first(task: Task, options: MethodOptions) -> ModuleScores:
     """Higher the nearer a module's block is to the embeddings."""
-    return _by_block(updates, lambda block, num_blocks: -float(block))
+    return _by_block(task, lambda block, num_blocks: -float(block))
 
 
-def last(
-    trainer: Trainer,
-    updates: Sequence[Update],
-    options: MaskOptions,
-    on_step: OnStep | None = None,
-) -> ModuleScores:
+def last(task: Task, options: MethodOptions) -> ModuleScores:
     """Higher the nearer a module's block is to the output."""
-    return _by_block(updates, lambda block, num_blocks: float(block))
+    return _by_block(task, lambda block, num_blocks: float(block))
 
 
-def middle(
-    trainer: Trainer,
-    updates: Sequence[Update],
-    options: MaskOptions,
-    on_step: OnStep | None = None,
-) -> ModuleScores:
+def middle(task: Task, options: MethodOptions) -> ModuleScores:
     """Higher the nearer a module's block is to the middle of the network."""
-    return _by_block(updates, lambda block, num_blocks: -abs(block - (num_blocks - 1) / 2))
+    return _by_block(task, lambda block, num_blocks: -abs(block - (num_blocks - 1) / 2))
 
 
-def _by_block(updates: Sequence[Update], score: Callable[[int, int], float]) -> ModuleScores:
-    blocks = block_indices(updates)
-    values = [score(block, max(blocks) + 1) for block in blocks]
-    return data_free(updates, values, unit="blocks", seconds=0.0)
+def _by_block(task: Task, score: Callable[[int, int], float]) -> ModuleScores:
+    blocks = block_indices(task.updates)
+    return task.result([score(block, max(blocks) + 1) for block in blocks], unit="blocks")

@@ -26,57 +26,39 @@ Blind to: what a module would add to sets that are no set of best modules. Stand
     not; they overstate the noise inside a round, because the slope changes between the points.
 """
 
-from collections.abc import Sequence
-
 import torch
-from transformers import Trainer
 
 from keylayers.gates import group_modules
-from keylayers.options import MaskOptions
-from keylayers.options.passes import round_sizes
-from keylayers.progress import OnStep
 from keylayers.scores.module_scores import ModuleScores
+from keylayers.scores.options import EliminationOptions
 from keylayers.scores.path_integral import shares_in_one_sweep
-from keylayers.scores.scoring import mean_and_error, scoring
-from keylayers.updates import Update
+from keylayers.scores.task import Task, mean_and_error
 
 
-def elimination(
-    trainer: Trainer,
-    updates: Sequence[Update],
-    options: MaskOptions,
-    on_step: OnStep | None = None,
-) -> ModuleScores:
-    """The mean share of each update's module in what the sets that hold it achieve, in nats.
-
-    Raises:
-        LossError: the loss became NaN or infinite.
-        GuardError: something else than the gates changed, or a gate took no part.
-    """
-    num_gates = len(group_modules([update.module for update in updates], options.granularity))
-    sizes = round_sizes(num_gates, options.keep_fraction)
-    num_batches = options.mask_batches * len(sizes)
-    with scoring(trainer, updates, options, on_step, num_batches=num_batches) as task:
+def elimination(task: Task, options: EliminationOptions) -> ModuleScores:
+    """The mean share of each update's module in what the sets that hold it achieve, in nats."""
+    modules = [update.module for update in task.updates]
+    num_gates = len(group_modules(modules, options.granularity))
+    sizes, num_batches = options.round_sizes(num_gates), options.mask_batches
+    with task.masked(num_batches * len(sizes), granularity=options.granularity) as masked:
         total = torch.zeros(num_gates, dtype=torch.float64)
         variance = torch.zeros_like(total)
-        carried = []
+        rounds = []
         is_open = torch.ones(num_gates)
         scores = total
         for index, size in enumerate(sizes):
             is_open = _best(scores, is_open, size)
-            first = index * options.mask_batches
-            batches = task.batches[first : first + options.mask_batches]
-            shares = shares_in_one_sweep(task, batches, is_open)
-            scores, error = mean_and_error(shares)
+            batches = masked.batches[index * num_batches :][:num_batches]
+            scores, error = mean_and_error(shares_in_one_sweep(masked, batches, is_open))
             total += scores / len(sizes)
             if error is not None:
                 variance += (error / len(sizes)).square()
-            carried.append({"num_modules": size, "loss_reduction_nats": float(scores.sum())})
-        return task.result(
+            rounds.append({"num_modules": size, "loss_reduction_nats": float(scores.sum())})
+        return masked.result(
             total,
-            unit=task.loss_unit,
-            standard_errors=variance.sqrt() if options.mask_batches > 1 else None,
-            findings={"rounds": carried},
+            unit=masked.loss_unit,
+            standard_errors=variance.sqrt() if num_batches > 1 else None,
+            findings={"rounds": rounds},
         )
 
 

@@ -17,39 +17,30 @@ Blind to: the loss, the update and the outputs; inputs of a simple structure win
 import contextlib
 import inspect
 import io
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft import EvaConfig, LoraConfig
 from peft.tuners.lora.eva import get_eva_state_dict
 from torch import nn
-from transformers import Trainer
 
 from keylayers.errors import ConfigError
 from keylayers.model.modules import base_model_of
-from keylayers.options import MaskOptions
-from keylayers.progress import OnStep
 from keylayers.scores.module_scores import ModuleScores
-from keylayers.scores.scoring import scoring
-from keylayers.updates import Update
+from keylayers.scores.options import Batched
+from keylayers.scores.task import Task
 from keylayers.updates.base_weight import check_linear
 
 MEAN_RANK = 4
 RHO = 4.0
 
 
-def eva(
-    trainer: Trainer,
-    updates: Sequence[Update],
-    options: MaskOptions,
-    on_step: OnStep | None = None,
-) -> ModuleScores:
+def eva(task: Task, options: Batched) -> ModuleScores:
     """The rank that EVA gives each update's module."""
-    start = time.perf_counter()
-    for update in updates:
+    for update in task.updates:
         check_linear(update.layer)
-    names = [update.module.name for update in updates]
+    trainer = task.trainer
+    taken = inspect.signature(base_model_of(trainer.model).forward).parameters
     num_passes = 0
 
     def forward(model: nn.Module, inputs: Mapping[str, Any]) -> None:
@@ -57,23 +48,18 @@ def eva(
         num_passes += 1
         model(**{name: value for name, value in inputs.items() if name in taken})
 
-    with scoring(trainer, updates, options, on_step, looks_inside=True) as task:
-        taken = inspect.signature(base_model_of(trainer.model).forward).parameters
-        batches = [trainer._prepare_inputs(dict(batch)) for batch in task.batches]
-        if "input_ids" not in batches[0]:
-            raise ConfigError(
-                f"`method` eva needs batches with `input_ids`, but those of "
-                f"{type(trainer).__name__} have {', '.join(batches[0])}; choose elimination"
-            )
-        _check_long_enough(batches)
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=MEAN_RANK,
-            target_modules=names,
-            init_lora_weights="eva",
-            eva_config=EvaConfig(rho=RHO),
-        )
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints when a batch is short
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=MEAN_RANK,
+        target_modules=list(task.module_names),
+        init_lora_weights="eva",
+        eva_config=EvaConfig(rho=RHO),
+    )
+    with task.masked(options.mask_batches, looks_inside=True) as masked:
+        batches = [trainer._prepare_inputs(dict(batch)) for batch in masked.batches]
+        _check_batches(batches, type(trainer).__name__)
+        # PEFT prints a line for every short batch.
+        with contextlib.redirect_stdout(io.StringIO()):
             components = get_eva_state_dict(
                 trainer.model,
                 batches,
@@ -83,28 +69,26 @@ def eva(
                 show_progress_bar=False,
             )
     ranks = {name.removeprefix("base_model.model."): len(rows) for name, rows in components.items()}
-    return ModuleScores(
-        module_names=tuple(names),
-        scores=tuple(float(ranks[name]) for name in names),
-        standard_errors=None,
-        unit="ranks",
-        losses=(),
-        seconds=time.perf_counter() - start,
-        num_forward=num_passes,
-    )
+    scores = [float(ranks[name]) for name in task.module_names]
+    return task.result(scores, unit="ranks", num_forward=num_passes)
 
 
-def _check_long_enough(batches: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse batches of too few labelled tokens: PEFT skips them and looks on for ever.
+def _check_batches(batches: Sequence[Mapping[str, Any]], trainer: str) -> None:
+    """Refuse batches without tokens, or with too few: PEFT 0.21 skips those and loops forever.
 
     Raises:
-        ConfigError: no batch has as many as the components that are asked for.
+        ConfigError: no `input_ids`, or no batch has as many labelled tokens as components.
     """
+    if "input_ids" not in batches[0]:
+        raise ConfigError(
+            f"`method` eva needs batches with `input_ids`, but those of {trainer} have "
+            f"{', '.join(batches[0])}; choose elimination"
+        )
     needed = int(MEAN_RANK * RHO)
-    lengths = (int((one["labels"] != -100).sum()) for one in batches if "labels" in one)
+    lengths = (int((batch["labels"] != -100).sum()) for batch in batches if "labels" in batch)
     longest = max(lengths, default=needed)
     if longest < needed:
         raise ConfigError(
-            f"eva needs batches of at least {needed} labelled tokens, but the longest has "
+            f"`method` eva needs batches of at least {needed} labelled tokens, but the longest has "
             f"{longest}; raise `batch_size`"
         )

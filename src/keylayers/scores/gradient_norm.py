@@ -18,41 +18,31 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import Trainer
 
-from keylayers.options import MaskOptions
-from keylayers.progress import OnStep
 from keylayers.scores.module_scores import ModuleScores
+from keylayers.scores.options import Batched
 from keylayers.scores.probe import observed_gradients
-from keylayers.scores.scoring import Scoring, mean_and_error, scoring
+from keylayers.scores.task import MaskedModel, Task
 from keylayers.updates import Update
 
 
-def gradient_norm(
-    trainer: Trainer,
-    updates: Sequence[Update],
-    options: MaskOptions,
-    on_step: OnStep | None = None,
-) -> ModuleScores:
+def gradient_norm(task: Task, options: Batched) -> ModuleScores:
     """The mean gradient norm of each update's module in the base model."""
-    with scoring(trainer, updates, options, on_step, looks_inside=True) as task:
-        norms = weight_gradient_norms(task)
-        mean, error = mean_and_error(norms)
-        return task.result(mean, unit="norm of the gradient", standard_errors=error)
+    with task.masked(options.mask_batches, looks_inside=True) as masked:
+        norms = [weight_gradient_norms(masked, task.updates, batch) for batch in masked.batches]
+        return masked.mean(torch.stack(norms), unit="norm of the gradient")
 
 
-def weight_gradient_norms(task: Scoring) -> Float[Tensor, "batch module"]:
-    """‖∂L/∂W‖_F of each module of the base model, for each batch."""
-    return torch.stack([_norms(task, batch) for batch in task.batches])
-
-
-def _norms(task: Scoring, batch: Any) -> Float[Tensor, " module"]:
-    norms = torch.zeros(len(task.updates))
+def weight_gradient_norms(
+    masked: MaskedModel, updates: Sequence[Update], batch: Any
+) -> Float[Tensor, " module"]:
+    """‖∂L/∂W‖_F of each module of the base model, on one batch."""
+    norms = torch.zeros(len(updates))
 
     def see(index: int, x: Tensor, grad_y: Tensor) -> None:
         gradient = grad_y.flatten(0, -2).float().T @ x.flatten(0, -2).float()
         norms[index] = float(gradient.norm())
 
-    with observed_gradients(task.updates, see):
-        task.gradient(0.0, batch)
+    with observed_gradients(updates, see):
+        masked.gradient(0.0, batch)
     return norms

@@ -16,22 +16,12 @@ Blind to: the constraint that the relaxation drops. At a stationary point of sta
     other share the credit by chance.
 """
 
-from collections.abc import Sequence
-
-from transformers import Trainer
-
-from keylayers.options import MaskOptions
-from keylayers.progress import OnStep
 from keylayers.scores.learning import learn_scores
 from keylayers.scores.module_scores import ModuleScores
-from keylayers.updates import Update
+from keylayers.scores.options import IlaOptions
+from keylayers.scores.task import Task
 
 
-def ila(
-    trainer: Trainer,
-    updates: Sequence[Update],
-    options: MaskOptions,
-    on_step: OnStep | None = None,
-) -> ModuleScores:
-    """The learned score of each update's module, as published; higher is more important."""
-    return learn_scores(trainer, updates, options, on_step, initial_score=options.initial_score)
+def ila(task: Task, options: IlaOptions) -> ModuleScores:
+    """The learned score of each update's module, as published."""
+    return learn_scores(task, options, initial_score=options.initial_score)

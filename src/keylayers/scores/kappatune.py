@@ -11,30 +11,18 @@ Blind to: data and update. Two thin matrices of full rank differ by their smalle
     alone.
 """
 
-import time
-from collections.abc import Sequence
-
 import torch
-from transformers import Trainer
 
-from keylayers.options import MaskOptions
-from keylayers.progress import OnStep
-from keylayers.scores.module_scores import ModuleScores, data_free
-from keylayers.updates import Update
+from keylayers.scores.module_scores import ModuleScores
+from keylayers.scores.options import MethodOptions
+from keylayers.scores.task import Task
 from keylayers.updates.base_weight import base_weight
 
 
-def kappatune(
-    trainer: Trainer,
-    updates: Sequence[Update],
-    options: MaskOptions,
-    on_step: OnStep | None = None,
-) -> ModuleScores:
+def kappatune(task: Task, options: MethodOptions) -> ModuleScores:
     """Minus the condition number of each update's base weight."""
-    start = time.perf_counter()
-    values = []
-    for update in updates:
+    scores = []
+    for update in task.updates:
         sigma = torch.linalg.svdvals(base_weight(update.layer))
-        values.append(-float(sigma[0] / (sigma[-1] + 1e-8)))
-    seconds = time.perf_counter() - start
-    return data_free(updates, values, unit="minus the condition number", seconds=seconds)
+        scores.append(-float(sigma[0] / (sigma[-1] + 1e-8)))
+    return task.result(scores, unit="minus the condition number")

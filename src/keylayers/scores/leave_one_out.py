@@ -10,31 +10,20 @@ Blind to: modules that can stand in for each other, since each alone can go with
     that happens away from the full update.
 """
 
-from collections.abc import Sequence
-
 import torch
-from transformers import Trainer
 
-from keylayers.options import MaskOptions
-from keylayers.progress import OnStep
 from keylayers.scores.module_scores import ModuleScores
-from keylayers.scores.scoring import mean_and_error, scoring
-from keylayers.updates import Update
+from keylayers.scores.options import GroupedBatches
+from keylayers.scores.task import Task
 
 
-def leave_one_out(
-    trainer: Trainer,
-    updates: Sequence[Update],
-    options: MaskOptions,
-    on_step: OnStep | None = None,
-) -> ModuleScores:
-    """The rise of the loss without each update, in nats."""
-    with scoring(trainer, updates, options, on_step) as task:
-        with_all = task.losses(1.0)
+def leave_one_out(task: Task, options: GroupedBatches) -> ModuleScores:
+    """How much the loss rises without each update, in nats."""
+    with task.masked(options.mask_batches, granularity=options.granularity) as masked:
+        with_all = masked.losses(1.0)
         rises = []
-        for index in range(len(task.gates)):
-            values = torch.ones(len(task.gates))
+        for index in range(len(masked.gates)):
+            values = torch.ones(len(masked.gates))
             values[index] = 0.0
-            rises.append(task.losses(values) - with_all)
-        mean, error = mean_and_error(torch.stack(rises, dim=1))
-        return task.result(mean, unit=task.loss_unit, standard_errors=error)
+            rises.append(masked.losses(values) - with_all)
+        return masked.mean(torch.stack(rises, dim=1), unit=masked.loss_unit)

@@ -17,38 +17,32 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import Trainer
 
-from keylayers.options import MaskOptions
-from keylayers.progress import OnStep
 from keylayers.scores.module_scores import ModuleScores
+from keylayers.scores.options import Batched
 from keylayers.scores.probe import observed_inputs, per_example, token_mask
-from keylayers.scores.scoring import Scoring, mean_and_error, scoring
+from keylayers.scores.task import MaskedModel, Task
 from keylayers.updates import Update
 
 
-def lora_drop(
-    trainer: Trainer,
-    updates: Sequence[Update],
-    options: MaskOptions,
-    on_step: OnStep | None = None,
-) -> ModuleScores:
+def lora_drop(task: Task, options: Batched) -> ModuleScores:
     """The mean squared output of each update in the fine-tuned model."""
-    with scoring(trainer, updates, options, on_step, looks_inside=True) as task:
-        sizes = torch.stack([_output_sizes(task, batch) for batch in task.batches])
-        mean, error = mean_and_error(sizes)
-        return task.result(mean, unit="squared norm of the output", standard_errors=error)
+    with task.masked(options.mask_batches, looks_inside=True) as masked:
+        sizes = [_output_sizes(masked, task.updates, batch) for batch in masked.batches]
+        return masked.mean(torch.stack(sizes), unit="squared norm of the output")
 
 
-def _output_sizes(task: Scoring, batch: Any) -> Float[Tensor, " module"]:
-    sizes = torch.zeros(len(task.updates))
+def _output_sizes(
+    masked: MaskedModel, updates: Sequence[Update], batch: Any
+) -> Float[Tensor, " module"]:
+    sizes = torch.zeros(len(updates))
 
     def see(index: int, x: Tensor) -> None:
         x = per_example(x, batch)
         tokens = x[token_mask(batch, x)].float()
-        output = tokens @ task.updates[index].delta().to(tokens.device).T
+        output = tokens @ updates[index].delta().to(tokens.device).T
         sizes[index] = float(output.square().sum(dim=-1).mean())
 
-    with observed_inputs(task.updates, see):
-        task.loss(1.0, batch)
+    with observed_inputs(updates, see):
+        masked.loss(1.0, batch)
     return sizes

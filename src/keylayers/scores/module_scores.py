@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a scoring method gives: one score a module, and how it went."""
+"""What a scoring method returns: a score for each module, and how it was found."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from jaxtyping import Float
@@ -19,32 +19,34 @@ class ModuleScores:
 
     Attributes:
         module_names: Full names in the base model.
-        scores: One a module; modules that share a gate share the score.
-        standard_errors: Of each score, from the spread over batches; None where there are too few.
+        scores: One for each module; modules that share a gate share the score.
         unit: What a score counts.
+        standard_errors: Standard error of each score, from the spread over batches; None if there
+            are too few.
         losses: Loss of the masked model at each pass, in nats.
-        seconds: Wall time.
         num_forward: Forward passes over a batch.
         num_backward: Backward passes over a batch, for activations through frozen weights.
         findings: What else the method found, JSON-able, for the record.
+        seconds: Wall time; `score_modules` measures it.
     """
 
     module_names: tuple[str, ...]
     scores: tuple[float, ...]
-    standard_errors: tuple[float, ...] | None
+    _: KW_ONLY
     unit: str
-    losses: tuple[float, ...] = field(repr=False)
-    seconds: float
+    standard_errors: tuple[float, ...] | None = None
+    losses: tuple[float, ...] = field(default=(), repr=False)
     num_forward: int = 0
     num_backward: int = 0
     findings: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
 
     @property
     def forward_equivalents(self) -> int:
         """Cost in forward passes over a batch.
 
-        A backward pass through frozen weights has the matrix products of a forward pass: one for
-        each weight. So it counts as one.
+        A backward pass through frozen weights counts as one: like a forward pass, it has one matrix
+        product per weight.
         """
         return self.num_forward + self.num_backward
 
@@ -67,24 +69,10 @@ def block_indices(updates: Sequence[Update]) -> list[int]:
     Raises:
         ModelError: a module is in no block.
     """
-    outside = [one.module.name for one in updates if one.module.block_index is None]
+    outside = [update.module.name for update in updates if update.module.block_index is None]
     if outside:
         raise ModelError(
-            f"a method that scores blocks needs every module in one, but {outside[0]} is in none; "
-            f"choose one that scores modules, such as elimination"
+            f"a method that scores blocks needs every module in a block, but {outside[0]} is in "
+            f"none; choose a method that scores modules, such as elimination"
         )
-    return [one.module.block_index or 0 for one in updates]
-
-
-def data_free(
-    updates: Sequence[Update], values: Sequence[float], *, unit: str, seconds: float
-) -> ModuleScores:
-    """Scores that no batch was needed for."""
-    return ModuleScores(
-        module_names=tuple(update.module.name for update in updates),
-        scores=tuple(values),
-        standard_errors=None,
-        unit=unit,
-        losses=(),
-        seconds=seconds,
-    )
+    return [update.module.block_index or 0 for update in updates]

@@ -18,36 +18,22 @@ Blind to: what happens off the diagonal, where some gates are open and others cl
     can stand in for each other share the credit.
 """
 
-from collections.abc import Sequence
-
 import torch
-from transformers import Trainer
 
-from keylayers.options import MaskOptions
-from keylayers.progress import OnStep
 from keylayers.scores.module_scores import ModuleScores
+from keylayers.scores.options import PathOptions
 from keylayers.scores.path_integral import path_shares
-from keylayers.scores.scoring import mean_and_error, scoring
-from keylayers.updates import Update
+from keylayers.scores.task import Task, mean_and_error
 
 
-def path(
-    trainer: Trainer,
-    updates: Sequence[Update],
-    options: MaskOptions,
-    on_step: OnStep | None = None,
-) -> ModuleScores:
-    """The share of each update's module in the loss reduction of the fine-tune, in nats.
-
-    Raises:
-        LossError: the loss became NaN or infinite.
-        GuardError: something else than the gates changed, or a gate took no part.
-    """
-    with scoring(trainer, updates, options, on_step) as task:
-        all_open = torch.ones(len(task.gates))
-        mean, error = mean_and_error(path_shares(task, task.batches, all_open, options.path_points))
+def path(task: Task, options: PathOptions) -> ModuleScores:
+    """The share of each update's module in the loss reduction of the fine-tune, in nats."""
+    with task.masked(options.mask_batches, granularity=options.granularity) as masked:
+        all_open = torch.ones(len(masked.gates))
+        shares = path_shares(masked, masked.batches, all_open, options.path_points)
+        mean, error = mean_and_error(shares)
         findings = {"sum_of_scores_nats": float(mean.sum())}
-        if task.compares_losses:
-            reduction = (task.losses(0.0) - task.losses(1.0)).mean()
+        if masked.compares_losses:
+            reduction = (masked.losses(0.0) - masked.losses(1.0)).mean()
             findings["loss_reduction_nats"] = float(reduction)
-        return task.result(mean, unit=task.loss_unit, standard_errors=error, findings=findings)
+        return masked.result(mean, unit=masked.loss_unit, standard_errors=error, findings=findings)

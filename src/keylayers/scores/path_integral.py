@@ -14,16 +14,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from keylayers.scores.scoring import Scoring
+from keylayers.scores.task import MaskedModel
 
 
 def path_shares(
-    task: Scoring, batches: list[Any], is_open: Float[Tensor, " gate"], num_points: int
+    masked: MaskedModel, batches: list[Any], is_open: Float[Tensor, " gate"], num_points: int
 ) -> Float[Tensor, "batch gate"]:
     """Each open gate's share of the loss reduction on each batch, in nats; 0 for the others.
 
     Args:
-        task: The masked model.
+        masked: The masked model.
         batches: What the loss is taken on.
         is_open: 1 for the gates that open together, 0 for those that stay closed.
         num_points: Gauss-Legendre points; n of them are exact for polynomials of degree 2n - 1.
@@ -31,12 +31,12 @@ def path_shares(
     shares = torch.zeros(len(batches), len(is_open), dtype=torch.float64)
     for row, batch in enumerate(batches):
         for point, weight in _gauss_legendre(num_points):
-            shares[row] -= weight * task.gradient(point * is_open, batch)
+            shares[row] -= weight * masked.gradient(point * is_open, batch)
     return shares * is_open
 
 
 def shares_in_one_sweep(
-    task: Scoring, batches: list[Any], is_open: Float[Tensor, " gate"]
+    masked: MaskedModel, batches: list[Any], is_open: Float[Tensor, " gate"]
 ) -> Float[Tensor, "batch gate"]:
     """The same with one pass a batch: each batch stands at a point of its own.
 
@@ -46,7 +46,7 @@ def shares_in_one_sweep(
     shares = torch.zeros(len(batches), len(is_open), dtype=torch.float64)
     points = _gauss_legendre(len(batches))
     for row, (batch, (point, weight)) in enumerate(zip(batches, points, strict=True)):
-        shares[row] = -weight * len(batches) * task.gradient(point * is_open, batch)
+        shares[row] = -weight * len(batches) * masked.gradient(point * is_open, batch)
     return shares * is_open
 
 

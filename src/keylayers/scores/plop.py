@@ -17,41 +17,35 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import Trainer
 
-from keylayers.options import MaskOptions
-from keylayers.progress import OnStep
 from keylayers.scores.module_scores import ModuleScores
+from keylayers.scores.options import Batched
 from keylayers.scores.probe import observed_inputs, per_example, token_mask
-from keylayers.scores.scoring import Scoring, mean_and_error, scoring
+from keylayers.scores.task import MaskedModel, Task
 from keylayers.updates import Update
 from keylayers.updates.base_weight import base_weight
 
 
-def plop(
-    trainer: Trainer,
-    updates: Sequence[Update],
-    options: MaskOptions,
-    on_step: OnStep | None = None,
-) -> ModuleScores:
+def plop(task: Task, options: Batched) -> ModuleScores:
     """Minus the normalised feature norm of each update's module in the base model."""
-    with scoring(trainer, updates, options, on_step, looks_inside=True) as task:
-        norms = torch.stack([_feature_norms(task, batch) for batch in task.batches])
-        mean, error = mean_and_error(-norms)
-        return task.result(mean, unit="minus the feature norm", standard_errors=error)
+    with task.masked(options.mask_batches, looks_inside=True) as masked:
+        norms = [-_feature_norms(masked, task.updates, batch) for batch in masked.batches]
+        return masked.mean(torch.stack(norms), unit="minus the feature norm")
 
 
-def _feature_norms(task: Scoring, batch: Any) -> Float[Tensor, " module"]:
-    norms = torch.zeros(len(task.updates))
+def _feature_norms(
+    masked: MaskedModel, updates: Sequence[Update], batch: Any
+) -> Float[Tensor, " module"]:
+    norms = torch.zeros(len(updates))
 
     def see(index: int, x: Tensor) -> None:
-        weight = base_weight(task.updates[index].layer)
+        weight = base_weight(updates[index].layer)
         x = per_example(x, batch)
         tokens = x[token_mask(batch, x)].float()
         unit = tokens / tokens.norm(dim=-1, keepdim=True).clamp_min(1e-8)
         by_chance = weight.norm() / weight.shape[1] ** 0.5
         norms[index] = float((unit @ weight.T).norm(dim=-1).mean() / by_chance)
 
-    with observed_inputs(task.updates, see):
-        task.loss(0.0, batch)
+    with observed_inputs(updates, see):
+        masked.loss(0.0, batch)
     return norms

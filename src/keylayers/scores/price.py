@@ -13,26 +13,14 @@ Blind to: the scale of the loss: `price` is in nats for the whole mask, and what
     data set is cheap for another.
 """
 
-from collections.abc import Sequence
-
-from transformers import Trainer
-
-from keylayers.options import MaskOptions
-from keylayers.progress import OnStep
 from keylayers.scores.learning import learn_scores
 from keylayers.scores.module_scores import ModuleScores
-from keylayers.updates import Update
+from keylayers.scores.options import PriceOptions
+from keylayers.scores.task import Task
 
 HALF_OPEN = 0.0  # the score of a gate of one half
 
 
-def price(
-    trainer: Trainer,
-    updates: Sequence[Update],
-    options: MaskOptions,
-    on_step: OnStep | None = None,
-) -> ModuleScores:
-    """The learned score of each update's module under `options.price`; higher is more important."""
-    return learn_scores(
-        trainer, updates, options, on_step, initial_score=HALF_OPEN, price=options.price
-    )
+def price(task: Task, options: PriceOptions) -> ModuleScores:
+    """The learned score of each update's module under `options.price`."""
+    return learn_scores(task, options, initial_score=HALF_OPEN, price=options.price)

@@ -10,24 +10,13 @@ Blind to: everything.
 """
 
 import random
-from collections.abc import Sequence
 
-from transformers import Trainer
-
-from keylayers.options import MaskOptions
-from keylayers.progress import OnStep
-from keylayers.scores.module_scores import ModuleScores, data_free
-from keylayers.updates import Update
+from keylayers.scores.module_scores import ModuleScores
+from keylayers.scores.options import MethodOptions
+from keylayers.scores.task import Task
 
 
-def random_order(
-    trainer: Trainer,
-    updates: Sequence[Update],
-    options: MaskOptions,
-    on_step: OnStep | None = None,
-) -> ModuleScores:
-    """A random number for each update's module, from `mask_seed`, else from the trainer's seed."""
-    seed = trainer.args.seed if options.mask_seed is None else options.mask_seed
-    generator = random.Random(f"random order {seed}")
-    values = [generator.random() for _ in updates]
-    return data_free(updates, values, unit="a random number", seconds=0.0)
+def random_order(task: Task, options: MethodOptions) -> ModuleScores:
+    """A random number for each update's module, by the task's seed."""
+    generator = random.Random(f"random order {task.seed}")
+    return task.result([generator.random() for _ in task.updates], unit="a random number")

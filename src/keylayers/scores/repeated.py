@@ -4,27 +4,19 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import fmean
+from typing import Any
 
-from transformers import Trainer
-
-from keylayers.options import MaskOptions
-from keylayers.progress import OnStep
 from keylayers.scores.module_scores import ModuleScores
-from keylayers.scores.stable_selection import SettledSelection
-from keylayers.updates import Update
+from keylayers.scores.options import Repeatable
+from keylayers.scores.stable_selection import StableSelection
+from keylayers.scores.task import Task
 
 MOST_REPEATS = 10
 PATIENCE = 2
 
-ScoreFunction = Callable[[Trainer, Sequence[Update], MaskOptions, OnStep | None], ModuleScores]
-
 
 def repeated(
-    method: ScoreFunction,
-    trainer: Trainer,
-    updates: Sequence[Update],
-    options: MaskOptions,
-    on_step: OnStep | None = None,
+    score: Callable[[Task, Any], ModuleScores], task: Task, options: Repeatable
 ) -> ModuleScores:
     """Mean scores over repeats that see batches in other orders.
 
@@ -32,30 +24,28 @@ def repeated(
     two repeats in a row, or after ten.
     """
     assert options.until_stable is not None
-    watch = SettledSelection(options.until_stable, PATIENCE)
-    seed = trainer.args.seed if options.mask_seed is None else options.mask_seed
+    watch = StableSelection(options.until_stable, PATIENCE)
+    once = replace(options, until_stable=None)
     found: list[ModuleScores] = []
-    is_settled = False
-    while not is_settled and len(found) < MOST_REPEATS:
-        once = replace(options, mask_seed=seed + 1000 * len(found), until_stable=None)
-        found.append(method(trainer, updates, once, on_step))
-        means = [fmean(scores) for scores in zip(*(one.scores for one in found), strict=True)]
-        is_settled = watch.see(means)
+    is_stable = False
+    while not is_stable and len(found) < MOST_REPEATS:
+        found.append(score(replace(task, seed=task.seed + 1000 * len(found)), once))
+        means = [fmean(scores) for scores in zip(*(run.scores for run in found), strict=True)]
+        is_stable = watch.see(means)
     return replace(
         found[0],
         scores=tuple(means),
         standard_errors=_errors_of_means(found),
-        losses=tuple(loss for one in found for loss in one.losses),
-        seconds=sum(one.seconds for one in found),
-        num_forward=sum(one.num_forward for one in found),
-        num_backward=sum(one.num_backward for one in found),
-        findings=dict(found[0].findings) | {"num_repeats": len(found), "is_settled": is_settled},
+        losses=tuple(loss for run in found for loss in run.losses),
+        num_forward=sum(run.num_forward for run in found),
+        num_backward=sum(run.num_backward for run in found),
+        findings=dict(found[0].findings) | {"num_repeats": len(found), "is_settled": is_stable},
     )
 
 
 def _errors_of_means(found: Sequence[ModuleScores]) -> tuple[float, ...] | None:
-    """Of independent repeats; None if they have none."""
-    known = [one.standard_errors for one in found if one.standard_errors is not None]
+    """Standard errors of means of independent repeats; None if the repeats have none."""
+    known = [run.standard_errors for run in found if run.standard_errors is not None]
     if len(known) < len(found):
         return None
     return tuple(

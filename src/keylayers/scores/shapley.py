@@ -14,36 +14,25 @@ Cost: `permutations` x (modules + 1) forward passes.
 Blind to: nothing but its own noise, which falls with the square root of the cost.
 """
 
-from collections.abc import Sequence
-
 import torch
-from transformers import Trainer
 
-from keylayers.options import MaskOptions
-from keylayers.progress import OnStep
 from keylayers.scores.module_scores import ModuleScores
-from keylayers.scores.scoring import mean_and_error, scoring
-from keylayers.updates import Update
+from keylayers.scores.options import ShapleyOptions
+from keylayers.scores.task import Task
 
 
-def shapley(
-    trainer: Trainer,
-    updates: Sequence[Update],
-    options: MaskOptions,
-    on_step: OnStep | None = None,
-) -> ModuleScores:
+def shapley(task: Task, options: ShapleyOptions) -> ModuleScores:
     """The sampled Shapley value of each update, in nats of loss reduction."""
-    with scoring(trainer, updates, options, on_step) as task:
-        num_gates = len(task.gates)
+    with task.masked(options.mask_batches, granularity=options.granularity) as masked:
+        num_gates = len(masked.gates)
         gains = torch.zeros(options.permutations, num_gates)
         for row in range(options.permutations):
-            batch = task.batches[row % len(task.batches)]
+            batch = masked.batches[row % len(masked.batches)]
             values = torch.zeros(num_gates)
-            before = task.loss(values, batch)
+            before = masked.loss(values, batch)
             for index in torch.randperm(num_gates).tolist():
                 values[index] = 1.0
-                after = task.loss(values, batch)
+                after = masked.loss(values, batch)
                 gains[row, index] = before - after
                 before = after
-        mean, error = mean_and_error(gains)
-        return task.result(mean, unit=task.loss_unit, standard_errors=error)
+        return masked.mean(gains, unit=masked.loss_unit)

@@ -15,34 +15,23 @@ Blind to: data and update.
 """
 
 import math
-import time
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import Trainer
 
-from keylayers.options import MaskOptions
-from keylayers.progress import OnStep
-from keylayers.scores.module_scores import ModuleScores, data_free
-from keylayers.updates import Update
+from keylayers.scores.module_scores import ModuleScores
+from keylayers.scores.options import MethodOptions
+from keylayers.scores.task import Task
 from keylayers.updates.base_weight import base_weight
 
 
-def spectrum(
-    trainer: Trainer,
-    updates: Sequence[Update],
-    options: MaskOptions,
-    on_step: OnStep | None = None,
-) -> ModuleScores:
-    """The place of each update's module by signal-to-noise ratio in its kind, in (0, 1]."""
-    start = time.perf_counter()
-    ratios = [signal_to_noise(base_weight(update.layer)) for update in updates]
-    kinds = [update.module.projection for update in updates]
-    values = shares_of_kind(ratios, kinds)
-    seconds = time.perf_counter() - start
-    return data_free(updates, values, unit="share of its kind", seconds=seconds)
+def spectrum(task: Task, options: MethodOptions) -> ModuleScores:
+    """The place of each update's module by signal-to-noise ratio in its projection, in (0, 1]."""
+    ratios = [signal_to_noise(base_weight(update.layer)) for update in task.updates]
+    kinds = [update.module.projection for update in task.updates]
+    return task.result(shares_of_kind(ratios, kinds), unit="share of its kind")
 
 
 def shares_of_kind(ratios: Sequence[float], kinds: Sequence[str]) -> list[float]:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When learning scores may stop: the selection at the wanted budget no longer changes."""
+"""When scoring may stop: the selection at the wanted budget no longer changes."""
 
 from collections.abc import Sequence
 
 
-class SettledSelection:
-    """Watches which gates are the best `fraction`, as scores come in.
+class StableSelection:
+    """Watches which gates are the best `fraction` as scores come in.
 
-    Settled when it has been the same as before `patience` times in a row.
+    The selection is stable when it has been the same as before `patience` times in a row.
     """
 
     def __init__(self, fraction: float, patience: int) -> None:
@@ -17,7 +17,10 @@ class SettledSelection:
         self._selected: frozenset[int] | None = None
 
     def see(self, scores: Sequence[float]) -> bool:
-        """Take the newest scores in; whether the selection is settled. Ties go by gate order."""
+        """Take in the newest scores; returns whether the selection is stable.
+
+        Ties go by gate order.
+        """
         size = max(1, int(self.fraction * len(scores) + 0.5))
         ordered = sorted(range(len(scores)), key=lambda gate: -scores[gate])
         selected = frozenset(ordered[:size])

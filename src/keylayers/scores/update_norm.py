@@ -10,25 +10,12 @@ Cost: no pass; one product of B and A a module.
 Blind to: what the update does to the loss. Modules with larger inputs need smaller updates.
 """
 
-import time
-from collections.abc import Sequence
-
-from transformers import Trainer
-
-from keylayers.options import MaskOptions
-from keylayers.progress import OnStep
-from keylayers.scores.module_scores import ModuleScores, data_free
-from keylayers.updates import Update
+from keylayers.scores.module_scores import ModuleScores
+from keylayers.scores.options import MethodOptions
+from keylayers.scores.task import Task
 
 
-def update_norm(
-    trainer: Trainer,
-    updates: Sequence[Update],
-    options: MaskOptions,
-    on_step: OnStep | None = None,
-) -> ModuleScores:
+def update_norm(task: Task, options: MethodOptions) -> ModuleScores:
     """The Frobenius norm of each update."""
-    start = time.perf_counter()
-    values = [float(update.delta().norm()) for update in updates]
-    seconds = time.perf_counter() - start
-    return data_free(updates, values, unit="Frobenius norm", seconds=seconds)
+    norms = [float(update.delta().norm()) for update in task.updates]
+    return task.result(norms, unit="Frobenius norm")

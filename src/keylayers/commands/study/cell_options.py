@@ -12,6 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from keylayers.commands.run_options import CurveOptions, RankOptions, TrainOptions, VerifyOptions
+from keylayers.commands.scoring_flags import ScoringFlags
 from keylayers.commands.selection import SelectionOptions
 from keylayers.data.options import DataOptions
 from keylayers.errors import ConfigError, did_you_mean
@@ -22,7 +23,6 @@ from keylayers.evaluation.options import (
     LossOptions,
 )
 from keylayers.model.options import ModelOptions, UpdateOptions
-from keylayers.options import MaskOptions
 from keylayers.ranking.budget import parse_budget
 from keylayers.training.options import ObjectiveOptions, StabilityOptions, TrainingOptions
 
@@ -37,17 +37,17 @@ def names_of(*parts: type) -> tuple[str, ...]:
 
 
 STAGE_1 = names_of(ModelOptions, DataOptions, TrainingOptions, StabilityOptions)
-RANKING = (*STAGE_1, *names_of(UpdateOptions, MaskOptions))
+RANKING = (*STAGE_1, *names_of(UpdateOptions, ScoringFlags))
 VERIFY = names_of(ModelOptions, DataOptions, UpdateOptions, CurveOptions, ObjectiveOptions)
 CURVE = names_of(CurveOptions)
 VERIFICATION = (*RANKING, *CURVE)
 TRAINING = names_of(SelectionOptions, ModelOptions, DataOptions, TrainingOptions)
-TRAINING_THAT_RANKS = (*TRAINING, *names_of(StabilityOptions, MaskOptions))
+TRAINING_THAT_RANKS = (*TRAINING, *names_of(StabilityOptions, ScoringFlags))
 MEASURED = (BenchmarkOptions, LossOptions, EvalRunOptions)
 EVALUATED = names_of(*MEASURED)
 EVALUATION = (*names_of(ModelOptions), *EVALUATED)
 CLASSES = (
-    *(ModelOptions, DataOptions, TrainingOptions, StabilityOptions, UpdateOptions, MaskOptions),
+    *(ModelOptions, DataOptions, TrainingOptions, StabilityOptions, UpdateOptions, ScoringFlags),
     *(CurveOptions, SelectionOptions, *MEASURED),
 )
 TYPES = {one.name: one.type for part in reversed(CLASSES) for one in fields(part)}
@@ -119,7 +119,7 @@ def rank_options(options: Mapping[str, Any]) -> RankOptions:
         options_of(UpdateOptions, options),
         options_of(TrainingOptions, options),
         options_of(StabilityOptions, options),
-        options_of(MaskOptions, options),
+        options_of(ScoringFlags, options).scoring(),
     )
 
 
@@ -147,7 +147,7 @@ def train_options(options: Mapping[str, Any]) -> TrainOptions:
         options_of(DataOptions, options),
         options_of(TrainingOptions, options),
         options_of(StabilityOptions, scored),
-        options_of(MaskOptions, scored),
+        options_of(ScoringFlags, scored).scoring(),
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from keylayers.commands.run_options import CurveOptions
+from keylayers.commands.scoring_flags import ScoringFlags
 from keylayers.commands.study.cell_options import options_of
 from keylayers.commands.study.estimate_memory import step_bytes
 from keylayers.commands.study.plan import Cell
@@ -27,10 +28,9 @@ from keylayers.commands.study.sizes import (
 )
 from keylayers.data.options import DataOptions
 from keylayers.model.options import ModelOptions
-from keylayers.options import METHOD_OPTIONS, MaskOptions
-from keylayers.options.passes import STOPS_BY_ITSELF, num_steps
 from keylayers.ranking.budget import Count, Fraction, Memory, Parameters, parse_budget
 from keylayers.ranking.cost import StepTime
+from keylayers.scores.options import Batched, Repeatable
 from keylayers.training.options import StabilityOptions, TrainingOptions
 
 OPERATIONS = 2  # a multiplication and an addition
@@ -124,7 +124,7 @@ class _Job:
         self.data = options_of(DataOptions, options)
         self.tuning = options_of(TrainingOptions, options)
         self.stability = options_of(StabilityOptions, options)
-        self.mask = options_of(MaskOptions, options)
+        self.scoring = options_of(ScoringFlags, options).scoring()
         self.price = _price(shape, self.tuning.update, self.tuning.lora_rank)
         limit = min(self.data.max_length, shape.max_positions)
         self.mean_tokens = min(float(limit), size.mean_bytes / BYTES_PER_TOKEN)
@@ -186,14 +186,19 @@ class _Job:
         return 1.0, float("inf")  # the ranking will tell
 
     def _scoring(self) -> float:
-        asked = replace(self.mask, until_stable=None)
-        num_passes = num_steps(asked, self.shape.num_modules)
+        own = self.scoring.options
+        is_repeated = isinstance(own, Repeatable) and own.until_stable is not None
+        once = (
+            replace(self.scoring, options=replace(own, until_stable=None))
+            if is_repeated
+            else self.scoring
+        )
+        num_passes = once.num_steps(self.shape.num_modules)
         if num_passes is None:
-            reads = "mask_batches" in METHOD_OPTIONS[asked.method]
-            num_passes = asked.mask_batches if reads else 0
-        if self.mask.until_stable is not None and asked.method not in STOPS_BY_ITSELF:
+            num_passes = own.mask_batches if isinstance(own, Batched) else 0
+        if is_repeated:
             num_passes *= NUM_REPEATS
-        ways = 1 if asked.method in FORWARD_ONLY else 2  # there, and back for activations
+        ways = 1 if self.scoring.method in FORWARD_ONLY else 2  # there, and back for activations
         tokens = self.tuning.batch_size * self.mean_tokens
         return num_passes * ways * tokens * self.price.forward
 

@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of scoring methods: everything that the rest of keylayers knows of them.
+
+The command line's choices, flags and help, the refusals, the steps of a progress bar and the table
+in docs/methods.md all come from here. Other packages add methods with `register_method`, or with an
+entry point in the group `keylayers.methods`; docs/add-a-method.md shows how. Needs no torch.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Literal
+
+from keylayers.errors import ConfigError, did_you_mean
+from keylayers.scores.options import (
+    AdaLoraOptions,
+    Batched,
+    EliminationOptions,
+    GroupedBatches,
+    IlaOptions,
+    LearnedOptions,
+    MethodOptions,
+    PathOptions,
+    PriceOptions,
+    ShapleyOptions,
+)
+
+ENTRY_POINTS = "keylayers.methods"
+DEFAULT_METHOD = "elimination"
+RESERVED = ("method", "mask_seed")  # options of every method
+
+# What a method looks at. A trainer that samples its data (GRPO) has a gradient, but its losses at
+# two masks cannot be compared and its batches hold no tokens.
+Needs = Literal["nothing", "gradient", "activations", "loss"]
+NumSteps = Callable[[Any, int], int | None]
+
+
+def unknown_steps(options: Any, num_gates: int) -> None:
+    """For methods that report no steps, or a number that is not known beforehand."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One scoring method.
+
+    Attributes:
+        name: Value of `--method`.
+        title: What a score is, in a few words.
+        function: `package.module:function`, imported when the method is used; or the function
+            itself. It is called with a `scores.task.Task` and the method's options and returns
+            `ModuleScores`.
+        options: Frozen dataclass of the method's own options, each with a default.
+        num_steps: Steps that the method reports, from its options and the number of gates; None if
+            that is not known beforehand.
+        needs: What the method looks at; only `nothing` and `gradient` work with a trainer that
+            samples its data.
+        source: Where the method was published.
+    """
+
+    name: str
+    title: str
+    function: str | Callable[..., Any]
+    options: type = MethodOptions
+    num_steps: NumSteps = unknown_steps
+    needs: Needs = "loss"
+    source: str = ""
+
+    @property
+    def option_names(self) -> tuple[str, ...]:
+        """The names of the method's own options."""
+        return tuple(option.name for option in fields(self.options))
+
+    @property
+    def learns_gates(self) -> bool:
+        """Whether scores are learned step by step, so that the losses form a learning curve."""
+        return issubclass(self.options, LearnedOptions)
+
+    def load(self) -> Callable[..., Any]:
+        """The function that scores."""
+        if not isinstance(self.function, str):
+            return self.function
+        module, _, name = self.function.partition(":")
+        function: Callable[..., Any] = getattr(import_module(module), name)
+        return function
+
+
+def _mask_batches(options: Batched, num_gates: int) -> int:
+    return options.mask_batches
+
+
+def _mask_steps(options: LearnedOptions | AdaLoraOptions, num_gates: int) -> int:
+    return options.mask_steps
+
+
+def _elimination_steps(options: EliminationOptions, num_gates: int) -> int | None:
+    if options.until_stable is not None:
+        return None
+    return options.mask_batches * len(options.round_sizes(num_gates))
+
+
+def _path_steps(options: PathOptions, num_gates: int) -> int | None:
+    if options.until_stable is not None:
+        return None
+    return options.mask_batches * (options.path_points + 2)
+
+
+def _leave_one_out_steps(options: GroupedBatches, num_gates: int) -> int:
+    return options.mask_batches * (num_gates + 1)
+
+
+def _shapley_steps(options: ShapleyOptions, num_gates: int) -> int:
+    return options.permutations * (num_gates + 1)
+
+
+BUILT_IN = (
+    Method(
+        "elimination",
+        "path-integrated gate gradients under a budget that shrinks round by round",
+        "keylayers.scores.elimination:elimination",
+        EliminationOptions,
+        _elimination_steps,
+        needs="gradient",
+        source="keylayers; Guyon et al. 2002",
+    ),
+    Method(
+        "path",
+        "what each update adds to the loss reduction of the fine-tune",
+        "keylayers.scores.path:path",
+        PathOptions,
+        _path_steps,
+        needs="gradient",
+        source="Sundararajan et al. 2017, arXiv:1703.01365",
+    ),
+    Method(
+        "price",
+        "learned gates that must be worth their price",
+        "keylayers.scores.price:price",
+        PriceOptions,
+        _mask_steps,
+        needs="gradient",
+        source="keylayers; Shi et al. 2025, arXiv:2410.17875",
+    ),
+    Method(
+        "ila",
+        "the gates that gradient descent learns on what a fine-tune added",
+        "keylayers.scores.ila:ila",
+        IlaOptions,
+        _mask_steps,
+        needs="gradient",
+        source="Shi et al. 2025, arXiv:2410.17875",
+    ),
+    Method(
+        "leave-one-out",
+        "how much the loss rises when one update is removed",
+        "keylayers.scores.leave_one_out:leave_one_out",
+        GroupedBatches,
+        _leave_one_out_steps,
+        needs="loss",
+        source="Mozer, Smolensky 1988",
+    ),
+    Method(
+        "shapley",
+        "the mean gain of a module over random orders of adding it",
+        "keylayers.scores.shapley:shapley",
+        ShapleyOptions,
+        _shapley_steps,
+        needs="loss",
+        source="Castro et al. 2009",
+    ),
+    Method(
+        "update-norm",
+        "how far the fine-tune moved a weight",
+        "keylayers.scores.update_norm:update_norm",
+        needs="nothing",
+        source="Han et al. 2015, arXiv:1506.02626",
+    ),
+    Method(
+        "gradient-norm",
+        "how strongly the loss of the base model pulls at a weight",
+        "keylayers.scores.gradient_norm:gradient_norm",
+        Batched,
+        _mask_batches,
+        needs="gradient",
+        source="Saket 2026, arXiv:2604.15351",
+    ),
+    Method(
+        "fisher",
+        "how much information the data hold about a weight of the base model",
+        "keylayers.scores.fisher:fisher",
+        Batched,
+        _mask_batches,
+        needs="gradient",
+        source="Sung et al. 2021, arXiv:2111.09839",
+    ),
+    Method(
+        "aletheia",
+        "gradient norm by block",
+        "keylayers.scores.aletheia:aletheia",
+        Batched,
+        _mask_batches,
+        needs="gradient",
+        source="Saket 2026, arXiv:2604.15351",
+    ),
+    Method(
+        "adalora",
+        "the LoRA rank that AdaLoRA's own training leaves a module",
+        "keylayers.scores.adalora:adalora",
+        AdaLoraOptions,
+        _mask_steps,
+        needs="loss",
+        source="Zhang et al. 2023, arXiv:2303.10512",
+    ),
+    Method(
+        "lora-drop",
+        "how large the output of each update is on the data",
+        "keylayers.scores.lora_drop:lora_drop",
+        Batched,
+        _mask_batches,
+        needs="activations",
+        source="Zhou et al. 2025, arXiv:2402.07721",
+    ),
+    Method(
+        "eva",
+        "the LoRA rank that a module earns by the variance of its inputs",
+        "keylayers.scores.eva:eva",
+        Batched,
+        needs="activations",
+        source="Paischer et al. 2025, arXiv:2410.07170",
+    ),
+    Method(
+        "plop",
+        "how little a weight's features are aligned with its inputs",
+        "keylayers.scores.plop:plop",
+        Batched,
+        _mask_batches,
+        needs="activations",
+        source="Hayou et al. 2025, arXiv:2506.20629",
+    ),
+    Method(
+        "spectrum",
+        "signal-to-noise ratio of the base model's weights, within each projection",
+        "keylayers.scores.spectrum:spectrum",
+        needs="nothing",
+        source="Hartford et al. 2024, arXiv:2406.06623",
+    ),
+    Method(
+        "kappatune",
+        "low condition number of the base model's weights",
+        "keylayers.scores.kappatune:kappatune",
+        needs="nothing",
+        source="PEFT's KappaTune",
+    ),
+    Method(
+        "block-influence",
+        "how much a block of the base model turns the hidden state",
+        "keylayers.scores.block_influence:block_influence",
+        Batched,
+        _mask_batches,
+        needs="activations",
+        source="Men et al. 2024, arXiv:2403.03853",
+    ),
+    Method(
+        "cka",
+        "how much a block of the base model changes the geometry of a set of examples",
+        "keylayers.scores.cka:cka",
+        Batched,
+        _mask_batches,
+        needs="activations",
+        source="Ando Ogawa et al. 2026, arXiv:2602.05988",
+    ),
+    Method("first", "the first blocks", "keylayers.scores.depth:first", needs="nothing"),
+    Method("last", "the last blocks", "keylayers.scores.depth:last", needs="nothing"),
+    Method("middle", "the middle blocks", "keylayers.scores.depth:middle", needs="nothing"),
+    Method(
+        "random",
+        "a random number: the control for every method",
+        "keylayers.scores.random_order:random_order",
+        needs="nothing",
+    ),
+)
+
+
+_METHODS = {method.name: method for method in BUILT_IN}
+
+
+def methods() -> Mapping[str, Method]:
+    """All methods by name: the built-in ones, then those of other packages."""
+    _load_entry_points()
+    return _METHODS
+
+
+def register_method(method: Method) -> None:
+    """Add a scoring method to those that `rank_modules` and `FreezeUnimportant` know.
+
+    For the command line, declare the method as an entry point in the group `keylayers.methods`.
+
+    Raises:
+        ConfigError: its name is taken, or an option is unlike another method's of the same name.
+    """
+    _load_entry_points()
+    _add(method)
+
+
+@cache
+def _load_entry_points() -> None:
+    found = []
+    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
+        try:
+            method = entry.load()
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"the method {entry.name} cannot be loaded from {entry.value}: {error}; repair or "
+                f"uninstall its package"
+            ) from error
+        if not isinstance(method, Method):
+            raise ConfigError(
+                f"the entry point {entry.value} must be a keylayers.Method, got {method!r}"
+            )
+        found.append(method)
+    for method in found:
+        _add(method)
+
+
+def _add(method: Method) -> None:
+    """Put a method into the table, unless its name or an option of it collides with another's."""
+    if method.name in _METHODS:
+        raise ConfigError(f"a method must have a name of its own, but {method.name!r} is taken")
+    if not (isinstance(method.options, type) and is_dataclass(method.options)):
+        raise ConfigError(
+            f"`options` of method {method.name} must be a dataclass, got {method.options!r}"
+        )
+    for option in fields(method.options):
+        if option.default is MISSING or option.name in RESERVED:
+            raise ConfigError(
+                f"every option of method {method.name} must have a default and another name than "
+                f"{' and '.join(RESERVED)}, got `{option.name}`"
+            )
+        for other in _METHODS.values():  # one flag serves all methods that have it
+            for theirs in fields(other.options):
+                is_same = (theirs.type, theirs.default) == (option.type, option.default)
+                if theirs.name == option.name and not is_same:
+                    raise ConfigError(
+                        f"`{option.name}` of method {method.name} must have type and default of "
+                        f"{other.name}'s option, or another name; got {option.type}, default "
+                        f"{option.default!r}"
+                    )
+    _METHODS[method.name] = method
+
+
+def find_method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    known = methods()
+    if name not in known:
+        raise ConfigError(
+            f"`method` must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}"
+        )
+    return known[name]

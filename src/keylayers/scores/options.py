@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of each scoring method: small frozen dataclasses that check their own values.
+
+A class for each option that methods share, and one for each method that has its own. A field's
+description under `Attributes` is its help on the command line. Needs no torch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin
+
+from keylayers.errors import ConfigError, did_you_mean
+from keylayers.ranges import (
+    MAX_PRICE,
+    MAX_SCORE,
+    check_above_zero,
+    check_at_least,
+    check_fraction,
+)
+
+Granularity = Literal["module", "block", "projection"]
+MaskOptimizer = Literal["sgd", "adam"]
+Check = Callable[[str, Any], None]
+
+SMALLEST_ROUND = 4  # gates; a round with fewer is not split again
+
+
+def checked(default: Any, check: Check) -> Any:
+    """A field whose value must pass `check(name, value)`, unless it is None."""
+    return field(default=default, metadata={"check": check})
+
+
+def at_least(lowest: int) -> Check:
+    """A check that refuses values below `lowest`."""
+    return lambda name, value: check_at_least(name, value, lowest)
+
+
+def _check_price(name: str, value: float) -> None:
+    if not 0 <= value <= MAX_PRICE:
+        raise ConfigError(f"`{name}` must be from 0 to {MAX_PRICE:g} nats, got {value}")
+
+
+def _check_score(name: str, value: float) -> None:
+    if not abs(value) <= MAX_SCORE:
+        raise ConfigError(
+            f"`{name}` must be from -{MAX_SCORE} to {MAX_SCORE}, where its gate is open or closed "
+            f"to float32's precision, got {value}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """No options; the base of those that have some, which checks every field."""
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            choices = get_args(option.type) if get_origin(option.type) is Literal else None
+            if choices is not None and value not in choices:
+                raise ConfigError(
+                    f"`{option.name}` must be one of {', '.join(choices)}, got {value!r}"
+                    f"{did_you_mean(str(value), choices)}"
+                )
+            if value is not None and "check" in option.metadata:
+                option.metadata["check"](option.name, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grouped(MethodOptions):
+    """For methods that put gates on the updates.
+
+    Attributes:
+        granularity: One gate for each module, for each block, or for each projection.
+    """
+
+    granularity: Granularity = "module"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batched(MethodOptions):
+    """For methods that look at batches of the data.
+
+    Attributes:
+        mask_batches: Batches that the method looks at; elimination takes this many in each round.
+    """
+
+    mask_batches: int = checked(4, at_least(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UntilStable(MethodOptions):
+    """For methods that can stop when the selection no longer changes.
+
+    Attributes:
+        until_stable: Stop when the best share of the modules, such as 0.3, stays the same: for 10
+            steps (ila, price; at most `mask_steps`), or over two more runs on other batches, whose
+            scores are averaged (elimination, path; at most ten runs).
+    """
+
+    until_stable: float | None = checked(None, check_fraction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedBatches(Batched, Grouped):
+    """Of `leave-one-out`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeatable(UntilStable, GroupedBatches):
+    """For methods that `until_stable` runs again on other batches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EliminationOptions(Repeatable):
+    """Of `elimination`.
+
+    Attributes:
+        keep_fraction: Share of the modules that a round keeps for the next.
+    """
+
+    keep_fraction: float = checked(0.7, check_fraction)
+
+    def round_sizes(self, num_gates: int) -> list[int]:
+        """How many gates each round scores: all, then a share of the round before."""
+        sizes = [num_gates]
+        while sizes[-1] > SMALLEST_ROUND:
+            sizes.append(min(sizes[-1] - 1, max(1, round(self.keep_fraction * sizes[-1]))))
+        return sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathOptions(Repeatable):
+    """Of `path`.
+
+    Attributes:
+        path_points: Points of the integral from no update to all.
+    """
+
+    path_points: int = checked(4, at_least(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapleyOptions(GroupedBatches):
+    """Of `shapley`.
+
+    Attributes:
+        permutations: Random orders that the values are averaged over.
+    """
+
+    permutations: int = checked(8, at_least(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedOptions(UntilStable, Grouped):
+    """For methods that learn the scores by gradient descent.
+
+    Attributes:
+        mask_steps: Gradient steps, one batch each: on the scores, or of adalora's training.
+        mask_optimizer: Plain gradient descent (sgd) or adam. We do not know the paper's choice.
+        mask_learning_rate: Learning rate of the scores. Default: 10 for sgd, 0.05 for adam.
+    """
+
+    mask_steps: int = checked(60, at_least(1))
+    mask_optimizer: MaskOptimizer = "sgd"
+    mask_learning_rate: float | None = checked(None, check_above_zero)
+
+    @property
+    def resolved_learning_rate(self) -> float:
+        """The learning rate that is used; experiments/LOG.md has the runs behind the defaults."""
+        if self.mask_learning_rate is not None:
+            return self.mask_learning_rate
+        return {"sgd": 10.0, "adam": 0.05}[self.mask_optimizer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IlaOptions(LearnedOptions):
+    """Of `ila`.
+
+    Attributes:
+        initial_score: Score of every module at first; the gate is its sigmoid, so 1 is a gate of
+            0.73.
+    """
+
+    initial_score: float = checked(1.0, _check_score)  # the paper tries 4, 2 and 1 (from memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriceOptions(LearnedOptions):
+    """Of `price`.
+
+    Attributes:
+        price: Price of the mean gate, in nats.
+    """
+
+    price: float = checked(2.0, _check_price)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLoraOptions(MethodOptions):
+    """Of `adalora`.
+
+    Attributes:
+        mask_steps: Steps of its training; the budget falls between two of them.
+    """
+
+    mask_steps: int = checked(60, at_least(2))

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rank the modules of anyone's trainer, from Python."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+from torch import Tensor
+from transformers import Trainer
+
+from keylayers.environment import environment
+from keylayers.model.sharding import place_model
+from keylayers.model.weights import weights_sha256
+from keylayers.progress import OnStep
+from keylayers.ranking.ranked_module import RankedModule
+from keylayers.ranking.ranking import Ranking
+from keylayers.scores.module_scores import ModuleScores
+from keylayers.scores.score_modules import score_modules
+from keylayers.scores.scoring_options import ScoringOptions, scoring_options
+from keylayers.trainers.data import prepared_for
+from keylayers.trainers.reference import reference_of
+from keylayers.updates import AdaLoraUpdate, Update, adapter_updates, dense_updates
+from keylayers.updates.dense import back_at_base
+
+
+def rank_modules(
+    trainer: Trainer,
+    method: str | ScoringOptions = "elimination",
+    *,
+    mask_dataset: Dataset | None = None,
+    base_weights: Mapping[str, Tensor] | None = None,
+    on_step: OnStep | None = None,
+    mask_seed: int | None = None,
+    **options: Any,
+) -> Ranking:
+    """Rank the modules that a trainer's fine-tune updated, by its own loss and data.
+
+    The trainer is one that you built and trained: TRL's or transformers' own (SFT, DPO, KTO, ORPO,
+    reward, GRPO), or a subclass with its own loss. It and its model are given back as they were.
+    docs/objectives.md says what holds for each.
+
+    Args:
+        trainer: Its `model` carries a LoRA adapter, or was fine-tuned as a whole.
+        method: Name of the scoring method (docs/methods.md).
+        mask_dataset: Examples to score on, best examples that training did not see, in the format
+            that the trainer was built with or that of its `train_dataset` (SFT, DPO, KTO, reward:
+            their own code prepares them; ORPO and other trainers: only the latter). Default: the
+            `train_dataset` itself.
+        base_weights: After a full fine-tune: what the modules held before, by parameter name, from
+            `keylayers.module_weights(model)` or a checkpoint.
+        on_step: Called after each pass with its number, from 1, and its loss in nats.
+        mask_seed: Seed of the order of the batches. Default: the trainer's seed.
+        **options: Options of the method, such as `mask_batches=8`.
+
+    Raises:
+        ConfigError: no such method or option; the trainer samples its own data (GRPO) and the
+            method compares losses; or its reference model is the update itself.
+        DataError: `mask_dataset` lacks what the trainer reads.
+        ModelError: the model carries no update that gates can scale.
+        LossError: the loss became NaN or infinite.
+        GuardError: something other than the gates changed, or a gate took no part.
+    """
+    scoring = scoring_options(method, mask_seed=mask_seed, **options)
+    model = trainer.model
+    train_dataset = trainer.train_dataset
+    if mask_dataset is not None:
+        trainer.train_dataset = prepared_for(trainer, mask_dataset)
+    reference = reference_of(trainer)
+    place_model(trainer)
+    updates: Sequence[Update]
+    try:
+        if base_weights is None:
+            updates = adapter_updates(model)
+            found = score_modules(trainer, updates, scoring, on_step)
+        else:
+            with back_at_base(model, base_weights) as tuned:
+                updates = dense_updates(model, tuned)
+                found = score_modules(trainer, updates, scoring, on_step)
+    finally:
+        trainer.train_dataset = train_dataset
+    provenance = {
+        "environment": environment(),
+        "model": {
+            "name": trainer.model.config._name_or_path,
+            "model_type": trainer.model.config.model_type,
+            "weights_sha256": weights_sha256(trainer.model),
+        },
+        "trainer": type(trainer).__name__,
+        "reference": reference,
+        "has_mask_dataset": mask_dataset is not None,
+        "seed": trainer.args.seed if scoring.mask_seed is None else scoring.mask_seed,
+        "options": scoring.flat(),
+    } | scores_record(found, updates)
+    return to_ranking(updates, found, scoring, provenance)
+
+
+def scores_record(found: ModuleScores, updates: Sequence[Update]) -> dict[str, Any]:
+    """What a ranking's record says of the scoring, and of the ranks that AdaLoRA left."""
+    record: dict[str, Any] = {
+        "mask": {
+            "losses": list(found.losses),
+            "seconds": found.seconds,
+            "score_unit": found.unit,
+            "num_forward": found.num_forward,
+            "num_backward": found.num_backward,
+        }
+        | dict(found.findings)
+    }
+    ranks = {
+        update.module.name: update.ranks_left()
+        for update in updates
+        if isinstance(update, AdaLoraUpdate)
+    }
+    return record | ({"adalora_ranks_left": ranks} if ranks else {})
+
+
+def to_ranking(
+    updates: Sequence[Update],
+    found: ModuleScores,
+    scoring: ScoringOptions,
+    provenance: dict[str, Any],
+) -> Ranking:
+    """The scores as a ranking of the updates' modules."""
+    errors = found.standard_errors or [None] * len(updates)
+    modules = tuple(
+        RankedModule.of(update.module, score, error)
+        for update, score, error in zip(updates, found.scores, errors, strict=True)
+    )
+    return Ranking(modules, scoring.method, scoring.granularity, provenance)
