@@ -23,7 +23,6 @@ LAYERS = (
         "yaml_values",
         "processes",
         "progress",
-        "options",
     ),
     ("model", "updates", "trainers"),
     ("gates", "scores"),
