@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A method from outside the package, as docs/add-a-method.md has it."""
+
+import json
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import preloaded
+from commands import QUICK
+from test_mask_learning import noisy_model, trainer_of
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "add-a-method.md").read_text()
+FILE, IN_PYTHON = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+CODE = "import sys; from keylayers.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """The table of methods, as it was before once the test ends."""
+    from keylayers.scores import methods
+
+    monkeypatch.setattr(methods, "_METHODS", dict(methods.methods()))
+    return methods.methods
+
+
+@pytest.fixture
+def slope():
+    """What the page's file defines."""
+    namespace = {}
+    exec(FILE, namespace)
+    return namespace["SLOPE"]
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A folder with the page's file as an installed package."""
+    info = tmp_path / "site" / "slope-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info.parent / "slope.py").write_text(FILE)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: slope\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[keylayers.methods]\nslope = slope:SLOPE\n")
+    return info.parent
+
+
+def in_process(folder, *arguments):
+    """The command line in a process that finds the packages in `folder`."""
+    code = f"import sys; sys.path.insert(0, {str(folder)!r}); {CODE}"
+    command = [preloaded.python(), "-W", "ignore", "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command_line_ranks_by_a_method_of_another_package(package, tiny, tmp_path):
+    shown = " ".join(in_process(package, "rank", "--help").stdout.replace("│", " ").split())
+    assert "--at-gate FLOAT Value of all gates where the slope is taken. For slope." in shown
+    assert re.search(r"--mask-batches INT [^\[]*, cka, slope\.", shown)
+    output = tmp_path / "out"
+    start = ("rank", "--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", output)
+    done = in_process(package, *start, *QUICK, "--method", "slope", "--at-gate", "0.25")
+    assert done.returncode == 0, done.stderr
+    ranking = json.loads((output / "ranking.json").read_text())
+    assert ranking["method"] == "slope"
+    recorded = ranking["provenance"]["options"]
+    assert (recorded["method"], recorded["at_gate"], recorded["mask_batches"]) == ("slope", 0.25, 2)
+    assert len(ranking["provenance"]["mask"]["losses"]) == 2
+    refused = in_process(package, *start, "--method", "ila", "--at-gate", "0.1")
+    assert "`at_gate` must be left out with `method` ila" in refused.stderr
+    without = in_process(tmp_path, "show", output)  # the package is needed to rank, not to read
+    assert without.returncode == 0
+    assert "slope, one gate per module" in without.stdout
+
+
+def test_a_registered_method_ranks_in_python_and_inside_a_run(table, slope):
+    import keylayers
+
+    namespace = {"keylayers": keylayers, "SLOPE": slope, "trainer": trainer_of(noisy_model())}
+    exec(IN_PYTHON, namespace)
+    ranking = namespace["ranking"]
+    assert ranking.provenance["options"]["at_gate"] == 0.25
+    assert ranking.provenance["options"]["price"] == 2.0  # as in every record
+    path = keylayers.rank_modules(trainer_of(noisy_model()), "path", path_points=1)
+    half = keylayers.rank_modules(trainer_of(noisy_model()), "slope")
+    assert [one.score for one in half.modules] == pytest.approx([one.score for one in path.modules])
+    assert keylayers.FreezeUnimportant(method="slope", at_gate=0.1).decisive()
+
+
+def other(**options):
+    """A method with these options; `name` is its name."""
+    from keylayers import Method
+
+    name = options.pop("name", "other")
+    made = type("Options", (), {"__annotations__": dict.fromkeys(options, int), **options})
+    return Method(name, "other", lambda task, options: None, dataclass(frozen=True)(made))
+
+
+UNUSABLE = {
+    "'ila' is taken": {"name": "ila"},
+    "`mask_batches` of method other must have type and default": {"mask_batches": 8},
+    "got `mask_seed`": {"mask_seed": 0},
+}
+
+
+@pytest.mark.parametrize("message", UNUSABLE)
+def test_a_method_that_collides_with_another_is_refused(message, table):
+    import keylayers
+
+    with pytest.raises(keylayers.KeylayersError, match=message):
+        keylayers.register_method(other(**UNUSABLE[message]))
+    assert "other" not in table()
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("import no_such_module", "the method slope cannot be loaded from slope:SLOPE"),
+        ("SLOPE = 1", "the entry point slope:SLOPE must be a keylayers.Method, got 1"),
+    ],
+)
+def test_a_package_that_is_broken_is_named(package, file, message):
+    (package / "slope.py").write_text(file)
+    done = in_process(package, "rank", "--help")
+    assert done.returncode == 2
+    assert message in done.stderr
