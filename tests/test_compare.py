@@ -280,13 +280,13 @@ def test_intervals_are_the_same_each_time():
 
 @pytest.mark.parametrize(("changes", "kind"), KINDS, ids=lambda case: str(case))
 def test_the_kind_of_a_pair_comes_from_the_records(changes, kind):
-    from keylayers.ranking.differences import pair_kind
+    from keylayers.ranking.differences import difference
 
-    assert pair_kind(run_of(), run_of(**changes)) == kind
-    assert pair_kind(run_of(**changes), run_of()) == kind
+    assert difference(run_of(), run_of(**changes)) == kind
+    assert difference(run_of(**changes), run_of()) == kind
 
 
-STAGE_1 = {"stage_1": {"num_steps": 9}}
+STAGE_1 = {"stage_1": {"num_steps": 9, "stopped_by": "stable", "seconds": 1.0}}
 # two runs of the same method on the same data, and what sets them apart
 UPDATES = [
     ({"mask_seed": None}, {"mask_seed": 5}, "same data, other seed"),
@@ -315,17 +315,17 @@ UPDATES = [
 
 @pytest.mark.parametrize(("first", "second", "kind"), UPDATES)
 def test_another_update_is_no_repetition(first, second, kind):
-    from keylayers.ranking.differences import pair_kind
+    from keylayers.ranking.differences import difference
 
-    assert pair_kind(run_of(**first), run_of(**second)) == kind
-    assert pair_kind(run_of(**second), run_of(**first)) == kind
+    assert difference(run_of(**first), run_of(**second)) == kind
+    assert difference(run_of(**second), run_of(**first)) == kind
 
 
-@pytest.mark.parametrize("record", [{}, {"model": "m", "data": "a", "options": None}])
+@pytest.mark.parametrize("record", [{}, {"model": {}, "data": {"data": "a"}}])
 def test_the_kind_is_unknown_without_a_record(record):
-    from keylayers.ranking.differences import pair_kind
+    from keylayers.ranking.differences import difference
 
-    assert pair_kind(replace(run_of(), provenance=record), run_of()) == "unknown"
+    assert difference(replace(run_of(), provenance=record), run_of()) == "unknown"
 
 
 def test_means_stand_by_kind():

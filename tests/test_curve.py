@@ -147,15 +147,6 @@ def test_equal_differences_or_no_batches_leave_the_point_itself():
     assert single.upper_nats == single.difference_nats == pytest.approx(0.125)
 
 
-def test_a_curve_comes_back_from_json_as_it_was():
-    import json
-
-    from keylayers.ranking.curve import MaskCurve
-
-    for curve in (paired_curve([NOISY], [1.0] * 8), MaskCurve((0, 1), (1.0, 2.0))):
-        assert MaskCurve.from_json(json.loads(json.dumps(curve.to_json()))) == curve
-
-
 # Whole numbers, so that a shift is exact and no rounding decides a comparison.
 NUM_BATCHES = 4
 BATCHES = st.lists(

@@ -19,6 +19,7 @@ LAYERS = (
         "environment",
         "files",
         "records",
+        "validation",
         "folders",
         "yaml_values",
         "processes",

@@ -82,39 +82,59 @@ def test_a_ranking_names_each_module_once():
         Ranking((), "by hand")
 
 
+def changed(**values):
+    """A damage: other values at the top of the file."""
+    return lambda text: json.dumps(json.loads(text) | values)
+
+
+def changed_row(**values):
+    """A damage: other values of the first module."""
+
+    def damage(text):
+        content = json.loads(text)
+        content["modules"][0] |= values
+        return json.dumps(content)
+
+    return damage
+
+
+FINITE = r"`modules\[0\].score` must be a finite number, got "
 DAMAGE = [
     (lambda text: text[: len(text) // 2], "must be whole JSON, but it is damaged or cut off"),
     (lambda text: "", "damaged or cut off"),
+    (lambda text: "[" * 100_000, "damaged or cut off"),
     (lambda text: "[1, 2]", "must be a ranking file"),
-    (lambda text: text.replace("keylayers/ranking", "other"), "must be a ranking file"),
-    (lambda text: text.replace('"schema_version": 1', '"schema_version": 9'), "version 1, got 9"),
-    (lambda text: text.replace('"score": 1.0', '"score": "high"'), "module 0, 'score' must be"),
-    (lambda text: text.replace('"score": 1.0', '"score": NaN'), "finite number or None"),
-    (lambda text: text.replace('"score": 1.0', '"score": true'), "module 0, 'score' must be"),
-    (lambda text: text.replace('"block_index": 0', '"block_index": 0.5'), "must be int or null"),
-    (lambda text: json.dumps({**json.loads(text), "modules": 3}), "must hold a list `modules`"),
-    (lambda text: text.replace('"a_proj"', f'"{"a" * 2000}"'), "most 1000 characters, got .* 2000"),
-    (lambda text: text.replace('"by hand"', f'"{"a" * 2000}"'), "at most 1000 characters"),
-    (lambda text: json.dumps({**json.loads(text), "modules": [3]}), "module 0 must be a mapping"),
-    (lambda text: text.replace('"score": 1.0', f'"score": {10**400}'), "finite number or null"),
-    (lambda text: text.replace('"standard_error": null', '"standard_error": NaN', 1), "from 0 or"),
-    (lambda text: text.replace('"standard_error": null', '"standard_error": -1', 1), "from 0 or"),
-    (lambda text: text.replace('"num_parameters": 10', '"num_parameters": 0'), "have parameters"),
-    (lambda text: json.dumps({**json.loads(text), "provenance": 3}), "mapping `provenance`"),
+    (changed(schema="other"), "must be a ranking file"),
+    (changed(schema_version=9), "version 1, got 9"),
+    (changed(modules=3), "`modules` must be a list, got 3"),
+    (changed(modules=[3]), r"`modules\[0\]` must be a mapping, got 3"),
+    (changed(modules=[]), "must hold at least one module"),
+    (changed(method=None), "`method` must be text, got None"),
+    (changed(method="a" * 2000), "at most 1000 characters"),
+    (changed_row(projection="a" * 2000), "most 1000 characters, got .* 2000"),
+    (changed_row(block_index=0.5), r"`modules\[0\].block_index` must be a whole number, got 0.5"),
+    (changed_row(num_parameters=0), "have parameters"),
+    (changed_row(score="high"), FINITE + "'high'"),
+    (changed_row(score=math.nan), FINITE + "nan"),
+    (changed_row(score=True), FINITE + "True"),
+    (changed_row(score=10**400), FINITE + "1000"),
+    (changed_row(standard_error=math.inf), "standard_error` must be a finite number, got inf"),
+    (changed_row(standard_error=-1), "finite number from 0 or None, got -1.0"),
+    (changed(provenance=3), "`provenance` must be a mapping, got 3"),
     *[
-        (lambda text, p=made_by: json.dumps({**json.loads(text), "provenance": p}), said)
+        (changed(provenance=made_by), f"`provenance.*{said}")
         for made_by, said in [
-            ({"options": 5}, "mapping `provenance.options`, got int"),
-            ({"model": None}, "mapping `provenance.model`, got NoneType"),
-            ({"data": []}, "mapping `provenance.data`, got list"),
-            ({"stage_1": 3}, "mapping `provenance.stage_1`, got int"),
-            ({"mask": {"losses": 3, "seconds": 1}}, "a list as `provenance.mask.losses`, got 3"),
-            ({"mask": {"losses": []}}, "a finite number as `provenance.mask.seconds`, got nothing"),
-            ({"held_out_loss_nats": "x"}, "mapping `provenance.held_out_loss_nats`, got str"),
-            ({"held_out_loss_nats": {"base": "x"}}, "`provenance.held_out_loss_nats.base`, got"),
+            ({"options": 5}, "options` must be a mapping, got 5"),
+            ({"model": None}, "model` must be a mapping, got None"),
+            ({"data": []}, r"data` must be a mapping, got \[\]"),
+            ({"stage_1": 3}, "stage_1` must be a mapping, got 3"),
+            ({"mask": {"losses": 3, "seconds": 1}}, "mask.losses` must be a list, got 3"),
+            ({"mask": {"losses": []}}, "mask.seconds` must be there, got nothing"),
+            ({"held_out_loss_nats": {"base": "x"}}, "base` must be a finite number, got 'x'"),
+            ({"options": {"lora_rank": 0}}, "lora_rank` must be greater than or equal to 1"),
         ]
     ],
-    (lambda text: "[" * 100_000, "damaged or cut off"),
+    (changed(provenance={"unknown": [math.nan]}), "`provenance` must hold finite numbers only"),
 ]  # fmt: skip
 
 

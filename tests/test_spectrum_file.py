@@ -50,7 +50,7 @@ def test_a_module_scores_by_its_place_in_its_kind(tiny, tmp_path, capsys):
         assert own == pytest.approx([1.0, 2 / 3, 1 / 3])
     assert scores[last] == 1.0
     assert scores["model.layers.0.mlp.up_proj"] == pytest.approx(2 / 3)
-    assert (ranking.method, ranking.provenance["imported"]["num_left_out"]) == ("spectrum", 1)
+    assert (ranking.method, ranking.made_by.imported.num_left_out) == ("spectrum", 1)
     assert keylayers("import", scan, "--model", tiny / "model", "--output", output) == 2
     assert "must be a new file" in complaint(capsys)
 
@@ -61,7 +61,7 @@ BAD = [
     (lambda rows: rows["model.norm"].update(snr=float("nan")), "got nan"),
     (lambda rows: rows["model.norm"].update(snr=-1), "got -1"),
     (lambda rows: rows["model.norm"].update(snr="1"), "got '1'"),
-    (lambda rows: rows.update(odd=3), "got None"),
+    (lambda rows: rows.update(odd=3), "`odd` must be a mapping, got 3"),
 ]
 
 
@@ -83,7 +83,7 @@ def test_what_is_no_scan_is_refused(tiny, tmp_path, capsys, text):
 
 def test_a_missing_scan_or_model_is_refused(tiny, tmp_path, capsys):
     assert keylayers("import", tmp_path / "none.json", "--model", tiny / "model") == 2
-    assert "cannot be read" in complaint(capsys)
+    assert "the scan must exist, but there is no" in complaint(capsys)
     assert keylayers("import", scan_of(tmp_path), "--model", tmp_path) == 2
     assert "holds no config.json" in complaint(capsys)
 

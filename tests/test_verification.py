@@ -123,77 +123,68 @@ def test_the_file_holds_what_was_concluded(tmp_path):
     assert content["best_first"]["normalised_area"] is None
 
 
-def without_sense():
-    """Whole files whose parts do not belong together."""
-    text = json.dumps(
-        {
-            "schema": "keylayers/verification",
-            "schema_version": 1,
-            "ranking_sha256": "0",
-            "margin": 0.05,
-            "best_first": curve_of(FALLING).to_json(),
-            "worst_first": curve_of(FALLING).to_json(),
-            "random": [curve_of(FALLING).to_json()],
-            "leave_one_out": None,
-            "provenance": {},
-        }
-    )
-
-    def changed(**values):
-        return json.dumps(json.loads(text) | values)
-
-    curve = json.loads(text)["best_first"]
-    return {
-        "a margin that is text": changed(margin="x"),
-        "a margin of more than all": changed(margin=1.5),
-        "no random order": changed(random=[]),
-        "one loss": changed(best_first=curve | {"losses": [1.0]}),
-        "a loss too large for a float": changed(best_first=curve | {"losses": [10**400, 1, 1, 1]}),
-        "a loss that is none": changed(best_first=curve | {"losses": [float("nan"), 1, 1, 1]}),
-        "counts that are text": changed(best_first=curve | {"counts": [0, "a", 4, 6]}),
-        "counts that fall": changed(best_first=curve | {"counts": [0, 4, 2, 6]}),
-        "other counts": changed(random=[curve | {"counts": [0, 1, 4, 6]}]),
-        "too few batches": changed(best_first=curve | {"batch_weights": [1.0]}),
-    }
+CURVE = {
+    "counts": [0, 2, 4, 6],
+    "losses": list(FALLING),
+    "batch_losses": [],
+    "batch_weights": [],
+}
+WHOLE = {
+    "schema": "keylayers/verification",
+    "schema_version": 1,
+    "ranking_sha256": "0",
+    "margin": 0.05,
+    "best_first": CURVE,
+    "worst_first": CURVE,
+    "random": [CURVE],
+    "leave_one_out": None,
+    "provenance": {},
+}
 
 
-def broken_files():
-    good = json.dumps({"schema": "keylayers/verification", "schema_version": 1})
-    return {
-        "cut off": good[:-9],
-        "empty": "",
-        "another schema": json.dumps({"schema": "keylayers/ranking", "schema_version": 1}),
-        "a later version": json.dumps({"schema": "keylayers/verification", "schema_version": 2}),
-        "no curves": good,
-        "a list": "[]",
-        "no JSON object": "null",
-        "bytes": "\ud800",
-        **without_sense(),
-    }
+def changed(**values):
+    return json.dumps(WHOLE | values)
 
 
-@pytest.mark.parametrize("kind", broken_files())
+def other_curve(**values):
+    return json.dumps(WHOLE | {"best_first": CURVE | values})
+
+
+BROKEN = {
+    "cut off": (changed()[:-9], "damaged or cut off"),
+    "empty": ("", "damaged or cut off"),
+    "bytes": ("\ud800", "damaged or cut off"),
+    "another schema": (changed(schema="keylayers/ranking"), "got 'keylayers/ranking'"),
+    "a later version": (changed(schema_version=2), "`schema_version` must be 1, got 2"),
+    "no curves": (json.dumps({"schema": WHOLE["schema"], "schema_version": 1}), "got nothing"),
+    "a list": ("[]", "must be a mapping"),
+    "no JSON object": ("null", "must be a mapping"),
+    "a margin that is text": (changed(margin="x"), "`margin` must be a finite number, got 'x'"),
+    "a margin of more than all": (changed(margin=1.5), "`margin` must be less than 1, got 1.5"),
+    "no random order": (changed(random=[]), "all curves, random ones among them"),
+    "other counts": (changed(random=[CURVE | {"counts": [0, 1, 4, 6]}]), "have the same counts"),
+    "one loss": (other_curve(losses=[1.0]), "a loss for each of its 4 counts"),
+    "too large for a float": (other_curve(losses=[10**400, 1, 1, 1]), "must be a finite number"),
+    "a loss that is none": (other_curve(losses=[float("nan"), 1, 1, 1]), "must be a finite number"),
+    "counts that are text": (other_curve(counts=[0, "a", 4, 6]), "must be a whole number, got 'a'"),
+    "counts that fall": (other_curve(counts=[0, 4, 2, 6]), "whose counts rise from 0"),
+    "too few batches": (other_curve(batch_weights=[1.0]), "a loss for each of 1 batches"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_file_is_refused_in_one_line(tmp_path, kind):
     from keylayers.errors import RankingError
     from keylayers.ranking.verification import Verification
 
     path = tmp_path / "verification.json"
-    path.write_bytes(broken_files()[kind].encode("utf-8", "surrogatepass"))
-    with pytest.raises(RankingError, match="must be a whole verification file, but is") as caught:
+    content, message = BROKEN[kind]
+    path.write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(RankingError, match=message) as caught:
         Verification.load(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
-    assert "make it again with `keylayers verify`" in str(caught.value)
-
-
-def test_the_schema_of_another_file_is_named(tmp_path):
-    from keylayers.errors import RankingError
-    from keylayers.ranking.verification import Verification
-
-    path = tmp_path / "verification.json"
-    path.write_text(broken_files()["another schema"])
-    with pytest.raises(RankingError, match="it has schema 'keylayers/ranking'"):
-        Verification.load(path)
+    assert "with `keylayers verify`" in str(caught.value)
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
@@ -280,7 +271,9 @@ def test_the_automatic_budget_is_refused_where_there_is_none(tmp_path):
     with pytest.raises(ConfigError, match="but this one changes nothing"):
         auto_budget(ranking, path)
     path.unlink()
-    with pytest.raises(RankingError, match="the ranking must have been verified, but there is no"):
+    with pytest.raises(
+        RankingError, match="the verification of the ranking must exist, but there is no"
+    ):
         auto_budget(ranking, path)
 
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where options come from: flags win over the YAML file, and that over a ranking's record."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cyclopts import App, Group, Parameter
 from cyclopts.argument import Argument, ArgumentCollection
@@ -12,6 +11,9 @@ from cyclopts.config import Dict
 from keylayers.errors import ConfigError, did_you_mean
 from keylayers.files import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT
 from keylayers.yaml_values import yaml_value
+
+if TYPE_CHECKING:
+    from keylayers.ranking.record import MadeBy
 
 # Titles of option groups in `--help`, in the order in which they are shown.
 GROUPS = (
@@ -68,14 +70,14 @@ def from_ranking_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
     from keylayers.commands.run_options import TAKEN_FROM_RANKING, TAKEN_WITH_UPDATE
     from keylayers.ranking.ranking import Ranking
 
-    made_by = Ranking.load(path).provenance
-    recorded = made_by.get("options", {})
+    made_by = Ranking.load(path).made_by
+    recorded = made_by.options.given
     known = {_key(argument) for argument in arguments}
     wanted = (
         (*TAKEN_FROM_RANKING, *TAKEN_WITH_UPDATE) if commands in WITH_UPDATE else TAKEN_FROM_RANKING
     )
     options = {name: recorded[name] for name in wanted if name in recorded and name in known}
-    if _given(arguments, "objective") not in (None, recorded.get("objective", "sft")):
+    if _given(arguments, "objective") not in (None, made_by.options.objective):
         options.pop("beta", None)  # it belongs to the objective
     if _given(arguments, "model") not in (None, recorded.get("model")):
         options.pop("revision", None)  # it belongs to the model
@@ -83,9 +85,8 @@ def from_ranking_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
         options |= _update_of(Path(path), made_by, arguments)
         _fill(app, arguments, options, source=path)
         return
-    steps = made_by.get("stage_1", {}).get("num_steps")
-    if steps is not None:
-        options["steps"] = steps
+    if made_by.stage_1 is not None:
+        options["steps"] = made_by.stage_1.num_steps
     _fill(app, arguments, options, source=path)
 
 
@@ -102,17 +103,14 @@ def refuse_grpo(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
         )
 
 
-def _update_of(
-    path: Path, made_by: Mapping[str, Any], arguments: ArgumentCollection
-) -> dict[str, Any]:
+def _update_of(path: Path, made_by: "MadeBy", arguments: ArgumentCollection) -> dict[str, Any]:
     """The update that was ranked: the adapter or checkpoint that stage 1 left beside the file."""
     if _given(arguments, "adapter") or _given(arguments, "tuned"):
         return {"adapter": None, "tuned": None}
     folder = path if path.is_dir() else path.parent
     kinds = {"adapter": STAGE_1_ADAPTER, "tuned": STAGE_1_CHECKPOINT}
-    is_full = made_by.get("options", {}).get("update") == "full"
-    kind = "tuned" if is_full else "adapter"
-    if "stage_1" in made_by and (folder / kinds[kind]).is_dir():
+    kind = "tuned" if made_by.options.update == "full" else "adapter"
+    if made_by.stage_1 is not None and (folder / kinds[kind]).is_dir():
         return {kind: str(folder / kinds[kind])}
     return {}
 

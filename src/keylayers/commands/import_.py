@@ -40,9 +40,10 @@ def import_(
     if output.exists():
         raise OutputError(f"the ranking must be a new file, but {str(output)!r} is there already")
     ranking.save(output)
-    taken = ranking.provenance["imported"]
+    taken = ranking.made_by.imported
+    assert taken is not None
     stdout().print(
-        f"{len(ranking.modules)} modules ranked, {taken['num_infinite']} of them with an infinite "
-        f"ratio; {taken['num_left_out']} other weights left out; {output} written",
+        f"{len(ranking.modules)} modules ranked, {taken.num_infinite} of them with an infinite "
+        f"ratio; {taken.num_left_out} other weights left out; {output} written",
         markup=False,
     )

@@ -88,22 +88,23 @@ def _words(flag: str, value: Any) -> list[str]:
 
 def how_to_repeat(ranking: Ranking) -> str:
     """The command that made the ranking, or the call where it was made from Python."""
-    made_by = ranking.provenance
-    options = made_by.get("options", {})
+    made_by = ranking.made_by
+    options = made_by.options.given
     if options.get("rank_first"):
         return command_line("train", options)
     if "data" in options and "model" in options:
         return command_line("rank", options)
-    imported = made_by.get("imported", {})
-    if isinstance(imported, dict) and "file" in imported:
-        model = str(made_by.get("model", {}).get("name"))
-        return shlex.join(["keylayers", "import", str(imported["file"]), "--model", model])
+    if made_by.imported is not None:
+        model = str(made_by.model.name)
+        return shlex.join(["keylayers", "import", made_by.imported.file, "--model", model])
     if ranking.method == "step-scores":
         return "# made by the callback keylayers.StepScores inside a run of your own"
     if ranking.method == "consensus":
         return "# made by keylayers compare RANKING RANKING ... --consensus FILE"
-    trainer = made_by.get("trainer", "trainer")
-    return f"# made from Python by keylayers.rank_modules on a {trainer}, method {ranking.method}"
+    return (
+        f"# made from Python by keylayers.rank_modules on a {made_by.trainer}, method "
+        f"{ranking.method}"
+    )
 
 
 def how_it_was_made(
@@ -112,5 +113,5 @@ def how_it_was_made(
     """The commands that lead to a result: how its ranking was made, and its own command."""
     if ranking is None or options.get("rank_first"):
         return command_line(command, options)
-    own = command_line(command, options, ranking.provenance.get("options", {}))
+    own = command_line(command, options, ranking.made_by.options.given)
     return f"{how_to_repeat(ranking)}\n{own}"

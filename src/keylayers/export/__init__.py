@@ -52,20 +52,18 @@ def export_selection(
         ConfigError: the tool cannot train exactly this selection, or the budget buys nothing.
         OutputError: a file is there already, or the place cannot be written.
     """
-    made_by = ranking.provenance
-    model = made_by.get("model", {}).get("name")
+    options, model = ranking.made_by.options, ranking.made_by.model.name
     if model is None:
         raise ConfigError(
             "the ranking must say which model it is of (`provenance.model.name`), but it does not; "
             "rank with a model that has a name"
         )
-    options = made_by.get("options", {})
     settings = Settings(
         selection=ranking.select(budget),
-        model=str(model),
+        model=model,
         kind=kind,
-        lora_rank=int(options.get("lora_rank", Settings.lora_rank)),
-        lora_alpha=int(options.get("lora_alpha", Settings.lora_alpha)),
+        lora_rank=options.lora_rank,
+        lora_alpha=options.lora_alpha,
     )
     files = TOOLS[to](settings)
     paths = {output / name: text for name, text in files.items()}

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from keylayers.ranking.budget import Budget, WrittenBudget, parse_budget
-from keylayers.ranking.differences import KINDS, Kind, pair_kind
+from keylayers.ranking.differences import DIFFERENCES, Difference, difference
 from keylayers.ranking.matching import Matched, Places, Standings, match, scores_of
 from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import Ranking
@@ -44,7 +44,7 @@ class Agreement:
     Attributes:
         first: Index of one ranking.
         second: Index of the other.
-        kind: What sets the two runs apart, as `pair_kind` tells.
+        kind: What sets the two runs apart, as `difference` tells.
         num_modules: On how many modules they are compared.
         num_scored: How many of them both rankings score.
         jaccard: Modules in both selections, divided by modules in either.
@@ -68,7 +68,7 @@ class Agreement:
 
     first: int
     second: int
-    kind: Kind
+    kind: Difference
     num_modules: int
     num_scored: int
     jaccard: float
@@ -87,7 +87,7 @@ class Agreement:
 class KindMean:
     """Means over the pairs of one kind; a mean is None where no pair has the measure."""
 
-    kind: Kind
+    kind: Difference
     num_pairs: int
     jaccard: float
     chance_jaccard: float
@@ -123,9 +123,9 @@ def agreement(
 
 
 def mean_by_kind(pairs: Sequence[Agreement]) -> list[KindMean]:
-    """The mean of each measure over the pairs of each kind that occurs, in the order of `KINDS`."""
+    """Means over the pairs of each kind that occurs, in the order of `DIFFERENCES`."""
     means = []
-    for kind in KINDS:
+    for kind in DIFFERENCES:
         own = [pair for pair in pairs if pair.kind == kind]
         if own:
             means.append(
@@ -224,7 +224,7 @@ def _agreement_of(first: _Side, second: _Side, budget: Budget) -> Agreement:
     return Agreement(
         first=first.index,
         second=second.index,
-        kind=pair_kind(first.ranking, second.ranking),
+        kind=difference(first.ranking, second.ranking),
         num_modules=len(matched.modules),
         num_scored=len(both[0]),
         jaccard=jaccard,

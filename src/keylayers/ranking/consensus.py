@@ -2,7 +2,7 @@
 """The consensus of rankings of the same modules: their mean relative rank. Needs no torch."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -70,11 +70,10 @@ def _with_mean_rank(module: RankedModule, ranks: Sequence[float]) -> RankedModul
 
 
 def _source(ranking: Ranking) -> dict[str, Any]:
-    """One ranking of a consensus for its record."""
-    model, data = (ranking.provenance.get(part) for part in ("model", "data"))
+    """A ranking of the consensus, for its record."""
     return {
         "method": ranking.method,
-        "model": model.get("name") if isinstance(model, Mapping) else None,
-        "data": data.get("data") if isinstance(data, Mapping) else None,
+        "model": ranking.made_by.model.name,
+        "data": ranking.made_by.data.data,
         "json_sha256": json_sha256(ranking.to_json()),
     }

@@ -5,9 +5,7 @@ The measure of a ranking: a good one reaches the loss of all updates with few mo
 retrained. `keylayers.evaluation.mask_curve` measures it.
 """
 
-import math
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -131,35 +129,6 @@ class MaskCurve:
             "best": {"num_modules": best_count, "loss_nats": best_loss},
         }
 
-    @staticmethod
-    def from_json(content: dict[str, Any]) -> "MaskCurve":
-        """The curve of a record.
-
-        Raises:
-            ValueError, TypeError, KeyError: the record holds no such curve.
-        """
-        counts = tuple(content["counts"])
-        if len(counts) < 2 or counts[0] != 0 or any(type(one) is not int for one in counts):
-            raise ValueError(f"counts must rise from 0, got {counts[:3]}")
-        if any(left >= right for left, right in pairwise(counts)):
-            raise ValueError(f"counts must rise from 0, got {counts}")
-        losses, weights = _numbers(content["losses"]), _numbers(content["batch_weights"])
-        rows = tuple(_numbers(row) for row in content["batch_losses"])
-        num_rows = len(counts) if weights else 0
-        if len(losses) != len(counts) or len(rows) != num_rows:
-            raise ValueError(f"there must be a loss for each of {len(counts)} counts")
-        if any(len(row) != len(weights) for row in rows):
-            raise ValueError(f"there must be a loss for each of {len(weights)} batches")
-        return MaskCurve(counts, losses, rows, weights)
-
 
 def _weighted_mean(values: Any, weights: Any, axis: int = -1) -> Any:
     return (values * weights).sum(axis=axis) / weights.sum(axis=axis)
-
-
-def _numbers(values: list[Any]) -> tuple[float, ...]:
-    """The values as finite floats."""
-    numbers = tuple(float(value) for value in values)
-    if not all(math.isfinite(number) for number in numbers):
-        raise ValueError("losses must be finite numbers")
-    return numbers

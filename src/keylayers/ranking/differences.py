@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What sets two rankings apart: the model, the method, the data, the update or the seed.
 
-Told from what their records hold, so that pairs which only repeat a run can be known from others.
-Needs no torch.
+It is read from their records, so that pairs which only repeat a run can be told from others. Needs
+no torch.
 """
 
-from collections.abc import Mapping
 from typing import Literal, get_args
 
 from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.record import MadeBy, UpdateSource
 
-Kind = Literal[
+Difference = Literal[
     "same data and seed",
     "same data, other seed",
     "other update",
@@ -20,8 +20,8 @@ Kind = Literal[
     "other model",
     "unknown",
 ]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-# Options of a run by which two updates differ, beside the seed, the model and the data themselves.
+DIFFERENCES: tuple[Difference, ...] = get_args(Difference)
+# Options by which two updates differ, apart from the seed, the model and the data themselves.
 OF_DATA = ("max_length", "max_examples", "held_out", "mask_data", "split_seed", "chat_template")
 OF_TRAINING = (
     *("objective", "beta", "update", "learning_rate", "batch_size", "gradient_accumulation"),
@@ -30,62 +30,59 @@ OF_TRAINING = (
 )
 
 
-def pair_kind(first: Ranking, second: Ranking) -> Kind:
-    """What sets two runs apart, from their provenance: the model, method, data, update or seed.
+def difference(first: Ranking, second: Ranking) -> Difference:
+    """What sets two runs apart; "unknown" where a record lacks what it takes to tell.
 
     Models are told apart by the hash of their weights, or by name where a hash is missing; data by
     the hash of their content; methods by name and granularity; seeds are those of the training and
     of the mask. The update is another one where the options of the training differ, or those of
-    the data (its length, its split), or, where it existed before, its hash. "unknown" where a
-    record lacks what it takes to tell.
+    the data (its length, its split), or, where it existed before, its hash.
     """
-    model = _is_same(first, second, "model", "weights_sha256")
-    if model is None:
-        model = _is_same(first, second, "model", "name")
-    data = _is_same(first, second, "data", "content_sha256")
-    seed = _is_same(first, second, "options", "seed")
-    method = (first.method, first.granularity) == (second.method, second.granularity)
-    if model is False:
+    own, other = first.made_by, second.made_by
+    is_same_model = _are_same(own.model.weights_sha256, other.model.weights_sha256)
+    if is_same_model is None:
+        is_same_model = _are_same(own.model.name, other.model.name)
+    is_same_data = _are_same(own.data.content_sha256, other.data.content_sha256)
+    is_same_seed = _are_same(own.options.seed, other.options.seed)
+    if is_same_model is False:
         return "other model"
-    if model is None or data is None:
+    if is_same_model is None or is_same_data is None:
         return "unknown"
-    if not method:
-        return "other method" if data else "other data and method"
-    if not data:
+    if (first.method, first.granularity) != (second.method, second.granularity):
+        return "other method" if is_same_data else "other data and method"
+    if not is_same_data:
         return "other data"
-    if seed is None:
+    if is_same_seed is None:
         return "unknown"
-    if _has_other_update(first, second):
+    if _have_other_updates(own, other):
         return "other update"
-    is_same = seed and _mask_seed(first) == _mask_seed(second)
-    return "same data and seed" if is_same else "same data, other seed"
+    is_same_mask_seed = _mask_seed(own) == _mask_seed(other)
+    return "same data and seed" if is_same_seed and is_same_mask_seed else "same data, other seed"
 
 
-def _has_other_update(first: Ranking, second: Ranking) -> bool:
+def _have_other_updates(own: MadeBy, other: MadeBy) -> bool:
     """Whether the two updates differ by more than the seed of their training, as far as known."""
-    for part in ("adapter", "tuned"):
-        in_both = part in first.provenance and part in second.provenance
-        if (part in first.provenance) != (part in second.provenance):
-            return True
-        if in_both and _is_same(first, second, part, "weights_sha256") is False:
-            return True
-    options = [one.provenance["options"] for one in (first, second)]
-    made = "stage_1" in first.provenance and "stage_1" in second.provenance
-    names = (*OF_DATA, *OF_TRAINING) if made else OF_DATA
-    return any(options[0].get(name) != options[1].get(name) for name in names)
+    if _are_other(own.adapter, other.adapter) or _are_other(own.tuned, other.tuned):
+        return True
+    are_trained = own.stage_1 is not None and other.stage_1 is not None
+    names = (*OF_DATA, *OF_TRAINING) if are_trained else OF_DATA
+    options, others = own.options.given, other.options.given
+    return any(options.get(name) != others.get(name) for name in names)
 
 
-def _mask_seed(ranking: Ranking) -> object:
+def _are_other(own: UpdateSource | None, other: UpdateSource | None) -> bool:
+    """Whether only one update existed before, or both did and have other weights."""
+    if own is None or other is None:
+        return own is not other
+    return _are_same(own.weights_sha256, other.weights_sha256) is False
+
+
+def _mask_seed(made_by: MadeBy) -> int | None:
     """The seed of the mask's batches; that of the training if none was given."""
-    options = ranking.provenance["options"]
-    given = options.get("mask_seed")
-    return options["seed"] if given is None else given
+    options = made_by.options
+    return options.seed if options.mask_seed is None else options.mask_seed
 
 
-def _is_same(first: Ranking, second: Ranking, part: str, field: str) -> bool | None:
-    """Whether both records hold the same value there; None where one holds none."""
-    values = []
-    for ranking in (first, second):
-        record = ranking.provenance.get(part)
-        values.append(record.get(field) if isinstance(record, Mapping) else None)
-    return None if None in values else values[0] == values[1]
+def _are_same(own: object, other: object) -> bool | None:
+    """Whether two values are equal; None where one is not known."""
+    return None if own is None or other is None else own == other

@@ -5,10 +5,11 @@ Higher scores mean more important. Modules with equal scores keep the model's or
 better rank (1, 2, 2, 4). A module without a score (`None`) comes after all others and has no rank.
 """
 
-import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from keylayers.ranking.budget import WrittenBudget, parse_budget
 from keylayers.ranking.cost import StepTime
 from keylayers.ranking.memory import StepMemory
 from keylayers.ranking.ranked_module import RankedModule, best_first
-from keylayers.ranking.record import check_provenance, is_number
+from keylayers.ranking.record import MadeBy, read_made_by
 from keylayers.ranking.selection import Selection, select
+from keylayers.validation import ListOf, Part, Text, read_json, validated
 
 FILE = "ranking.json"  # in the folder of a run
 SCHEMA = "keylayers/ranking"
@@ -57,13 +59,13 @@ class Ranking:
                     f"of {len(text)} that begins with {text[:40]!r}"
                 )
         for module in self.modules:
-            if module.score is not None and not is_number(module.score):
+            if module.score is not None and not math.isfinite(module.score):
                 raise RankingError(
                     f"a score must be a finite number or None, got {module.score!r:.40} for "
                     f"{module.name}"
                 )
             error = module.standard_error
-            if error is not None and not (is_number(error) and error >= 0):
+            if error is not None and not 0 <= error < math.inf:
                 raise RankingError(
                     f"a standard error must be a finite number from 0 or None, got {error!r:.40} "
                     f"for {module.name}"
@@ -82,6 +84,15 @@ class Ranking:
     def is_flat(self) -> bool:
         """Nothing is ranked: several modules, and all their scores are equal."""
         return len(self.modules) > 1 and len({module.score for module in self.modules}) == 1
+
+    @cached_property
+    def made_by(self) -> MadeBy:
+        """`provenance` as types.
+
+        Raises:
+            RankingError: it holds something else; never so for a ranking from a file.
+        """
+        return read_made_by(self.provenance, "the ranking")
 
     def ordered(self) -> list[RankedModule]:
         """All modules, best first; ties in model order, modules without a score last."""
@@ -114,12 +125,11 @@ class Ranking:
     @property
     def step_time(self) -> StepTime:
         """What a training step of the run that made the ranking costs."""
-        options = self.provenance.get("options", {})
         return StepTime(
             self.modules,
-            is_full=options.get("update") == "full" or "tuned" in self.provenance,
-            lora_rank=int(options.get("lora_rank", 16)),
-            num_head_parameters=int(self.provenance.get("model", {}).get("num_head_parameters", 0)),
+            is_full=self.made_by.options.update == "full" or self.made_by.tuned is not None,
+            lora_rank=self.made_by.options.lora_rank,
+            num_head_parameters=self.made_by.model.num_head_parameters,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -146,21 +156,7 @@ class Ranking:
             RankingError: it is missing, cut off, of another schema, or holds values that cannot be.
         """
         path = ranking_file(path)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RankingError(
-                f"the ranking file must exist, but there is no {str(path)!r}"
-            ) from None
-        except OSError as error:
-            raise RankingError(
-                f"the ranking file {str(path)!r} cannot be read: {error.strerror}"
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise RankingError(
-                f"{str(path)!r} must be whole JSON, but it is damaged or cut off ({error}); make "
-                f"it again with `keylayers rank`"
-            ) from None
+        content = read_json(path, "the ranking file", "keylayers rank")
         return Ranking.from_json(content, str(path))
 
     @staticmethod
@@ -174,60 +170,36 @@ class Ranking:
         Raises:
             RankingError: it is of another schema, or holds values that cannot be.
         """
-        return _from_json(content, source)
-
-
-def _from_json(content: Any, path: str) -> Ranking:
-    """The ranking in parsed JSON, or a RankingError that names the first thing that is wrong."""
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise RankingError(
-            f"{path!r} must be a ranking file of keylayers (schema {SCHEMA!r}), but is not"
-        )
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise RankingError(
-            f"{path!r} must have schema version {SCHEMA_VERSION}, got "
-            f"{content.get('schema_version')!r}; use the keylayers version that wrote it"
-        )
-    rows = content.get("modules")
-    if not isinstance(rows, list):
-        raise RankingError(f"{path!r} must hold a list `modules`, got {type(rows).__name__}")
-    modules = tuple(_module_from_json(row, path, index) for index, row in enumerate(rows))
-    provenance = content.get("provenance", {})
-    check_provenance(provenance, path)
-    return Ranking(
-        modules, str(content.get("method")), str(content.get("granularity", "module")), provenance
-    )
-
-
-def _module_from_json(row: Any, path: str, index: int) -> RankedModule:
-    kinds: dict[str, tuple[type, ...]] = {
-        "name": (str,),
-        "block_index": (int, type(None)),
-        "projection": (str,),
-        "num_parameters": (int,),
-        "score": (int, float, type(None)),
-        "standard_error": (int, float, type(None)),
-    }
-    if not isinstance(row, dict):
-        raise RankingError(f"{path!r}: module {index} must be a mapping, got {type(row).__name__}")
-    for name, kind in kinds.items():
-        value = row.get(name)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            expected = " or ".join("null" if k is type(None) else k.__name__ for k in kind)
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             raise RankingError(
-                f"{path!r}: module {index}, {name!r} must be {expected}, got {value!r:.40}"
+                f"{source!r} must be a ranking file of keylayers (schema {SCHEMA!r}), but is not"
             )
-    values: dict[str, Any] = {name: row.get(name) for name in kinds}
-    for name in ("score", "standard_error"):
-        if isinstance(values[name], int):
-            if not is_number(values[name]):
-                raise RankingError(
-                    f"{path!r}: module {index}, {name!r} must be a finite number or null, got an "
-                    f"integer that no float holds"
-                )
-            values[name] = float(values[name])
-    values["is_stacked"] = row.get("is_stacked", False) is True
-    return RankedModule(**values)
+        if content.get("schema_version") != SCHEMA_VERSION:
+            raise RankingError(
+                f"{source!r} must have schema version {SCHEMA_VERSION}, got "
+                f"{content.get('schema_version')!r:.40}; use the keylayers version that wrote it"
+            )
+        file = validated(_File, content, source, "keylayers rank")
+        provenance = content.get("provenance", {})
+        read_made_by(provenance, source)
+        modules = tuple(RankedModule(**dict(row)) for row in file.modules)
+        return Ranking(modules, file.method, file.granularity, provenance)
+
+
+class _Row(Part):
+    name: Text
+    block_index: int | None = None
+    projection: Text
+    num_parameters: int
+    score: float | None = None
+    standard_error: float | None = None
+    is_stacked: bool = False
+
+
+class _File(Part):
+    method: Text
+    granularity: Text = "module"
+    modules: ListOf[_Row]
 
 
 def ranking_file(ranking: str | Path) -> Path:

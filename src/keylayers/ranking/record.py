@@ -1,128 +1,174 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a ranking file says of its making, checked once when it is read. Needs no torch.
+"""What files say about how they were made, as types that are checked once. Needs no torch.
 
-Commands and reports read these sections without looking twice. What is not named here is free.
+A file may hold more than is named here: the JSON itself (`Ranking.provenance`) is what is written
+and hashed, and these types only read it. A section that is absent has its defaults, or is `None`
+where its absence means something.
 """
 
-import math
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ConfigDict, Field
+
 from keylayers.errors import RankingError
-
-Check = Callable[[Any], bool]
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number; JSON also has integers that no float holds."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
+from keylayers.validation import CountFromOne, CountFromZero, ListOf, Part, Text, validated
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+class Environment(Part):
+    """The software."""
+
+    keylayers: Text | None = None
+    commit: Text | None = None
+    libraries: Mapping[Text, Text] = Field(default_factory=dict)
 
 
-def _is_positive(value: Any) -> bool:
-    return _is_count(value) and 0 < value < 2**31
+class Model(Part):
+    """The base model."""
+
+    name: Text | None = None
+    weights_sha256: Text | None = None
+    num_head_parameters: CountFromZero = 0
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+class Data(Part):
+    """The data set and its split."""
+
+    data: Text | None = None
+    format: Text | None = None
+    num_train: CountFromZero | None = None
+    num_held_out: CountFromZero | None = None
+    content_sha256: Text | None = None
+    split_sha256: Text | None = None
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
+class Options(Part):
+    """All options of the run; those without an attribute are in `given`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    objective: Text = "sft"  # files from before there was a choice do not name it
+    update: Text | None = None
+    lora_rank: CountFromOne = 16
+    lora_alpha: CountFromOne = 32
+    seed: int | None = None
+    mask_seed: int | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Every option that the file holds, by name."""
+        return self.model_dump(exclude_unset=True)
 
 
-# section -> field -> (what must hold, in words; the check); a field without a mark may be absent.
-_NUMBER, _COUNT = ("a finite number", is_number), ("a whole number from 0", _is_count)
-_TEXT, _LIST = ("text", _is_text), ("a list", _is_list)
-_RANK = ("a whole number from 1", _is_positive)
-SECTIONS: Mapping[str, Mapping[str, tuple[str, Check]]] = {
-    "environment": {"commit": ("text or null", lambda one: one is None or _is_text(one))},
-    "options": {"lora_rank": _RANK, "lora_alpha": _RANK},
-    "model": {"weights_sha256": _TEXT, "num_head_parameters": _COUNT},
-    "data": {"content_sha256": _TEXT, "split_sha256": _TEXT},
-    "adapter": {"weights_sha256": _TEXT},
-    "tuned": {"weights_sha256": _TEXT},
-    "stage_1": {
-        "num_steps!": _COUNT,
-        "stopped_by!": _TEXT,
-        "seconds!": _NUMBER,
-        "num_trained_parameters": _COUNT,
-    },
-    "inside_run": {"at_step!": _COUNT, "num_steps!": _COUNT, "reason!": _TEXT},
-    "mask": {
-        "losses!": _LIST,
-        "seconds!": _NUMBER,
-        "score_unit": _TEXT,
-        "loss_reduction_nats": _NUMBER,
-        "sum_of_scores_nats": _NUMBER,
-    },
-    "held_out_loss_nats": {"base!": _NUMBER, "tuned!": _NUMBER},
-    "adalora_ranks_left": {},
-}
+class UpdateSource(Part):
+    """An adapter or a tuned checkpoint that existed before."""
+
+    name: Text | None = None
+    weights_sha256: Text | None = None
 
 
-def check_provenance(provenance: Any, source: str) -> None:
-    """Refuse provenance that commands and reports could not read.
+class Stage1(Part):
+    """The fine-tune of all modules."""
+
+    num_steps: CountFromZero
+    stopped_by: Text
+    seconds: float
+    losses: ListOf[float] = ()
+    num_trained_parameters: CountFromZero = 0
+    adapter_sha256: Text | None = None
+    weights_sha256: Text | None = None
+
+
+class InsideRun(Part):
+    """A ranking that was made inside a training run."""
+
+    at_step: CountFromZero
+    num_steps: CountFromZero
+    reason: Text
+
+
+class Mask(Part):
+    """Stage 2, the scoring."""
+
+    losses: ListOf[float]
+    seconds: float
+    score_unit: Text = ""
+    num_forward: CountFromZero = 0
+    num_backward: CountFromZero = 0
+    loss_reduction_nats: float | None = None
+    sum_of_scores_nats: float | None = None
+    learning_rate: float | None = None  # of methods that learn the scores step by step
+
+
+class HeldOutLoss(Part):
+    """Held-out losses of the base model and of the whole fine-tune."""
+
+    base: float
+    tuned: float
+
+
+class Imported(Part):
+    """The file of another tool that the scores come from."""
+
+    file: Text
+    num_infinite: CountFromZero = 0
+    num_left_out: CountFromZero = 0
+
+
+class MadeBy(Part):
+    """What made a ranking or a verification: all sections that are read anywhere."""
+
+    environment: Environment = Environment()
+    model: Model = Model()
+    data: Data = Data()
+    options: Options = Options()
+    adapter: UpdateSource | None = None
+    tuned: UpdateSource | None = None
+    stage_1: Stage1 | None = None
+    inside_run: InsideRun | None = None
+    mask: Mask | None = None
+    held_out_loss_nats: HeldOutLoss | None = None
+    loss_unit: Text = "nats per token"
+    adalora_ranks_left: Mapping[Text, int] = Field(default_factory=dict)
+    imported: Imported | None = None
+    trainer: Text = "trainer"
+
+    @property
+    def update_sha256s(self) -> set[str]:
+        """Hashes that identify the update: of an adapter, or of a tuned checkpoint."""
+        hashes: set[str | None] = {None}
+        if self.stage_1 is not None:
+            hashes |= {self.stage_1.adapter_sha256, self.stage_1.weights_sha256}
+        for update in (self.adapter, self.tuned):
+            if update is not None:
+                hashes.add(update.weights_sha256)
+        return {sha256 for sha256 in hashes if sha256 is not None}
+
+
+def read_made_by(provenance: object, source: str, command: str = "keylayers rank") -> MadeBy:
+    """The typed sections of `provenance`.
 
     Args:
-        provenance: As it stands in the file.
+        provenance: As in the file.
         source: Where it comes from, for the message.
+        command: What writes such files, for the message.
 
     Raises:
-        RankingError: names the first section or field that is wrong.
+        RankingError: names the first value that is wrong.
     """
-    _check_mapping(provenance, "provenance", source)
-    _check_finite(provenance, source)
-    for section, fields in SECTIONS.items():
-        if section not in provenance:
-            continue
-        content = provenance[section]
-        _check_mapping(content, f"provenance.{section}", source)
-        for marked, (what, is_right) in fields.items():
-            name = marked.rstrip("!")
-            is_wrong = name in content and not is_right(content[name])
-            if is_wrong or (name not in content and marked != name):
-                came = f"{content[name]!r:.40}" if name in content else "nothing"
-                raise RankingError(
-                    f"{source!r} must hold {what} as `provenance.{section}.{name}`, got {came}; "
-                    f"mend it, or make it again with `keylayers rank`"
-                )
-
-
-def _check_finite(provenance: Mapping[str, Any], source: str) -> None:
-    """Refuse NaN and infinity wherever they stand: no JSON that is written may hold them."""
-    open_parts: list[tuple[str, Any]] = [("provenance", provenance)]
-    while open_parts:
-        name, value = open_parts.pop()
-        if isinstance(value, float) and not math.isfinite(value):
-            raise RankingError(
-                f"{source!r} must hold finite numbers alone, got {value} as `{name:.80}`; mend it, "
-                f"or make it again with `keylayers rank`"
-            )
-        if isinstance(value, dict):
-            open_parts += [(f"{name}.{key}", one) for key, one in value.items()]
-        elif isinstance(value, list):
-            open_parts += [(f"{name}[{index}]", one) for index, one in enumerate(value)]
-
-
-def update_sha256s(provenance: Mapping[str, Any]) -> set[str]:
-    """Hashes by which a record knows the update: of an adapter, or of a tuned checkpoint."""
-    parts = [provenance.get(kind, {}) for kind in ("stage_1", "adapter", "tuned")]
-    hashes = {part.get(name) for part in parts for name in ("adapter_sha256", "weights_sha256")}
-    return hashes - {None}
-
-
-def _check_mapping(value: Any, name: str, source: str) -> None:
-    if not isinstance(value, dict):
+    made_by = validated(_Holder, {"provenance": provenance}, source, command).provenance
+    try:
+        json.dumps(provenance, allow_nan=False)
+    except (ValueError, RecursionError) as error:
         raise RankingError(
-            f"{source!r} must hold a mapping `{name}`, got {type(value).__name__}; mend it, or "
-            f"make it again with `keylayers rank`"
-        )
+            f"{source!r}: `provenance` must hold finite numbers only, but does not ({error}); fix "
+            f"it or regenerate it with `{command}`"
+        ) from None
+    return made_by
+
+
+class _Holder(Part):
+    """Messages name the whole path of a value."""
+
+    provenance: MadeBy

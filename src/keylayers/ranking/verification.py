@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `keylayers verify` found about a ranking: its mask curve beside controls. Needs no torch."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
 
 from keylayers.errors import ConfigError, RankingError
 from keylayers.files import json_sha256, write_json
@@ -14,11 +17,13 @@ from keylayers.ranking.budget import Count
 from keylayers.ranking.curve import MaskCurve, Recommendation
 from keylayers.ranking.ranking import FILE as RANKING
 from keylayers.ranking.ranking import Ranking
-from keylayers.ranking.record import check_provenance, update_sha256s
+from keylayers.ranking.record import MadeBy, read_made_by
+from keylayers.validation import ListOf, Part, Text, read_json, validated
 
 SCHEMA = "keylayers/verification"
 SCHEMA_VERSION = 1
 FILE = "verification.json"
+COMMAND = "keylayers verify"
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,15 @@ class Verification:
     def is_of(self, ranking: Ranking) -> bool:
         """Whether it was measured on this ranking as it is."""
         return self.ranking_sha256 == json_sha256(ranking.to_json())
+
+    @cached_property
+    def made_by(self) -> MadeBy:
+        """`provenance` as types.
+
+        Raises:
+            RankingError: it holds something else; never so for a verification from a file.
+        """
+        return read_made_by(self.provenance, "the verification", COMMAND)
 
     @property
     def is_overfit(self) -> bool:
@@ -95,53 +109,64 @@ class Verification:
         }
         write_json(path, content)
 
-    def _checked(self, source: str) -> "Verification":
-        """Itself, if its parts belong together.
-
-        Raises:
-            ValueError, RankingError: they do not.
-        """
-        curves = (self.worst_first, *self.random, self.leave_one_out or self.best_first)
-        if not self.random or any(one.counts != self.best_first.counts for one in curves):
-            raise ValueError("all curves, random ones among them, must have the same counts")
-        if not 0 <= self.margin < 1:
-            raise ValueError(f"the margin must be a share from 0 to below 1, got {self.margin}")
-        check_provenance(self.provenance, source)
-        return self
-
     @staticmethod
     def load(path: Path) -> "Verification":
         """Read the file.
 
         Raises:
-            RankingError: it is missing, cut off or of another schema.
+            RankingError: it is missing, cut off or of another schema, or its parts do not belong
+                together.
         """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["schema"] != SCHEMA or content["schema_version"] != SCHEMA_VERSION:
-                raise ValueError(f"it has schema {content['schema']!r}")
-            loo = content["leave_one_out"]
-            return Verification(
-                ranking_sha256=content["ranking_sha256"],
-                best_first=MaskCurve.from_json(content["best_first"]),
-                worst_first=MaskCurve.from_json(content["worst_first"]),
-                random=tuple(MaskCurve.from_json(one) for one in content["random"]),
-                leave_one_out=None if loo is None else MaskCurve.from_json(loo),
-                margin=float(content["margin"]),
-                provenance=content["provenance"],
-            )._checked(str(path))
-        except FileNotFoundError:
+        content = read_json(path, "the verification of the ranking", COMMAND)
+        file = validated(_File, content, str(path), COMMAND)
+        read_made_by(content["provenance"], str(path), COMMAND)
+        loo = file.leave_one_out
+        curves = (file.worst_first, *file.random, loo or file.best_first)
+        if not file.random or any(curve.counts != file.best_first.counts for curve in curves):
             raise RankingError(
-                f"the ranking must have been verified, but there is no {str(path)!r}; make it with "
-                f"`keylayers verify`"
-            ) from None
-        except OSError as error:
-            raise RankingError(f"{str(path)!r} cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise RankingError(
-                f"{str(path)!r} must be a whole verification file, but is damaged or of another "
-                f"kind ({error}); make it again with `keylayers verify`"
-            ) from None
+                f"{str(path)!r}: all curves, random ones among them, must have the same counts, "
+                f"but do not; regenerate it with `{COMMAND}`"
+            )
+        return Verification(
+            ranking_sha256=file.ranking_sha256,
+            best_first=MaskCurve(**dict(file.best_first)),
+            worst_first=MaskCurve(**dict(file.worst_first)),
+            random=tuple(MaskCurve(**dict(curve)) for curve in file.random),
+            leave_one_out=None if loo is None else MaskCurve(**dict(loo)),
+            margin=file.margin,
+            provenance=content["provenance"],
+        )
+
+
+class _Curve(Part):
+    counts: ListOf[int]
+    losses: ListOf[float]
+    batch_losses: ListOf[ListOf[float]]
+    batch_weights: ListOf[float]
+
+    @model_validator(mode="after")
+    def _has_a_loss_for_each_count(self) -> "_Curve":
+        if self.counts[:1] != (0,) or any(low >= high for low, high in pairwise(self.counts)):
+            raise ValueError(f"a curve whose counts rise from 0, not {self.counts[:9]}")
+        num_rows = len(self.counts) if self.batch_weights else 0
+        sizes = {len(row) for row in self.batch_losses}
+        if len(self.counts) < 2 or len(self.losses) != len(self.counts):
+            raise ValueError(f"a curve with a loss for each of its {len(self.counts)} counts")
+        if len(self.batch_losses) != num_rows or sizes - {len(self.batch_weights)}:
+            raise ValueError(f"a curve with a loss for each of {len(self.batch_weights)} batches")
+        return self
+
+
+class _File(Part):
+    schema_: Annotated[Literal["keylayers/verification"], Field(alias="schema")]
+    schema_version: Literal[1]
+    ranking_sha256: Text
+    margin: Annotated[float, Field(ge=0, lt=1)]
+    best_first: _Curve
+    worst_first: _Curve
+    random: ListOf[_Curve]
+    leave_one_out: _Curve | None
+    provenance: dict[Any, Any]
 
 
 def auto_budget(ranking: Ranking, path: Path) -> Count:
@@ -174,14 +199,14 @@ def auto_budget(ranking: Ranking, path: Path) -> Count:
 
 def _check_same_inputs(ranking: Ranking, found: Verification, path: Path) -> None:
     """Refuse a curve that was not measured on the ranking's own model, update and data."""
-    own, other = ranking.provenance, found.provenance
-    updates = update_sha256s(own), update_sha256s(other)
-    differ = {
-        "model": _differ(own, other, "model", "weights_sha256"),
-        "update": bool(updates[0] and updates[1] and updates[0].isdisjoint(updates[1])),
-        "data or split": _differ(own, other, "data", "split_sha256"),
+    own, other = ranking.made_by, found.made_by
+    updates, others = own.update_sha256s, other.update_sha256s
+    are_other = {
+        "model": _are_other(own.model.weights_sha256, other.model.weights_sha256),
+        "update": bool(updates and others and updates.isdisjoint(others)),
+        "data or split": _are_other(own.data.split_sha256, other.data.split_sha256),
     }
-    names = [name for name, is_other in differ.items() if is_other]
+    names = [name for name, is_other in are_other.items() if is_other]
     if names:
         raise RankingError(
             f"`budget` auto needs a curve of the ranking's own run, but {str(path)!r} was measured "
@@ -189,10 +214,9 @@ def _check_same_inputs(ranking: Ranking, found: Verification, path: Path) -> Non
         )
 
 
-def _differ(own: Mapping[str, Any], other: Mapping[str, Any], part: str, name: str) -> bool:
-    """Whether both records know it, and it is not the same."""
-    values = own.get(part, {}).get(name), other.get(part, {}).get(name)
-    return None not in values and values[0] != values[1]
+def _are_other(own: str | None, other: str | None) -> bool:
+    """Whether both hashes are known and differ."""
+    return None not in (own, other) and own != other
 
 
 def verification_file(ranking: str | Path) -> Path:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdaLoRA's own importance beside a ranking of its adapter. Needs no torch."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from keylayers.errors import RankingError
@@ -12,11 +11,8 @@ from keylayers.ranking.ranking import Ranking
 
 def ranks_left(ranking: Ranking) -> dict[str, int]:
     """Module name -> the LoRA rank that AdaLoRA left it; empty for other updates."""
-    found = ranking.provenance.get("adalora_ranks_left")
-    if not isinstance(found, Mapping):
-        return {}
-    ranks = {module.name: found.get(module.name) for module in ranking.modules}
-    return {name: rank for name, rank in ranks.items() if isinstance(rank, int)}
+    found = ranking.made_by.adalora_ranks_left
+    return {module.name: found[module.name] for module in ranking.modules if module.name in found}
 
 
 def adalora_line(ranking: Ranking, budget: WrittenBudget) -> str | None:

@@ -26,7 +26,7 @@ def verification_report(found: Verification) -> RenderableType:
 
 def loss_unit(found: Verification) -> str:
     """What its losses count."""
-    return str(found.provenance.get("loss_unit", "nats per token"))
+    return found.made_by.loss_unit
 
 
 def curve_table(found: Verification) -> Table:

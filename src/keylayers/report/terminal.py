@@ -13,6 +13,7 @@ from keylayers.errors import RankingError
 from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.certainty import decisions, undecided
 from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.record import MadeBy
 from keylayers.report.adalora import adalora_line, ranks_left
 
 # Cividis, dark to bright, by relative rank: readable for colour-blind people and in grey.
@@ -135,60 +136,54 @@ def certainty_line(ranking: Ranking, budget: WrittenBudget) -> str:
 
 def provenance_lines(ranking: Ranking) -> list[str]:
     """What made the ranking, for a person: model, data, method, losses, time."""
-    made_by = ranking.provenance
-    model, data = made_by.get("model", {}), made_by.get("data", {})
+    made_by = ranking.made_by
+    model, data, environment = made_by.model, made_by.data, made_by.environment
     lines = [f"method    {ranking.method}, one gate per {ranking.granularity}"]
-    if model:
-        parts = (f"weights {model['weights_sha256'][:12]}",) if "weights_sha256" in model else ()
-        lines.append("model     " + ", ".join((str(model.get("name")), *parts)))
-    for kind in ("adapter", "tuned"):
-        if kind in made_by:
-            lines.append(f"{kind:<10}{made_by[kind].get('name')}")
-    if data:
+    if model.name is not None:
+        parts = () if model.weights_sha256 is None else (f"weights {model.weights_sha256[:12]}",)
+        lines.append("model     " + ", ".join((model.name, *parts)))
+    if made_by.adapter is not None:
+        lines.append(f"adapter   {made_by.adapter.name}")
+    if made_by.tuned is not None:
+        lines.append(f"tuned     {made_by.tuned.name}")
+    if data.data is not None:
         lines.append(
-            f"data      {data.get('data')} ({data.get('format')}): {data.get('num_train')} "
-            f"examples "
-            f"to train, {data.get('num_held_out')} held out"
+            f"data      {data.data} ({data.format}): {data.num_train} examples to train, "
+            f"{data.num_held_out} held out"
         )
     lines += _loss_lines(made_by)
-    environment = made_by.get("environment", {})
-    if environment:
-        commit = environment.get("commit")
-        source = f" at {commit[:12]}" if commit else ""
-        lines.append(f"made by   keylayers {environment.get('keylayers')}{source}")
+    if environment.keylayers is not None:
+        source = "" if environment.commit is None else f" at {environment.commit[:12]}"
+        lines.append(f"made by   keylayers {environment.keylayers}{source}")
     return lines
 
 
-def _loss_lines(made_by: Mapping[str, Any]) -> list[str]:
+def _loss_lines(made_by: MadeBy) -> list[str]:
     lines = []
-    loss_unit = made_by.get("loss_unit", "nats per token")
-    stage_1 = made_by.get("stage_1")
-    if stage_1:
+    stage_1, inside, mask = made_by.stage_1, made_by.inside_run, made_by.mask
+    if stage_1 is not None:
         lines.append(
-            f"stage 1   {stage_1['num_steps']} steps ({stage_1['stopped_by']}), "
-            f"{stage_1['seconds']:.0f} s"
+            f"stage 1   {stage_1.num_steps} steps ({stage_1.stopped_by}), {stage_1.seconds:.0f} s"
         )
-    inside = made_by.get("inside_run")
-    if inside:
+    if inside is not None:
         lines.append(
-            f"stage 1   inside a run, until step {inside['at_step']} of {inside['num_steps']} "
-            f"({inside['reason']})"
+            f"stage 1   inside a run, until step {inside.at_step} of {inside.num_steps} "
+            f"({inside.reason})"
         )
-    mask = made_by.get("mask")
-    if mask:
-        unit = mask.get("score_unit", "")
-        unit = loss_unit if unit == "the trainer's loss" else unit
+    if mask is not None:
+        unit = made_by.loss_unit if mask.score_unit == "the trainer's loss" else mask.score_unit
         unit = f", scores in {unit}" if unit else ""
-        lines.append(f"stage 2   {len(mask['losses'])} passes, {mask['seconds']:.0f} s{unit}")
-    if mask and "loss_reduction_nats" in mask:
+        lines.append(f"stage 2   {len(mask.losses)} passes, {mask.seconds:.0f} s{unit}")
+        if mask.loss_reduction_nats is not None and mask.sum_of_scores_nats is not None:
+            lines.append(
+                f"          scores sum to {mask.sum_of_scores_nats:.3f}"
+                f"{in_nats(made_by.loss_unit)}, the fine-tune lowers the loss by "
+                f"{mask.loss_reduction_nats:.3f} on the same batches"
+            )
+    losses = made_by.held_out_loss_nats
+    if losses is not None:
         lines.append(
-            f"          scores sum to {mask['sum_of_scores_nats']:.3f}{in_nats(loss_unit)}, the "
-            f"fine-tune lowers the loss by {mask['loss_reduction_nats']:.3f} on the same batches"
-        )
-    losses = made_by.get("held_out_loss_nats")
-    if losses:
-        lines.append(
-            f"held out  base {losses['base']:.3f}, tuned {losses['tuned']:.3f} {loss_unit}"
+            f"held out  base {losses.base:.3f}, tuned {losses.tuned:.3f} {made_by.loss_unit}"
         )
     return lines
 

@@ -17,7 +17,7 @@ from keylayers.model.options import Objective, UpdateOptions
 from keylayers.model.weights import weights_sha256
 from keylayers.progress import Progress
 from keylayers.ranking.ranking import Ranking
-from keylayers.ranking.record import update_sha256s
+from keylayers.ranking.record import read_made_by
 from keylayers.ranking.selection import check_same_modules
 from keylayers.runs.update import TunedModel, existing_update
 from keylayers.training.options import TrainingOptions
@@ -36,7 +36,7 @@ def note_other_objective(ranking: Ranking, objective: Objective, progress: Progr
 
 def objective_of(ranking: Ranking) -> str:
     """What a ranking was made for; sft where its file is from before there was a choice."""
-    return str(ranking.provenance.get("options", {}).get("objective", "sft"))
+    return ranking.made_by.options.objective
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def reopen(ranking: Ranking, options: VerifyOptions | PruneOptions, progress: Pr
         )
     known = sizes_of(base, ranking)
     tuned = existing_update(base, options.update, progress, model.towers)
-    ranked = update_sha256s(ranking.provenance)
-    if ranked and ranked.isdisjoint(update_sha256s(tuned.record)):
+    ranked = ranking.made_by.update_sha256s
+    if ranked and ranked.isdisjoint(read_made_by(tuned.record, "the update").update_sha256s):
         progress.note("the update is another one than was ranked")
     check_same_modules(ranking.modules, known)
     _check_same_update(ranking, {one.module.name for one in tuned.updates})
@@ -116,14 +116,10 @@ def _note_other_inputs(
     ranking: Ranking, model: dict[str, Any], data: PreparedData, progress: Progress
 ) -> None:
     """Say what differs from the ranking's own run, where that is known."""
-    made_by = ranking.provenance
-    if (
-        made_by.get("model", {}).get("weights_sha256", model["weights_sha256"])
-        != (model["weights_sha256"])
-    ):
+    made_by = ranking.made_by
+    if made_by.model.weights_sha256 not in (None, model["weights_sha256"]):
         progress.note("the ranking was made on other weights of the same shapes")
-    split = data.record()["split_sha256"]
-    if made_by.get("data", {}).get("split_sha256", split) != split:
+    if made_by.data.split_sha256 not in (None, data.record()["split_sha256"]):
         progress.note(
             "other data or another split than the ranking's own: held-out examples may have been "
             "seen in training"

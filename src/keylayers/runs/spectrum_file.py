@@ -6,11 +6,11 @@ and no sizes: these come from the model's config alone, no weight is loaded. A r
 where no singular value lies below the noise; it ranks first of its kind, as in Spectrum.
 """
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
+from pydantic import ConfigDict, Field, RootModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from keylayers.environment import environment
@@ -21,8 +21,10 @@ from keylayers.model.modules import map_modules
 from keylayers.model.options import ModelOptions
 from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import Ranking
-from keylayers.ranking.record import is_number
 from keylayers.scores.spectrum import shares_of_kind
+from keylayers.validation import Part, Text, read_json, validated
+
+COMMAND = "python spectrum.py"  # of Spectrum's own repository
 
 
 def spectrum_ranking(path: Path, source: ModelOptions) -> Ranking:
@@ -61,30 +63,22 @@ def spectrum_ranking(path: Path, source: ModelOptions) -> Ranking:
     return Ranking(tuple(modules), "spectrum", provenance=made_by)
 
 
+class _Row(Part):
+    snr: Annotated[float, Field(ge=0, allow_inf_nan=True)]
+
+
+class _Scan(RootModel[dict[Text, _Row]]):
+    """One row for each weight."""
+
+    model_config = ConfigDict(strict=True)
+
+
 def _ratios(path: Path) -> dict[str, float]:
     """Name -> signal-to-noise ratio."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RankingError(f"the scan {str(path)!r} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise RankingError(
-            f"{str(path)!r} must be whole JSON, but it is damaged or cut off ({error})"
-        ) from None
-    if not isinstance(content, dict) or not content:
-        what = "it is empty" if content == {} else f"it is a {type(content).__name__}"
-        raise RankingError(
-            f"{str(path)!r} must hold a name, `snr` and `type` for each weight, but {what}"
-        )
-    ratios = {}
-    for name, row in content.items():
-        value: Any = row.get("snr") if isinstance(row, dict) else None
-        if not (value == float("inf") or is_number(value)) or value < 0:
-            raise RankingError(
-                f"{str(path)!r} must hold a ratio from 0 up or Infinity as `snr` of {name!r:.80}, "
-                f"got {value!r:.40}"
-            )
-        ratios[name] = float(value)
+    scan = validated(_Scan, read_json(path, "the scan", COMMAND), str(path), COMMAND)
+    ratios = {name: row.snr for name, row in scan.root.items()}
+    if not ratios:
+        raise RankingError(f"{str(path)!r} must be a scan of a model's weights, but it is empty")
     return ratios
 
 

@@ -32,7 +32,7 @@ from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.selection import Selection, check_same_modules
 from keylayers.report.model_card import model_card
 from keylayers.runs.callback import FreezeUnimportant
-from keylayers.runs.reopen import note_other_objective, objective_of, sizes_of
+from keylayers.runs.reopen import note_other_objective, sizes_of
 from keylayers.training.checkpoints import Checkpoints
 from keylayers.training.memory import measured_memory
 from keylayers.training.objectives import prepared_examples
@@ -89,8 +89,7 @@ class TrainJob:
         for line in self.data.summary():
             progress.note(line)
         sha256 = weights_sha256(model)
-        made_by = {} if ranking is None else ranking.provenance
-        if made_by.get("model", {}).get("weights_sha256", sha256) != sha256:
+        if ranking is not None and ranking.made_by.model.weights_sha256 not in (None, sha256):
             progress.note("the ranking was made on other weights of the same shapes")
         if ranking is not None:
             note_other_objective(ranking, self.objective, progress)
@@ -251,21 +250,22 @@ class TrainJob:
 
     def stage_1_row(self, ranking: Ranking) -> list[TrainedSet]:
         """All modules as stage 1 of the ranking trained them, if model and data are the same."""
-        made_by = ranking.provenance
-        stage_1 = made_by.get("stage_1")
-        is_same = objective_of(ranking) == self.objective and all(
-            made_by.get(part, {}).get(key) == self.record[part][key]
-            for part, key in (("model", "weights_sha256"), ("data", "split_sha256"))
+        made_by = ranking.made_by
+        stage_1, held_out = made_by.stage_1, made_by.held_out_loss_nats
+        is_same = (
+            made_by.options.objective == self.objective
+            and made_by.model.weights_sha256 == self.record["model"]["weights_sha256"]
+            and made_by.data.split_sha256 == self.record["data"]["split_sha256"]
         )
-        if stage_1 is None or not is_same or self.is_full:
+        if stage_1 is None or held_out is None or not is_same or self.is_full:
             return []
         return [
             TrainedSet(
                 label="all (stage 1 of the ranking)",
                 num_modules=len(ranking.modules),
-                num_trained_parameters=stage_1["num_trained_parameters"],
-                held_out_loss_nats=made_by["held_out_loss_nats"]["tuned"],
-                num_steps=stage_1["num_steps"],
+                num_trained_parameters=stage_1.num_trained_parameters,
+                held_out_loss_nats=held_out.tuned,
+                num_steps=stage_1.num_steps,
             )
         ]
 

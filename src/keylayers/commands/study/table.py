@@ -96,15 +96,18 @@ def _measures(root: Path, cell: Cell, state: CellState) -> Iterator[Measure]:
 
 
 def _of_ranking(folder: Path, is_stage_1: bool) -> Iterator[Measure]:
-    made_by = Ranking.load(folder).provenance
-    unit = str(made_by.get("loss_unit", "nats"))
+    made_by = Ranking.load(folder).made_by
+    stage_1, losses, mask = made_by.stage_1, made_by.held_out_loss_nats, made_by.mask
     if is_stage_1:
-        yield Measure("steps", float(made_by["stage_1"]["num_steps"]), "steps")
-        for name, loss in made_by["held_out_loss_nats"].items():
-            yield Measure(f"held_out_loss_{name}", loss, unit)
+        assert stage_1 is not None
+        assert losses is not None
+        yield Measure("steps", float(stage_1.num_steps), "steps")
+        yield Measure("held_out_loss_base", losses.base, made_by.loss_unit)
+        yield Measure("held_out_loss_tuned", losses.tuned, made_by.loss_unit)
         return
-    yield Measure("scoring_time", made_by["mask"]["seconds"], "seconds")
-    passes = float(made_by["mask"]["num_forward"] + made_by["mask"]["num_backward"])
+    assert mask is not None
+    yield Measure("scoring_time", mask.seconds, "seconds")
+    passes = float(mask.num_forward + mask.num_backward)
     yield Measure("scoring_passes", passes, "passes over a batch")
 
 
