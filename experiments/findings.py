@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs/claims.md and docs/methods.md, in Markdown, from the records of the studies.
+"""The tables of README.md, docs/claims.md and docs/methods.md, made from the records.
 
-python experiments/findings.py       # prints them all; a test compares them with the docs
+python experiments/findings.py       # writes them into the pages; a test compares
+
+A page holds a table between `<!-- name -->` and `<!-- /name -->`, where name is a function below.
 """
 
 import json
+import re
 import statistics
 from itertools import combinations
 from pathlib import Path
@@ -13,7 +16,8 @@ from scipy.stats import kendalltau, t
 
 from keylayers.ranking.compare import chance_jaccard
 
-RECORDS = Path(__file__).parent / "records"
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "experiments" / "records"
 DATA = {
     "polite": "demo, polite",
     "list": "demo, list",
@@ -22,7 +26,7 @@ DATA = {
     "dpo": "2 M, chosen answers",
     "user": "2 M, user-oriented",
 }
-OVERFIT = "user-long"
+MODELS = ("built-in model", "2 M model, real text")
 TITLES = {
     "elimination": "**elimination** (default)",
     "ila": "ILA as published, SGD",
@@ -83,7 +87,7 @@ def variants(record):
 
 
 def method_rows(record, wanted=None):
-    """One row a method: mean areas, and cost in forward passes over a batch."""
+    """One row per method: mean areas, passes over a batch, seconds."""
     seen = {}
     for method, mask_data in variants(record):
         seen.setdefault(method, []).append(mask_data)
@@ -93,28 +97,29 @@ def method_rows(record, wanted=None):
         if (wanted is not None and method not in wanted) or is_second:
             continue
         areas = mean_areas(record, method, mask_data)
+        found = [one for data in DATA for one in results(record, method, mask_data, data)]
         cost = results(record, method, mask_data, "alpaca")[0].get("forward_equivalents", 0)
+        seconds = statistics.mean(one.get("seconds", 0.0) for one in found)
         title = TITLES.get(method, method)
         if wanted is None and len(seen[method]) > 1:
             title += f", mask on {mask_data} data"
-        numbers = [f"{area:.3f}" for area in (*areas.values(), statistics.mean(areas.values()))]
-        rows.append([title, *numbers, str(cost)])
+        values = [*areas.values()]
+        means = (values[:3], values[3:], values)  # built-in model, english-2m, all
+        numbers = [f"{statistics.mean(part):.3f}" for part in means]
+        rows.append([title, *numbers, str(cost), f"{seconds:.1f}"])
     return rows
 
 
 def methods_table():
     """Every method in every data set: mean normalised area over five seeds."""
-    return markdown(["method", *DATA.values(), "mean", "passes"], method_rows(load("rankings")))
+    titles = ["method", *MODELS, "mean", "passes", "seconds"]
+    return markdown(titles, method_rows(load("rankings")))
 
 
 def readme_table():
-    """The evidence in short: mean over three data sets each, of the better mask data."""
-    rows = []
-    for title, *numbers, mean, cost in method_rows(load("rankings"), SHORT):
-        values = [float(number) for number in numbers]
-        groups = (statistics.mean(values[:3]), statistics.mean(values[3:]))
-        rows.append([title, *(f"{value:.3f}" for value in groups), mean, cost])
-    return markdown(["method", "built-in model", "2 M model, real text", "mean", "passes"], rows)
+    """The evidence in short: the better mask data of the best-known methods."""
+    rows = [row[:-1] for row in method_rows(load("rankings"), SHORT)]
+    return markdown(["method", *MODELS, "mean", "passes"], rows)
 
 
 def against_table():
@@ -136,7 +141,7 @@ def against_table():
             [
                 name,
                 str(len(cells)),
-                f"{mean:+.3f} ± {half:.3f}",
+                f"{mean:+.3f}±{half:.3f}",
                 f"{num_below} of {len(cells)}",
                 f"{num_below_all} of {len(cells)}",
             ]
@@ -152,32 +157,6 @@ def mean_and_half_width(values):
         return mean, float("nan")
     error = statistics.stdev(values) / len(values) ** 0.5
     return mean, float(t.ppf(0.975, len(values) - 1)) * error
-
-
-def overfit_table():
-    """Where the fine-tune overfits: base, all, and the best point of each order's curve."""
-    rows = []
-    for cell in load("rankings")["cells"]:
-        if cell["cell"]["data"] != OVERFIT:
-            continue
-        found = {(r["method"], r["mask_data"]): r["losses"] for r in cell["results"]}
-        at_random = [r["losses"] for r in cell["results"] if r["method"] == "random order"]
-        losses = cell["held_out_loss_nats"]
-        own, train = found["elimination", "held-out"], found["elimination", "train"]
-        best = min(range(len(own)), key=lambda point: own[point])
-        means = [statistics.mean(column) for column in zip(*at_random, strict=True)]
-        rows.append(
-            [
-                str(cell["cell"]["seed"]),
-                f"{losses['base']:.3f}",
-                f"{losses['tuned']:.3f}",
-                f"{own[best]:.3f} ({round(NUM_MODULES * best / (len(own) - 1))})",
-                f"{min(train):.3f}",
-                f"{min(means):.3f}",
-            ]
-        )
-    titles = ["seed", "base", "all modules", "best point, mask on held-out data (modules)"]
-    return markdown([*titles, "best point, mask on training data", "best of random orders"], rows)
 
 
 def best_share(scores, budget):
@@ -284,36 +263,21 @@ def paired(found, key, reference):
     )
 
 
-def against_all(keys, titles):
-    """Rows of keys, columns of data: held-out loss against training all, and LoRA parameters."""
+def best_table():
+    """Trained from scratch: held-out loss minus that of all modules, and LoRA parameters."""
+    keys = [(one, budget) for budget in (0.1, 0.3) for one in ORDERS]
     rows = []
-    for key, names in zip(keys, titles, strict=True):
-        row = list(names)
+    for key in [*keys, *((f"freeze worst, {one}", 0.75) for one in ORDERS)]:
+        label = key[0].removeprefix("freeze worst, ")
+        what = "all but worst 25 %" if label != key[0] else f"best {100 * key[1]:g} %"
+        row = [what, TITLES.get(label, label)]
         for data in RETRAINED:
             found = retrained(data)
             mean, half = paired(found, key, ("all", 1.0))
             size = statistics.mean(one["num_trained_parameters"] for one in found[key])
-            row += [f"{mean:+.3f} ± {half:.3f}", f"{size / 1000:.0f} k"]
+            row.append(f"{mean:+.3f}±{half:.3f} ({size / 1000:.0f}k)")
         rows.append(row)
-    return rows
-
-
-def frozen_table():
-    """All but the worst quarter, trained from scratch: held-out loss minus that of all modules."""
-    keys = [(f"freeze worst, {one}", 0.75) for one in ORDERS]
-    rows = against_all(keys, [[TITLES.get(one, one)] for one in ORDERS])
-    return markdown(["worst quarter by", *_data_titles()], rows)
-
-
-def best_table():
-    """The best 10 to 30 %, trained from scratch: held-out loss minus that of all modules."""
-    keys = [(one, budget) for budget in (0.1, 0.2, 0.3) for one in ORDERS]
-    titles = [[f"{100 * budget:g} %", TITLES.get(one, one)] for one, budget in keys]
-    return markdown(["budget", "best by", *_data_titles()], against_all(keys, titles))
-
-
-def _data_titles():
-    return [title for data in RETRAINED for title in (DATA[data], "LoRA")]
+    return markdown(["trained", "chosen by", *(DATA[data] for data in RETRAINED)], rows)
 
 
 def rivals_table():
@@ -334,7 +298,7 @@ def rivals_table():
                 continue
             mean, half = paired(found, (label, 0.1), ("elimination", 0.1))
             means.append(mean)
-            cells.append(f"{mean:+.3f} ± {half:.3f}")
+            cells.append(f"{mean:+.3f}±{half:.3f}")
         rows.append((statistics.mean(means), [TITLES.get(label, label), *cells]))
     titles = ["best 10 % by", *(f"{DATA[data]}, against the default" for data in founds)]
     return markdown(titles, [row for _, row in sorted(rows)])
@@ -342,7 +306,8 @@ def rivals_table():
 
 def forgotten_table():
     """The rise of the loss on text that the base model wrote itself."""
-    keys = [("all", 1.0), *((one, budget) for one in ORDERS for budget in (0.1, 0.3))]
+    keys = [("all", 1.0)]
+    keys += [(one, budget) for one in ("elimination", "last", "random") for budget in (0.1, 0.3)]
     rows = []
     for label, budget in keys:
         row = [TITLES.get(label, label), f"{100 * budget:g} %"]
@@ -403,19 +368,36 @@ def planted_line():
 TABLES = (
     readme_table,
     methods_table,
-    against_table,
-    overfit_table,
+    catalogue_table,
+    own_code_table,
     agreement_table,
     checkpoints_table,
-    frozen_table,
     best_table,
     rivals_table,
     forgotten_table,
-    catalogue_table,
-    own_code_table,
+    against_table,
     planted_line,
 )
+PAGES = ("README.md", "docs/methods.md", "docs/claims.md")
+
+
+def page(path, tables=TABLES):
+    """The text of a page with every table between its marks made from the records."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    for make in tables:
+        name = make.__name__
+        mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text = mark.sub(lambda match, make=make: f"{match[1]}{make()}\n{match[2]}", text)
+    return text
+
+
+def main():
+    """Write the tables into the pages."""
+    import small_study
+
+    for path in PAGES:
+        (ROOT / path).write_text(page(path, (*TABLES, *small_study.TABLES)), encoding="utf-8")
+
 
 if __name__ == "__main__":
-    for make in TABLES:
-        print(make(), end="\n\n")
+    main()
