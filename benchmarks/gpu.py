@@ -1,28 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On an accelerator: peak memory and tokens per second of what is trained and of the mask step.
+"""On an accelerator: peak memory and tokens per second of training and of the mask step.
 
     python -m benchmarks.gpu --output FOLDER          # random Llama-2-7B and Llama-3.1-8B, bfloat16
-    python -m benchmarks.gpu --output FOLDER --tiny   # the same on any machine, to try the script
+    python -m benchmarks.gpu --output FOLDER --tiny   # on any machine, to try the script
 
-One process a case, since memory that was held once is not given back; cases that do not fit are
-recorded as such.
+One process per case, because an allocator keeps its peak. Cases that do not fit are recorded as
+failed.
 """
 
 import argparse
 import json
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
+from benchmarks.sides import last_line_of, random_llama
 from keylayers.apply.adapter import add_lora
 from keylayers.apply.freeze import train_only
 from keylayers.environment import environment
@@ -32,56 +33,26 @@ from keylayers.model.modules import map_modules
 from keylayers.training.shallow import shallow_backward
 from keylayers.updates import adapter_updates
 
-SHAPES: dict[str, dict[str, int]] = {
-    "llama-2-7b": {
-        "vocab_size": 32_000,
-        "hidden_size": 4096,
-        "intermediate_size": 11_008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-    },
-    "llama-3.1-8b": {
-        "vocab_size": 128_256,
-        "hidden_size": 4096,
-        "intermediate_size": 14_336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "tiny": {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
+# width, blocks, vocabulary, width of the MLP, heads, key-value heads
+SHAPES = {
+    "llama-2-7b": (4096, 32, 32_000, 11_008, 32, 32),
+    "llama-3.1-8b": (4096, 32, 128_256, 14_336, 32, 8),
+    "tiny": (64, 4, 512, 128, 4, 2),
 }
 WHAT = ("lora", "lora, checkpointed", "lora, 4 bits", "full", "mask", "bare")
 FRACTIONS = (1.0, 0.75, 0.3, 0.2, 0.1)
 RANK = 16
-_HELD: list[Any] = []  # gates, for as long as the process lives
+_OPEN: list[Any] = []  # gates, for as long as the process lives
 
 
-def cases(shapes: list[str], tokens: tuple[int, ...]) -> list[dict[str, Any]]:
+def cases(shapes: list[str], tokens: list[int]) -> list[dict[str, Any]]:
     """Everything that is measured; a selection is the uppermost modules, or spread over all."""
     found = []
-    for shape in shapes:
-        for length in tokens:
-            for what in WHAT:
-                is_whole = what in ("mask", "bare")
-                for fraction in FRACTIONS[:1] if is_whole else FRACTIONS:
-                    for place in ("upper",) if fraction == 1 else ("upper", "spread"):
-                        found.append(
-                            {
-                                "shape": shape,
-                                "tokens": length,
-                                "what": what,
-                                "fraction": fraction,
-                                "place": place,
-                            }
-                        )
+    for shape, length, what in product(shapes, tokens, WHAT):
+        for fraction in FRACTIONS[:1] if what in ("mask", "bare") else FRACTIONS:
+            for place in ("upper",) if fraction == 1 else ("upper", "spread"):
+                case = {"shape": shape, "tokens": length, "what": what}
+                found.append(case | {"fraction": fraction, "place": place})
     return found
 
 
@@ -97,12 +68,12 @@ def measured(case: dict[str, Any], num_steps: int) -> dict[str, Any]:
         one_step(rows)
         _wait(device)
         seconds.append(time.perf_counter() - start)
-    median = statistics.median(seconds[2:])  # the first two warm up
-    is_cuda = device.type == "cuda"
+    is_cpu = device.type == "cpu"
     return {
-        "tokens_per_second": case["tokens"] / median,
+        "tokens_per_second": case["tokens"]
+        / statistics.median(seconds[2:]),  # after two to warm up
         "seconds": seconds[2:],
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if is_cuda else None,
+        "peak_gib": None if is_cpu else torch.accelerator.max_memory_allocated() / 2**30,
         "num_trained": sum(one.numel() for one in model.parameters() if one.requires_grad),
     }
 
@@ -118,29 +89,30 @@ def prepared(
         return base, _training(base)
     model = add_lora(base, names, r=RANK, lora_alpha=2 * RANK)
     model.train()
+    if case["what"] in ("mask", "bare"):
+        return model, _passing(model, is_gated=case["what"] == "mask")
     if case["what"] == "lora, checkpointed":
         model.enable_input_require_grads()
         base.activation_checkpointing_enable()
-    if case["what"] in ("mask", "bare"):
-        return model, _passing(model, is_gated=case["what"] == "mask")
     shallow_backward(model)
     return model, _training(model)
 
 
 def _base(case: dict[str, Any], device: torch.device) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[case["shape"]], max_position_embeddings=4096)
-    dtype = torch.bfloat16 if device.type != "cpu" else torch.float32
-    torch.set_default_dtype(dtype)
+    width, blocks, vocabulary, mlp, heads, kv_heads = SHAPES[case["shape"]]
+    torch.set_default_dtype(torch.float32 if device.type == "cpu" else torch.bfloat16)
     with device:
-        model = LlamaForCausalLM(config)
+        model = random_llama(
+            width, blocks, vocabulary, intermediate_size=mlp, num_attention_heads=heads,
+            num_key_value_heads=kv_heads, max_position_embeddings=4096,
+        )  # fmt: skip
     torch.set_default_dtype(torch.float32)
     if case["what"] == "lora, 4 bits":
-        _pack(model, device)
+        _quantize(model, device)
     return model
 
 
-def _pack(model: PreTrainedModel, device: torch.device) -> None:
+def _quantize(model: PreTrainedModel, device: torch.device) -> None:
     """NF4 in place of every linear layer of the blocks, one at a time."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -155,17 +127,16 @@ def _pack(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def _chosen(model: PreTrainedModel, fraction: float, place: str) -> list[str]:
-    names = [one.name for one in map_modules(model)]
+    names = [info.name for info in map_modules(model)]
     count = round(fraction * len(names))
     if place == "upper":
         return names[-count:]
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
-    taken = set(order[:count])
-    return [name for index, name in enumerate(names) if index in taken]
+    return [names[index] for index in sorted(order[:count])]
 
 
 def _training(model: PreTrainedModel | PeftModel) -> Callable[[torch.Tensor], None]:
-    trained = [one for one in model.parameters() if one.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
 
     def step(rows: torch.Tensor) -> None:
@@ -183,12 +154,12 @@ def _passing(model: PeftModel, *, is_gated: bool) -> Callable[[torch.Tensor], No
         embedded = model.get_input_embeddings()(rows).detach().requires_grad_(True)
         model(inputs_embeds=embedded, labels=rows).loss.backward()
 
-    if not is_gated:
+    if is_gated:
+        gates = gated(model, adapter_updates(model), initial_score=2.0)
+        gates.__enter__()
+        _OPEN.append(gates)
+    else:
         model.requires_grad_(False)
-        return step
-    gates = gated(model, adapter_updates(model), initial_score=2.0)
-    gates.__enter__()
-    _HELD.append(gates)
     return step
 
 
@@ -198,7 +169,7 @@ def _wait(device: torch.device) -> None:
 
 
 def main() -> None:
-    """Run every case in a process of its own, and record what came."""
+    """Run every case in a process of its own and record the results as they come."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--shapes", nargs="+", default=["llama-2-7b", "llama-3.1-8b"])
@@ -206,37 +177,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--case", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.case:
-        print(json.dumps(measured(json.loads(arguments.case), arguments.steps)))
+    given = parser.parse_args()
+    if given.case:
+        print(json.dumps(measured(json.loads(given.case), given.steps)))
         return
-    shapes, tokens = (["tiny"], [16]) if arguments.tiny else (arguments.shapes, arguments.tokens)
-    rows = []
-    for case in cases(shapes, tuple(tokens)):
+    shapes, tokens = (["tiny"], [16]) if given.tiny else (given.shapes, given.tokens)
+    given.output.mkdir(parents=True, exist_ok=True)
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    record: dict[str, Any] = {"environment": environment(), "card": card, "cases": []}
+    for case in cases(shapes, tokens):
         if case["what"] == "lora, 4 bits" and not is_bitsandbytes_available():
             continue
-        rows.append(case | _in_own_process(case, arguments))
-        write_json(arguments.output / "gpu.json", _record(rows))
-        print(rows[-1], flush=True)
-
-
-def _in_own_process(case: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu"]
-    command += ["--output", str(arguments.output), "--steps", str(arguments.steps)]
-    done = subprocess.run(
-        [*command, "--case", json.dumps(case)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        return {"failed": last[0]}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def _record(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    is_cuda = torch.cuda.is_available()
-    card = torch.cuda.get_device_name() if is_cuda else None
-    return {"environment": environment(), "card": card, "cases": rows}
+        words = ("--output", str(given.output), "--steps", str(given.steps))
+        try:
+            line = last_line_of("-m", "benchmarks.gpu", *words, "--case", json.dumps(case))
+            found = json.loads(line)
+        except subprocess.CalledProcessError as error:
+            found = {"failed": (error.stderr.strip().splitlines() or [str(error)])[-1]}
+        record["cases"].append(case | found)
+        write_json(given.output / "gpu.json", record)
+        print(record["cases"][-1], flush=True)
 
 
 if __name__ == "__main__":

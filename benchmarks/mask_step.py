@@ -2,20 +2,19 @@
 """A mask step against its limit: time, and memory kept for the backward pass.
 
 The limit is a bare forward and backward pass for activations through the frozen model with its LoRA
-updates. Beside it: gates on the output of B (the naive place), and training all LoRA matrices.
+updates. For comparison: gates on the output of B (the naive place), autograd through the merged
+weight, and training all LoRA matrices.
 """
 
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.sides import in_turn, kept_storage, random_llama, ratio, shown, with_lora
 from keylayers.gates import gated
 from keylayers.updates import adapter_updates
 from keylayers.updates.gate import Gate
@@ -25,19 +24,8 @@ BATCH, TOKENS, VOCABULARY = 4, 256, 1024
 
 
 def make_model() -> PeftModel:
-    """A random Llama of 26 M parameters with LoRA r = 8 on all 56 modules."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-    )
-    return get_peft_model(
-        LlamaForCausalLM(config), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-    )
+    """A random Llama with 26 M parameters and LoRA r = 8 on all 56 modules."""
+    return with_lora(random_llama(512, 8, VOCABULARY))
 
 
 def step(model: PeftModel, tokens: Tensor) -> Tensor:
@@ -88,8 +76,7 @@ def dense_autograd(model: PeftModel) -> Iterator[None]:
     updates = adapter_updates(model)
     with frozen(model):
         for update in updates:
-            gate = Gate(2.0, "sigmoid")
-            update.layer.forward = _merged(update.layer, update.adapter, gate)
+            update.layer.forward = _merged(update.layer, update.adapter, Gate(2.0, "sigmoid"))
         yield
         for update in updates:
             del update.layer.forward
@@ -105,67 +92,44 @@ def _merged(layer: Any, adapter: str, gate: Gate) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def all_lora(model: PeftModel) -> AbstractContextManager[None]:
-    """Ordinary training of all LoRA matrices."""
-    return nullcontext()
-
-
+LIMIT = "frozen (limit)"
 MODES: dict[str, Callable[[PeftModel], AbstractContextManager[None]]] = {
-    "frozen (limit)": frozen,
+    LIMIT: frozen,
     "gates on A (keylayers)": gates_on_a,
     "gates on B (naive)": gates_on_b,
     "full autograd on θ_0 + γΔθ": dense_autograd,
-    "training all LoRA": all_lora,
+    "training all LoRA": lambda model: nullcontext(),
 }
 
 
-def kept_storage(model: PeftModel, one_step: Callable[[], object]) -> int:
-    """Bytes of distinct storage that one step keeps for its backward pass, parameters excluded."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
+def measured(
+    model: PeftModel, tokens: Tensor, modes: list[str], num_rounds: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of a step in each mode, round by round, and the MiB it keeps for backward.
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    Entering a mode is part of the time of both sides alike.
+    """
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        one_step()
-    return sum(kept.values())
+    def one_step(mode: str) -> None:
+        with MODES[mode](model):
+            model.zero_grad()
+            step(model, tokens)
+
+    kept = {}
+    for name in modes:
+        with MODES[name](model):
+            kept[name] = kept_storage(model, lambda: step(model, tokens)) / 2**20
+    sides = {name: lambda name=name: one_step(name) for name in modes}
+    return in_turn(sides, num_rounds), kept
 
 
 def run() -> dict[str, Any]:
     """Alternate the modes, print ratios to the limit and return the record."""
-    torch.set_num_threads(1)
-    model = make_model()
     tokens = torch.randint(0, VOCABULARY, (BATCH, TOKENS))
-    seconds: dict[str, list[float]] = {name: [] for name in MODES}
-    memory = {}
-    for name, mode in MODES.items():
-        with mode(model):
-            memory[name] = kept_storage(model, lambda: step(model, tokens)) / 2**20
-    for _ in range(NUM_ROUNDS):
-        for name, mode in MODES.items():
-            with mode(model):
-                model.zero_grad()
-                start = time.perf_counter()
-                step(model, tokens)
-                seconds[name].append(time.perf_counter() - start)
-    limit = seconds["frozen (limit)"]
+    seconds, kept = measured(make_model(), tokens, [*MODES], NUM_ROUNDS)
     rows = {}
     for name in MODES:
-        ratios = [own / other for own, other in zip(seconds[name], limit, strict=True)]
-        rows[name] = {
-            "seconds": seconds[name],
-            "time_ratio_median": statistics.median(ratios),
-            "time_ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
-            "kept_mib": memory[name],
-            "kept_ratio": memory[name] / memory["frozen (limit)"],
-        }
-        low, high = rows[name]["time_ratio_quartiles"]
-        print(
-            f"{name:<24} time x {rows[name]['time_ratio_median']:.2f} ({low:.2f} to {high:.2f}), "
-            f"kept {memory[name]:.0f} MiB, x {rows[name]['kept_ratio']:.2f}"
-        )
+        rows[name] = {"seconds": seconds[name], **ratio(seconds[name], seconds[LIMIT])}
+        rows[name] |= {"kept_mib": kept[name], "kept_ratio": kept[name] / kept[LIMIT]}
+        print(f"{name:<28} time x {shown(rows[name])}, kept x {rows[name]['kept_ratio']:.2f}")
     return {"batch": BATCH, "tokens": TOKENS, "rounds": NUM_ROUNDS, "modes": rows}

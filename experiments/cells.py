@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
 
 from keylayers.data.options import DataOptions
 from keylayers.data.prepare import prepare
@@ -28,6 +27,7 @@ from keylayers.model.modules import map_modules
 from keylayers.model.options import ModelOptions
 from keylayers.training.options import TrainingOptions
 from keylayers.training.run import fine_tune, make_trainer, new_adapter
+from keylayers.training.step_scores import StepScores
 from keylayers.updates import adapter_updates
 
 DEMO = ("polite", "list", "terse")
@@ -43,7 +43,6 @@ FILES = {
 NUM_STEPS = {"alpaca": 200, "dpo": 40, "user": 50, OVERFIT: 100}
 MAX_LENGTH = 128
 NUM_HELD_OUT = 50  # and as many for the mask
-CHECKPOINT_FRACTIONS = (0.01, 0.25, 0.5)
 
 
 @dataclass(frozen=True)
@@ -134,45 +133,8 @@ def fresh(cell, folder, shared, names=None):
     return Loaded(cell, trainer, data.train, data.mask, data.held_out, record)
 
 
-class Watch(TrainerCallback):
-    """Keeps LoRA's values at some steps, and sums two first-order scores from stage 1's gradients.
-
-    `gate`: Σ_steps -⟨B, ∂L/∂B⟩, the gate's gradient at γ = 1; `path`: Σ_steps -⟨∂L/∂θ, Δθ_step⟩,
-    each module's part of the loss reduction along the way that training took.
-    """
-
-    def __init__(self, model, num_steps):
-        self.model = model
-        self.kept = {max(1, round(part * num_steps)): part for part in CHECKPOINT_FRACTIONS}
-        self.layers = [(one.layer, one.adapter) for one in adapter_updates(model)]
-        self.gate = torch.zeros(len(self.layers), dtype=torch.float64)
-        self.path = torch.zeros(len(self.layers), dtype=torch.float64)
-        self.snapshots = {}
-
-    def _matrices(self):
-        for layer, adapter in self.layers:
-            yield layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        """Gradients are there, weights are still the old ones."""
-        self.before = [(a.detach().clone(), b.detach().clone()) for a, b in self._matrices()]
-        for index, (_, b) in enumerate(self._matrices()):
-            self.gate[index] -= float((b * b.grad).sum())
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        """Weights are the new ones, gradients are still there."""
-        for index, ((a, b), (a0, b0)) in enumerate(zip(self._matrices(), self.before, strict=True)):
-            self.path[index] -= float((a.grad * (a - a0)).sum() + (b.grad * (b - b0)).sum())
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Keep the adapter's values."""
-        if state.global_step in self.kept:
-            values = get_peft_model_state_dict(self.model)
-            self.snapshots[self.kept[state.global_step]] = {k: v.clone() for k, v in values.items()}
-
-
-def load(cell, folder, shared, checkpoint=None):
-    """The fine-tuned cell, at its end or at an earlier step; made if it is not in `folder`."""
+def load(cell, folder, shared):
+    """The fine-tuned cell; made if it is not in `folder`."""
     loaded = fresh(cell, folder, shared)
     home = folder / cell.name
     inputs = json_sha256(loaded.record | {"training": asdict(cell.training())})
@@ -181,21 +143,17 @@ def load(cell, folder, shared, checkpoint=None):
     if record.get("inputs_sha256") != inputs:
         record = _make(loaded, home) | {"inputs_sha256": inputs}
         write_json(path, record)
-    name = "end" if checkpoint is None else f"at-{checkpoint}"
-    set_peft_model_state_dict(loaded.trainer.model, load_file(home / f"{name}.safetensors"))
+    set_peft_model_state_dict(loaded.trainer.model, load_file(home / "end.safetensors"))
     return replace(loaded, record=record)
 
 
 def _make(loaded, home):
     home.mkdir(parents=True, exist_ok=True)
-    trainer = loaded.trainer
-    watch = Watch(trainer.model, loaded.cell.steps)
-    trainer.add_callback(watch)
+    trainer, scores = loaded.trainer, StepScores()
+    trainer.add_callback(scores)
     base = held_out_loss(trainer, loaded.held_out)
     result = fine_tune(trainer)
-    trainer.remove_callback(watch)
-    for part, values in watch.snapshots.items():
-        save_file(values, home / f"at-{part}.safetensors")
+    trainer.remove_callback(scores)
     end = {k: v.contiguous() for k, v in get_peft_model_state_dict(trainer.model).items()}
     save_file(end, home / "end.safetensors")
     return loaded.record | {
@@ -203,8 +161,7 @@ def _make(loaded, home):
         "losses": list(result.losses),
         "seconds": result.seconds,
         "held_out_loss_nats": {"base": base, "tuned": held_out_loss(trainer, loaded.held_out)},
-        "stage_1_gate": watch.gate.tolist(),
-        "stage_1_path": watch.path.tolist(),
+        "stage_1_path": list(scores.scores.values()),
     }
 
 

@@ -14,15 +14,15 @@ import json
 import random
 from pathlib import Path
 
-import cells
 import torch
 
 from keylayers.environment import environment
 from keylayers.evaluation.mask_curve import mask_curve
 from keylayers.files import write_json
-from keylayers.scores.methods import methods
-from keylayers.scores.score_modules import score_modules
-from keylayers.scores.scoring_options import scoring_options
+from keylayers.options import METHOD_OPTIONS, MaskOptions
+from keylayers.scores import METHODS
+
+import cells
 
 NUM_POINTS = 11
 NUM_RANDOM_ORDERS = 5
@@ -32,18 +32,17 @@ OWN_DEFAULTS = ("elimination", "path")
 ON_BOTH = ("elimination", "path", "ila", "leave-one-out")  # mask data: held out, and training data
 COMPARED = ("elimination", "path", "ila", "leave-one-out", "update-norm")
 KEPT_OF_DATA = ("content_sha256", "split_sha256", "num_train", "num_mask", "num_held_out")
-STAGE_1 = {"stage-1-gate": "stage_1_gate", "stage-1-path": "stage_1_path"}
 
 
 def options_of(method, seed):
     """How a method is run here."""
-    own = methods()[method].option_names
+    own = METHOD_OPTIONS[method]
     chosen = {"method": method, "mask_seed": seed}
     if "mask_batches" in own and method not in OWN_DEFAULTS:
         chosen["mask_batches"] = NUM_BATCHES
     if "permutations" in own:
         chosen["permutations"] = PERMUTATIONS
-    return scoring_options(**chosen)
+    return MaskOptions(**chosen)
 
 
 def curve_of(loaded, order):
@@ -57,8 +56,9 @@ def curve_of(loaded, order):
 def measured(loaded, names, method, mask_data):
     """One method's scores, curve and cost."""
     loaded.trainer.train_dataset = loaded.mask if mask_data == "held-out" else loaded.train
-    options = options_of(method, loaded.cell.seed)
-    found = score_modules(loaded.trainer, loaded.updates, options)
+    found = METHODS[method](
+        loaded.trainer, loaded.updates, options_of(method, loaded.cell.seed), None
+    )
     return {
         "method": method,
         "mask_data": mask_data,
@@ -82,11 +82,10 @@ def run(cell, folder, shared):
     for index in range(NUM_RANDOM_ORDERS):
         order = random.Random(f"{cell.name} {index}").sample(names, len(names))
         results.append({"method": "random order", "mask_data": None} | curve_of(loaded, order))
-    for label, key in STAGE_1.items():
-        scores = loaded.record[key]
-        found = {"method": label, "mask_data": "train", "scores": scores, "forward_equivalents": 0}
-        results.append(found | curve_of(loaded, best_first(names, scores)))
-    for method in methods():
+    scores = loaded.record["stage_1_path"]
+    found = {"method": "stage-1-path", "mask_data": "train", "scores": scores}
+    results.append(found | {"forward_equivalents": 0} | curve_of(loaded, best_first(names, scores)))
+    for method in METHODS:
         if method == "random":
             continue
         for mask_data in ("held-out", "train") if method in ON_BOTH else ("held-out",):

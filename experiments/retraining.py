@@ -15,7 +15,6 @@ import json
 import random
 from pathlib import Path
 
-import cells
 import torch
 from datasets import Dataset
 
@@ -27,6 +26,7 @@ from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import Ranking
 from keylayers.training.run import fine_tune, make_trainer
 
+import cells
 from rankings import best_first
 
 STEPS = 100

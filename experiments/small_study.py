@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+
 from findings import RECORDS, load, markdown, mean_and_half_width
 
 MEASURES = {
