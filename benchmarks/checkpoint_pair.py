@@ -19,8 +19,8 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from benchmarks.sides import last_line_of, random_llama
 from keylayers.model.loading import Checkpoint, load_model
 from keylayers.model.options import ModelOptions
-from keylayers.options import MaskOptions
-from keylayers.scores import score_modules
+from keylayers.scores.score_modules import score_modules
+from keylayers.scores.scoring_options import scoring_options
 from keylayers.updates import dense_updates
 from keylayers.updates.dense import take_other_weights
 
@@ -74,7 +74,7 @@ def one_side(side: str, folder: Path) -> None:
         checkpoint = Checkpoint.open(ModelOptions(model=str(folder / "tuned")))
         updates = dense_updates(model, checkpoint)
         take_other_weights(model, checkpoint)
-        options = MaskOptions(method="path", mask_batches=1, path_points=2)
+        options = scoring_options("path", mask_batches=1, path_points=2)
         score_modules(trainer, updates, options)
     status = Path("/proc/self/status").read_text()
     print(int(status.partition("VmHWM:")[2].split()[0]) / 1024)

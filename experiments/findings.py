@@ -325,10 +325,9 @@ def catalogue_table():
     rows = []
     for method in BUILT_IN:
         file = method.function.split(":")[0].rsplit(".", 1)[1]
-        options = ", ".join(f"`{name}`" for name in method.option_names) or "none"
-        link = f"[{file}.py](../src/keylayers/scores/{file}.py)"
-        rows.append([f"`{method.name}`", method.title, link, method.source, options])
-    return markdown(["method", "score", "formula, cost, blind spots", "source", "options"], rows)
+        link = f"[`{method.name}`](../src/keylayers/scores/{file}.py)"
+        rows.append([link, method.title, method.source])
+    return markdown(["method", "score", "source"], rows)
 
 
 def own_code_table():

@@ -19,8 +19,9 @@ import torch
 from keylayers.environment import environment
 from keylayers.evaluation.mask_curve import mask_curve
 from keylayers.files import write_json
-from keylayers.options import METHOD_OPTIONS, MaskOptions
-from keylayers.scores import METHODS
+from keylayers.scores.methods import methods
+from keylayers.scores.score_modules import score_modules
+from keylayers.scores.scoring_options import scoring_options
 
 import cells
 
@@ -36,13 +37,13 @@ KEPT_OF_DATA = ("content_sha256", "split_sha256", "num_train", "num_mask", "num_
 
 def options_of(method, seed):
     """How a method is run here."""
-    own = METHOD_OPTIONS[method]
+    own = methods()[method].option_names
     chosen = {"method": method, "mask_seed": seed}
     if "mask_batches" in own and method not in OWN_DEFAULTS:
         chosen["mask_batches"] = NUM_BATCHES
     if "permutations" in own:
         chosen["permutations"] = PERMUTATIONS
-    return MaskOptions(**chosen)
+    return scoring_options(**chosen)
 
 
 def curve_of(loaded, order):
@@ -56,9 +57,8 @@ def curve_of(loaded, order):
 def measured(loaded, names, method, mask_data):
     """One method's scores, curve and cost."""
     loaded.trainer.train_dataset = loaded.mask if mask_data == "held-out" else loaded.train
-    found = METHODS[method](
-        loaded.trainer, loaded.updates, options_of(method, loaded.cell.seed), None
-    )
+    options = options_of(method, loaded.cell.seed)
+    found = score_modules(loaded.trainer, loaded.updates, options)
     return {
         "method": method,
         "mask_data": mask_data,
@@ -85,7 +85,7 @@ def run(cell, folder, shared):
     scores = loaded.record["stage_1_path"]
     found = {"method": "stage-1-path", "mask_data": "train", "scores": scores}
     results.append(found | {"forward_equivalents": 0} | curve_of(loaded, best_first(names, scores)))
-    for method in METHODS:
+    for method in methods():
         if method == "random":
             continue
         for mask_data in ("held-out", "train") if method in ON_BOTH else ("held-out",):
