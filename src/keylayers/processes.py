@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes at work on one run, as `accelerate launch` starts them.
+"""Several processes that share a run, as `accelerate launch` starts them.
 
-Every process does the same on other batches, and only the first writes and speaks. With one
-process nothing here does anything.
+Every process does the same work on other batches; only the first writes files and messages. In a
+single process these functions return their input.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, distributed
 
 
 def is_one_of_many() -> bool:
-    """Whether other processes are at work on the same run."""
+    """Whether other processes share this run."""
     return (
         distributed.is_available()
         and distributed.is_initialized()
@@ -21,7 +21,7 @@ def is_one_of_many() -> bool:
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum over all processes, on the CPU; `values` themselves are left as they are."""
+    """The sum over all processes, on the CPU; `values` is not changed."""
     if not is_one_of_many():
         return values.detach().cpu()
     total = values.detach().clone().to(_device())
@@ -30,22 +30,22 @@ def summed(values: Tensor) -> Tensor:
 
 
 def from_first(value: Any) -> Any:
-    """What the first process has there, in every process."""
+    """The first process's `value`, in every process."""
     if not is_one_of_many():
         return value
-    held = [value]
-    distributed.broadcast_object_list(held, src=0, device=_device())
-    return held[0]
+    shared = [value]
+    distributed.broadcast_object_list(shared, src=0, device=_device())
+    return shared[0]
 
 
 def wait_for_all() -> None:
-    """Go on when every process has come here."""
+    """Wait until every process has called this."""
     if is_one_of_many():
         distributed.barrier()
 
 
 def _device() -> torch.device:
-    """Where the processes exchange tensors: NCCL and its like only know accelerators."""
+    """Where processes exchange tensors; backends such as NCCL only know accelerators."""
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None or "gloo" in str(distributed.get_backend()):
         return torch.device("cpu")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a run tells a person what it is doing; the command line draws it, a library stays silent."""
+"""How a run reports what it is doing: the command line shows it, the library stays silent."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,14 +10,14 @@ OnStep = Callable[[int, float | None], None]
 
 @runtime_checkable
 class Progress(Protocol):
-    """Where a run reports to."""
+    """Receives the reports of a run."""
 
     def stage(self, title: str, num_steps: int | None) -> AbstractContextManager[OnStep]:
-        """A part of the run; gives a function to call after each step, with number and any loss."""
+        """A part of the run; yields a function to call after each step with its number and loss."""
         ...
 
     def note(self, text: str) -> None:
-        """One line that a person should read."""
+        """Report a line that the user should read."""
         ...
 
 
@@ -33,4 +33,4 @@ class Silent:
         return nullcontext(ignore)
 
     def note(self, text: str) -> None:
-        """Not shown either."""
+        """A note that is not shown."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints from which a training that was stopped goes on, bit for bit as if it never had been.
+"""Checkpoints from which a stopped training resumes, with the same bits as without the stop.
 
-The trainer writes and reads them; here is when, and which of them are whole.
+The trainer writes and reads them; this file decides when, and which of them are whole.
 """
 
 import json
@@ -19,15 +19,15 @@ from keylayers.files import RECORD, write_json
 from keylayers.processes import from_first, wait_for_all
 
 FIRST_SECONDS = 60.0
-LARGEST_SHARE = 0.05  # of the time that saving may take
-NUM_KEPT = 2  # one is whole while the next is written
+LARGEST_SHARE = 0.05  # the part of the run's time that saving may take
+NUM_CHECKPOINTS = 2  # the last is whole while the next is written
 
 
 class Checkpoints(TrainerCallback):
-    """Saves a training now and then in a folder, and finds there where an earlier one stopped.
+    """Saves a training at intervals, and finds where an earlier run stopped.
 
-    A checkpoint counts once its keylayers.json lies in it, which is written last, and only for a
-    training of the same inputs. All others are removed.
+    A checkpoint counts once it holds keylayers.json, which is written last, and only for a training
+    of the same inputs. All others are removed.
 
     Attributes:
         last: The newest whole checkpoint of the same inputs; None if there is none.
@@ -35,13 +35,13 @@ class Checkpoints(TrainerCallback):
     """
 
     def __init__(self, folder: Path, inputs_sha256: str, save_steps: int | None = None) -> None:
-        """Find what an earlier run left in `folder`.
+        """Find the last checkpoint that an earlier run left in `folder`.
 
         Args:
-            folder: Holds the checkpoints of one training, and nothing else.
-            inputs_sha256: Hash of all that decides what the training gives.
-            save_steps: Steps between checkpoints, 0 for none. Not given: the first after a minute,
-                and then as often as saving takes less than a twentieth of the time.
+            folder: Holds the checkpoints of a single training, and nothing else.
+            inputs_sha256: Hash of everything that decides the training's result.
+            save_steps: Steps between checkpoints, 0 for none. Default: the first after a minute,
+                then as often as saving takes less than a twentieth of the time.
         """
         self.folder = folder
         self.inputs_sha256 = inputs_sha256
@@ -55,19 +55,19 @@ class Checkpoints(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Wall time of the training so far, that of the earlier run up to `last` with it."""
+        """Wall time of the training so far, with the earlier run's up to `last`."""
         return self._seconds_before + time.perf_counter() - self._start
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The clock starts."""
+        """Start the clock."""
         self._start = self._saved_at = time.perf_counter()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask the trainer to save when it is time; not after the last step, which ends it."""
+        """Ask the trainer to save when it is time, but not after the last step."""
         if state.global_step < state.max_steps and from_first(self._is_due(state.global_step)):
             control.should_save = True
             self._asked_at = time.perf_counter()
@@ -75,9 +75,9 @@ class Checkpoints(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The trainer has written everything: now the checkpoint counts."""
+        """Mark the checkpoint as whole: the trainer has written everything."""
         folder = self.folder / f"checkpoint-{state.global_step}"
-        wait_for_all()  # each process has written its random state
+        wait_for_all()  # until each process has written its random state
         if state.is_world_process_zero:
             _to_disk(folder)
         write_json(folder / RECORD, {"inputs_sha256": self.inputs_sha256, "seconds": self.seconds})
@@ -87,7 +87,7 @@ class Checkpoints(TrainerCallback):
     def use_in(self, trainer: Trainer) -> None:
         """Let the trainer write its checkpoints to the folder."""
         trainer.args.output_dir = str(self.folder)
-        trainer.args.save_total_limit = NUM_KEPT
+        trainer.args.save_total_limit = NUM_CHECKPOINTS
 
     def _is_due(self, step: int) -> bool:
         if self.save_steps is not None:
@@ -98,14 +98,14 @@ class Checkpoints(TrainerCallback):
     def _find_last(self) -> None:
         if not self.folder.is_dir():
             return
-        for one in self.folder.iterdir():
-            name = re.fullmatch(r"checkpoint-(\d+)", one.name)
-            record = _record(one)
+        for found in self.folder.iterdir():
+            name = re.fullmatch(r"checkpoint-(\d+)", found.name)
+            record = _record(found)
             if name is None or record.get("inputs_sha256") != self.inputs_sha256:
                 if is_first_process():
-                    shutil.rmtree(one, ignore_errors=True)
+                    shutil.rmtree(found, ignore_errors=True)
             elif int(name[1]) > self.last_step:
-                self.last, self.last_step = one, int(name[1])
+                self.last, self.last_step = found, int(name[1])
                 self._seconds_before = float(record["seconds"])
 
 
@@ -117,7 +117,7 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def _to_disk(folder: Path) -> None:
-    """Have the system write what it only holds in memory, so that a power cut loses nothing."""
+    """Flush the system's write cache, so that a power cut loses nothing."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
