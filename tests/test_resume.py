@@ -8,11 +8,50 @@ import json
 
 import pytest
 
-from commands import file_for, keylayers
+from commands import keylayers
 from outputs import contents, differences
 
 SMALL = ["--batch-size", "4", "--lora-rank", "4", "--mask-batches", "2", "--save-steps", "2"]
 TRAIN = ["--rank-first", "--steps", "8", "--learning-rate", "0.05"]
+SFT = "--model {model} --data {data}"
+RANK = f"rank {SFT} --max-steps 8"
+RANK_FIRST = f"train {SFT} --controls random {' '.join(TRAIN)}"
+ON_A_RANKING = "train --ranking {ranked} --budget 0.3 --steps 16 --controls random worst"
+
+
+def on(file, objective):
+    return f"rank --model {{model}} --data {{{file}}} --objective {objective} --max-steps 8"
+
+
+# Name -> the command; which of its trainings is stopped, and after which step; before which steps
+# the trainings of the command that goes on begin.
+CASES = {
+    "lora": (f"{RANK} --learning-rate 0.01", 1, 5, [4]),
+    "rslora": (f"{RANK} --update rslora", 1, 5, [4]),
+    "dora": (f"{RANK} --update dora", 1, 5, [4]),
+    "full": (f"{RANK} --update full", 1, 5, [4]),
+    "accumulated": (f"{RANK} --gradient-accumulation 3", 1, 5, [4]),
+    "checkpointed": (f"{RANK} --gradient-checkpointing", 1, 5, [4]),
+    "bfloat16": (f"{RANK} --dtype bfloat16", 1, 5, [4]),
+    "until stable": (f"{RANK} --window 3 --epsilon 100", 1, 5, [4]),
+    "dpo": (on("pairs", "dpo"), 1, 5, [4]),
+    "kto": (on("rated", "kto"), 1, 5, [4]),
+    "orpo": (on("pairs", "orpo"), 1, 5, [4]),
+    "reward": (on("pairs", "reward"), 1, 5, [4]),
+    "rank first": (RANK_FIRST, 1, 5, [4, 0]),
+    "rank first, in a control": (RANK_FIRST, 2, 5, [4]),
+    "rank first, removed": (f"{RANK_FIRST} --action remove", 1, 7, [6, 0]),
+    "rank first, before the freeze": (RANK_FIRST, 1, 3, [2, 0]),
+    "on a ranking": (ON_A_RANKING, 1, 5, [4, 0, 0]),
+    "on a ranking, in a control": (ON_A_RANKING, 3, 5, [4]),
+    "on a ranking, full": (f"{ON_A_RANKING} --update full", 1, 5, [4, 0, 0]),
+    "on a ranking, full, in a control": (f"{ON_A_RANKING} --update full", 3, 5, [4]),
+}
+FIRST_LOOK = ("lora", "rank first")  # the others are in the long tier
+PARAMETERS = [
+    pytest.param(*case, id=name, marks=() if name in FIRST_LOOK else pytest.mark.long)
+    for name, case in CASES.items()
+]
 
 
 class Stop:
@@ -56,88 +95,20 @@ def stopped_and_unbroken(monkeypatch, tmp_path, *arguments, at=5, of=1):
     return contents(whole), contents(broken), seen.first_steps
 
 
-STAGE_1 = {
-    "lora": ["--learning-rate", "0.01"],
-    "rslora": ["--update", "rslora"],
-    "dora": ["--update", "dora"],
-    "full": ["--update", "full"],
-    "accumulated": ["--gradient-accumulation", "3"],
-    "checkpointed": ["--gradient-checkpointing"],
-    "bfloat16": ["--dtype", "bfloat16"],
-    "until stable": ["--window", "3", "--epsilon", "100"],
-}
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", STAGE_1)
-def test_a_ranking_goes_on_inside_stage_1(tiny, tmp_path, monkeypatch, capsys, name):
-    inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--max-steps", 8)
-    arguments = ("rank", *inputs, *SMALL, *STAGE_1[name])
-    whole, broken, first_steps = stopped_and_unbroken(monkeypatch, tmp_path, *arguments)
-    assert differences(whole, broken) == []
-    assert first_steps == [4]
-    assert "stage 1 goes on after step 4" in capsys.readouterr().err
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo", "reward"])
-def test_so_does_every_objective(tiny, preferences, tmp_path, monkeypatch, objective):
-    inputs = ("--model", tiny / "model", "--data", file_for(preferences, objective))
-    arguments = ("rank", *inputs, "--objective", objective, "--max-steps", 8, *SMALL)
-    whole, broken, first_steps = stopped_and_unbroken(monkeypatch, tmp_path, *arguments)
-    assert differences(whole, broken) == []
-    assert first_steps == [4]
-
-
-# A training that is stopped -> in which of its fine-tunes and after which step; where it goes on.
-TRAININGS = {
-    "the selection": ([], 1, 5, [4, 0]),
-    "a control": ([], 2, 5, [4]),
-    "removed": (["--action", "remove"], 1, 7, [6, 0]),
-    "before the freeze": ([], 1, 3, [2, 0]),
-}
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", TRAININGS)
-def test_a_run_that_ranks_inside_itself_goes_on(tiny, tmp_path, monkeypatch, name):
-    more, of, at, expected = TRAININGS[name]
-    inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--controls", "random")
-    arguments = ("train", *inputs, *TRAIN, *SMALL, *more)
-    whole, broken, first_steps = stopped_and_unbroken(
-        monkeypatch, tmp_path, *arguments, at=at, of=of
-    )
+@pytest.mark.parametrize(("command", "of", "at", "expected"), PARAMETERS)
+def test_a_stopped_run_goes_on_bit_for_bit(
+    tiny, preferences, ranked, tmp_path, monkeypatch, capsys, command, of, at, expected
+):
+    files = {"model": tiny / "model", "data": tiny / "data.jsonl", "ranked": ranked}
+    files |= {name: preferences / f"{name}.jsonl" for name in ("pairs", "rated")}
+    words = [*(word.format(**files) for word in command.split()), *SMALL]
+    if "--ranking" in words:
+        del words[-4:-2]  # `--mask-batches` is for rankings
+    whole, broken, first_steps = stopped_and_unbroken(monkeypatch, tmp_path, *words, at=at, of=of)
     assert differences(whole, broken) == []
     assert first_steps == expected
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("more", [[], ["--update", "full"], ["--prefix-cache-gib", "1"]])
-def test_training_on_a_ranking_goes_on_in_the_selection_and_in_controls(
-    tiny, tmp_path, monkeypatch, more
-):
-    ranking = tmp_path / "ranking"
-    inputs = (
-        "--model",
-        tiny / "model",
-        "--data",
-        tiny / "data.jsonl",
-        "--max-steps",
-        4,
-        "--lora-rank",
-        4,
-    )
-    assert keylayers("rank", *inputs, "--method", "last", "--output", ranking) == 0
-    options = ("--ranking", ranking, "--budget", "0.3", "--steps", 16, "--save-steps", 2, *more)
-    arguments = ("train", *options, "--controls", "random", "worst")
-    for of, expected in ((1, [4, 0, 0]), (3, [4])):
-        place = tmp_path / str(of)
-        place.mkdir()
-        whole, broken, first_steps = stopped_and_unbroken(
-            monkeypatch, place, *arguments, at=5, of=of
-        )
-        assert differences(whole, broken) == []
-        assert first_steps == expected
+    if words[0] == "rank":
+        assert "stage 1 goes on after step 4" in capsys.readouterr().err
 
 
 def test_a_finished_training_of_the_same_inputs_is_taken(tiny, tmp_path, monkeypatch, capsys):
