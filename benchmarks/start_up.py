@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sides import in_turn, last_line_of
-from keylayers.demo.run import BASE, write_data
+from keylayers.demo.files import BASE, write_data
 from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import Ranking
 

@@ -61,8 +61,9 @@ def main():
     folder = Path(folder)
     log, disk = folder / "log.txt", folder / "disk"
     disk.mkdir(parents=True)
-    import keylayers.runs.rank
-    import keylayers.runs.train  # noqa: F401  both before the first fork
+    import keylayers.commands.rank_first
+    import keylayers.training.rank_modules
+    import keylayers.training.stage_1  # noqa: F401  all before the first fork
 
     mount(disk, ROOM)
     code, most = most_used(disk, words)

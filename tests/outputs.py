@@ -4,9 +4,8 @@
 import json
 import re
 
-# A ranking's hash is one of its file, times with it; how often a cache was read depends on where a
-# run went on.
-TIMES = ("seconds", "ranking_sha256", "prefix_cache")
+# The hash of a ranking covers its file, which holds times.
+TIMES = ("seconds", "ranking_sha256")
 
 
 def contents(folder):

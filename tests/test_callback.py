@@ -115,7 +115,8 @@ def make(kind, folder, **options):
 
 def freezing(**options):
     """Stable at exactly step 8, when two windows of losses are there."""
-    from keylayers import FreezeUnimportant, StabilityOptions
+    from keylayers import FreezeUnimportant
+    from keylayers.training.options import StabilityOptions
 
     own = {
         "stability": StabilityOptions(max_steps=13, window=FREEZE_STEP // 2, epsilon=1e9),
@@ -203,7 +204,8 @@ def is_zero(matrices, names):
 @pytest.mark.parametrize("kind", ["DPO", "KTO", "ORPO", "Reward", "GRPO"])
 def test_trainers_that_switch_adapters_in_their_loss_train_nothing_that_is_frozen(kind):
     """PEFT thaws an adapter whenever it is switched on again, as after each reference pass."""
-    from keylayers import FreezeUnimportant, StabilityOptions
+    from keylayers import FreezeUnimportant
+    from keylayers.training.options import StabilityOptions
 
     trainer = build(kind, "config", is_trained=False, is_moved=False, max_steps=5)
     quick = {"mask_batches": 1, "stability": StabilityOptions(max_steps=3)}
@@ -261,7 +263,7 @@ def test_until_the_freeze_takes_effect_the_run_is_the_same(kind, method, tmp_pat
 def test_the_loss_of_each_step_is_seen_whatever_is_logged(tmp_path):
     """As transformers logs it at every step; two batches make a step."""
     logged = run(Trainer, tmp_path / "a", logging_steps=1).state.log_history
-    from keylayers import StabilityOptions
+    from keylayers.training.options import StabilityOptions
 
     never = StabilityOptions(window=6, epsilon=0.0)
     callback = freezing(stability=never)
@@ -275,7 +277,7 @@ def test_the_loss_of_each_step_is_seen_whatever_is_logged(tmp_path):
 
 @pytest.mark.parametrize(("max_steps", "expected"), [(None, NUM_STEPS // 2), (3, 3), (13, 13)])
 def test_a_loss_that_is_never_stable_is_ranked_at_the_cap(max_steps, expected, tmp_path):
-    from keylayers import StabilityOptions
+    from keylayers.training.options import StabilityOptions
 
     stability = StabilityOptions(max_steps=max_steps, window=2, epsilon=0.0)
     callback = freezing(stability=stability)
@@ -418,8 +420,8 @@ def test_options_are_checked_at_once(options, message):
 
 
 def test_what_cannot_work_is_refused_before_any_step(tmp_path):
-    from keylayers import StabilityOptions
     from keylayers.errors import ConfigError, ModelError
+    from keylayers.training.options import StabilityOptions
 
     late = freezing(stability=StabilityOptions(max_steps=NUM_STEPS))
     with pytest.raises(ConfigError, match="must be below the run's 14 steps, got 14; leave it"):

@@ -63,7 +63,7 @@ def test_the_base_model_is_small_and_knows_its_world():
     import torch
     from safetensors.torch import load_file
 
-    from keylayers.demo.run import BASE
+    from keylayers.demo.files import BASE
     from keylayers.demo.world import pretraining_lines
     from keylayers.model.loading import load_model, load_tokenizer
     from keylayers.model.options import ModelOptions

@@ -37,7 +37,7 @@ DIALOGUES = {
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from keylayers.demo.run import BASE
+    from keylayers.demo.files import BASE
     from keylayers.model.loading import load_tokenizer
     from keylayers.model.options import ModelOptions
 
@@ -116,8 +116,8 @@ def test_the_base_is_what_its_script_writes_and_little_else():
     import torch
     from safetensors.torch import load_file
 
+    from keylayers.demo.files import BASE
     from keylayers.demo.make_base import make_model
-    from keylayers.demo.run import BASE
 
     assert {path.name for path in BASE.iterdir()} == BASE_FILES
     assert sum(path.stat().st_size for path in BASE.iterdir()) <= 4_000_000
@@ -133,8 +133,8 @@ def test_the_base_is_what_its_script_writes_and_little_else():
 
 
 def test_the_script_makes_the_tokenizer_of_the_base(lines, tmp_path):
+    from keylayers.demo.files import BASE
     from keylayers.demo.make_base import CHAT_TEMPLATE, make_tokenizer
-    from keylayers.demo.run import BASE
 
     make_tokenizer(lines).save_pretrained(tmp_path)
     made = json.loads((tmp_path / "tokenizer.json").read_text())

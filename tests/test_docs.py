@@ -24,8 +24,9 @@ def test_the_tables_of_the_performance_page_come_from_the_records():
 
 def test_tables_of_findings_come_from_the_records(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "experiments")
-    import findings
     import small_study
+
+    import findings
 
     tables = (*findings.TABLES, *small_study.TABLES)
     pages = {path: (ROOT / path).read_text() for path in findings.PAGES}

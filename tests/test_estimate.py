@@ -76,7 +76,7 @@ def test_memory_of_another_shape_is_what_a_step_of_it_holds():
     from keylayers.apply.adapter import add_lora
     from keylayers.commands.study.estimate_memory import step_bytes
     from keylayers.commands.study.sizes import model_shape
-    from keylayers.demo.run import BASE
+    from keylayers.demo.files import BASE
     from keylayers.model.loading import load_model
     from keylayers.model.modules import map_modules
     from keylayers.model.options import ModelOptions

@@ -313,14 +313,3 @@ def test_a_wrapper_that_is_left_out_on_a_cpu_is_not_left_out_in_silence(
     inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", tmp_path / "o")
     assert keylayers("rank", *inputs, *RANK) == 2
     assert "FSDP must have accelerators to spread a model over" in capsys.readouterr().err
-
-
-def test_a_cache_of_frozen_blocks_is_refused_in_several_processes(
-    tiny, tmp_path, monkeypatch, capsys
-):
-    words = ("--model", tiny / "model", "--data", tiny / "data.jsonl")
-    assert keylayers("rank", *words, *RANK, "--mask-batches", 1, "--output", tmp_path / "r") == 0
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    train = ("train", "--ranking", tmp_path / "r", "--budget", 0.3, "--prefix-cache-gib", 1)
-    assert keylayers(*train, "--output", tmp_path / "t") == 2
-    assert "must be left out with several processes, got 2" in capsys.readouterr().err

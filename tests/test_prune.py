@@ -142,7 +142,7 @@ def test_a_budget_of_all_writes_the_same_adapter_and_says_so(ranked, prune):
 def test_an_adapter_that_is_given_wins_and_freeze_keeps_all_but_the_worst(tiny, ranked, prune):
     run = prune(ranked, "--freeze", "0.25", "--adapter", tiny / "adapter")
     assert run.code == 0
-    assert "the update is another one than was ranked" in run.err
+    assert "the update differs from the one that was ranked" in run.err
     assert modules_of(run.folder / "adapter_model.safetensors") == best(ranked, 16)
     before = load_file(tiny / "adapter" / "adapter_model.safetensors")
     after = load_file(run.folder / "adapter_model.safetensors")
@@ -305,9 +305,9 @@ REFUSED = [
     ("a ranking of another model", _other_names, (), "the ranking must be of this model, but 9"),
     ("modules that were not ranked", _keep_12, (), "must hold every module of the update, but 9"),
     ("an adapter on fewer modules", None, ("--adapter", "{here}/fewer"), "but 15 of 21 are not"),
-    ("an adapter for another model", None, ("--model", "{tiny}/wide"), "for this base model"),
+    ("an adapter for another model", None, ("--model", "{tiny}/wide"), "the ranking must be of this model"),
     ("none kept", None, ("--budget", "0.001x-params"), "must allow at least the best module"),
-    ("a budget of 0", None, ("--budget", "0"), "between 1 and 21"),
+    ("a budget of 0", None, ("--budget", "0"), "`budget` as a count must be at least 1"),
     ("budget and freeze", None, ("--freeze", "0.5"), "got both"),
     ("adapter and checkpoint", None, ("--adapter", "a", "--tuned", "b"), "got both"),
     ("no data in the ranking", _no_options, ("--model", "m"), "--data"),
@@ -374,17 +374,17 @@ FAILURES = [
 def test_an_adapter_that_fails_its_proof_leaves_the_earlier_one(
     ranked, prune, monkeypatch, damage, code, message
 ):
-    from keylayers.runs import prune_steps
+    from keylayers.apply import pruned_update
 
     earlier = prune(ranked, "--budget", "2")
     before = listing(earlier.folder.parent)
-    write = prune_steps.prune_adapter
+    write = pruned_update.prune_adapter
 
     def write_badly(source, folder, **names):
         write(source, folder, **names)
         damage(folder)
 
-    monkeypatch.setattr(prune_steps, "prune_adapter", write_badly)
+    monkeypatch.setattr(pruned_update, "prune_adapter", write_badly)
     run = prune(ranked, "--budget", "3")
     assert (run.code, run.out) == (code, "")
     assert message in run.err.splitlines()[-1]
@@ -395,13 +395,13 @@ def test_an_adapter_that_fails_its_proof_leaves_the_earlier_one(
 
 
 def test_a_checkpoint_that_fails_its_proof_is_not_written(ranked_full, prune, monkeypatch):
-    from keylayers.runs import prune_steps
+    from keylayers.apply import pruned_update
 
     def write_badly(files, base, folder, *, restored):
         restore_modules(files, base, folder, restored=restored[1:])
 
-    restore_modules = prune_steps.restore_modules
-    monkeypatch.setattr(prune_steps, "restore_modules", write_badly)
+    restore_modules = pruned_update.restore_modules
+    monkeypatch.setattr(pruned_update, "restore_modules", write_badly)
     run = prune(ranked_full, "--budget", "3")
     assert (run.code, run.out) == (1, "")
     assert "must be the tuned one but for the pruned modules, but 1 tensors differ" in run.err
@@ -409,21 +409,25 @@ def test_a_checkpoint_that_fails_its_proof_is_not_written(ranked_full, prune, mo
 
 
 def test_the_python_call_gives_what_is_printed(tiny, ranked, tmp_path):
-    import keylayers
+    from keylayers.commands.prune import PruneOptions, run
+    from keylayers.commands.selection import BudgetOptions
+    from keylayers.data.options import DataOptions
+    from keylayers.errors import RankingError
+    from keylayers.model.options import ModelOptions, UpdateOptions
 
-    options = keylayers.PruneOptions(
-        keylayers.BudgetOptions(ranking=str(ranked), budget="4"),
-        keylayers.ModelOptions(model=str(tiny / "model")),
-        keylayers.DataOptions(data=str(tiny / "data.jsonl")),
-        keylayers.UpdateOptions(adapter=str(ranked / "adapter")),
+    options = PruneOptions(
+        BudgetOptions(ranking=str(ranked), budget="4"),
+        ModelOptions(model=str(tiny / "model")),
+        DataOptions(data=str(tiny / "data.jsonl")),
+        UpdateOptions(adapter=str(ranked / "adapter")),
     )
-    found = keylayers.prune(options, tmp_path / "cut")
+    found = run(options, tmp_path / "cut")
     assert (found.kind, set(found.modules)) == ("adapter", best(ranked, 4))
     assert (found.full.num_modules, found.pruned.num_modules) == (NUM_MODULES, 4)
     assert found.base_loss_nats > found.pruned_loss_nats > found.full_loss_nats
-    nothing = keylayers.PruneOptions(options.selection, options.model, options.data)
-    with pytest.raises(keylayers.KeylayersError, match="give `adapter` or `tuned`"):
-        keylayers.prune(nothing, tmp_path / "none")
+    nothing = PruneOptions(options.selection, options.model, options.data)
+    with pytest.raises(RankingError, match="give `adapter` or `tuned`"):
+        run(nothing, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 

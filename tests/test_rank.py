@@ -129,19 +129,14 @@ def test_lists_in_yaml_are_options_too(ranked, tmp_path):
 
 def test_no_option_has_the_name_of_a_sub_command():
     """cyclopts drops keys of a YAML file that are also names of sub-commands, without a word."""
-    from dataclasses import fields
-
-    from keylayers import options
-    from keylayers.cli import COMMANDS
+    from keylayers.cli import COMMANDS, app
 
     names = {
-        field.name
-        for value in vars(options).values()
-        if isinstance(value, type) and value.__name__.endswith("Options")
-        for field in fields(value)
-        if value not in (options.RankOptions, options.TrainOptions)
+        argument.name.removeprefix("--")
+        for command in COMMANDS
+        for argument in app[command].assemble_argument_collection()
     }
-    assert "mask_steps" in names
+    assert "mask-steps" in names
     assert not names & set(COMMANDS)
 
 

@@ -137,7 +137,7 @@ WITHOUT = [
 def test_a_selection_needs_one_ranking(values, message):
     import re
 
-    from keylayers import SelectionOptions
+    from keylayers.commands.selection import SelectionOptions
     from keylayers.errors import ConfigError
 
     with pytest.raises(ConfigError, match=re.escape(message)):
@@ -145,15 +145,13 @@ def test_a_selection_needs_one_ranking(values, message):
 
 
 def test_options_of_a_ranking_have_no_place_beside_a_ranking():
-    from keylayers import (
-        DataOptions,
-        ModelOptions,
-        SelectionOptions,
-        StabilityOptions,
-        TrainOptions,
-    )
+    from keylayers.commands.selection import SelectionOptions
+    from keylayers.commands.train import TrainOptions
+    from keylayers.data.options import DataOptions
     from keylayers.errors import ConfigError
+    from keylayers.model.options import ModelOptions
     from keylayers.scores.scoring_options import scoring_options
+    from keylayers.training.options import StabilityOptions
 
     parts = (
         SelectionOptions(ranking="r", budget="0.3"),

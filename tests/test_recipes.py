@@ -99,7 +99,7 @@ def test_every_small_recipe_is_planned_on_the_files_of_the_demo(demo_files, monk
 
 
 def test_the_files_of_the_demo_are_its_model_and_data(demo_files, tmp_path, capsys):
-    from keylayers.demo.run import BASE
+    from keylayers.demo.files import BASE
     from keylayers.demo.world import STYLES
 
     for path in BASE.iterdir():

@@ -112,7 +112,7 @@ def test_the_printed_loss_is_that_of_the_saved_adapter(tiny, ranked, tmp_path):
 
 
 def test_controls_are_as_large_as_the_selection_and_follow_their_names():
-    from keylayers.runs.train import control_modules
+    from keylayers.commands.train import control_modules
 
     from rankings import ranking_of
 

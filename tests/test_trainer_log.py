@@ -108,10 +108,11 @@ def test_the_scores_are_those_without_a_logger(tmp_path, monkeypatch):
 
 def test_a_mask_inside_a_run_leaves_the_curves_of_training_whole(tmp_path, monkeypatch):
     import keylayers
+    from keylayers.training.options import StabilityOptions
 
     trainer = trainer_with_log(tmp_path, monkeypatch)
     trainer.args.max_steps = 6
-    at_step_3 = keylayers.StabilityOptions(max_steps=3)
+    at_step_3 = StabilityOptions(max_steps=3)
     trainer.add_callback(keylayers.FreezeUnimportant(method=options("ila"), stability=at_step_3))
     trainer.train()
     curves = events(tmp_path)

@@ -15,7 +15,7 @@ from tiny_files import NUM_MODULES
 
 FAST = ("--points", "5", "--random-orders", "2")
 COUNTS = [0, 5, 10, 16, 21]  # five points over 21 modules
-OTHER_SPLIT = "other data or another split than the ranking's own"
+OTHER_SPLIT = "the data or their split differ from those of the ranking"
 
 
 @dataclass(frozen=True)
@@ -340,7 +340,7 @@ def _nothing(folder):
 # what is done to the ranking's folder first, arguments, what the line says
 REFUSED = [
     ("no adapter", _no_adapter, (), "give `adapter` or `tuned`"),
-    ("another model", _nothing, ("--model", "{tiny}/wide"), "for this base model"),
+    ("another model", _nothing, ("--model", "{tiny}/wide"), "the ranking must be of this model"),
     ("other sizes", _other_sizes, (), "the ranking must be of this model, but 1 of 21 modules"),
     ("an unranked update", _fewer_modules, (), "must hold every module of the update, but 9"),
     ("adapter and checkpoint", _nothing, ("--adapter", "a", "--tuned", "b"), "got both"),
@@ -377,7 +377,7 @@ def test_a_failed_verify_leaves_an_earlier_file_as_it_was(verified, tmp_path):
 
 def test_another_update_than_the_one_that_was_ranked_is_said(tiny, ranking_copy, tmp_path):
     """As after a second `rank` that ended in stage 2: its adapter lies beside the old ranking."""
-    said = "the update is another one than was ranked"
+    said = "the update differs from the one that was ranked"
     assert said not in verify(ranking_copy).err
     assert said in verify(ranking_copy, "--adapter", tiny / "adapter").err
     assert rank(tiny, tmp_path / "second", "--seed", "5") == 0

@@ -13,6 +13,9 @@ from keylayers.files import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT
 from keylayers.yaml_values import yaml_value
 
 if TYPE_CHECKING:
+    from cyclopts.help import HelpPanel
+    from rich.console import Console, ConsoleOptions
+
     from keylayers.ranking.record import MadeBy
 
 # Titles of option groups in `--help`, in the order in which they are shown.
@@ -31,6 +34,35 @@ GROUPS = (
     "Gain and forgetting",
     "Running",
 )
+
+# Options that `train`, `verify` and `prune` take from the ranking's record if they are not given.
+# Not `trust_remote_code`: a file from elsewhere must not be able to switch it on.
+TAKEN_FROM_RANKING = (
+    "model",
+    "revision",
+    "towers",
+    "load_in_4bit",
+    "data",
+    "data_split",
+    "format",
+    "chat_template",
+    "max_length",
+    "max_examples",
+    "held_out",
+    "mask_data",
+    "split_seed",
+    "update",
+    "objective",
+    "beta",
+    "learning_rate",
+    "batch_size",
+    "gradient_accumulation",
+    "warmup_steps",
+    "lora_rank",
+    "lora_alpha",
+    "seed",
+)
+TAKEN_WITH_UPDATE = ("dtype", "adapter", "tuned")  # `verify` and `prune` open the ranked update
 
 WITH_RANKING = (("train",), ("verify",), ("prune",))
 WITH_UPDATE = (("verify",), ("prune",))  # they open the update that was ranked once more
@@ -67,7 +99,6 @@ def from_ranking_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
     path = _given(arguments, "ranking") if commands in WITH_RANKING else None
     if path is None:
         return
-    from keylayers.commands.run_options import TAKEN_FROM_RANKING, TAKEN_WITH_UPDATE
     from keylayers.ranking.ranking import Ranking
 
     made_by = Ranking.load(path).made_by
@@ -172,3 +203,29 @@ def _flag(argument: Argument) -> str:
 def _key(argument: Argument) -> str:
     """An option's name in YAML files and records: `mask_steps` for `--mask-steps`."""
     return _flag(argument).replace("-", "_")
+
+
+class FromRanking:
+    """Shows in `--help` which options default to those of the ranking."""
+
+    def __init__(self, command: str) -> None:
+        """For the sub-command of this name."""
+        more = TAKEN_WITH_UPDATE if (command,) in WITH_UPDATE else ("steps",)
+        self.flags = {"--" + name.replace("_", "-") for name in (*TAKEN_FROM_RANKING, *more)}
+
+    def __call__(self, console: "Console", options: "ConsoleOptions", panel: "HelpPanel") -> None:
+        """Print one panel of the help."""
+        from cyclopts.help import DefaultFormatter
+
+        entries = [
+            entry.copy(required=False, default=_shown_default(entry.default))
+            if self.flags.intersection(entry.positive_names)
+            else entry
+            for entry in panel.entries
+        ]
+        DefaultFormatter()(console, options, panel.copy(entries=entries))
+
+
+def _shown_default(default: str | None) -> str:
+    of_ranking = "the ranking's"
+    return of_ranking if default in (None, "None") else f"{of_ranking}, or {default}"

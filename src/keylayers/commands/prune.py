@@ -1,18 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`keylayers prune`."""
+"""`keylayers prune`: cut an existing update to the modules that a ranking and a budget select."""
 
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App
 
-from keylayers.commands.config import flat
-from keylayers.commands.run_options import PruneOptions
-from keylayers.commands.selection import BudgetOptions
+from keylayers.commands.config import FromRanking, flat
+from keylayers.commands.selection import BudgetOptions, budget_of, note_ties
 from keylayers.data.options import DataOptions
+from keylayers.errors import OutputError
 from keylayers.model.options import ModelOptions, UpdateOptions
-from keylayers.training.options import ObjectiveOptions
+from keylayers.progress import Progress, Silent
+from keylayers.training.options import LOSS_UNITS, ObjectiveOptions
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from keylayers.apply.pruned_update import PrunedUpdate, Pruning
+    from keylayers.commands.session import Session
+    from keylayers.ranking.ranking import Ranking
+    from keylayers.ranking.selection import Selection
+    from keylayers.updates.existing import TunedModel
+
+EVAL_BATCH_SIZE = 8
 EXAMPLES = """Examples:
 
 ```
@@ -22,7 +34,29 @@ keylayers prune --ranking r.json --model base --tuned instruct --budget auto --d
 ```
 """
 
-app = App(help_epilogue=EXAMPLES, help_format="markdown")
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """All options of one pruning of an existing update."""
+
+    selection: BudgetOptions
+    model: ModelOptions
+    data: DataOptions
+    update: UpdateOptions = UpdateOptions()
+    objective: ObjectiveOptions = ObjectiveOptions()
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by the name of its flag, for the record."""
+        parts = (self.selection, self.model, self.data, self.update, self.objective)
+        return {name: value for part in parts for name, value in asdict(part).items()}
+
+
+app = App(
+    help_epilogue=EXAMPLES,
+    help_format="markdown",
+    help_formatter=FromRanking("prune"),
+    usage="Usage: keylayers prune --ranking PATH (--budget STR | --freeze FLOAT) [OPTIONS]",
+)
 
 
 @app.default
@@ -42,21 +76,18 @@ def prune(
 
     Nothing is trained. Writes an ordinary PEFT adapter without the other modules, or a checkpoint
     in which these have the base's weights again, and shows the held-out loss before and after.
-    Model, update and data that are not given are those of the ranking.
+    Model, update and data default to those of the ranking.
 
     Args:
         output: Folder of the adapter or checkpoint.
-        push_to_hub: Upload the folder, model card and record included, to this repository of the
-            hub, such as me/my-adapter.
+        push_to_hub: Upload the folder with model card and record to this repository of the hub, for
+            example me/my-adapter.
         private: Make that repository private, if it is new.
-        config: YAML file with any of these options; flags win over it.
+        config: YAML file with any of these options. Flags take precedence.
     """
-    from dataclasses import asdict
-
     from keylayers.commands.console import ConsoleProgress, stdout
     from keylayers.commands.push import prepare_push, push
     from keylayers.report.prune import pruning_report
-    from keylayers.runs.prune import prune as run
 
     options = PruneOptions(selection, model, data, update, objective)
     prepare_push(push_to_hub, private)
@@ -65,3 +96,170 @@ def prune(
     console.print(pruning_report(asdict(found)))
     console.print(f"\n{found.kind} written to {output}", markup=False)
     push(output, push_to_hub)
+
+
+def run(options: PruneOptions, output: Path, progress: Progress | None = None) -> "PrunedUpdate":
+    """Write an adapter or a tuned checkpoint with only the selected modules, and prove it.
+
+    Args:
+        options: Everything that decides the result.
+        output: Folder of the adapter or checkpoint; new, empty, or an earlier result of keylayers.
+        progress: Where to report to.
+
+    Raises:
+        KeylayersError: a bad option, ranking, model, update, data set or output; nothing is left
+            behind then.
+    """
+    from keylayers.apply.pruned_update import Pruning
+    from keylayers.commands.repeat import how_it_was_made
+    from keylayers.commands.session import Session
+    from keylayers.files import (
+        CARD,
+        RECORD,
+        check_replaceable,
+        json_sha256,
+        output_folder,
+        replaced_folder,
+        unfinished,
+        write_json,
+        write_text,
+    )
+    from keylayers.ranking.ranking import Ranking
+    from keylayers.report.model_card import model_card
+
+    progress = progress or Silent()
+    ranking = Ranking.load(options.selection.ranking)
+    selection = ranking.select(budget_of(options.selection, ranking))
+    check_replaceable(output)
+    _check_apart(options, output)
+    if len(selection.modules) == selection.num_candidates:
+        progress.note("the budget keeps every module, so nothing is pruned")
+    note_ties(selection, progress)
+    with output_folder(output), unfinished(output):
+        objective = options.objective.objective
+        session = Session(options.model, options.data, objective, progress, ranking=ranking)
+        tuned = session.open_update(options.update, ranking)
+        losses = _full_and_masked_loss(session, options, tuned, ranking, selection)
+        pruning = Pruning.of(options.update, options.model, tuned.model, ranking, selection)
+        record = session.record | {"options": options.flat(), "loss_unit": LOSS_UNITS[objective]}
+        record |= tuned.record
+        del tuned  # frees the memory of its model
+        with replaced_folder(output) as folder:
+            found = _pruned(session, options, pruning, losses, folder)
+            record |= {
+                "selection": selection.record(),
+                "ranking_sha256": json_sha256(ranking.to_json()),
+                "result": asdict(found),
+            }
+            made = how_it_was_made("prune", options.flat(), ranking)
+            write_text(folder / CARD, model_card(record, ranking, made))
+            write_json(folder / RECORD, record)
+    return found
+
+
+def _full_and_masked_loss(
+    session: "Session",
+    options: PruneOptions,
+    tuned: "TunedModel",
+    ranking: "Ranking",
+    selection: "Selection",
+) -> tuple[float, float]:
+    """Held-out losses with the whole update, and with the gates of the pruned modules closed."""
+    from keylayers.evaluation.mask_curve import subset_losses
+    from keylayers.training.objectives import prepared_examples
+
+    trainer = session.loss_trainer(tuned.model, options.objective, EVAL_BATCH_SIZE)
+    subsets = [[module.name for module in ranking.modules], selection.names]
+    held_out = prepared_examples(trainer)["held_out"]
+    with session.progress.stage("held-out loss of the full and the masked update", 2) as on_step:
+        full, masked = subset_losses(trainer, tuned.updates, subsets, held_out, on_step)
+    return full.mean, masked.mean
+
+
+def _pruned(
+    session: "Session",
+    options: PruneOptions,
+    pruning: "Pruning",
+    losses: tuple[float, float],
+    folder: Path,
+) -> "PrunedUpdate":
+    """Write the pruned update to `folder`, prove it, and measure it."""
+    from keylayers.apply.pruned_update import PrunedUpdate
+
+    full, pruned = pruning.write(folder, session.progress)
+    full_loss, masked_loss = losses
+    with session.progress.stage("held-out loss of the base and the pruned one", 2) as on_step:
+        if pruning.kind == "adapter":
+            base_loss, loss = _adapter_losses(session, options, pruning, masked_loss, folder)
+        else:
+            base_loss, loss = _checkpoint_losses(session, options, folder)
+        on_step(2, loss)
+    return PrunedUpdate(
+        kind=pruning.kind,
+        modules=pruning.selection.names,
+        full=full,
+        pruned=pruned,
+        base_loss_nats=base_loss,
+        full_loss_nats=full_loss,
+        pruned_loss_nats=loss,
+        num_held_out=len(session.data.held_out),
+        loss_unit=LOSS_UNITS[session.objective],
+    )
+
+
+def _adapter_losses(
+    session: "Session",
+    options: PruneOptions,
+    pruning: "Pruning",
+    masked_loss: float,
+    folder: Path,
+) -> tuple[float, float]:
+    """Losses of the base and of the adapter in `folder`, as plain PEFT loads it."""
+    from keylayers.apply.pruned_update import prove_same_loss
+    from keylayers.model.loading import load_adapter
+
+    model = load_adapter(session.load(), str(folder))
+    pruning.prove_targets(model)
+    trainer = session.loss_trainer(model, options.objective, EVAL_BATCH_SIZE)
+    with model.disable_adapter():
+        base_loss = _held_out_loss(trainer)
+    loss = _held_out_loss(trainer)
+    prove_same_loss(loss, masked_loss, model.dtype)
+    return base_loss, loss
+
+
+def _checkpoint_losses(
+    session: "Session", options: PruneOptions, folder: Path
+) -> tuple[float, float]:
+    """Losses of the base and of the checkpoint in `folder`; only one is in memory at a time."""
+    from keylayers.model.loading import load_model
+
+    pruned = replace(session.source, model=str(folder), revision=None)
+    base_loss, loss = (
+        _held_out_loss(
+            session.loss_trainer(
+                load_model(source, session.objective), options.objective, EVAL_BATCH_SIZE
+            )
+        )
+        for source in (session.source, pruned)
+    )
+    return base_loss, loss
+
+
+def _held_out_loss(trainer: "Trainer") -> float:
+    from keylayers.evaluation.loss import held_out_loss
+    from keylayers.training.objectives import prepared_examples
+
+    return held_out_loss(trainer, prepared_examples(trainer)["held_out"])
+
+
+def _check_apart(options: PruneOptions, output: Path) -> None:
+    """Refuse an output that would replace what is read."""
+    for name, value in options.flat().items():
+        is_read = name in ("ranking", "adapter", "tuned", "model", "data") and value is not None
+        path = Path(str(value)).resolve()
+        if is_read and path.exists() and output.resolve() in (path, *path.parents):
+            raise OutputError(
+                f"the output must lie apart from what is read, but `{name}` {value!r} is in "
+                f"{str(output)!r}; choose another folder"
+            )

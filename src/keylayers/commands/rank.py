@@ -1,17 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`keylayers rank`."""
+"""`keylayers rank`: stage 1 fine-tunes all modules, stage 2 scores their updates."""
 
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App
 
 from keylayers.commands.config import flat
-from keylayers.commands.run_options import RankOptions
 from keylayers.commands.scoring_flags import ScoringFlags
 from keylayers.data.options import DataOptions
+from keylayers.environment import environment
+from keylayers.errors import ConfigError
+from keylayers.files import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT, json_sha256
 from keylayers.model.options import ModelOptions, UpdateOptions
-from keylayers.training.options import StabilityOptions, TrainingOptions
+from keylayers.progress import Progress, Silent
+from keylayers.scores.scoring_options import ScoringOptions
+from keylayers.training.options import LOSS_UNITS, StabilityOptions, TrainingOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from peft import PeftModel
+    from transformers import PreTrainedModel, Trainer
+
+    from keylayers.commands.session import Session
+    from keylayers.ranking.ranking import Ranking
+    from keylayers.scores.module_scores import ModuleScores
+    from keylayers.updates import Update
+    from keylayers.updates.existing import TunedModel
 
 EXAMPLES = """Examples:
 
@@ -22,6 +40,39 @@ keylayers rank --model base --tuned instruct --data chats.jsonl --mask-batches 8
 keylayers rank --config rank.yaml --seed 1
 ```
 """
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """All options of one ranking run."""
+
+    model: ModelOptions
+    data: DataOptions
+    update: UpdateOptions = UpdateOptions()
+    training: TrainingOptions = TrainingOptions()
+    stability: StabilityOptions = StabilityOptions()
+    scoring: ScoringOptions = ScoringOptions()
+
+    def __post_init__(self) -> None:
+        if self.has_stage_1:
+            self.training.check_weights(self.model)
+        elif self.update.tuned is not None and self.model.load_in_4bit:
+            raise ConfigError(
+                "`load_in_4bit` must be left out with `tuned`: the difference of two checkpoints "
+                "needs the base's own weights"
+            )
+
+    @property
+    def has_stage_1(self) -> bool:
+        """Whether the update is still to be made."""
+        return self.update == UpdateOptions()
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by the name of its flag, for the record."""
+        parts = (self.model, self.data, self.update, self.training, self.stability)
+        flat = {name: value for part in parts for name, value in asdict(part).items()}
+        return flat | self.scoring.flat()
+
 
 app = App(help_epilogue=EXAMPLES, help_format="markdown")
 
@@ -47,16 +98,174 @@ def rank(
 
     Args:
         output: Folder for ranking.json and the adapter.
-        stage_1: Folder for the adapter instead, where rankings of the same stage 1 share it: the
-            first one trains it, the others take it.
-        config: YAML file with any of these options; flags win over it.
+        stage_1: Folder for stage 1's adapter, if several rankings share it: the first run trains
+            it, the others reuse it.
+        config: YAML file with any of these options. Flags take precedence.
     """
     from keylayers.commands.console import ConsoleProgress, stdout
     from keylayers.report.terminal import ranking_report
-    from keylayers.runs.rank import rank as run
 
     options = RankOptions(model, data, update, training, stability, scoring.scoring())
     ranking = run(options, output, ConsoleProgress(), stage_1_in=stage_1)
     console = stdout()
     console.print(ranking_report(ranking))
     console.print(f"\nwritten to {output / 'ranking.json'}", markup=False)
+
+
+def run(
+    options: RankOptions,
+    output: Path,
+    progress: Progress | None = None,
+    *,
+    stage_1_in: Path | None = None,
+) -> "Ranking":
+    """Run both stages, or stage 2 on an existing update, and write `output`/ranking.json.
+
+    The same call continues a run that was stopped in stage 1 from its last checkpoint; the result
+    is that of a run that was not stopped.
+
+    Args:
+        options: Everything that decides the result.
+        output: Folder for the results.
+        progress: Where to report to.
+        stage_1_in: Folder for stage 1's adapter, if not `output`.
+
+    Raises:
+        KeylayersError: a bad option, model, data set or output; nothing is left behind then.
+    """
+    from keylayers.commands.session import Session
+    from keylayers.files import check_replaceable, output_folder
+    from keylayers.ranking.ranking import FILE
+    from keylayers.training.rank_modules import scores_record, to_ranking
+    from keylayers.training.run import make_loss_trainer
+
+    start = time.perf_counter()
+    progress = progress or Silent()
+    training = options.training
+    with output_folder(output):
+        folder = (stage_1_in or output) / stage_1_name(training)
+        if options.has_stage_1:
+            check_replaceable(folder)
+        is_full = options.has_stage_1 and training.is_full
+        session = Session(
+            options.model, options.data, training.objective, progress, is_full=is_full
+        )
+        provenance = session.record | {"options": options.flat()}
+        tuned = _find_update(session, options, folder)
+        trainer = make_loss_trainer(
+            tuned.model, session.tokenizer, session.data, training, load_reference=session.load
+        )
+        provenance |= tuned.record
+        provenance["loss_unit"] = LOSS_UNITS[training.objective]
+        provenance["held_out_loss_nats"] = _held_out_losses(trainer, tuned.updates)
+        found = _score(trainer, tuned.updates, options.scoring, progress)
+        provenance |= scores_record(found, tuned.updates)
+        provenance["seconds"] = {
+            "stage_1": tuned.record.get("stage_1", {}).get("seconds", 0.0),
+            "stage_2": found.seconds,
+            "total": time.perf_counter() - start,
+        }
+        ranking = to_ranking(tuned.updates, found, options.scoring, provenance)
+        ranking.save(output / FILE)
+    return ranking
+
+
+def stage_1_name(training: TrainingOptions) -> str:
+    """The folder of stage 1's adapter or checkpoint."""
+    return STAGE_1_CHECKPOINT if training.is_full else STAGE_1_ADAPTER
+
+
+def _find_update(session: "Session", options: RankOptions, folder: Path) -> "TunedModel":
+    """The model with the update to rank: an existing one, or that of stage 1, kept in `folder`."""
+    from keylayers.files import remove_unfinished
+    from keylayers.model.sharding import is_sharded
+    from keylayers.training.stage_1 import finished_stage_1
+    from keylayers.updates import adapter_updates
+    from keylayers.updates.adalora import is_adalora
+    from keylayers.updates.existing import TunedModel, existing_update
+
+    model, towers, is_full = session.fresh(), options.model.towers, options.training.is_full
+    if not options.has_stage_1:
+        return existing_update(model, options.update, session.progress, towers)
+    inputs = json_sha256(
+        {
+            "environment": environment(),
+            "model": session.record["model"],
+            "split": session.record["data"]["split_sha256"],
+            "training": options.training.decisive(),
+            "stability": asdict(options.stability),
+        }
+    )
+    stage_1 = finished_stage_1(folder, inputs)
+    if stage_1 is not None:
+        remove_unfinished(folder)
+        session.progress.note(f"stage 1 of the same inputs is taken from {folder}")
+    else:
+        tuned, stage_1 = _stage_1(session, model, options, folder, inputs)
+        if not (is_full or is_adalora(tuned) or is_sharded(tuned)):
+            return TunedModel(tuned, adapter_updates(tuned), {"stage_1": stage_1})
+        # Load the base again: a full fine-tune changed it, AdaLoRA's file lacks the ranks that
+        # it cut, and a trainer cannot be built on weights that are spread over processes.
+        model = session.load()
+    where = UpdateOptions(tuned=str(folder)) if is_full else UpdateOptions(adapter=str(folder))
+    found = existing_update(model, where, session.progress, towers)
+    if not is_full:
+        stage_1 |= {"adapter_sha256": found.record["adapter"]["weights_sha256"]}
+    return TunedModel(found.model, found.updates, {"stage_1": stage_1})
+
+
+def _stage_1(
+    session: "Session",
+    model: "PreTrainedModel",
+    options: RankOptions,
+    folder: Path,
+    inputs_sha256: str,
+) -> "tuple[PreTrainedModel | PeftModel, dict[str, Any]]":
+    """Train all modules and write the result to `folder`; the tuned model and its record."""
+    from keylayers.apply.saving import save_tuned
+    from keylayers.commands.repeat import how_it_was_made
+    from keylayers.files import unfinished
+    from keylayers.report.model_card import model_card
+    from keylayers.training.checkpoints import Checkpoints
+    from keylayers.training.stage_1 import train_all
+    from keylayers.training.trained_set import FineTuning
+
+    training, cap = options.training, options.stability.stage_1_cap
+    fine_tuning = FineTuning(
+        training, cap, session.tokenizer, session.data, session.load, session.progress
+    )
+    with unfinished(folder) as before:
+        checkpoints = Checkpoints(before / "stage-1", inputs_sha256, training.save_steps)
+        tuned, stage_1 = train_all(
+            fine_tuning, model, session.names, options.stability, checkpoints
+        )
+        record = {"inputs_sha256": inputs_sha256, "options": options.flat(), "stage_1": stage_1}
+        card = model_card(session.record | record, None, how_it_was_made("rank", options.flat()))
+        save_tuned(tuned, session.tokenizer, folder, record, card)
+    return tuned, stage_1
+
+
+def _held_out_losses(trainer: "Trainer", updates: "Sequence[Update]") -> dict[str, float]:
+    """Held-out loss with all gates closed (the base model) and with all open (the tuned model)."""
+    from keylayers.evaluation.loss import held_out_loss
+    from keylayers.gates import gated
+    from keylayers.training.objectives import prepared_examples
+
+    losses = {}
+    for name, value in (("base", 0.0), ("tuned", 1.0)):
+        with gated(trainer.model, updates, initial_score=value, link="identity"):
+            losses[name] = held_out_loss(trainer, prepared_examples(trainer)["held_out"])
+    return losses
+
+
+def _score(
+    trainer: "Trainer", updates: "Sequence[Update]", scoring: ScoringOptions, progress: Progress
+) -> "ModuleScores":
+    """Stage 2: the scores of the modules."""
+    from keylayers.gates import group_modules
+    from keylayers.scores.score_modules import score_modules
+
+    num_gates = len(group_modules([update.module for update in updates], scoring.granularity))
+    num_steps = scoring.num_steps(num_gates)
+    with progress.stage("stage 2: scoring modules", num_steps) as on_step:
+        return score_modules(trainer, updates, scoring, on_step)

@@ -1,32 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command that gives a run its options: what a report or a model card says to repeat it."""
+"""The command that repeats a run, for reports and model cards."""
 
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields
+from importlib import import_module
 from typing import Any, Literal
 
-from keylayers.commands.run_options import (
-    TAKEN_FROM_RANKING,
-    TAKEN_WITH_UPDATE,
-    PruneOptions,
-    RankOptions,
-    TrainOptions,
-    VerifyOptions,
-)
+from keylayers.commands.config import TAKEN_FROM_RANKING, TAKEN_WITH_UPDATE
 from keylayers.commands.scoring_flags import ScoringFlags
-from keylayers.evaluation.options import EvalOptions
 from keylayers.ranking.ranking import Ranking
 from keylayers.scores.scoring_options import ScoringOptions
 
 Command = Literal["rank", "train", "verify", "prune", "eval"]
-OPTIONS: Mapping[Command, type] = {
-    "rank": RankOptions,
-    "train": TrainOptions,
-    "verify": VerifyOptions,
-    "prune": PruneOptions,
-    "eval": EvalOptions,
-}
 
 
 def command_line(
@@ -34,13 +20,13 @@ def command_line(
 ) -> str:
     """`keylayers ...` in the words of a shell, with every flag that the run needs.
 
-    Options at their default are left out, but for those that a ranking would give another value;
-    left out too are those that the ranking gives this very value.
+    Options at their default are left out, unless the ranking would set another value, and so are
+    options that the ranking sets to the same value.
 
     Args:
         command: Which sub-command.
-        options: By the name of their field, as a record holds them (`flat()`).
-        ranked_with: The options that the ranking records; nothing is known of them if not given.
+        options: By field name, as a record holds them (`flat()`).
+        ranked_with: The options that the ranking records, if they are known.
     """
     return shlex.join(["keylayers", *command_words(command, options, ranked_with)])
 
@@ -48,7 +34,7 @@ def command_line(
 def command_words(
     command: Command, options: Mapping[str, Any], ranked_with: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """The same as words, from the sub-command on."""
+    """The words of `command_line`, from the sub-command on."""
     inherited: tuple[str, ...] = ()
     if options.get("ranking") is not None:
         others = ("steps",) if command == "train" else TAKEN_WITH_UPDATE
@@ -56,34 +42,38 @@ def command_words(
     words: list[str] = [command]
     if command == "verify" and options.get("ranking") is not None:  # not a field of its options
         words += ["--ranking", str(options["ranking"])]
-    for one in _fields(command):
-        value = options.get(one.name)
-        usual = (ranked_with or {}).get(one.name, MISSING) if one.name in inherited else one.default
-        if value is None or _same(value, usual):
+    for option in _fields(command):
+        name, value = option.name, options.get(option.name)
+        default = (ranked_with or {}).get(name, MISSING) if name in inherited else option.default
+        if value is None or _is_same(value, default):
             continue
-        words += _words("--" + one.name.replace("_", "-"), value)
+        words += _words("--" + name.replace("_", "-"), value)
     return words
 
 
 def _fields(command: Command) -> Iterator["Field[Any]"]:
-    """Every option of a command, in the order in which its options classes stand."""
-    for part in fields(OPTIONS[command]):
+    """Every option of a command, in the order of its options classes.
+
+    The command's file is imported here, by name: it writes model cards, which need this file.
+    """
+    module = import_module(f"keylayers.commands.{command}")
+    for part in fields(getattr(module, f"{command.title()}Options")):
         flags = ScoringFlags if part.type is ScoringOptions else part.type
         yield from fields(flags)  # type: ignore[arg-type]
 
 
-def _same(value: Any, usual: Any) -> bool:
-    """Whether an option has the value that it would have anyway; JSON knows lists and no tuples."""
-    if usual is MISSING:
+def _is_same(value: Any, default: Any) -> bool:
+    """Whether a value from JSON, which has lists for tuples, is the default."""
+    if default is MISSING:
         return False
-    return list(value) == list(usual) if isinstance(usual, tuple) else bool(value == usual)
+    return list(value) == list(default) if isinstance(default, tuple) else bool(value == default)
 
 
 def _words(flag: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag[2:]}"]
     values = value if isinstance(value, (list, tuple)) else [value]
-    return [flag, *(str(one) for one in values)] if values else []
+    return [flag, *map(str, values)] if values else []
 
 
 def how_to_repeat(ranking: Ranking) -> str:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which modules of a ranking are taken, and what is trained beside them."""
+"""The options that select modules of a ranking, as `train`, `prune` and `export` share them."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from keylayers.errors import ConfigError
-from keylayers.ranges import check_above_zero, check_at_least
+from keylayers.progress import Progress
+from keylayers.ranges import check_at_least
 from keylayers.ranking.budget import Auto, Budget, Freeze, parse_budget
 from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.selection import Selection
 from keylayers.ranking.verification import auto_budget, verification_file
 from keylayers.training.options import FreezeAction
 
@@ -16,14 +18,14 @@ Control = Literal["all", "random", "first", "last", "worst"]
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetOptions:
-    """Which modules of a ranking are taken.
+    """Which modules of a ranking are selected.
 
     Attributes:
         ranking: Ranking file, or the folder that holds ranking.json.
-        budget: How much is taken: 0.3 is 30 % of the modules, 17 is 17 modules, 0.3x-params is
-            modules with 30 % of the parameters, 0.6x-time is those worth most whose training step
-            costs at most 60 %, auto is what `keylayers verify` recommended.
-        freeze: Instead of a budget: take all but the worst share, such as 0.25.
+        budget: How much to keep. 0.3: 30 % of the modules. 17: 17 modules. 0.3x-params: modules
+            with 30 % of the parameters. 0.6x-time: the highest-scoring set whose training step
+            costs at most 60 % of a full one. auto: what `keylayers verify` recommended.
+        freeze: Instead of a budget: select all but this share of the modules, for example 0.25.
     """
 
     ranking: str
@@ -31,38 +33,29 @@ class BudgetOptions:
     freeze: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.budget is None) == (self.freeze is None):
-            given = "neither" if self.budget is None else "both"
-            raise ConfigError(
-                f"exactly one of `budget` (such as 0.3) and `freeze` (such as 0.25) must be given, "
-                f"got {given}"
-            )
+        _check_one_given(self.budget, self.freeze)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionOptions:
-    """Which modules are trained, and against what they are compared.
+    """Which modules are trained, and what they are compared with.
 
     Attributes:
         ranking: Ranking file, or the folder that holds ranking.json.
         rank_first: Instead of a ranking: train all modules until the loss is stable, rank them,
-            stop training the worst, and let the same run go on.
-        budget: How much is trained: 0.3 is 30 % of the modules, 17 is 17 modules, 0.3x-params is
-            modules with 30 % of the parameters, 0.6x-time is those worth most whose training step
-            costs at most 60 %, 12GiB is those worth most whose training step holds at most so much
-            memory, auto is what `keylayers verify` recommended.
-        freeze: Instead of a budget: train all but the worst share, such as 0.25, which is what
-            --rank-first takes if nothing is given.
-        action: What happens to the worst modules inside the run (--rank-first): freeze keeps what
-            they have learned, remove sets it to zero.
-        steps: Optimiser steps. From the command line: as many as stage 1 of the ranking took, if
-            it had one.
-        prefix_cache_gib: Keep what the frozen blocks below the lowest trained module compute in a
-            file of so many GiB beside the output, and read it in later epochs. The file is gone
-            when training ends, however it ends.
-        controls: Also train these sets of modules in the same way and show their held-out loss:
-            all; or as many modules as selected, random, first, last (of the network) or worst (of
-            the ranking).
+            stop training the lowest-ranked, and continue the same run.
+        budget: How much to train. 0.3: 30 % of the modules. 17: 17 modules. 0.3x-params: modules
+            with 30 % of the parameters. 0.6x-time: the highest-scoring set whose training step
+            costs at most 60 % of a full one. 12GiB: the highest-scoring set whose training step
+            fits in this much memory. auto: what `keylayers verify` recommended.
+        freeze: Instead of a budget: train all but this share of the modules, for example 0.25,
+            which is the default of --rank-first.
+        action: What happens to the lowest-ranked modules with --rank-first. freeze keeps what they
+            have learned, remove sets it to zero.
+        steps: Optimiser steps.
+        controls: Also train these sets in the same way and show their held-out loss. all: all
+            modules. random, first, last (in the network) or worst (in the ranking): as many modules
+            as are selected.
     """
 
     ranking: str | None = None
@@ -71,13 +64,10 @@ class SelectionOptions:
     freeze: float | None = None
     action: FreezeAction = "freeze"
     steps: int = 300
-    prefix_cache_gib: float | None = None
     controls: tuple[Control, ...] = ()
 
     def __post_init__(self) -> None:
         check_at_least("steps", self.steps, 1)
-        if self.prefix_cache_gib is not None:
-            check_above_zero("prefix_cache_gib", self.prefix_cache_gib)
         if self.freeze is not None and not 0 < self.freeze < 1:
             raise ConfigError(f"`freeze` must be above 0 and below 1, got {self.freeze}")
         if (self.ranking is None) != self.rank_first:
@@ -88,13 +78,9 @@ class SelectionOptions:
             )
         if self.rank_first:
             self._check_rank_first()
-        elif (self.budget is None) == (self.freeze is None):
-            given = "neither" if self.budget is None else "both"
-            raise ConfigError(
-                f"exactly one of `budget` (such as 0.3) and `freeze` (such as 0.25) must be given, "
-                f"got {given}"
-            )
-        elif self.action != "freeze":
+            return
+        _check_one_given(self.budget, self.freeze)
+        if self.action != "freeze":
             raise ConfigError(
                 f"`action` must be left out without `rank_first`, got {self.action}: modules that "
                 f"a ranking leaves out are never trained"
@@ -110,11 +96,6 @@ class SelectionOptions:
             raise ConfigError(
                 f"`steps` must be at least 2 with `rank_first`, one before the ranking and one "
                 f"after it, got {self.steps}"
-            )
-        if self.prefix_cache_gib is not None:
-            raise ConfigError(
-                f"`prefix_cache_gib` must be left out with `rank_first`, which begins with all "
-                f"modules trained, got {self.prefix_cache_gib:g}"
             )
         if "worst" in self.controls:
             raise ConfigError(
@@ -132,7 +113,7 @@ def budget_of(wanted: BudgetOptions | SelectionOptions, ranking: Ranking) -> Bud
     """The budget that the options ask for; `auto` is looked up in the ranking's verification.
 
     Raises:
-        ConfigError: the budget has no known form, or `auto` has none to give.
+        ConfigError: the budget has no known form, or there is none to recommend.
         RankingError: `auto`, but the ranking is not verified as it is.
     """
     if wanted.freeze is not None:
@@ -142,3 +123,21 @@ def budget_of(wanted: BudgetOptions | SelectionOptions, ranking: Ranking) -> Bud
         assert wanted.ranking is not None
         return auto_budget(ranking, verification_file(wanted.ranking))
     return budget
+
+
+def note_ties(selection: Selection, progress: Progress) -> None:
+    """Say how many modules were left out by their place in the model alone."""
+    if selection.num_tied_out:
+        progress.note(
+            f"{selection.num_tied_out} modules left out have the same score as the last one taken; "
+            f"ties go by the model's order"
+        )
+
+
+def _check_one_given(budget: str | None, freeze: float | None) -> None:
+    if (budget is None) == (freeze is None):
+        given = "neither" if budget is None else "both"
+        raise ConfigError(
+            f"exactly one of `budget` (such as 0.3) and `freeze` (such as 0.25) must be given, got "
+            f"{given}"
+        )

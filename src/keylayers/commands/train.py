@@ -1,18 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`keylayers train`."""
+"""`keylayers train`: fine-tune only the modules that a ranking and a budget select."""
 
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App
 
-from keylayers.commands.config import flat
-from keylayers.commands.run_options import TrainOptions
+from keylayers.commands.config import FromRanking, flat
 from keylayers.commands.scoring_flags import ScoringFlags
-from keylayers.commands.selection import SelectionOptions
+from keylayers.commands.selection import Control, SelectionOptions, budget_of, note_ties
 from keylayers.data.options import DataOptions
+from keylayers.errors import ConfigError
+from keylayers.files import json_sha256
 from keylayers.model.options import ModelOptions
+from keylayers.progress import Progress, Silent
+from keylayers.ranking.budget import GIB, Budget, Memory
+from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.selection import Selection
+from keylayers.scores.scoring_options import ScoringOptions
 from keylayers.training.options import LOSS_UNITS, StabilityOptions, TrainingOptions
+
+if TYPE_CHECKING:
+    from keylayers.commands.train_job import TrainJob
+    from keylayers.training.trained_set import Trained, TrainedSet
 
 EXAMPLES = """Examples:
 
@@ -24,7 +38,63 @@ keylayers train --rank-first --model meta-llama/Llama-3.2-1B --data chats.jsonl 
 ```
 """
 
-app = App(help_epilogue=EXAMPLES, help_format="markdown")
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """All options of one training run on a selection.
+
+    Attributes:
+        selection: What is trained.
+        model: Which model.
+        data: Which data.
+        training: How it is fine-tuned.
+        stability: With `rank_first`: when the loss is stable.
+        scoring: With `rank_first`: how the modules are scored.
+    """
+
+    selection: SelectionOptions
+    model: ModelOptions
+    data: DataOptions
+    training: TrainingOptions = TrainingOptions()
+    stability: StabilityOptions = StabilityOptions()
+    scoring: ScoringOptions = ScoringOptions()
+
+    def __post_init__(self) -> None:
+        self.training.check_weights(self.model)
+        if self.selection.rank_first:
+            if self.training.is_full:
+                raise ConfigError(
+                    "`update` must be an adapter with `rank_first`, got full: ranking needs the "
+                    "weights that a full fine-tune started from; make a ranking first with "
+                    "`keylayers rank`"
+                )
+            self.stability.cap_within(self.selection.steps)
+            return
+        given = asdict(self.stability) | self.scoring.flat()
+        defaults = asdict(StabilityOptions()) | ScoringOptions().flat()
+        for name, value in given.items():
+            if value != defaults.get(name):
+                raise ConfigError(
+                    f"`{name}` must be left out without `rank_first`: the modules are ranked "
+                    f"already"
+                )
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by the name of its flag, for the record."""
+        parts = (self.selection, self.model, self.data, self.training)
+        flat = {name: value for part in parts for name, value in asdict(part).items()}
+        if self.selection.rank_first:
+            flat |= asdict(self.stability) | self.scoring.flat()
+        return flat
+
+
+app = App(
+    help_epilogue=EXAMPLES,
+    help_format="markdown",
+    help_formatter=FromRanking("train"),
+    usage="Usage: keylayers train --ranking STR (--budget STR | --freeze FLOAT) [OPTIONS]\n"
+    "       keylayers train --rank-first --model STR --data STR [OPTIONS]",
+)
 
 
 @app.default
@@ -44,24 +114,21 @@ def train(
     """Train only the modules that a ranking and a budget select.
 
     Writes an ordinary PEFT adapter, or with --update full a checkpoint in which only the selected
-    weights changed. Model, data and training options that are not given are those of the ranking.
-    With --rank-first there is no ranking yet: it is made inside the run, and written to the output.
+    weights changed. Model, data and training options default to those of the ranking. With
+    --rank-first there is no ranking yet: the run makes it and writes it to the output.
 
     Args:
         output: Folder of the adapter or checkpoint.
-        push_to_hub: Upload the folder, model card and record included, to this repository of the
-            hub, such as me/my-adapter.
+        push_to_hub: Upload the folder with model card and record to this repository of the hub, for
+            example me/my-adapter.
         private: Make that repository private, if it is new.
-        config: YAML file with any of these options; flags win over it.
+        config: YAML file with any of these options. Flags take precedence.
     """
-    from dataclasses import asdict
-
     from keylayers.commands.console import ConsoleProgress, stdout
     from keylayers.commands.push import prepare_push, push
     from keylayers.report.terminal import loss_table
-    from keylayers.runs.train import train as run
 
-    # With nothing given this says what is missing; as a default it would be made at import.
+    # Not the parameter's default: without any option this raises what is missing.
     selection = selection or SelectionOptions()
     options = TrainOptions(selection, model, data, training, stability, scoring.scoring())
     prepare_push(push_to_hub, private)
@@ -71,3 +138,130 @@ def train(
     kind = "checkpoint" if training.is_full else "adapter"
     console.print(f"\n{kind} written to {output}", markup=False)
     push(output, push_to_hub)
+
+
+def run(
+    options: TrainOptions, output: Path, progress: Progress | None = None
+) -> "list[TrainedSet]":
+    """Train the selected modules, prove that only they were trained, and write the result.
+
+    The same call continues a run that was stopped from its last checkpoint; the result is that of a
+    run that was not stopped.
+
+    Args:
+        options: Everything that decides the result.
+        output: Folder of the adapter or checkpoint; new, empty, or an earlier result of keylayers.
+        progress: Where to report to.
+
+    Returns:
+        Held-out losses: of the base model, the selection, and the controls.
+
+    Raises:
+        KeylayersError: a bad option, ranking, model, data set or output; nothing is left behind
+            then.
+    """
+    from keylayers.commands.rank_first import RankFirst, train_and_freeze
+    from keylayers.commands.train_job import compare, finished
+    from keylayers.files import check_replaceable, output_folder, unfinished
+
+    progress = progress or Silent()
+    wanted = options.selection
+    if wanted.ranking is None:
+        check_replaceable(output)
+        with output_folder(output), unfinished(output) as before:
+            job = _open(options, output, progress, before)
+            how = RankFirst(wanted, options.stability, options.scoring)
+            return train_and_freeze(job, how)
+    ranking = Ranking.load(wanted.ranking)
+    budget = budget_of(wanted, ranking)
+    selection = None if isinstance(budget, Memory) else ranking.select(budget)
+    check_replaceable(output)
+    with output_folder(output), unfinished(output) as before:
+        job = _open(options, output, progress, before, ranking)
+        if selection is None:
+            selection = _select_within(job, ranking, budget)
+        note_ties(selection, progress)
+        record = finished(job, job.sets.inputs_sha256(selection.names), ranking)
+        record = record or _train_selected(job, ranking, selection)
+        controls: dict[str, Callable[[], Trained]] = {}
+        for control in wanted.controls:
+            names = control_modules(ranking, selection, control, options.training.seed)
+            controls[control] = partial(job.sets.train, names, control)
+        return compare(job, record, ranking, controls)
+
+
+def _open(
+    options: TrainOptions,
+    output: Path,
+    progress: Progress,
+    unfinished: Path,
+    ranking: Ranking | None = None,
+) -> "TrainJob":
+    """Everything loaded and checked before any training."""
+    from keylayers.commands.session import Session
+    from keylayers.commands.train_job import open_job
+
+    training = options.training
+    session = Session(
+        options.model,
+        options.data,
+        training.objective,
+        progress,
+        ranking=ranking,
+        is_full=training.is_full,
+    )
+    steps = options.selection.steps
+    return open_job(session, training, steps, output, unfinished, options.flat())
+
+
+def _train_selected(job: "TrainJob", ranking: Ranking, selection: Selection) -> dict[str, Any]:
+    """Train the selection and write it; the record of it, which is written too."""
+    from keylayers.commands.train_job import base_row, save, stage_1_row
+
+    trained = job.sets.train(selection.names, "selected", measure_base=True)
+    rows = [base_row(trained.base_loss_nats), trained.row, *stage_1_row(job, ranking)]
+    record = job.record | {
+        "inputs_sha256": job.sets.inputs_sha256(selection.names),
+        "selection": selection.record(),
+        "ranking_sha256": json_sha256(ranking.to_json()),
+        "losses": list(trained.result.losses),
+        "seconds": trained.result.seconds,
+        "results": [asdict(row) for row in rows],
+    }
+    save(job, trained.model, record, ranking)
+    return record
+
+
+def _select_within(job: "TrainJob", ranking: Ranking, budget: Budget) -> Selection:
+    """The selection of a budget in GiB, from a measured step that trains every ranked module."""
+    from keylayers.processes import from_first
+    from keylayers.training.memory import measured_memory
+
+    names = [module.name for module in ranking.modules]
+    _, trainer = job.sets.fine_tuning.trainer(job.sets.fresh(), names, "memory")
+    memory = measured_memory(trainer)
+    selection = from_first(ranking.select(budget, memory))
+    chosen, whole = memory.of(selection.names) / GIB, memory.of(names) / GIB
+    job.progress.note(
+        f"a step of {len(selection.modules)} modules holds {chosen:.3g} GiB, one of all "
+        f"{whole:.3g} GiB (batches of {memory.num_rows} x {memory.num_tokens} tokens)"
+    )
+    job.record["step_memory_bytes"] = memory.of(selection.names)
+    return selection
+
+
+def control_modules(
+    ranking: Ranking, selection: Selection, control: Control, seed: int
+) -> tuple[str, ...]:
+    """The modules of a control, in model order; as many as selected, except for `all`."""
+    names = [module.name for module in ranking.modules]
+    size = len(selection.modules)
+    if control == "all":
+        return tuple(names)
+    if control == "random":
+        chosen = set(random.Random(seed).sample(names, size))
+    elif control == "worst":
+        chosen = {module.name for module in ranking.ordered()[-size:]}
+    else:
+        chosen = set(names[:size] if control == "first" else names[-size:])
+    return tuple(name for name in names if name in chosen)

@@ -39,7 +39,6 @@ from keylayers.training.checkpoints import Checkpoints
 from keylayers.training.loggers import check_loggers, name_loggers
 from keylayers.training.objectives import LoadReference, TrainerParts, build_trainer
 from keylayers.training.options import StabilityOptions, TrainingOptions
-from keylayers.training.prefix_cache import PrefixCache
 from keylayers.training.shallow import ShallowBackward
 from keylayers.training.stability import is_stable
 from keylayers.updates.adalora import is_adalora
@@ -218,7 +217,6 @@ def fine_tune(
     trainer: Trainer,
     stability: StabilityOptions | None = None,
     on_step: OnStep | None = None,
-    cache: PrefixCache | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> TrainingResult:
     """Train until the trainer's last step, or until the loss is stable if a rule is given.
@@ -227,7 +225,6 @@ def fine_tune(
         trainer: From `make_trainer`.
         stability: When to stop early.
         on_step: Called after each step with its number, from 1, and its loss in nats.
-        cache: Of what the frozen blocks compute.
         checkpoints: Where to go on, and to save. AdaLoRA keeps part of its state where no
             checkpoint sees it, and starts over.
 
@@ -238,8 +235,6 @@ def fine_tune(
     """
     watch = _LossWatch(stability, on_step)
     callbacks: list[TrainerCallback] = [watch, ShallowBackward()]
-    if cache is not None:
-        callbacks.append(cache)
     if is_adalora(trainer.model):
         if trainer.is_fsdp_enabled:
             raise ConfigError(
@@ -260,8 +255,6 @@ def fine_tune(
     finally:
         for callback in callbacks:
             trainer.remove_callback(callback)
-        if cache is not None:
-            cache.close()
     stopped_by = "stable" if watch.is_stable else "max_steps"
     seconds = time.perf_counter() - start if checkpoints is None else checkpoints.seconds
     return TrainingResult(tuple(watch.losses), stopped_by, seconds)

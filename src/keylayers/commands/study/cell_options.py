@@ -11,9 +11,11 @@ from dataclasses import MISSING, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from keylayers.commands.run_options import CurveOptions, RankOptions, TrainOptions, VerifyOptions
+from keylayers.commands.rank import RankOptions
 from keylayers.commands.scoring_flags import ScoringFlags
 from keylayers.commands.selection import SelectionOptions
+from keylayers.commands.train import TrainOptions
+from keylayers.commands.verify import CurveOptions, VerifyOptions
 from keylayers.data.options import DataOptions
 from keylayers.errors import ConfigError, did_you_mean
 from keylayers.evaluation.options import (

@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from keylayers.commands.run_options import CurveOptions
 from keylayers.commands.scoring_flags import ScoringFlags
 from keylayers.commands.study.cell_options import options_of
 from keylayers.commands.study.estimate_memory import step_bytes
@@ -26,6 +25,7 @@ from keylayers.commands.study.sizes import (
     data_size,
     model_shape,
 )
+from keylayers.commands.verify import CurveOptions
 from keylayers.data.options import DataOptions
 from keylayers.model.options import ModelOptions
 from keylayers.ranking.budget import Count, Fraction, Memory, Parameters, parse_budget

@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The update to rank where it exists already: an adapter, or a second checkpoint."""
+"""Open an update that exists already: an adapter, or a second checkpoint."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from keylayers.commands.run_options import RankOptions
-from keylayers.data.prepare import PreparedData
-from keylayers.model.loading import Checkpoint, load_adapter, load_model
+from keylayers.model.loading import Checkpoint, load_adapter
 from keylayers.model.options import ModelOptions, Towers, UpdateOptions
 from keylayers.model.weights import adapter_sha256, tensors_sha256
 from keylayers.progress import Progress
@@ -21,21 +18,8 @@ from keylayers.updates.dense import take_other_weights
 
 
 @dataclass(frozen=True)
-class RankJob:
-    """What all parts of one ranking run share."""
-
-    options: RankOptions
-    stage_1_in: Path
-    progress: Progress
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    data: PreparedData
-    model_record: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class TunedModel:
-    """A model with an update that gates can scale, and how it came about."""
+    """A model with an update that gates can scale, and a record of where it came from."""
 
     model: PreTrainedModel | PeftModel
     updates: Sequence[Update]
@@ -52,9 +36,9 @@ def existing_update(
 
     Args:
         model: The base model; it carries the adapter afterwards.
-        options: Either `adapter` or `tuned` is given.
-        progress: Where to say what is not gated.
-        towers: Which stacks of blocks a second checkpoint is ranked on.
+        options: With `adapter` or `tuned` given.
+        progress: Gets a note about what is not gated.
+        towers: The stacks of blocks in which a second checkpoint is compared.
     """
     if options.adapter is not None:
         return _from_adapter(model, options.adapter, progress)
@@ -90,14 +74,3 @@ def _from_checkpoint(
         "other_weights_that_differ": others,
     }
     return TunedModel(model, updates, {"tuned": record})
-
-
-def base_options(options: RankOptions) -> ModelOptions:
-    """How the base model is loaded: stage 1 as a full fine-tune needs its float32 values."""
-    trains_weights = options.update == UpdateOptions() and options.training.is_full
-    return replace(options.model, dtype="float32") if trains_weights else options.model
-
-
-def load_base(options: RankOptions) -> PreTrainedModel:
-    """The base model as a ranking needs it."""
-    return load_model(base_options(options), options.training.objective)

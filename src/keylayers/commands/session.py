@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model, tokenizer, data and update of one run: opened once, and checked against a ranking."""
+
+from collections.abc import Collection
+from dataclasses import asdict, replace
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, Trainer
+
+from keylayers.data.options import DataOptions
+from keylayers.data.prepare import PreparedData, prepare
+from keylayers.environment import environment
+from keylayers.errors import RankingError
+from keylayers.model.loading import describe, load_model, load_tokenizer, max_positions
+from keylayers.model.modules import map_modules, outside_module
+from keylayers.model.options import ModelOptions, Objective, UpdateOptions
+from keylayers.model.weights import weights_sha256
+from keylayers.progress import Progress
+from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.record import read_made_by
+from keylayers.ranking.selection import check_same_modules
+from keylayers.training.options import ObjectiveOptions, TrainingOptions
+from keylayers.training.run import make_loss_trainer
+from keylayers.updates.existing import TunedModel, existing_update
+
+ENOUGH_BATCHES = 20  # of held-out examples, to resample them for an interval
+
+
+class Session:
+    """The model, tokenizer and data of one run.
+
+    Attributes:
+        source: Which model, and how it is loaded.
+        objective: What a loss is.
+        progress: Where to report to.
+        names: Full names of the model's modules, in model order.
+        dtype: The dtype of its weights.
+        tokenizer: The model's own.
+        data: Training and held-out examples, tokenised.
+        record: What a result records of software, model and data.
+    """
+
+    def __init__(
+        self,
+        model: ModelOptions,
+        data: DataOptions,
+        objective: Objective,
+        progress: Progress,
+        *,
+        ranking: Ranking | None = None,
+        is_full: bool = False,
+    ) -> None:
+        """Open model, tokenizer and data, and check them before any long work.
+
+        Args:
+            model: Which model.
+            data: Which data.
+            objective: What the model is trained or measured for.
+            progress: Gets notes about the data, and about what differs from the ranking's own run.
+            ranking: Must be of the model's modules.
+            is_full: The weights themselves are trained, which needs their float32 values.
+
+        Raises:
+            RankingError: the ranking is of other modules.
+            KeylayersError: a bad model or data set.
+        """
+        self.source = replace(model, dtype="float32") if is_full else model
+        self.objective = objective
+        self.progress = progress
+        opened = self.load()
+        self.names = [info.name for info in map_modules(opened, model.towers)]
+        if ranking is not None:
+            check_same_modules(ranking.modules, _sizes(opened, ranking))
+        self.tokenizer = load_tokenizer(model)
+        self.dtype = opened.dtype
+        self.data: PreparedData = prepare(data, self.tokenizer, max_positions(opened), objective)
+        self.data.give_template(self.tokenizer)
+        for line in self.data.summary():
+            progress.note(line)
+        self.record: dict[str, Any] = {
+            "environment": environment(),
+            "model": describe(self.source, opened) | {"weights_sha256": weights_sha256(opened)},
+            "data": self.data.record(),
+        }
+        if ranking is not None:
+            self._note_other_model(ranking)
+        self._opened: PreTrainedModel | None = opened
+
+    def load(self) -> PreTrainedModel:
+        """Load the base model once more."""
+        return load_model(self.source, self.objective)
+
+    def fresh(self) -> PreTrainedModel:
+        """A base model that nothing else uses; the first is the one that was opened."""
+        model, self._opened = self._opened, None
+        return model or self.load()
+
+    def open_update(self, options: UpdateOptions, ranking: Ranking) -> TunedModel:
+        """The model with the update that was ranked.
+
+        Raises:
+            RankingError: there is no update to open, or it is not of the ranked modules.
+            ModelError: a bad adapter or checkpoint.
+        """
+        made_by = ranking.made_by
+        if made_by.data.split_sha256 not in (None, self.record["data"]["split_sha256"]):
+            self.progress.note(
+                "the data or their split differ from those of the ranking: held-out examples may "
+                "have been seen in training"
+            )
+        if options == UpdateOptions():
+            raise RankingError(
+                "masking needs the update that was ranked, but the ranking names none; give "
+                "`adapter` or `tuned`"
+            )
+        tuned = existing_update(self.fresh(), options, self.progress, self.source.towers)
+        opened = read_made_by(tuned.record, "the update").update_sha256s
+        if made_by.update_sha256s and made_by.update_sha256s.isdisjoint(opened):
+            self.progress.note("the update differs from the one that was ranked")
+        _check_same_update(ranking, {update.module.name for update in tuned.updates})
+        return tuned
+
+    def loss_trainer(
+        self, model: PreTrainedModel | PeftModel, objective: ObjectiveOptions, batch_size: int
+    ) -> Trainer:
+        """A trainer that measures losses and never trains.
+
+        Args:
+            model: Whose losses are measured.
+            objective: Which loss.
+            batch_size: Examples per batch, at most; fewer if there are few held-out examples.
+        """
+        if objective.objective != "kto":  # its loss compares the answers of a batch
+            batch_size = max(1, min(batch_size, len(self.data.held_out) // ENOUGH_BATCHES))
+        training = TrainingOptions(**asdict(objective), batch_size=batch_size)
+        return make_loss_trainer(
+            model, self.tokenizer, self.data, training, load_reference=self.load
+        )
+
+    def _note_other_model(self, ranking: Ranking) -> None:
+        made_by, model = ranking.made_by, self.record["model"]
+        if made_by.model.weights_sha256 not in (None, model["weights_sha256"]):
+            self.progress.note("the ranking was made on other weights of the same shapes")
+        if made_by.options.objective != self.objective:
+            self.progress.note(
+                f"the ranking was made for objective {made_by.options.objective}, not for "
+                f"{self.objective}"
+            )
+
+
+def _sizes(model: PreTrainedModel, ranking: Ranking) -> dict[str, int]:
+    """Module name -> number of parameters: all in blocks, and the ranked ones outside them."""
+    names = {name for name, _ in model.named_modules()}
+    outside = [
+        module.name
+        for module in ranking.modules
+        if module.block_index is None and module.name in names
+    ]
+    infos = (*map_modules(model, "all"), *(outside_module(model, name) for name in outside))
+    return {info.name: info.num_parameters for info in infos}
+
+
+def _check_same_update(ranking: Ranking, updated: Collection[str]) -> None:
+    """Refuse an update of more or of fewer modules than were ranked."""
+    names = [module.name for module in ranking.modules]
+    absent = [name for name in names if name not in updated]
+    if absent:
+        raise RankingError(
+            f"the update must be of every module of the ranking, but {len(absent)} of {len(names)} "
+            f"are not updated, first {absent[0]}; give the update that was ranked, or rank this one"
+        )
+    unranked = [name for name in updated if name not in names]
+    if unranked:
+        raise RankingError(
+            f"the ranking must hold every module of the update, but {len(unranked)} are missing in "
+            f"it, first {min(unranked)}; rank this update"
+        )

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of one training run: record and card, whether it is finished, rows of its controls."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from keylayers.apply.freeze import prove_unchanged_elsewhere
+from keylayers.apply.saving import save_tuned
+from keylayers.commands.repeat import how_it_was_made
+from keylayers.commands.session import Session
+from keylayers.files import CARD, RECORD, json_sha256, write_json, write_text
+from keylayers.model.loading import Checkpoint
+from keylayers.progress import Progress
+from keylayers.ranking.ranking import Ranking
+from keylayers.report.model_card import model_card
+from keylayers.training.options import LOSS_UNITS, TrainingOptions
+from keylayers.training.trained_set import FineTuning, SetTrainer, Trained, TrainedSet
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One training run.
+
+    Attributes:
+        output: Folder of the adapter or checkpoint.
+        session: Model, tokenizer and data.
+        sets: Trains sets of modules.
+        record: What the result records, so far.
+    """
+
+    output: Path
+    session: Session
+    sets: SetTrainer
+    record: dict[str, Any]
+
+    @property
+    def progress(self) -> Progress:
+        """Where to report to."""
+        return self.session.progress
+
+
+def open_job(
+    session: Session,
+    training: TrainingOptions,
+    num_steps: int,
+    output: Path,
+    unfinished: Path,
+    options: Mapping[str, Any],
+) -> TrainJob:
+    """The job of a session.
+
+    Args:
+        session: Model, tokenizer and data.
+        training: How to train.
+        num_steps: Optimiser steps.
+        output: Folder of the result.
+        unfinished: Folder for checkpoints.
+        options: All options of the run, for the record.
+    """
+    record = session.record | {"options": options, "loss_unit": LOSS_UNITS[training.objective]}
+    fine_tuning = FineTuning(
+        training, num_steps, session.tokenizer, session.data, session.load, session.progress
+    )
+    sets = SetTrainer(
+        fine_tuning,
+        fresh=session.fresh,
+        stored_dtype=Checkpoint.open(session.source).dtype() if training.is_full else session.dtype,
+        unfinished=unfinished,
+        inputs={
+            "environment": record["environment"],
+            "model": record["model"],
+            "split": record["data"]["split_sha256"],
+        },
+    )
+    return TrainJob(output, session, sets, record)
+
+
+def finished(job: TrainJob, inputs_sha256: str, ranking: Ranking | None) -> dict[str, Any] | None:
+    """The record in the output, if it is of a training of these inputs and this ranking."""
+    try:
+        record = json.loads((job.output / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    wanted = {"inputs_sha256": inputs_sha256}
+    if ranking is not None:
+        wanted["ranking_sha256"] = json_sha256(ranking.to_json())
+    if not isinstance(record, dict) or any(record.get(key) != wanted[key] for key in wanted):
+        return None
+    job.progress.note(f"the training of the same inputs is taken from {job.output}")
+    return record
+
+
+def save(
+    job: TrainJob,
+    model: PreTrainedModel | PeftModel,
+    record: dict[str, Any],
+    ranking: Ranking,
+    files: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Write the adapter, or the checkpoint after a proof that only selected weights changed."""
+    if not isinstance(model, PeftModel):
+        model = model.to(job.sets.stored_dtype)
+        names = record["selection"]["modules"]
+        prove_unchanged_elsewhere(model, Checkpoint.open(job.session.source), names)
+    save_tuned(model, job.session.tokenizer, job.output, record, _card(record, ranking), files)
+
+
+def compare(
+    job: TrainJob,
+    record: dict[str, Any],
+    ranking: Ranking,
+    controls: Mapping[str, Callable[[], Trained]],
+) -> list[TrainedSet]:
+    """Train the controls; record and card are updated after each.
+
+    Args:
+        job: Its output holds the result.
+        record: The record of the result; rows of an earlier run are not trained again.
+        ranking: The ranking that selected the result.
+        controls: Label -> its training.
+
+    Returns:
+        All rows.
+    """
+    rows = [TrainedSet(**row) for row in record["results"]]
+    for label, train in controls.items():
+        if label in {row.label for row in rows}:
+            continue
+        rows.append(train().row)
+        record = record | {"results": [asdict(row) for row in rows]}
+        write_text(job.output / CARD, _card(record, ranking))
+        write_json(job.output / RECORD, record)
+    return rows
+
+
+def base_row(loss_nats: float) -> TrainedSet:
+    """The row of the base model."""
+    return TrainedSet("base model", 0, 0, loss_nats, 0)
+
+
+def stage_1_row(job: TrainJob, ranking: Ranking) -> list[TrainedSet]:
+    """All modules as stage 1 of the ranking trained them, if model and data are the same."""
+    made_by = ranking.made_by
+    stage_1, held_out = made_by.stage_1, made_by.held_out_loss_nats
+    is_same = (
+        made_by.options.objective == job.session.objective
+        and made_by.model.weights_sha256 == job.record["model"]["weights_sha256"]
+        and made_by.data.split_sha256 == job.record["data"]["split_sha256"]
+    )
+    is_full = job.sets.fine_tuning.options.is_full
+    if stage_1 is None or held_out is None or not is_same or is_full:
+        return []
+    return [
+        TrainedSet(
+            label="all (stage 1 of the ranking)",
+            num_modules=len(ranking.modules),
+            num_trained_parameters=stage_1.num_trained_parameters,
+            held_out_loss_nats=held_out.tuned,
+            num_steps=stage_1.num_steps,
+        )
+    ]
+
+
+def _card(record: Mapping[str, Any], ranking: Ranking) -> str:
+    return model_card(record, ranking, how_it_was_made("train", record["options"], ranking))
