@@ -300,17 +300,22 @@ def _no_options(content):
     content["provenance"] = {}
 
 
+def _no_stage_1(content):
+    del content["provenance"]["stage_1"]
+
+
 # what is wrong, what is done to the ranking, arguments, what the line says
 REFUSED = [
     ("a ranking of another model", _other_names, (), "the ranking must be of this model, but 9"),
     ("modules that were not ranked", _keep_12, (), "must hold every module of the update, but 9"),
     ("an adapter on fewer modules", None, ("--adapter", "{here}/fewer"), "but 15 of 21 are not"),
-    ("an adapter for another model", None, ("--model", "{tiny}/wide"), "the ranking must be of this model"),
+    ("another model", None, ("--model", "{tiny}/wide"), "the ranking must be of this model"),
     ("none kept", None, ("--budget", "0.001x-params"), "must allow at least the best module"),
     ("a budget of 0", None, ("--budget", "0"), "`budget` as a count must be at least 1"),
     ("budget and freeze", None, ("--freeze", "0.5"), "got both"),
     ("adapter and checkpoint", None, ("--adapter", "a", "--tuned", "b"), "got both"),
     ("no data in the ranking", _no_options, ("--model", "m"), "--data"),
+    ("no update in the ranking", _no_stage_1, (), "give `adapter` or `tuned`"),
     ("data that are gone", None, ("--data", "{here}/gone.jsonl"), "must be a file, a folder or"),
     ("the same checkpoint", None, ("--tuned", "{tiny}/model"), "must differ from the base"),
     ("a file as output", None, ("--output", "{here}/file"), "the output must be a folder"),
@@ -406,29 +411,6 @@ def test_a_checkpoint_that_fails_its_proof_is_not_written(ranked_full, prune, mo
     assert (run.code, run.out) == (1, "")
     assert "must be the tuned one but for the pruned modules, but 1 tensors differ" in run.err
     assert list(run.folder.parent.iterdir()) == []
-
-
-def test_the_python_call_gives_what_is_printed(tiny, ranked, tmp_path):
-    from keylayers.commands.prune import PruneOptions, run
-    from keylayers.commands.selection import BudgetOptions
-    from keylayers.data.options import DataOptions
-    from keylayers.errors import RankingError
-    from keylayers.model.options import ModelOptions, UpdateOptions
-
-    options = PruneOptions(
-        BudgetOptions(ranking=str(ranked), budget="4"),
-        ModelOptions(model=str(tiny / "model")),
-        DataOptions(data=str(tiny / "data.jsonl")),
-        UpdateOptions(adapter=str(ranked / "adapter")),
-    )
-    found = run(options, tmp_path / "cut")
-    assert (found.kind, set(found.modules)) == ("adapter", best(ranked, 4))
-    assert (found.full.num_modules, found.pruned.num_modules) == (NUM_MODULES, 4)
-    assert found.base_loss_nats > found.pruned_loss_nats > found.full_loss_nats
-    nothing = PruneOptions(options.selection, options.model, options.data)
-    with pytest.raises(RankingError, match="give `adapter` or `tuned`"):
-        run(nothing, tmp_path / "none")
-    assert not (tmp_path / "none").exists()
 
 
 def test_a_ranking_file_cannot_switch_on_the_code_of_a_model(ranked, tmp_path):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where options come from: flags win over the YAML file, and that over a ranking's record."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,11 @@ WITH_UPDATE = (("verify",), ("prune",))  # they open the update that was ranked 
 def flat(title: str) -> Parameter:
     """Show the fields of an options class as flags of their own, together under `title`."""
     return Parameter(name="*", group=Group(title, sort_key=GROUPS.index(title)))
+
+
+def flat_values(*parts: Any) -> dict[str, Any]:
+    """Every option of some options classes by the name of its flag."""
+    return {name: value for part in parts for name, value in asdict(part).items()}
 
 
 def from_config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App
 
-from keylayers.commands.config import FromRanking, flat
+from keylayers.commands.config import FromRanking, flat, flat_values
 from keylayers.commands.selection import BudgetOptions, budget_of, note_ties
 from keylayers.data.options import DataOptions
 from keylayers.errors import OutputError
@@ -47,8 +47,7 @@ class PruneOptions:
 
     def flat(self) -> dict[str, Any]:
         """Every option by the name of its flag, for the record."""
-        parts = (self.selection, self.model, self.data, self.update, self.objective)
-        return {name: value for part in parts for name, value in asdict(part).items()}
+        return flat_values(self.selection, self.model, self.data, self.update, self.objective)
 
 
 app = App(
@@ -101,14 +100,7 @@ def prune(
 def run(options: PruneOptions, output: Path, progress: Progress | None = None) -> "PrunedUpdate":
     """Write an adapter or a tuned checkpoint with only the selected modules, and prove it.
 
-    Args:
-        options: Everything that decides the result.
-        output: Folder of the adapter or checkpoint; new, empty, or an earlier result of keylayers.
-        progress: Where to report to.
-
-    Raises:
-        KeylayersError: a bad option, ranking, model, update, data set or output; nothing is left
-            behind then.
+    An error leaves nothing behind.
     """
     from keylayers.apply.pruned_update import Pruning
     from keylayers.commands.repeat import how_it_was_made

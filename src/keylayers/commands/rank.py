@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App
 
-from keylayers.commands.config import flat
+from keylayers.commands.config import flat, flat_values
 from keylayers.commands.scoring_flags import ScoringFlags
 from keylayers.data.options import DataOptions
 from keylayers.environment import environment
@@ -69,9 +69,8 @@ class RankOptions:
 
     def flat(self) -> dict[str, Any]:
         """Every option by the name of its flag, for the record."""
-        parts = (self.model, self.data, self.update, self.training, self.stability)
-        flat = {name: value for part in parts for name, value in asdict(part).items()}
-        return flat | self.scoring.flat()
+        own = flat_values(self.model, self.data, self.update, self.training, self.stability)
+        return own | self.scoring.flat()
 
 
 app = App(help_epilogue=EXAMPLES, help_format="markdown")
@@ -122,16 +121,8 @@ def run(
     """Run both stages, or stage 2 on an existing update, and write `output`/ranking.json.
 
     The same call continues a run that was stopped in stage 1 from its last checkpoint; the result
-    is that of a run that was not stopped.
-
-    Args:
-        options: Everything that decides the result.
-        output: Folder for the results.
-        progress: Where to report to.
-        stage_1_in: Folder for stage 1's adapter, if not `output`.
-
-    Raises:
-        KeylayersError: a bad option, model, data set or output; nothing is left behind then.
+    is that of a run that was not stopped. An error leaves nothing behind. Stage 1's adapter is
+    written to `stage_1_in`, by default `output`.
     """
     from keylayers.commands.session import Session
     from keylayers.files import check_replaceable, output_folder

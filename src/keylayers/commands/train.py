@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App
 
-from keylayers.commands.config import FromRanking, flat
+from keylayers.commands.config import FromRanking, flat, flat_values
 from keylayers.commands.scoring_flags import ScoringFlags
 from keylayers.commands.selection import Control, SelectionOptions, budget_of, note_ties
 from keylayers.data.options import DataOptions
@@ -81,11 +81,10 @@ class TrainOptions:
 
     def flat(self) -> dict[str, Any]:
         """Every option by the name of its flag, for the record."""
-        parts = (self.selection, self.model, self.data, self.training)
-        flat = {name: value for part in parts for name, value in asdict(part).items()}
+        own = flat_values(self.selection, self.model, self.data, self.training)
         if self.selection.rank_first:
-            flat |= asdict(self.stability) | self.scoring.flat()
-        return flat
+            own |= asdict(self.stability) | self.scoring.flat()
+        return own
 
 
 app = App(
@@ -146,19 +145,8 @@ def run(
     """Train the selected modules, prove that only they were trained, and write the result.
 
     The same call continues a run that was stopped from its last checkpoint; the result is that of a
-    run that was not stopped.
-
-    Args:
-        options: Everything that decides the result.
-        output: Folder of the adapter or checkpoint; new, empty, or an earlier result of keylayers.
-        progress: Where to report to.
-
-    Returns:
-        Held-out losses: of the base model, the selection, and the controls.
-
-    Raises:
-        KeylayersError: a bad option, ranking, model, data set or output; nothing is left behind
-            then.
+    run that was not stopped. An error leaves nothing behind. The rows are those of the base model,
+    the selection, and the controls.
     """
     from keylayers.commands.rank_first import RankFirst, train_and_freeze
     from keylayers.commands.train_job import compare, finished

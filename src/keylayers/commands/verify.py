@@ -3,13 +3,13 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App
 
-from keylayers.commands.config import FromRanking, flat
+from keylayers.commands.config import FromRanking, flat, flat_values
 from keylayers.data.options import DataOptions
 from keylayers.errors import ConfigError
 from keylayers.model.options import ModelOptions, UpdateOptions
@@ -81,8 +81,7 @@ class VerifyOptions:
 
     def flat(self) -> dict[str, Any]:
         """Every option by the name of its flag, for the record."""
-        parts = (self.model, self.data, self.update, self.curve, self.objective)
-        return {name: value for part in parts for name, value in asdict(part).items()}
+        return flat_values(self.model, self.data, self.update, self.curve, self.objective)
 
 
 app = App(
@@ -136,20 +135,10 @@ def run(
     *,
     output: Path | None = None,
 ) -> "Verification":
-    """Measure the mask curve of a ranking, and write verification.json next to the ranking file.
+    """Measure the mask curve of a ranking, and write verification.json.
 
-    With the options of the ranking's own run, which `keylayers verify` takes over, neither stage 1
-    nor the scores saw the held-out examples.
-
-    Args:
-        ranking: Ranking file, or the folder that holds ranking.json.
-        options: Model, update and data, and how to measure.
-        progress: Where to report to.
-        output: Folder for verification.json and a copy of the ranking.
-
-    Raises:
-        KeylayersError: a bad option, ranking, model, update, data set or output; nothing is written
-            then.
+    With the options of the ranking's own run, which the command line takes over, neither stage 1
+    nor the scores saw the held-out examples. An error leaves nothing behind.
     """
     from keylayers.files import output_folder
     from keylayers.ranking.ranking import FILE, Ranking

@@ -18,20 +18,19 @@ class DataOptions:
     """Which data, how it is read and split.
 
     Attributes:
-        data: A json, jsonl, csv or parquet file, a folder of such, or a data set's name on the hub
-            (owner/name or owner/name:config).
+        data: A json, jsonl, csv or parquet file, a folder of such files, or the name of a data set
+            on the hub (owner/name or owner/name:config).
         data_split: Split of a hub data set.
-        format: How the columns are read; recognised by their names if not given.
-        chat_template: chatml, alpaca, or a Jinja file. The model's own if it has one, else alpaca.
-        max_length: Longest example in tokens; what is longer loses its end. At most the model's
-            own limit.
-        max_examples: Use only the first so many examples.
-        held_out: Share of the examples (below 1) or their number that training and mask learning
-            never see.
-        mask_data: Where the modules are scored: on as many examples as are held out, set aside so
-            that neither training nor the held-out loss sees them (held-out), or on the training
-            examples (train).
-        split_seed: Chooses the held-out examples, whatever the other seeds.
+        format: How the columns are read. Default: recognised by their names.
+        chat_template: chatml, alpaca, or a Jinja file. Default: the model's own, or alpaca if it
+            has none.
+        max_length: Longest example in tokens; longer examples are cut at the end. At most the
+            model's own limit.
+        max_examples: Use only this many examples, the first ones.
+        held_out: Share (below 1) or number of the examples that neither training nor scoring sees.
+        mask_data: Which examples the modules are scored on. held-out: examples that are set aside
+            for this alone, as many as are held out. train: the training examples.
+        split_seed: Seed of the choice of held-out examples; no other seed affects it.
     """
 
     data: str

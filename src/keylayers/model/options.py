@@ -18,13 +18,12 @@ class ModelOptions:
     Attributes:
         model: Folder of the base model, or its name on the hub.
         revision: Branch, tag or commit of the base model on the hub.
-        dtype: Of the weights; auto is float32 on a CPU and bfloat16 on an accelerator.
-        towers: Blocks that count as the model's: those of the language model, or all, such as those
-            of its image tower too.
-        load_in_4bit: Load the base weights in 4 bits (NF4, double quantisation), as QLoRA does; the
+        dtype: Weight dtype. auto: float32 on CPU, bfloat16 on an accelerator.
+        towers: Which stacks of blocks are used. language: those of the language model. all: also
+            those of an image tower, for example.
+        load_in_4bit: Load the base weights in 4 bits (NF4, double quantisation), as QLoRA does. The
             adapter stays in `dtype`. Needs bitsandbytes.
-        trust_remote_code: Run Python code that comes with the model. Off: nothing of it is
-            executed.
+        trust_remote_code: Run Python code that comes with the model. By default none is run.
     """
 
     model: str
@@ -37,11 +36,11 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateOptions:
-    """Where the update comes from; with neither, stage 1 makes it.
+    """An update that exists already; without one, stage 1 makes it.
 
     Attributes:
-        adapter: A PEFT LoRA adapter of the model, folder or hub name: stage 1 is skipped.
-        tuned: A second full checkpoint, fine-tuned from the model: stage 1 is skipped.
+        adapter: A PEFT LoRA adapter of the model, as a folder or hub name. Skips stage 1.
+        tuned: A full checkpoint that was fine-tuned from the model. Skips stage 1.
     """
 
     adapter: str | None = None

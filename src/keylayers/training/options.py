@@ -26,11 +26,11 @@ class ObjectiveOptions:
     """What is trained for, and so what a loss is.
 
     Attributes:
-        objective: sft learns answers; dpo, orpo and reward learn from pairs of a chosen and a
-            rejected answer, kto from answers that are labelled good or bad; reward trains a model
-            that scores answers. docs/objectives.md has the columns that each needs.
+        objective: sft learns answers. dpo, orpo and reward learn from pairs of a chosen and a
+            rejected answer, kto from answers labelled good or bad. reward trains a model that
+            scores answers. docs/objectives.md lists the columns that each needs.
         beta: Strength of the pull to the reference model (dpo, kto), or weight of the odds ratio
-            (orpo). Not given: TRL's default.
+            (orpo). Default: TRL's.
     """
 
     objective: Objective = "sft"
@@ -62,21 +62,21 @@ class TrainingOptions(ObjectiveOptions):
     Attributes:
         update: What is trained: an adapter (lora, rslora, dora, adalora), or the modules' weights
             themselves (full).
-        learning_rate: Peak learning rate. Not given: 2e-4 times the square root of 4096 / hidden
-            size for LoRA, a tenth of that for a full fine-tune, and again for dpo and kto.
-        batch_size: Examples a device takes at once.
-        gradient_accumulation: Batches added up for one step.
-        warmup_steps: Steps over which the learning rate rises; constant afterwards.
-        lora_rank: Rank r of the LoRA matrices; for adalora the mean that its budget ends at.
+        learning_rate: Peak learning rate. Default: 2e-4 times the square root of 4096 / hidden size
+            for LoRA; a tenth of that for a full fine-tune; a tenth again for dpo and kto.
+        batch_size: Examples per device and batch.
+        gradient_accumulation: Batches per optimiser step.
+        warmup_steps: Steps over which the learning rate rises; it is constant afterwards.
+        lora_rank: Rank r of the LoRA matrices; for adalora the mean rank at the end.
         lora_alpha: LoRA's alpha; the update is scaled by alpha / r.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
-        seed: Of LoRA's initial values, of the order of the batches, and of the mask's batches.
-        report_to: Loggers that are told of losses, scores and gates as they come, by the names that
-            transformers has for them: tensorboard, wandb, mlflow, trackio and others. TensorBoard
-            writes to `runs`, or where TENSORBOARD_LOGGING_DIR says. Not given: none.
-        save_steps: Steps between the checkpoints from which a run that was stopped goes on when the
-            same command is given again; 0 for none. Not given: by time, so that saving takes less
-            than a twentieth of it.
+        seed: Seed of LoRA's initial values, of the order of the batches, and of the batches that
+            modules are scored on.
+        report_to: Loggers of losses, scores and gates, by their transformers names: tensorboard,
+            wandb, mlflow, trackio and others. TensorBoard writes to `runs`, or to
+            TENSORBOARD_LOGGING_DIR. Default: none.
+        save_steps: Steps between checkpoints; the same command continues a stopped run from the
+            last one. 0: no checkpoints. Default: by time, so that saving takes less than 5 % of it.
     """
 
     update: UpdateKind = "lora"
@@ -144,15 +144,15 @@ class TrainingOptions(ObjectiveOptions):
 class StabilityOptions:
     """When stage 1 ends: the loss is stable, or the cap is reached.
 
-    The paper learns masks after 25-50 % of training and finds them close to the final one, and
-    finds one from 1 % far from it (from memory of its text).
+    The paper learns masks after 25-50 % of training, which are close to the final mask, unlike
+    masks after 1 % (from memory of its text).
 
     Attributes:
-        max_steps: Hard cap on the steps of stage 1. Not given: 300; inside one run (--rank-first),
-            half of the run's steps.
-        window: Steps averaged on either side when the loss is compared with itself.
-        epsilon: Stage 1 is stable when the mean loss of the last window differs by less than this
-            many nats from that of the window before. 0 trains to the cap.
+        max_steps: Largest number of steps of stage 1. Default: 300; with --rank-first, half of the
+            run's steps.
+        window: Steps in each of the two windows whose mean losses are compared.
+        epsilon: The loss is stable when the mean loss of the last window differs by less than this
+            many nats from that of the window before. 0: train to the cap.
     """
 
     max_steps: int | None = None
