@@ -178,14 +178,14 @@ def test_what_is_recorded_says_how_it_came_about(evaluated):
 
 
 def test_the_same_again_measures_nothing(evaluated, place, monkeypatch, capsys):
+    from keylayers.evaluation import benchmarks, texts
     from keylayers.evaluation.record import Evaluation
-    from keylayers.runs import eval_jobs
 
-    def refuse(self, loaded, progress):
+    def refuse(self, model, on_step):
         raise AssertionError(f"{self.name} is measured again")
 
-    for kind in (eval_jobs.TaskJob, eval_jobs.LossJob):
-        monkeypatch.setattr(kind, "run", refuse)
+    for kind in (benchmarks.Benchmark, texts.Examples):
+        monkeypatch.setattr(kind, "measured", refuse)
     monkeypatch.chdir(place)
     before = (place / "out" / "documents.parquet").read_bytes()
     assert keylayers("eval", *ALL, "--output", "out") == 0

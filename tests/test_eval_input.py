@@ -39,7 +39,7 @@ def test_a_chat_template_and_examples_are_part_of_the_prompt(place, tmp_path, mo
     assert seen[0].endswith("### Response:\n")
     assert seen[1].count("### Instruction:") == 1
     shown = capsys.readouterr().out
-    assert "base model, fixed: 0 examples in each prompt, for the task file fixes" in shown
+    assert "base model, fixed: 0 examples in each prompt: the task file fixes" in shown
 
 
 def test_the_base_model_is_the_same_after_each_adapter(place):
@@ -141,10 +141,10 @@ def test_a_model_with_another_tokenizer_is_not_compared_by_losses(
 
 
 def test_a_missing_library_is_one_line(place, tmp_path, monkeypatch, capsys):
-    from keylayers.runs import eval_jobs
+    from keylayers.evaluation import run
 
     monkeypatch.chdir(place)
-    monkeypatch.setattr(eval_jobs, "find_spec", lambda name: None)
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
     arguments = [*ONE, "--task-folder", "tasks", "--tasks", "three", "--output", tmp_path / "out"]
     assert keylayers("eval", *arguments) == 2
     assert "pip install 'keylayers[eval]'" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How an evaluation is shown: words for what is noise, at any width, with any names."""
 
-import json
 import math
 import re
 from io import StringIO
@@ -94,7 +93,7 @@ def test_what_has_no_interval_is_no_comparison():
 
 
 def test_a_rate_of_no_spread_is_said_to_be_the_same():
-    from keylayers.evaluation.measures import Difference, Measure, Result
+    from keylayers.evaluation.record import Difference, Measure, Result
     from keylayers.evaluation.statistics import Interval
     from keylayers.report.evaluation import chance_words, difference_words
 
@@ -126,7 +125,8 @@ def test_a_narrow_terminal_breaks_no_interval():
 def test_names_are_no_markup(tmp_path):
     from keylayers.evaluation.record import Evaluation
 
-    text = json.dumps(recorded().to_json()).replace("alpaca-all", "[red]x[/y]")
+    record = RECORD / "records" / "evaluation_english_2m_mmlu.json"
+    text = record.read_text().replace("alpaca-all", "[red]x[/y]")
     (tmp_path / "evaluation.json").write_text(text)
     lines = rendered(Evaluation.load(tmp_path), 140)
     assert any("against [red]x[/y]" in line for line in lines)

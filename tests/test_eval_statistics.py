@@ -113,7 +113,7 @@ def test_of_right_and_wrong_answers_it_is_mcnemars_test():
 
 def test_four_documents_of_three_hundred_show_no_difference():
     """All go one way, so the bootstrap's interval leaves out 0; four coins often do so too."""
-    from keylayers.evaluation.measures import Difference
+    from keylayers.evaluation.record import Difference
     from keylayers.evaluation.statistics import difference_interval, sign_flip_p
 
     few = documents([1.0] * 4 + [0.0] * 296)
@@ -127,7 +127,7 @@ def test_four_documents_of_three_hundred_show_no_difference():
 
 
 def test_models_that_are_alike_are_seldom_shown_to_differ():
-    from keylayers.evaluation.measures import Difference
+    from keylayers.evaluation.record import Difference
     from keylayers.evaluation.statistics import difference_interval, sign_flip_p
 
     draw = np.random.default_rng(0)

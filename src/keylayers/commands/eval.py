@@ -42,17 +42,17 @@ def eval(
 ) -> None:
     """Compare a model with adapters and checkpoints: benchmarks and losses in one table.
 
-    Every difference is taken document by document and stands beside its interval. What is finished
-    is not measured again: the same command goes on where it was stopped. Writes evaluation.json and
-    documents.parquet. Benchmarks need `pip install 'keylayers[eval]'`.
+    All models are measured on the same documents, and each difference is shown with its interval.
+    Finished results are not measured again: the same command continues where it stopped. Writes
+    evaluation.json and documents.parquet. Benchmarks need `pip install 'keylayers[eval]'`.
 
     Args:
         output: Folder of the evaluation.
         config: YAML file with any of these options; flags win over it.
     """
     from keylayers.commands.console import ConsoleProgress, stdout
+    from keylayers.evaluation.run import evaluate
     from keylayers.report.evaluation import evaluation_report
-    from keylayers.runs.eval import evaluate
 
     options = EvalOptions(model, compared, benchmarks, losses, run)
     found = evaluate(options, output, ConsoleProgress())

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmarks by lm-evaluation-harness: its own tasks, or those of a local task folder.
 
-The harness builds the prompts, runs the model and scores the answers; kept are the scores document
-by document. Needs the extra `eval`; this file is imported only where benchmarks are asked for.
+The harness builds the prompts, runs the model and scores the answers; we keep the scores of each
+document. Needs the extra `eval`; this file is imported only if benchmarks are asked for.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import inspect
 import logging
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -31,7 +31,7 @@ from yaml import YAMLError
 from keylayers.data.reading import quiet_datasets
 from keylayers.errors import ConfigError, DataError, did_you_mean
 from keylayers.evaluation.documents import Measured
-from keylayers.evaluation.measures import metric_name
+from keylayers.evaluation.measures import Part, metric_name
 from keylayers.evaluation.options import BenchmarkOptions
 from keylayers.evaluation.subjects import Loaded
 from keylayers.files import json_sha256
@@ -51,42 +51,16 @@ FROM_A_BAD_TASK = (
 )
 
 
-@dataclass(frozen=True)
-class GroupMetric:
-    """How a group averages a metric of its tasks."""
-
-    metric: str
-    filters: tuple[str, ...] | None
-    """None for every filter that the tasks have."""
-    is_by_size: bool
-    """Whether every document weighs the same, or every task."""
+MANY_TASKS = 10  # the table leaves out the tasks of groups that have more
 
 
-@dataclass(frozen=True)
-class TaskGroup:
-    """A group of tasks: the names of its members, of all tasks below it, and what it averages."""
+def load_benchmarks(options: BenchmarkOptions, seed: int) -> tuple[list["Benchmark"], list[Part]]:
+    """The tasks that the options name, with their documents, and the measures they make.
 
-    name: str
-    members: tuple[str, ...]
-    leaves: tuple[str, ...]
-    metrics: tuple[GroupMetric, ...]
-
-
-@dataclass(frozen=True)
-class Benchmarks:
-    """Tasks by name, and the groups that they stand in."""
-
-    tasks: dict[str, Any]
-    groups: tuple[TaskGroup, ...]
-
-
-def load_benchmarks(options: BenchmarkOptions) -> Benchmarks:
-    """The tasks that the options name, with their documents.
-
-    The harness' own thousands of tasks are looked through only if a name is not in the folder.
+    The harness's own tasks, which are thousands, are searched only if a name is not in the folder.
 
     Raises:
-        ConfigError: no such task, or one that cannot be run.
+        ConfigError: there is no such task, or it cannot be run.
         DataError: a task cannot be built, or its documents cannot be reached.
     """
     manager = _manager(options)
@@ -101,8 +75,44 @@ def load_benchmarks(options: BenchmarkOptions) -> Benchmarks:
     tasks = loaded["tasks"]
     for name, task in tasks.items():
         _check(name, task, options)
-        _give_fewshot(task, options)
-    return Benchmarks(tasks, tuple(_group(one) for one in loaded.get("groups", {}).values()))
+        # The harness's own rule: a task that sets 0 keeps it.
+        fixed = task.get_config("num_fewshot")
+        if fixed is None or (options.num_fewshot is not None and fixed != 0):
+            task.set_config(key="num_fewshot", value=options.num_fewshot or 0)
+    benchmarks = [Benchmark(name, task, options, seed) for name, task in tasks.items()]
+    return benchmarks, _parts(tasks, loaded.get("groups", {}))
+
+
+def _parts(tasks: Mapping[str, Any], groups: Mapping[str, Any]) -> list[Part]:
+    """Groups with their members below them, then the tasks that are in no group."""
+    by_name = {group.name: group for group in groups.values()}
+    inner = {member for group in by_name.values() for member in group.child_names}
+    outer = [group for name, group in by_name.items() if name not in inner]
+    parts = [part for group in outer for part in _group_parts(group, by_name, 0)]
+    alone = set(tasks) - {part.name for part in parts}
+    return [*parts, *(Part(name, (name,)) for name in tasks if name in alone)]
+
+
+def _group_parts(group: Any, by_name: Mapping[str, Any], depth: int) -> Iterator[Part]:
+    leaves = tuple(task.task_name for task in group.get_all_tasks())
+    averaged = group.aggregate_metric_list or ()
+    for one in averaged:
+        yield Part(
+            group.name,
+            leaves,
+            is_by_size=bool(one.weight_by_size),
+            metric=one.metric,
+            filters=None if one.filter_list is None else tuple(one.filter_list),
+            depth=depth,
+            is_group=True,
+        )
+    inner = depth + bool(averaged)
+    for member in group.child_names:
+        if member in by_name:
+            yield from _group_parts(by_name[member], by_name, inner)
+        else:
+            is_in_table = not averaged or len(leaves) <= MANY_TASKS
+            yield Part(member, (member,), depth=inner, is_in_table=is_in_table)
 
 
 def _reason(error: Exception) -> str:
@@ -141,31 +151,8 @@ def _check(name: str, task: Any, options: BenchmarkOptions) -> None:
         raise ConfigError(f"tasks must be of text alone, but {name!r} shows images or plays sound")
 
 
-def _give_fewshot(task: Any, options: BenchmarkOptions) -> None:
-    """The number of examples in the prompt, by the harness' own rules: a task's 0 stays."""
-    fixed = task.get_config("num_fewshot")
-    if fixed is None or (options.num_fewshot is not None and fixed != 0):
-        task.set_config(key="num_fewshot", value=options.num_fewshot or 0)
-
-
-def _group(group: Any) -> TaskGroup:
-    return TaskGroup(
-        name=group.name,
-        members=tuple(group.child_names),
-        leaves=tuple(task.task_name for task in group.get_all_tasks()),
-        metrics=tuple(
-            GroupMetric(
-                one.metric,
-                None if one.filter_list is None else tuple(one.filter_list),
-                bool(one.weight_by_size),
-            )
-            for one in group.aggregate_metric_list or ()
-        ),
-    )
-
-
 class HarnessModel(HFLM):
-    """A model as the harness takes it; counts its passes and draws no bars of its own."""
+    """A model as the harness takes it; counts passes and prompts that lose their beginning."""
 
     def __init__(self, loaded: Loaded, batch_size: int) -> None:
         with _Warnings():
@@ -187,30 +174,12 @@ class HarnessModel(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the harness has it, with a count of the prompts that lose their beginning.
-
-        The harness says so once a batch, whatever the number of prompts in it.
-        """
+        """Encode a batch, and count the prompts that are cut: the harness warns once a batch."""
         tokens, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
         if left_truncate_len:
             self.num_cut += int((mask.sum(dim=1) > left_truncate_len).sum())
             tokens, mask = tokens[:, -left_truncate_len:], mask[:, -left_truncate_len:]
         return tokens, mask
-
-    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        """As the harness has it, without a bar."""
-        return super().loglikelihood(requests, disable_tqdm=True)
-
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        """As the harness has it, without a bar."""
-        return super().loglikelihood_rolling(requests, disable_tqdm=True)
-
-    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        """As the harness has it, without a bar."""
-        return super().generate_until(requests, disable_tqdm=True)
-
-    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
-        return super()._loglikelihood_tokens(requests, **(kwargs | {"disable_tqdm": True}))
 
     def _model_call(self, *args: Any, **kwargs: Any) -> Any:
         self._count()
@@ -225,40 +194,119 @@ class HarnessModel(HFLM):
         self.on_step(self.num_passes, None)
 
 
-def inputs_sha256(
-    name: str, task: Any, model: HarnessModel, options: BenchmarkOptions, seed: int
-) -> str:
-    """The hash of all that decides a task's result but the model: prompts, documents, scoring.
+@dataclass(frozen=True)
+class Benchmark:
+    """One task of the harness, with its documents."""
 
-    Raises:
-        DataError: the task file does not fit its documents.
-    """
-    _seed(task, seed)
-    template = model.apply_chat_template if options.apply_chat_template else None
-    try:
-        with _Warnings():
-            task.build_all_requests(
+    name: str
+    task: Any
+    options: BenchmarkOptions
+    seed: int
+
+    def record(self) -> dict[str, Any]:
+        """The version that the task file states."""
+        about = self.task.get_config("metadata") or {}
+        return {"kind": "benchmark", "version": about.get("version")}
+
+    def inputs_sha256(self, model: HarnessModel) -> str:
+        """The hash of all that decides the result except the model.
+
+        Raises:
+            DataError: the task file does not fit its documents.
+        """
+        self._set_seeds()
+        options, task = self.options, self.task
+        template = model.apply_chat_template if options.apply_chat_template else None
+        try:
+            with _Warnings():
+                task.build_all_requests(
+                    limit=options.limit,
+                    rank=0,
+                    world_size=1,
+                    apply_chat_template=options.apply_chat_template,
+                    fewshot_as_multiturn=options.apply_chat_template,
+                    chat_template=template,
+                    tokenizer_name=model.tokenizer_name if template else "",
+                )
+        except FROM_A_BAD_TASK as error:
+            raise DataError(
+                f"the task {self.name!r} must give a prompt for each of its documents, but the "
+                f"harness said: {_reason(error)}"
+            ) from error
+        config = {key: _said(value) for key, value in task.dump_config().items() if key in SCORING}
+        requests = [[one.doc_id, one.idx, str(one.args)] for one in task.instances]
+        documents = [str(doc) for _, doc in task.doc_iterator(limit=options.limit)]
+        return json_sha256([lm_eval.__version__, str(config), requests, documents])
+
+    def measured(self, model: HarnessModel, on_step: OnStep) -> Measured:
+        """One model on this task."""
+        self._set_seeds()
+        options, name = self.options, self.name
+        model.num_cut, model.num_passes, model.on_step = 0, 0, on_step
+        warnings = _Warnings()
+        with warnings, quiet_datasets(), torch.no_grad():
+            found = lm_eval.evaluate(
+                lm=model,
+                task_dict={"tasks": {name: self.task}, "groups": {}},
                 limit=options.limit,
-                rank=0,
-                world_size=1,
+                bootstrap_iters=0,
                 apply_chat_template=options.apply_chat_template,
                 fewshot_as_multiturn=options.apply_chat_template,
-                chat_template=template,
-                tokenizer_name=model.tokenizer_name if template else "",
+                confirm_run_unsafe_code=options.run_generated_code,
             )
-    except FROM_A_BAD_TASK as error:
-        raise DataError(
-            f"the task {name!r} must give a prompt for each of its documents, but the harness "
-            f"said: {_reason(error)}"
-        ) from error
-    config = {key: _said(value) for key, value in task.dump_config().items() if key in SCORING}
-    requests = [[one.doc_id, one.idx, str(one.args)] for one in task.instances]
-    documents = [str(doc) for _, doc in task.doc_iterator(limit=options.limit)]
-    return json_sha256([lm_eval.__version__, str(config), requests, documents])
+        all_totals = {
+            metric_name(*key.split(",", 1)): float(value)
+            for key, value in found["results"][name].items()
+            if "," in key and "_stderr," not in key and isinstance(value, Real)
+        }
+        totals = {metric: value for metric, value in all_totals.items() if math.isfinite(value)}
+        said = [f"{one} is not finite, and left out" for one in all_totals if one not in totals]
+        num_fewshot = self.task.get_config("num_fewshot")
+        if options.num_fewshot not in (None, num_fewshot):
+            said.append(f"{num_fewshot} examples in each prompt: the task file fixes the number")
+        rows = pd.DataFrame(
+            [row for sample in found["samples"][name] for row in self._rows(sample)],
+            columns=["task", "metric", "document", "document_sha256", "value", "size", "chance"],
+        )
+        means = rows.groupby("metric", sort=False)["value"].mean()
+        is_mean = [one for one in totals if one in means and math.isclose(means[one], totals[one])]
+        directions = found["higher_is_better"].get(name, {})
+        return Measured(
+            task=name,
+            rows=rows[rows["metric"].isin(is_mean)].reset_index(drop=True),
+            totals=totals,
+            higher_is_better={one: directions.get(one.split(" (")[0]) for one in totals},
+            facts={
+                "num_fewshot": num_fewshot,
+                "num_cut_prompts": model.num_cut + warnings.num_cut,
+                "warnings": [*warnings.others, *said],
+            },
+        )
+
+    def _set_seeds(self) -> None:
+        """Seed every generator that a task may use, as `lm_eval.simple_evaluate` does."""
+        random.seed(self.seed)
+        np.random.seed(self.seed)
+        torch.manual_seed(self.seed)
+        self.task.set_fewshot_seed(seed=self.seed)
+
+    def _rows(self, sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        for metric in sample["metrics"]:
+            if not isinstance(sample[metric], Real) or not math.isfinite(sample[metric]):
+                continue  # part of a metric that is not a mean over documents
+            yield {
+                "task": self.name,
+                "metric": metric_name(metric, sample["filter"]),
+                "document": int(sample["doc_id"]),
+                "document_sha256": sample["doc_hash"][:16],
+                "value": float(sample[metric]),
+                "size": 1.0,
+                "chance": _chance(self.task, metric, sample),
+            }
 
 
 def _said(value: Any) -> Any:
-    """The value with each function in it as its source: as text it is a place in memory."""
+    """The value with each function replaced by its source: `str` gives an address in memory."""
     if isinstance(value, dict):
         return {key: _said(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -273,83 +321,6 @@ def _said(value: Any) -> Any:
         return f"{type(value).__module__}.{getattr(value, '__qualname__', type(value).__name__)}"
 
 
-def run_benchmark(
-    name: str, task: Any, model: HarnessModel, options: BenchmarkOptions, seed: int
-) -> Measured:
-    """One model on one task.
-
-    Args:
-        name: Of the task.
-        task: From `load_benchmarks`.
-        model: The model.
-        options: How many documents, and whether as a chat.
-        seed: Of examples in the prompt, and of sampled answers.
-    """
-    _seed(task, seed)
-    model.num_cut, warnings = 0, _Warnings()
-    with warnings, quiet_datasets(), torch.no_grad():
-        found = lm_eval.evaluate(
-            lm=model,
-            task_dict={"tasks": {name: task}, "groups": {}},
-            limit=options.limit,
-            bootstrap_iters=0,
-            apply_chat_template=options.apply_chat_template,
-            fewshot_as_multiturn=options.apply_chat_template,
-            confirm_run_unsafe_code=options.run_generated_code,
-        )
-    all_totals = {
-        metric_name(*key.split(",", 1)): float(value)
-        for key, value in found["results"][name].items()
-        if "," in key and "_stderr," not in key and isinstance(value, Real)
-    }
-    totals = {metric: value for metric, value in all_totals.items() if math.isfinite(value)}
-    said = [f"{one} is not finite, and left out" for one in all_totals if one not in totals]
-    num_fewshot = task.get_config("num_fewshot")
-    if options.num_fewshot not in (None, num_fewshot):
-        said.append(f"{num_fewshot} examples in each prompt, for the task file fixes their number")
-    rows = pd.DataFrame(
-        [row for sample in found["samples"][name] for row in _rows(name, task, sample)],
-        columns=["task", "metric", "document", "document_sha256", "value", "size", "chance"],
-    )
-    means = rows.groupby("metric", sort=False)["value"].mean()
-    is_mean = [one for one in totals if one in means and math.isclose(means[one], totals[one])]
-    directions = found["higher_is_better"].get(name, {})
-    return Measured(
-        task=name,
-        rows=rows[rows["metric"].isin(is_mean)].reset_index(drop=True),
-        totals=totals,
-        higher_is_better={one: directions.get(one.split(" (")[0]) for one in totals},
-        facts={
-            "num_fewshot": num_fewshot,
-            "num_cut_prompts": model.num_cut + warnings.num_cut,
-            "warnings": [*warnings.others, *said],
-        },
-    )
-
-
-def _seed(task: Any, seed: int) -> None:
-    """Every generator that a task may draw from, as the harness' own entry does."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    task.set_fewshot_seed(seed=seed)
-
-
-def _rows(name: str, task: Any, sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for metric in sample["metrics"]:
-        if not isinstance(sample[metric], Real) or not math.isfinite(sample[metric]):
-            continue  # a part of what is no mean over documents
-        yield {
-            "task": name,
-            "metric": metric_name(metric, sample["filter"]),
-            "document": int(sample["doc_id"]),
-            "document_sha256": sample["doc_hash"][:16],
-            "value": float(sample[metric]),
-            "size": 1.0,
-            "chance": _chance(task, metric, sample),
-        }
-
-
 def _chance(task: Any, metric: str, sample: dict[str, Any]) -> float:
     """How often a guess is right; NaN where that is not known."""
     if getattr(task, "OUTPUT_TYPE", None) != "multiple_choice" or metric not in OF_CHOICES:
@@ -360,7 +331,7 @@ def _chance(task: Any, metric: str, sample: dict[str, Any]) -> float:
 
 
 class _Warnings(logging.Handler, contextlib.AbstractContextManager["_Warnings"]):
-    """Takes what the harness logs: prompts that were cut are counted, other warnings are kept."""
+    """Collects what the harness logs: a count of cut prompts, and the other warnings."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

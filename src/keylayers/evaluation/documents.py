@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was measured, document by document, as one Parquet file: for intervals, and for later runs.
+"""What was measured, document by document, in one Parquet file: for intervals and for later runs.
 
-A pair is one model on one task. Its key is a hash of everything that decides its result, so a pair
-whose key is in the file is never measured again. Needs no torch.
+A pair is one model on one task. Its key is a hash of everything that decides its result; a pair
+whose key is in the file is not measured again. Needs no torch.
 """
 
 import json
@@ -21,14 +21,14 @@ from keylayers.files import write_bytes
 DOCUMENTS = "documents.parquet"
 COLUMNS = {
     "pair": "string",  # key
-    "model": "string",  # its name in the table of the last run that used the pair; rows for each
+    "model": "string",  # its name in the latest table; equal models have rows each
     "task": "string",
     "metric": "string",
-    "document": "int64",  # its place in the task, from 0
-    "document_sha256": "string",  # of its content
+    "document": "int64",  # its index in the task
+    "document_sha256": "string",  # hash of its content
     "value": "float64",
     "size": "float64",  # what the sum of values is divided by: 1, or tokens
-    "chance": "float64",  # value of a guess, if that is known
+    "chance": "float64",  # what guessing gives, if known
 }
 _META = b"keylayers"
 
@@ -38,11 +38,11 @@ class Measured:
     """One model on one task.
 
     Attributes:
-        task: Its name.
-        rows: A row a document and metric, with the columns of `COLUMNS` but the first two.
-        totals: Metric -> its value over all documents, also where that is no mean.
-        higher_is_better: Metric -> whether more of it is better, if that is known.
-        facts: What else is worth knowing, such as how many prompts were cut.
+        task: Name of the task.
+        rows: One row per document and metric, with all `COLUMNS` except the first two.
+        totals: Metric -> value over all documents, also if it is not a mean.
+        higher_is_better: Metric -> whether more is better, if known.
+        facts: Other facts, e.g. how many prompts were cut.
     """
 
     task: str
@@ -62,40 +62,35 @@ class Measured:
 
 
 class Store:
-    """The pairs in a folder: finished ones in one file, those of a run under way one by one.
+    """The pairs of a folder: all in one file, and those of an unfinished run in a file each."""
 
-    Attributes:
-        file: Where all of them are in the end.
-        under_way: Folder for those of this run, and of one that was killed.
-    """
-
-    def __init__(self, folder: Path, under_way: Path) -> None:
+    def __init__(self, folder: Path, unfinished: Path) -> None:
         self.file = folder / DOCUMENTS
-        self.under_way = under_way
+        self.unfinished = unfinished
         self._known: dict[str, Measured] = {}
         self._names: dict[str, list[str]] = {}
-        for path in (self.file, *sorted(under_way.glob("*.parquet"))):
+        for path in (self.file, *sorted(unfinished.glob("*.parquet"))):
             if path.is_file():
                 pairs, names = _read(path)
                 self._known |= pairs
                 self._names |= names
 
     def get(self, key: str) -> Measured | None:
-        """What was measured under this key, if it was."""
+        """The pair with this key, if it was measured."""
         return self._known.get(key)
 
     def put(self, key: str, found: Measured) -> None:
-        """Keep a pair, on disk before this returns."""
+        """Write a pair to disk."""
         self._known[key] = found
-        _write(self.under_way / f"{key[:32]}.parquet", {key: found}, {})
+        _write(self.unfinished / f"{key[:32]}.parquet", {key: found}, {})
 
     def finish(self, names: Mapping[str, Sequence[str]]) -> None:
         """Write all pairs into one file.
 
         Args:
-            names: Key -> names in the table that is shown of the model, and of those equal to it.
+            names: Key -> names of the model in the table, and of models equal to it.
         """
-        order = dict.fromkeys((*names, *self._known))  # the same whatever was measured when
+        order = dict.fromkeys((*names, *self._known))  # independent of what was measured when
         pairs = {key: self._known[key] for key in order}
         _write(self.file, pairs, {**self._names, **names})
 
@@ -116,7 +111,7 @@ def _write(path: Path, pairs: Mapping[str, Measured], names: Mapping[str, Sequen
 
 
 def _read(path: Path) -> tuple[dict[str, Measured], dict[str, list[str]]]:
-    """The pairs, and the names of their models, which have the same rows each."""
+    """The pairs, and the names of their models."""
     try:
         table = pq.read_table(path)
         about = json.loads(table.schema.metadata[_META])

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What decides a model's results beside its weights: config, generation config, tokenizer.
+"""The hash of what decides a model's results next to its weights: config and tokenizer.
 
 Needs no torch.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +13,8 @@ from keylayers.files import json_sha256
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Where a config comes from and what wrote it, which changes no result.
-OF_ORIGIN = ("_name_or_path", "name_or_path", "_commit_hash", "transformers_version")
-# What a tokenizer's backend keeps of the last call.
+# Keys that say where a config comes from, and what a tokenizer's backend keeps of its last call.
+WITHOUT_EFFECT = ("_name_or_path", "name_or_path", "_commit_hash", "transformers_version")
 OF_LAST_CALL = ("truncation", "padding")
 
 
@@ -25,43 +23,33 @@ def config_sha256(
     generation_config: Mapping[str, Any],
     tokenizer: "PreTrainedTokenizerBase",
 ) -> str:
-    """The SHA-256 of what decides a model's results beside its weights, in hexadecimal.
+    """The SHA-256 of config, generation config and tokenizer, in hexadecimal.
 
-    Two models with equal weights, whose files differ in the base of the rotary embedding, the end
-    token or the vocabulary, so have two hashes. A copy in another place has the same. The chat
-    template is no part of it, for prompts are hashed as they are rendered.
-
-    Args:
-        config: `to_dict()` of a loaded model's config, or the content of config.json. The two give
-            different hashes: a caller keeps to one.
-        generation_config: Likewise, or the content of generation_config.json; empty without one.
-        tokenizer: The one that the model is used with.
+    The chat template is not part of it: prompts are hashed as they are rendered.
     """
-    return json_sha256([_plain(config), _plain(generation_config), _about(tokenizer)])
-
-
-def _about(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """All that decides which tokens a text is, and which text tokens are."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # of Python alone
-        found: dict[str, Any] = {"kind": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
+    if backend is None:  # a tokenizer in pure Python
+        rules: dict[str, Any] = {"kind": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
     else:
-        found = {k: v for k, v in json.loads(backend.to_str()).items() if k not in OF_LAST_CALL}
-    return {
-        "backend": found,
-        "special_tokens": _plain(tokenizer.special_tokens_map),
+        rules = {k: v for k, v in json.loads(backend.to_str()).items() if k not in OF_LAST_CALL}
+    about = {
+        "backend": rules,
+        "special_tokens": tokenizer.special_tokens_map,
         "clean_up_tokenization_spaces": getattr(tokenizer, "clean_up_tokenization_spaces", None),
     }
+    return json_sha256([_text(one) for one in (dict(config), dict(generation_config), about)])
 
 
-def _plain(value: Any) -> Any:
-    """The value as JSON has it: text as keys, tuples as lists, what is not finite as text."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items() if k not in OF_ORIGIN}
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(str, value))
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    return value if isinstance(value, (str, int, bool, type(None))) else str(value)
+def _text(content: Mapping[str, Any]) -> str:
+    """Canonical JSON; infinite numbers are allowed, unlike in `json_sha256`."""
+    text = json.dumps(
+        content, default=lambda value: sorted(map(str, value)) if _is_set(value) else str(value)
+    )
+    relevant = json.loads(
+        text, object_hook=lambda one: {k: v for k, v in one.items() if k not in WITHOUT_EFFECT}
+    )
+    return json.dumps(relevant, sort_keys=True)
+
+
+def _is_set(value: Any) -> bool:
+    return isinstance(value, (set, frozenset))

@@ -12,13 +12,13 @@ from keylayers.ranges import check_at_least, check_seed
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedOptions:
-    """Which models stand beside the base model.
+    """Which models are compared with the base model.
 
     Attributes:
         adapter: PEFT adapters of the model, folders or names on the hub.
         checkpoint: Full checkpoints, fine-tuned from the model or not, folders or names on the hub.
-        reference: One of these adapters and checkpoints, with which the others are compared beside
-            the base model. Not given: the first.
+        reference: The adapter or checkpoint that the others are compared with, in addition to the
+            base model. Default: the first.
     """
 
     adapter: tuple[str, ...] = ()
@@ -41,15 +41,14 @@ class BenchmarkOptions:
     """Tasks of lm-evaluation-harness.
 
     Attributes:
-        tasks: Tasks and groups of tasks by name, such as mmlu,hellaswag: those of
-            lm-evaluation-harness and of the task folder.
-        task_folder: Folder of task files (YAML) of your own: docs/evaluation.md. Python that a task
-            file names is run.
-        num_fewshot: Examples in each prompt. Not given: what the task says. Tasks that fix none
-            have none.
-        apply_chat_template: Put the tasks' prompts as a chat.
-        run_generated_code: Let tasks run the code that the model writes (HumanEval and its like).
-        limit: Use only the first documents of each task, at most this number.
+        tasks: Names of tasks and groups, e.g. mmlu,hellaswag, of lm-evaluation-harness or of the
+            task folder.
+        task_folder: Folder with your own task files (YAML): docs/evaluation.md. Python functions
+            that a task file names are run.
+        num_fewshot: Examples in each prompt. Default: the task's own value, or 0.
+        apply_chat_template: Format the tasks' prompts as a chat.
+        run_generated_code: Let tasks run the code that the model writes, e.g. HumanEval.
+        limit: Use at most this many documents of each task.
     """
 
     tasks: tuple[str, ...] = ()
@@ -74,17 +73,17 @@ class BenchmarkOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
-    """Losses: what a fine-tune gained on its own data, and what it forgot of other text.
+    """Losses: what a fine-tune gained on its own data, and what it forgot about other text.
 
     Attributes:
-        data: The data that the fine-tune learned from. Its held-out examples are measured: the same
-            that `rank` and `train` hold out, where `chat_template` to `split_seed` are as there.
+        data: The data of the fine-tune. Its held-out examples are measured: the ones that `rank`
+            and `train` hold out if `chat_template` to `split_seed` are the same.
         forgetting_data: Text that the base model knows: a .txt file, or data in any format that
             `data` takes.
-        forgetting_examples: Use only the first so many examples of it; of a .txt file, so many
-            pieces of `max_length` tokens.
+        forgetting_examples: Use at most this many examples of it; a .txt file is cut into pieces
+            of `max_length` tokens.
         data_split: Split of hub data sets.
-        format: How the columns of `data` are read; recognised by their names if not given.
+        format: How the columns of `data` are read. Default: recognised by their names.
         chat_template: chatml, alpaca, or a Jinja file, for data and
             `apply_chat_template`. The model's own if it has one, else alpaca.
         max_length: Longest example in tokens; what is longer loses its end. At most the model's

@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What documents say about a model, and about the difference of two: means, intervals, tests.
+"""What documents say about a model and about the difference of two: means, intervals, tests.
 
-A measure is a mean over documents: of right answers, of nats a token. Documents
-stand in strata (the tasks of a group), and each stratum has a weight:
+A measure is a mean over documents. Documents belong to strata (the tasks of a group) with weights:
 
     value = sum over strata s of weight_s * (sum of value_i in s) / (sum of size_i in s)
 
-Intervals are 95 % and say what another draw of documents of the same kind would change; they know
-nothing of other seeds of training. A single task's share of right answers has the exact binomial
-interval (Clopper and Pearson 1934), everything else the percentile interval of a bootstrap over
-documents, each stratum by itself (Efron 1979). Two models are compared on the same documents, pair
-by pair, and a difference counts as shown only if its interval leaves out 0 and so does a test that
-flips the signs of the documents' differences (Fisher's randomisation test; of right and wrong
-answers it is McNemar's exact test). The second stops the bootstrap where few documents differ.
+Intervals are 95 % and describe another draw of documents, not other training seeds. A share of
+right answers on one task has the exact binomial interval (Clopper and Pearson 1934); other means
+have the percentile interval of a bootstrap within each stratum (Efron 1979). Two models are
+compared document by document. A difference counts as shown only if its interval excludes 0 and a
+test that flips the signs of the documents' differences agrees (Fisher's randomisation test; for
+right and wrong answers it is McNemar's exact test): the bootstrap alone is overconfident if few
+documents differ.
 
-Blind to: documents that are not independent, such as several questions on one text.
+Blind to: documents that depend on each other, such as several questions about one text.
 """
 
 from collections.abc import Sequence
@@ -36,9 +35,9 @@ class Documents:
 
     Attributes:
         values: What is summed.
-        sizes: What the sum is divided by: 1 a document, or its tokens.
-        strata: The stratum of each document, numbered from 0.
-        weights: Of the strata; they sum to 1.
+        sizes: What the sum is divided by: 1 for each document, or its number of tokens.
+        strata: Index of the stratum of each document.
+        weights: Weights of the strata; they sum to 1.
     """
 
     values: Float[ndarray, " document"]
@@ -51,41 +50,36 @@ class Documents:
         return float(self.parts().sum())
 
     def less(self, other: "Documents") -> "Documents":
-        """The difference to `other`, which must be measured on the same documents."""
+        """The difference to `other`, measured on the same documents."""
         assert np.array_equal(self.sizes, other.sizes)
         assert np.array_equal(self.strata, other.strata)
         return Documents(self.values - other.values, self.sizes, self.strata, self.weights)
 
     def members(self) -> list[Int[ndarray, " member"]]:
-        """The places of the documents of each stratum."""
+        """The indices of the documents of each stratum."""
         return [np.flatnonzero(self.strata == one) for one in range(len(self.weights))]
 
     def parts(self) -> Float[ndarray, " document"]:
-        """What each document adds to the measure; they sum to it."""
+        """What each document contributes to the measure, as summands."""
         totals = np.bincount(self.strata, self.sizes, len(self.weights))
         return self.values * (self.weights / totals)[self.strata]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A 95 % interval, and how it came about."""
+    """A 95 % interval, and the method behind it."""
 
     low: float
     high: float
     method: str
 
     def holds(self, value: float) -> bool:
-        """Whether the value may be the true one."""
+        """Whether the interval contains the value."""
         return self.low <= value <= self.high
 
 
 def interval(documents: Documents, seed: int = 0) -> Interval | None:
-    """The interval of the measure; None where a stratum holds fewer than two documents.
-
-    Args:
-        documents: Of one model, or the difference of two.
-        seed: Of the bootstrap.
-    """
+    """The interval of a measure; None if a stratum has fewer than two documents."""
     values, num = documents.values, len(documents.values)
     is_share = len(documents.weights) == 1 and np.all(documents.sizes == 1)
     if is_share and num > 1 and np.all((values == 0) | (values == 1)):
@@ -95,7 +89,7 @@ def interval(documents: Documents, seed: int = 0) -> Interval | None:
 
 
 def difference_interval(documents: Documents, seed: int = 0) -> Interval | None:
-    """The interval of a difference: by bootstrap always, for it is no share of anything."""
+    """The interval of a difference: always by bootstrap, because a difference is not a share."""
     return _bootstrap(documents, seed)
 
 
@@ -131,18 +125,14 @@ def _mean(documents: Documents, drawn: Sequence[ndarray]) -> ndarray:
 def sign_flip_p(documents: Documents, seed: int = 0) -> float:
     """The p-value of "no difference", two-sided, by flipping signs of the documents' differences.
 
-    Exact where all that differ weigh the same (McNemar's test) or where they are few; else from
-    9,999 drawn flips.
-
-    Args:
-        documents: The difference of two models.
-        seed: Of the flips.
+    Exact if all differences have the same size (McNemar's test) or are few; otherwise from 9,999
+    random flips.
     """
     parts = documents.parts()
     parts = parts[parts != 0]
     if len(parts) == 0:
         return 1.0
-    # Relative alone: a document's part of a loss is a few nats divided by the tokens of all.
+    # No absolute tolerance: a document's part of a loss is its nats divided by all tokens.
     if np.allclose(np.abs(parts), abs(parts[0]), rtol=1e-9, atol=0):
         return float(stats.binomtest(int((parts > 0).sum()), len(parts)).pvalue)
     found = stats.permutation_test(

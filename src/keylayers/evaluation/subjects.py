@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models of an evaluation, one after another: the base model, adapters on it, checkpoints.
+"""The models of an evaluation, one after the other: the base model, adapters on it, checkpoints.
 
-The base model is loaded once. Each adapter is put on it and taken off again, with proof, so that
-adapters of different kinds can be compared, and those that replace whole modules. One checkpoint at
-a time is in memory, where those who measure let go of each before they ask for the next.
+The base model is loaded once. Each adapter is put on it and taken off again, and the weights are
+compared afterwards. One checkpoint at a time is in memory, if the caller drops each model before it
+asks for the next.
 """
 
 import contextlib
@@ -42,8 +42,8 @@ class Subject:
     """One model of an evaluation.
 
     Attributes:
-        name: In tables, different from all others.
-        kind: What it is.
+        name: Unique name in tables.
+        kind: Base model, adapter or checkpoint.
         source: Folder or name on the hub, as given.
     """
 
@@ -54,16 +54,16 @@ class Subject:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is ready to be measured, in evaluation mode.
+    """A loaded model in evaluation mode.
 
     Attributes:
-        subject: Which it is.
-        model: With its adapter, if it has one.
-        tokenizer: Its own; of an adapter the base model's.
-        template: How it is spoken to.
-        identity: Hash of what decides its results: weights, base and adapter together, how they
-            are loaded, config, generation config and tokenizer.
-        record: What a record says of it.
+        subject: Which model it is.
+        model: The model, with its adapter if it has one.
+        tokenizer: Its tokenizer; the base model's for an adapter.
+        template: Its chat template.
+        identity: Hash of what decides its results: weights of base and adapter, dtype, config,
+            generation config and tokenizer.
+        record: What the record of the evaluation says about it.
     """
 
     subject: Subject
@@ -74,39 +74,39 @@ class Loaded:
     record: dict[str, Any]
 
     def chat_tokenizer(self) -> PreTrainedTokenizerBase:
-        """A tokenizer that renders chats by `template`; the model's own stays as it is."""
+        """A copy of the tokenizer that renders chats with `template`."""
         tokenizer = copy.deepcopy(self.tokenizer)
         tokenizer.chat_template = self.template.text
         return tokenizer
 
     @property
     def max_positions(self) -> int | None:
-        """The longest sequence that it takes, in tokens, if its config says so."""
+        """The longest sequence of the model, in tokens, if its config says so."""
         return max_positions(self.model)
 
 
 def subjects_of(model: ModelOptions, compared: ComparedOptions) -> list[Subject]:
-    """The base model, then the adapters, then the checkpoints, each under a name of its own.
+    """The base model, then the adapters, then the checkpoints, each with a unique name.
 
     Raises:
         ConfigError: two have the same name.
     """
     sources = (*compared.adapter, *compared.checkpoint)
-    names = _names(sources)
     kinds: list[Kind] = ["adapter"] * len(compared.adapter)
     kinds += ["checkpoint"] * len(compared.checkpoint)
-    for name, source in zip(names, sources, strict=True):
-        if [*names, BASE].count(name) > 1:
+    found = [Subject(BASE, "base", model.model)]
+    for name, kind, source in zip(_names(sources), kinds, sources, strict=True):
+        if name in [one.name for one in found]:
             raise ConfigError(
                 f"every model must have a name of its own in the table, but {source!r} has that of "
                 f"another, {name!r}; rename its folder"
             )
-    others = [Subject(*one) for one in zip(names, kinds, sources, strict=True)]
-    return [Subject(BASE, "base", model.model), *others]
+        found.append(Subject(name, kind, source))
+    return found
 
 
 def _names(sources: Sequence[str]) -> list[str]:
-    """As many of the last parts of each path as tell all apart, and them from the base model."""
+    """The shortest ends of the paths that differ from each other and from the base model's name."""
     parts = [
         [part for part in Path(one).parts if part not in ("/", ".")] or [one] for one in sources
     ]
@@ -120,23 +120,22 @@ def _names(sources: Sequence[str]) -> list[str]:
 def each_model(
     subjects: Sequence[Subject], source: ModelOptions, template: str | None
 ) -> Iterator[Loaded]:
-    """Every model in turn; one that was given is no longer to be used when the next is asked for.
+    """Load every model in turn. The previous model must not be used after asking for the next.
 
     Args:
         subjects: From `subjects_of`.
-        source: The base model, and how all are loaded.
-        template: Chat template by name, for models of their own tokenizer too.
+        source: The base model, and how all models are loaded.
+        template: Name of the chat template, also for checkpoints.
 
     Raises:
         KeylayersError: a model, adapter or tokenizer is missing or does not fit.
     """
-    checkpoints = [one for one in subjects if one.kind == "checkpoint"]
     yield from _base_and_adapters(
         [one for one in subjects if one.kind != "checkpoint"], source, template
     )
-    for subject in checkpoints:
-        # The revision is the base model's own.
-        yield _load(subject, replace(source, model=subject.source, revision=None), template)
+    for subject in subjects:
+        if subject.kind == "checkpoint":  # the revision is that of the base model
+            yield _load(subject, replace(source, model=subject.source, revision=None), template)
 
 
 def _base_and_adapters(
@@ -170,9 +169,8 @@ def _base_and_adapters(
 def _load(subject: Subject, source: ModelOptions, template: str | None) -> Loaded:
     tokenizer = load_tokenizer(source)
     model = load_model(source)
-    # without this question a build of PyTorch for CUDA names one where there is none
-    is_there = torch.accelerator.is_available()
-    if is_there and not source.load_in_4bit:  # which is where it belongs already
+    # `current_accelerator` alone names a device that is absent, in builds of PyTorch for CUDA.
+    if torch.accelerator.is_available() and not source.load_in_4bit:  # 4-bit: moved when loaded
         model = model.to(torch.accelerator.current_accelerator())
     to_evaluation(model)
     generation_config = model.generation_config.to_dict() if model.can_generate() else {}
@@ -188,12 +186,12 @@ def _load(subject: Subject, source: ModelOptions, template: str | None) -> Loade
 
 @contextlib.contextmanager
 def lent(model: PreTrainedModel) -> Iterator[None]:
-    """Give a model to PEFT, which replaces parts of it, and take it back as it was.
+    """Let PEFT replace parts of a model, and restore them afterwards.
 
-    PEFT's own `unload` leaves modules that an adapter holds whole in the model.
+    `PeftModel.unload` of peft 0.21 leaves modules of `modules_to_save` in the base model.
 
     Raises:
-        GuardError: a weight of the model changed meanwhile.
+        GuardError: a weight of the model changed.
     """
     before = fingerprint(model.state_dict().items())
     modules = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]

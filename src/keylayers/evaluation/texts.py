@@ -28,56 +28,109 @@ MAX_TOKEN_CHARACTERS = 16  # more than a token has on average; bounds what is re
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples of one set, as tokens.
+    """Examples of one data set, as tokens of the base model.
 
     Attributes:
-        name: Of the set: `GAIN` or `FORGETTING`.
-        tokens: `input_ids` and `labels` of each.
-        probes: Texts, and the tokens that they must be for a loss per token to be compared.
-        record: What a record says of the set.
-        notes: What a person should know of it.
+        name: `GAIN` or `FORGETTING`.
+        tokens: `input_ids` and `labels` of each example.
+        probes: Texts with their tokens, which every model's tokenizer must reproduce.
+        source: Where they come from, for the record.
+        batch_size: Examples in one batch.
     """
 
     name: str
     tokens: tuple[tuple[list[int], list[int]], ...]
     probes: Mapping[str, list[int]]
-    record: dict[str, Any]
-    notes: tuple[str, ...] = ()
+    source: dict[str, Any]
+    batch_size: int
 
-    def sha256(self) -> str:
-        """The hash of all tokens and labels."""
+    @property
+    def note(self) -> str:
+        """How many examples there are."""
+        source = self.source.get("data") or self.source["name"]
+        return f"{self.name}: {len(self.tokens)} examples of {source!r}"
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of one pass."""
+        return -(-len(self.tokens) // self.batch_size)
+
+    def record(self) -> dict[str, Any]:
+        """Where the examples come from."""
+        return {"kind": "loss", **self.source}
+
+    def inputs_sha256(self, loaded: Loaded) -> str:
+        """The hash of all tokens and labels.
+
+        Raises:
+            ModelError: the model's tokenizer gives other tokens than the base model's.
+        """
+        for text, ids in self.probes.items():
+            if loaded.tokenizer.encode(text, add_special_tokens=False) != ids:
+                raise ModelError(
+                    f"losses per token can be compared only between models of one tokenizer, but "
+                    f"{loaded.subject.source!r} cuts text into other tokens than the base model; "
+                    f"leave out `data` and `forgetting_data`, or evaluate it separately"
+                )
         return json_sha256([self.name, self.tokens])
 
+    def measured(self, loaded: Loaded, on_step: OnStep) -> Measured:
+        """The loss of a model, example by example.
 
-def examples_of(options: LossOptions, loaded: Loaded) -> list[Examples]:
-    """The sets that the options name, in the tokens of the base model.
+        Raises:
+            LossError: it is not finite.
+        """
+        found = example_losses(
+            loaded.model, self.tokens, batch_size=self.batch_size, on_step=on_step
+        )
+        if not all(math.isfinite(nats) for nats, _ in found):
+            raise LossError(
+                f"the loss must be a finite number, but {loaded.subject.source!r} gives NaN or "
+                f"infinity on {self.name}; its weights are damaged, or `dtype` is too narrow"
+            )
+        rows = pd.DataFrame(
+            {
+                "task": self.name,
+                "metric": METRIC,
+                "document": range(len(found)),
+                "document_sha256": [json_sha256(one)[:16] for one in self.tokens],
+                "value": [nats for nats, _ in found],
+                "size": [float(num) for _, num in found],
+                "chance": float("nan"),
+            }
+        )
+        total = rows["value"].sum() / rows["size"].sum()
+        return Measured(self.name, rows, {METRIC: float(total)}, {METRIC: False})
+
+
+def examples_of(options: LossOptions, loaded: Loaded, batch_size: int) -> list[Examples]:
+    """The data sets that the options name, in tokens of the base model.
 
     Raises:
         KeylayersError: data cannot be read, or hold nothing to measure.
     """
     found = []
     if options.data is not None:
-        found.append(_held_out(options, loaded))
+        found.append(_held_out(options, loaded, batch_size))
     if options.forgetting_data is not None:
-        found.append(_forgetting(options, loaded))
+        found.append(_forgetting(options, loaded, batch_size))
     return found
 
 
-def _held_out(options: LossOptions, loaded: Loaded) -> Examples:
+def _held_out(options: LossOptions, loaded: Loaded, batch_size: int) -> Examples:
     data = options.data_options(options.data or "")
     prepared = prepare(data, loaded.tokenizer, loaded.max_positions)
     tokens = tuple((one["input_ids"], one["labels"]) for one in prepared.held_out)
-    notes = (f"held-out data: {len(tokens)} examples of {options.data!r}",)
-    return Examples(GAIN, tokens, _probes(loaded, tokens), prepared.record(), notes)
+    return Examples(GAIN, tokens, _probes(loaded, tokens), prepared.record(), batch_size)
 
 
-def _forgetting(options: LossOptions, loaded: Loaded) -> Examples:
+def _forgetting(options: LossOptions, loaded: Loaded, batch_size: int) -> Examples:
     source, length = options.forgetting_data or "", options.max_length
     length = min(length, loaded.max_positions or length)
     if source.lower().endswith(".txt"):
         tokens = _pieces(Path(source), loaded, length, options.forgetting_examples)
     else:
-        # `format` is that of the fine-tune's data, not of this.
+        # `format` describes the fine-tune's data, not this text.
         format, found, _ = read_conversations(replace(options.data_options(source), format=None))
         chosen = list({one.digest(): one for one in found}.values())
         template = None
@@ -93,14 +146,13 @@ def _forgetting(options: LossOptions, loaded: Loaded) -> Examples:
             f"{len(tokens)} in {source!r}; give more text, or a smaller `max_length`"
         )
     record = {"name": source, "num_examples": len(tokens), "max_length": length}
-    notes = (f"forgetting: {len(tokens)} examples of {source!r}",)
-    return Examples(FORGETTING, tokens, _probes(loaded, tokens), record, notes)
+    return Examples(FORGETTING, tokens, _probes(loaded, tokens), record, batch_size)
 
 
 def _pieces(
     path: Path, loaded: Loaded, length: int, at_most: int
 ) -> tuple[tuple[list[int], list[int]], ...]:
-    """A plain text as pieces of so many tokens, each read from its own first token on."""
+    """A plain text, cut into pieces of `length` tokens that are read one by one."""
     try:
         with path.expanduser().open(encoding="utf-8") as file:
             text = file.read(at_most * length * MAX_TOKEN_CHARACTERS)
@@ -115,49 +167,6 @@ def _pieces(
 
 
 def _probes(loaded: Loaded, tokens: Sequence[tuple[list[int], list[int]]]) -> dict[str, list[int]]:
-    """Some of the examples as text, and what the base model's tokenizer makes of it."""
+    """Some examples as text, with the tokens that the base model's tokenizer gives."""
     texts = [loaded.tokenizer.decode(ids) for ids, _ in tokens[:20]]
     return {one: loaded.tokenizer.encode(one, add_special_tokens=False) for one in texts}
-
-
-def check_tokenizer(examples: Examples, loaded: Loaded) -> None:
-    """Raise a ModelError for a model that cuts the examples into other tokens than the base."""
-    for text, ids in examples.probes.items():
-        if loaded.tokenizer.encode(text, add_special_tokens=False) != ids:
-            raise ModelError(
-                f"losses per token can be compared only between models of one tokenizer, but "
-                f"{loaded.subject.source!r} cuts text into other tokens than the base model; leave "
-                f"out `data` and `forgetting_data`, or evaluate it by itself"
-            )
-
-
-def measured_losses(
-    examples: Examples, loaded: Loaded, *, batch_size: int, on_step: OnStep
-) -> Measured:
-    """The loss of a model on a set, example by example.
-
-    Args:
-        examples: The set.
-        loaded: The model.
-        batch_size: Examples at once.
-        on_step: Called after each batch.
-    """
-    found = example_losses(loaded.model, examples.tokens, batch_size=batch_size, on_step=on_step)
-    if not all(math.isfinite(nats) for nats, _ in found):
-        raise LossError(
-            f"the loss must be a finite number, but {loaded.subject.source!r} gives NaN or "
-            f"infinity on {examples.name}; its weights are damaged, or `dtype` is too narrow"
-        )
-    rows = pd.DataFrame(
-        {
-            "task": examples.name,
-            "metric": METRIC,
-            "document": range(len(found)),
-            "document_sha256": [json_sha256(one)[:16] for one in examples.tokens],
-            "value": [nats for nats, _ in found],
-            "size": [float(num) for _, num in found],
-            "chance": float("nan"),
-        }
-    )
-    total = rows["value"].sum() / rows["size"].sum()
-    return Measured(examples.name, rows, {METRIC: float(total)}, {METRIC: False})

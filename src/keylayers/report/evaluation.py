@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An evaluation in the terminal: all measures of all models in one table, and what they show.
+"""An evaluation in the terminal: one table of all measures, and sentences about what it shows.
 
 Needs no torch.
 """
@@ -12,8 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from keylayers.evaluation.measures import Difference, Measure, Result
-from keylayers.evaluation.record import Evaluation
+from keylayers.evaluation.record import ALPHA, Difference, Evaluation, Measure, Result
 from keylayers.evaluation.statistics import LEVEL, Interval
 
 FEW_DOCUMENTS = 30
@@ -25,15 +24,13 @@ SAME = "the same on each"
 
 
 def evaluation_report(found: Evaluation) -> RenderableType:
-    """All of an evaluation that a terminal shows."""
-    parts: list[RenderableType] = [_Fitting(found)]
-    parts += [Text(), Text("\n".join([*reading(found), *found.notes]))]
-    return Group(*parts)
+    """The table, how to read it, and the notes."""
+    return Group(_Fitting(found), Text(), Text("\n".join([*reading(found), *found.notes])))
 
 
 @dataclass(frozen=True)
 class _Fitting:
-    """The table as wide as it is, or with intervals under their numbers where that is too wide."""
+    """The table, with intervals below their numbers if it is too wide otherwise."""
 
     found: Evaluation
 
@@ -44,57 +41,48 @@ class _Fitting:
 
 
 def evaluation_table(found: Evaluation, between: str = " ") -> Table:
-    """A block a measure, a row a model: value, and differences on the same documents.
+    """A block for each measure, with a row for each model: value and differences.
 
     Args:
         found: What is shown.
-        between: What stands between a number and its interval.
+        between: Separates a number from its interval.
     """
-    shown = [one for one in found.measures if one.is_in_table]
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("")
     table.add_column("value")
-    base = next(iter(found.models))
-    others = [base] if len(found.models) > 1 else []
+    others = [next(iter(found.models))] if len(found.models) > 1 else []
     others += [found.reference] if found.reference is not None else []
     for name in others:
-        table.add_column(Text(f"against {name}"))  # brackets in a string would be markup
-    for measure in shown:
+        table.add_column(Text(f"against {name}"))  # a plain string would be read as markup
+    for measure in (one for one in found.measures if one.is_in_table):
         indent = "  " * measure.depth
-        table.add_row(Text(f"{indent}{title(measure)}", style="bold"), Text(about(measure), "dim"))
+        table.add_row(
+            Text(f"{indent}{_title(measure)}", style="bold"), Text(_about(measure), "dim")
+        )
         for result in measure.results:
-            cells = [_value(result, measure, between)]
             by_name = {one.against: one for one in result.differences}
+            cells = [_value(result, measure, between)]
             cells += [_difference(by_name.get(name), measure, between) for name in others]
             table.add_row(Text(f"{indent}  {result.model}"), *cells)
     return table
 
 
-def title(measure: Measure) -> str:
-    """What is measured."""
-    if measure.metric == LOSS:
-        return f"{measure.task}, nats per token"
-    return f"{measure.task}, {measure.metric}"
+def _title(measure: Measure) -> str:
+    metric = " nats per token" if measure.metric == LOSS else f" {measure.metric}"
+    return f"{measure.task},{metric}"
 
 
-def about(measure: Measure) -> str:
-    """How many documents it is a mean over, and what guessing gives."""
-    parts = []
-    if measure.num_documents:
-        parts.append(f"{measure.num_documents:,} {_documents(measure)}")
-    if measure.chance is not None:
-        parts.append(f"chance {measure.chance:.3f}")
-    if measure.higher_is_better is False:
-        parts.append("lower is better")
+def _about(measure: Measure) -> str:
+    """The number of documents, the chance level, and the direction if it is not the usual one."""
+    what = "examples" if measure.metric == LOSS else "documents"
+    parts = [f"{measure.num_documents:,} {what}"] if measure.num_documents else []
+    parts += [f"chance {measure.chance:.3f}"] if measure.chance is not None else []
+    parts += ["lower is better"] if measure.higher_is_better is False else []
     return ", ".join(parts)
 
 
-def _documents(measure: Measure) -> str:
-    return "examples" if measure.metric == LOSS else "documents"
-
-
 def chance_words(measure: Measure, result: Result) -> str:
-    """How a value stands to guessing; empty where it is above, or nothing is known."""
+    """How a value compares with guessing; empty if it is above chance, or if that is unknown."""
     if measure.chance is None or result.interval is None:
         return ""
     if result.interval.holds(measure.chance):
@@ -116,18 +104,16 @@ def difference_words(measure: Measure, one: Difference) -> str:
 
 
 def _value(result: Result, measure: Measure, between: str) -> Text:
-    words = chance_words(measure, result)
     text = _digits(measure, result.value) + _brackets(measure, result.interval, between)
-    return Text(f"{text}\n{words}" if words else text)
+    return Text("\n".join(filter(None, (text, chance_words(measure, result)))))
 
 
 def _difference(one: Difference | None, measure: Measure, between: str) -> Text:
     if one is None:
         return Text()
     words = difference_words(measure, one)
-    text = _digits(measure, one.value, sign="+")
-    if words != SAME:
-        text += _brackets(measure, one.interval, between, sign="+")
+    interval = None if words == SAME else one.interval
+    text = _digits(measure, one.value, "+") + _brackets(measure, interval, between, "+")
     return Text(f"{text}\n{words}")
 
 
@@ -139,7 +125,7 @@ def _brackets(measure: Measure, interval: Interval | None, between: str, sign: s
 
 
 def _digits(measure: Measure, value: float, sign: str = "") -> str:
-    """Four digits of a loss, three of a share; other numbers as they are."""
+    """Four decimals for a loss, three for a share, one for large numbers."""
     if measure.metric == LOSS:
         return f"{value:{sign}.4f}"
     return f"{value:{sign}.3f}" if abs(value) < 100 else f"{value:{sign},.1f}"
@@ -148,25 +134,20 @@ def _digits(measure: Measure, value: float, sign: str = "") -> str:
 def reading(found: Evaluation) -> list[str]:
     """What the table shows, in sentences: how it was computed, and how much of it is noise."""
     shown = [one for one in found.measures if one.is_in_table]
+    results = [result for measure in shown for result in measure.results]
+    compared = [one for result in results for one in result.differences if one.p is not None]
     lines = ["[ ] is a 95 % interval: what another draw of the documents would change"]
-    differences = [
-        one
-        for measure in shown
-        for result in measure.results
-        for one in result.differences
-        if one.p is not None
-    ]
-    if differences:
+    if compared:
         lines[0] += "; other seeds of training are not in it"
         lines.append(
             "a difference is shown if its interval (bootstrap, document by document) leaves out 0 "
-            "and a sign-flip test gives p < 0.05"
+            f"and a sign-flip test gives p < {ALPHA}"
         )
-    lines += _of_chance(shown)
-    lines += _of_many(differences)
-    few = [one for one in shown if 0 < one.num_documents < FEW_DOCUMENTS]
+    lines += _on_chance(shown)
+    lines += _on_multiple_comparisons(compared)
+    few = dict.fromkeys(one.task for one in shown if 0 < one.num_documents < FEW_DOCUMENTS)
     if few:
-        names = ", ".join(dict.fromkeys(one.task for one in few))
+        names = ", ".join(few)
         lines.append(f"fewer than {FEW_DOCUMENTS} documents, so rough intervals: {names}")
     hidden = len({one.task for one in found.measures if not one.is_in_table and one.depth})
     if hidden:
@@ -174,34 +155,32 @@ def reading(found: Evaluation) -> list[str]:
     return lines
 
 
-def _of_chance(shown: Sequence[Measure]) -> list[str]:
-    """Where no model is better than guessing, and how often one would seem to be."""
+def _on_chance(shown: Sequence[Measure]) -> Iterator[str]:
+    """Measures on which no model beats guessing, and how often guessing would seem to win."""
     guessed = [one for one in shown if one.chance is not None]
     lost = [one for one in guessed if all(chance_words(one, result) for result in one.results)]
-    lines = []
     if lost:
         names = ", ".join(dict.fromkeys(one.task for one in lost))
-        lines.append(f"no model is above chance, so there is nothing to compare: {names}")
+        yield f"no model is above chance, so there is nothing to compare: {names}"
     if len(lost) < len(guessed) >= MANY_DIFFERENCES:
-        lines.append(
+        yield (
             f"a model is above chance on {len(guessed) - len(lost)} of {len(guessed)} measures; "
             f"one that guesses would be on {(1 - LEVEL) / 2 * len(guessed):.1f} of them"
         )
-    return lines
 
 
-def _of_many(differences: Sequence[Difference]) -> list[str]:
-    """How many differences there are, and how many of them survive their number."""
-    if len(differences) < MANY_DIFFERENCES:
-        return []
-    num_shown = sum(one.is_shown for one in differences)
-    strict = sum(one.is_shown and (one.p_holm or 0) < 0.05 for one in differences)
-    text = f"{num_shown} of {len(differences)} differences are shown"
+def _on_multiple_comparisons(compared: Sequence[Difference]) -> Iterator[str]:
+    """How many differences are shown, and how many of them survive Holm's correction."""
+    if len(compared) < MANY_DIFFERENCES:
+        return
+    num_shown = sum(one.is_shown for one in compared)
+    text = f"{num_shown} of {len(compared)} differences are shown"
     if not num_shown:
-        return [text]
+        yield text
+        return
+    strict = sum(one.is_shown and (one.p_holm or 0) < ALPHA for one in compared)
     remain = f"; {strict} of them" if strict != num_shown else "; all of them"
-    by_chance = 0.05 * len(differences)
-    return [
-        f"{text}, where {by_chance:.1f} would be by chance alone if there were none{remain} after "
-        f"Holm's correction for {len(differences)} comparisons"
-    ]
+    yield (
+        f"{text}, where {ALPHA * len(compared):.1f} would be by chance alone if there were "
+        f"none{remain} after Holm's correction for {len(compared)} comparisons"
+    )
