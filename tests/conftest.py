@@ -5,6 +5,7 @@ What many tests start from (`tiny`, `ranked`, `trained`, ...) is made once per s
 several workers. Tests that change it take a copy.
 """
 
+import gc
 import os
 import shlex
 import shutil
@@ -39,6 +40,12 @@ def pytest_configure(config):
         import torch
 
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Every training of accelerate ends with a collection of garbage, over all that is imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

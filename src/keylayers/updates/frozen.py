@@ -9,6 +9,7 @@ recomputed activation would not match its first version under gradient checkpoin
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -32,7 +33,7 @@ def kept_frozen(model: nn.Module) -> Iterator[None]:
     for layer in layers:
         frozen = [one for one in layer.parameters() if not one.requires_grad]
         for name in SWITCHES:
-            setattr(layer, name, _refreezing(getattr(layer, name), frozen))
+            setattr(layer, name, partial(_switch_and_freeze, getattr(layer, name), frozen))
     try:
         yield
     finally:
@@ -41,10 +42,9 @@ def kept_frozen(model: nn.Module) -> Iterator[None]:
                 delattr(layer, name)  # the class's own method is behind it
 
 
-def _refreezing(switch: Callable[..., None], frozen: list[nn.Parameter]) -> Callable[..., None]:
-    def switch_and_freeze(*args: Any, **named: Any) -> None:
-        switch(*args, **named)
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-    return switch_and_freeze
+def _switch_and_freeze(
+    switch: Callable[..., None], frozen: list[nn.Parameter], *args: Any, **named: Any
+) -> None:
+    switch(*args, **named)
+    for parameter in frozen:
+        parameter.requires_grad_(False)

@@ -10,6 +10,7 @@ quantised ones.
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
@@ -53,15 +54,15 @@ def without_dropout(layer: LoraLayer, adapter: str) -> Iterator[None]:
         layer.lora_dropout[adapter] = dropout
 
 
+def _scale(gate: Gate, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return gate(output)
+
+
 @contextlib.contextmanager
 def gate_output(layer: nn.Module, scaled: nn.Module, gate: Gate) -> Iterator[None]:
     """Inside the block `gate`, a child of `layer`, scales what `scaled` computes."""
-
-    def scale(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return gate(output)
-
     layer.add_module(GATE_CHILD, gate)
-    handle = scaled.register_forward_hook(scale)
+    handle = scaled.register_forward_hook(partial(_scale, gate))
     try:
         yield
     finally:
