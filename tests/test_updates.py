@@ -118,9 +118,9 @@ def test_the_kind_of_the_ranking_is_trained_on_exactly_the_selection(ranked, kin
 
 
 def test_a_4_bit_base_without_bitsandbytes_is_one_clear_line(tiny, tmp_path, monkeypatch, capsys):
-    from keylayers import models
+    from keylayers.model import loading
 
-    monkeypatch.setattr(models, "is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr(loading, "is_bitsandbytes_available", lambda: False)
     assert rank(tiny, tmp_path / "out", "--load-in-4bit") == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("keylayers: `load_in_4bit` needs bitsandbytes, which is not installed")
