@@ -57,7 +57,8 @@ TRAINED: dict[str, Options] = {
 RANKED_FIRST: dict[str, Options] = {
     "freeze": ("--freeze", 0.25),
     "remove": ("--freeze", 0.4, "--action", "remove"),
-    "full": ("--update", "full", "--method", "ila", "--mask-steps", 10),
+    "full": ("--update", "full"),
+    "ila": ("--method", "ila", "--mask-steps", 10),
 }
 TOOLS = ("peft", "trl", "axolotl", "llamafactory", "ms-swift", "torchtune", "unsloth")
 EXPORTED: dict[str, Options] = {
