@@ -92,6 +92,21 @@ def preferences(once) -> Path:
 
 
 @pytest.fixture(scope="session")
+def eval_folder(tiny, once) -> Path:
+    """A folder with all that the tests of `keylayers eval` measure. Not to be changed."""
+    from eval_files import write_place
+
+    return once("eval_folder", lambda folder: write_place(tiny, folder))
+
+
+@pytest.fixture
+def place(eval_folder, monkeypatch) -> Path:
+    """The same folder as working directory."""
+    monkeypatch.chdir(eval_folder)
+    return eval_folder
+
+
+@pytest.fixture(scope="session")
 def ranked(tiny, once) -> Path:
     """A ranking with its own stage 1. Not to be changed: `ranking_copy` is for that."""
     from commands import rank

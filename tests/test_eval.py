@@ -2,6 +2,7 @@
 """`keylayers eval` from options to files, on a tiny model, two adapters and a checkpoint."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -12,25 +13,17 @@ from tiny_files import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
-def place(tiny, tmp_path_factory):
-    """A folder with all that is evaluated."""
-    folder = tmp_path_factory.mktemp("eval")
-    write_place(tiny, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def evaluated(place):
-    """The whole evaluation, and what it printed."""
+def evaluated(eval_folder, tmp_path_factory):
+    """The whole evaluation, what it printed, and its folder."""
     from contextlib import chdir, redirect_stderr, redirect_stdout
     from io import StringIO
 
     from keylayers.evaluation.record import Evaluation
 
-    out, err = StringIO(), StringIO()
-    with chdir(place), redirect_stdout(out), redirect_stderr(err):
-        assert keylayers("eval", *ALL, "--output", "out") == 0, err.getvalue()
-    return Evaluation.load(place / "out"), out.getvalue(), err.getvalue()
+    out, err, folder = StringIO(), StringIO(), tmp_path_factory.mktemp("evaluated")
+    with chdir(eval_folder), redirect_stdout(out), redirect_stderr(err):
+        assert keylayers("eval", *ALL, "--output", folder) == 0, err.getvalue()
+    return Evaluation.load(folder), out.getvalue(), folder
 
 
 def measure(found, task, metric):
@@ -43,15 +36,15 @@ def values(found, task, metric):
 
 
 @pytest.fixture(scope="module")
-def by_the_harness(place):
+def by_the_harness(eval_folder):
     """What lm-evaluation-harness itself says of two models, loaded in its own way."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(place / "tasks"), include_defaults=False)
+    manager = TaskManager(include_path=str(eval_folder / "tasks"), include_defaults=False)
     sources = {
-        "base model": f"pretrained={place}/model",
-        "other": f"pretrained={place}/model,peft={place}/other",
+        "base model": f"pretrained={eval_folder}/model",
+        "other": f"pretrained={eval_folder}/model,peft={eval_folder}/other",
     }
     return {
         name: lm_eval.simple_evaluate(
@@ -110,9 +103,9 @@ def test_a_loss_is_that_of_transformers_on_each_model_by_itself(evaluated, place
         assert found[name] == pytest.approx(total / num, rel=1e-5), name
 
 
-def test_differences_are_taken_document_by_document(evaluated, place):
+def test_differences_are_taken_document_by_document(evaluated):
     found, _, _ = evaluated
-    table = pd.read_parquet(place / "out" / "documents.parquet")
+    table = pd.read_parquet(evaluated[2] / "documents.parquet")
     rows = table[(table["task"] == "forgetting") & (table["metric"] == "loss")]
     wide = rows.pivot(index="document", columns="model", values="value")
     sizes = rows[rows["model"] == "base model"].set_index("document")["size"]
@@ -186,12 +179,12 @@ def test_the_same_again_measures_nothing(evaluated, place, monkeypatch, capsys):
 
     for kind in (benchmarks.Benchmark, texts.Examples):
         monkeypatch.setattr(kind, "measured", refuse)
-    monkeypatch.chdir(place)
-    before = (place / "out" / "documents.parquet").read_bytes()
-    assert keylayers("eval", *ALL, "--output", "out") == 0
+    found, _, folder = evaluated
+    before = (folder / "documents.parquet").read_bytes()
+    assert keylayers("eval", *ALL, "--output", folder) == 0
     assert "tuned: all measured before" in capsys.readouterr().err
-    assert (place / "out" / "documents.parquet").read_bytes() == before
-    assert Evaluation.load("out").measures == evaluated[0].measures
+    assert (folder / "documents.parquet").read_bytes() == before
+    assert Evaluation.load(folder).measures == found.measures
 
 
 class Stop:
@@ -214,7 +207,6 @@ class Stop:
 
 def test_a_run_that_was_stopped_goes_on(evaluated, place, tmp_path, monkeypatch):
     """At several places; nothing that was finished is measured twice, and the end is the same."""
-    monkeypatch.chdir(place)
     out = tmp_path / "out"
     kept = []
     for at in (4, 11, None):
@@ -225,39 +217,31 @@ def test_a_run_that_was_stopped_goes_on(evaluated, place, tmp_path, monkeypatch)
         assert at is None or not (out / "evaluation.json").exists()
         kept += stop.kept
     assert len(kept) == len(set(kept)) == 24
-    name = "documents.parquet"
-    pd.testing.assert_frame_equal(
-        pd.read_parquet(out / name), pd.read_parquet(place / "out" / name)
-    )
-    whole, broken = (
-        json.loads((one / "evaluation.json").read_text()) for one in (place / "out", out)
-    )
-    for one in (whole, broken):
+    tables = [pd.read_parquet(one / "documents.parquet") for one in (evaluated[2], out)]
+    pd.testing.assert_frame_equal(*tables)
+    records = [json.loads((one / "evaluation.json").read_text()) for one in (evaluated[2], out)]
+    for one in records:
         del one["provenance"]["environment"]  # the commit may change while tests run
-    assert whole["provenance"] == broken["provenance"]
-    assert whole == broken
+    assert records[0] == records[1]
     assert not list(tmp_path.glob(".*"))
     assert not list(out.glob(".*"))
 
 
-def test_what_changes_is_measured_anew_and_the_rest_is_not(evaluated, place, tmp_path, monkeypatch):
-    import shutil
-
+def test_only_what_changes_is_measured_again(evaluated, tiny, tmp_path, monkeypatch):
+    place, out = tmp_path / "place", tmp_path / "out"
+    place.mkdir()
+    write_place(tiny, place)
+    task = place / "tasks" / "five.jsonl"
+    task.write_text(task.read_text().replace("eats", "likes", 1))
+    shutil.copytree(evaluated[2], out)
     monkeypatch.chdir(place)
-    out = tmp_path / "out"
-    shutil.copytree(place / "out", out)
-    task = (place / "tasks" / "five.jsonl").read_text()
-    try:
-        (place / "tasks" / "five.jsonl").write_text(task.replace("eats", "likes", 1))
-        stop = Stop(monkeypatch)
-        assert keylayers("eval", *ALL, "--output", out) == 0
-    finally:
-        (place / "tasks" / "five.jsonl").write_text(task)
+    stop = Stop(monkeypatch)
+    assert keylayers("eval", *ALL, "--output", out) == 0
     changed = {"five", "written", "rolling"}  # the tasks that read the file
     record = json.loads((out / "evaluation.json").read_text())
     again = {one["pair"]: one["task"] for one in record["provenance"]["pairs"]}
     assert sorted(again[key] for key in stop.kept) == sorted([*changed] * 4)
     table = pd.read_parquet(out / "documents.parquet")  # has what was measured before, too
-    before = pd.read_parquet(place / "out" / "documents.parquet")
+    before = pd.read_parquet(evaluated[2] / "documents.parquet")
     assert set(before["pair"]) < set(table["pair"])
     assert set(table["model"]) == set(NAMES)

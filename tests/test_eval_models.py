@@ -8,21 +8,13 @@ import pandas as pd
 import pytest
 
 from commands import keylayers
-from eval_files import LOSSES, TASKS, write_place
-
-
-@pytest.fixture(scope="module")
-def place(tiny, tmp_path_factory):
-    """A folder with all that is evaluated."""
-    folder = tmp_path_factory.mktemp("eval")
-    write_place(tiny, folder)
-    return folder
+from eval_files import LOSSES, TASKS
+from tiny_files import ANIMALS, FOODS
 
 
 def test_each_model_is_gone_from_memory_before_the_next_is_loaded(place, tmp_path, monkeypatch):
     from keylayers.evaluation import subjects
 
-    monkeypatch.chdir(place)
     load, models, num_alive = subjects.load_model, [], []
 
     def watched(source):
@@ -42,8 +34,7 @@ def test_each_model_is_gone_from_memory_before_the_next_is_loaded(place, tmp_pat
     assert num_alive == [0, 0, 0]
 
 
-def test_equal_models_have_rows_each(place, tmp_path, monkeypatch):
-    monkeypatch.chdir(place)
+def test_equal_models_have_rows_each(place, tmp_path):
     arguments = ["--model", "model", "--checkpoint", "model", *LOSSES, "--output", tmp_path / "out"]
     for _ in range(2):
         assert keylayers("eval", *arguments) == 0
@@ -65,10 +56,7 @@ def test_no_model_takes_the_name_of_the_base():
 
 
 @pytest.mark.parametrize(("trained", "template"), [("trained", "model"), ("stage 1", "chatml")])
-def test_training_in_another_chat_template_is_said(
-    place, tmp_path, monkeypatch, capsys, trained, template
-):
-    monkeypatch.chdir(place)
+def test_training_in_another_chat_template_is_said(place, tmp_path, capsys, trained, template):
     given = [] if template == "model" else ["--chat-template", template]
     data = ["--model", "model", "--data", "data.jsonl", "--max-length", "64", "--held-out", "5"]
     small = ["--max-steps", "2", "--batch-size", "4", "--mask-batches", "1"]
@@ -93,3 +81,72 @@ def test_training_in_another_chat_template_is_said(
         assert "chat template" not in said(f"{name}-same", *measured, *given)
     known = ["--model", "model", "--forgetting-data", "known.txt", "--max-length", "32"]
     assert "chat template" not in said("none", *known)
+
+
+def test_the_base_model_is_the_same_after_each_adapter(place):
+    from keylayers.evaluation.options import ComparedOptions
+    from keylayers.evaluation.subjects import each_model, subjects_of
+    from keylayers.model.options import ModelOptions
+    from keylayers.model.weights import weights_sha256
+
+    source = ModelOptions(model=str(place / "model"))
+    compared = ComparedOptions(adapter=(str(place / "other"), str(place / "adapter")))
+    hashes = []
+    for loaded in each_model(subjects_of(source, compared), source, None):
+        if loaded.subject.kind == "base":
+            model, names = loaded.model, [name for name, _ in loaded.model.named_modules()]
+        hashes.append(loaded.identity)
+    assert weights_sha256(model) == loaded_hash(place)
+    assert [name for name, _ in model.named_modules()] == names
+    assert not hasattr(model, "peft_config")
+    assert len(set(hashes)) == 3
+
+
+def loaded_hash(place):
+    from keylayers.model.loading import load_model
+    from keylayers.model.options import ModelOptions
+    from keylayers.model.weights import weights_sha256
+
+    return weights_sha256(load_model(ModelOptions(model=str(place / "model"))))
+
+
+def test_names_tell_models_apart(tmp_path):
+    from keylayers.evaluation.options import ComparedOptions
+    from keylayers.evaluation.subjects import subjects_of
+    from keylayers.model.options import ModelOptions
+
+    def names(*sources):
+        compared = ComparedOptions(adapter=sources)
+        return [one.name for one in subjects_of(ModelOptions(model="m"), compared)]
+
+    assert names("runs/a", "runs/b") == ["base model", "a", "b"]
+    assert names("a/out", "b/out") == ["base model", "a/out", "b/out"]
+    assert names("owner/model", "x/base model") == ["base model", "owner/model", "x/base model"]
+
+
+def test_a_model_with_another_tokenizer_is_not_compared_by_losses(place, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    (tmp_path / "tuned").mkdir()
+    for path in (place / "tuned").iterdir():
+        (tmp_path / "tuned" / path.name).write_bytes(path.read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(place / "tuned")
+    tokenizer.add_tokens([f"{one[-1]} eat" for one in (*ANIMALS, *FOODS)])
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    arguments = ["--model", "model", "--checkpoint", tmp_path / "tuned", "--data", "data.jsonl"]
+    assert keylayers("eval", *arguments, "--output", tmp_path / "out") == 2
+    assert "only between models of one tokenizer" in capsys.readouterr().err
+
+
+def test_training_on_another_split_is_said(place, tmp_path, capsys):
+    """Then the adapter may have seen what counts as held out here."""
+    out = tmp_path / "rank"
+    data = ["--model", "model", "--data", "data.jsonl", "--max-length", "32", "--held-out", "5"]
+    small = ["--max-steps", "2", "--batch-size", "4", "--mask-batches", "1"]
+    assert keylayers("rank", *data, *small, "--output", out) == 0
+    arguments = ["--adapter", out / "adapter", "--output", tmp_path / "one"]
+    assert keylayers("eval", *data, *arguments) == 0
+    assert "another split" not in capsys.readouterr().out
+    arguments[-1] = tmp_path / "two"
+    assert keylayers("eval", *data[:-1], "7", *arguments) == 0
+    assert "adapter was trained on other data or another split" in capsys.readouterr().out

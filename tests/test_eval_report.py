@@ -3,6 +3,7 @@
 
 import math
 import re
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -27,64 +28,51 @@ def recorded():
     return Evaluation.load(RECORD / "records" / "evaluation_english_2m_mmlu.json")
 
 
+def measured(name, metric, values):
+    from keylayers.evaluation.documents import Measured
+
+    rows = pd.DataFrame(
+        {
+            "task": name,
+            "metric": metric,
+            "document": range(len(values)),
+            "document_sha256": "x",
+            "value": values,
+            "size": 1.0,
+            "chance": math.nan,
+        }
+    )
+    return Measured(name, rows, {metric: sum(values) / len(values)}, {metric: True})
+
+
 def test_documents_that_only_some_models_have_give_no_interval():
     """As where a task leaves out answers that it cannot score."""
-    from keylayers.evaluation.documents import Measured
     from keylayers.evaluation.measures import Part, measures_of
 
-    def of(num):
-        rows = pd.DataFrame(
-            {
-                "task": "t",
-                "metric": "f1",
-                "document": range(num),
-                "document_sha256": "x",
-                "value": 0.5,
-                "size": 1.0,
-                "chance": math.nan,
-            }
-        )
-        return {"t": Measured("t", rows, {"f1": 0.5}, {"f1": True})}
+    def models(num):
+        found = {"base model": 9, "a": num}
+        return {name: {"t": measured("t", "f1", [0.5] * num)} for name, num in found.items()}
 
-    (same,) = measures_of(Part("t", ("t",)), {"base model": of(9), "a": of(9)}, None, 0)
+    (same,) = measures_of(Part("t", ("t",)), models(9), None, 0)
     assert same.num_documents == 9
     assert same.results[1].differences[0].interval is not None
-    (other,) = measures_of(Part("t", ("t",)), {"base model": of(9), "a": of(8)}, None, 0)
+    (other,) = measures_of(Part("t", ("t",)), models(8), None, 0)
     assert other.results[1].differences[0].interval is None
-    groups = Part("g", ("t",), is_group=True)
-    assert not list(measures_of(groups, {"base model": of(9), "a": of(8)}, None, 0))
+    assert not list(measures_of(Part("g", ("t",), is_group=True), models(8), None, 0))
 
 
 def test_what_has_no_interval_is_no_comparison():
     """One document has no interval, so its difference is none of those that Holm corrects."""
-    from dataclasses import replace
-
-    from keylayers.evaluation.documents import Measured
     from keylayers.evaluation.measures import Part, corrected, measures_of
     from keylayers.report.evaluation import reading
 
-    def of(name, values):
-        rows = pd.DataFrame(
-            {
-                "task": name,
-                "metric": "acc",
-                "document": range(len(values)),
-                "document_sha256": "x",
-                "value": values,
-                "size": 1.0,
-                "chance": math.nan,
-            }
-        )
-        return Measured(name, rows, {"acc": sum(values) / len(values)}, {"acc": True})
-
-    names = [f"many {number}" for number in range(5)]
-    models = {"base model": 0.0, "a": 1.0}
-    measured = {
-        model: {"one": of("one", [value])} | {name: of(name, [value] * 40) for name in names}
-        for model, value in models.items()
+    sizes = {"one": 1} | {f"many {number}": 40 for number in range(5)}
+    models = {
+        model: {name: measured(name, "acc", [value] * size) for name, size in sizes.items()}
+        for model, value in (("base model", 0.0), ("a", 1.0))
     }
-    parts = [Part(name, (name,)) for name in ("one", *names)]
-    found = corrected([one for part in parts for one in measures_of(part, measured, None, 0)])
+    parts = [Part(name, (name,)) for name in sizes]
+    found = corrected([one for part in parts for one in measures_of(part, models, None, 0)])
     one, *many = [measure.results[1].differences[0] for measure in found]
     assert one.interval is one.p is one.p_holm is None
     assert [each.p_holm for each in many] == [5 * each.p for each in many]
