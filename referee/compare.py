@@ -13,6 +13,13 @@ SHOWN = 5  # differences shown for each case
 # Expected differences, as a pattern of `case:path` (`case` alone: it may be missing), with reasons.
 ALLOWED = {
     "*:*options/prefix_cache_gib": "the option is removed",
+    **{
+        f"eval-losses:*options/{name}": "sampling of problems is removed"
+        for name in (
+            *("problems", "problems_split", "samples", "temperature", "top_p"),
+            *("max_new_tokens", "ask"),
+        )
+    },
 }
 # Wording, and hashes of paths and seconds.
 NOT_COMPARED = {"log", "text", "inputs_sha256", "json_sha256"}
