@@ -69,7 +69,8 @@ def test_the_readme_is_short_and_its_links_exist():
         assert (ROOT / target).is_file(), target
 
 
-# Of TRL's own defaults; the example is to stay what a user would write.
+# From TRL's own defaults: the example has to stay what a user would write.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")
 def test_the_example_of_the_callback_runs(tmp_path, monkeypatch, capsys):
