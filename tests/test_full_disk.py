@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import preloaded
 from outputs import contents, differences
 from test_kill import COMMANDS, SMALL
 from test_study import METHODS, study_file
@@ -42,7 +43,7 @@ pytestmark = [
 def fill(folder, shares, words):
     """Where the runs were, and what is told of them."""
     script = Path(__file__).with_name("filling.py")
-    command = [*NAMESPACE, sys.executable, "-W", "ignore", script, folder, SHARES or shares, *words]
+    command = [preloaded.python(), "-W", "ignore", script, folder, SHARES or shares, *words]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
         [str(word) for word in command], capture_output=True, text=True, env=environment
