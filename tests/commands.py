@@ -81,3 +81,28 @@ def file_for(preferences, objective):
 
 def everything_below(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def plain_loss(tiny, model, adapter=None, off=()):
+    """Held-out loss of a model, or of PEFT's own with LoRA's B set to zero in the modules `off`."""
+    import torch
+
+    from keylayers.data.options import DataOptions
+    from keylayers.data.prepare import prepare
+    from keylayers.evaluation.loss import held_out_loss
+    from keylayers.model.loading import load_adapter, load_model, load_tokenizer
+    from keylayers.model.options import ModelOptions
+    from keylayers.training.options import TrainingOptions
+    from keylayers.training.run import make_trainer
+
+    tokenizer = load_tokenizer(ModelOptions(model=str(tiny / "model")))
+    data = prepare(DataOptions(data=str(tiny / "data.jsonl")), tokenizer, 64)
+    loaded = load_model(ModelOptions(model=str(model)))
+    if adapter is not None:
+        loaded = load_adapter(loaded, str(adapter))
+    with torch.no_grad():
+        for name in off:
+            loaded.get_base_model().get_submodule(name).lora_B["default"].weight.zero_()
+    training = TrainingOptions(batch_size=2)
+    trainer = make_trainer(loaded, tokenizer, data.train, training, num_steps=1)
+    return held_out_loss(trainer, data.held_out)

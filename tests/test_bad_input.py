@@ -52,11 +52,7 @@ def files(tiny, tmp_path_factory):
 RANK = [
     ("a missing model", {"model": "{files}/nowhere"}, "there is no such folder"),
     ("no model", {"model": "{files}/no_model"}, "the folder holds no config.json"),
-    (
-        "a name that no system takes",
-        {"model": "x" * 300},
-        "begins with 'xxxxxxxxxx",
-    ),
+    ("a name that no system takes", {"model": "x" * 300}, "begins with 'xxxxxxxxxx"),
     ("a file as model", {"model": "{files}/empty.jsonl"}, "but it is a file"),
     (
         "missing data",

@@ -121,15 +121,11 @@ def test_commands_of_the_readme_parse(command, tmp_path, monkeypatch):
 
 
 def test_help_of_the_whole_is_that_of_the_parts():
-    from importlib import import_module
-    from keyword import iskeyword
-
     from keylayers.cli import COMMANDS as SHOWN
+    from keylayers.cli import app
 
     for name, text in SHOWN.items():
-        own = f"{name}_" if iskeyword(name) else name
-        function = getattr(import_module(f"keylayers.commands.{own}"), own)
-        assert function.__doc__.splitlines()[0] == text
+        assert app[name].default_command.__doc__.splitlines()[0] == text
 
 
 def test_help_shows_examples_as_code_and_not_the_marks_around_it(capsys):

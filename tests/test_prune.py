@@ -8,7 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from commands import PLAIN_PEFT, PLAIN_TRANSFORMERS, best, fresh_process, keylayers, rank
+from commands import (
+    PLAIN_PEFT,
+    PLAIN_TRANSFORMERS,
+    best,
+    fresh_process,
+    keylayers,
+    plain_loss,
+    rank,
+    read,
+)
 from test_verify import Run, listing
 from tiny_files import NUM_MODULES, tiny_model, tiny_tokenizer
 
@@ -64,37 +73,8 @@ def test_the_adapter_of_stage_1_is_cut_to_the_best_modules(ranked, prune):
     made = record(run)
     assert set(made["selection"]["modules"]) == set(made["result"]["modules"]) == kept
     assert made["options"]["adapter"] == str(ranked / "adapter")
-    assert (
-        made["adapter"]["weights_sha256"]
-        == (
-            json.loads((ranked / "ranking.json").read_text())["provenance"]["stage_1"][
-                "adapter_sha256"
-            ]
-        )
-    )
-
-
-def plain_loss(tiny, model, adapter=None, off=()):
-    """Held-out loss of a model, or of PEFT's own with LoRA's B set to zero in the modules `off`."""
-    from keylayers.data.options import DataOptions
-    from keylayers.data.prepare import prepare
-    from keylayers.evaluation.loss import held_out_loss
-    from keylayers.model.loading import load_adapter, load_model, load_tokenizer
-    from keylayers.model.options import ModelOptions
-    from keylayers.training.options import TrainingOptions
-    from keylayers.training.run import make_trainer
-
-    tokenizer = load_tokenizer(ModelOptions(model=str(tiny / "model")))
-    data = prepare(DataOptions(data=str(tiny / "data.jsonl")), tokenizer, 64)
-    loaded = load_model(ModelOptions(model=str(model)))
-    if adapter is not None:
-        loaded = load_adapter(loaded, str(adapter))
-    with torch.no_grad():
-        for name in off:
-            loaded.get_base_model().get_submodule(name).lora_B["default"].weight.zero_()
-    training = TrainingOptions(batch_size=2)
-    trainer = make_trainer(loaded, tokenizer, data.train, training, num_steps=1)
-    return held_out_loss(trainer, data.held_out)
+    stage_1 = read(ranked)["provenance"]["stage_1"]
+    assert made["adapter"]["weights_sha256"] == stage_1["adapter_sha256"]
 
 
 def test_the_printed_losses_are_those_of_the_base_the_full_and_the_pruned(tiny, ranked, prune):
@@ -118,12 +98,8 @@ def test_sizes_are_those_on_disk(ranked, prune):
     for part, folder, count in (("full", ranked / "adapter", 21), ("pruned", run.folder, 6)):
         path = folder / "adapter_model.safetensors"
         num_parameters = sum(value.numel() for value in load_file(path).values())
-        size = {
-            "num_modules": count,
-            "num_parameters": num_parameters,
-            "num_bytes": path.stat().st_size,
-        }
-        assert found[part] == size
+        size = {"num_modules": count, "num_parameters": num_parameters}
+        assert found[part] == size | {"num_bytes": path.stat().st_size}
         cells = [str(count), f"{num_parameters:,}", f"{path.stat().st_size / 2**20:.2f}"]
         assert row(run, f"{part} adapter")[:3] == cells
 
@@ -238,11 +214,7 @@ def test_the_losses_of_a_checkpoint_are_measured_on_what_was_written(tiny, ranke
 # losses of base, full and pruned, kept of 10 modules, what is said
 READINGS = [
     ((2.0, 1.0, 1.5), 4, ["is worse than the full one, by 0.5000 nats", "it keeps 50 % of what"]),
-    (
-        (2.0, 1.0, 0.9),
-        4,
-        ["is better than the full one, by 0.1000 nats", "with 4 of 10 modules it keeps 110 %"],
-    ),
+    ((2.0, 1.0, 0.9), 4, ["is better than the full one, by 0.1000 nats", "keeps 110 %"]),
     ((2.0, 1.0, 1.00001), 4, ["is as good as the full one on the 7", "keeps 100 %"]),
     ((2.0, 1.0, 1.0), 10, ["all 10 modules are kept", "keeps 100 %"]),
     ((1.0, 1.2, 1.1), 4, ["is better than the full one, by 0.1000", "does not lower the held-out"]),
@@ -417,12 +389,8 @@ def test_a_ranking_file_cannot_switch_on_the_code_of_a_model(ranked, tmp_path):
     from keylayers.cli import app
 
     shutil.copytree(ranked, tmp_path / "own")
-    edit(
-        tmp_path / "own",
-        lambda content: content["provenance"]["options"].update(
-            trust_remote_code=True, dtype="bfloat16"
-        ),
-    )
+    own = {"trust_remote_code": True, "dtype": "bfloat16"}
+    edit(tmp_path / "own", lambda content: content["provenance"]["options"].update(own))
     command = ["prune", "--ranking", str(tmp_path / "own"), "--budget", "0.3"]
     _, bound, _ = app.parse_args(command, print_error=False, exit_on_error=False)
     assert bound.arguments["model"].trust_remote_code is False

@@ -174,11 +174,7 @@ def test_layers_that_peft_nests_move_up_when_an_outer_one_goes():
     names = [f"base_model.model.{path}.lora_A.weight" for path in paths.values()]
     names.append("base_model.model.score.weight")  # saved whole, beside the modules
     found = kept_tensors(names, paths, ["experts.gate", "router"])
-    assert found == {
-        names[0]: names[0],
-        names[2]: names[1],
-        names[4]: names[4],
-    }
+    assert found == {names[0]: names[0], names[2]: names[1], names[4]: names[4]}
     assert kept_tensors(names, paths, ["experts.down"])[names[1]] == names[0]
 
 

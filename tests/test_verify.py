@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import keylayers, rank
+from commands import keylayers, plain_loss, rank
 from tiny_files import NUM_MODULES
 
 FAST = ("--points", "5", "--random-orders", "2")
@@ -156,34 +156,15 @@ def test_it_belongs_to_the_ranking_and_comes_out_the_same_again(verified, rankin
 
 def test_the_points_are_measured_with_exactly_the_best_modules(tiny, verified):
     """Independently: PEFT's own model, with LoRA's B set to zero in the modules left out."""
-    import torch
-
-    from keylayers.data.options import DataOptions
-    from keylayers.data.prepare import prepare
-    from keylayers.evaluation.loss import held_out_loss
-    from keylayers.model.loading import load_adapter, load_model, load_tokenizer
-    from keylayers.model.options import ModelOptions
-    from keylayers.training.options import TrainingOptions
-    from keylayers.training.run import make_trainer
-
-    source = ModelOptions(model=str(tiny / "model"))
-    tokenizer = load_tokenizer(source)
-    data = prepare(DataOptions(data=str(tiny / "data.jsonl")), tokenizer, 64)
     modules = json.loads((verified.folder / "ranking.json").read_text())["modules"]
     content = verified.content()
     for curve, is_kept in (
         ("best_first", lambda place: place <= COUNTS[1]),
         ("worst_first", lambda place: place > NUM_MODULES - COUNTS[1]),
     ):
-        model = load_adapter(load_model(source), str(verified.folder / "adapter"))
-        left_out = {one["name"] for one in modules if not is_kept(one["rank"])}
+        left_out = {module["name"] for module in modules if not is_kept(module["rank"])}
         assert len(left_out) == NUM_MODULES - COUNTS[1]
-        with torch.no_grad():
-            for name in left_out:
-                model.get_base_model().get_submodule(name).lora_B["default"].weight.zero_()
-        options = TrainingOptions(batch_size=2)
-        trainer = make_trainer(model, tokenizer, data.train, options, num_steps=1)
-        loss = held_out_loss(trainer, data.held_out)
+        loss = plain_loss(tiny, tiny / "model", verified.folder / "adapter", left_out)
         assert content[curve]["losses"][1] == pytest.approx(loss, rel=1e-5)
 
 

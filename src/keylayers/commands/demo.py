@@ -140,10 +140,7 @@ def run(
     style = STYLES[0]
     own = options[style]
     selection = SelectionOptions(
-        ranking=str(output / style),
-        budget=str(BUDGET),
-        steps=max_steps,
-        controls=("all", "random"),
+        ranking=str(output / style), budget=str(BUDGET), steps=max_steps, controls=("all", "random")
     )
     progress.note(f"--- training on {style} answers ---")
     train_options = TrainOptions(selection, own.model, own.data, own.training)

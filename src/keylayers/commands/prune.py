@@ -200,11 +200,7 @@ def _pruned(
 
 
 def _adapter_losses(
-    session: "Session",
-    options: PruneOptions,
-    pruning: "Pruning",
-    masked_loss: float,
-    folder: Path,
+    session: "Session", options: PruneOptions, pruning: "Pruning", masked_loss: float, folder: Path
 ) -> tuple[float, float]:
     """Losses of the base and of the adapter in `folder`, as plain PEFT loads it."""
     from keylayers.apply.pruned_update import prove_same_loss

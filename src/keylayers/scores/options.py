@@ -10,13 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
 from keylayers.errors import ConfigError, did_you_mean
-from keylayers.ranges import (
-    MAX_PRICE,
-    MAX_SCORE,
-    check_above_zero,
-    check_at_least,
-    check_fraction,
-)
+from keylayers.ranges import MAX_PRICE, MAX_SCORE, check_above_zero, check_at_least, check_fraction
 
 Granularity = Literal["module", "block", "projection"]
 MaskOptimizer = Literal["sgd", "adam"]

@@ -46,12 +46,7 @@ class FineTuning:
     progress: Progress
 
     def trainer(
-        self,
-        model: PreTrainedModel,
-        names: Sequence[str],
-        title: str,
-        *,
-        evaluates: bool = True,
+        self, model: PreTrainedModel, names: Sequence[str], title: str, *, evaluates: bool = True
     ) -> tuple[PreTrainedModel | PeftModel, Trainer]:
         """A trainer of exactly `names`, and the model that it trains.
 
