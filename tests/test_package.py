@@ -28,7 +28,7 @@ LAYERS = (
     ("gates", "scores"),
     ("ranking",),
     ("data", "training", "evaluation", "apply", "export", "report", "demo"),
-    ("commands", "runs", "cli", "__main__"),
+    ("commands", "cli", "__main__"),
 )
 LAYER = {name: index for index, names in enumerate(LAYERS) for name in names}
 

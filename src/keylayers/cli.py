@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: one sub-command a file, loaded when it is called.
+"""The command line. Each sub-command is a file that is loaded when it is called.
 
 Exit code 0 for success, 2 for a user's mistake (one line on stderr, nothing left behind), 1 for a
 failure of keylayers itself, 130 after Ctrl-C. `--traceback` shows where an error came from.
@@ -26,16 +26,16 @@ app = App(
     version=__version__,
     config=(from_config_file, from_ranking_file, refuse_grpo),
     help_format="plaintext",  # what renders the markdown of sub-commands is slow to import
-    suppress_keyboard_interrupt=False,  # `main` says what was kept
+    suppress_keyboard_interrupt=False,  # `main` handles it
     default_parameter=Parameter(consume_multiple=True, negative_iterable=()),
 )
-# Help stands here too, so that `keylayers --help` loads no sub-command; a test compares the two.
+# Repeats the first lines of the sub-commands' help, so that `keylayers --help` loads none of them.
 COMMANDS = {
     "demo": "Rank, show and train on the built-in model: no network, a minute or two.",
     "rank": "Rank the modules of a model for a fine-tune.",
     "show": "Show a ranking: heatmap of blocks by projections, best and worst modules, provenance.",
     "verify": "Measure a ranking: held-out loss with only the best modules' updates kept.",
-    "compare": "Show how far rankings pick the same modules, beside what chance would give.",
+    "compare": "Show how far rankings pick the same modules, compared with chance.",
     "train": "Train only the modules that a ranking and a budget select.",
     "prune": "Cut an adapter, or a tuned checkpoint, to the modules that a ranking and a budget "
     "select.",
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "stopped; nothing is half written, and the same command goes on from what was finished"
         )
         return 130
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of our output (`head`) closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except CycloptsError as error:
@@ -104,13 +104,13 @@ def run() -> None:
 
 
 def _quiet_libraries() -> None:
-    """Keep the libraries from printing and from reporting to servers; before they are imported."""
+    """Stop libraries from printing and from reporting to servers; call before importing them."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries beside our own
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars
     for library in ("peft", "transformers", "trl"):  # deprecations between them, not for users
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
 

@@ -35,7 +35,7 @@ def compare(
     consensus: Path | None = None,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Show how far rankings pick the same modules, beside what chance would give.
+    """Show how far rankings pick the same modules, compared with chance.
 
     For every pair: Jaccard of the selections at the budget, Kendall's tau-b of all modules, and a
     tau that weighs the top most. Pairs of the same data and other seeds show the ceiling that
@@ -68,7 +68,7 @@ def compare(
 
 
 def _write_consensus(loaded: "Sequence[Ranking]", paths: Sequence[Path], target: Path) -> None:
-    """Write the consensus, but never over one of its sources, nor over what is no ranking."""
+    """Write the consensus, but never over its sources or a file that is no ranking."""
     from keylayers.errors import RankingError
     from keylayers.ranking.consensus import consensus
     from keylayers.ranking.ranking import Ranking, ranking_file

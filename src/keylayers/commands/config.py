@@ -141,7 +141,7 @@ def refuse_grpo(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
 
 
 def _update_of(path: Path, made_by: "MadeBy", arguments: ArgumentCollection) -> dict[str, Any]:
-    """The update that was ranked: the adapter or checkpoint that stage 1 left beside the file."""
+    """The update that was ranked: the adapter or checkpoint of stage 1 next to the file."""
     if _given(arguments, "adapter") or _given(arguments, "tuned"):
         return {"adapter": None, "tuned": None}
     folder = path if path.is_dir() else path.parent

@@ -40,7 +40,7 @@ def export(
         to: The tool.
         budget: How much is trained, as for `keylayers train`: 0.3, 17, 0.3x-params, 0.6x-time or
             auto.
-        freeze: Instead of a budget: train all but the worst share, such as 0.25.
+        freeze: Instead of a budget: train all but this share of the modules, for example 0.25.
         update: LoRA on the modules, or a full fine-tune of them.
         output: Folder of the files.
     """

@@ -44,14 +44,14 @@ def show(
 ) -> None:
     """Show a ranking: heatmap of blocks by projections, best and worst modules, provenance.
 
-    Modules whose place inside or outside the selection the data do not decide are marked. Reports
-    and figures show the verification beside the ranking too, and the agreement of several rankings.
+    Modules that are not selected or left out with 95 % confidence are marked. Reports
+    and figures also show the ranking's verification, and the agreement of several rankings.
 
     Args:
         rankings: Ranking files, or the folders that hold ranking.json.
-        budget: Where to mark them: 0.3 is the best 30 % of the modules, 17 is 17 modules,
+        budget: The selection. 0.3 is the best 30 % of the modules, 17 is 17 modules,
             0.3x-params is 30 % of the parameters.
-        html: Write a report instead, one file that opens offline, with a slider for the budget.
+        html: Write a report instead: a file that opens offline, with a slider for the budget.
         figure: Write figures instead. The file's name says what it shows (heatmap, curve, losses
             or agreement), its ending the format: heatmap.pdf, fig-2-curve.svg, agreement.png.
         as_json: For machines: modules best first, with rank, score, whether its place at

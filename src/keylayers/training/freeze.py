@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's algorithm inside one run: learn the mask when the loss is stable, freeze, go on.
+"""The paper's algorithm inside a run: score when the loss is stable, freeze, continue.
 
-What the callback has found travels in the trainer's own state, which each checkpoint holds, so a
-run that resumes goes on as if it had never stopped.
+The callback keeps its findings in the trainer's state, which is part of each checkpoint, so that a
+resumed run gives the same result as a run that was never stopped.
 """
 
 import json
@@ -28,8 +28,8 @@ from keylayers.training.stability import is_stable
 from keylayers.training.under_way import StepLosses, loaders_kept, trainer_of
 from keylayers.updates import adapter_updates
 
-# Where the trainer's state keeps what the callback has found. Not the way of `ExportableState`:
-# transformers would build a new callback from it and drop the user's, with its `mask_dataset`.
+# Key of the findings in the trainer's state. `ExportableState` would not do: transformers would
+# build a new callback from it and drop the user's, with its `mask_dataset`.
 STATE_KEY = "keylayers.FreezeUnimportant"
 
 
@@ -41,11 +41,11 @@ class FreezeUnimportant(TrainerCallback):
     callback.
 
     Attributes:
-        ranking: What was found; None before.
-        selection: The modules that are still trained; None before.
-        frozen: The modules that are not, in model order; empty before.
-        frozen_at_step: The step after which they no longer were; None before.
-        reason: `stable` or `max_steps`; None before.
+        ranking: The ranking; None before the freeze.
+        selection: The modules that are still trained; None before the freeze.
+        frozen: The frozen modules, in model order; empty before the freeze.
+        frozen_at_step: The last step that trained all modules; None before the freeze.
+        reason: `stable` or `max_steps`; None before the freeze.
     """
 
     def __init__(
@@ -64,18 +64,17 @@ class FreezeUnimportant(TrainerCallback):
         """Check the options; nothing is done before training begins.
 
         Args:
-            freeze_fraction: Share of the modules that is no longer trained; the paper freezes a
-                quarter.
+            freeze_fraction: Share of the modules to freeze; the paper freezes a quarter.
             action: `freeze` keeps what these modules have learned, `remove` sets it to zero.
-            stability: When the loss is stable, by steps whatever `logging_steps` is; and
-                `max_steps`, after which the mask is learned in any case (half the run's steps if
-                not given).
+            stability: When the loss is stable, counted in steps whatever `logging_steps` is, and
+                `max_steps`, after which the modules are ranked in any case (default: half of the
+                run's steps).
             method: Name of the scoring method (docs/methods.md).
             mask_dataset: Examples to score on, in the form of the trainer's `train_dataset`; best
                 examples that training does not see. Default: the `train_dataset` itself.
             mask_seed: Seed of the order of the mask's batches. Default: the trainer's seed.
-            trainer: Only where it is not found by itself, as under a trainer's wrapper.
-            progress: Where to say what was done.
+            trainer: Needed only if the callback cannot find it, as under a trainer's wrapper.
+            progress: Gets notes about what was done.
             **options: Options of the method, such as `mask_batches=8`.
 
         Raises:
@@ -123,7 +122,7 @@ class FreezeUnimportant(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse what cannot work; in a run that resumes, take over what was found before."""
+        """Refuse what cannot work; a resumed run takes over the findings of its checkpoint."""
         self._stop_watching()  # after a run that ended with an error, or starts over
         trainer = self._given_trainer or trainer_of(self)
         self._check(trainer, state)
@@ -139,7 +138,7 @@ class FreezeUnimportant(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Learn the mask and freeze when it is time: between two steps, all gradients are gone."""
+        """Rank and freeze when it is time: between two steps there are no gradients to disturb."""
         if self._halted is not None and state.global_step == self._first_step_after:
             self._halted.check()  # an optimiser that moves what has no gradient shows at once
         if self._losses is None:
@@ -158,7 +157,7 @@ class FreezeUnimportant(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Lay the ranking into the checkpoint, for `keylayers show`; resuming does not need it."""
+        """Write the ranking into the checkpoint for `keylayers show`; resuming ignores it."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.ranking is not None and state.is_world_process_zero and folder.is_dir():
             self.ranking.save(folder / FILE)
@@ -166,7 +165,7 @@ class FreezeUnimportant(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Prove that what is frozen did not change; say so if nothing was frozen."""
+        """Prove that frozen modules did not change; warn if nothing was frozen."""
         self._stop_watching()
         if self._halted is None:
             warnings.warn(
@@ -183,7 +182,8 @@ class FreezeUnimportant(TrainerCallback):
         self._trainer = None
 
     def _check(self, trainer: Trainer, state: TrainerState) -> None:
-        same = [one for one in trainer.callback_handler.callbacks if isinstance(one, type(self))]
+        callbacks = trainer.callback_handler.callbacks
+        same = [callback for callback in callbacks if isinstance(callback, type(self))]
         if len(same) > 1:
             raise ConfigError(
                 f"a trainer must hold one {type(self).__name__} at most, got {len(same)}"
@@ -205,8 +205,8 @@ class FreezeUnimportant(TrainerCallback):
         with loaders_kept(self._trainer):
             self.ranking = rank_modules(self._trainer, self.scoring, mask_dataset=self.mask_dataset)
         self.selection = self.ranking.select(Freeze(self.freeze_fraction))
-        kept = set(self.selection.names)
-        self.frozen = tuple(one.name for one in self.ranking.modules if one.name not in kept)
+        selected = set(self.selection.names)
+        self.frozen = tuple(m.name for m in self.ranking.modules if m.name not in selected)
         self.frozen_at_step = state.global_step
         self._freeze(state)
         self._stop_watching()
@@ -220,10 +220,10 @@ class FreezeUnimportant(TrainerCallback):
         )
 
     def _take_over(self, saved: dict[str, Any], state: TrainerState) -> None:
-        """Go on where the run that wrote the checkpoint stopped.
+        """Continue where the run that wrote the checkpoint stopped.
 
         Raises:
-            ConfigError: it has frozen something else than is asked for now.
+            ConfigError: its freeze differs from what is asked for now.
             RankingError: it is of another model.
         """
         self._recent = list(saved["recent_losses"])
@@ -241,7 +241,7 @@ class FreezeUnimportant(TrainerCallback):
         self.frozen_at_step, self.reason = saved["frozen_at_step"], saved["reason"]
         assert self._trainer is not None
         modules = [update.module for update in adapter_updates(self._trainer.model)]
-        check_same_modules(self.ranking.modules, {one.name: one.num_parameters for one in modules})
+        check_same_modules(self.ranking.modules, {m.name: m.num_parameters for m in modules})
         self._freeze(state)
         self.progress.note(
             f"{len(self.frozen)} of {len(modules)} modules stay frozen as in the checkpoint"
