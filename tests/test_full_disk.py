@@ -16,8 +16,8 @@ import pytest
 
 import preloaded
 from outputs import contents, differences
+from studies import METHODS, tiny_study
 from test_kill import COMMANDS, SMALL
-from test_study import METHODS, study_file
 
 # Of a study: what its cells said and how long they took is in these.
 UNLIKE = ("log.txt", "results.csv", "results.parquet", "report.html")
@@ -94,6 +94,6 @@ def test_a_run_on_a_full_disk_goes_on_when_there_is_room(tiny, tmp_path, name, s
 
 
 def test_a_study_on_a_full_disk_goes_on_when_there_is_room(tiny, tmp_path):
-    path = study_file(tmp_path / "file", tiny, seed=[0], method=METHODS[:1], budget=[0.2])
+    path = tiny_study(tmp_path / "file", tiny, seed=[0], method=METHODS[:1], budget=[0.2])
     words = ("study", path, "--output", "out", "--workers", "1")
     check(tmp_path / "runs", fill(tmp_path / "runs", "0.7", words))

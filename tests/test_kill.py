@@ -8,17 +8,14 @@ every one, which is there too): random moments seldom meet the milliseconds betw
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 import preloaded
 from outputs import contents, differences
-from test_study import METHODS, finished, plan_of, run, study_file
 
 KILLS = int(os.environ.get("KILLS", "3"))
 CHANGES = int(os.environ.get("CHANGES", "6"))
@@ -79,24 +76,3 @@ FEWER_STEPS = {
 def test_so_does_one_that_is_killed_before_a_change_of_the_disk(tiny, tmp_path, name):
     kills, places = kill("changes", CHANGES, tmp_path, tiny, FEWER_STEPS[name])
     assert kills == places >= (CHANGES or 50)
-
-
-@pytest.mark.long
-@pytest.mark.timeout(7200)
-def test_a_killed_study_ends_as_if_it_had_not_been(tiny, tmp_path):
-    import random
-
-    path = study_file(tmp_path, tiny, seed=[0], method=METHODS, budget=[0.2, 1.0])
-    cells = plan_of(path)
-    start = time.perf_counter()
-    assert run(tmp_path, path, "whole").wait() == 0
-    length = time.perf_counter() - start
-    whole, draw, kills, places = finished(tmp_path / "whole", cells), random.Random(0), 0, 0
-    while kills < max(1, KILLS // 2 if KILLS < 50 else KILLS):
-        places += 1
-        process = run(tmp_path, path, f"broken-{places}")
-        time.sleep(draw.uniform(0, length))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-        assert run(tmp_path, path, f"broken-{places}").wait() == 0
-        assert differences(whole, finished(tmp_path / f"broken-{places}", cells)) == []

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`keylayers study`: every combination once, shared work once, failures recorded, tidy results."""
+"""`keylayers study`: cells run once, shared work once, failures recorded, tidy results."""
 
 import contextlib
-import ipaddress
 import json
 import os
 import re
@@ -13,382 +12,303 @@ import time
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import pytest
-import yaml
 
 import preloaded
-from commands import everything_below, keylayers
-from outputs import contents, differences
+from commands import keylayers
+from outputs import differences
+from studies import METHODS, finished, plan_of, run_here, tiny_study, write
 from test_security import NAMES, SECRET
 
-OPTIONS = {
-    "batch_size": 4,
-    "lora_rank": 4,
-    "max_steps": 6,
-    "learning_rate": 0.02,
-    "save_steps": 2,
-    "random_orders": 2,
-    "points": 4,
-}
-METHODS = ["gradient-norm", {"method": "path", "path_points": 2, "mask_batches": 2}]
+from rankings import ranking_of
 
-
-def study_file(folder, tiny, options=None, **grid):
-    """study.yaml in `folder`."""
-    folder.mkdir(exist_ok=True)
-    content = {
-        "options": {"model": str(tiny / "model"), "data": str(tiny / "data.jsonl"), **OPTIONS},
-        "grid": grid,
-    }
-    content["options"] |= options or {}
-    path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return path
-
-
-def plan_of(path, root=Path("study")):
-    from keylayers.commands.study.plan import plan
-    from keylayers.commands.study.yaml_file import StudyFile
-
-    return plan(StudyFile.of(yaml.safe_load(path.read_text()), str(path)), root)
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "../../outside",
+    "[/red] [link=https://evil.example]",
+    "\x1b[31mred\x1b]0;title\x07",
+]
 
 
 @pytest.fixture(scope="module")
 def done(tiny, tmp_path_factory):
-    """A finished study in the folder `whole` of this place, with its file."""
+    """A finished study in the folder `whole`, and its file."""
     place = tmp_path_factory.mktemp("study")
-    path = study_file(place, tiny, seed=[0, 1], method=METHODS, budget=[0.2, 1.0])
-    assert run(place, path, "whole").wait() == 0
+    path = tiny_study(place, tiny, seed=[0, 1], method=METHODS, budget=[0.2, 1.0])
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(place):
+        for name in NAMES:
+            patch.setenv(name, SECRET)
+        assert run_here(patch, path, "--output", "whole") == 0
     return place, path
 
 
-def run(place, path, output, *more):
-    """A study in a process of its own, with processes below it, and secrets in its environment."""
+def test_results_are_one_tidy_table(done):
+    place, path = done
+    table = pd.read_parquet(place / "whole" / "results.parquet")
+    read = pd.read_csv(place / "whole" / "results.csv", dtype={"seed": str, "budget": str})
+    pd.testing.assert_frame_equal(table.drop(columns="error"), read.drop(columns="error"))
+    axes = ["seed", "method", "budget"]
+    assert [*table] == ["cell", "kind", "status", "error", *axes, "measure", "value", "unit"]
+    assert set(table["status"]) == {"finished"}
+    measured = {kind: set(rows["measure"]) - {"wall_time"} for kind, rows in table.groupby("kind")}
+    assert measured == {
+        "stage-1": {"steps", "held_out_loss_base", "held_out_loss_tuned"},
+        "ranking": {"scoring_time", "scoring_passes"},
+        "verification": {"area", "area_of_random_orders"},
+        "training": {"held_out_loss", "held_out_loss_base", "modules", "trained_parameters"},
+    }
+    losses = table[table["measure"] == "held_out_loss"]
+    assert len(losses) == 8
+    # one training of all modules serves both methods
+    assert losses[losses["budget"] == "1.0"].groupby("seed")["cell"].nunique().eq(1).all()
+    for cell in plan_of(path, "whole"):
+        record = json.loads((place / "whole" / "cells" / cell.name / "cell.json").read_text())
+        assert record["command"] == list(cell.words)
+
+
+def test_the_page_shows_means_and_runs_no_script(done):
+    page = (done[0] / "whole" / "report.html").read_text()
+    table = pd.read_parquet(done[0] / "whole" / "results.parquet")
+    own = (table["measure"] == "area") & (table["method"] == "gradient-norm")
+    assert f"{table[own]['value'].mean():.4f}" in page
+    assert "<script" not in page
+    assert page.count("data:image/png;base64,") == 2
+    assert "path, path_points 2, mask_batches 2" in page
+
+
+def test_no_key_or_token_is_in_anything_that_a_study_writes(done):
+    files = [path for path in (done[0] / "whole").rglob("*") if path.is_file()]
+    assert {"cell.json", "log.txt", "study.json", "report.html"} <= {path.name for path in files}
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+def test_a_finished_study_runs_only_new_entries(done, tiny, tmp_path, monkeypatch):
+    place, _ = done
+    monkeypatch.chdir(place)
+    before = {path: path.stat().st_mtime_ns for path in Path("whole/cells").rglob("*")}
+    wider = tiny_study(tmp_path, tiny, seed=[0, 1], method=METHODS, budget=[0.2, 0.5, 1.0])
+    assert run_here(monkeypatch, wider, "--output", "whole") == 0
+    after = {path: path.stat().st_mtime_ns for path in Path("whole/cells").rglob("*")}
+    assert {path: after[path] for path in before} == before
+    new = {path.name for path in after if path not in before and path.parent.name == "cells"}
+    assert [name.split("-")[0] for name in new] == ["training"] * 4
+
+
+def test_a_failed_cell_is_recorded_and_tried_again(tiny, tmp_path, monkeypatch, capsys):
+    data = [str(tiny / "data.jsonl"), str(tmp_path / "absent.jsonl")]
+    path = tiny_study(tmp_path, tiny, data=data, budget=[0.3])
+    assert run_here(monkeypatch, path, "--output", tmp_path / "out") == 1
+    told = capsys.readouterr()
+    assert "4 of 8 cells finished" in told.out
+    assert "every cell must finish" in told.err
+    table = pd.read_csv(tmp_path / "out" / "results.csv")
+    lost = table[table["data"] == "absent.jsonl"]
+    assert sorted(lost["status"]) == ["failed", "skipped", "skipped", "skipped"]
+    assert lost[lost["status"] == "failed"]["error"].str.contains("absent.jsonl").all()
+    assert set(table[table["data"] == "data.jsonl"]["status"]) == {"finished"}
+    assert "absent.jsonl" in (tmp_path / "out" / "report.html").read_text()
+    (tmp_path / "absent.jsonl").write_bytes((tiny / "data.jsonl").read_bytes())
+    assert run_here(monkeypatch, path, "--output", tmp_path / "out") == 0
+
+
+def test_whatever_a_command_raises_is_an_error_of_its_cell(tmp_path, monkeypatch):
+    from keylayers.commands.study_cells import Cell
+    from keylayers.commands.study_workers import run_cell, state_of
+
+    for raised in (RuntimeError("out of\nmemory"), SystemExit(0)):
+        monkeypatch.setattr(
+            "keylayers.cli.main", lambda _, raised=raised: (_ for _ in ()).throw(raised)
+        )
+        cell = Cell("ranking", "a", {}, ("rank",), ())
+        assert run_cell(tmp_path, cell).error == f"{type(raised).__name__}: {raised}".replace(
+            "\n", " "
+        )
+        assert state_of(tmp_path, cell).status == "failed"
+    monkeypatch.setattr("keylayers.cli.main", lambda _: 0)
+    assert run_cell(tmp_path, cell).status == "finished"
+    assert state_of(tmp_path, cell).status == "waiting"  # its results are gone
+    (tmp_path / "cells" / "ranking-a" / "ranking.json").write_text("{}")
+    assert state_of(tmp_path, cell).status == "finished"
+
+
+def test_several_files_share_cells_compare_and_evaluate(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = {"model": str(tiny / "model"), "data": str(tiny / "data.jsonl"), "save_steps": 0}
+    options |= {"lora_rank": 4, "max_steps": 3, "steps": 3, "method": "update-norm", "epsilon": 0.0}
+    grid = {"seed": [0, 1], "budget": [0.3]}
+    parts = {"options": options, "verify": False}
+    first = write(tmp_path, "first", **parts, grid=grid, compare=[0.3, 0.75])
+    forgetting = {"forgetting_data": str(tiny / "data.jsonl"), "forgetting_examples": 8}
+    grid = grid | {"budget": [0.3, 1.0]}
+    second = write(tmp_path, "second", **parts, grid=grid, evaluate=forgetting)
+    assert run_here(monkeypatch, first, second, "--output", "out") == 0
+    out = capsys.readouterr().out
+    assert "Agreement of rankings" in out
+    assert "forgetting: loss" in out
+    pairs = pd.read_csv("out/first/agreement.csv")
+    assert pairs["best"].tolist() == [0.3, 0.75]
+    assert set(pairs["differs"]) == {"seed"}
+    table = pd.read_csv("out/second/results.csv")
+    losses = table[table["measure"] == "forgetting: loss"]
+    assert len(losses) == 4
+    assert set(losses["kind"]) == {"evaluation"}
+    assert table[table["measure"] == "forgetting: loss, base model"]["value"].nunique() == 1
+    assert set(pd.read_csv("out/first/results.csv")["cell"]) < set(table["cell"])
+    assert len(list(Path("out/cells").iterdir())) == table["cell"].nunique()
+
+
+def test_rankings_that_differ_in_one_axis_are_compared(tmp_path):
+    from keylayers.commands.study_cells import Cell
+    from keylayers.commands.study_results import agreement_means, agreement_table
+    from keylayers.commands.study_workers import State
+    from keylayers.ranking.compare import chance_jaccard
+
+    orders = {("x", "0"): [4, 3, 2, 1], ("x", "1"): [4, 3, 1, 2], ("y", "0"): [1, 2, 3, 4]}
+    orders[("flat", "1")] = [1, 1, 1, 1]
+    cells = []
+    for (data, seed), scores in orders.items():
+        cells.append(Cell("ranking", data + seed, {}, (), (), ({"data": data, "seed": seed},)))
+        folder = tmp_path / "cells" / cells[-1].name
+        folder.mkdir(parents=True)
+        ranking_of([float(score) for score in scores]).save(folder / "ranking.json")
+    states = {cell.name: State("finished") for cell in cells}
+    table = agreement_table(tmp_path, cells, states, ["data", "seed"], [0.5])
+    with_flat = table["second"] == "flat"
+    assert with_flat.sum() == 1  # with x1
+    assert table.loc[with_flat, ["jaccard", "chance_jaccard", "tau"]].isna().all(axis=None)
+    rows = table[~with_flat].set_index("differs")
+    assert sorted(rows.index) == ["data", "seed"]  # x0 with y0, and x0 with x1
+    assert rows.loc["seed", ["first", "second", "data", "jaccard"]].tolist() == ["0", "1", "x", 1.0]
+    assert rows.loc["data", ["jaccard", "tau"]].tolist() == [0.0, -1.0]
+    assert rows.loc["data", "chance_jaccard"] == chance_jaccard(4, 2, 2)
+    means = agreement_means(table[~with_flat], ["data", "seed"])
+    assert means.loc[means["differs"] == "seed", ["first", "second"]].values.tolist() == [
+        ["any"] * 2
+    ]
+
+
+def test_hostile_names_stay_names(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    entries = [{"name": label, "seed": n} for n, label in enumerate(HOSTILE)]
+    options = {"model": "m", "data": "nowhere"}
+    path = write(tmp_path, options=options, grid={HOSTILE[0]: entries})
+    assert keylayers("study", path, "--dry-run") == 0
+    assert run_here(monkeypatch, path, "--output", "out") == 1
+    page = Path("out/report.html").read_text()
+    told = "".join(capsys.readouterr())
+    assert "<script" not in page
+    assert "<img src=x" not in page
+    assert "\x1b" not in told
+    table = pd.read_csv("out/results.csv")
+    assert set(table[HOSTILE[0]]) == {
+        label.replace("\x1b", "\ufffd").replace("\x07", "\ufffd") for label in HOSTILE
+    }
+    for cell in Path("out/cells").iterdir():
+        assert re.fullmatch(r"stage-1-[0-9a-f]{12}", cell.name)
+
+
+def test_one_study_at_a_time_has_a_folder(tiny, tmp_path, capsys):
+    from keylayers.files import one_at_a_time
+
+    path = tiny_study(tmp_path, tiny, seed=[0])
+    with one_at_a_time(tmp_path / "out"):
+        assert keylayers("study", path, "--output", tmp_path / "out") == 2
+    assert "one run at a time must write to" in capsys.readouterr().err
+
+
+def start(place, path, output, *more):
+    """A study in a process of its own."""
     words = ["study", str(path), "--output", output, *(more or ("--workers", "2"))]
     code = f"import sys; from keylayers.cli import main; sys.exit(main({words!r}))"
-    environment = {**os.environ, **dict.fromkeys(NAMES, SECRET)}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with (place / f"{output}.log").open("w") as log:
         command = [preloaded.python(), "-W", "ignore", "-c", code]
         return subprocess.Popen(command, cwd=place, env=environment, stdout=log, stderr=log)
 
 
 @pytest.mark.long
-def test_results_are_tidy_and_say_what_chance_gives(done):
+def test_a_killed_study_ends_as_if_it_had_not_been(done):
+    """With workers, which make what this process makes; the first kill is in stage 1."""
     place, path = done
-    table = pd.read_parquet(place / "whole" / "results.parquet")
-    read = pd.read_csv(place / "whole" / "results.csv", dtype={"seed": str, "budget": str})
-    pd.testing.assert_frame_equal(table.drop(columns="error"), read.drop(columns="error"))
-    assert table["error"].isna().all()
-    assert list(table.columns) == [
-        *("cell", "kind", "status", "error", "seed", "method", "budget"),
-        *("measure", "value", "unit"),
-    ]
-    assert set(table["status"]) == {"finished"}
-    areas = table[table["measure"] == "area"]
-    assert len(areas) == 4
-    chance = table[table["measure"] == "area_of_random_orders"]
-    assert len(chance) == 4
-    # the random orders are the same for rankings of one update
-    assert chance.groupby("seed")["value"].nunique().eq(1).all()
-    losses = table[table["measure"] == "held_out_loss"]
-    assert len(losses) == 8
-    # one training of all modules serves both methods
-    assert losses[losses["budget"] == "1.0"].groupby("seed")["cell"].nunique().eq(1).all()
-    for cell in plan_of(path, Path("whole")):
-        record = json.loads((place / "whole" / "cells" / cell.name / "cell.json").read_text())
-        assert record["state"]["status"] == "finished"
-        assert record["commands"] == [list(command) for command in cell.commands]
-    log = (place / "whole.log").read_text()
-    assert "Area under the mask curve" in log
-    assert "random orders" in log
-    assert "Held-out loss after training" in log
-
-
-@pytest.mark.long
-def test_its_report_holds_the_same_and_runs_no_script(done):
-    page = (done[0] / "whole" / "report.html").read_text()
-    table = pd.read_parquet(done[0] / "whole" / "results.parquet")
-    mean = table[(table["measure"] == "area") & (table["method"] == "gradient-norm")][
-        "value"
-    ].mean()
-    assert f"{mean:.4f}" in page
-    assert "<script" not in page
-    assert page.count("data:image/png;base64,") == 2
-    assert "path, path_points 2, mask_batches 2" in page
-
-
-@pytest.mark.long
-def test_a_finished_study_runs_nothing_and_more_entries_run_only_what_is_new(done, tiny, tmp_path):
-    place, _ = done
-    before = {path: path.stat().st_mtime_ns for path in (place / "whole" / "cells").rglob("*")}
-    wider = study_file(tmp_path, tiny, seed=[0, 1], method=METHODS, budget=[0.2, 0.5, 1.0])
-    assert run(place, wider, "whole").wait() == 0
-    after = {path: path.stat().st_mtime_ns for path in (place / "whole" / "cells").rglob("*")}
-    assert {path: after[path] for path in before} == before
-    new = {path.name for path in after if path not in before and path.parent.name == "cells"}
-    assert len(new) == 4
-    assert all(name.startswith("training-") for name in new)
-
-
-@pytest.mark.long
-def test_a_study_that_is_killed_ends_as_one_that_was_not(done):
-    place, path = done
-    for num_cells in (1, 5):  # at work on more than these
-        process = run(place, path, "broken")
-        while process.poll() is None and len(recorded(place / "broken")) < num_cells:
+    for num_cells in (0, 5):  # have ended when it is killed
+        process = start(place, path, "broken")
+        while process.poll() is None:
+            ended, begun = ([*place.glob(f"broken/cells/*/{n}")] for n in ("cell.json", "log.txt"))
+            if len(ended) >= num_cells and begun:
+                break
             time.sleep(0.2)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    assert run(place, path, "broken").wait() == 0
-    whole, broken = (finished(place / name, plan_of(path)) for name in ("whole", "broken"))
+    assert start(place, path, "broken").wait() == 0
+    whole, broken = (finished(place / name, plan_of(path, name)) for name in ("whole", "broken"))
     assert differences(whole, broken) == []
 
 
-def recorded(root):
-    return list(root.glob("cells/*/cell.json"))
+WORKERS = """
+import os, signal, sys
+from pathlib import Path
+import keylayers.cli
+from keylayers.commands import study_workers
+from keylayers.commands.study_cells import Cell
 
-
-def finished(root, cells):
-    """Path -> what the cells hold, without logs and where the study is."""
-    return {
-        f"{cell.name}/{path}": str(held).replace(f"{root.name}/cells", "cells")
-        for cell in cells
-        for path, held in contents(root / "cells" / cell.name).items()
-        if path != "log.txt"
-    }
-
-
-@pytest.mark.long
-def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(tiny, tmp_path):
-    data = [str(tiny / "data.jsonl"), str(tmp_path / "absent.jsonl")]
-    path = study_file(tmp_path, tiny, data=data, budget=[0.3])
-    output = tmp_path / "out"
-    assert run(tmp_path, path, "out").wait() == 1
-    log = (tmp_path / "out.log").read_text()
-    assert "4 of 8 cells finished" in log
-    assert "every cell must finish, but 4 of 8 did not" in log
-    table = pd.read_csv(output / "results.csv")
-    lost = table[table["data"] == "absent.jsonl"]
-    assert sorted(lost["status"]) == ["failed", "skipped", "skipped", "skipped"]
-    assert lost[lost["status"] == "failed"]["error"].str.contains("absent.jsonl").all()
-    assert set(table[table["data"] == "data.jsonl"]["status"]) == {"finished"}
-    assert secrets_in(tmp_path) == []
-    (tmp_path / "absent.jsonl").write_bytes((tiny / "data.jsonl").read_bytes())
-    assert run(tmp_path, path, "out").wait() == 0  # tried again
-
-
-def test_a_worker_that_dies_takes_one_cell_with_it(tmp_path):
-    from keylayers.commands.study.plan import Cell
-    from keylayers.commands.study.workers import LocalWorkers
-
-    workers = LocalWorkers(_dying_or_not, 1)
-    dying = Cell("ranking", "a", (("--die",),), (), ())
-    try:
-        workers.begin(tmp_path, dying)
-        while not (states := workers.finished(1.0)):
-            pass
-        assert states[dying.name].status == "failed"
-        assert "its process died" in states[dying.name].error
-        assert workers.has_room()
-        refused = Cell("ranking", "b", (("rank", "--seed", "0"),), (), ())
-        workers.begin(tmp_path, refused)
-        while not (states := workers.finished(1.0)):
-            pass
-        assert "--model requires an argument" in states[refused.name].error
-        (pool,) = workers._pools.values()
-        (idle,) = pool._processes.values()
-        idle.kill()
-        idle.join()
-        (tmp_path / "cells" / "ranking-c").write_text("in the way")
-        cannot = Cell("ranking", "c", (("rank",),), (), ())
-        workers.begin(tmp_path, cannot)
-        while not (states := workers.finished(1.0)):
-            pass
-        assert states[cannot.name].status == "failed"
-        assert "File exists" in states[cannot.name].error
-    finally:
-        workers.close()
-
-
-def test_each_local_worker_has_one_accelerator(tmp_path, monkeypatch):
-    """By its name, which is set before anything of keylayers imports torch."""
-    code = "import sys, keylayers.commands.study.workers; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    from keylayers.commands.study.plan import Cell
-    from keylayers.commands.study.workers import LocalWorkers, local_devices
-
-    workers = LocalWorkers(visible_device, 3, ["4", "GPU-7"])
-    cells = [Cell("ranking", name, (("rank",),), (), ()) for name in "abc"]
-    try:
-        for cell in cells:
-            workers.begin(tmp_path, cell)
-        states = {}
-        while len(states) < len(cells):
-            states |= workers.finished(1.0)
-    finally:
-        workers.close()
-    assert [states[cell.name].error for cell in cells] == ["4", "GPU-7", "4"]
-    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
-    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
-    assert local_devices() == ["0", "1"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7")
-    assert local_devices() == ["4", "GPU-7"]
-
-
-def visible_device(_words):
-    """A command that fails with the accelerator it sees."""
-    sys.stdout.write(f"keylayers: {os.environ['CUDA_VISIBLE_DEVICES']}\n")
-    return 2
-
-
-def test_what_a_cell_had_finished_is_kept_when_its_worker_dies(tmp_path):
-    from keylayers.commands.study.cell import CellState, failed, run_cell, save_state
-    from keylayers.commands.study.plan import Cell
-
-    cell = Cell("ranking", "a", (("rank",), ("verify",)), (), ())
-    save_state(tmp_path, cell, CellState("running", "", 5.0, 1))
-    assert failed(tmp_path, cell, "died") == CellState("failed", "died", 5.0, 1)
-    ran = []
-    assert run_cell(tmp_path, cell, lambda words: ran.append(words[0]) or 0).status == "finished"
-    assert ran == ["verify"]
-
-
-def test_a_finished_cell_without_its_results_is_to_be_done(tmp_path):
-    from keylayers.commands.study.cell import CellState, folder_of, save_state, state_of
-    from keylayers.commands.study.plan import Cell
-
-    cell = Cell("ranking", "a", (("rank",),), (), ())
-    save_state(tmp_path, cell, CellState("finished", "", 5.0, 1))
-    assert state_of(tmp_path, cell) == CellState()
-    (folder_of(tmp_path, cell) / "ranking.json").write_text("{}")
-    assert state_of(tmp_path, cell).status == "finished"
-
-
-def test_a_cell_that_ends_python_fails_alone(tmp_path):
-    from keylayers.commands.study.cell import run_cell
-    from keylayers.commands.study.plan import Cell
-
-    state = run_cell(tmp_path, Cell("ranking", "a", (("rank",),), (), ()), lambda _: sys.exit(0))
-    assert state.status == "failed"
-    assert state.error.startswith("SystemExit")
-
-
-def _dying_or_not(words):
-    """Keylayers' own commands, and one that ends its process as a lack of memory does."""
-    from keylayers.cli import main
-
-    if words[0] == "--die":
+def main(words):
+    assert "torch" not in sys.modules or not words  # the device is chosen before it is imported
+    print("keylayers:", os.environ["CUDA_VISIBLE_DEVICES"])
+    if words[0] == "die":
         os.kill(os.getpid(), signal.SIGKILL)
-    return main(words)
+    return 2
+keylayers.cli.main = main
 
-
-def test_one_study_at_a_time_has_a_folder(tiny, tmp_path, capsys):
-    from keylayers.files import one_at_a_time
-
-    path = study_file(tmp_path, tiny, seed=[0])
-    with one_at_a_time(tmp_path / "out"):
-        assert keylayers("study", path, "--output", tmp_path / "out") == 2
-    assert "one run at a time must write to" in capsys.readouterr().err
+if __name__ == "__main__":
+    import torch
+    torch.accelerator.is_available = lambda: True
+    torch.accelerator.device_count = lambda: 2
+    os.environ["CUDA_VISIBLE_DEVICES"] = "4,GPU-7"
+    cells = [Cell("ranking", word, {}, (word,), ()) for word in ("die", "a", "b", "c")]
+    with study_workers.local(None) as submit:
+        states = study_workers.run_cells(Path(sys.argv[1]), cells, submit)
+    print(*(state.error for state in states.values()), sep="\\n")
+"""
 
 
 @pytest.mark.long
-def test_ray_gives_the_same_listens_to_nobody_else_and_leaves_nothing_behind(done, tiny):
+def test_each_worker_has_one_accelerator_and_one_that_dies_takes_one_cell_with_it(tmp_path):
+    script = tmp_path / "workers.py"
+    script.write_text(WORKERS)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-W", "ignore", script, tmp_path / "out"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    dead, *others = ran.stdout.splitlines()
+    assert "its process died (exit code -9)" in dead
+    assert set(others) == {"4", "GPU-7"}
+    assert len(others) == 3
+
+
+CLUSTER = """
+import ray, sys
+ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=10**8)
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.long
+def test_a_ray_cluster_gives_the_same(done, tiny):
+    pytest.importorskip("ray")
     place, _ = done
-    path = study_file(place / "more", tiny, seed=[0], method=METHODS[:1], budget=[0.2])
-    process = run(place, path, "on-ray", "--ray-address", "local")
+    path = tiny_study(place / "more", tiny, seed=[0], method=METHODS[:1], budget=[0.2])
+    environment = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # loopback only
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    cluster = subprocess.Popen([sys.executable, "-c", CLUSTER], env=environment, **pipes)
     try:
-        seen, addresses = watched(process, lambda: (place / "on-ray" / "cells").exists())
-        maker = next(one for one in seen if "keylayers.commands.study.cluster" in one.cmdline())
-        folder = Path(maker.cmdline()[-1])
-        token = next(one for one, name in seen.items() if name == "raylet").environ()[
-            "RAY_AUTH_TOKEN"
-        ]
-        assert list(folder.rglob("*.log"))
-        assert holding((SECRET, token), folder) == []
+        address = cluster.stdout.readline().strip()
+        assert re.fullmatch(r"127\.0\.0\.1:\d+", address)
+        assert start(place, path, "on-ray", "--ray-address", address).wait() == 0
     finally:
-        process.kill()
-        process.wait()
-    assert {"gcs_server", "raylet"} <= set(seen.values())
-    assert addresses
-    assert [one for one in addresses if not is_loopback(one)] == []
-    deadline = time.monotonic() + 30
-    while any(is_alive(one) for one in seen) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert [name for one, name in seen.items() if is_alive(one)] == []
-    assert not folder.exists()
-    assert run(place, path, "on-ray", "--ray-address", "local").wait() == 0
-    whole, on_ray = (finished(place / name, plan_of(path)) for name in ("whole", "on-ray"))
+        cluster.communicate("", timeout=60)
+    cells = plan_of(path)
+    whole, on_ray = (finished(place / name, cells) for name in ("whole", "on-ray"))
     assert differences(whole, on_ray) == []
-
-
-@pytest.mark.long
-def test_no_key_or_token_is_in_anything_that_a_study_writes(done):
-    names = {path.name for path in everything_below(done[0])}
-    assert {"cell.json", "log.txt", "study.json", "results.csv", "report.html"} <= names
-    assert secrets_in(done[0]) == []
-    assert SECRET not in pd.read_parquet(done[0] / "whole" / "results.parquet").to_csv()
-
-
-def secrets_in(folder):
-    return holding((SECRET,), folder)
-
-
-def holding(texts, folder):
-    found = []
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # of a run that is at work
-            held = path.read_bytes() if path.is_file() else b""
-            if any(text.encode() in held for text in texts):
-                found.append(path)
-    return found
-
-
-def watched(process, is_enough):
-    """The processes below one with their names, and where all listen, until it is enough."""
-    seen, addresses = {}, set()
-    while process.poll() is None:
-        time.sleep(0.5)
-        for one in psutil.Process(process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                seen[one] = one.name()
-        for one in (psutil.Process(process.pid), *seen):
-            with contextlib.suppress(psutil.Error):
-                ports = one.net_connections(kind="inet")
-                addresses |= {port.laddr.ip for port in ports if port.status == psutil.CONN_LISTEN}
-        if addresses and is_enough():
-            break
-    return seen, addresses
-
-
-def is_loopback(text):
-    address = ipaddress.ip_address(text.partition("%")[0])
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
-
-
-def is_alive(process):
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
-# An address -> what is said of it.
-NO_CLUSTER = [
-    ("127.0.0.1:1", "does not answer: Connection refused"),
-    ("ray://127.0.0.1:1", "does not answer: Connection refused"),
-    ("nonsense", "must be local, auto, HOST:PORT or ray://HOST:PORT"),
-    ("ray://somebody:hunter2@127.0.0.1:10001", "without a user or a password"),
-]
-
-
-@pytest.mark.parametrize(("address", "message"), NO_CLUSTER)
-def test_a_ray_that_does_not_answer_is_one_line_and_soon(address, message, socket_enabled):
-    from keylayers.commands.study.cluster import Cluster
-    from keylayers.errors import ConfigError
-
-    start = time.perf_counter()
-    with pytest.raises(ConfigError, match=re.escape(message)) as told:
-        Cluster(address)
-    assert "hunter2" not in str(told.value)
-    assert time.perf_counter() - start < 10

@@ -46,7 +46,7 @@ COMMANDS = {
     "export": "Write the files with which another tool trains exactly the selected modules.",
 }
 for _name, _help in COMMANDS.items():
-    _file = {"import": "import_", "study": "study_command"}.get(_name, _name)
+    _file = {"import": "import_"}.get(_name, _name)
     app.command(f"keylayers.commands.{_file}:app", name=_name, help=_help)
 
 

@@ -7,7 +7,7 @@ dashes of their own too. Names are data, never part of an expression.
 
 from collections.abc import Mapping, Sequence
 from statistics import stdev
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import altair as alt
 
@@ -17,6 +17,9 @@ from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.verification import Verification
 from keylayers.report.curve import loss_unit
 from keylayers.report.losses import LossCurves
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Chart: TypeAlias = alt.Chart | alt.LayerChart
 
@@ -238,6 +241,35 @@ def losses_chart(curves: LossCurves) -> Chart:
     return alt.layer(*layers).properties(
         width=480, height=220, description="Losses by step, with held-out losses as rules"
     )
+
+
+def means_chart(title: str, runs: "pd.DataFrame", means: "pd.DataFrame") -> Chart:
+    """Runs as dots and their means as bars, a row for each group; references in grey.
+
+    Args:
+        title: Of the values.
+        runs: Each run with its `value`, and the columns that say which group it belongs to.
+        means: A row for each group: the same columns, then `mean`; the last column is a reference.
+    """
+    groups = list(means.columns[: means.columns.get_loc("mean")])
+
+    def rows(table: "pd.DataFrame", columns: Mapping[str, str]) -> alt.InlineData:
+        names = table[groups].fillna("-").astype(str).agg(" · ".join, axis=1)
+        found = table[[*columns]].rename(columns=columns).assign(group=names).astype(object)
+        return alt.InlineData(values=found.where(found.notna(), None).to_dict("records"))
+
+    shown = rows(means, {"mean": "value", means.columns[-1]: "reference"})
+    order = [row["group"] for row in shown.values]
+    y = alt.Y("group:N", sort=order, title=None, axis=alt.Axis(labelLimit=420))
+    x = alt.X("value:Q", title=title, scale=alt.Scale(zero=False))
+    base = alt.Chart(shown).encode(y=y)
+    reference = base.transform_filter("isValid(datum.reference)").encode(x=alt.X("reference:Q"))
+    dots = alt.Chart(rows(runs, {"value": "value"})).mark_circle(color=BLUE, opacity=0.6)
+    return alt.layer(
+        reference.mark_tick(color=GREY, thickness=3),
+        base.mark_tick(color=BLUE, thickness=2).encode(x=x),
+        dots.encode(x=x, y=y),
+    ).properties(width=420, height=22 * len(order), description=f"{title}: runs and their means")
 
 
 def vega_lite_version() -> str:

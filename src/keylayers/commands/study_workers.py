@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the cells of a study side by side, in processes of this machine or on a Ray cluster."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from keylayers.commands.study_cells import CELLS, TUNED, Cell
+from keylayers.commands.study_grid import printable
+from keylayers.errors import ConfigError, OutputError
+from keylayers.files import WHAT_TO_DO, says_full, write_json
+
+RESULTS = {  # kind of a cell -> the file that its command writes last
+    **dict.fromkeys(("stage-1", "ranking"), "ranking.json"),
+    "verification": "verification.json",
+    "training": f"{TUNED}/keylayers.json",
+    "evaluation": "evaluation.json",
+}
+ERROR = "keylayers: "  # begins the line that says why a command failed
+HEAVY = ["torch", "transformers", "trl", "peft", "datasets"]  # what the commands import
+CONNECT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class State:
+    """How a cell ended: `finished`, or `failed` or `skipped` for now; else `waiting`."""
+
+    status: str = "waiting"
+    error: str = ""
+    seconds: float = 0.0
+
+
+Submit = Callable[[Path, Cell], "Future[State]"]
+
+
+def state_of(root: Path, cell: Cell) -> State:
+    """How the last run of a cell ended; waiting if its results are gone."""
+    folder = root / CELLS / cell.name
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        state = State(**json.loads((folder / "cell.json").read_text(encoding="utf-8"))["state"])
+        if state.status == "failed" or (folder / RESULTS[cell.kind]).is_file():
+            return state
+    return State()
+
+
+def run_cells(root: Path, cells: Sequence[Cell], submit: Submit) -> dict[str, State]:
+    """Run every cell that is not finished, after the cells that it needs; how each ended.
+
+    Raises:
+        OutputError: the disk is full.
+    """
+    states = {cell.name: state_of(root, cell) for cell in cells}
+    waiting = [cell for cell in cells if states[cell.name].status != "finished"]
+    states |= {cell.name: State() for cell in waiting}
+    running: dict[Future[State], Cell] = {}
+    while waiting or running:
+        for cell in list(waiting):
+            needed = {states[name].status for name in cell.needs}
+            if needed & {"failed", "skipped"}:
+                waiting.remove(cell)
+                states[cell.name] = State("skipped", f"needs {cell.needs[0]}, which failed")
+            elif needed <= {"finished"}:
+                waiting.remove(cell)
+                running[submit(root, cell)] = cell
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            cell = running.pop(future)
+            try:
+                state = future.result()
+            except Exception as error:  # of its worker or its folder: the other cells go on
+                state = State("failed", " ".join(str(error).split())[:500])
+            if says_full(state.error):  # every other cell would fail, too
+                raise OutputError(f"the disk must have room for {str(root)!r}, {WHAT_TO_DO}")
+            states[cell.name] = state
+            why = f": {state.error}" if state.error else f" after {state.seconds:.0f} s"
+            sys.stderr.write(printable(f"{cell.name} {state.status}{why}") + "\n")
+    return states
+
+
+def run_cell(root: Path, cell: Cell) -> State:
+    """Run the command of a cell in this process, with its output in log.txt, and record the end."""
+    from keylayers.cli import main
+
+    folder = root / CELLS / cell.name
+    folder.mkdir(parents=True, exist_ok=True)
+    start, error = time.perf_counter(), ""
+    with (
+        (folder / "log.txt").open("w", encoding="utf-8", buffering=1) as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        try:
+            code = main(cell.words)
+        except (Exception, SystemExit) as raised:  # recorded; the other cells go on
+            traceback.print_exc()
+            code, error = 1, f"{type(raised).__name__}: {' '.join(str(raised).split())}"
+    if code and not error:
+        lines = (folder / "log.txt").read_text(encoding="utf-8").splitlines()
+        told = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
+        error = told[-1] if told else f"exit code {code}"
+    state = State("failed" if code else "finished", error, time.perf_counter() - start)
+    write_json(folder / "cell.json", {"command": list(cell.words), "state": asdict(state)})
+    return state
+
+
+@contextlib.contextmanager
+def local(count: int | None) -> Iterator[Submit]:
+    """Run `count` cells at a time: by default one per accelerator, or else per core."""
+    import torch
+
+    num_devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num_devices)))
+    devices: list[str | None] = [*names.split(",")[:num_devices]] or [None]
+    count = count or num_devices or len(os.sched_getaffinity(0))
+    free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for index in range(count):
+        free.put(devices[index % len(devices)])
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
+    # A fork of a process that has imported torch starts at once. With accelerators, torch may only
+    # be imported after CUDA_VISIBLE_DEVICES is set: peft imports bitsandbytes, which starts CUDA.
+    context: Any = multiprocessing.get_context("spawn" if num_devices else "forkserver")
+    multiprocessing.set_forkserver_preload(HEAVY)
+
+    def run(root: Path, cell: Cell) -> State:
+        device = free.get()
+        process = context.Process(target=_worker, args=(device, root, cell))
+        process.start()
+        process.join()
+        free.put(device)
+        if process.exitcode:
+            raise RuntimeError(f"its process died (exit code {process.exitcode}): out of memory?")
+        return state_of(root, cell)
+
+    executor = ThreadPoolExecutor(count)
+    try:
+        yield lambda root, cell: executor.submit(run, root, cell)
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():  # their cells go on in the next run
+            process.kill()
+
+
+def _worker(device: str | None, root: Path, cell: Cell) -> None:
+    """Run a cell in a process that ends when the study is killed."""
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    run_cell(root, cell)
+
+
+def _exit_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def on_ray(address: str) -> Iterator[Submit]:
+    """Run cells on a Ray cluster whose machines see the same files, with a GPU each if it has any.
+
+    Raises:
+        ConfigError: Ray is not installed, or no cluster answers.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError("`ray_address` needs Ray: `pip install 'keylayers[study]'`") from error
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        if address != "auto":  # Ray would wait for minutes for an answer and end the process
+            parts = urlsplit(address if "://" in address else f"ray://{address}")
+            if parts.port is None:
+                raise ValueError("it has no port")
+            socket.create_connection((parts.hostname, parts.port), CONNECT_SECONDS).close()
+        ray.init(address=address, logging_level="error", log_to_driver=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"`ray_address` must be auto, HOST:PORT or ray://HOST:PORT of a running cluster, got "
+            f"{address!r}: {error}"
+        ) from error
+    gpus = int("GPU" in ray.cluster_resources())
+    # A process that used a GPU cannot move to another one, so it ends after one cell.
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0, max_calls=gpus)(_ray_task)
+    try:
+        yield lambda root, cell: task.remote(os.getcwd(), root, cell).future()
+    finally:
+        ray.shutdown()
+
+
+def _ray_task(folder: str, root: Path, cell: Cell) -> State:
+    os.chdir(folder)
+    return run_cell(root, cell)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Study files for tests, and a way to run their cells in the process of the test."""
+
+import contextlib
+from concurrent.futures import Future
+from pathlib import Path
+
+import yaml
+
+from commands import keylayers
+from outputs import contents
+
+OPTIONS = {"batch_size": 4, "lora_rank": 4, "max_steps": 6, "learning_rate": 0.02, "points": 4}
+OPTIONS |= {"save_steps": 2, "random_orders": 2}
+METHODS = ["gradient-norm", {"method": "path", "path_points": 2, "mask_batches": 2}]
+
+
+def write(folder, name="study", **content):
+    """A study file."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def tiny_study(folder, tiny, options=None, **grid):
+    """A study file on the tiny model."""
+    inputs = {"model": str(tiny / "model"), "data": str(tiny / "data.jsonl")}
+    return write(folder, options={**inputs, **OPTIONS, **(options or {})}, grid=grid)
+
+
+def plan_of(path, root="study", settings=()):
+    """The cells of a study file."""
+    from keylayers.commands.study_cells import plan
+    from keylayers.commands.study_grid import read_study
+
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return plan(read_study(content, str(path), settings), Path(root))
+
+
+def planned(grid=None, settings=(), parts=None, **options):
+    """Kind -> cells of a study without files."""
+    from keylayers.commands.study_cells import plan
+    from keylayers.commands.study_grid import read_study
+
+    content = {"options": {"model": "m", "data": "d"} | options, "grid": grid or {}}
+    found = {}
+    for cell in plan(read_study(content | (parts or {}), "it", settings), Path("out")):
+        found.setdefault(cell.kind, []).append(cell)
+    return found
+
+
+@contextlib.contextmanager
+def in_this_process(_workers=None):
+    """In place of the workers of a study."""
+    from keylayers.commands.study_workers import run_cell
+
+    def submit(root, cell):
+        future = Future()
+        try:
+            future.set_result(run_cell(root, cell))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+    yield submit
+
+
+def run_here(monkeypatch, *words):
+    """The exit code of `keylayers study`."""
+    monkeypatch.setattr("keylayers.commands.study_workers.local", in_this_process)
+    return keylayers("study", *words)
+
+
+def finished(root, cells):
+    """Path -> what the cells hold, without logs and without the place of the study."""
+    return {
+        f"{cell.name}/{path}": str(held).replace(f"{root.name}/cells", "cells")
+        for cell in cells
+        for path, held in contents(root / "cells" / cell.name).items()
+        if path != "log.txt"
+    }

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A study file as cells: what is shared, what names a cell, and files that are refused."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from commands import keylayers
+from damage import LARGE, cases, changed, damaged_text, run
+from studies import METHODS, plan_of, planned, tiny_study, write
+
+pytestmark = pytest.mark.filterwarnings(LARGE)
+BASE = {"model": "m", "data": "d"}
+
+
+def test_shared_work_is_one_cell(tiny, tmp_path):
+    grid = {"seed": [0, 1], "method": METHODS, "budget": [0.2, 0.3, 1.0]}
+    cells = plan_of(tiny_study(tmp_path, tiny, **grid))
+    # per seed: one stage 1, two rankings with their mask curves, two trainings of each budget, and
+    # one training of all modules
+    assert Counter(cell.kind for cell in cells) == {
+        "stage-1": 2,
+        "ranking": 4,
+        "verification": 4,
+        "training": 2 * (2 * 2 + 1),
+    }
+    names = [cell.name for cell in cells]
+    assert len(set(names)) == len(names)
+    for index, cell in enumerate(cells):
+        assert set(cell.needs) <= set(names[:index])
+    assert sum(len(cell.points) for cell in cells if cell.kind == "training") == 2 * 2 * 3
+    assert cells[0].points == ({"seed": "0"},)
+
+
+def test_a_cell_is_named_by_what_it_reads_and_not_by_where_that_is(tiny, tmp_path):
+    first, data = plan_of(tiny_study(tmp_path, tiny, seed=[0])), tmp_path / "copied.jsonl"
+    data.write_bytes((tiny / "data.jsonl").read_bytes())
+    again = plan_of(tiny_study(tmp_path, tiny, {"data": str(data)}, seed=[0]), "elsewhere")
+    assert [cell.name for cell in again] == [cell.name for cell in first]
+    data.with_name("other.jsonl").write_bytes(data.read_bytes() + b"\n")
+    other = {"data": str(tmp_path / "other.jsonl")}
+    changed = plan_of(tiny_study(tmp_path, tiny, other, seed=[0]))
+    assert not {cell.name for cell in changed} & {cell.name for cell in first}
+
+
+def test_defaults_nulls_and_options_without_effect_make_the_same_cells():
+    usual = {"lora_rank": 16, "method": "elimination", "held_out": 0.1, "points": 15}
+    usual |= {"save_steps": 7, "rank_first": False, "path_points": None}
+    assert names(planned(budget=0.3)) == names(planned(budget=0.3, **usual))
+    assert names(planned(budget=0.3)) != names(planned(budget=0.3, steps=300))  # not stage 1's
+    assert "training" not in planned(budget=None)
+
+
+def names(found):
+    return {kind: [cell.name for cell in cells] for kind, cells in found.items()}
+
+
+def test_other_software_makes_other_cells(monkeypatch):
+    from keylayers.environment import environment
+
+    made_by, before = environment(), planned(budget=0.3)
+    for part in ("commit", "libraries"):
+        other = made_by | {part: "another"}
+        monkeypatch.setattr("keylayers.commands.study_cells.environment", lambda other=other: other)
+        after = planned(budget=0.3)
+        assert all(after[kind][0].name != cells[0].name for kind, cells in before.items())
+
+
+def test_the_options_of_stage_1_are_those_before_any_score():
+    """They are read from the groups of `keylayers rank --help`."""
+    from keylayers.commands.study_cells import SCORING, UPDATE, defaults_of
+
+    own = defaults_of("rank", (UPDATE, SCORING))
+    assert {"model", "data", "update", "lora_rank", "seed", "max_steps", "epsilon"} <= set(own)
+    others = set(defaults_of("rank")) - set(own)
+    assert {"method", "mask_batches", "initial_score", "mask_seed", "adapter", "tuned"} <= others
+    assert not others & {"mask_data", "batch_size", "held_out"}
+    assert not {"output", "config", "stage_1"} & {*own, *others}
+
+
+def folder(cell):
+    return f"out/cells/{cell.name}"
+
+
+def test_a_training_of_all_modules_needs_the_ranking_that_comes_with_stage_1():
+    cells = planned({"method": ["ila", "random"], "budget": [1.0, 0.3]}, steps=5)
+    (stage_1,) = cells["stage-1"]
+    whole, *others = sorted(cells["training"], key=lambda cell: cell.needs != (stage_1.name,))
+    assert folder(stage_1) in whole.words
+    assert [point["method"] for point in whole.points] == ["ila", "random"]
+    assert [cell.needs[0] for cell in others] == [cell.name for cell in cells["ranking"]]
+    assert planned(budget=1)["training"][0].needs == (planned()["ranking"][0].name,)  # one module
+
+
+# Grid and options -> trainings of all modules that they take
+ALL_MODULES = [
+    ({"max_steps": [10, 20]}, {}, 2),
+    ({"max_steps": [10, 20]}, {"steps": 5}, 1),
+    ({"adapter": ["qv", "all"]}, {"steps": 5}, 2),
+    ({"towers": ["language", "all"]}, {"steps": 5, "train_towers": "all"}, 2),
+    ({"model": ["m", "n"]}, {"steps": 5, "train_model": "n"}, 2),
+]
+
+
+@pytest.mark.parametrize(("grid", "options", "count"), ALL_MODULES)
+def test_all_modules_are_trained_once_for_the_same_modules_and_steps(grid, options, count):
+    assert len(planned(grid, budget=1.0, **options)["training"]) == count
+
+
+def test_only_auto_needs_a_mask_curve():
+    budgets = {"budget": [0.3, "auto"]}
+    first, other = planned(budgets), planned(budgets, points=20)
+    assert (first["stage-1"], first["ranking"]) == (other["stage-1"], other["ranking"])
+    ((curve,), (ranking,)) = first["verification"], first["ranking"]
+    assert curve.name != other["verification"][0].name
+    by_need = {cell.needs: cell for cell in first["training"]}
+    assert set(by_need) == {(ranking.name,), (curve.name,)}
+    assert folder(curve) in by_need[curve.name,].words
+    assert by_need[ranking.name,] == other["training"][0]
+    cells = planned({"points": [5, 10]}, budget=0.3)
+    assert cells["training"][0].points == ({},)
+    assert [cell.points for cell in cells["verification"]] == [
+        ({"points": "5"},),
+        ({"points": "10"},),
+    ]
+
+
+def test_an_update_that_exists_needs_no_stage_1_and_rank_first_no_ranking():
+    assert set(planned(adapter="a")) == {"ranking", "verification"}
+    (cell,) = planned({"budget": [{"rank_first": True, "freeze": 0.25}]})["training"]
+    assert cell.points == ({"budget": "rank_first True, freeze 0.25"},)
+    assert "--rank-first" in cell.words
+
+
+def test_a_training_may_have_another_model_and_other_data():
+    data = ["a.jsonl", "b.jsonl"]
+    grid = {"data": data, "train_data": data, "budget": [0.3, 1.0]}
+    cells = planned(grid, parts={"verify": False}, steps=5)
+    # all modules are all modules whatever ranked them: one training for each data set
+    assert [len(cells[kind]) for kind in ("stage-1", "ranking", "training")] == [2, 2, 2 * 2 + 2]
+    for cell in cells["training"]:
+        assert flag(cell, "--data") == cell.points[0]["train_data"]
+    for cell in cells["ranking"]:
+        assert cell.points == ({"data": flag(cell, "--data")},)
+    own = planned({"data": data, "budget": [0.3, 1.0]}, parts={"verify": False}, steps=5)
+    assert {*names(own)["training"]} < {*names(cells)["training"]}
+    for options, revision in (({}, None), ({"train_revision": "abc"}, "abc")):
+        (cell,) = planned(budget=0.3, revision="abc", train_model="n", **options)["training"]
+        assert (flag(cell, "--model"), flag(cell, "--revision")) == ("n", revision)
+
+
+def flag(cell, name):
+    return cell.words[cell.words.index(name) + 1] if name in cell.words else None
+
+
+def test_an_evaluation_is_of_what_was_trained():
+    cells = planned(parts={"evaluate": {"tasks": "mmlu"}}, towers="all", budget=0.3)
+    (evaluation,) = cells["evaluation"]
+    assert flag(evaluation, "--adapter") == folder(cells["training"][0]) + "/tuned"
+    assert "--towers" not in evaluation.words
+    cells = planned(parts={"evaluate": {"tasks": "mmlu"}}, update="full", budget=0.3)
+    assert flag(cells["evaluation"][0], "--checkpoint") == folder(cells["training"][0]) + "/tuned"
+    assert flag(cells["verification"][0], "--tuned") == folder(cells["stage-1"][0]) + "/tuned"
+
+
+def test_settings_replace_options_and_axes():
+    grid = {"data": ["a.jsonl", "b.jsonl"], "seed": [0, 1]}
+    cells = planned(grid, ["model=other", "seed=[5]", "data=c.jsonl"])["ranking"]
+    assert [cell.points for cell in cells] == [({"data": "c.jsonl", "seed": "5"},)]
+    assert (flag(cells[0], "--model"), flag(cells[0], "--data")) == ("other", "c.jsonl")
+
+
+def test_a_value_never_becomes_a_flag():
+    (cell,) = planned(model="--trust-remote-code", report_to=["a", "--output"])["ranking"]
+    assert "--model=--trust-remote-code" in cell.words
+    assert {"--report-to=a", "--report-to=--output"} < set(cell.words)
+
+
+def test_a_dry_run_lists_cells_and_commands_and_writes_nothing(tiny, tmp_path, capsys):
+    path = tiny_study(tmp_path, tiny, seed=[0, 1], budget=[0.3])
+    assert keylayers("study", path, "--dry-run", "--output", tmp_path / "out") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8
+    for cell, line in zip(plan_of(path, tmp_path / "out"), lines, strict=True):
+        assert line.startswith(f"{cell.name} (waiting): keylayers {cell.words[0]} --model ")
+    assert not (tmp_path / "out").exists()
+
+
+# Parts of a study file, with a model and data where nothing is said -> what is said
+REFUSED = [
+    ({"grids": {}}, "must hold options, grid, .* has 'grids', did you mean 'grid'"),
+    ({"options": []}, "`options` of a study must be a dict, but in .* it is a list"),
+    ({"verify": 1}, "`verify` of a study must be a bool"),
+    ({"compare": [30]}, r"`compare` of a study must be like \[0.3, 0.75\], got \[30\]"),
+    ({"grid": {"seed": 1}}, "must be a list of entries, but 'seed' is 1"),
+    ({"grid": {"seed": [1, 1]}}, "must differ, but 'seed' has '1' twice"),
+    ({"grid": {"kind": [{"seed": 1}]}}, "named like a column of results, got kind"),
+    ({"grid": {"sede": [1]}}, "takes `sede`, did you mean 'seed'"),
+    ({"grid": {"seed": [0, -1]}}, "`seed` must be from 0"),
+    ({"grid": {"seed": [*range(200)], "steps": [*range(200)]}}, "at most 10,000 combinations"),
+    ({"grid": {"method": ["elimination", "ilaa"]}}, '"ilaa" for --method.*"ila"'),
+    ({"options": {"data": "d"}}, "--model requires an argument"),
+    ({"options": {"model": "m" * 300, "data": "d"}}, "must be a path or a name.*too long"),
+    ({"options": {**BASE, "lora_rank": 0}}, "`lora_rank` must be at least 1"),
+    ({"options": {**BASE, "lora-rank": 4, "lora_rank": 8}}, "must give each name once"),
+    ({"options": {**BASE, "max_steps": "abc"}}, '--max-steps: unable to convert "abc" into int'),
+    ({"options": {**BASE, "max_steps": 10**400}}, "`max_steps` of a study must be a text or a num"),
+    ({"options": {**BASE, "seed": True}}, "--seed requires an argument"),
+    ({"options": {**BASE, "load_in_4bit": "yes"}}, "Unused Tokens: .'yes'"),
+    ({"options": {**BASE, "revision": {"a": 1}}}, "`revision` of a study must be a text"),
+    ({"options": {**BASE, "output": "x"}}, "takes `output`"),
+    ({"options": {**BASE, "push_to_hub": "x"}}, "takes `push_to_hub`"),
+    ({"options": {**BASE, "budget": "much"}}, "`budget` must be .* got 'much'"),
+    ({"options": {**BASE, "budget": "abcx-time"}}, "`budget` .* got 'abcx-time'"),
+    ({"options": {**BASE, "budget": 1.5}}, "`budget` .* got 1.5"),
+    ({"options": {**BASE, "budget": 0.3, "freeze": 0.2}}, "exactly one of `budget`"),
+    ({"options": {**BASE, "budget": 0.3, "controls": ["foo"]}}, '"foo" for --controls'),
+    ({"options": {**BASE, "budget": 0.3, "train_max_length": "abc"}}, "--max-length: unable to"),
+    ({"options": {**BASE, "budget": "auto"}, "verify": False}, "not be false with `budget` auto"),
+    # Options that no cell takes
+    ({"options": {**BASE, "points": 4}, "verify": False}, "takes `points`"),
+    ({"options": BASE, "grid": {"order_seed": [0, 1]}, "verify": False}, "takes `order_seed`"),
+    ({"options": {**BASE, "train_data": "other"}}, "takes `train_data`"),
+    ({"options": {**BASE, "steps": 100}}, "takes `steps`"),
+    ({"options": {**BASE, "freeze": 0.3, "rank_first": True, "train_data": "x"}}, "`train_data`"),
+    ({"evaluate": {"tasks": ["mmlu"]}}, "takes `evaluate: tasks`"),
+    (
+        {"options": {**BASE, "budget": 0.3}, "evaluate": {"taskss": ["m"]}},
+        "takes `evaluate: taskss`",
+    ),
+    ({"options": {**BASE, "budget": 0.3}, "evaluate": {"model": "x"}}, "takes `evaluate: model`"),
+    ({"options": {**BASE, "budget": 0.3}, "evaluate": {"tasks": "m", "limit": "few"}}, "--limit"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), REFUSED)
+def test_a_study_file_that_cannot_be_run_is_one_clear_line(tmp_path, capsys, content, message):
+    path = write(tmp_path, **{"options": BASE, **content})
+    assert keylayers("study", path, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+WORDS = [
+    (["a.yaml", "b/a.yaml"], "must be files with different names"),
+    ([], "must be files with different names"),
+    (["a.yaml", "--set", "seed"], "`set` must be name=value"),
+    (["a.yaml", "--set", "sede=3"], "did you mean 'seed'"),
+    (["a.yaml", "--set", "lora-rank=3"], "must replace all of axis 'size', which sets 'lora_rank'"),
+    (["a.yaml", "--workers", "0"], "`workers` must be at least 1"),
+    (["a.yaml", "--ray-address", "auto", "--workers", "2"], "left out with `ray_address`"),
+    pytest.param(
+        ["a.yaml", "--ray-address", "127.0.0.1:1"],
+        "of a running cluster, got '127.0.0.1:1'",
+        marks=pytest.mark.enable_socket,
+    ),
+    (["a.yaml", "--ray-address", "somewhere"], "of a running cluster, got 'somewhere'"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), WORDS)
+def test_words_that_cannot_be_used_are_one_clear_line(
+    tmp_path, monkeypatch, capsys, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    grid = {"seed": [0], "size": [{"name": "small", "lora_rank": 4}]}
+    write(tmp_path, "a", options=BASE, grid=grid)
+    write(tmp_path / "b", "a", options=BASE)
+    assert keylayers("study", *words) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "study" / "results.csv").exists()
+
+
+STUDY = {
+    "options": {**BASE, "max_steps": 3, "epsilon": 0.1, "train_max_length": 64},
+    "grid": {
+        "seed": [0, 1],
+        "method": ["ila", {"name": "path", "method": "path", "path_points": 2}],
+        "budget": [0.3, "1.0x-params", "auto", {"freeze": 0.25}],
+    },
+    "compare": [0.3],
+    "evaluate": {"tasks": ["mmlu"], "limit": 3},
+}
+
+
+@pytest.mark.long
+def test_a_damaged_study_file_is_refused_in_one_line_or_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    codes = Counter()
+    study_files = st.one_of(
+        changed(STUDY)
+        .filter(lambda one: isinstance(one, dict) and len(str(one)) < 4000)
+        .filter(lambda one: "\ud800" not in str(one))
+        .map(lambda one: yaml.safe_dump(one).encode()),
+        damaged_text(yaml.safe_dump(STUDY)),
+    )
+
+    @cases(300)
+    @given(study_files)
+    def check(content):
+        Path("study.yaml").write_bytes(content)
+        codes[run("study", "study.yaml", "--dry-run")] += 1
+        assert [path.name for path in tmp_path.iterdir()] == ["study.yaml"]
+
+    check()
+    assert set(codes) == {0, 2}
+
+
+def test_the_record_of_a_study_is_json():
+    from dataclasses import asdict
+
+    for cells in planned(STUDY["grid"], budget=0.3).values():
+        for cell in cells:
+            json.dumps(asdict(cell), allow_nan=False)
