@@ -22,7 +22,7 @@ from keylayers.model.options import ModelOptions
 from keylayers.scores.score_modules import score_modules
 from keylayers.scores.scoring_options import scoring_options
 from keylayers.updates import dense_updates
-from keylayers.updates.dense import take_other_weights
+from keylayers.updates.checkpoints import take_other_weights
 
 NUM_ROUNDS = 3
 TOKENS, VOCABULARY = 64, 32_000

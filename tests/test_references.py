@@ -28,7 +28,8 @@ def reference_model(kind):
 
 def losses_at(trainer, gate):
     from keylayers.gates import gated
-    from keylayers.trainers.loss import TrainerLoss, batch_losses
+    from keylayers.trainers.held_out import batch_losses
+    from keylayers.trainers.loss import TrainerLoss
     from keylayers.updates import adapter_updates
 
     source = TrainerLoss(trainer)

@@ -65,7 +65,7 @@ def test_batches_of_kto_keep_their_neighbours_and_come_in_other_orders():
 
 
 def test_a_shorter_block_stays_last():
-    from keylayers.trainers.loss import _in_other_blocks
+    from keylayers.trainers.batches import _in_other_blocks
 
     data = Dataset.from_dict({"x": range(11)})
     orders = (_in_other_blocks(data, 4, torch.Generator().manual_seed(one)) for one in range(8))

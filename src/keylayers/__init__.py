@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from keylayers.training.rank_modules import rank_modules
     from keylayers.training.shallow import ShallowBackward
     from keylayers.training.step_scores import StepScores
-    from keylayers.updates.dense import module_weights
+    from keylayers.updates.checkpoints import module_weights
 
 _HOME = {
     "FreezeUnimportant": "training.freeze",
@@ -41,7 +41,7 @@ _HOME = {
     "export_selection": "export",
     "mask_curve": "evaluation.mask_curve",
     "measured_memory": "training.memory",
-    "module_weights": "updates.dense",
+    "module_weights": "updates.checkpoints",
     "rank_modules": "training.rank_modules",
     "register_method": "scores.methods",
 }

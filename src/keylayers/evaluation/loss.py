@@ -11,8 +11,10 @@ from transformers import PreTrainedModel, Trainer
 
 from keylayers.data.chat import IGNORED
 from keylayers.progress import OnStep
+from keylayers.trainers.batches import every_batch_everywhere
 from keylayers.trainers.data import prepared_for
-from keylayers.trainers.loss import TrainerLoss, batch_losses, every_batch_everywhere
+from keylayers.trainers.held_out import batch_losses
+from keylayers.trainers.loss import TrainerLoss
 
 
 def held_out_loss(trainer: Trainer, dataset: Dataset) -> float:

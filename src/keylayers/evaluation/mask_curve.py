@@ -10,13 +10,10 @@ from transformers import Trainer
 from keylayers.gates import gated
 from keylayers.progress import OnStep
 from keylayers.ranking.curve import MaskCurve
+from keylayers.trainers.batches import every_batch_everywhere
 from keylayers.trainers.data import prepared_for
-from keylayers.trainers.loss import (
-    BatchLosses,
-    TrainerLoss,
-    batch_losses,
-    every_batch_everywhere,
-)
+from keylayers.trainers.held_out import BatchLosses, batch_losses
+from keylayers.trainers.loss import TrainerLoss
 from keylayers.updates import Update
 
 

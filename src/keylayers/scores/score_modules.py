@@ -15,8 +15,8 @@ from keylayers.scores.options import Repeatable
 from keylayers.scores.repeated import repeated
 from keylayers.scores.scoring_options import ScoringOptions
 from keylayers.scores.task import Task
+from keylayers.trainers.batches import samples
 from keylayers.trainers.log import TrainerLog
-from keylayers.trainers.loss import samples
 from keylayers.updates import Update
 
 

@@ -16,7 +16,8 @@ from keylayers.gates import Gates, gated
 from keylayers.progress import OnStep
 from keylayers.scores.module_scores import ModuleScores, to_modules
 from keylayers.scores.options import Granularity
-from keylayers.trainers.loss import TrainerLoss, counts_tokens, every_batch_everywhere, samples
+from keylayers.trainers.batches import counts_tokens, every_batch_everywhere, samples
+from keylayers.trainers.loss import TrainerLoss
 from keylayers.updates import Update
 
 

@@ -21,7 +21,7 @@ from keylayers.model.modules import ModuleInfo, map_modules, outside_module
 from keylayers.model.preserve import preserved
 from keylayers.model.sharding import is_sharded
 from keylayers.ranking.memory import ModuleMemory, StepMemory
-from keylayers.trainers.loss import samples
+from keylayers.trainers.batches import samples
 from keylayers.trainers.state import unchanged_trainer
 from keylayers.training.kept import Watch, num_bytes, storage_key
 from keylayers.training.peak import peak_bytes

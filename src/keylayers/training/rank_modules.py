@@ -20,7 +20,7 @@ from keylayers.scores.scoring_options import ScoringOptions, scoring_options
 from keylayers.trainers.data import prepared_for
 from keylayers.trainers.reference import reference_of
 from keylayers.updates import AdaLoraUpdate, Update, adapter_updates, dense_updates
-from keylayers.updates.dense import back_at_base
+from keylayers.updates.checkpoints import back_at_base
 
 
 def rank_modules(

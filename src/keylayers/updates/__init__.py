@@ -7,7 +7,8 @@ adapters, sorted out in `adapter`) and `dense` (the difference of two checkpoint
 
 from keylayers.updates.adalora import AdaLoraUpdate
 from keylayers.updates.adapter import AdapterUpdate, adapter_updates
-from keylayers.updates.dense import DenseExpertsUpdate, DenseUpdate, dense_updates
+from keylayers.updates.dense import DenseUpdate, dense_updates
+from keylayers.updates.dense_experts import DenseExpertsUpdate
 from keylayers.updates.dora import DoraUpdate
 from keylayers.updates.embedding import EmbeddingUpdate
 from keylayers.updates.experts import ParameterUpdate

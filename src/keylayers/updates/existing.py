@@ -14,7 +14,7 @@ from keylayers.model.weights import adapter_sha256, tensors_sha256
 from keylayers.progress import Progress
 from keylayers.updates import Update, adapter_updates, dense_updates
 from keylayers.updates.adapter import always_on
-from keylayers.updates.dense import take_other_weights
+from keylayers.updates.checkpoints import take_other_weights
 
 
 @dataclass(frozen=True)

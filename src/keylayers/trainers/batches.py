@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training batches of anyone's trainer, in an order that a seed decides."""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from keylayers.errors import DataError
+
+
+def training_batches(trainer: Trainer, seed: int) -> Iterator[Any]:
+    """Training batches without end, shuffled in each epoch by the trainer's own sampler.
+
+    Each process gets its own batches, unless `every_batch_everywhere`.
+
+    A trainer that keeps its data in order gets whole batches in another order, because KTO pairs
+    each prompt with the answer of its neighbour in the batch.
+
+    Args:
+        trainer: Its `args` are replaced; call this inside `TrainerLoss.quiet`.
+        seed: Seed of the order, instead of the trainer's.
+
+    Raises:
+        DataError: the trainer has no training data.
+    """
+    if trainer.train_dataset is None:
+        raise DataError(
+            "the trainer must have a `train_dataset` to learn a mask on, but it has none"
+        )
+    _reseed(trainer, seed)
+    generator = torch.Generator().manual_seed(seed)
+    loader = _loader(trainer, generator)
+    epoch = 0
+    while True:
+        if hasattr(loader, "set_epoch"):  # accelerate's loaders need it to reshuffle
+            loader.set_epoch(epoch)
+        num_batches = 0
+        for batch in islice(loader, None, None, _num_repeats(trainer)):
+            num_batches += 1
+            yield batch
+        if num_batches == 0:
+            raise DataError("the trainer's data must give at least one batch, but it gives none")
+        epoch += 1
+        loader = _loader(trainer, generator) if _is_in_order(trainer) else loader
+
+
+def _reseed(trainer: Trainer, seed: int) -> None:
+    """Let samplers draw by `seed`, whether accelerate seeds them or the trainer does."""
+    trainer.args = copy.copy(trainer.args)
+    trainer.args.seed = trainer.args.data_seed = seed
+    accelerator = trainer.accelerator
+    accelerator.dataloader_config = replace(accelerator.dataloader_config, data_seed=seed)
+
+
+def _loader(trainer: Trainer, generator: torch.Generator) -> DataLoader[Any]:
+    dataset = trainer.train_dataset
+    if _is_in_order(trainer):
+        size = trainer._train_batch_size
+        trainer.train_dataset = _in_other_blocks(dataset, size, generator)
+    try:
+        return trainer.get_train_dataloader()
+    finally:
+        trainer.train_dataset = dataset
+
+
+def _is_in_order(trainer: Trainer) -> bool:
+    # TRL's KTO trainer sets "sequential"; streams have no rows that could be reordered.
+    strategy = getattr(trainer.args, "train_sampling_strategy", "random")
+    return strategy == "sequential" and isinstance(trainer.train_dataset, Dataset)
+
+
+def _in_other_blocks(dataset: Dataset, size: int, generator: torch.Generator) -> Dataset:
+    """The rows in blocks of `size` in random order, each block as it was; a shorter one last."""
+    num_whole = len(dataset) // size
+    blocks = torch.randperm(num_whole, generator=generator).tolist()
+    order = [size * block + row for block in blocks for row in range(size)]
+    return dataset.select([*order, *range(size * num_whole, len(dataset))])
+
+
+def _num_repeats(trainer: Trainer) -> int:
+    """How often in a row the loader gives the same prompts.
+
+    TRL's GRPO and RLOO trainers repeat them because they use completions for several steps.
+    """
+    if not samples(trainer):
+        return 1
+    return int(trainer.args.steps_per_generation * getattr(trainer, "num_iterations", 1))
+
+
+def samples(trainer: Trainer) -> bool:
+    """Whether the trainer learns from completions that it samples and rewards (GRPO, RLOO).
+
+    Its loss is not a function of its inputs; only the gradient of the loss is meaningful.
+    """
+    return hasattr(trainer, "reward_funcs")
+
+
+def own_copy(batch: Any) -> Any:
+    """A copy of a batch, a dictionary or a list of examples: trainers pop columns from it."""
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    return [own_copy(example) for example in batch] if isinstance(batch, list) else batch
+
+
+@contextlib.contextmanager
+def every_batch_everywhere(trainer: Trainer) -> Iterator[None]:
+    """Inside the block, data loaders give every process all batches, as if it were the only one."""
+    accelerator = trainer.accelerator
+    if accelerator.num_processes == 1:
+        yield
+        return
+    before = dict(vars(accelerator))
+
+    def prepare(loader: DataLoader[Any], *_: Any, **__: Any) -> Any:
+        return prepare_data_loader(
+            loader,
+            accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=accelerator.device_placement,
+            dispatch_batches=False,  # otherwise the first process splits the batches of a stream
+            use_seedable_sampler=accelerator.use_seedable_sampler,
+            data_seed=accelerator.dataloader_config.data_seed,
+        )
+
+    accelerator.prepare_data_loader = prepare
+    try:
+        yield
+    finally:
+        if "prepare_data_loader" in before:
+            accelerator.prepare_data_loader = before["prepare_data_loader"]
+        else:
+            del accelerator.prepare_data_loader
+
+
+def counts_tokens(inputs: Any) -> bool:
+    """Whether a batch has a label for each token: then the loss is a mean over labelled tokens.
+
+    Otherwise each row has one label, such as a class or a number.
+    """
+    labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return False
+    return labels.dim() > 1 and labels.shape[-1] > 1
+
+
+def num_labels(inputs: Mapping[str, Any]) -> float:
+    """How many labelled next tokens a batch holds; without a label for each token, its rows.
+
+    A batch of pairs (DPO, reward) has one or two rows per pair, the same in every batch.
+    """
+    if counts_tokens(inputs):
+        return max(1.0, float((inputs["labels"][..., 1:] != -100).sum()))
+    return float(len(next(iter(inputs.values()))))

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weights of two checkpoints, θ_0 and θ_t: copied, swapped and compared by parameter name."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from keylayers.errors import ModelError
+from keylayers.model.modules import ModuleInfo, experts_of, map_modules
+from keylayers.model.options import Towers
+
+
+def module_weights(
+    model: nn.Module, towers: Towers = "language", device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """A copy of the weights of all modules of the blocks, by name: θ_0, if taken before training.
+
+    Args:
+        model: A model without an adapter.
+        towers: Which stacks of blocks.
+        device: Where the copy is kept.
+    """
+    infos = map_modules(model, towers)
+    named = [pair for info in infos for pair in parameters_of(model, info)]
+    return {name: value.detach().to(device, copy=True) for name, value in named}
+
+
+@contextlib.contextmanager
+def back_at_base(
+    model: nn.Module, base: Mapping[str, Tensor], towers: Towers = "language"
+) -> Iterator[dict[str, Tensor]]:
+    """Inside the block the modules hold θ_0 again; yields what they held, θ_t, on the CPU.
+
+    Args:
+        model: The tuned model; it holds θ_t again, bit for bit, when the block ends.
+        base: θ_0 by name, from `module_weights`; asked for one value at a time.
+        towers: Which stacks of blocks.
+
+    Raises:
+        ModelError: a module is missing in `base` or has another shape there.
+    """
+    tuned = module_weights(model, towers)
+    parameters = {name: one for name, one in model.named_parameters() if name in tuned}
+    try:
+        with torch.no_grad():
+            for name, one in parameters.items():
+                one.copy_(value_like(base, name, one, "the base weights"))
+        yield tuned
+    finally:
+        with torch.no_grad():
+            for name, one in parameters.items():
+                one.copy_(tuned[name])
+
+
+def take_other_weights(
+    model: nn.Module, tuned: Mapping[str, Tensor], towers: Towers = "language"
+) -> list[str]:
+    """Give `model` the tuned values of all that is not gated: embeddings, norms, head.
+
+    With them the model with all gates open is the tuned model. The modules of the blocks keep θ_0.
+
+    Returns:
+        Names of the parameters whose values differed.
+
+    Raises:
+        ModelError: a parameter is missing in `tuned` or has another shape there.
+    """
+    infos = map_modules(model, towers)
+    gated = {name for info in infos for name, _ in parameters_of(model, info)}
+    changed = []
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name not in gated:
+                value = value_like(tuned, name, parameter)
+                if not torch.equal(value, parameter):
+                    changed.append(name)
+                    parameter.copy_(value)
+    return changed
+
+
+def parameters_of(model: nn.Module, info: ModuleInfo) -> list[tuple[str, Tensor]]:
+    """The parameters of one module by name: the experts' own, or weight and bias."""
+    holder, _, last = info.name.rpartition(".")
+    if last in experts_of(model.get_submodule(holder)):
+        return [(info.name, model.get_parameter(info.name))]
+    layer = model.get_submodule(info.name)
+    return [(f"{info.name}.{name}", one) for name, one in layer.named_parameters(recurse=False)]
+
+
+def difference_of(tuned: Mapping[str, Tensor], name: str, base: Tensor) -> Tensor:
+    """Δθ of one parameter, in the base's dtype and place, in memory of its own."""
+    return value_like(tuned, name, base).sub(base.detach())
+
+
+def value_like(
+    weights: Mapping[str, Tensor], name: str, model: Tensor, whose: str = "the tuned checkpoint"
+) -> Tensor:
+    """The value of one parameter, θ_t or θ_0, in the dtype and place that the model has it in."""
+    if name not in weights:
+        raise ModelError(f"{whose} must hold {name}, but it does not; is it another kind of model?")
+    value = weights[name]
+    if value.shape != model.shape:
+        raise ModelError(
+            f"the two checkpoints must have the same shapes, but {name} is {tuple(model.shape)} in "
+            f"the model and {tuple(value.shape)} in {whose}"
+        )
+    return value.detach().to(model.device, model.dtype)
