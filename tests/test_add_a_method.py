@@ -11,7 +11,7 @@ import pytest
 
 import preloaded
 from commands import QUICK
-from test_mask_learning import noisy_model, trainer_of
+from scored import noisy_model, trainer_of
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "add-a-method.md").read_text()
 FILE, IN_PYTHON = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

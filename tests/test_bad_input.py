@@ -110,24 +110,6 @@ def test_rank_refuses(tiny, files, tmp_path, capsys, changes, message):
     assert sorted(files.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"method": "ila", "initial_score": 1e39}, "`initial_score` must be from -20 to 20"),
-        ({"method": "ila", "initial_score": float("nan")}, "`initial_score` must be from -20 to"),
-        ({"method": "price", "price": float("inf")}, r"from 0 to 1e\+06 nats, got inf"),
-        ({"method": "price", "price": -1.0}, r"from 0 to 1e\+06 nats, got -1"),
-        ({"method": "adalora", "mask_steps": 1}, "`mask_steps` must be at least 2, got 1"),
-    ],
-)
-def test_values_that_a_method_cannot_use_are_refused(options, message):
-    from keylayers.errors import ConfigError
-    from keylayers.scores.scoring_options import scoring_options
-
-    with pytest.raises(ConfigError, match=message):
-        scoring_options(**options)
-
-
 @pytest.fixture(scope="module")
 def ranking(ranked, tmp_path_factory):
     output = tmp_path_factory.mktemp("bad") / "ranked"

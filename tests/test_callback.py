@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from test_mask_learning import data, tokenizer
+from scored import data
+from tiny_files import tiny_tokenizer
 from trainers import build
 
 from tiny_models import tiny_llama
@@ -96,7 +97,7 @@ def make(kind, folder, **options):
     settings |= {"weight_decay": 0.1, "logging_steps": 3, "save_steps": 2} | options
     if kind is SFTTrainer:
         arguments = SFTConfig(**settings, dataset_kwargs={"skip_prepare_dataset": True})
-        more = {"processing_class": tokenizer()}
+        more = {"processing_class": tiny_tokenizer()}
     else:
         arguments, more = TrainingArguments(**settings), {}
     return kind(model=model, args=arguments, train_dataset=data(40), eval_dataset=data(8), **more)

@@ -6,7 +6,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from test_mask_learning import PLANTED, data, noisy_model, planted_model, trainer_of
+from scored import PLANTED, data, noisy_model, planted_model, trainer_of
 
 
 def test_the_area_by_hand():

@@ -6,8 +6,7 @@ from itertools import islice
 import pytest
 import torch
 
-from test_mask_learning import PLANTED, data, noisy_model, planted_model, trainer_of
-from test_scores import by_name, score
+from scored import PLANTED, by_name, data, noisy_model, planted_model, score, trainer_of
 
 
 def test_the_sizes_of_the_rounds_by_hand():

@@ -1,68 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
-import tempfile
 
 import pytest
 import torch
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
+from scored import PLANTED, arguments, data, noisy_model, planted_model, trainer_of
+from tiny_files import tiny_tokenizer
+
 from tiny_models import tiny_llama
-
-PLANTED = "model.layers.1.mlp.up_proj"
-
-
-def data(num_rows=24):
-    generator = torch.Generator().manual_seed(5)
-    rows = torch.randint(3, 64, (num_rows, 12), generator=generator).tolist()
-    return Dataset.from_dict({"input_ids": rows, "labels": rows})
-
-
-def arguments(kind=TrainingArguments, **options):
-    return kind(
-        output_dir=tempfile.mkdtemp(),  # trainers make their folder
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        per_device_train_batch_size=4,
-        dataloader_pin_memory=False,
-        activation_checkpointing=False,
-        **options,
-    )
-
-
-def noisy_model():
-    """A model with random LoRA updates on all modules."""
-    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules="all-linear"))
-    torch.manual_seed(6)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-    return model
-
-
-def planted_model():
-    """A model in which one module carries a useful update and all others one of zero."""
-    torch.manual_seed(6)
-    model = get_peft_model(tiny_llama(), LoraConfig(r=8, target_modules="all-linear"))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name and PLANTED in name)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=0.05)
-    rows = torch.tensor(data()["input_ids"])
-    for _ in range(30):
-        optimizer.zero_grad()
-        model(input_ids=rows, labels=rows).loss.backward()
-        optimizer.step()
-    return model
-
-
-def trainer_of(model, **options):
-    return Trainer(model=model, args=arguments(**options), train_dataset=data())
 
 
 def options_of(**values):
@@ -151,7 +98,7 @@ def test_the_trainer_and_its_model_are_given_back():
     model = noisy_model()
     config = arguments(SFTConfig, max_steps=2, dataset_kwargs={"skip_prepare_dataset": True})
     trainer = SFTTrainer(
-        model=model, args=config, train_dataset=data(), processing_class=tokenizer()
+        model=model, args=config, train_dataset=data(), processing_class=tiny_tokenizer()
     )
     trainer.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -168,12 +115,6 @@ def test_the_trainer_and_its_model_are_given_back():
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
-
-
-def tokenizer():
-    from tiny_files import tiny_tokenizer
-
-    return tiny_tokenizer()
 
 
 class HalfLoss(Trainer):

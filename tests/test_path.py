@@ -2,16 +2,12 @@
 import pytest
 import torch
 
-from test_mask_learning import PLANTED, data, noisy_model, planted_model, trainer_of
+import scored
+from scored import PLANTED, noisy_model, planted_model, trainer_of
 
 
 def score(trainer, **values):
-    from keylayers.scores.score_modules import score_modules
-    from keylayers.scores.scoring_options import scoring_options
-    from keylayers.updates import adapter_updates
-
-    options = scoring_options(**{"method": "path", "mask_batches": 2, "path_points": 8} | values)
-    return score_modules(trainer, adapter_updates(trainer.model), options)
+    return scored.score(trainer, "path", **{"path_points": 8} | values)
 
 
 def test_scores_sum_to_the_loss_reduction():
@@ -71,42 +67,7 @@ def test_scores_agree_with_differences_of_losses():
     assert list(result.scores[:4]) == pytest.approx(expected.tolist(), abs=3e-4)
 
 
-def test_the_same_seed_gives_the_same_scores_bit_for_bit():
-    first, second = (score(trainer_of(noisy_model())) for _ in range(2))
-    assert first.scores == second.scores
-    assert score(trainer_of(noisy_model()), mask_seed=9).scores != first.scores
-
-
-def test_the_model_is_given_back():
-    trainer = trainer_of(noisy_model())
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    score(trainer)
-    after = trainer.model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert all(parameter.grad is None for parameter in trainer.model.parameters())
-
-
 def test_standard_errors_need_two_batches():
     assert score(trainer_of(noisy_model()), mask_batches=1).standard_errors is None
     errors = score(trainer_of(noisy_model()), mask_batches=4).standard_errors
     assert all(error > 0 for error in errors)
-    assert len(data()) == 24
-
-
-FOREIGN = [
-    ({"method": "path", "mask_steps": 10}, "`mask_steps` must be left out with `method` path"),
-    ({"method": "path", "mask_optimizer": "adam"}, "`mask_optimizer` must be left out"),
-    ({"method": "path", "initial_score": 2.0}, "`initial_score` must be left out"),
-    ({"method": "ila", "path_points": 3}, "`path_points` must be left out with `method` ila"),
-    ({"mask_batches": 0}, "`mask_batches` must be at least 1"),
-]
-
-
-@pytest.mark.parametrize(("values", "message"), FOREIGN)
-def test_options_of_the_other_method_are_refused(values, message):
-    from keylayers.errors import ConfigError
-    from keylayers.scores.scoring_options import scoring_options
-
-    with pytest.raises(ConfigError, match=message):
-        scoring_options(**values)

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from test_mask_learning import noisy_model, trainer_of
-from test_scores import by_name, score
+from scored import by_name, noisy_model, score, trainer_of
 
 from tiny_models import tiny_llama
 

@@ -1,19 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every scoring method must do, whatever it measures."""
+"""What every scoring method must do, whatever it measures: one run per method, then variations."""
 
 import math
+from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 
-from test_mask_learning import PLANTED, noisy_model, planted_model, trainer_of
+from scored import (
+    PLANTED,
+    by_name,
+    data,
+    noisy_model,
+    options_of,
+    planted_model,
+    score,
+    trainer_of,
+)
 
 NAMES = [
     "elimination", "path", "price", "ila", "leave-one-out", "shapley", "update-norm",
     "gradient-norm", "fisher", "aletheia", "adalora", "lora-drop", "eva", "plop", "spectrum",
     "kappatune", "block-influence", "cka", "first", "last", "middle", "random",
 ]  # fmt: skip
-FAST = {"mask_batches": 2, "permutations": 2, "mask_steps": 20}
+NO_DATA = ["update-norm", "spectrum", "kappatune", "first", "last", "middle", "random"]
 FINDS_THE_UPDATE = [
     "elimination", "path", "price", "ila", "leave-one-out", "shapley", "update-norm", "lora-drop",
 ]  # fmt: skip
@@ -22,27 +34,42 @@ HAS_ERRORS = [
     "elimination", "path", "price", "ila", "leave-one-out", "shapley", "gradient-norm", "fisher",
     "aletheia", "lora-drop", "plop", "block-influence",
 ]  # fmt: skip
+# Means over examples or tokens. Other methods take a step, a point of a path or a step of a singular
+# value decomposition per batch.
+MEANS = ["path", "leave-one-out", "fisher", "lora-drop", "plop", "block-influence", "cka"]
+DRAWS_BY_MODULE = ["random", "shapley", "adalora"]
+DOES_NOT_DEPEND_ON = {
+    "order of modules": [name for name in NAMES if name not in DRAWS_BY_MODULE],
+    "padding": [name for name in NAMES if name not in NO_DATA],
+    "size of batches": MEANS,
+    "order of batches": [*MEANS, "gradient-norm", "aletheia"],
+}
 
 
-def options_of(method, **values):
-    from keylayers.scores.methods import find_method
-    from keylayers.scores.scoring_options import scoring_options
-
-    own = find_method(method).option_names
-    fast = {name: value for name, value in FAST.items() if name in own}
-    return scoring_options(method, **fast | values)
-
-
-def score(trainer, method, updates=None, on_step=None, **values):
-    from keylayers.scores.score_modules import score_modules
-    from keylayers.updates import adapter_updates
-
-    updates = updates or adapter_updates(trainer.model)
-    return score_modules(trainer, updates, options_of(method, **values), on_step)
+def state_of(trainer):
+    """All that a run could change in a model, as values that `==` compares bit for bit."""
+    model = trainer.model
+    return {
+        "weights": {name: one.numpy().tobytes() for name, one in model.state_dict().items()},
+        "flags": [one.requires_grad for one in model.parameters()],
+        "gradients": [one.grad for one in model.parameters()],
+        "modes": [module.training for module in model.modules()],
+        "hooks": [name for name, one in model.named_modules() if one._forward_hooks],
+        "random state": torch.get_rng_state().tolist(),
+        "trainer": {name: str(value) for name, value in vars(trainer).items()},
+    }
 
 
-def by_name(found):
-    return dict(zip(found.module_names, found.scores, strict=True))
+@cache
+def run_of(method):
+    """One run on eight rows: its trainer, scores and steps, and the state before and after."""
+    trainer, steps = trainer_of(noisy_model()), []
+    trainer.train_dataset = data(8)
+    before = state_of(trainer)
+    found = score(trainer, method, on_step=lambda step, loss: steps.append(step))
+    return SimpleNamespace(
+        trainer=trainer, found=found, steps=steps, before=before, after=state_of(trainer)
+    )
 
 
 def test_the_table_names_every_method_once():
@@ -53,122 +80,151 @@ def test_the_table_names_every_method_once():
 
 @pytest.mark.parametrize("method", NAMES)
 def test_each_module_gets_a_finite_score_and_nothing_is_left_changed(method):
-    trainer = trainer_of(noisy_model())
-    model = trainer.model
-    trainer.train_dataset = trainer.train_dataset.select(range(8))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    flags = {name: one.requires_grad for name, one in model.named_parameters()}
-    modes = [module.training for module in model.modules()]
-    random_state = torch.get_rng_state()
-    found = score(trainer, method)
-    assert len(found.scores) == len(found.module_names) == 14
-    assert found.module_names[0] == "model.layers.0.self_attn.q_proj"
-    assert all(math.isfinite(value) for value in found.scores)
-    assert found.unit
-    after = model.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert {name: one.requires_grad for name, one in model.named_parameters()} == flags
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert [module.training for module in model.modules()] == modes
-    assert not any(module._forward_hooks for module in model.modules())
-    assert torch.equal(torch.get_rng_state(), random_state)
+    run = run_of(method)
+    assert len(run.found.scores) == len(run.found.module_names) == 14
+    assert run.found.module_names[0] == "model.layers.0.self_attn.q_proj"
+    assert all(math.isfinite(value) for value in run.found.scores)
+    assert run.found.unit
+    for name, value in run.before.items():
+        assert run.after[name] == value, name
 
 
 @pytest.mark.parametrize("method", NAMES)
-def test_the_same_seed_gives_the_same_scores_bit_for_bit(method):
-    first, second = (score(trainer_of(noisy_model()), method, mask_seed=3) for _ in range(2))
-    assert first.scores == second.scores
-
-
-@pytest.mark.parametrize("method", FINDS_THE_UPDATE)
-def test_the_module_with_the_only_useful_update_is_first(method):
-    values = by_name(score(trainer_of(planted_model()), method))
-    assert max(values, key=values.get) == PLANTED
-    assert sorted(values.values())[-2] < values[PLANTED]
-
-
-@pytest.mark.parametrize("method", NAMES)
-def test_scores_do_not_depend_on_the_order_of_the_updates(method):
-    """The same module by module, whichever comes first."""
-    if method in ("random", "shapley", "adalora"):
-        pytest.skip("draws in the order of the updates")
-    from keylayers.updates import adapter_updates
-
-    found = []
-    for step in (1, -1):
-        trainer = trainer_of(noisy_model())
-        found.append(by_name(score(trainer, method, adapter_updates(trainer.model)[::step])))
-    assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-6)
-
-
-@pytest.mark.parametrize("method", BY_BLOCK)
-def test_methods_for_blocks_give_their_modules_one_score(method):
-    values = by_name(score(trainer_of(noisy_model()), method))
-    per_block = [
-        {value for name, value in values.items() if f"layers.{i}." in name} for i in (0, 1)
-    ]
-    assert [len(one) for one in per_block] == [1, 1]
-    if method != "middle":
-        assert per_block[0] != per_block[1]
-
-
-@pytest.mark.parametrize("method", NAMES)
-def test_standard_errors_come_from_the_spread_of_batches(method):
-    found = score(trainer_of(noisy_model()), method)
-    assert (found.standard_errors is not None) == (method in HAS_ERRORS)
-    if found.standard_errors is not None:
-        assert len(found.standard_errors) == 14
-        assert all(error >= 0 for error in found.standard_errors)
-        assert any(error > 0 for error in found.standard_errors)
-
-
-def test_passes_are_counted():
-    trainer = trainer_of(noisy_model())
-    one_out = score(trainer, "leave-one-out")
-    assert (one_out.num_forward, one_out.num_backward) == (15 * 2, 0)
-    assert score(trainer, "shapley").forward_equivalents == 15 * 2
-    learned = score(trainer, "ila")
-    assert (learned.num_forward, learned.num_backward) == (20, 20)
-    whole = score(trainer, "path", path_points=3)
-    assert (whole.num_forward, whole.num_backward) == (3 * 2 + 2 * 2, 3 * 2)
-    rounds = [14, 10, 7, 5, 4]
-    assert score(trainer, "elimination").forward_equivalents == 2 * 2 * len(rounds)
-    assert score(trainer, "spectrum").forward_equivalents == 0
+def test_a_second_run_on_the_same_trainer_gives_the_same_bits(method):
+    run = run_of(method)
+    again = score(run.trainer, method)
+    assert (again.scores, again.losses) == (run.found.scores, run.found.losses)
 
 
 @pytest.mark.parametrize("method", NAMES)
 def test_progress_knows_how_many_steps_a_method_reports(method):
-    trainer, seen = trainer_of(noisy_model()), []
-    score(trainer, method, on_step=lambda step, loss: seen.append(step))
-    assert seen == list(range(1, len(seen) + 1))
+    steps = run_of(method).steps
+    assert steps == list(range(1, len(steps) + 1))
     expected = options_of(method).num_steps(14)
-    assert expected in (len(seen), None)
-    assert (expected is None) == (not seen)
+    assert expected in (len(steps), None)
+    assert (expected is None) == (not steps)
 
 
-FOREIGN = [
-    (
-        {"method": "random", "mask_batches": 8},
-        "`mask_batches` must be left out with `method` random",
-    ),
-    ({"method": "elimination", "path_points": 8}, "`path_points` must be left out"),
-    ({"method": "elimination", "mask_steps": 8}, "`mask_steps` must be left out"),
-    ({"method": "fisher", "granularity": "block"}, "`granularity` must be left out"),
-    ({"method": "ila", "price": 1.0}, "`price` must be left out with `method` ila"),
-    (
-        {"method": "elimination", "keep_fraction": 1.0},
-        "`keep_fraction` must be above 0 and below 1",
-    ),
-    ({"method": "price", "price": -1.0}, "`price` must be from 0 to"),
-    ({"method": "shapley", "permutations": 0}, "`permutations` must be at least 1"),
+@pytest.mark.parametrize("method", NAMES)
+def test_standard_errors_come_from_the_spread_of_batches(method):
+    errors = run_of(method).found.standard_errors
+    assert (errors is not None) == (method in HAS_ERRORS)
+    if errors is not None:
+        assert len(errors) == 14
+        assert min(errors) >= 0
+        assert max(errors) > 0
+
+
+@pytest.mark.parametrize("method", BY_BLOCK)
+def test_methods_for_blocks_give_their_modules_one_score(method):
+    values = by_name(run_of(method).found)
+    first, second = (
+        {value for name, value in values.items() if f"layers.{block}." in name} for block in (0, 1)
+    )
+    assert len(first) == len(second) == 1
+    assert (first == second) == (method == "middle")
+
+
+def padded(rows, num_tokens):
+    """The same rows with padding that neither attention nor the loss sees."""
+    ids = rows["input_ids"]
+    columns = {"input_ids": (ids, 0), "labels": (ids, -100)}
+    columns["attention_mask"] = ([[1] * len(row) for row in ids], 0)
+    return Dataset.from_dict(
+        {name: [row + [pad] * num_tokens for row in held] for name, (held, pad) in columns.items()}
+    )
+
+
+def both(change, method):
+    """The scores of one method before and after a change."""
+    trainer = run_of(method).trainer
+    rows, size = trainer.train_dataset, trainer._train_batch_size
+    if change == "order of modules":
+        from keylayers.updates import adapter_updates
+
+        return run_of(method).found, score(trainer, method, adapter_updates(trainer.model)[::-1])
+    try:
+        if change == "padding":
+            trainer.train_dataset = padded(rows, 7)
+            return run_of(method).found, score(trainer, method)
+        if change == "size of batches":
+            trainer._train_batch_size = 2
+            return run_of(method).found, score(trainer, method, mask_batches=4)
+        trainer._train_batch_size = 1
+        return tuple(score(trainer, method, mask_batches=8, mask_seed=seed) for seed in (0, 1))
+    finally:
+        trainer.train_dataset, trainer._train_batch_size = rows, size
+
+
+@pytest.mark.parametrize(
+    ("change", "method"),
+    [(change, method) for change, methods in DOES_NOT_DEPEND_ON.items() for method in methods],
+)
+def test_scores_do_not_depend_on(change, method):
+    first, second = both(change, method)
+    assert by_name(first) == pytest.approx(by_name(second), rel=1e-4, abs=1e-6)
+    if change in ("size of batches", "order of batches") and first.losses:
+        assert first.losses != second.losses  # the change was one
+
+
+@cache
+def planted_trainer():
+    return trainer_of(planted_model())
+
+
+@pytest.mark.parametrize("method", FINDS_THE_UPDATE)
+def test_the_module_with_the_only_useful_update_is_first(method):
+    values = by_name(score(planted_trainer(), method))
+    assert max(values, key=values.get) == PLANTED
+    assert sorted(values.values())[-2] < values[PLANTED]
+
+
+ROUNDS = [14, 10, 7, 5, 4]
+PASSES = {
+    "leave-one-out": (15 * 2, 0),
+    "shapley": (15 * 2, 0),
+    "ila": (20, 20),
+    "path": (4 * 2 + 2 * 2, 4 * 2),
+    "elimination": (2 * len(ROUNDS), 2 * len(ROUNDS)),
+    "spectrum": (0, 0),
+}
+
+
+@pytest.mark.parametrize("method", PASSES)
+def test_passes_are_counted(method):
+    found = run_of(method).found
+    assert (found.num_forward, found.num_backward) == PASSES[method]
+    assert found.forward_equivalents == sum(PASSES[method])
+
+
+REFUSED = [
+    ("random", {"mask_batches": 8}, "`mask_batches` must be left out with `method` random"),
+    ("elimination", {"path_points": 8}, "`path_points` must be left out with `method` elim"),
+    ("elimination", {"mask_steps": 8}, "`mask_steps` must be left out"),
+    ("fisher", {"granularity": "block"}, "`granularity` must be left out"),
+    ("ila", {"price": 1.0}, "`price` must be left out with `method` ila"),
+    ("path", {"mask_optimizer": "adam"}, "`mask_optimizer` must be left out"),
+    ("update-norm", {"until_stable": 0.3}, "must be left out with `method` update-norm"),
+    ("path", {"path_point": 3}, "must be an option of `method` path, .*mean 'path_points'?"),
+    ("ilo", {}, "`method` must be one of elimination, .*got 'ilo', did you mean 'ila'?"),
+    ("elimination", {"keep_fraction": 1.0}, "`keep_fraction` must be above 0 and below 1"),
+    ("elimination", {"until_stable": 1.0}, "`until_stable` must be above 0 and below 1"),
+    ("elimination", {"mask_seed": -1}, "`mask_seed` must be from 0 to"),
+    ("path", {"mask_batches": 0}, "`mask_batches` must be at least 1"),
+    ("shapley", {"permutations": 0}, "`permutations` must be at least 1"),
+    ("adalora", {"mask_steps": 1}, "`mask_steps` must be at least 2, got 1"),
+    ("price", {"price": -1.0}, r"`price` must be from 0 to 1e\+06 nats, got -1"),
+    ("price", {"price": math.inf}, r"from 0 to 1e\+06 nats, got inf"),
+    ("ila", {"initial_score": 1e39}, "`initial_score` must be from -20 to 20"),
+    ("ila", {"initial_score": math.nan}, "`initial_score` must be from -20 to"),
+    ("ila", {"mask_learning_rate": 0.0}, "`mask_learning_rate` must be above 0"),
 ]
 
 
-@pytest.mark.parametrize(("values", "message"), FOREIGN)
-def test_an_option_without_effect_or_out_of_range_is_refused(values, message):
+@pytest.mark.parametrize(("method", "values", "message"), REFUSED)
+def test_an_option_without_effect_or_out_of_range_is_refused(method, values, message):
     from keylayers.errors import ConfigError
     from keylayers.scores.scoring_options import scoring_options
 
     with pytest.raises(ConfigError, match=message):
-        scoring_options(**values)
+        scoring_options(method, **values)

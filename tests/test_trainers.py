@@ -181,7 +181,7 @@ def test_a_trainer_that_thaws_weights_in_its_loss_is_stopped():
     first = r"1 other parameters, first base_model\S+layers\.1\.mlp\.up_proj\.lora_A\S+"
     with pytest.raises(GuardError, match=f"only gates may be trained.+{first}, which got a grad"):
         rank(trainer)
-    with pytest.raises(GuardError, match=f"{first}, which was thawed"):
+    with pytest.raises(GuardError, match=f"{first}, which was unfrozen"):
         rank(trainer, "leave-one-out")  # never goes backward
     assert_same(before, everything(trainer))
 

@@ -5,15 +5,12 @@ from statistics import fmean
 
 import pytest
 
-from test_mask_learning import noisy_model, planted_model, trainer_of
+import scored
+from scored import noisy_model, planted_model, trainer_of
 
 
-def score(trainer, **values):
-    from keylayers.scores.score_modules import score_modules
-    from keylayers.scores.scoring_options import scoring_options
-    from keylayers.updates import adapter_updates
-
-    return score_modules(trainer, adapter_updates(trainer.model), scoring_options(**values))
+def score(trainer, method="elimination", **values):
+    return scored.score(trainer, method, **values)
 
 
 def test_a_selection_is_stable_after_two_that_equal_the_one_before():
@@ -54,13 +51,3 @@ def test_repeats_stop_once_the_same_modules_lead():
     assert found.findings["num_repeats"] == 3  # the first, and two that agree with it
     assert found.findings["is_settled"]
     assert all(error >= 0 for error in found.standard_errors)
-
-
-def test_a_share_out_of_range_and_a_method_without_draws_are_refused():
-    from keylayers.errors import ConfigError
-    from keylayers.scores.scoring_options import scoring_options
-
-    with pytest.raises(ConfigError, match="`until_stable` must be above 0 and below 1"):
-        scoring_options(until_stable=1.0)
-    with pytest.raises(ConfigError, match="must be left out with `method` update-norm"):
-        scoring_options(method="update-norm", until_stable=0.3)

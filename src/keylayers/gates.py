@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One gate for each module (or block, or projection) on what a fine-tune added: `θ_0 + γ ⊙ Δθ`.
 
-`gated` puts the gates in, freezes everything else, and leaves no trace when its block ends.
+`gated` adds the gates, freezes everything else, and leaves no trace when its block ends.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from keylayers.updates.gate import Gate, Link
 
 
 class Gates:
-    """The gates that are in a model, seen as one vector in a fixed order.
+    """The gates in a model as one vector in a fixed order.
 
     Attributes:
         groups: Gate name -> the modules it scales, in model order.
@@ -42,7 +42,7 @@ class Gates:
         return len(self._gates)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The score parameters, one a gate."""
+        """The score parameters, one per gate."""
         return [gate.score for gate in self._gates.values()]
 
     def scores(self) -> Float[Tensor, " gate"]:
@@ -50,7 +50,7 @@ class Gates:
         return torch.cat([gate.score.detach() for gate in self._gates.values()]).cpu()
 
     def set_scores(self, scores: Float[Tensor, " gate"]) -> None:
-        """Give every gate the score at its place in `scores`."""
+        """Set the score of every gate, in order."""
         with torch.no_grad():
             for gate, score in zip(self._gates.values(), scores, strict=True):
                 gate.score.fill_(float(score))
@@ -59,10 +59,10 @@ class Gates:
         """A copy of ∂L/∂score of all gates, on the CPU.
 
         Raises:
-            GuardError: a gate took no part in the last loss, or something else than gates did in
+            GuardError: a gate took no part in the last loss, or something other than gates did in
                 the first one; the message names the first modules.
         """
-        if not self._is_checked:  # once here and once at the end: it asks every parameter
+        if not self._is_checked:  # once here and once at the end, since it visits all parameters
             self.check_alone()
             self._is_checked = True
         grads = {name: gate.score.grad for name, gate in self._gates.items()}
@@ -84,10 +84,10 @@ class Gates:
             )
 
     def check_alone(self) -> None:
-        """Raise a GuardError if anything in the model but the gates is trainable or has a gradient.
+        """Raise a GuardError if anything but the gates is trainable, or if gates were cast.
 
-        A trainer that thaws weights in its loss would otherwise cost the memory of training them.
-        Nor may anything cast the gates: in half precision small steps round to nothing.
+        A trainer that unfreezes weights in its loss would need the memory of training them. In
+        half precision small steps of a gate would round to nothing.
         """
         for name, gate in self._gates.items():
             if gate.score.dtype not in (torch.float32, torch.float64):
@@ -97,7 +97,7 @@ class Gates:
                 )
         gates = {id(parameter) for parameter in self.parameters()}
         others = [
-            (name, "was thawed" if parameter.grad is None else "got a gradient")
+            (name, "was unfrozen" if parameter.grad is None else "got a gradient")
             for name, parameter in self._model.named_parameters()
             if id(parameter) not in gates
             and (parameter.requires_grad or parameter.grad is not None)
@@ -156,7 +156,7 @@ def group_modules(
     """Gate name -> names of the modules that share it, both in model order."""
     names: dict[str, list[str]] = {}
     for module in modules:
-        is_outside = module.block_index is None  # embeddings and head: each on its own
+        is_outside = module.block_index is None  # embeddings and head have a gate each
         group = {
             "module": module.name,
             "block": module.name if is_outside else f"block {module.block_index}",

@@ -8,10 +8,10 @@
 Source: Ando Ogawa et al.: "Layer-wise LoRA fine-tuning: a similarity metric approach", 2026,
     arXiv:2602.05988; linear CKA: Kornblith, Norouzi, Lee, Hinton: "Similarity of Neural Network
     Representations Revisited", ICML 2019, arXiv:1905.00414, equation 3.
-Differs: the examples of `mask_batches` batches; no interval, because CKA is no mean over examples.
+Differs: the examples of `mask_batches` batches; no interval, because CKA is not a mean over
+    examples. If all examples end with the same token, the first block's input does not vary and its
+    CKA counts as 0.
 Cost: `mask_batches` forward passes of the base model.
-    Where all examples end with the same token, the first block's input does not vary and its CKA
-    counts as 0.
 Blind to: the update, and the modules inside a block, which share its score. With fewer examples
     than hidden dimensions CKA is biased upwards, in all blocks alike.
 """

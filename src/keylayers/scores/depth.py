@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Depth: the first, last or middle blocks, the habits that a ranking must beat.
+"""Depth: the first, last or middle blocks, the customs that a ranking must beat.
 
     first: s_i = -block      last: s_i = block      middle: s_i = -|block - (num_blocks - 1) / 2|
 
 Source: common practice (freeze the first n blocks, train the last n); the paper of ILA compares
     with the first and last layers (from memory of it).
-Differs: nothing. The modules of a block share a score, so ties go by the model's order.
+Differs: nothing. The modules of a block share a score; ties go by the model's order.
 Cost: none.
 Blind to: data, update and weights.
 """

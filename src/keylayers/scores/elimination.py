@@ -6,24 +6,24 @@
     A_r+1 = A_r without its lowest scores (a share `1 - keep_fraction` of it)
     s_i = mean over rounds of s_i^r
 
-A hard budget on the mask, as the definition of importance has it (`‖γ‖ < H`), lowered step by step:
-modules that can stand in for each other are told apart, because one of them is soon closed for good
-and the other then carries what both did. In each round the scores estimate, in nats, what the
-modules still in it achieve together; the record keeps these sums. Each batch stands at a point of
-its own on the integral, so a sum is off by the noise of single batches, some 15 % in the demo:
-`keylayers verify` measures what the best modules carry. Every round draws its batches anew, from
-the same examples where these are few.
+This keeps the hard budget on the mask, `‖γ‖ < H` in the definition of importance, and lowers it
+step by step. It separates modules that can replace each other: a round closes one of them for good, and
+the other then carries what both did. Each round's scores estimate, in nats, what the remaining
+modules achieve together; the record keeps these sums. Each batch is taken at its own point of the
+integral, so a sum has the noise of single batches, about 15 % in the demo: `keylayers verify`
+measures what the best modules carry. Each round draws new batches, from the same examples where
+these are few.
 
-Source: keylayers. The scores of a round are those of `path`; the rounds are recursive feature
-    elimination: Guyon, Weston, Barnhill, Vapnik: "Gene Selection for Cancer Classification using
-    Support Vector Machines", Machine Learning 46, 2002.
+Source: keylayers. A round scores like `path`; the rounds are recursive feature elimination: Guyon,
+    Weston, Barnhill, Vapnik: "Gene Selection for Cancer Classification using Support Vector
+    Machines", Machine Learning 46, 2002.
 Differs: nothing is retrained between rounds; the score is the mean over rounds, which breaks ties
     inside a round and is in nats.
 Cost: rounds x `mask_batches` forward and backward passes for activations; the number of rounds
     grows with the logarithm of the number of modules (56 modules: 8 rounds, 224 modules: 12).
-Blind to: what a module would add to sets that are no set of best modules. Standard errors take the
-    sets of the rounds as given and the batches of the rounds as independent, which few examples are
-    not; they overstate the noise inside a round, because the slope changes between the points.
+Blind to: what a module would add to sets other than the best ones. Standard errors treat the
+    rounds' sets as given and their batches as independent, which they are not with few examples;
+    they overstate the noise inside a round, because the slope changes between the points.
 """
 
 import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EVA: the LoRA rank that the variance of a module's inputs earns it.
+"""EVA: the LoRA rank that a module earns by the variance of its inputs.
 
     Singular values of each module's inputs, as shares of its own variance; the largest of all
     modules get the ranks.                                                     s_i = ranks of i
@@ -9,9 +9,9 @@ Source: Paischer, Hauzenberger, Schmied, Alkin, Deisenroth, Hochreiter: "Paramet
     implementation (`get_eva_state_dict`) does the work.
 Differs: ranks are redistributed with ρ = 4 from 4 a module, as a ranking needs zeros. Modules with
     the same inputs (q, k, v; gate, up) have the same score.
-Cost: forward passes of the base model over `mask_batches` batches, again and again until the
-    components converge, with incremental singular value decompositions.
-Blind to: the loss, the update and the outputs; inputs of a simple structure win.
+Cost: forward passes of the base model over `mask_batches` batches, repeated until the components
+    converge, with incremental singular value decompositions.
+Blind to: the loss, the update and the outputs; inputs with a simple structure win.
 """
 
 import contextlib

@@ -4,11 +4,11 @@
     s_i = mean over batches of ‖∂L/∂W_i (θ_0)‖_F
 
 Source: the gradient probe of Aletheia (Saket: "Aletheia: Gradient-Guided Layer Selection for
-    Efficient LoRA Fine-Tuning", 2026, arXiv:2604.15351), one module at a time; `aletheia` has it by
-    block, as published.
+    Efficient LoRA Fine-Tuning", 2026, arXiv:2604.15351), per module; `aletheia` is the published
+    score per block.
 Differs: norms of modules, not of blocks; the trainer's own batches and labels.
-Cost: `mask_batches` forward and backward passes; the weight gradient of one module at a time, which
-    a count of forward equivalents leaves out.
+Cost: `mask_batches` forward and backward passes, and one weight gradient at a time, which the
+    count of forward equivalents leaves out.
 Blind to: how far the fine-tune will follow the gradient; a large weight has a large gradient.
 """
 

@@ -6,9 +6,8 @@
 Source: KappaTune as in PEFT (`peft.find_kappa_target_modules`): condition numbers of the base
     weights, the lowest first.
 Differs: nothing in the score; negated, because higher means more important here.
-Cost: no pass; one singular value decomposition a module.
-Blind to: data and update. Two thin matrices of full rank differ by their smallest singular value
-    alone.
+Cost: no pass; one singular value decomposition per module.
+Blind to: data and update. The score depends on the smallest and largest singular value only.
 """
 
 import torch

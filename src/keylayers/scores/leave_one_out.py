@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Leave-one-out: what the loss loses when one update is taken away.
+"""Leave-one-out: how much the loss rises when one update is removed.
 
     s_i = L(all updates but i) - L(all updates)
 
 Source: the direct ablation; in pruning, Mozer, Smolensky: "Skeletonization", NeurIPS 1988.
 Differs: nothing.
 Cost: (modules + 1) x `mask_batches` forward passes.
-Blind to: modules that can stand in for each other, since each alone can go without loss; and all
-    that happens away from the full update.
+Blind to: modules that can replace each other, since removing either alone costs nothing; and
+    everything away from the full update.
 """
 
 import torch

@@ -6,7 +6,7 @@
 Source: Zhou, Lu, Xu, Zhu, Zhao, Yang: "LoRA-drop: Efficient LoRA Parameter Pruning based on Output
     Evaluation", COLING 2025, arXiv:2402.07721.
 Differs: the paper divides by the sum over modules, which changes no order, and lets the modules
-    left out share one LoRA, which is no part of a ranking. No code is public.
+    left out share one LoRA, which is not part of a ranking. No code is public.
 Cost: `mask_batches` forward passes.
 Blind to: whether the output helps the loss; modules with large outputs win.
 """

@@ -3,9 +3,9 @@
 
     s_i = - ∫_0^1 ∂L/∂γ_i (γ = t·1) dt        Σ_i s_i = L(θ_0) - L(θ_0 + Δθ)
 
-All gates open together from none to all, and each is paid its share of the slope on the way. Scores
-are in nats and sum to the whole loss reduction (completeness); the record holds both sides on the
-same batches, and their difference is the error of the integration.
+All gates open together from 0 to 1, and each module gets its share of the slope on the way. Scores
+are in nats and sum to the whole loss reduction (completeness). The record holds both sides on the
+same batches; their difference is the error of the integration.
 
 Source: Aumann and Shapley, "Values of Non-Atomic Games", 1974; for the inputs of a network:
     Sundararajan, Taly, Yan, "Axiomatic Attribution for Deep Networks", ICML 2017,
@@ -15,7 +15,7 @@ Differs: the path runs over gates on a fine-tune's update instead of over inputs
 Cost: `path_points` x `mask_batches` forward and backward passes for activations, and two forward
     passes a batch for the check; scores are not trained.
 Blind to: what happens off the diagonal, where some gates are open and others closed. Modules that
-    can stand in for each other share the credit.
+    can replace each other share the credit.
 """
 
 import torch

@@ -38,10 +38,10 @@ def path_shares(
 def shares_in_one_sweep(
     masked: MaskedModel, batches: list[Any], is_open: Float[Tensor, " gate"]
 ) -> Float[Tensor, "batch gate"]:
-    """The same with one pass a batch: each batch stands at a point of its own.
+    """Shares with one pass per batch: each batch is taken at its own point.
 
-    The mean over the batches is the integral, as sure as that of so many batches at one point; a
-    single row is not, so the spread of the rows overstates the error of their mean.
+    Only the mean over the batches estimates the integral, a single row does not; so the spread of
+    the rows overstates the error of their mean.
     """
     shares = torch.zeros(len(batches), len(is_open), dtype=torch.float64)
     points = _gauss_legendre(len(batches))

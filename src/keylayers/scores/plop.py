@@ -5,8 +5,9 @@
 
 Source: Hayou, Ghosh, Yu: "PLoP: Precise LoRA Placement for Efficient Finetuning of Large Models",
     2025, arXiv:2506.20629; the score as in its code (soufiane001/plop), read, not copied.
-Differs: a score a module; the paper averages over the modules of a kind and picks kinds. Padding is
-    left out. For random unit vectors the norm is not sampled: mean ‖W ẑ‖² = ‖W‖_F² / d_in.
+Differs: one score per module; the paper averages over the modules of a projection and picks
+    projections. Padding is left out. The norm for random unit vectors is not sampled:
+    mean ‖W ẑ‖² = ‖W‖_F² / d_in.
 Cost: `mask_batches` forward passes of the base model.
 Blind to: the loss and the update.
 """

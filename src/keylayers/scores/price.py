@@ -9,8 +9,8 @@ Source: keylayers; the penalty form of the constraint in ILA's definition (Shi e
     arXiv:2410.17875; from memory of its text).
 Differs: gates start half open, where the slope of the sigmoid is largest.
 Cost: `mask_steps` forward and backward passes for activations.
-Blind to: the scale of the loss: `price` is in nats for the whole mask, and what is dear for one
-    data set is cheap for another.
+Blind to: the scale of the loss: `price` is in nats for the whole mask, so the same price can be
+    high for one data set and low for another.
 """
 
 from keylayers.scores.learning import learn_scores

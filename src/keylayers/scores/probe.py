@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What flows through modules and blocks while a loss is computed: inputs, outputs, gradients."""
+"""Inputs, outputs and gradients of modules and blocks, seen by hooks while a loss is computed."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +29,8 @@ def observed_inputs(updates: Sequence[Update], see: SeeInput) -> Iterator[None]:
         active = _active(layer)
 
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], __: Any) -> None:
-            if _active(layer) == active:  # a trainer's reference runs through the same layers
+            # TRL computes its reference in the same layers, with other adapters active or none.
+            if _active(layer) == active:
                 see(index, inputs[0].detach())
 
         return hook
@@ -107,7 +108,7 @@ def token_mask(batch: Mapping[str, Any], hidden: Float[Tensor, "batch token d"])
 
 
 def per_example(flat: Float[Tensor, "... d"], batch: Any) -> Float[Tensor, "example token d"]:
-    """What flows through a module, with its examples apart: some models flatten all tokens."""
+    """A module's input or output with a dimension for examples: some models flatten all tokens."""
     if flat.dim() == 3:
         return flat
     rows = len(next(iter(batch.values()))) if isinstance(batch, Mapping) else len(batch)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random order: the control that every method is held against.
+"""Random order: the control for every method.
 
     s_i ~ U(0, 1)
 

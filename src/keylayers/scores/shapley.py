@@ -8,10 +8,10 @@ orders.
 
 Source: Castro, Gómez, Tejada: "Polynomial calculation of the Shapley value based on sampling",
     Computers & Operations Research 36, 2009.
-Differs: batches are gone through in turn, one for each order, so that the noise of orders and of
-    batches average out together.
+Differs: each order takes the next batch, so that noise of orders and of batches averages out
+    together.
 Cost: `permutations` x (modules + 1) forward passes.
-Blind to: nothing but its own noise, which falls with the square root of the cost.
+Blind to: nothing but its noise, which falls with the square root of the cost.
 """
 
 import torch

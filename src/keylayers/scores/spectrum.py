@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Spectrum: signal-to-noise ratio of the base model's weights, within each kind of module.
+"""Spectrum: signal-to-noise ratio of the base model's weights, within each projection.
 
     SNR_i = Σ{σ > ε} σ / Σ{σ ≤ ε} σ / σ_max,   ε = (IQR(σ) / 1.349) · (1 + √β),   β = min / max of d
-    s_i = share of the modules of its kind with an SNR of at most SNR_i
+    s_i = share of the modules of its projection with an SNR of at most SNR_i
 
 Source: Hartford, Atkins, Neto, Golchinfar: "Spectrum: Targeted Training on Signal to Noise Ratio",
     2024, arXiv:2406.06623; threshold and selection as in its code (QuixiAI/spectrum), read, not
     copied: the code leaves out a factor √n of the paper's Marchenko-Pastur bound.
-Differs: its share is taken inside each kind of module, so the score is the rank inside the kind; a
-    budget over all modules then takes nearly the same share of each. SNR without noise below the
-    threshold is infinite there and ranks first here.
-Cost: no pass; one singular value decomposition a module.
+Differs: Spectrum selects a share of each projection, so the score is the rank inside it; a budget
+    over all modules then takes nearly the same share of each. Without noise below the
+    threshold the SNR is infinite in its code, and first here.
+Cost: no pass; one singular value decomposition per module.
 Blind to: data and update.
 """
 
@@ -30,17 +30,19 @@ from keylayers.updates.base_weight import base_weight
 def spectrum(task: Task, options: MethodOptions) -> ModuleScores:
     """The place of each update's module by signal-to-noise ratio in its projection, in (0, 1]."""
     ratios = [signal_to_noise(base_weight(update.layer)) for update in task.updates]
-    kinds = [update.module.projection for update in task.updates]
-    return task.result(shares_of_kind(ratios, kinds), unit="share of its kind")
+    projections = [update.module.projection for update in task.updates]
+    return task.result(shares_of_kind(ratios, projections), unit="share of its kind")
 
 
-def shares_of_kind(ratios: Sequence[float], kinds: Sequence[str]) -> list[float]:
-    """For each module the share of its kind with a ratio of at most its own."""
-    values = []
-    for ratio, kind in zip(ratios, kinds, strict=True):
-        of_kind = [other for other, its in zip(ratios, kinds, strict=True) if its == kind]
-        values.append(sum(other <= ratio for other in of_kind) / len(of_kind))
-    return values
+def shares_of_kind(ratios: Sequence[float], projections: Sequence[str]) -> list[float]:
+    """For each module the share of its projection's modules with a ratio of at most its own."""
+    groups: dict[str, list[float]] = {}
+    for ratio, projection in zip(ratios, projections, strict=True):
+        groups.setdefault(projection, []).append(ratio)
+    return [
+        sum(other <= ratio for other in groups[projection]) / len(groups[projection])
+        for ratio, projection in zip(ratios, projections, strict=True)
+    ]
 
 
 def signal_to_noise(weight: Float[Tensor, "d_out d_in"]) -> float:

@@ -5,8 +5,8 @@
 
 Source: magnitude, the oldest pruning criterion; Han, Pool, Tran, Dally: "Learning both Weights and
     Connections for Efficient Neural Networks", NeurIPS 2015, arXiv:1506.02626.
-Differs: the norm of what was added to a whole weight matrix, not the size of single weights.
-Cost: no pass; one product of B and A a module.
+Differs: the norm of a whole matrix's change, not the size of single weights.
+Cost: no pass; one product of B and A per module.
 Blind to: what the update does to the loss. Modules with larger inputs need smaller updates.
 """
 

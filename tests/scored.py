@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small trainers whose models carry updates, and their scores by any method."""
+
+import tempfile
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from tiny_models import tiny_llama
+
+FAST = {"mask_batches": 2, "permutations": 2, "mask_steps": 20}
+PLANTED = "model.layers.1.mlp.up_proj"
+
+
+def data(num_rows=24):
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randint(3, 64, (num_rows, 12), generator=generator).tolist()
+    return Dataset.from_dict({"input_ids": rows, "labels": rows})
+
+
+def arguments(kind=TrainingArguments, **options):
+    return kind(
+        output_dir=tempfile.mkdtemp(),  # trainers make their folder
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        per_device_train_batch_size=4,
+        dataloader_pin_memory=False,
+        activation_checkpointing=False,
+        **options,
+    )
+
+
+def noisy_model():
+    """A model with random LoRA updates on all modules."""
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules="all-linear"))
+    torch.manual_seed(6)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def planted_model():
+    """A model in which one module carries a useful update and all others one of zero."""
+    torch.manual_seed(6)
+    model = get_peft_model(tiny_llama(), LoraConfig(r=8, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name and PLANTED in name)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=0.05)
+    rows = torch.tensor(data()["input_ids"])
+    for _ in range(30):
+        optimizer.zero_grad()
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+    return model
+
+
+def trainer_of(model, **options):
+    return Trainer(model=model, args=arguments(**options), train_dataset=data())
+
+
+def options_of(method, **values):
+    """Options that make a method fast."""
+    from keylayers.scores.methods import find_method
+    from keylayers.scores.scoring_options import scoring_options
+
+    own = find_method(method).option_names
+    fast = {name: value for name, value in FAST.items() if name in own}
+    return scoring_options(method, **fast | values)
+
+
+def score(trainer, method, updates=None, on_step=None, **values):
+    """The scores of a trainer's modules, in model order unless `updates` have another."""
+    from keylayers.scores.score_modules import score_modules
+    from keylayers.updates import adapter_updates
+
+    updates = updates or adapter_updates(trainer.model)
+    return score_modules(trainer, updates, options_of(method, **values), on_step)
+
+
+def by_name(found):
+    return dict(zip(found.module_names, found.scores, strict=True))
