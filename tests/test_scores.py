@@ -34,8 +34,8 @@ HAS_ERRORS = [
     "elimination", "path", "price", "ila", "leave-one-out", "shapley", "gradient-norm", "fisher",
     "aletheia", "lora-drop", "plop", "block-influence",
 ]  # fmt: skip
-# Means over examples or tokens. Other methods take a step, a point of a path or a step of a singular
-# value decomposition per batch.
+# Means over examples or tokens. The others take a step, a point of a path or a step of a
+# decomposition per batch.
 MEANS = ["path", "leave-one-out", "fisher", "lora-drop", "plop", "block-influence", "cka"]
 DRAWS_BY_MODULE = ["random", "shapley", "adalora"]
 DOES_NOT_DEPEND_ON = {
