@@ -23,6 +23,7 @@ def evaluated(eval_folder, tmp_path_factory):
     out, err, folder = StringIO(), StringIO(), tmp_path_factory.mktemp("evaluated")
     with chdir(eval_folder), redirect_stdout(out), redirect_stderr(err):
         assert keylayers("eval", *ALL, "--output", folder) == 0, err.getvalue()
+    assert "it/s" not in err.getvalue()  # bars of the harness
     return Evaluation.load(folder), out.getvalue(), folder
 
 

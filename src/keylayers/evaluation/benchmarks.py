@@ -162,10 +162,15 @@ class HarnessModel(HFLM):
                 batch_size=batch_size,
                 max_batch_size=batch_size,
             )
-        to_evaluation(loaded.model)  # in keylayers' own way, after the harness'
+        to_evaluation(loaded.model)  # again, after the harness's own way
         self.on_step: OnStep = lambda step, loss: None
         self.num_passes = 0
         self.num_cut = 0
+
+    # The harness draws its own bars on top of ours, whatever TQDM_DISABLE says.
+    loglikelihood = functools.partialmethod(HFLM.loglikelihood, disable_tqdm=True)
+    loglikelihood_rolling = functools.partialmethod(HFLM.loglikelihood_rolling, disable_tqdm=True)
+    generate_until = functools.partialmethod(HFLM.generate_until, disable_tqdm=True)
 
     def tok_batch_encode(
         self,
@@ -180,6 +185,10 @@ class HarnessModel(HFLM):
             self.num_cut += int((mask.sum(dim=1) > left_truncate_len).sum())
             tokens, mask = tokens[:, -left_truncate_len:], mask[:, -left_truncate_len:]
         return tokens, mask
+
+    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
+        # lm_eval 0.4.13 asks for a bar here in `loglikelihood_rolling`
+        return super()._loglikelihood_tokens(requests, **(kwargs | {"disable_tqdm": True}))
 
     def _model_call(self, *args: Any, **kwargs: Any) -> Any:
         self._count()
