@@ -14,7 +14,6 @@ NAMES = (
     "mask_step",
     "free_score",
     "train_selection",
-    "memory_budget",
     "growth",
     "start_up",
     "checkpoint_pair",

@@ -21,7 +21,7 @@ from keylayers.apply.adapter import add_lora
 from keylayers.model.modules import ModuleInfo, map_modules
 from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import Ranking
-from keylayers.training.peak import peak_bytes
+from keylayers.training.memory import peak_bytes
 from keylayers.training.shallow import shallow_backward
 
 BATCH, VOCABULARY, RANK = 4, 1024, 8

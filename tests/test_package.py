@@ -127,7 +127,7 @@ LIGHT = [
     "import keylayers.report.terminal",
     "import keylayers.evaluation.record, keylayers.report.evaluation",
     "import keylayers.evaluation.identity",
-    "import keylayers.ranking.certainty, keylayers.ranking.consensus, keylayers.ranking.memory",
+    "import keylayers.ranking.certainty, keylayers.ranking.consensus",
     "import keylayers.export",
 ]
 

@@ -229,12 +229,12 @@ def _select_within(job: "TrainJob", ranking: Ranking, budget: Budget) -> Selecti
     _, trainer = job.sets.fine_tuning.trainer(job.sets.fresh(), names, "memory")
     memory = measured_memory(trainer)
     selection = from_first(ranking.select(budget, memory))
-    chosen, whole = memory.of(selection.names) / GIB, memory.of(names) / GIB
+    held = memory.of(selection.names)
     job.progress.note(
-        f"a step of {len(selection.modules)} modules holds {chosen:.3g} GiB, one of all "
-        f"{whole:.3g} GiB (batches of {memory.num_rows} x {memory.num_tokens} tokens)"
+        f"a step of {len(selection.modules)} modules holds {held / GIB:.3g} GiB "
+        f"(batches of {memory.batch})"
     )
-    job.record["step_memory_bytes"] = memory.of(selection.names)
+    job.record["step_memory_bytes"] = int(held)
     return selection
 
 

@@ -17,10 +17,9 @@ from keylayers.errors import RankingError
 from keylayers.files import write_json
 from keylayers.ranking.budget import WrittenBudget, parse_budget
 from keylayers.ranking.cost import StepTime
-from keylayers.ranking.memory import StepMemory
 from keylayers.ranking.ranked_module import RankedModule, best_first
 from keylayers.ranking.record import MadeBy, read_made_by
-from keylayers.ranking.selection import Selection, select
+from keylayers.ranking.selection import Selection, StepMemory, select
 from keylayers.validation import ListOf, Part, Text, read_json, validated
 
 FILE = "ranking.json"  # in the folder of a run

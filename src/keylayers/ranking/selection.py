@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A selection: the modules of a ranking that a budget buys. Needs no torch."""
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from keylayers.errors import ConfigError, RankingError
 from keylayers.ranking.budget import (
+    GIB,
     Auto,
     Budget,
     Count,
@@ -17,12 +19,21 @@ from keylayers.ranking.budget import (
     Time,
 )
 from keylayers.ranking.cost import StepTime, best_within_time
-from keylayers.ranking.memory import StepMemory, best_within_memory
 from keylayers.ranking.ranked_module import RankedModule, best_first
 from keylayers.ranking.targets import lora_targets
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+
+@runtime_checkable
+class StepMemory(Protocol):
+    """What a training step holds; `keylayers.measured_memory` measures it."""
+
+    batch: str
+
+    def of(self, names: Collection[str]) -> float:
+        """Bytes at the peak of a step that trains these modules."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +115,7 @@ def select(
                 f"`budget` {budget} needs a measured training step: use it with `keylayers "
                 f"train`, or give memory=keylayers.measured_memory(trainer)"
             )
-        return _selection(modules, best_within_memory(modules, memory, budget), budget)
+        return _selection(modules, _within_memory(modules, memory, budget), budget)
     if memory is not None:
         raise ConfigError(
             f"`memory` must be left out with `budget` {budget}; it is for budgets such as 12GiB"
@@ -153,6 +164,25 @@ def _count(ordered: Sequence[RankedModule], budget: Fraction | Count | Parameter
             )
         return budget.value
     return budget.num_modules(len(ordered))
+
+
+def _within_memory(
+    modules: Sequence[RankedModule], memory: StepMemory, budget: Memory
+) -> list[RankedModule]:
+    """As many of the best modules as fit, by bisection: more modules never hold less."""
+    scored = [module for module in best_first(modules) if module.score is not None]
+
+    def held(count: int) -> float:
+        return memory.of([module.name for module in scored[:count]])
+
+    count = bisect_right(range(1, len(scored) + 1), budget.num_bytes, key=held)
+    if count == 0:
+        raise ConfigError(
+            f"`budget` must allow a step of the best module, which holds {held(1) / GIB:.3g}GiB "
+            f"with batches of {memory.batch}, got {budget}; lower `batch_size` or `max_length`, or "
+            f"use `gradient_checkpointing`"
+        )
+    return scored[:count]
 
 
 def _count_within_parameters(ordered: Sequence[RankedModule], budget: Parameters) -> int:

@@ -1,145 +1,129 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure what one step of a trainer holds, module by module, so that a selection can be priced.
+"""Measure what a training step holds when only some of a trainer's modules are trained.
 
-Two passes over the batch of the longest examples. One goes forward with everything trainable and
-drops whatever autograd would keep, after noting its size and who keeps it: the memory that all
-modules would need is never taken. One trains the last block alone, forward and backward, and its
-peak shows what a step works with beyond what it keeps.
+Each measurement is a real step of the trainer on the batch of its longest examples, forward and
+backward. The peak counts weights, trained parameters with gradients and AdamW's two moments,
+activations kept for the backward pass, and everything that operations work with.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+import weakref
+from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Trainer
 
 from keylayers.apply.adapter import trainable_modules
-from keylayers.errors import ConfigError
+from keylayers.errors import ConfigError, RankingError
 from keylayers.model.modules import ModuleInfo, map_modules, outside_module
 from keylayers.model.preserve import preserved
 from keylayers.model.sharding import is_sharded
-from keylayers.ranking.memory import ModuleMemory, StepMemory
 from keylayers.trainers.batches import samples
 from keylayers.trainers.state import unchanged_trainer
-from keylayers.training.kept import Watch, num_bytes, storage_key
-from keylayers.training.peak import peak_bytes
 from keylayers.training.shallow import shallow_backward
 from keylayers.updates.adapter import own_parameters, tuner_layers
 
-MOMENTS = 2  # AdamW's, of the dtype of what is trained
+MOMENTS = 2  # AdamW's, in the dtype of the trained parameters
 
 
-def measured_memory(trainer: Trainer) -> StepMemory:
-    """What a step of `trainer` would hold if only some of its trainable modules were trained.
+class MeasuredMemory:
+    """Bytes that a step of one trainer holds at its peak, by the modules that it trains.
 
-    Trainer and model are given back as they were. AdamW is taken for the optimiser.
+    Trainer and model are the same after a measurement as before.
+
+    Attributes:
+        batch: Rows and tokens of the measured batch, such as `8 x 1024 tokens`.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        if samples(trainer):
+            raise ConfigError(
+                f"memory must be measured on batches of the training data, but "
+                f"{type(trainer).__name__} samples its own; give `budget` as a fraction or in "
+                f"x-time"
+            )
+        if is_sharded(trainer.model):
+            raise ConfigError(
+                "memory must be measured on a whole model, but FSDP shards it over processes; "
+                "give `budget` as a fraction or in x-time"
+            )
+        model = trainer.model
+        self._trainer = trainer
+        self._trained = [one for one in model.parameters() if one.requires_grad]
+        self._own = {info.name: _own(model, info) for info in _trained_modules(model)}
+        if not self._own:
+            raise ConfigError("the trainer must train at least one module, but it trains none")
+        self._known: dict[frozenset[str], float] = {}
+        with unchanged_trainer(trainer):
+            self._batch = _longest_batch(trainer)
+        tokens = next(value for value in self._batch.values() if getattr(value, "ndim", 0) == 2)
+        self.batch = f"{tokens.shape[0]} x {tokens.shape[1]} tokens"
+
+    def of(self, names: Collection[str]) -> float:
+        """Bytes at the peak of a step that trains these modules; infinite if it does not fit.
+
+        Raises:
+            RankingError: the trainer does not train a module of this name, or there is no name.
+        """
+        unknown = [name for name in names if name not in self._own]
+        if unknown or not names:
+            what = unknown[0] if unknown else "none"
+            raise RankingError(
+                f"memory must be measured for modules that the trainer trains, got {what}"
+            )
+        key = frozenset(names)
+        if key not in self._known:
+            self._known[key] = self._measured(key)
+        return self._known[key]
+
+    def _measured(self, names: frozenset[str]) -> float:
+        trainer, model = self._trainer, self._trainer.model
+        others = {
+            id(parameter)
+            for name, parameters in self._own.items()
+            if name not in names
+            for parameter in parameters
+        }
+        with preserved(model), unchanged_trainer(trainer):
+            model.train()
+            for parameter in self._trained:
+                parameter.requires_grad_(id(parameter) not in others)
+            if trainer.args.activation_checkpointing:  # a trainer switches it on when it trains
+                model.activation_checkpointing_enable(trainer.args.activation_checkpointing_kwargs)
+            shallow_backward(model)  # a hook: gone when the model is given back
+            try:
+                taken = peak_bytes(model.device, self._step)
+            except torch.OutOfMemoryError:
+                return float("inf")
+        trained = sum(one.nbytes for one in self._trained if id(one) not in others)
+        absent = others if isinstance(model, PeftModel) else set()  # LoRA that would not exist
+        held = _stored_bytes(trainer, absent)
+        return float(held + MOMENTS * trained + taken)
+
+    def _step(self) -> None:
+        trainer = self._trainer
+        with trainer.compute_loss_context_manager():
+            inputs = trainer._prepare_inputs(dict(self._batch))
+            loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+
+
+def measured_memory(trainer: Trainer) -> MeasuredMemory:
+    """What a step of `trainer` holds, for `ranking.select("12GiB", memory)`.
 
     Args:
-        trainer: With every module trainable that a selection may name, by LoRA or as they are.
+        trainer: Trains every module that a selection may name, by LoRA or in full. AdamW is
+            assumed as the optimizer.
 
     Raises:
-        ConfigError: the trainer samples its own batches, trains nothing, or its model is spread
+        ConfigError: the trainer samples its own batches or trains nothing, or its model is sharded
             over processes.
     """
-    if samples(trainer):
-        raise ConfigError(
-            f"memory must be measured on batches of the training data, but "
-            f"{type(trainer).__name__} samples its own; give `budget` as a fraction or in x-time"
-        )
-    model = trainer.model
-    if is_sharded(model):
-        raise ConfigError(
-            "memory must be measured on a model that is whole, but FSDP spreads it over processes; "
-            "give `budget` as a fraction or in x-time"
-        )
-    trained = [one for one in model.parameters() if one.requires_grad]
-    infos = _trained_modules(model)
-    if not infos:
-        raise ConfigError("the trainer must train at least one module, but it trains none")
-    with preserved(model), unchanged_trainer(trainer):
-        batch = _longest_batch(trainer)
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        model.train()
-        return _measured(trainer, batch, infos, trained)
-
-
-def _measured(
-    trainer: Trainer, batch: Any, infos: list[ModuleInfo], trained: list[nn.Parameter]
-) -> StepMemory:
-    model = trainer.model
-    is_checkpointed = _checkpointing(trainer, is_on=False)
-    shallow_backward(model)  # like all hooks, gone when the model is given back
-    own = {info.name: _own(model, info) for info in infos}
-    watch = Watch(model, infos)
-    with watch.watching(), trainer.compute_loss_context_manager():
-        trainer.compute_loss(model, _inputs(trainer, batch))
-    if is_checkpointed:
-        _checkpointing(trainer, is_on=True)
-        shallow_backward(model)
-    is_lora = isinstance(model, PeftModel)
-    copies = 1 + MOMENTS + int(is_lora)  # gradient and moments; the matrices, if they are new
-    modules = {
-        info.name: ModuleMemory(
-            order=watch.order[info.name],
-            state_bytes=copies * sum(map(num_bytes, own[info.name])),
-            kept=tuple(watch.kept_by[info.name]),
-        )
-        for info in infos
-        if info.name in watch.order
-    }
-    selectable = {id(one) for parameters in own.values() for one in parameters}
-    others = sum(num_bytes(one) for one in trained if id(one) not in selectable)
-    weights = _storage_bytes(trainer) - is_lora * sum(
-        num_bytes(one) for parameters in own.values() for one in parameters
-    )
-    without_work = StepMemory(
-        fixed_bytes=weights + (1 + MOMENTS) * others,
-        working_bytes=0,
-        modules=modules,
-        storages=tuple(watch.storages),
-        block_input_bytes=watch.block_input_bytes if is_checkpointed else None,
-        block_bytes=0,
-        num_rows=watch.num_rows,
-        num_tokens=watch.num_tokens,
-    )
-    return _with_work(without_work, trainer, batch, own, watch.blocks)
-
-
-def _with_work(
-    memory: StepMemory,
-    trainer: Trainer,
-    batch: Any,
-    own: Mapping[str, list[nn.Parameter]],
-    blocks: Mapping[str, int | None],
-) -> StepMemory:
-    """The same with what training the last block takes beyond what it keeps."""
-    last = max(memory.modules, key=lambda name: memory.modules[name].order)
-    names = [name for name in memory.modules if blocks[name] == blocks[last]]
-    for name, parameters in own.items():
-        for parameter in parameters:
-            parameter.requires_grad_(name in names)
-
-    taken = peak_bytes(trainer.model.device, lambda: _step(trainer, batch))
-    trainer.model.zero_grad()
-    states = sum(memory.modules[name].state_bytes for name in names)
-    bill = memory.bill(names)
-    working = taken - (bill.total - memory.fixed_bytes - states)
-    return replace(memory, working_bytes=max(0, working), block_bytes=bill.largest_block)
-
-
-def _checkpointing(trainer: Trainer, *, is_on: bool) -> bool:
-    """Switch gradient checkpointing on or off; whether the trainer has it on while it trains."""
-    model, args = trainer.model, trainer.args
-    if is_on:
-        model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
-        return True
-    parts = [one for one in model.modules() if getattr(one, "gradient_checkpointing", False)]
-    for part in parts:
-        part.gradient_checkpointing = False
-    return bool(parts) or bool(args.activation_checkpointing)
+    return MeasuredMemory(trainer)
 
 
 def _trained_modules(model: nn.Module) -> list[ModuleInfo]:
@@ -151,7 +135,7 @@ def _trained_modules(model: nn.Module) -> list[ModuleInfo]:
 
 
 def _own(model: nn.Module, info: ModuleInfo) -> list[nn.Parameter]:
-    """What is trained of one module."""
+    """The trained parameters of one module."""
     tuned = tuner_layers(model)
     if info.name in tuned:
         return own_parameters(tuned[info.name])
@@ -172,48 +156,66 @@ def _longest_batch(trainer: Trainer) -> Any:
     return next(iter(trainer.get_train_dataloader()))
 
 
-def _inputs(trainer: Trainer, batch: Any) -> Any:
-    return trainer._prepare_inputs(dict(batch))
-
-
-def _storage_bytes(trainer: Trainer) -> int:
-    """Of every weight and buffer, those of a reference model too, each storage once."""
+def _stored_bytes(trainer: Trainer, absent: set[int]) -> int:
+    """Every weight and buffer, also of a reference model, each storage once."""
     models = [trainer.model, getattr(trainer, "ref_model", None)]
     held = {
-        storage_key(tensor): tensor.untyped_storage().nbytes()
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for model in models
         if isinstance(model, nn.Module)
         for tensor in (*model.parameters(), *model.buffers())
+        if id(tensor) not in absent
     }
     return sum(held.values())
 
 
-def peak_of_step(trainer: Trainer) -> int:
-    """Bytes that a step of `trainer` holds at its peak: weights, AdamW's moments, and all else.
+def peak_bytes(device: torch.device, step: Callable[[], None]) -> int:
+    """The most bytes that `step` holds beyond what was held before."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+        torch.accelerator.reset_peak_memory_stats(device)
+        before = torch.accelerator.memory_allocated(device)
+        step()
+        torch.accelerator.synchronize(device)
+        return int(torch.accelerator.max_memory_allocated(device) - before)
+    with _Allocations() as allocations:
+        step()
+    return allocations.most
 
-    What `measured_memory` foresees, measured on one selection's own trainer. The model is given
-    back as it was.
+
+class _Allocations(TorchDispatchMode):
+    """Bytes of all storages that operations made and that are still alive, and their maximum.
+
+    CPUs have no allocator that counts. Memory that an operation uses internally is not seen.
     """
-    model = trainer.model
-    if is_sharded(model):
-        raise ConfigError(
-            "memory must be measured on a model that is whole, but FSDP spreads it over processes; "
-            "give `budget` as a fraction or in x-time"
-        )
-    trained = [one for one in model.parameters() if one.requires_grad]
-    with preserved(model), unchanged_trainer(trainer):
-        batch = _longest_batch(trainer)
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        model.train()
-        if _checkpointing(trainer, is_on=False):
-            _checkpointing(trainer, is_on=True)
-        shallow_backward(model)
-        taken = peak_bytes(model.device, lambda: _step(trainer, batch))
-    return _storage_bytes(trainer) + MOMENTS * sum(map(num_bytes, trained)) + taken
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self._held = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self,
+        operation: Callable[..., Any],
+        types: Any,
+        args: Any = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        made = operation(*args, **(kwargs or {}))
+        for tensor in _tensors(made):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given | self._known:
+                self._known.add(storage._cdata)
+                self._held += storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self._held)
+        return made
+
+    def _free(self, address: int, num_bytes: int) -> None:
+        self._known.discard(address)
+        self._held -= num_bytes
 
 
-def _step(trainer: Trainer, batch: Any) -> None:
-    with trainer.compute_loss_context_manager():
-        loss = trainer.compute_loss(trainer.model, _inputs(trainer, batch))
-    loss.backward()
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
