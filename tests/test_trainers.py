@@ -324,7 +324,7 @@ def test_a_method_that_compares_losses_is_refused_where_losses_mean_nothing(trai
     from keylayers.errors import ConfigError
 
     with pytest.raises(
-        ConfigError, match=f"{method} needs a loss.+GRPO.+elimination, path, price, ila"
+        ConfigError, match=f"{method} needs a loss.+GRPO.+elimination, path, price"
     ):
         rank(trainer_of("GRPO", "model"), method)
 
