@@ -54,7 +54,8 @@ LAUNCHER = '#!/bin/sh\nexec "{python}" -IS "{script}" "{address}" "$@"\n'
 def python():
     """Path of the executable; the first call of a session starts the server."""
     if VARIABLE not in os.environ:
-        folder = Path(tempfile.mkdtemp(prefix="preloaded-"))
+        place = "/tmp" if os.path.isdir("/tmp") else None  # the path of a socket must be short
+        folder = Path(tempfile.mkdtemp(prefix="preloaded-", dir=place))
         launcher, address = folder / "python", folder / "socket"
         launcher.write_text(
             LAUNCHER.format(python=sys.executable, script=Path(__file__), address=address)
@@ -188,10 +189,11 @@ def _answer(listener, selector, at_work):
         process = os.fork()
         if not process:
             _become(request, streams, [listener, connection, *at_work.values()], selector)
-        connection.sendall(f"{process}\n".encode())
         at_work[process] = connection
         selector.register(connection, selectors.EVENT_READ, process)
-    except OSError:  # the caller is gone already
+        with contextlib.suppress(OSError):  # killed already, as will be seen
+            connection.sendall(f"{process}\n".encode())
+    except OSError:  # the caller was killed before it had said what it wants
         connection.close()
     finally:
         for stream in streams:
