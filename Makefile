@@ -17,11 +17,11 @@ demo: $(VENV)/installed
 	$(BIN)/keylayers demo
 
 test: $(VENV)/installed-dev
-	$(PYTEST) -m "not long and not slow"
+	$(PYTEST) -m "not long"
 
 # Kills, full disks, fuzzing, several processes, a browser, served models: minutes.
 test-long: $(VENV)/installed-dev
-	$(PYTEST) -m "long or slow"
+	$(PYTEST) -m long
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
