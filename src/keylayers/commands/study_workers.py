@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from keylayers.commands.study_cells import CELLS, TUNED, Cell
@@ -135,13 +135,14 @@ def local(count: int | None) -> Iterator[Submit]:
 
     def run(root: Path, cell: Cell) -> State:
         device = free.get()
-        process = context.Process(target=_worker, args=(device, root, cell))
+        ended = context.SimpleQueue()
+        process = context.Process(target=_worker, args=(device, root, cell, ended))
         process.start()
         process.join()
         free.put(device)
-        if process.exitcode:
+        if ended.empty():
             raise RuntimeError(f"its process died (exit code {process.exitcode}): out of memory?")
-        return state_of(root, cell)
+        return cast(State, ended.get())
 
     executor = ThreadPoolExecutor(count)
     try:
@@ -152,12 +153,15 @@ def local(count: int | None) -> Iterator[Submit]:
             process.kill()
 
 
-def _worker(device: str | None, root: Path, cell: Cell) -> None:
+def _worker(device: str | None, root: Path, cell: Cell, ended: Any) -> None:
     """Run a cell in a process that ends when the study is killed."""
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    run_cell(root, cell)
+    try:
+        ended.put(run_cell(root, cell))
+    except (OSError, OutputError) as error:  # its folder cannot be written
+        ended.put(State("failed", str(error)))
 
 
 def _exit_with_parent() -> None:
