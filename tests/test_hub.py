@@ -64,6 +64,7 @@ def test_what_was_pruned_is_pushed_from_python_too(hub, pruned):
     assert files_of(folder / "me/cut") == files_of(pruned)
 
 
+@pytest.mark.long  # waits half a minute for the real hub, which it cannot reach
 def test_plain_peft_pushes_the_adapter(hub, pruned):
     folder, _ = hub
     AutoPeftModelForCausalLM.from_pretrained(pruned).push_to_hub("me/by-peft")
