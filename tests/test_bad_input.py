@@ -153,8 +153,8 @@ def test_train_refuses(tiny, ranking, tmp_path, capsys, changes, message):
 VERIFY = [
     ("half a ranking", {"ranking": "{ranking}/half.json"}, "damaged or cut off"),
     ("no ranking", {"ranking": "{ranking}/none.json"}, "must exist"),
-    ("another model", {"model": "{tiny}/wide"}, "for this base model"),
-    ("another model's checkpoint", {"model": "{tiny}/wide", "tuned": "{tiny}/wide"}, "must differ"),
+    ("another model", {"model": "{tiny}/wide"}, "must be of this model, but 21 of 21 modules"),
+    ("the base as checkpoint", {"tuned": "{tiny}/model"}, "must differ"),
     ("no adapter", {"adapter": "{ranking}/none"}, "none"),
     ("one point", {"points": "1"}, "`points` must be at least 2, got 1"),
     ("no random order", {"random-orders": "0"}, "`random_orders` must be at least 1, got 0"),
