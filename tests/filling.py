@@ -80,8 +80,8 @@ def main():
     disk.mkdir(parents=True)
     own_mounts()
     import keylayers.commands.rank_first
-    import keylayers.training.rank_modules
-    import keylayers.training.stage_1  # noqa: F401  all before the first fork
+    import keylayers.training.fine_tuning
+    import keylayers.training.rank_modules  # noqa: F401  all before the first fork
 
     mount(disk, ROOM)
     code, most = most_used(disk, words)

@@ -108,19 +108,15 @@ def freezing(**options):
     from keylayers import FreezeUnimportant
 
     own = {
-        "stability": stability(max_steps=13, window=FREEZE_STEP // 2, epsilon=1e9),
+        "max_steps": 13,
+        "window": FREEZE_STEP // 2,
+        "epsilon": 1e9,
         "mask_batches": 2,
         "mask_dataset": data(12),
     }
     if "mask_steps" in options:
         del own["mask_batches"]
     return FreezeUnimportant(**(own | options))
-
-
-def stability(**options):
-    from keylayers.training.options import StabilityOptions
-
-    return StabilityOptions(**options)
 
 
 def run(kind, folder, *callbacks, resume=None, **options):
@@ -190,7 +186,7 @@ def test_trainers_that_switch_adapters_in_their_loss_train_nothing_that_is_froze
     from keylayers import FreezeUnimportant
 
     trainer = build(kind, "config", is_trained=False, is_moved=False, max_steps=5)
-    quick = {"mask_batches": 1, "stability": stability(max_steps=3)}
+    quick = {"mask_batches": 1, "max_steps": 3}
     callback, snapshots = FreezeUnimportant(0.5, **quick), Snapshots()
     for one in (callback, snapshots):
         trainer.add_callback(one)
@@ -250,8 +246,7 @@ def test_until_the_freeze_takes_effect_the_run_is_the_same(kind, method, tmp_pat
 def test_the_loss_of_each_step_is_seen_whatever_is_logged(tmp_path):
     """As transformers logs it at every step; two batches make a step."""
     logged = run(Trainer, tmp_path / "a", logging_steps=1).state.log_history
-    never = stability(window=6, epsilon=0.0)
-    callback = freezing(stability=never)
+    callback = freezing(window=6, epsilon=0.0, max_steps=None)
     with pytest.raises(Killed):
         run(Trainer, tmp_path / "b", callback, KillAfter(6), logging_steps=100)
     state = json.loads((tmp_path / "b" / "checkpoint-6" / "trainer_state.json").read_text())
@@ -262,8 +257,7 @@ def test_the_loss_of_each_step_is_seen_whatever_is_logged(tmp_path):
 
 @pytest.mark.parametrize(("max_steps", "expected"), [(None, NUM_STEPS // 2), (3, 3), (13, 13)])
 def test_a_loss_that_is_never_stable_is_ranked_at_the_cap(max_steps, expected, tmp_path):
-    rule = stability(max_steps=max_steps, window=2, epsilon=0.0)
-    callback = freezing(stability=rule)
+    callback = freezing(max_steps=max_steps, window=2, epsilon=0.0)
     run(Trainer, tmp_path, callback, save_strategy="no")
     assert (callback.frozen_at_step, callback.reason) == (expected, "max_steps")
 
@@ -335,7 +329,7 @@ def test_the_trainer_is_found_and_can_be_given(tmp_path):
     trainer.train()
     assert len(callback.frozen) == 4
     from keylayers.errors import ConfigError
-    from keylayers.training.under_way import trainer_of
+    from keylayers.training.step_losses import trainer_of
 
     with pytest.raises(ConfigError, match="none is on the call stack; give it as `trainer`"):
         trainer_of(callback)
@@ -377,7 +371,7 @@ def test_what_cannot_work_is_refused_before_any_step(tmp_path):
         message = f"`freeze_fraction` must be above 0 and below 1, got {fraction}"
         with pytest.raises(ConfigError, match=message):
             freezing(freeze_fraction=fraction)
-    late = freezing(stability=stability(max_steps=NUM_STEPS))
+    late = freezing(max_steps=NUM_STEPS)
     with pytest.raises(ConfigError, match="must be below the run's 14 steps, got 14; leave it"):
         run(Trainer, tmp_path, late)
     none = freezing(freeze_fraction=0.01)

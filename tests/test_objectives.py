@@ -210,9 +210,9 @@ def test_a_trainer_that_thaws_weights_is_refused(tiny, preferences, monkeypatch)
     from keylayers.training.options import TrainingOptions
     from keylayers.training.run import make_trainer
 
-    def thawing(parts):
-        parts.model.get_output_embeddings().weight.requires_grad_(True)
-        return objectives._dpo(parts)
+    def thawing(settings, arguments):
+        arguments["model"].get_output_embeddings().weight.requires_grad_(True)
+        return objectives._dpo(settings, arguments)
 
     monkeypatch.setitem(objectives.OBJECTIVES, "dpo", thawing)
     source = ModelOptions(model=str(tiny / "model"))

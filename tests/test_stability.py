@@ -22,15 +22,11 @@ CURVES = [
 
 @pytest.mark.parametrize(("losses", "expected"), CURVES)
 def test_a_loss_is_stable_when_two_windows_agree(losses, expected):
-    from keylayers.training.stability import is_stable
-
-    assert is_stable(losses, options(epsilon=0.1 - 1e-12)) is expected
+    assert options(epsilon=0.1 - 1e-12).is_stable(losses) is expected
 
 
 def test_epsilon_zero_never_stops():
-    from keylayers.training.stability import is_stable
-
-    assert not is_stable([1.0] * 100, options(epsilon=0.0))
+    assert not options(epsilon=0.0).is_stable([1.0] * 100)
 
 
 BAD = [

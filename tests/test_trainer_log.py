@@ -108,12 +108,10 @@ def test_the_scores_are_those_without_a_logger(tmp_path, monkeypatch):
 
 def test_a_mask_inside_a_run_leaves_the_curves_of_training_whole(tmp_path, monkeypatch):
     import keylayers
-    from keylayers.training.options import StabilityOptions
 
     trainer = trainer_with_log(tmp_path, monkeypatch)
     trainer.args.max_steps = 6
-    at_step_3 = StabilityOptions(max_steps=3)
-    trainer.add_callback(keylayers.FreezeUnimportant(method=options("ila"), stability=at_step_3))
+    trainer.add_callback(keylayers.FreezeUnimportant(method=options("ila"), max_steps=3))
     trainer.train()
     curves = events(tmp_path)
     assert list(curves["train/loss"]) == [1, 2, 3, 4, 5, 6]
@@ -137,6 +135,6 @@ def test_the_command_line_logs_both_stages(tiny, tmp_path, monkeypatch):
 def test_an_unknown_logger_is_refused_with_the_nearest_name(tiny, tmp_path, capsys):
     assert rank(tiny, tmp_path / "out", "--report-to", "tensorbord") == 2
     line = complaint(capsys)
-    assert "`report_to` must be of azure_ml, " in line
+    assert "`report_to` must be among azure_ml, " in line
     assert "got 'tensorbord', did you mean 'tensorboard'?" in line
     assert not (tmp_path / "out").exists()

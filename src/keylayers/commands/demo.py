@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from keylayers.demo.world import Style
     from keylayers.ranking.compare import Agreement
     from keylayers.ranking.ranking import Ranking
-    from keylayers.training.trained_set import TrainedSet
+    from keylayers.training.fine_tuning import TrainedSet
 
 BUDGET = 0.3
 EXAMPLES = """Examples:

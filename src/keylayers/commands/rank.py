@@ -170,7 +170,7 @@ def _find_update(session: "Session", options: RankOptions, folder: Path) -> "Tun
     """The model with the update to rank: an existing one, or that of stage 1, kept in `folder`."""
     from keylayers.files import remove_unfinished
     from keylayers.model.sharding import is_sharded
-    from keylayers.training.stage_1 import finished_stage_1
+    from keylayers.training.fine_tuning import finished_stage_1
     from keylayers.updates import adapter_updates
     from keylayers.updates.adalora import is_adalora
     from keylayers.updates.existing import TunedModel, existing_update
@@ -218,8 +218,7 @@ def _stage_1(
     from keylayers.files import unfinished
     from keylayers.report.model_card import model_card
     from keylayers.training.checkpoints import Checkpoints
-    from keylayers.training.stage_1 import train_all
-    from keylayers.training.trained_set import FineTuning
+    from keylayers.training.fine_tuning import FineTuning, train_all
 
     training, cap = options.training, options.stability.stage_1_cap
     fine_tuning = FineTuning(

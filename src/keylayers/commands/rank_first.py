@@ -11,9 +11,9 @@ from keylayers.commands.train_job import TrainJob, base_row, compare, finished, 
 from keylayers.files import json_sha256
 from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.scores.scoring_options import ScoringOptions, scoring_options
+from keylayers.training.fine_tuning import Trained, TrainedSet
 from keylayers.training.freeze import FreezeUnimportant
 from keylayers.training.options import FreezeAction, StabilityOptions
-from keylayers.training.trained_set import Trained, TrainedSet
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _callback(
     return FreezeUnimportant(
         options.selection.resolved_freeze,
         action=options.selection.action,
-        stability=stability,
+        **asdict(stability),
         method=scoring,
         progress=job.progress,
     )

@@ -26,7 +26,7 @@ from keylayers.training.options import LOSS_UNITS, StabilityOptions, TrainingOpt
 
 if TYPE_CHECKING:
     from keylayers.commands.train_job import TrainJob
-    from keylayers.training.trained_set import Trained, TrainedSet
+    from keylayers.training.fine_tuning import Trained, TrainedSet
 
 EXAMPLES = """Examples:
 

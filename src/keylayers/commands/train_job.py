@@ -19,8 +19,8 @@ from keylayers.model.loading import Checkpoint
 from keylayers.progress import Progress
 from keylayers.ranking.ranking import Ranking
 from keylayers.report.model_card import model_card
+from keylayers.training.fine_tuning import FineTuning, SetTrainer, Trained, TrainedSet
 from keylayers.training.options import LOSS_UNITS, TrainingOptions
-from keylayers.training.trained_set import FineTuning, SetTrainer, Trained, TrainedSet
 
 
 @dataclass(frozen=True)

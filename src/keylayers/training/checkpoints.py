@@ -12,22 +12,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from keylayers.environment import is_first_process
 from keylayers.files import RECORD, write_json
 from keylayers.processes import from_first, wait_for_all
 
 FIRST_SECONDS = 60.0
-LARGEST_SHARE = 0.05  # the part of the run's time that saving may take
-NUM_CHECKPOINTS = 2  # the last is whole while the next is written
+LARGEST_SHARE = 0.05  # of the run's time may be spent on saving
+NUM_CHECKPOINTS = 2  # the previous is whole while the next is written
 
 
 class Checkpoints(TrainerCallback):
     """Saves a training at intervals, and finds where an earlier run stopped.
 
-    A checkpoint counts once it holds keylayers.json, which is written last, and only for a training
-    of the same inputs. All others are removed.
+    A checkpoint counts only if it holds keylayers.json, which is written last, and belongs to a
+    training of the same inputs; all others are removed.
 
     Attributes:
         last: The newest whole checkpoint of the same inputs; None if there is none.
@@ -55,26 +55,20 @@ class Checkpoints(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Wall time of the training so far, with the earlier run's up to `last`."""
+        """Wall time of the training so far, including the stopped run up to `last`."""
         return self._seconds_before + time.perf_counter() - self._start
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         """Start the clock."""
         self._start = self._saved_at = time.perf_counter()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         """Ask the trainer to save when it is time, but not after the last step."""
         if state.global_step < state.max_steps and from_first(self._is_due(state.global_step)):
             control.should_save = True
             self._asked_at = time.perf_counter()
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         """Mark the checkpoint as whole: the trainer has written everything."""
         folder = self.folder / f"checkpoint-{state.global_step}"
         wait_for_all()  # until each process has written its random state

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from keylayers.apply.halt import HaltedUpdates, check_can_halt, halt_updates
 from keylayers.errors import ConfigError
@@ -24,12 +24,11 @@ from keylayers.ranking.selection import Selection, check_same_modules
 from keylayers.scores.scoring_options import ScoringOptions, scoring_options
 from keylayers.training.options import FreezeAction, StabilityOptions
 from keylayers.training.rank_modules import rank_modules
-from keylayers.training.stability import is_stable
-from keylayers.training.under_way import StepLosses, loaders_kept, trainer_of
+from keylayers.training.step_losses import StepLosses, trainer_of
 from keylayers.updates import adapter_updates
 
-# Key of the findings in the trainer's state. `ExportableState` would not do: transformers would
-# build a new callback from it and drop the user's, with its `mask_dataset`.
+# Key of the findings in the trainer's state. `ExportableState` would not do: from it transformers
+# 5.23 would build a new callback and drop the user's, with its `mask_dataset`.
 STATE_KEY = "keylayers.FreezeUnimportant"
 
 
@@ -53,7 +52,9 @@ class FreezeUnimportant(TrainerCallback):
         freeze_fraction: float = 0.25,
         *,
         action: FreezeAction = "freeze",
-        stability: StabilityOptions | None = None,
+        window: int = StabilityOptions.window,
+        epsilon: float = StabilityOptions.epsilon,
+        max_steps: int | None = None,
         method: str | ScoringOptions = "elimination",
         mask_dataset: Dataset | None = None,
         mask_seed: int | None = None,
@@ -61,21 +62,23 @@ class FreezeUnimportant(TrainerCallback):
         progress: Progress | None = None,
         **options: Any,
     ) -> None:
-        """Check the options; nothing is done before training begins.
+        """Check the options; nothing else happens before training begins.
 
         Args:
             freeze_fraction: Share of the modules to freeze; the paper freezes a quarter.
             action: `freeze` keeps what these modules have learned, `remove` sets it to zero.
-            stability: When the loss is stable, counted in steps whatever `logging_steps` is, and
-                `max_steps`, after which the modules are ranked in any case (default: half of the
-                run's steps).
+            window: Steps in each of the two windows whose mean losses are compared, whatever
+                `logging_steps` is.
+            epsilon: The loss is stable when the means differ by less than this many nats.
+            max_steps: The modules are ranked after this step in any case. Default: half of the
+                run's steps.
             method: Name of the scoring method (docs/methods.md).
-            mask_dataset: Examples to score on, in the form of the trainer's `train_dataset`; best
-                examples that training does not see. Default: the `train_dataset` itself.
+            mask_dataset: Examples to score on, in the form of the trainer's `train_dataset`,
+                preferably not trained on. Default: the `train_dataset` itself.
             mask_seed: Seed of the order of the mask's batches. Default: the trainer's seed.
-            trainer: Needed only if the callback cannot find it, as under a trainer's wrapper.
+            trainer: Needed only if the callback cannot find it, for example in a wrapped trainer.
             progress: Gets notes about what was done.
-            **options: Options of the method, such as `mask_batches=8`.
+            **options: Options of the method, for example `mask_batches=8`.
 
         Raises:
             ConfigError: an option has a value that cannot be used.
@@ -88,7 +91,7 @@ class FreezeUnimportant(TrainerCallback):
             raise ConfigError(f"`action` must be freeze or remove, got {action!r}")
         self.freeze_fraction = freeze_fraction
         self.action = action
-        self.stability = stability or StabilityOptions()
+        self.stability = StabilityOptions(max_steps=max_steps, window=window, epsilon=epsilon)
         self.scoring = scoring_options(method, mask_seed=mask_seed, **options)
         self.mask_dataset = mask_dataset
         self.progress = progress or Silent()
@@ -119,34 +122,29 @@ class FreezeUnimportant(TrainerCallback):
             "mask": self.scoring.flat(),
         }
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         """Refuse what cannot work; a resumed run takes over the findings of its checkpoint."""
-        self._stop_watching()  # after a run that ended with an error, or starts over
+        self._stop_watching()  # the last run may have ended with an error
         trainer = self._given_trainer or trainer_of(self)
         self._check(trainer, state)
         self._trainer = trainer
         self._forget()
         saved = state.stateful_callbacks.get(STATE_KEY)
         if saved is not None:
-            self._take_over(saved, state)
+            self._take_over(trainer, saved, state)
         if self.ranking is None:
             self._losses = StepLosses(trainer)
         self._remember(state)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Rank and freeze when it is time: between two steps there are no gradients to disturb."""
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
+        """Rank and freeze when it is time; between two steps there are no gradients to disturb."""
         if self._halted is not None and state.global_step == self._first_step_after:
-            self._halted.check()  # an optimiser that moves what has no gradient shows at once
+            self._halted.check()  # catches an optimiser that moves weights without gradients
         if self._losses is None:
             return
-        window = 2 * self.stability.window
-        self._recent = [*self._recent, self._losses.take()][-window:]
+        self._recent = [*self._recent, self._losses.take()][-2 * self.stability.window :]
         if state.global_step < state.max_steps:
-            if is_stable(self._recent, self.stability):
+            if self.stability.is_stable(self._recent):
                 self.reason = "stable"
             elif state.global_step >= self.stability.cap_within(state.max_steps):
                 self.reason = "max_steps"
@@ -154,16 +152,14 @@ class FreezeUnimportant(TrainerCallback):
             self._rank_and_freeze(state)
         self._remember(state)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         """Write the ranking into the checkpoint for `keylayers show`; resuming ignores it."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.ranking is not None and state.is_world_process_zero and folder.is_dir():
             self.ranking.save(folder / FILE)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: Any, **kw: Any
     ) -> None:
         """Prove that frozen modules did not change; warn if nothing was frozen."""
         self._stop_watching()
@@ -183,11 +179,9 @@ class FreezeUnimportant(TrainerCallback):
 
     def _check(self, trainer: Trainer, state: TrainerState) -> None:
         callbacks = trainer.callback_handler.callbacks
-        same = [callback for callback in callbacks if isinstance(callback, type(self))]
-        if len(same) > 1:
-            raise ConfigError(
-                f"a trainer must hold one {type(self).__name__} at most, got {len(same)}"
-            )
+        count = sum(isinstance(callback, type(self)) for callback in callbacks)
+        if count > 1:
+            raise ConfigError(f"a trainer must hold one {type(self).__name__} at most, got {count}")
         check_can_freeze_inside(trainer)
         check_can_halt(trainer.model, self.action)
         num_modules = len(adapter_updates(trainer.model))
@@ -199,19 +193,26 @@ class FreezeUnimportant(TrainerCallback):
         self.stability.cap_within(state.max_steps)
 
     def _rank_and_freeze(self, state: TrainerState) -> None:
-        assert self._trainer is not None
+        trainer = self._trainer
+        assert trainer is not None
         why = "the loss is stable" if self.reason == "stable" else "the cap is reached"
         self.progress.note(f"step {state.global_step}: {why}; ranking by {self.scoring.method}")
-        with loaders_kept(self._trainer):
-            self.ranking = rank_modules(self._trainer, self.scoring, mask_dataset=self.mask_dataset)
+        # accelerate 1.15 remembers the data loaders that are being read, and scoring leaves its own
+        # half read; the run must find only its own.
+        gradient_state = trainer.accelerator.gradient_state
+        loaders = gradient_state.dataloader_references
+        try:
+            self.ranking = rank_modules(trainer, self.scoring, mask_dataset=self.mask_dataset)
+        finally:
+            gradient_state.dataloader_references = loaders
         self.selection = self.ranking.select(Freeze(self.freeze_fraction))
         selected = set(self.selection.names)
         self.frozen = tuple(m.name for m in self.ranking.modules if m.name not in selected)
         self.frozen_at_step = state.global_step
-        self._freeze(state)
+        self._freeze(trainer, state)
         self._stop_watching()
         if self.action == "remove":
-            # A checkpoint from before must not come back as the best: it has what was removed.
+            # An earlier checkpoint must not come back as the best: it holds what was removed.
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         done = {"freeze": "frozen", "remove": "set to zero and frozen"}[self.action]
         self.progress.note(
@@ -219,11 +220,11 @@ class FreezeUnimportant(TrainerCallback):
             f"are {done}"
         )
 
-    def _take_over(self, saved: dict[str, Any], state: TrainerState) -> None:
+    def _take_over(self, trainer: Trainer, saved: dict[str, Any], state: TrainerState) -> None:
         """Continue where the run that wrote the checkpoint stopped.
 
         Raises:
-            ConfigError: its freeze differs from what is asked for now.
+            ConfigError: it froze other modules than these options would.
             RankingError: it is of another model.
         """
         self._recent = list(saved["recent_losses"])
@@ -239,20 +240,16 @@ class FreezeUnimportant(TrainerCallback):
         self.selection = self.ranking.select(Freeze(self.freeze_fraction))
         self.frozen = tuple(saved["frozen"])
         self.frozen_at_step, self.reason = saved["frozen_at_step"], saved["reason"]
-        assert self._trainer is not None
-        modules = [update.module for update in adapter_updates(self._trainer.model)]
+        modules = [update.module for update in adapter_updates(trainer.model)]
         check_same_modules(self.ranking.modules, {m.name: m.num_parameters for m in modules})
-        self._freeze(state)
+        self._freeze(trainer, state)
         self.progress.note(
             f"{len(self.frozen)} of {len(modules)} modules stay frozen as in the checkpoint"
         )
 
-    def _freeze(self, state: TrainerState) -> None:
-        assert self._trainer is not None
+    def _freeze(self, trainer: Trainer, state: TrainerState) -> None:
         self._first_step_after = state.global_step + 1
-        self._halted = halt_updates(
-            self._trainer.model, self.frozen, self.action, self._trainer.optimizer
-        )
+        self._halted = halt_updates(trainer.model, self.frozen, self.action, trainer.optimizer)
 
     def _stop_watching(self) -> None:
         if self._losses is not None:
@@ -267,6 +264,6 @@ class FreezeUnimportant(TrainerCallback):
             "frozen": list(self.frozen),
             "frozen_at_step": self.frozen_at_step,
             "reason": self.reason,
-            # as text, since the trainer sorts the keys of what it saves
+            # as text, because the trainer sorts the keys of what it saves
             "ranking": None if self.ranking is None else json.dumps(self.ranking.to_json()),
         }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loggers that follow a training: those of transformers, asked for by name."""
+"""The loggers that follow a training: those of transformers, by name."""
 
 import os
 import time
@@ -8,24 +8,17 @@ from functools import cache
 from pathlib import Path
 
 from transformers import Trainer
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    TensorBoardCallback,
-)
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TensorBoardCallback
 
 from keylayers.errors import ConfigError, did_you_mean
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Refuse a logger that transformers does not know or that is not installed.
-
-    Raises:
-        ConfigError: names the first such.
-    """
+    """Raise a ConfigError for a logger that transformers does not know or that is not installed."""
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             raise ConfigError(
-                f"`report_to` must be of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, got "
+                f"`report_to` must be among {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, got "
                 f"{name!r}{did_you_mean(name, INTEGRATION_TO_CALLBACK)}"
             )
         try:
@@ -37,17 +30,17 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 def name_loggers(trainer: Trainer, title: str) -> None:
-    """Let TensorBoard write where a user finds it, each training in a folder of its own.
+    """Let TensorBoard write to a folder of this training, where a user finds it.
 
-    Its files would otherwise lie in the trainer's folder, which is a temporary one here.
+    By default it writes to the trainer's output folder, which is a temporary one here.
     """
-    for one in trainer.callback_handler.callbacks:
-        if isinstance(one, TensorBoardCallback):
-            one.logging_dir = str(_folder() / title)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = str(_folder() / title)
 
 
 @cache
 def _folder() -> Path:
-    """One for all trainings of a process."""
+    """The folder that all trainings of a process share."""
     given = os.environ.get("TENSORBOARD_LOGGING_DIR")
     return Path(given).expanduser() if given else Path("runs", time.strftime("%Y-%m-%d_%H-%M-%S"))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a model is fine-tuned, what for, and when the loss counts as stable."""
+"""How a model is fine-tuned, for which objective, and when the loss counts as stable."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ LOSS_UNITS: dict[Objective, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveOptions:
-    """What is trained for, and so what a loss is.
+    """The objective, which decides what a loss is.
 
     Attributes:
         objective: sft learns answers. dpo, orpo and reward learn from pairs of a chosen and a
@@ -107,11 +108,11 @@ class TrainingOptions(ObjectiveOptions):
         if self.is_full and self.objective == "reward":
             raise ConfigError(
                 "`update` must be an adapter with `objective` reward, whose new head is trained "
-                "beside the modules and saved with the adapter, got full"
+                "with the modules and saved with the adapter, got full"
             )
 
     def decisive(self) -> dict[str, Any]:
-        """The options that decide what a training gives: loggers and checkpoints do not."""
+        """The options that decide the result of a training: all but loggers and checkpoints."""
         return asdict(replace(self, report_to=(), save_steps=None))
 
     @property
@@ -136,7 +137,7 @@ class TrainingOptions(ObjectiveOptions):
         """The learning rate that is used; 2e-4 suits LoRA at width 4096."""
         if self.learning_rate is not None:
             return self.learning_rate
-        smaller = 0.1 if self.objective in ("dpo", "kto") else 1.0  # as they are used everywhere
+        smaller = 0.1 if self.objective in ("dpo", "kto") else 1.0  # as is usual for them
         return 2e-4 * math.sqrt(4096 / hidden_size) * (0.1 if is_full else 1.0) * smaller
 
 
@@ -144,8 +145,11 @@ class TrainingOptions(ObjectiveOptions):
 class StabilityOptions:
     """When stage 1 ends: the loss is stable, or the cap is reached.
 
-    The paper learns masks after 25-50 % of training, which are close to the final mask, unlike
-    masks after 1 % (from memory of its text).
+    The paper asks that for every later step the expected loss changes by less than epsilon. The
+    future is not known while training runs, so keylayers compares the mean losses of the last two
+    windows. The paper also finds that a mask learned after 25-50 % of training is close to the
+    final one, unlike a mask after 1 % (both from memory of its text): a window should be a few
+    per cent of a full training.
 
     Attributes:
         max_steps: Largest number of steps of stage 1. Default: 300; with --rank-first, half of the
@@ -166,9 +170,16 @@ class StabilityOptions:
         if not self.epsilon >= 0:
             raise ConfigError(f"`epsilon` must be 0 or more nats, got {self.epsilon}")
 
+    def is_stable(self, losses: Sequence[float]) -> bool:
+        """Whether the loss, one value in nats a step, is stable at its end."""
+        if len(losses) < 2 * self.window:
+            return False
+        last, before = losses[-self.window :], losses[-2 * self.window : -self.window]
+        return abs(sum(last) - sum(before)) / self.window < self.epsilon
+
     @property
     def stage_1_cap(self) -> int:
-        """The cap of a stage 1 of its own."""
+        """The cap of a stage 1 that is a run of its own."""
         return 300 if self.max_steps is None else self.max_steps
 
     def cap_within(self, num_steps: int) -> int:
@@ -178,7 +189,7 @@ class StabilityOptions:
             ConfigError: no step would be left after it.
         """
         if self.max_steps is None:
-            return max(1, num_steps // 2)  # the paper learns it after 25-50 % (from memory)
+            return max(1, num_steps // 2)
         if self.max_steps >= num_steps:
             raise ConfigError(
                 f"`max_steps`, after which the mask is learned at the latest, must be below the "

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one training path: every fine-tune of keylayers, LoRA or full, is a TRL trainer made here.
 
-Options in which TRL differs from transformers (bf16, gradient checkpointing, learning rate,
-lengths) are all set, so that two runs of keylayers differ only in what their records say.
+TRL changes several defaults of transformers (bf16, gradient checkpointing, learning rate, lengths).
+We set all of them, so that two runs of keylayers differ only in what their records say.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from huggingface_hub import constants
 from peft import PeftModel
 from transformers import (
@@ -25,7 +25,6 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
     TrainerState,
-    TrainingArguments,
     set_seed,
 )
 
@@ -37,10 +36,9 @@ from keylayers.model.sharding import place_model
 from keylayers.progress import OnStep
 from keylayers.training.checkpoints import Checkpoints
 from keylayers.training.loggers import check_loggers, name_loggers
-from keylayers.training.objectives import LoadReference, TrainerParts, build_trainer
+from keylayers.training.objectives import LoadReference, build_trainer
 from keylayers.training.options import StabilityOptions, TrainingOptions
 from keylayers.training.shallow import ShallowBackward
-from keylayers.training.stability import is_stable
 from keylayers.updates.adalora import is_adalora
 
 
@@ -85,9 +83,9 @@ def make_trainer(
         model: With or without an adapter.
         tokenizer: Of the model.
         train: Examples as `prepare` gives them for the objective.
-        options: How to train, and what for.
+        options: How to train, and for which objective.
         num_steps: Optimiser steps.
-        evaluation: Examples to prepare in the same way; `prepared_examples` gives them back.
+        evaluation: Examples to prepare in the same way; `prepared_examples` returns them.
         max_length: Longest sequence in tokens, for objectives whose trainers tokenise.
         load_reference: Gives the base model; needed by dpo and kto without an adapter.
         title: What loggers call it.
@@ -97,21 +95,16 @@ def make_trainer(
             under which weights cannot be read or scaled.
     """
     check_loggers(options.report_to)
-    # trainers make their folder
+    arguments = {
+        "model": model,
+        "processing_class": tokenizer,
+        "train_dataset": train,
+        "eval_dataset": DatasetDict(evaluation) if evaluation else None,
+    }
+    # trainers create their output folder
     with tempfile.TemporaryDirectory() as scratch, _no_telemetry(), quiet_datasets():
         settings = _settings(model, options, num_steps=num_steps, output_dir=scratch)
-        trainer = build_trainer(
-            TrainerParts(
-                model,
-                tokenizer,
-                train,
-                evaluation or {},
-                options,
-                settings,
-                max_length,
-                load_reference,
-            )
-        )
+        trainer = build_trainer(options, settings, arguments, max_length, load_reference)
     trainer.remove_callback(PrinterCallback)
     name_loggers(trainer, title)
     place_model(trainer)
@@ -126,9 +119,10 @@ def make_loss_trainer(
     *,
     load_reference: LoadReference | None = None,
 ) -> Trainer:
-    """A trainer that is asked for losses, never to train: on the examples set aside for the mask.
+    """A trainer that measures losses and never trains.
 
-    On the training examples if none are. `prepared_examples` gives the held-out ones.
+    Its examples are those set aside for the mask, or the training examples if there are none;
+    `prepared_examples` gives the held-out examples.
     """
     return make_trainer(
         model,
@@ -144,13 +138,10 @@ def make_loss_trainer(
 
 
 def _settings(
-    model: PreTrainedModel | PeftModel,
-    options: TrainingOptions,
-    *,
-    num_steps: int,
-    output_dir: str,
+    model: PreTrainedModel | PeftModel, options: TrainingOptions, *, num_steps: int, output_dir: str
 ) -> dict[str, Any]:
-    """TRL's options, with all set in which it differs from transformers or from what we promise."""
+    """TRL's options, with every option set whose default differs from transformers or from ours."""
+    hidden_size = int(model.config.get_text_config().hidden_size)
     is_full = not isinstance(model, PeftModel)
     has_accelerator = torch.accelerator.is_available()
     return {
@@ -161,7 +152,7 @@ def _settings(
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # the default shows the last good loss instead of NaN
         "max_steps": num_steps,
-        "learning_rate": options.resolved_learning_rate(_hidden_size(model), is_full=is_full),
+        "learning_rate": options.resolved_learning_rate(hidden_size, is_full=is_full),
         # a decaying rate would look like a stable loss
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": options.warmup_steps,
@@ -170,7 +161,8 @@ def _settings(
         "per_device_train_batch_size": options.batch_size,
         "per_device_eval_batch_size": options.batch_size,
         "gradient_accumulation_steps": options.gradient_accumulation,
-        "activation_checkpointing": options.gradient_checkpointing,  # its new name
+        # transformers' new name of gradient_checkpointing
+        "activation_checkpointing": options.gradient_checkpointing,
         "bf16": model.dtype == torch.bfloat16,
         "fp16": model.dtype == torch.float16,
         "use_cpu": not has_accelerator,
@@ -183,7 +175,7 @@ def _settings(
 def new_adapter(
     model: PreTrainedModel, names: Sequence[str], options: TrainingOptions, *, num_steps: int
 ) -> PeftModel:
-    """`model` with a fresh adapter on exactly `names`, drawn from the options' seed.
+    """`model` with a new adapter on exactly `names`, initialised from the options' seed.
 
     Args:
         model: The base model.
@@ -193,24 +185,20 @@ def new_adapter(
     """
     set_seed(options.seed)
     rank, kind = options.lora_rank, options.update
-    shape: dict[str, Any] = {"r": rank, "lora_alpha": options.lora_alpha}
-    if (
-        kind == "adalora"
-    ):  # from 1.5 times the budget down to it, as the paper has it (from memory of its text)
-        warm_up, settled = num_steps // 10, num_steps // 2
+    shape: dict[str, Any] = {"r": rank}
+    if kind == "adalora":  # from 1.5 times the budget down to it (from memory of the paper)
         shape = {
             "init_r": rank + (rank + 1) // 2,
             "target_r": rank,
-            "lora_alpha": options.lora_alpha,
-            "tinit": warm_up,
-            "tfinal": settled,
+            "tinit": num_steps // 10,
+            "tfinal": num_steps // 2,
             "total_step": num_steps,
         }
-    shape |= {"use_rslora": True} if kind == "rslora" else {}
-    shape |= {"use_dora": True} if kind == "dora" else {}
+    elif kind in ("rslora", "dora"):
+        shape[f"use_{kind}"] = True
     if options.objective == "reward":  # PEFT then trains and saves the head too
         shape["task_type"] = "SEQ_CLS"
-    return add_lora(model, names, **shape)
+    return add_lora(model, names, lora_alpha=options.lora_alpha, **shape)
 
 
 def fine_tune(
@@ -225,8 +213,8 @@ def fine_tune(
         trainer: From `make_trainer`.
         stability: When to stop early.
         on_step: Called after each step with its number, from 1, and its loss in nats.
-        checkpoints: Where to go on, and to save. AdaLoRA keeps part of its state where no
-            checkpoint sees it, and starts over.
+        checkpoints: Where to resume from and to save. Ignored for AdaLoRA: PEFT 0.21 keeps part of
+            its state outside the checkpoint, so that it has to start over.
 
     Raises:
         ConfigError: AdaLoRA under FSDP.
@@ -269,22 +257,13 @@ class _LossWatch(TrainerCallback):
         self.losses: list[float] = []
         self.is_stable = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.losses = [float(one["loss"]) for one in state.log_history if "loss" in one]
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
+        self.losses = [float(logs["loss"]) for logs in state.log_history if "loss" in logs]
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        if "loss" not in kw["logs"]:
             return
-        loss = float(logs["loss"])
+        loss = float(kw["logs"]["loss"])
         if not math.isfinite(loss):
             raise LossError(
                 f"the loss must be finite, but it is {loss} at training step {state.global_step}; "
@@ -293,34 +272,25 @@ class _LossWatch(TrainerCallback):
         self.losses.append(loss)
         if self.on_step is not None:
             self.on_step(len(self.losses), loss)
-        if self.stability is not None and is_stable(self.losses, self.stability):
+        if self.stability is not None and self.stability.is_stable(self.losses):
             self.is_stable = True
             control.should_training_stop = True
-            control.should_save = False  # from there a training would go on
+            control.should_save = False  # a training would resume from there
 
 
 class _RankAllocation(TrainerCallback):
-    """Lets AdaLoRA move its budget between modules, after each step and before gradients go."""
+    """Lets AdaLoRA move its budget between modules, which PEFT leaves to the training loop.
 
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PeftModel | None = None,
-        **kwargs: Any,
-    ) -> None:
-        assert model is not None
-        model.base_model.update_and_allocate(state.global_step + 1)
+    It needs the gradients, so it is called after the optimiser's step and before `zero_grad`.
+    """
 
-
-def _hidden_size(model: PreTrainedModel | PeftModel) -> int:
-    return int(model.config.get_text_config().hidden_size)
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
+        kw["model"].base_model.update_and_allocate(state.global_step + 1)
 
 
 @contextlib.contextmanager
 def _no_telemetry() -> Iterator[None]:
-    """TRL reports to a server when a trainer is built, unless this is set."""
+    """TRL 1.16 reports to a server when a trainer is built, unless this is set."""
     before = constants.HF_HUB_DISABLE_TELEMETRY
     constants.HF_HUB_DISABLE_TELEMETRY = True
     try:

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A ranking for nothing: what each module's part of every training step lowered the loss by.
+"""A ranking that costs no pass: how much each module's part of every step lowered the loss.
 
     s_i = Σ_steps -⟨∂L/∂θ_i, Δθ_i⟩
 
-over the matrices θ_i of the adapter on module i, with the gradient that the optimiser was given
-(clipped, if it clips) and the step that it took. To first order the scores sum to the loss
-reduction along the way of the training, so their unit is that of the loss.
+θ_i are the matrices of the adapter on module i, ∂L/∂θ_i is the gradient that the optimiser was
+given (after clipping) and Δθ_i the step that it took. To first order the scores sum to the loss
+reduction along the path of the training, so their unit is that of the loss.
 
-Cost: a copy of the adapter, and two products with it a step; no pass of its own.
-Blind to: what a module would have done without the others, as every sum along one way is.
+Cost: a copy of the adapter, and two products with it per step.
+Blind to: what a module would have done without the others, like every sum along one path.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor
+from transformers import TrainerCallback, TrainerState
 
 from keylayers.environment import environment
 from keylayers.errors import RankingError
@@ -28,12 +28,12 @@ from keylayers.ranking.ranking import Ranking
 from keylayers.updates import adapter_updates
 from keylayers.updates.adapter import own_parameters
 
-# Where the trainer's state, which each checkpoint holds, keeps the sums.
+# Key of the sums in the trainer's state, which is part of each checkpoint.
 STATE_KEY = "keylayers.StepScores"
 
 
 class StepScores(TrainerCallback):
-    """Sums the scores while a trainer trains an adapter; any transformers or TRL trainer.
+    """Sums the scores while any transformers or TRL trainer trains an adapter.
 
     Attributes:
         num_steps: Steps that were summed.
@@ -59,7 +59,7 @@ class StepScores(TrainerCallback):
         return dict(zip(names, sums.tolist(), strict=True))
 
     def ranking(self) -> Ranking:
-        """The modules by their scores, to be selected from, saved and compared like any ranking.
+        """The modules by their scores, as a ranking like any other.
 
         Raises:
             RankingError: nothing has been trained yet, or under DeepSpeed, which hides gradients.
@@ -74,65 +74,47 @@ class StepScores(TrainerCallback):
         made_by = {"environment": environment(), "num_steps": self.num_steps}
         return Ranking(tuple(modules), "step-scores", provenance=made_by)
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Find what is trained, and begin anew.
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
+        """Find what is trained and start from zero, or from the sums of the checkpoint.
 
         Raises:
             ModelError: the model carries no adapter.
         """
-        assert model is not None
         self.num_steps = 0
         self._modules, self._owners, self._parameters = [], [], []
-        for index, update in enumerate(adapter_updates(model)):
+        for index, update in enumerate(adapter_updates(kw["model"])):
             self._modules.append(update.module)
             for parameter in own_parameters(update.layer):
                 if parameter.requires_grad:
                     self._owners.append(index)
                     self._parameters.append(parameter)
-        self._before = [torch.empty_like(own_part(one)) for one in self._parameters]
-        self._is_sharded = is_sharded(model)
-        self._sums = torch.zeros(len(self._parameters), device=_device(self._parameters))
+        self._before = [torch.empty_like(own_part(parameter)) for parameter in self._parameters]
+        self._is_sharded = is_sharded(kw["model"])
+        device = self._parameters[0].device if self._parameters else None
+        self._sums = torch.zeros(len(self._parameters), device=device)
         saved = state.stateful_callbacks.get(STATE_KEY)
         if saved is not None and state.global_step > 0:  # a run that resumes
             self.num_steps = saved["num_steps"]
-            self._sums += torch.tensor(saved["sums"], device=self._sums.device)
+            self._sums += torch.tensor(saved["sums"], device=device)
 
     @torch.no_grad()
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Keep the matrices from before the step."""
-        torch._foreach_copy_(self._before, [own_part(one) for one in self._parameters])
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        """Copy the matrices before the step."""
+        torch._foreach_copy_(self._before, [own_part(each) for each in self._parameters])
 
     @torch.no_grad()
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The matrices have moved, and their gradients are still there."""
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
+        """Add the step's scores: the matrices have moved, and their gradients are still there."""
         assert self._sums is not None
         if all(parameter.grad is None for parameter in self._parameters):
-            return  # DeepSpeed keeps the gradients in a place of its own
-        falls = torch.stack(
-            [
-                _loss_fall(parameter, before)
-                for parameter, before in zip(self._parameters, self._before, strict=True)
-            ]
-        )
+            return  # DeepSpeed keeps gradients outside the parameters
+        falls = torch.stack([*map(_loss_fall, self._parameters, self._before)])
         if self._is_sharded:
             falls = summed(falls).to(falls.device)
         self._sums += falls
         self.num_steps += 1
-        state.stateful_callbacks[STATE_KEY] = {
-            "num_steps": self.num_steps,
-            "sums": self._sums.tolist(),
-        }
+        saved = {"num_steps": self.num_steps, "sums": self._sums.tolist()}
+        state.stateful_callbacks[STATE_KEY] = saved
 
 
 def _loss_fall(parameter: Tensor, before: Tensor) -> Tensor:
@@ -141,7 +123,3 @@ def _loss_fall(parameter: Tensor, before: Tensor) -> Tensor:
         return torch.zeros((), device=parameter.device)
     gradient, step = own_part(parameter.grad).flatten(), (before - own_part(parameter)).flatten()
     return torch.dot(gradient.float(), step.float())
-
-
-def _device(parameters: Sequence[Tensor]) -> torch.device | None:
-    return parameters[0].device if parameters else None

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training that is under way, seen from a callback: its trainer, and the loss of each step.
+"""What a callback needs and is not told: its trainer, and the loss of each step.
 
-Callbacks are told neither. They are called by the trainer's own methods, though, so the trainer is
-on the call stack while an event is handled: that finds it whichever library or subclass it comes
-from, and needs nothing from the user. Loss logs are means over `logging_steps`, and their windows
-shift when a run resumes; what `training_step` gives, the method that transformers documents for
-subclasses to change, is the loss of each batch itself.
+The trainer's own methods call the callbacks, so the trainer is on the call stack while it handles
+an event. We find it there, whichever library or subclass it comes from. Logged losses are means
+over `logging_steps`, and their windows shift when a run resumes, so we read the loss of each batch
+from `training_step`, the method that transformers documents for subclasses to override.
 """
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -23,7 +20,7 @@ from keylayers.processes import summed
 
 
 def trainer_of(callback: TrainerCallback) -> Trainer:
-    """The trainer that is calling `callback` just now.
+    """The trainer that is calling `callback` right now.
 
     Raises:
         ConfigError: no trainer that holds the callback is on the call stack.
@@ -56,30 +53,20 @@ class StepLosses:
         return loss
 
     def take(self) -> float:
-        """The loss in nats of the step that just ended: trainers give each batch its share.
+        """The loss in nats of the step that just ended.
 
-        Of several processes, the mean: trainers scale their shares for that.
+        `training_step` returns each batch's share of the step's loss, scaled so that the mean over
+        processes is the step's loss.
         """
         loss = torch.tensor(float(sum(self._batches)), dtype=torch.float64)
         self._batches.clear()
         return float(summed(loss)) / self._trainer.accelerator.num_processes
 
     def close(self) -> None:
-        """Give the trainer its method back, unless somebody else has put another over it."""
+        """Give the trainer its method back, unless someone else has replaced it since."""
         if vars(self._trainer).get("training_step") != self._seen:
             return
         if self._had_own:
             self._trainer.training_step = self._training_step
         else:
             del self._trainer.training_step
-
-
-@contextlib.contextmanager
-def loaders_kept(trainer: Trainer) -> Iterator[None]:
-    """Leave accelerate with the data loaders that it was reading; others may be left half read."""
-    gradient_state = trainer.accelerator.gradient_state
-    loaders = gradient_state.dataloader_references
-    try:
-        yield
-    finally:
-        gradient_state.dataloader_references = loaders

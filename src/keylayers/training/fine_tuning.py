@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tunes of sets of modules: each on a fresh model, all in the same way."""
+"""Fine-tunes of sets of modules, each on a fresh model: stage 1 trains all, others a selection."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
@@ -15,14 +16,18 @@ from keylayers.apply.freeze import round_to_stored, train_only
 from keylayers.apply.halt import prove_kept
 from keylayers.data.prepare import PreparedData
 from keylayers.evaluation.loss import held_out_loss
-from keylayers.files import json_sha256
+from keylayers.files import RECORD, json_sha256
 from keylayers.model.sharding import check_can_freeze_inside
+from keylayers.model.weights import adapter_sha256, weights_sha256
 from keylayers.progress import Progress
 from keylayers.training.checkpoints import Checkpoints
 from keylayers.training.freeze import FreezeUnimportant
 from keylayers.training.objectives import LoadReference, prepared_examples
-from keylayers.training.options import TrainingOptions
+from keylayers.training.options import StabilityOptions, TrainingOptions
 from keylayers.training.run import TrainingResult, fine_tune, make_trainer, new_adapter
+from keylayers.training.step_scores import StepScores
+
+Tuned: TypeAlias = PreTrainedModel | PeftModel
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,8 @@ class FineTuning:
 
     def trainer(
         self, model: PreTrainedModel, names: Sequence[str], title: str, *, evaluates: bool = True
-    ) -> tuple[PreTrainedModel | PeftModel, Trainer]:
-        """A trainer of exactly `names`, and the model that it trains.
+    ) -> tuple[Tuned, Trainer]:
+        """The model that is trained, and a trainer of exactly `names`.
 
         Args:
             model: A base model that nothing else uses.
@@ -56,7 +61,7 @@ class FineTuning:
             title: What loggers call the run.
             evaluates: Whether the held-out examples are prepared too.
         """
-        tuned: PreTrainedModel | PeftModel = model
+        tuned: Tuned = model
         if self.options.is_full:
             train_only(model, names)
         else:
@@ -74,6 +79,61 @@ class FineTuning:
         )
         prove_trainable(tuned, names)
         return tuned, trainer
+
+
+def train_all(
+    fine_tuning: FineTuning,
+    model: PreTrainedModel,
+    names: Sequence[str],
+    stability: StabilityOptions,
+    checkpoints: Checkpoints,
+) -> tuple[Tuned, dict[str, Any]]:
+    """Stage 1: train all modules until the loss is stable or the cap is reached.
+
+    Args:
+        fine_tuning: Its `num_steps` is the cap.
+        model: The base model.
+        names: All modules.
+        stability: When the loss counts as stable.
+        checkpoints: Where to resume from and to save.
+
+    Returns:
+        The tuned model, and the record of stage 1.
+    """
+    progress = fine_tuning.progress
+    tuned, trainer = fine_tuning.trainer(model, names, "stage-1", evaluates=False)
+    scores = StepScores()
+    if isinstance(tuned, PeftModel):
+        trainer.add_callback(scores)
+    if checkpoints.last is not None:
+        progress.note(f"stage 1 continues after step {checkpoints.last_step}")
+    with progress.stage("stage 1: fine-tuning all modules", fine_tuning.num_steps) as on_step:
+        result = fine_tune(trainer, stability, on_step, checkpoints=checkpoints)
+    reason = "the loss is stable" if result.stopped_by == "stable" else "the cap is reached"
+    progress.note(f"stage 1 ended after {result.num_steps} steps: {reason}")
+    return tuned, {
+        "losses": list(result.losses),
+        "num_steps": result.num_steps,
+        "num_trained_parameters": _num_trained(tuned),
+        "stopped_by": result.stopped_by,
+        "learning_rate": trainer.args.learning_rate,
+        "seconds": result.seconds,
+        "step_scores": dict(scores.scores),
+    } | (
+        {"adapter_sha256": adapter_sha256(tuned)}
+        if isinstance(tuned, PeftModel)
+        else {"weights_sha256": weights_sha256(tuned)}
+    )
+
+
+def finished_stage_1(folder: Path, inputs_sha256: str) -> dict[str, Any] | None:
+    """The record of a finished stage 1 in `folder`, if it had the same inputs."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_same = isinstance(record, dict) and record.get("inputs_sha256") == inputs_sha256
+    return record["stage_1"] if is_same else None
 
 
 @dataclass(frozen=True)
@@ -100,14 +160,14 @@ class Trained:
     """A trained set with its model, and the held-out loss of the model before training."""
 
     row: TrainedSet
-    model: PreTrainedModel | PeftModel
+    model: Tuned
     result: TrainingResult
     base_loss_nats: float
 
 
 @dataclass(frozen=True)
 class SetTrainer:
-    """Trains sets of modules, and goes on where an earlier run was stopped.
+    """Trains sets of modules, and resumes where an earlier run was stopped.
 
     Attributes:
         fine_tuning: What the fine-tunes share.
@@ -142,7 +202,7 @@ class SetTrainer:
         callback: FreezeUnimportant | None = None,
         measure_base: bool = False,
     ) -> Trained:
-        """Fine-tune exactly `names`, or those that `callback` leaves trainable.
+        """Fine-tune exactly `names`, or the part of them that `callback` leaves trainable.
 
         Args:
             names: Full module names.
@@ -156,7 +216,7 @@ class SetTrainer:
         if callback is not None:
             check_can_freeze_inside(trainer)  # before the base model is measured
             callback.mask_dataset = examples.get("mask")
-        # LoRA's update is zero at first, so this is the loss of the base model.
+        # A LoRA update is zero at first, so this is the loss of the base model.
         base_loss = held_out_loss(trainer, examples["held_out"]) if measure_base else float("nan")
         if callback is not None:
             trainer.add_callback(callback)
@@ -168,19 +228,18 @@ class SetTrainer:
             prove_kept(model, names)
         if self.fine_tuning.options.is_full:
             round_to_stored(fresh, self.stored_dtype)
-        row = TrainedSet(
-            label=label,
-            num_modules=len(names),
-            num_trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            held_out_loss_nats=held_out_loss(trainer, examples["held_out"]),
-            num_steps=result.num_steps,
-        )
+        loss = held_out_loss(trainer, examples["held_out"])
+        row = TrainedSet(label, len(names), _num_trained(model), loss, result.num_steps)
         return Trained(row, model, result, base_loss)
 
     def _fine_tune(self, trainer: Trainer, label: str, inputs: str) -> TrainingResult:
         progress, options = self.fine_tuning.progress, self.fine_tuning.options
         checkpoints = Checkpoints(self.unfinished / label, inputs, options.save_steps)
         if checkpoints.last is not None:
-            progress.note(f"training of {label} goes on after step {checkpoints.last_step}")
+            progress.note(f"training of {label} continues after step {checkpoints.last_step}")
         with progress.stage(f"training: {label}", self.fine_tuning.num_steps) as on_step:
             return fine_tune(trainer, None, on_step, checkpoints=checkpoints)
+
+
+def _num_trained(model: Tuned) -> int:
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
