@@ -9,12 +9,11 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from keylayers.data.options import DataFormat
 from keylayers.errors import ConfigError, DataError, did_you_mean
 
-Format: TypeAlias = DataFormat
 Role = Literal["system", "user", "assistant"]
 Row = Mapping[str, object]
 
@@ -33,20 +32,6 @@ PAIRS: tuple[tuple[str, ...], ...] = (
     ("problem", "answer"),
     ("instruction", "response"),
 )
-
-# The first match wins: UltraChat and No Robots have `prompt` as well as `messages`, and Alpaca has
-# the joined `text` as well as its own columns.
-_COLUMNS: dict[Format, tuple[tuple[str, ...], ...]] = {
-    "messages": (("messages",),),
-    "sharegpt": (("conversations",),),
-    "lima": (("conversations",),),
-    "self-instruct": (("instruction", "instances"),),
-    "alpaca": (("instruction", "output"),),
-    "prompt-completion": PAIRS,
-    "text": (("text",),),
-}
-FORMATS: tuple[Format, ...] = tuple(_COLUMNS)
-
 _ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
@@ -55,15 +40,6 @@ _ROLES: dict[str, Role] = {
 _TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observation", "ipython")
 _SYSTEM_COLUMNS = ("system", "system_prompt")
 _DOCUMENT_COLUMNS = ("input", "context")  # the text that an instruction refers to: Alpaca, Dolly
-
-# Every column that may hold text, for readers that would guess a type instead.
-TEXT_COLUMNS: tuple[str, ...] = (
-    *dict.fromkeys(name for pairs in _COLUMNS.values() for names in pairs for name in names),
-    *_SYSTEM_COLUMNS,
-    *_DOCUMENT_COLUMNS,
-    "chosen",
-    "rejected",
-)
 
 
 @dataclass(frozen=True)
@@ -87,7 +63,7 @@ class Conversation:
         return hashlib.sha256(json.dumps([turns, self.text]).encode("ascii")).digest()
 
 
-def recognise(columns: Collection[str], first_row: Row) -> Format:
+def recognise(columns: Collection[str], first_row: Row) -> DataFormat:
     """The format that the columns show.
 
     Args:
@@ -104,8 +80,8 @@ def recognise(columns: Collection[str], first_row: Row) -> Format:
             f"{', '.join(columns)}); choose an objective for preferences with `--objective`, keep "
             "the good answers only, or force a format with `--format`."
         )
-    for format in FORMATS:
-        if any(set(names) <= set(columns) for names in _COLUMNS[format]):
+    for format, (choices, _) in FORMATS.items():
+        if any(set(names) <= set(columns) for names in choices):
             turns = first_row["conversations"] if format == "sharegpt" else None
             is_lima = isinstance(turns, list) and bool(turns) and isinstance(turns[0], str)
             return "lima" if is_lima else format
@@ -116,7 +92,7 @@ def recognise(columns: Collection[str], first_row: Row) -> Format:
     )
 
 
-def require_columns(format: str, columns: Collection[str]) -> Format:
+def require_columns(format: str, columns: Collection[str]) -> DataFormat:
     """The format that the user asked for, if these columns hold it.
 
     Raises:
@@ -129,22 +105,21 @@ def require_columns(format: str, columns: Collection[str]) -> Format:
             f"`format` must be one of {', '.join(FORMATS)}, got {format!r}"
             f"{did_you_mean(format, FORMATS)}"
         )
-    missing = [[name for name in names if name not in columns] for names in _COLUMNS[asked]]
+    missing = [[name for name in names if name not in columns] for names in FORMATS[asked][0]]
     if all(missing):
-        fewest = min(missing, key=len)
         raise DataError(
             f"The format {format!r} needs the columns {_describe(asked)}; "
-            f"{', '.join(fewest)} missing from {', '.join(columns) or 'no columns'}. "
-            "Rename the columns, or leave out `--format`."
+            f"{', '.join(min(missing, key=len))} missing from "
+            f"{', '.join(columns) or 'no columns'}. Rename the columns, or leave out `--format`."
         )
     return asked
 
 
-def _describe(format: Format) -> str:
-    return " or ".join("+".join(names) for names in _COLUMNS[format])
+def _describe(format: DataFormat) -> str:
+    return " or ".join("+".join(names) for names in FORMATS[format][0])
 
 
-def conversations(rows: Iterable[Row], format: Format) -> tuple[list[Conversation], int]:
+def conversations(rows: Iterable[Row], format: DataFormat) -> tuple[list[Conversation], int]:
     """The conversations in the rows, in order, and how many had no answer to learn.
 
     Turns after the last answer are cut off. A conversation without an answer, or with an empty
@@ -153,7 +128,7 @@ def conversations(rows: Iterable[Row], format: Format) -> tuple[list[Conversatio
     Raises:
         DataError: a value is not text, or a role is unknown; names the row, counted from 1.
     """
-    convert = _CONVERTERS[format]
+    _, convert = FORMATS[format]
     usable: list[Conversation] = []
     num_dropped_empty = 0
     for number, row in enumerate(rows, start=1):
@@ -261,9 +236,14 @@ def _from_lima(row: Row, number: int) -> list[Conversation]:
     turns = row["conversations"] or []
     if not isinstance(turns, list):
         raise _wrong("`conversations` must be a list of texts", type(turns).__name__, number)
+    return [Conversation(_in_turn(turns, "conversations", number))]
+
+
+def _in_turn(texts: Iterable[object], column: str, number: int) -> tuple[Message, ...]:
+    """Texts of the user and the assistant, one after the other."""
     roles: tuple[Role, Role] = ("user", "assistant")
-    texts = [read_text(turn, "conversations", number) for turn in turns]
-    return [Conversation(tuple(Message(roles[i % 2], text) for i, text in enumerate(texts)))]
+    read = [read_text(text, column, number) for text in texts]
+    return tuple(Message(roles[index % 2], text) for index, text in enumerate(read))
 
 
 def _from_alpaca(row: Row, number: int) -> list[Conversation]:
@@ -273,8 +253,7 @@ def _from_alpaca(row: Row, number: int) -> list[Conversation]:
         if not (isinstance(pair, list) and len(pair) == 2):
             must = "`history` must be a list of [question, answer]"
             raise _wrong(must, f"{str(pair)[:60]!r}", number)
-        history.append(Message("user", read_text(pair[0], "history", number)))
-        history.append(Message("assistant", read_text(pair[1], "history", number)))
+        history += _in_turn(pair, "history", number)
     question = read_question(row, "instruction", number)
     return [Conversation((*read_system(row, number), *history, question, answer))]
 
@@ -310,12 +289,25 @@ def _from_text(row: Row, number: int) -> list[Conversation]:
     return [Conversation(text=read_text(row["text"], "text", number))]
 
 
-_CONVERTERS: dict[Format, Callable[[Row, int], list[Conversation]]] = {
-    "messages": _from_messages,
-    "sharegpt": _from_messages,
-    "lima": _from_lima,
-    "self-instruct": _from_self_instruct,
-    "alpaca": _from_alpaca,
-    "prompt-completion": _from_pair,
-    "text": _from_text,
+# Each format's columns, as alternatives, and its converter. The first match wins: UltraChat and No
+# Robots have `prompt` as well as `messages`, and Alpaca has the joined `text` next to its own.
+FORMATS: dict[
+    DataFormat, tuple[tuple[tuple[str, ...], ...], Callable[[Row, int], list[Conversation]]]
+] = {
+    "messages": ((("messages",),), _from_messages),
+    "sharegpt": ((("conversations",),), _from_messages),
+    "lima": ((("conversations",),), _from_lima),
+    "self-instruct": ((("instruction", "instances"),), _from_self_instruct),
+    "alpaca": ((("instruction", "output"),), _from_alpaca),
+    "prompt-completion": (PAIRS, _from_pair),
+    "text": ((("text",),), _from_text),
 }
+
+# Every column that may hold text, for readers that would guess a type instead.
+TEXT_COLUMNS = (
+    *dict.fromkeys(name for choices, _ in FORMATS.values() for names in choices for name in names),
+    *_SYSTEM_COLUMNS,
+    *_DOCUMENT_COLUMNS,
+    "chosen",
+    "rejected",
+)

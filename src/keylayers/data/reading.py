@@ -1,27 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file, a folder or a hub data set as rows; no code that comes with data is run."""
+"""Reads a file, a folder or a hub data set; never runs code that comes with data."""
 
 import gzip
 import logging
 import re
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from keylayers.data.formats import (
     TEXT_COLUMNS,
     Conversation,
-    Format,
     Row,
     conversations,
     recognise,
     require_columns,
 )
-from keylayers.data.options import DataOptions
+from keylayers.data.options import DataFormat, DataOptions
 from keylayers.data.preferences import (
     FORMAT_OF,
     Preference,
@@ -35,15 +33,14 @@ from keylayers.model.options import Objective
 if TYPE_CHECKING:
     import datasets
 
-# File endings and the reader of `datasets` for each. `datasets` 5 takes JSON that looks like a
-# coding agent's trace apart, unless told not to. CSV cells stay text: "007" and "NA" are answers.
+# File endings, and the reader of `datasets` with its options. datasets 5 rewrites JSON that looks
+# like a coding agent's trace unless told not to. CSV cells stay text: "007" and "NA" are answers.
+_JSON: dict[str, object] = {"parse_agent_traces": False}
+_CSV = {"converters": dict.fromkeys(TEXT_COLUMNS, str), "keep_default_na": False}
 _READERS: dict[str, tuple[str, dict[str, object]]] = {
-    ".json": ("json", {"parse_agent_traces": False}),
-    ".jsonl": ("json", {"parse_agent_traces": False}),
-    ".csv": (
-        "csv",
-        {"converters": dict.fromkeys(TEXT_COLUMNS, str), "keep_default_na": False},
-    ),
+    ".json": ("json", _JSON),
+    ".jsonl": ("json", _JSON),
+    ".csv": ("csv", _CSV),
     ".parquet": ("parquet", {}),
 }
 _HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
@@ -52,18 +49,9 @@ _DEEPEST = 500  # levels of JSON; conversations have four
 _JSON_PARTS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]|\bnull\b')
 
 
-@dataclass(frozen=True)
-class Table:
-    """The rows of a data set as they are."""
-
-    columns: tuple[str, ...]
-    rows: Callable[[], Iterator[Row]]
-    """Yields the rows from the first one on, each time it is called."""
-
-
 @contextmanager
-def opened(options: DataOptions) -> Iterator[Table]:
-    """The rows of the data, at least one, for the length of the block.
+def opened(options: DataOptions) -> Iterator["datasets.Dataset"]:
+    """The data, with at least one row, for the length of the block.
 
     Raises:
         DataError: the data cannot be found or read, or has no rows.
@@ -71,23 +59,33 @@ def opened(options: DataOptions) -> Iterator[Table]:
     # The user's cache would hide edits of a file from the next run, and keep a copy of the data.
     with tempfile.TemporaryDirectory(prefix="keylayers-data-") as cache, quiet_datasets():
         found = _open(options, cache)
-        if next(_rows(found), None) is None:
-            raise DataError(_empty(options))
-        yield Table(tuple(found.column_names), lambda: _rows(found))
+        try:
+            if next(rows_of(found), None) is None:
+                raise DataError(_empty(options))
+            yield found
+        except UnicodeDecodeError as error:  # from reading a row
+            raise DataError(f"Data must be UTF-8 text, got: {error}; convert the file.") from error
 
 
-def read_conversations(options: DataOptions) -> tuple[Format, list[Conversation], int]:
+def rows_of(found: "datasets.Dataset") -> Iterator[Row]:
+    """Every row, in batches: reading rows singly takes several times as long."""
+    for batch in found.iter(batch_size=_READ_ROWS):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
+
+
+def read_conversations(options: DataOptions) -> tuple[DataFormat, list[Conversation], int]:
     """The format of the data, the usable conversations in order, and the number of empty ones.
 
     Raises:
         DataError: the data cannot be read or recognised, or holds no answer.
     """
-    with opened(options) as table:
+    with opened(options) as data:
         if options.format is None:
-            format = recognise(table.columns, next(table.rows()))
+            format = recognise(data.column_names, next(rows_of(data)))
         else:
-            format = require_columns(options.format, table.columns)
-        found, num_dropped_empty = conversations(table.rows(), format)
+            format = require_columns(options.format, data.column_names)
+        found, num_dropped_empty = conversations(rows_of(data), format)
     if not found:
         raise DataError(
             f"The data must hold answers to learn, got {num_dropped_empty} rows without one in the "
@@ -111,9 +109,9 @@ def read_preferences(
             f"{options.format!r}"
         )
     format = FORMAT_OF[objective]
-    with opened(options) as table:
-        require_preferences(format, objective, table.columns)
-        found, num_dropped_empty = preferences(table.rows(), format)
+    with opened(options) as data:
+        require_preferences(format, objective, data.column_names)
+        found, num_dropped_empty = preferences(rows_of(data), format)
     if not found:
         raise DataError(
             f"The data must hold prompts with answers, got {num_dropped_empty} rows without; check "
@@ -122,18 +120,9 @@ def read_preferences(
     return format, found, num_dropped_empty
 
 
-def _rows(found: "datasets.Dataset") -> Iterator[Row]:
-    try:
-        for batch in found.iter(batch_size=_READ_ROWS):
-            for values in zip(*batch.values(), strict=True):
-                yield dict(zip(batch, values, strict=True))
-    except UnicodeDecodeError as error:
-        raise DataError(f"Data must be UTF-8 text, got: {error}; convert the file.") from error
-
-
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Keeps `datasets` from printing: the exception says what went wrong."""
+    """Keep `datasets` from printing; its exceptions say what went wrong."""
     import datasets
 
     verbosity = datasets.logging.get_verbosity()
@@ -174,9 +163,9 @@ def _open(options: DataOptions, cache: str) -> "datasets.Dataset":
         return datasets.load_dataset(hub["name"], hub["config"], split=options.data_split)
     except DataError:
         raise
-    except StopIteration as error:  # how `datasets` 5 reacts to an empty JSON file
+    except StopIteration as error:  # how datasets 5 reacts to an empty JSON file
         raise DataError(_empty(options)) from error
-    # What the readers raise for broken, mixed or missing data; Arrow's errors are among these.
+    # What the readers raise for broken, mixed or missing data, including Arrow's errors.
     except (
         datasets.exceptions.DatasetsError,
         OSError,
