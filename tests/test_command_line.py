@@ -82,4 +82,4 @@ def test_a_revision_is_taken_over_for_its_own_model_alone(tmp_path, model, revis
     words = ["train", "--ranking", str(tmp_path), "--budget", "1"]
     words += [] if model is None else ["--model", model]
     _, bound, _ = app.parse_args(words, print_error=False, exit_on_error=False)
-    assert bound.arguments["model"].revision == revision
+    assert bound.arguments["options"].model.revision == revision

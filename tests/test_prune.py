@@ -393,5 +393,5 @@ def test_a_ranking_file_cannot_switch_on_the_code_of_a_model(ranked, tmp_path):
     edit(tmp_path / "own", lambda content: content["provenance"]["options"].update(own))
     command = ["prune", "--ranking", str(tmp_path / "own"), "--budget", "0.3"]
     _, bound, _ = app.parse_args(command, print_error=False, exit_on_error=False)
-    assert bound.arguments["model"].trust_remote_code is False
-    assert bound.arguments["model"].dtype == "bfloat16"  # the ranking's own
+    assert bound.arguments["options"].model.trust_remote_code is False
+    assert bound.arguments["options"].model.dtype == "bfloat16"  # the ranking's own

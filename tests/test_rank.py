@@ -147,7 +147,7 @@ def test_a_ranking_file_cannot_switch_on_the_code_of_a_model(tiny, tmp_path):
     assert read(tmp_path / "out")["provenance"]["options"]["trust_remote_code"] is True
     command = ["train", "--ranking", str(tmp_path / "out"), "--budget", "0.3"]
     _, bound, _ = app.parse_args(command, print_error=False, exit_on_error=False)
-    assert bound.arguments["model"].trust_remote_code is False
+    assert bound.arguments["options"].model.trust_remote_code is False
 
 
 def test_show_prints_the_ranking_and_json(ranked, capsys):

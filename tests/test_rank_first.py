@@ -6,8 +6,10 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from commands import PLAIN_PEFT, fresh_process, keylayers
+from commands import PLAIN_PEFT, complaint, fresh_process, keylayers
 from tiny_files import NUM_MODULES
+
+from rankings import ranking_of
 
 QUICK = ["--steps", "8", "--mask-batches", "2", "--batch-size", "4", "--lora-rank", "4"]
 
@@ -141,25 +143,13 @@ def test_a_selection_needs_one_ranking(values, message):
     from keylayers.errors import ConfigError
 
     with pytest.raises(ConfigError, match=re.escape(message)):
-        SelectionOptions(**values)
+        SelectionOptions(**values).check()
 
 
-def test_options_of_a_ranking_have_no_place_beside_a_ranking():
-    from keylayers.commands.selection import SelectionOptions
-    from keylayers.commands.train import TrainOptions
-    from keylayers.data.options import DataOptions
-    from keylayers.errors import ConfigError
-    from keylayers.model.options import ModelOptions
-    from keylayers.scores.scoring_options import scoring_options
-    from keylayers.training.options import StabilityOptions
-
-    parts = (
-        SelectionOptions(ranking="r", budget="0.3"),
-        ModelOptions(model="m"),
-        DataOptions(data="d"),
-    )
-    assert "method" not in TrainOptions(*parts).flat()
-    with pytest.raises(ConfigError, match="`window` must be left out without `rank_first`"):
-        TrainOptions(*parts, stability=StabilityOptions(window=3))
-    with pytest.raises(ConfigError, match="`method` must be left out without `rank_first`"):
-        TrainOptions(*parts, scoring=scoring_options("ila"))
+@pytest.mark.parametrize("option", ["window", "method"])
+def test_options_of_scoring_are_refused_with_a_ranking(tmp_path, capsys, option):
+    value = {"window": "3", "method": "ila"}[option]
+    options = ("--ranking", tmp_path, "--budget", "0.3", "--model", "m", "--data", "d")
+    ranking_of([1.0]).save(tmp_path / "ranking.json")
+    assert keylayers("train", *options, f"--{option}", value) == 2
+    assert f"`{option}` must be left out without `rank_first`" in complaint(capsys)

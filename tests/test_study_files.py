@@ -188,7 +188,7 @@ def test_a_dry_run_lists_cells_and_commands_and_writes_nothing(tiny, tmp_path, c
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8
     for cell, line in zip(plan_of(path, tmp_path / "out"), lines, strict=True):
-        assert line.startswith(f"{cell.name} (waiting): keylayers {cell.words[0]} --model ")
+        assert line.startswith(f"{cell.name} (waiting): keylayers {cell.words[0]} --")
     assert not (tmp_path / "out").exists()
 
 

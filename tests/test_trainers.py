@@ -323,9 +323,7 @@ def test_grpo_sees_each_prompt_once_an_epoch(trainer_of):
 def test_a_method_that_compares_losses_is_refused_where_losses_mean_nothing(trainer_of, method):
     from keylayers.errors import ConfigError
 
-    with pytest.raises(
-        ConfigError, match=f"{method} needs a loss.+GRPO.+elimination, path, price"
-    ):
+    with pytest.raises(ConfigError, match=f"{method} needs a loss.+GRPO.+elimination, path, price"):
         rank(trainer_of("GRPO", "model"), method)
 
 

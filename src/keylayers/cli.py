@@ -75,7 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CycloptsError as error:
         if is_traceback_wanted:
             raise
-        _complain(" ".join(str(error).split()))
+        # cyclopts 4 names a whole group of options if none of them is given: name the one missing
+        while error.argument is not None and error.argument.children:
+            error.argument = next(part for part in error.argument.children if part.required)
+        _complain(str(error))
         return 2
     except KeylayersError as error:
         if is_traceback_wanted:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where options come from: flags win over the YAML file, and that over a ranking's record."""
 
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,10 +64,12 @@ TAKEN_FROM_RANKING = (
     "lora_alpha",
     "seed",
 )
-TAKEN_WITH_UPDATE = ("dtype", "adapter", "tuned")  # `verify` and `prune` open the ranked update
-
-WITH_RANKING = (("train",), ("verify",), ("prune",))
-WITH_UPDATE = (("verify",), ("prune",))  # they open the update that was ranked once more
+ALSO_TAKEN = {  # `verify` and `prune` open the ranked update again
+    "train": ("steps",),
+    "verify": ("dtype", "adapter", "tuned"),
+    "prune": ("dtype", "adapter", "tuned"),
+}
+FLAT = Parameter(name="*")  # shows the fields of an options class as flags of their own
 
 
 def flat(title: str) -> Parameter:
@@ -74,16 +77,33 @@ def flat(title: str) -> Parameter:
     return Parameter(name="*", group=Group(title, sort_key=GROUPS.index(title)))
 
 
-def flat_values(*parts: Any) -> dict[str, Any]:
-    """Every option of some options classes by the name of its flag."""
-    return {name: value for part in parts for name, value in asdict(part).items()}
+def flat_values(options: Any, without: Collection[str] = ()) -> dict[str, Any]:
+    """The options of a command by the names of their flags, for the record.
+
+    Args:
+        options: An instance of the command's own options class.
+        without: Names of fields to leave out.
+    """
+    from keylayers.commands.scoring_flags import ScoringFlags  # slow, for `keylayers --help`
+
+    found: dict[str, Any] = {}
+    for name, part in vars(options).items():
+        if name not in without:
+            found |= part.scoring().flat() if isinstance(part, ScoringFlags) else asdict(part)
+    return found
+
+
+def taken_from_ranking(command: str) -> tuple[str, ...]:
+    """The options of a command that default to those of the ranking's own run."""
+    also = ALSO_TAKEN.get(command)
+    return () if also is None else (*TAKEN_FROM_RANKING, *also)
 
 
 def from_config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Fill what no flag gives from the YAML file of `--config`.
 
     Raises:
-        ConfigError: no such file, no mapping, or a key that is no option of this sub-command.
+        ConfigError: there is no such file, or it is not a mapping of this sub-command's options.
     """
     path = _given(arguments, "config")
     if path is None:
@@ -101,38 +121,29 @@ def from_config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCol
 
 
 def from_ranking_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Where a ranking is given, fill what is missing with what the ranking's own run used."""
-    path = _given(arguments, "ranking") if commands in WITH_RANKING else None
+    """With `--ranking`, fill what is missing with the options of the ranking's own run."""
+    wanted = taken_from_ranking(commands[0]) if commands else ()
+    path = _given(arguments, "ranking") if wanted else None
     if path is None:
         return
     from keylayers.ranking.ranking import Ranking
 
     made_by = Ranking.load(path).made_by
     recorded = made_by.options.given
-    known = {_key(argument) for argument in arguments}
-    wanted = (
-        (*TAKEN_FROM_RANKING, *TAKEN_WITH_UPDATE) if commands in WITH_UPDATE else TAKEN_FROM_RANKING
-    )
-    options = {name: recorded[name] for name in wanted if name in recorded and name in known}
+    options = {name: recorded.get(name) for name in wanted}
     if _given(arguments, "objective") not in (None, made_by.options.objective):
         options.pop("beta", None)  # it belongs to the objective
     if _given(arguments, "model") not in (None, recorded.get("model")):
         options.pop("revision", None)  # it belongs to the model
-    if commands in WITH_UPDATE:
+    if commands == ("train",):
+        options["steps"] = None if made_by.stage_1 is None else made_by.stage_1.num_steps
+    else:
         options |= _update_of(Path(path), made_by, arguments)
-        _fill(app, arguments, options, source=path)
-        return
-    if made_by.stage_1 is not None:
-        options["steps"] = made_by.stage_1.num_steps
     _fill(app, arguments, options, source=path)
 
 
 def refuse_grpo(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Say where the objective is that has no flag, for it needs rewards and ways to sample.
-
-    Raises:
-        ConfigError: `--objective grpo`.
-    """
+    """Raise a ConfigError for `--objective grpo`, which is for Python: it needs rewards."""
     if _given(arguments, "objective") == "grpo":
         raise ConfigError(
             "`objective` must be sft, dpo, kto, orpo or reward on the command line, got grpo, "
@@ -145,22 +156,22 @@ def _update_of(path: Path, made_by: "MadeBy", arguments: ArgumentCollection) -> 
     if _given(arguments, "adapter") or _given(arguments, "tuned"):
         return {"adapter": None, "tuned": None}
     folder = path if path.is_dir() else path.parent
-    kinds = {"adapter": STAGE_1_ADAPTER, "tuned": STAGE_1_CHECKPOINT}
-    kind = "tuned" if made_by.options.update == "full" else "adapter"
-    if made_by.stage_1 is not None and (folder / kinds[kind]).is_dir():
-        return {kind: str(folder / kinds[kind])}
-    return {}
+    option, name = "adapter", STAGE_1_ADAPTER
+    if made_by.options.update == "full":
+        option, name = "tuned", STAGE_1_CHECKPOINT
+    is_there = made_by.stage_1 is not None and (folder / name).is_dir()
+    return {option: str(folder / name)} if is_there else {}
 
 
 def read_yaml(path: Path, name: str) -> dict[str, Any]:
     """The mapping that a YAML file holds; empty for an empty file.
 
     Args:
-        path: Of the file.
-        name: Of the option that gives it.
+        path: The file.
+        name: The option that names the file, for error messages.
 
     Raises:
-        ConfigError: it cannot be read, or is something else.
+        ConfigError: the file cannot be read, or holds something else.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -216,8 +227,7 @@ class FromRanking:
 
     def __init__(self, command: str) -> None:
         """For the sub-command of this name."""
-        more = TAKEN_WITH_UPDATE if (command,) in WITH_UPDATE else ("steps",)
-        self.flags = {"--" + name.replace("_", "-") for name in (*TAKEN_FROM_RANKING, *more)}
+        self.flags = {"--" + name.replace("_", "-") for name in taken_from_ranking(command)}
 
     def __call__(self, console: "Console", options: "ConsoleOptions", panel: "HelpPanel") -> None:
         """Print one panel of the help."""
@@ -232,6 +242,16 @@ class FromRanking:
         DefaultFormatter()(console, options, panel.copy(entries=entries))
 
 
+def flag_words(name: str, value: Any) -> list[str]:
+    """An option in the words of a command line."""
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    if any(str(part).startswith("-") for part in parts):  # or it could pass for another flag
+        return [f"{flag}={part}" for part in parts]
+    return [flag, *map(str, parts)] if parts else []
+
+
 def _shown_default(default: str | None) -> str:
-    of_ranking = "the ranking's"
-    return of_ranking if default in (None, "None") else f"{of_ranking}, or {default}"
+    return "the ranking's" if default in (None, "None") else f"the ranking's, or {default}"

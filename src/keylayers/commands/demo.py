@@ -143,6 +143,8 @@ def run(
         ranking=str(output / style), budget=str(BUDGET), steps=max_steps, controls=("all", "random")
     )
     progress.note(f"--- training on {style} answers ---")
-    train_options = TrainOptions(selection, own.model, own.data, own.training)
+    train_options = TrainOptions(
+        selection=selection, model=own.model, data=own.data, training=own.training
+    )
     trained = train(train_options, output / f"{style}-best", progress)
     return DemoResult(rankings, agreement(list(rankings.values()), BUDGET), trained)

@@ -3,11 +3,11 @@
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App
 
-from keylayers.commands.config import FromRanking, flat, flat_values
+from keylayers.commands.config import FLAT, FromRanking, flat, flat_values
 from keylayers.commands.selection import BudgetOptions, budget_of, note_ties
 from keylayers.data.options import DataOptions
 from keylayers.errors import OutputError
@@ -35,19 +35,15 @@ keylayers prune --ranking r.json --model base --tuned instruct --budget auto --d
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PruneOptions:
-    """All options of one pruning of an existing update."""
+    """All options of a pruning."""
 
-    selection: BudgetOptions
-    model: ModelOptions
-    data: DataOptions
-    update: UpdateOptions = UpdateOptions()
-    objective: ObjectiveOptions = ObjectiveOptions()
-
-    def flat(self) -> dict[str, Any]:
-        """Every option by the name of its flag, for the record."""
-        return flat_values(self.selection, self.model, self.data, self.update, self.objective)
+    selection: Annotated[BudgetOptions, flat("Selection")]
+    model: Annotated[ModelOptions, flat("Model")]
+    data: Annotated[DataOptions, flat("Data")]
+    update: Annotated[UpdateOptions, flat("An update that exists already")] = UpdateOptions()
+    objective: Annotated[ObjectiveOptions, flat("Objective")] = ObjectiveOptions()
 
 
 app = App(
@@ -61,11 +57,7 @@ app = App(
 @app.default
 def prune(
     *,
-    selection: Annotated[BudgetOptions, flat("Selection")],
-    model: Annotated[ModelOptions, flat("Model")],
-    data: Annotated[DataOptions, flat("Data")],
-    update: Annotated[UpdateOptions, flat("An update that exists already")] = UpdateOptions(),
-    objective: Annotated[ObjectiveOptions, flat("Objective")] = ObjectiveOptions(),
+    options: Annotated[PruneOptions, FLAT],
     output: Path = Path("pruned"),
     push_to_hub: str | None = None,
     private: bool = False,
@@ -88,7 +80,6 @@ def prune(
     from keylayers.commands.push import prepare_push, push
     from keylayers.report.prune import pruning_report
 
-    options = PruneOptions(selection, model, data, update, objective)
     prepare_push(push_to_hub, private)
     found = run(options, output, ConsoleProgress())
     console = stdout()
@@ -133,7 +124,8 @@ def run(options: PruneOptions, output: Path, progress: Progress | None = None) -
         tuned = session.open_update(options.update, ranking)
         losses = _full_and_masked_loss(session, options, tuned, ranking, selection)
         pruning = Pruning.of(options.update, options.model, tuned.model, ranking, selection)
-        record = session.record | {"options": options.flat(), "loss_unit": LOSS_UNITS[objective]}
+        made = flat_values(options)
+        record = session.record | {"options": made, "loss_unit": LOSS_UNITS[objective]}
         record |= tuned.record
         del tuned  # frees the memory of its model
         with replaced_folder(output) as folder:
@@ -143,8 +135,8 @@ def run(options: PruneOptions, output: Path, progress: Progress | None = None) -
                 "ranking_sha256": json_sha256(ranking.to_json()),
                 "result": asdict(found),
             }
-            made = how_it_was_made("prune", options.flat(), ranking)
-            write_text(folder / CARD, model_card(record, ranking, made))
+            card = model_card(record, ranking, how_it_was_made("prune", made, ranking))
+            write_text(folder / CARD, card)
             write_json(folder / RECORD, record)
     return found
 
@@ -243,7 +235,7 @@ def _held_out_loss(trainer: "Trainer") -> float:
 
 def _check_apart(options: PruneOptions, output: Path) -> None:
     """Refuse an output that would replace what is read."""
-    for name, value in options.flat().items():
+    for name, value in flat_values(options).items():
         is_read = name in ("ranking", "adapter", "tuned", "model", "data") and value is not None
         path = Path(str(value)).resolve()
         if is_read and path.exists() and output.resolve() in (path, *path.parents):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App
 
-from keylayers.commands.config import flat, flat_values
+from keylayers.commands.config import FLAT, flat, flat_values
 from keylayers.commands.scoring_flags import ScoringFlags
 from keylayers.data.options import DataOptions
 from keylayers.environment import environment
@@ -42,16 +42,16 @@ keylayers rank --config rank.yaml --seed 1
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankOptions:
-    """All options of one ranking run."""
+    """All options of a ranking run."""
 
-    model: ModelOptions
-    data: DataOptions
-    update: UpdateOptions = UpdateOptions()
-    training: TrainingOptions = TrainingOptions()
-    stability: StabilityOptions = StabilityOptions()
-    scoring: ScoringOptions = ScoringOptions()
+    model: Annotated[ModelOptions, flat("Model")]
+    data: Annotated[DataOptions, flat("Data")]
+    update: Annotated[UpdateOptions, flat("An update that exists already")] = UpdateOptions()
+    training: Annotated[TrainingOptions, flat("Fine-tuning")] = TrainingOptions()
+    stability: Annotated[StabilityOptions, flat("When stage 1 ends")] = StabilityOptions()
+    scoring: Annotated[ScoringFlags, flat("Scoring")] = ScoringFlags()
 
     def __post_init__(self) -> None:
         if self.has_stage_1:
@@ -67,11 +67,6 @@ class RankOptions:
         """Whether the update is still to be made."""
         return self.update == UpdateOptions()
 
-    def flat(self) -> dict[str, Any]:
-        """Every option by the name of its flag, for the record."""
-        own = flat_values(self.model, self.data, self.update, self.training, self.stability)
-        return own | self.scoring.flat()
-
 
 app = App(help_epilogue=EXAMPLES, help_format="markdown")
 
@@ -79,12 +74,7 @@ app = App(help_epilogue=EXAMPLES, help_format="markdown")
 @app.default
 def rank(
     *,
-    model: Annotated[ModelOptions, flat("Model")],
-    data: Annotated[DataOptions, flat("Data")],
-    update: Annotated[UpdateOptions, flat("An update that exists already")] = UpdateOptions(),
-    training: Annotated[TrainingOptions, flat("Fine-tuning")] = TrainingOptions(),
-    stability: Annotated[StabilityOptions, flat("When stage 1 ends")] = StabilityOptions(),
-    scoring: Annotated[ScoringFlags, flat("Scoring")] = ScoringFlags(),
+    options: Annotated[RankOptions, FLAT],
     output: Path = Path("out"),
     stage_1: Path | None = None,
     config: Path | None = None,
@@ -104,7 +94,6 @@ def rank(
     from keylayers.commands.console import ConsoleProgress, stdout
     from keylayers.report.terminal import ranking_report
 
-    options = RankOptions(model, data, update, training, stability, scoring.scoring())
     ranking = run(options, output, ConsoleProgress(), stage_1_in=stage_1)
     console = stdout()
     console.print(ranking_report(ranking))
@@ -141,7 +130,7 @@ def run(
         session = Session(
             options.model, options.data, training.objective, progress, is_full=is_full
         )
-        provenance = session.record | {"options": options.flat()}
+        provenance = session.record | {"options": flat_values(options)}
         tuned = _find_update(session, options, folder)
         trainer = make_loss_trainer(
             tuned.model, session.tokenizer, session.data, training, load_reference=session.load
@@ -149,14 +138,15 @@ def run(
         provenance |= tuned.record
         provenance["loss_unit"] = LOSS_UNITS[training.objective]
         provenance["held_out_loss_nats"] = _held_out_losses(trainer, tuned.updates)
-        found = _score(trainer, tuned.updates, options.scoring, progress)
+        scoring = options.scoring.scoring()
+        found = _score(trainer, tuned.updates, scoring, progress)
         provenance |= scores_record(found, tuned.updates)
         provenance["seconds"] = {
             "stage_1": tuned.record.get("stage_1", {}).get("seconds", 0.0),
             "stage_2": found.seconds,
             "total": time.perf_counter() - start,
         }
-        ranking = to_ranking(tuned.updates, found, options.scoring, provenance)
+        ranking = to_ranking(tuned.updates, found, scoring, provenance)
         ranking.save(output / FILE)
     return ranking
 
@@ -229,8 +219,9 @@ def _stage_1(
         tuned, stage_1 = train_all(
             fine_tuning, model, session.names, options.stability, checkpoints
         )
-        record = {"inputs_sha256": inputs_sha256, "options": options.flat(), "stage_1": stage_1}
-        card = model_card(session.record | record, None, how_it_was_made("rank", options.flat()))
+        made = flat_values(options)
+        record = {"inputs_sha256": inputs_sha256, "options": made, "stage_1": stage_1}
+        card = model_card(session.record | record, None, how_it_was_made("rank", made, None))
         save_tuned(tuned, session.tokenizer, folder, record, card)
     return tuned, stage_1
 

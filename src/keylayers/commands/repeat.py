@@ -2,17 +2,15 @@
 """The command that repeats a run, for reports and model cards."""
 
 import shlex
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
-from keylayers.commands.config import TAKEN_FROM_RANKING, TAKEN_WITH_UPDATE
-from keylayers.commands.scoring_flags import ScoringFlags
+from keylayers.commands.config import flag_words, taken_from_ranking
 from keylayers.ranking.ranking import Ranking
-from keylayers.scores.scoring_options import ScoringOptions
 
-Command = Literal["rank", "train", "verify", "prune", "eval"]
+Command = Literal["rank", "train", "prune"]
 
 
 def command_line(
@@ -25,55 +23,27 @@ def command_line(
 
     Args:
         command: Which sub-command.
-        options: By field name, as a record holds them (`flat()`).
+        options: By field name, as a record holds them.
         ranked_with: The options that the ranking records, if they are known.
     """
-    return shlex.join(["keylayers", *command_words(command, options, ranked_with)])
-
-
-def command_words(
-    command: Command, options: Mapping[str, Any], ranked_with: Mapping[str, Any] | None = None
-) -> list[str]:
-    """The words of `command_line`, from the sub-command on."""
-    inherited: tuple[str, ...] = ()
-    if options.get("ranking") is not None:
-        others = ("steps",) if command == "train" else TAKEN_WITH_UPDATE
-        inherited = (*TAKEN_FROM_RANKING, *others)
-    words: list[str] = [command]
-    if command == "verify" and options.get("ranking") is not None:  # not a field of its options
-        words += ["--ranking", str(options["ranking"])]
-    for option in _fields(command):
-        name, value = option.name, options.get(option.name)
-        default = (ranked_with or {}).get(name, MISSING) if name in inherited else option.default
-        if value is None or _is_same(value, default):
-            continue
-        words += _words("--" + name.replace("_", "-"), value)
-    return words
-
-
-def _fields(command: Command) -> Iterator["Field[Any]"]:
-    """Every option of a command, in the order of its options classes.
-
-    The command's file is imported here, by name: it writes model cards, which need this file.
-    """
-    module = import_module(f"keylayers.commands.{command}")
-    for part in fields(getattr(module, f"{command.title()}Options")):
-        flags = ScoringFlags if part.type is ScoringOptions else part.type
-        yield from fields(flags)  # type: ignore[arg-type]
+    taken = taken_from_ranking(command) if options.get("ranking") is not None else ()
+    # Imported by name: the commands write model cards, which need this file.
+    file = import_module(f"keylayers.commands.{command}")
+    words = ["keylayers", command]
+    for part in get_type_hints(getattr(file, f"{command.title()}Options")).values():
+        for option in fields(part):
+            name, value = option.name, options.get(option.name)
+            default = (ranked_with or {}).get(name, MISSING) if name in taken else option.default
+            if value is not None and not _is_same(value, default):
+                words += flag_words(name, value)
+    return shlex.join(words)
 
 
 def _is_same(value: Any, default: Any) -> bool:
     """Whether a value from JSON, which has lists for tuples, is the default."""
-    if default is MISSING:
-        return False
-    return list(value) == list(default) if isinstance(default, tuple) else bool(value == default)
-
-
-def _words(flag: str, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        return [flag if value else f"--no-{flag[2:]}"]
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return [flag, *map(str, values)] if values else []
+    if isinstance(default, tuple):
+        return list(value) == list(default)
+    return default is not MISSING and bool(value == default)
 
 
 def how_to_repeat(ranking: Ranking) -> str:
@@ -97,9 +67,7 @@ def how_to_repeat(ranking: Ranking) -> str:
     )
 
 
-def how_it_was_made(
-    command: Command, options: Mapping[str, Any], ranking: Ranking | None = None
-) -> str:
+def how_it_was_made(command: Command, options: Mapping[str, Any], ranking: Ranking | None) -> str:
     """The commands that lead to a result: how its ranking was made, and its own command."""
     if ranking is None or options.get("rank_first"):
         return command_line(command, options)

@@ -21,15 +21,11 @@ HELP = {
 class _Flags:
     """Has the flags as attributes."""
 
-    method: str
-    mask_seed: int | None
+    def __post_init__(self) -> None:
+        self.scoring()  # refuses options of other methods
 
     def scoring(self) -> ScoringOptions:
-        """The method and its options.
-
-        Raises:
-            ConfigError: an option of another method is not at its default.
-        """
+        """The method and its options."""
         return scoring_from_flat(asdict(self))  # type: ignore[call-overload]
 
 
@@ -72,7 +68,6 @@ if TYPE_CHECKING:
         """What a type checker knows of the generated class."""
 
         method: str = DEFAULT_METHOD
-        mask_seed: int | None = None
 
 else:
     ScoringFlags = _flags_class()

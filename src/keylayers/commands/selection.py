@@ -70,6 +70,9 @@ class SelectionOptions:
         check_at_least("steps", self.steps, 1)
         if self.freeze is not None and not 0 < self.freeze < 1:
             raise ConfigError(f"`freeze` must be above 0 and below 1, got {self.freeze}")
+
+    def check(self) -> None:
+        """Raise a ConfigError unless the options select one set of modules."""
         if (self.ranking is None) != self.rank_first:
             given = "both" if self.rank_first else "neither"
             raise ConfigError(

@@ -15,6 +15,7 @@ from typing import Any
 from cyclopts import App
 
 from keylayers.cli import app as keylayers
+from keylayers.commands.config import flag_words
 from keylayers.commands.study_grid import Study
 from keylayers.environment import environment
 from keylayers.errors import ConfigError, did_you_mean
@@ -218,23 +219,18 @@ def _cell(
     cell = Cell(kind, key, own, (COMMANDS[kind],), tuple(cell.name for cell in needs))
     output = root / CELLS / cell.name / (TUNED if kind == "training" else "")
     given = {**own, **(place or {}), "output": output}
-    words = [word for name, value in given.items() for word in _flag(name, value)]
+    words = []
+    for name, value in given.items():
+        _check_value(name, value)
+        words += flag_words(name, value)
     return replace(cell, words=(*cell.words, *words))
 
 
-def _flag(name: str, value: Any) -> list[str]:
-    """An option in the words of a command line."""
-    flag = "--" + name.replace("_", "-")
-    if isinstance(value, bool):
-        return [flag if value else f"--no-{flag[2:]}"]
-    parts = value if isinstance(value, list) else [value]
-    for part in parts:
+def _check_value(name: str, value: Any) -> None:
+    for part in value if isinstance(value, list) else [value]:
         is_huge = isinstance(part, int) and abs(part) >= 2**63
         if is_huge or not isinstance(part, (str, int, float, Path)):
             raise ConfigError(f"`{name}` of a study must be a text or a number, got {part!r:.60}")
-    if any(str(part).startswith("-") for part in parts):  # or it could pass for another flag
-        return [f"{flag}={part}" for part in parts]
-    return [flag, *map(str, parts)] if parts else []
 
 
 def _content(name: str, value: Any) -> Any:

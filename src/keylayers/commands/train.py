@@ -3,14 +3,14 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App
 
-from keylayers.commands.config import FromRanking, flat, flat_values
+from keylayers.commands.config import FLAT, FromRanking, flat, flat_values
 from keylayers.commands.scoring_flags import ScoringFlags
 from keylayers.commands.selection import Control, SelectionOptions, budget_of, note_ties
 from keylayers.data.options import DataOptions
@@ -21,7 +21,6 @@ from keylayers.progress import Progress, Silent
 from keylayers.ranking.budget import GIB, Budget, Memory
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.selection import Selection
-from keylayers.scores.scoring_options import ScoringOptions
 from keylayers.training.options import LOSS_UNITS, StabilityOptions, TrainingOptions
 
 if TYPE_CHECKING:
@@ -39,27 +38,19 @@ keylayers train --rank-first --model meta-llama/Llama-3.2-1B --data chats.jsonl 
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """All options of one training run on a selection.
+    """All options of a training run; `stability` and `scoring` are for `rank_first`."""
 
-    Attributes:
-        selection: What is trained.
-        model: Which model.
-        data: Which data.
-        training: How it is fine-tuned.
-        stability: With `rank_first`: when the loss is stable.
-        scoring: With `rank_first`: how the modules are scored.
-    """
-
-    selection: SelectionOptions
-    model: ModelOptions
-    data: DataOptions
-    training: TrainingOptions = TrainingOptions()
-    stability: StabilityOptions = StabilityOptions()
-    scoring: ScoringOptions = ScoringOptions()
+    selection: Annotated[SelectionOptions, flat("Selection")] = SelectionOptions()
+    model: Annotated[ModelOptions, flat("Model")]
+    data: Annotated[DataOptions, flat("Data")]
+    training: Annotated[TrainingOptions, flat("Fine-tuning")] = TrainingOptions()
+    stability: Annotated[StabilityOptions, flat("When stage 1 ends")] = StabilityOptions()
+    scoring: Annotated[ScoringFlags, flat("Scoring")] = ScoringFlags()
 
     def __post_init__(self) -> None:
+        self.selection.check()
         self.training.check_weights(self.model)
         if self.selection.rank_first:
             if self.training.is_full:
@@ -70,21 +61,13 @@ class TrainOptions:
                 )
             self.stability.cap_within(self.selection.steps)
             return
-        given = asdict(self.stability) | self.scoring.flat()
-        defaults = asdict(StabilityOptions()) | ScoringOptions().flat()
-        for name, value in given.items():
-            if value != defaults.get(name):
-                raise ConfigError(
-                    f"`{name}` must be left out without `rank_first`: the modules are ranked "
-                    f"already"
-                )
-
-    def flat(self) -> dict[str, Any]:
-        """Every option by the name of its flag, for the record."""
-        own = flat_values(self.selection, self.model, self.data, self.training)
-        if self.selection.rank_first:
-            own |= asdict(self.stability) | self.scoring.flat()
-        return own
+        for part in (self.stability, self.scoring):
+            for option in fields(part):
+                if getattr(part, option.name) != option.default:
+                    raise ConfigError(
+                        f"`{option.name}` must be left out without `rank_first`: the modules are "
+                        f"ranked already"
+                    )
 
 
 app = App(
@@ -99,12 +82,7 @@ app = App(
 @app.default
 def train(
     *,
-    model: Annotated[ModelOptions, flat("Model")],
-    data: Annotated[DataOptions, flat("Data")],
-    selection: Annotated[SelectionOptions | None, flat("Selection")] = None,
-    training: Annotated[TrainingOptions, flat("Fine-tuning")] = TrainingOptions(),
-    stability: Annotated[StabilityOptions, flat("When stage 1 ends")] = StabilityOptions(),
-    scoring: Annotated[ScoringFlags, flat("Scoring")] = ScoringFlags(),
+    options: Annotated[TrainOptions, FLAT],
     output: Path = Path("tuned"),
     push_to_hub: str | None = None,
     private: bool = False,
@@ -127,14 +105,11 @@ def train(
     from keylayers.commands.push import prepare_push, push
     from keylayers.report.terminal import loss_table
 
-    # Not the parameter's default: without any option this raises what is missing.
-    selection = selection or SelectionOptions()
-    options = TrainOptions(selection, model, data, training, stability, scoring.scoring())
     prepare_push(push_to_hub, private)
     rows = run(options, output, ConsoleProgress())
     console = stdout()
-    console.print(loss_table([asdict(row) for row in rows], LOSS_UNITS[training.objective]))
-    kind = "checkpoint" if training.is_full else "adapter"
+    console.print(loss_table([asdict(row) for row in rows], LOSS_UNITS[options.training.objective]))
+    kind = "checkpoint" if options.training.is_full else "adapter"
     console.print(f"\n{kind} written to {output}", markup=False)
     push(output, push_to_hub)
 
@@ -158,7 +133,7 @@ def run(
         check_replaceable(output)
         with output_folder(output), unfinished(output) as before:
             job = _open(options, output, progress, before)
-            how = RankFirst(wanted, options.stability, options.scoring)
+            how = RankFirst(wanted, options.stability, options.scoring.scoring())
             return train_and_freeze(job, how)
     ranking = Ranking.load(wanted.ranking)
     budget = budget_of(wanted, ranking)
@@ -198,8 +173,9 @@ def _open(
         ranking=ranking,
         is_full=training.is_full,
     )
-    steps = options.selection.steps
-    return open_job(session, training, steps, output, unfinished, options.flat())
+    wanted = options.selection
+    recorded = flat_values(options, () if wanted.rank_first else ("stability", "scoring"))
+    return open_job(session, training, wanted.steps, output, unfinished, recorded)
 
 
 def _train_selected(job: "TrainJob", ranking: Ranking, selection: Selection) -> dict[str, Any]:

@@ -5,11 +5,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App
 
-from keylayers.commands.config import FromRanking, flat, flat_values
+from keylayers.commands.config import FLAT, FromRanking, flat, flat_values
 from keylayers.data.options import DataOptions
 from keylayers.errors import ConfigError
 from keylayers.model.options import ModelOptions, UpdateOptions
@@ -66,22 +66,18 @@ class CurveOptions:
             raise ConfigError(f"`margin` must be a share from 0 to below 1, got {self.margin}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """All options of one verification."""
+    """All options of a verification."""
 
-    model: ModelOptions
-    data: DataOptions
-    update: UpdateOptions = UpdateOptions()
-    curve: CurveOptions = CurveOptions()
-    objective: ObjectiveOptions = ObjectiveOptions()
+    model: Annotated[ModelOptions, flat("Model")]
+    data: Annotated[DataOptions, flat("Data")]
+    update: Annotated[UpdateOptions, flat("An update that exists already")] = UpdateOptions()
+    curve: Annotated[CurveOptions, flat("Measuring")] = CurveOptions()
+    objective: Annotated[ObjectiveOptions, flat("Objective")] = ObjectiveOptions()
 
     def __post_init__(self) -> None:
         check_kto_batch("eval_batch_size", self.curve.eval_batch_size, self.objective)
-
-    def flat(self) -> dict[str, Any]:
-        """Every option by the name of its flag, for the record."""
-        return flat_values(self.model, self.data, self.update, self.curve, self.objective)
 
 
 app = App(
@@ -96,11 +92,7 @@ app = App(
 def verify(
     *,
     ranking: Path,
-    model: Annotated[ModelOptions, flat("Model")],
-    data: Annotated[DataOptions, flat("Data")],
-    update: Annotated[UpdateOptions, flat("An update that exists already")] = UpdateOptions(),
-    curve: Annotated[CurveOptions, flat("Measuring")] = CurveOptions(),
-    objective: Annotated[ObjectiveOptions, flat("Objective")] = ObjectiveOptions(),
+    options: Annotated[VerifyOptions, FLAT],
     output: Path | None = None,
     config: Path | None = None,
 ) -> None:
@@ -121,7 +113,6 @@ def verify(
     from keylayers.ranking.verification import verification_file
     from keylayers.report.curve import verification_report
 
-    options = VerifyOptions(model, data, update, curve, objective)
     found = run(ranking, options, ConsoleProgress(), output=output)
     console = stdout()
     console.print(verification_report(found))
@@ -188,7 +179,7 @@ def _verification(loaded: "Ranking", options: VerifyOptions, progress: Progress)
         provenance={
             **session.record,
             **tuned.record,
-            "options": options.flat(),
+            "options": flat_values(options),
             "loss_unit": LOSS_UNITS[objective.objective],
         },
     )
