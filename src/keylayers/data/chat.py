@@ -17,7 +17,7 @@ from keylayers.data.formats import Conversation, Message
 from keylayers.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
-    import transformers
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that cross-entropy skips
 _BATCH_SIZE = 512  # conversations; bounds the memory that offsets take
@@ -25,9 +25,8 @@ _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # "alpaca" is the default for models without a template because it is plain words. ChatML's marks
 # are new tokens for most base models: if they are added, their embeddings are untrained; if not,
-# each turn gets a dozen pieces that merge with the text around them.
-# The end-of-sequence token ends every answer and not just the last, so that a conversation reads
-# the same in training and when it is continued later.
+# each turn gets a dozen pieces that merge with the text around them. The end-of-sequence token ends
+# every answer, so that a conversation reads the same in training and when it is continued later.
 BUILT_IN = {
     "alpaca": (
         "{% for message in messages %}"
@@ -71,17 +70,21 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example for a causal language model, cut to the allowed length."""
+    """One example for a causal language model, cut to the allowed length.
+
+    Attributes:
+        input_ids: Its tokens.
+        labels: The token itself where the loss counts it, -100 elsewhere; not shifted.
+        num_tokens: Length before the cut.
+        num_prompt_tokens: Tokens before the first one that the loss counts, before the cut.
+        is_last_answer_only: The template hides earlier answers, so the loss leaves them out.
+    """
 
     input_ids: list[int]
     labels: list[int]
-    """The token itself where the loss counts it, -100 elsewhere; not shifted."""
     num_tokens: int
-    """Length before the cut."""
     num_prompt_tokens: int
-    """Tokens before the first one that the loss counts, before the cut."""
     is_last_answer_only: bool
-    """The template hides where earlier answers are, so the loss leaves them out."""
 
     @property
     def num_used_tokens(self) -> int:
@@ -108,9 +111,7 @@ class Encoded:
         return {"input_ids": self.input_ids, "labels": self.labels}
 
 
-def resolve_template(
-    tokenizer: "transformers.PreTrainedTokenizerBase", choice: str | None
-) -> ChatTemplate:
+def resolve_template(tokenizer: "PreTrainedTokenizerBase", choice: str | None) -> ChatTemplate:
     """The template to use.
 
     Args:
@@ -147,7 +148,7 @@ def resolve_template(
 
 def encode_all(
     conversations: Iterable[Conversation],
-    tokenizer: "transformers.PreTrainedTokenizerBase",
+    tokenizer: "PreTrainedTokenizerBase",
     template: ChatTemplate | None,
     max_length: int,
 ) -> Iterator[Encoded]:
@@ -178,22 +179,17 @@ def encode_all(
         tokenised = _tokenise(closed, tokenizer)
         for conversation, (_, spans), (ids, labels) in zip(batch, closed, tokenised, strict=True):
             num_answers = sum(message.role == "assistant" for message in conversation.messages)
-            yield _cut(ids, labels, max_length, is_last_answer_only=len(spans) < num_answers)
+            yield _cut(ids, labels, max_length, len(spans) < num_answers)
 
 
-def _cut(
-    ids: list[int], labels: list[int], max_length: int, *, is_last_answer_only: bool
-) -> Encoded:
+def _cut(ids: list[int], labels: list[int], max_length: int, is_last_answer_only: bool) -> Encoded:
     num_prompt_tokens = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
-    return Encoded(
-        ids[:max_length], labels[:max_length], len(ids), num_prompt_tokens, is_last_answer_only
-    )
+    parts = ids[:max_length], labels[:max_length]
+    return Encoded(*parts, len(ids), num_prompt_tokens, is_last_answer_only)
 
 
 def _encode_texts(
-    batch: Sequence[Conversation],
-    tokenizer: "transformers.PreTrainedTokenizerBase",
-    max_length: int,
+    batch: Sequence[Conversation], tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> Iterator[Encoded]:
     """Plain text as the tokenizer takes it, plus the end-of-sequence token if there is one."""
     texts = [conversation.text or "" for conversation in batch]
@@ -203,7 +199,7 @@ def _encode_texts(
         yield _cut(whole, list(whole), max_length, is_last_answer_only=False)
 
 
-def _special_tokens(tokenizer: "transformers.PreTrainedTokenizerBase") -> str:
+def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> str:
     """A pattern that matches any special token; without special tokens it never matches."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     found = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
@@ -212,15 +208,15 @@ def _special_tokens(tokenizer: "transformers.PreTrainedTokenizerBase") -> str:
 
 def render(
     messages: Sequence[Message],
-    tokenizer: "transformers.PreTrainedTokenizerBase",
+    tokenizer: "PreTrainedTokenizerBase",
     template: ChatTemplate,
     *,
     prompt: bool = False,
 ) -> tuple[str, list[_Span]]:
     """The text that `apply_chat_template` makes, and the spans inside generation markers."""
-    # transformers 5.23: `apply_chat_template` returns the marked spans as tokens only, and loses or
-    # overruns spans that begin or end with a character that no token holds. So we call the function
-    # that it calls, which returns characters.
+    # transformers 5.23: `apply_chat_template` returns the marked spans as tokens, and loses or
+    # overruns spans that begin or end with a character outside all tokens. The function below,
+    # which it calls, returns characters.
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -241,9 +237,7 @@ def render(
 
 
 def _locate(
-    messages: Sequence[Message],
-    tokenizer: "transformers.PreTrainedTokenizerBase",
-    template: ChatTemplate,
+    messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate
 ) -> tuple[str, list[_Span]]:
     """The rendered conversation and the spans of its answers, at least that of the last one."""
     text, spans = render(messages, tokenizer, template)
@@ -272,7 +266,7 @@ def _wrong(template: ChatTemplate, must: str) -> DataError:
 
 def _prefix_spans(
     messages: Sequence[Message],
-    tokenizer: "transformers.PreTrainedTokenizerBase",
+    tokenizer: "PreTrainedTokenizerBase",
     template: ChatTemplate,
     text: str,
 ) -> list[_Span]:
@@ -294,12 +288,9 @@ def _prefix_spans(
 
 
 def _close(
-    text: str,
-    spans: list[_Span],
-    tokenizer: "transformers.PreTrainedTokenizerBase",
-    special: str,
+    text: str, spans: list[_Span], tokenizer: "PreTrainedTokenizerBase", special: str
 ) -> tuple[str, list[_Span]]:
-    """The text and spans, changed so that the last answer ends with a token that says stop."""
+    """The text and spans, changed if needed so that the last answer ends with a stop token."""
     start, end = spans[-1]
     if re.search(rf"(?:{special})\s*\Z", text[start:end]):
         return text, spans
@@ -309,15 +300,15 @@ def _close(
         return text, [(a, b + len(mark) if text.startswith(mark, b) else b) for a, b in spans]
     if tokenizer.eos_token is None:
         raise DataError(
-            "An answer must end with a token that says stop, but neither the chat template nor the "
-            "tokenizer has one; set the tokenizer's `eos_token`."
+            "An answer must end with a stop token, but neither the chat template nor the tokenizer "
+            "has one; set the tokenizer's `eos_token`."
         )
     eos: str = tokenizer.eos_token
     return text[:end] + eos, [*spans[:-1], (start, end + len(eos))]
 
 
 def _tokenise(
-    closed: Sequence[tuple[str, list[_Span]]], tokenizer: "transformers.PreTrainedTokenizerBase"
+    closed: Sequence[tuple[str, list[_Span]]], tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Token ids and labels of every text, given the spans of its answers."""
     if not tokenizer.is_fast:
@@ -355,7 +346,7 @@ def _label(ids: list[int], offsets: Sequence[_Span], spans: Sequence[_Span]) -> 
 
 
 def _tokenise_pieces(
-    text: str, spans: Sequence[_Span], tokenizer: "transformers.PreTrainedTokenizerBase"
+    text: str, spans: Sequence[_Span], tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[list[int], list[int]]:
     ids: list[int] = []
     labels: list[int] = []

@@ -107,10 +107,11 @@ def require_columns(format: str, columns: Collection[str]) -> DataFormat:
         )
     missing = [[name for name in names if name not in columns] for names in FORMATS[asked][0]]
     if all(missing):
+        fewest = min(missing, key=len)
         raise DataError(
             f"The format {format!r} needs the columns {_describe(asked)}; "
-            f"{', '.join(min(missing, key=len))} missing from "
-            f"{', '.join(columns) or 'no columns'}. Rename the columns, or leave out `--format`."
+            f"{', '.join(fewest)} missing from {', '.join(columns) or 'no columns'}. "
+            "Rename the columns, or leave out `--format`."
         )
     return asked
 

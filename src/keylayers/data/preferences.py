@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of the common preference formats: a prompt with a better and a worse answer, or a rated one.
 
-They are recognised by their columns and turned into messages. TRL's trainers render and tokenise
-these; here they are only measured, so that an example that a trainer would drop, or empty by
-cutting, is left out and counted.
+A format is recognised by its columns, and its rows become messages. TRL's trainers render and
+tokenise them; here we only measure lengths, to leave out and count the examples that a trainer
+would drop or cut until no answer is left.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -26,7 +26,7 @@ from keylayers.errors import DataError
 from keylayers.model.options import Objective
 
 if TYPE_CHECKING:
-    import transformers
+    from transformers import PreTrainedTokenizerBase
 
 PreferenceFormat: TypeAlias = Literal["pairs", "rated"]
 FORMAT_OF: dict[Objective, PreferenceFormat] = {
@@ -40,19 +40,19 @@ ADDED_TOKENS = 2  # ORPO's trainer (TRL 1.16) adds a start and an end token wher
 _ASKED = ("prompt", "conversations", "messages", "instruction", "question", "query")
 _RATED = ("label", "kto_tag")  # LLaMA-Factory uses the second
 _ANSWERED = ("completion", "response", "output")
-_NEEDED = {
+_PAIR = ("prompt", "chosen", "rejected")
+# What each format needs, and which objectives to choose for data that have it.
+_NEEDED: dict[PreferenceFormat, tuple[str, str]] = {
     "pairs": (
         "chosen+rejected, with prompt (or conversations, messages, instruction, question, query) "
-        "or as whole conversations"
+        "or as whole conversations",
+        "pairs: choose `--objective` dpo, orpo or reward",
     ),
     "rated": (
         "label (or kto_tag), with messages, conversations, or prompt (or instruction, question, "
-        "query) and completion (or response, output)"
+        "query) and completion (or response, output)",
+        "rated answers: choose `--objective` kto",
     ),
-}
-_OTHER: dict[PreferenceFormat, str] = {
-    "pairs": "pairs: choose `--objective` dpo, orpo or reward",
-    "rated": "rated answers: choose `--objective` kto",
 }
 
 
@@ -86,20 +86,24 @@ class MeasuredPreference:
     """Never: the loss counts the answers alone."""
 
     @property
+    def num_cut_tokens(self) -> tuple[int, ...]:
+        """Tokens of the prompt with each answer, after the cut."""
+        return tuple(min(whole, self.max_length) for whole in self.num_whole_tokens)
+
+    @property
     def is_truncated(self) -> bool:
         """Whether the end of an answer is cut off."""
-        return max(self.num_whole_tokens) > self.max_length
+        return self.num_cut_tokens != self.num_whole_tokens
 
     @property
     def num_used_tokens(self) -> int:
         """Tokens after the cut; a pair has two sequences."""
-        return sum(min(whole, self.max_length) for whole in self.num_whole_tokens)
+        return sum(self.num_cut_tokens)
 
     @property
     def num_label_tokens(self) -> int:
         """Tokens of the answers after the cut."""
-        cut = (min(whole, self.max_length) for whole in self.num_whole_tokens)
-        return sum(max(0, whole - self.num_prompt_tokens) for whole in cut)
+        return sum(max(0, cut - self.num_prompt_tokens) for cut in self.num_cut_tokens)
 
     @property
     def is_usable(self) -> bool:
@@ -111,11 +115,10 @@ class MeasuredPreference:
     def row(self) -> dict[str, object]:
         """The columns that TRL's trainers take."""
         found = self.preference
-        names = ("chosen", "rejected") if found.is_good is None else ("completion",)
-        parts = {"prompt": found.prompt, **dict(zip(names, found.answers, strict=True))}
+        names = ("prompt", "completion") if len(found.answers) == 1 else _PAIR
         columns: dict[str, object] = {
             name: [{"role": message.role, "content": message.content} for message in part]
-            for name, part in parts.items()
+            for name, part in zip(names, (found.prompt, *found.answers), strict=True)
         }
         return columns if found.is_good is None else columns | {"label": found.is_good}
 
@@ -123,7 +126,7 @@ class MeasuredPreference:
 def measure(
     preference: Preference,
     objective: Objective,
-    tokenizer: "transformers.PreTrainedTokenizerBase",
+    tokenizer: "PreTrainedTokenizerBase",
     template: ChatTemplate,
     max_length: int,
 ) -> MeasuredPreference:
@@ -149,25 +152,18 @@ def require_preferences(format: PreferenceFormat, objective: str, columns: Colle
     Raises:
         DataError: says which columns the objective needs, and which objective these columns fit.
     """
-    found = _formats(columns)
-    if format in found:
-        return
-    others = "".join(f"; these are {_OTHER[other]}" for other in found)
-    raise DataError(
-        f"`objective` {objective} needs the columns {_NEEDED[format]}, got "
-        f"{', '.join(columns) or 'none'}{others or '; rename the columns'}."
-    )
-
-
-def _formats(columns: Collection[str]) -> list[PreferenceFormat]:
     names = set(columns)
-    found: list[PreferenceFormat] = []
-    if {"chosen", "rejected"} <= names:
-        found.append("pairs")
-    has_answer = names & set(_ANSWERED) and names & set(_ASKED)
-    if names & set(_RATED) and (names & {"messages", "conversations"} or has_answer):
-        found.append("rated")
-    return found
+    is_answered = names & set(_ANSWERED) and names & set(_ASKED)
+    fits: dict[PreferenceFormat, object] = {
+        "pairs": {"chosen", "rejected"} <= names,
+        "rated": names & set(_RATED) and (names & {"messages", "conversations"} or is_answered),
+    }
+    if not fits[format]:
+        others = "".join(f"; these are {_NEEDED[other][1]}" for other in fits if fits[other])
+        raise DataError(
+            f"`objective` {objective} needs the columns {_NEEDED[format][0]}, got "
+            f"{', '.join(columns) or 'none'}{others or '; rename the columns'}."
+        )
 
 
 def preferences(rows: Iterable[Row], format: PreferenceFormat) -> tuple[list[Preference], int]:
@@ -177,7 +173,7 @@ def preferences(rows: Iterable[Row], format: PreferenceFormat) -> tuple[list[Pre
         DataError: a value is not text, a role is unknown, or a label is neither true nor false;
             names the row, counted from 1.
     """
-    convert = _CONVERTERS[format]
+    convert = _from_pairs if format == "pairs" else _from_rated
     usable, num_dropped_empty = [], 0
     for number, row in enumerate(rows, start=1):
         found = convert(row, number)
@@ -210,7 +206,7 @@ def _from_pairs(row: Row, number: int) -> Preference:
 def _from_rated(row: Row, number: int) -> Preference:
     name = next(column for column in _RATED if column in row)
     label = row[name]
-    if not (isinstance(label, bool) or (isinstance(label, int) and label in (0, 1))):
+    if not (isinstance(label, int) and label in (0, 1)):  # a bool is an int too
         raise DataError(
             f"`{name}` must be true or false, got {label!r} in row {number}; fix the row."
         )
@@ -243,9 +239,3 @@ def _answer(value: object, column: str, number: int) -> tuple[Message, ...]:
     if isinstance(value, (list, dict)):
         return read_messages(value, column, number)
     return (Message("assistant", read_text(value, column, number)),)
-
-
-_CONVERTERS: dict[PreferenceFormat, Callable[[Row, int], Preference]] = {
-    "pairs": _from_pairs,
-    "rated": _from_rated,
-}

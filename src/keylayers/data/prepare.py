@@ -3,8 +3,8 @@
 
 Supervised fine-tuning gets `input_ids` and `labels`, which TRL takes as they are, so keylayers
 decides what the loss counts. Preferences stay messages, which TRL's trainers tokenise. Duplicates
-are removed before the split. Which examples are held out depends on their content and the seed
-only, never on their order in the file, and not on whether others are set aside for the mask.
+are removed before the split. Only content and seed decide which examples are held out, not the
+order in the file, nor whether others are set aside for the mask.
 """
 
 import hashlib
@@ -23,75 +23,68 @@ from keylayers.model.options import Objective
 
 if TYPE_CHECKING:
     import datasets
-    import transformers
+    from transformers import PreTrainedTokenizerBase
 
 Example: TypeAlias = Encoded | MeasuredPreference
 
 
 @dataclass(frozen=True)
 class DataCounts:
-    """What became of the rows: numbers of examples, unless a name says otherwise."""
+    """Numbers of examples, by what became of them; tokens are those of the training examples."""
 
-    num_dropped_empty: int
-    """Without an answer, or with an empty one."""
+    num_dropped_empty: int  # without an answer, or with an empty one
     num_duplicates: int
-    num_examples: int
-    """Left after that and after `max_examples`: training, held out and truncated away together."""
+    num_examples: int  # left after that and `max_examples`, before too long ones are left out
     num_train: int
-    num_mask: int
-    """Set aside for the mask; 0 if it is learned on the training examples."""
+    num_mask: int  # set aside for the mask; 0 if it is learned on the training examples
     num_held_out: int
-    num_truncated: int
-    """Used, but without their end."""
-    num_truncated_away: int
-    """Not used: the prompt alone filled `max_length`."""
-    num_last_answer_only: int
-    """Used, with the loss on the last answer only, because the template hides the others."""
+    num_truncated: int  # used without their end
+    num_truncated_away: int  # not used: the prompt alone fills `max_length`
+    num_last_answer_only: int  # the loss counts the last answer only: the template hides the others
     num_train_tokens: int
-    num_label_tokens: int
-    """Tokens of the training examples that the loss counts."""
+    num_label_tokens: int  # that the loss counts
 
 
 @dataclass(frozen=True)
 class PreparedData:
     """Examples to train, to score and to measure on, and where they come from.
 
-    Their columns are those that the objective's trainer takes: `input_ids` and `labels` for
-    supervised fine-tuning, messages for preferences.
+    Their columns are those that the objective's trainer takes.
+
+    Attributes:
+        train: Training examples.
+        mask: Examples to learn the mask on; None if it is learned on `train`.
+        held_out: Examples that neither training nor scoring sees.
+        options: What was asked for.
+        format: How the rows were read.
+        chat_template: None for plain text.
+        max_length: In tokens: `options.max_length`, or the model's own limit.
+        content_sha256: Hash of the examples that were used, in order.
+        counts: What became of the rows.
     """
 
     train: "datasets.Dataset"
     mask: "datasets.Dataset | None"
-    """Set aside to learn the mask on; None if it is learned on `train`."""
     held_out: "datasets.Dataset"
     options: DataOptions
     format: str
     chat_template: ChatTemplate | None
-    """None for plain text."""
     max_length: int
-    """The length that was used, in tokens: `options.max_length`, or the model's own limit."""
     content_sha256: str
-    """Hash of the examples that were used, in order."""
     counts: DataCounts
 
     def record(self) -> dict[str, object]:
         """The part of a run's JSON record about its data."""
         template = asdict(self.chat_template) if self.chat_template else None
-        options = self.options
-        split = [
-            self.content_sha256,
-            options.mask_data,
-            options.held_out,
-            options.split_seed,
-            self.max_length,
-        ]
+        asked = self.options
+        split = [self.content_sha256, asked.mask_data, asked.held_out, asked.split_seed]
         return {
-            **asdict(options),
-            "split_sha256": json_sha256([*split, template]),
+            **asdict(asked),
+            "split_sha256": json_sha256([*split, self.max_length, template]),
             "format": self.format,
             "chat_template": template,
             "max_length": self.max_length,
-            "max_length_asked": self.options.max_length,
+            "max_length_asked": asked.max_length,
             "content_sha256": self.content_sha256,
             **asdict(self.counts),
         }
@@ -101,13 +94,13 @@ class PreparedData:
         parts = {"held_out": self.held_out, "mask": self.mask}
         return {name: part for name, part in parts.items() if part is not None}
 
-    def give_template(self, tokenizer: "transformers.PreTrainedTokenizerBase") -> None:
+    def give_template(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Let the tokenizer that is saved with the result render chats as training did."""
         if self.chat_template is not None:
             tokenizer.chat_template = self.chat_template.text
 
     def summary(self) -> list[str]:
-        """A few lines for people: how many examples are used, and what was left out."""
+        """A few lines for users: how many examples are used, and what was left out."""
         counts = self.counts
         template = f", chat template {self.chat_template.name!r}" if self.chat_template else ""
         for_mask = f", {counts.num_mask} for the mask" if counts.num_mask else ""
@@ -135,7 +128,7 @@ class PreparedData:
 
 def prepare(
     options: DataOptions,
-    tokenizer: "transformers.PreTrainedTokenizerBase",
+    tokenizer: "PreTrainedTokenizerBase",
     max_positions: int | None = None,
     objective: Objective = "sft",
 ) -> PreparedData:
@@ -168,7 +161,8 @@ def prepare(
     chosen = dict(list(by_digest.items())[: options.max_examples])
     usable = _usable(chosen, objective, tokenizer, template, max_length)
     held_out, mask = _hold_out(list(usable), options)
-    train = [one for key, one in usable.items() if key not in held_out and key not in mask]
+    elsewhere = held_out | mask
+    train = [usable[key] for key in usable if key not in elsewhere]
     _check_labels(train)
     return PreparedData(
         train=_to_dataset(train),
@@ -198,19 +192,20 @@ def prepare(
 def _usable(
     chosen: Mapping[bytes, Conversation | Preference],
     objective: Objective,
-    tokenizer: "transformers.PreTrainedTokenizerBase",
+    tokenizer: "PreTrainedTokenizerBase",
     template: ChatTemplate | None,
     max_length: int,
 ) -> dict[bytes, Example]:
     """The examples that have anything to learn within `max_length`, by digest."""
-    texts = [text for text in chosen.values() if isinstance(text, Conversation)]
-    pairs = [pair for pair in chosen.values() if isinstance(pair, Preference)]
-    examples: list[Example] = list(encode_all(texts, tokenizer, template, max_length))
-    if template is not None:
-        examples += [measure(pair, objective, tokenizer, template, max_length) for pair in pairs]
-    usable = {
-        key: example for key, example in zip(chosen, examples, strict=True) if example.is_usable
-    }
+    examples: list[Example] = []
+    if objective == "sft":
+        texts = (text for text in chosen.values() if isinstance(text, Conversation))
+        examples += encode_all(texts, tokenizer, template, max_length)
+    elif template is not None:
+        pairs = (pair for pair in chosen.values() if isinstance(pair, Preference))
+        examples += (measure(pair, objective, tokenizer, template, max_length) for pair in pairs)
+    by_digest = zip(chosen, examples, strict=True)
+    usable = {key: example for key, example in by_digest if example.is_usable}
     if not usable:
         longest = max(example.num_prompt_tokens for example in examples)
         raise DataError(
@@ -237,18 +232,18 @@ def _hold_out(keys: Sequence[bytes], options: DataOptions) -> tuple[set[bytes], 
             f"At least one example must be left to train after {count} held out{also}, got "
             f"{len(keys)} usable examples; lower `--held-out` or give more data."
         )
-    # A hash instead of a random generator: it survives new Python versions and reordered files.
+    # Drawn by hash, not by a random generator, so that the order of the file does not matter.
     salt = f"hold out {options.split_seed}".encode()
     drawn = sorted(keys, key=lambda key: hashlib.sha256(salt + key).digest())
     return set(drawn[:count]), set(drawn[count : count + num_for_mask])
 
 
 def _check_labels(train: Sequence[Example]) -> None:
-    labels = {one.preference.is_good for one in train if isinstance(one, MeasuredPreference)}
-    if labels in ({True}, {False}):
+    rated = [each.preference.is_good for each in train if isinstance(each, MeasuredPreference)]
+    if set(rated) in ({True}, {False}):
         raise DataError(
-            "Rated answers must be good and bad, got only one kind to train on; check the labels, "
-            "or give more data."
+            "Rated answers must be good and bad, got only good or only bad ones to train on; check "
+            "the labels, or give more data."
         )
 
 

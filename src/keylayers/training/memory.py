@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure what a training step holds when only some of a trainer's modules are trained.
+"""Measures what a training step holds when only some of a trainer's modules are trained.
 
-Each measurement is a real step of the trainer on the batch of its longest examples, forward and
-backward. The peak counts weights, trained parameters with gradients and AdamW's two moments,
-activations kept for the backward pass, and everything that operations work with.
+Each measurement is a real step of the trainer, forward and backward, on the batch of its longest
+examples. The peak counts weights, trained parameters with their gradients and AdamW's two moments,
+activations kept for the backward pass, and temporary memory of operations.
 """
 
 import weakref
@@ -19,7 +19,7 @@ from transformers import Trainer
 
 from keylayers.apply.adapter import trainable_modules
 from keylayers.errors import ConfigError, RankingError
-from keylayers.model.modules import ModuleInfo, map_modules, outside_module
+from keylayers.model.modules import map_modules
 from keylayers.model.preserve import preserved
 from keylayers.model.sharding import is_sharded
 from keylayers.trainers.batches import samples
@@ -36,25 +36,25 @@ class MeasuredMemory:
     Trainer and model are the same after a measurement as before.
 
     Attributes:
-        batch: Rows and tokens of the measured batch, such as `8 x 1024 tokens`.
+        batch: Rows and tokens of the measured batch, for example `8 x 1024 tokens`.
     """
 
     def __init__(self, trainer: Trainer) -> None:
+        model = trainer.model
+        instead = "give `budget` as a fraction or in x-time"
         if samples(trainer):
             raise ConfigError(
                 f"memory must be measured on batches of the training data, but "
-                f"{type(trainer).__name__} samples its own; give `budget` as a fraction or in "
-                f"x-time"
+                f"{type(trainer).__name__} samples its own; {instead}"
             )
-        if is_sharded(trainer.model):
+        if is_sharded(model):
             raise ConfigError(
-                "memory must be measured on a whole model, but FSDP shards it over processes; "
-                "give `budget` as a fraction or in x-time"
+                f"memory must be measured on a whole model, but FSDP shards it over processes; "
+                f"{instead}"
             )
-        model = trainer.model
         self._trainer = trainer
-        self._trained = [one for one in model.parameters() if one.requires_grad]
-        self._own = {info.name: _own(model, info) for info in _trained_modules(model)}
+        self._trained = [weight for weight in model.parameters() if weight.requires_grad]
+        self._own = _trained_modules(model)
         if not self._own:
             raise ConfigError("the trainer must train at least one module, but it trains none")
         self._known: dict[frozenset[str], float] = {}
@@ -82,24 +82,19 @@ class MeasuredMemory:
 
     def _measured(self, names: frozenset[str]) -> float:
         trainer, model = self._trainer, self._trainer.model
-        others = {
-            id(parameter)
-            for name, parameters in self._own.items()
-            if name not in names
-            for parameter in parameters
-        }
+        others = {id(weight) for name in self._own.keys() - names for weight in self._own[name]}
         with preserved(model), unchanged_trainer(trainer):
             model.train()
             for parameter in self._trained:
                 parameter.requires_grad_(id(parameter) not in others)
-            if trainer.args.activation_checkpointing:  # a trainer switches it on when it trains
+            if trainer.args.activation_checkpointing:  # trainers only switch it on in train()
                 model.activation_checkpointing_enable(trainer.args.activation_checkpointing_kwargs)
             shallow_backward(model)  # a hook: gone when the model is given back
             try:
                 taken = peak_bytes(model.device, self._step)
             except torch.OutOfMemoryError:
                 return float("inf")
-        trained = sum(one.nbytes for one in self._trained if id(one) not in others)
+        trained = sum(weight.nbytes for weight in self._trained if id(weight) not in others)
         absent = others if isinstance(model, PeftModel) else set()  # LoRA that would not exist
         held = _stored_bytes(trainer, absent)
         return float(held + MOMENTS * trained + taken)
@@ -113,7 +108,7 @@ class MeasuredMemory:
 
 
 def measured_memory(trainer: Trainer) -> MeasuredMemory:
-    """What a step of `trainer` holds, for `ranking.select("12GiB", memory)`.
+    """Measures steps of `trainer` for `ranking.select("12GiB", memory)`.
 
     Args:
         trainer: Trains every module that a selection may name, by LoRA or in full. AdamW is
@@ -126,26 +121,23 @@ def measured_memory(trainer: Trainer) -> MeasuredMemory:
     return MeasuredMemory(trainer)
 
 
-def _trained_modules(model: nn.Module) -> list[ModuleInfo]:
-    trained = trainable_modules(model)
-    inside = [info for info in map_modules(model, "all") if info.name in trained]
-    known = {info.name for info in inside}
-    outside = [name for name in tuner_layers(model) if name in trained - known]
-    return [*(outside_module(model, name) for name in outside), *inside]
-
-
-def _own(model: nn.Module, info: ModuleInfo) -> list[nn.Parameter]:
-    """The trained parameters of one module."""
-    tuned = tuner_layers(model)
-    if info.name in tuned:
-        return own_parameters(tuned[info.name])
-    if info.is_stacked:
-        return [model.get_parameter(info.name)]
-    return list(model.get_submodule(info.name).parameters())
+def _trained_modules(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The parameters of each trained module, without heads and norms."""
+    tuned, weights = tuner_layers(model), dict(model.named_parameters())
+    modules = {*tuned, *(info.name for info in map_modules(model, "all"))}
+    found = {}
+    for name in sorted(trainable_modules(model) & modules):
+        if name in tuned:
+            found[name] = own_parameters(tuned[name])
+        elif name in weights:  # stacked experts are a parameter, not a module
+            found[name] = [weights[name]]
+        else:
+            found[name] = list(model.get_submodule(name).parameters())
+    return found
 
 
 def _longest_batch(trainer: Trainer) -> Any:
-    """The trainer's own batch of its longest examples."""
+    """The batch that the trainer makes of its longest examples."""
     dataset = trainer.train_dataset
     lengths = [
         sum(len(value) for value in row.values() if isinstance(value, (list, str)))
@@ -157,7 +149,7 @@ def _longest_batch(trainer: Trainer) -> Any:
 
 
 def _stored_bytes(trainer: Trainer, absent: set[int]) -> int:
-    """Every weight and buffer, also of a reference model, each storage once."""
+    """Bytes of all weights and buffers, including a reference model's; each storage counts once."""
     models = [trainer.model, getattr(trainer, "ref_model", None)]
     held = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
@@ -170,7 +162,7 @@ def _stored_bytes(trainer: Trainer, absent: set[int]) -> int:
 
 
 def peak_bytes(device: torch.device, step: Callable[[], None]) -> int:
-    """The most bytes that `step` holds beyond what was held before."""
+    """The most bytes that `step` holds in addition to what was held before."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
         torch.accelerator.reset_peak_memory_stats(device)
@@ -184,9 +176,9 @@ def peak_bytes(device: torch.device, step: Callable[[], None]) -> int:
 
 
 class _Allocations(TorchDispatchMode):
-    """Bytes of all storages that operations made and that are still alive, and their maximum.
+    """Counts the bytes of living storages that operations made, and their maximum.
 
-    CPUs have no allocator that counts. Memory that an operation uses internally is not seen.
+    For CPUs, whose allocator does not count. It misses memory that an operation uses internally.
     """
 
     def __init__(self) -> None:
@@ -195,11 +187,7 @@ class _Allocations(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(
-        self,
-        operation: Callable[..., Any],
-        types: Any,
-        args: Any = (),
-        kwargs: dict[str, Any] | None = None,
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
         made = operation(*args, **(kwargs or {}))

@@ -35,18 +35,17 @@ def rank_modules(
 ) -> Ranking:
     """Rank the modules that a trainer's fine-tune updated, by its own loss and data.
 
-    The trainer is one that you built and trained: TRL's or transformers' own (SFT, DPO, KTO, ORPO,
-    reward, GRPO), or a subclass with its own loss. It and its model are given back as they were.
-    docs/objectives.md says what holds for each.
+    Works with a trainer that you built and trained: one of TRL or transformers (SFT, DPO, KTO,
+    ORPO, reward, GRPO; docs/objectives.md), or a subclass with its own loss. Trainer and model are
+    the same afterwards as before.
 
     Args:
         trainer: Its `model` carries a LoRA adapter, or was fine-tuned as a whole.
         method: Name of the scoring method (docs/methods.md).
-        mask_dataset: Examples to score on, best examples that training did not see, in the format
-            that the trainer was built with or that of its `train_dataset` (SFT, DPO, KTO, reward:
-            their own code prepares them; ORPO and other trainers: only the latter). Default: the
-            `train_dataset` itself.
-        base_weights: After a full fine-tune: what the modules held before, by parameter name, from
+        mask_dataset: Examples to score on, preferably not trained on. SFT, DPO, KTO and reward
+            trainers prepare them if they have the format that the trainer was built with; others
+            need the format of the `train_dataset`. Default: the `train_dataset` itself.
+        base_weights: After a full fine-tune, the modules' weights before it by parameter name, from
             `keylayers.module_weights(model)` or a checkpoint.
         on_step: Called after each pass with its number, from 1, and its loss in nats.
         mask_seed: Seed of the order of the batches. Default: the trainer's seed.
@@ -95,23 +94,18 @@ def rank_modules(
 
 
 def scores_record(found: ModuleScores, updates: Sequence[Update]) -> dict[str, Any]:
-    """What a ranking's record says of the scoring, and of the ranks that AdaLoRA left."""
-    record: dict[str, Any] = {
-        "mask": {
-            "losses": list(found.losses),
-            "seconds": found.seconds,
-            "score_unit": found.unit,
-            "num_forward": found.num_forward,
-            "num_backward": found.num_backward,
-        }
-        | dict(found.findings)
+    """What a ranking's record says about the scoring, and about the ranks that AdaLoRA left."""
+    mask: dict[str, Any] = {
+        "losses": list(found.losses),
+        "seconds": found.seconds,
+        "score_unit": found.unit,
+        "num_forward": found.num_forward,
+        "num_backward": found.num_backward,
+        **found.findings,
     }
-    ranks = {
-        update.module.name: update.ranks_left()
-        for update in updates
-        if isinstance(update, AdaLoraUpdate)
-    }
-    return record | ({"adalora_ranks_left": ranks} if ranks else {})
+    adalora = [update for update in updates if isinstance(update, AdaLoraUpdate)]
+    ranks = {update.module.name: update.ranks_left() for update in adalora}
+    return {"mask": mask} | ({"adalora_ranks_left": ranks} if ranks else {})
 
 
 def to_ranking(
@@ -121,9 +115,7 @@ def to_ranking(
     provenance: dict[str, Any],
 ) -> Ranking:
     """The scores as a ranking of the updates' modules."""
+    modules = [update.module for update in updates]
     errors = found.standard_errors or [None] * len(updates)
-    modules = tuple(
-        RankedModule.of(update.module, score, error)
-        for update, score, error in zip(updates, found.scores, errors, strict=True)
-    )
-    return Ranking(modules, scoring.method, scoring.granularity, provenance)
+    ranked = tuple(map(RankedModule.of, modules, found.scores, errors))
+    return Ranking(ranked, scoring.method, scoring.granularity, provenance)
