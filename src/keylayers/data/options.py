@@ -14,8 +14,8 @@ MaskData = Literal["train", "held-out"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """Which data, how it is read and split.
+class ReadingOptions:
+    """How data is read and split.
 
     Attributes:
         data: A json, jsonl, csv or parquet file, a folder of such files, or the name of a data set
@@ -28,19 +28,16 @@ class DataOptions:
             model's own limit.
         max_examples: Use only this many examples, the first ones.
         held_out: Share (below 1) or number of the examples that neither training nor scoring sees.
-        mask_data: Which examples the modules are scored on. held-out: examples that are set aside
-            for this alone, as many as are held out. train: the training examples.
         split_seed: Seed of the choice of held-out examples; no other seed affects it.
     """
 
-    data: str
+    data: str | None = None
     data_split: str = "train"
     format: DataFormat | None = None
     chat_template: str | None = None
     max_length: int = 1024
     max_examples: int | None = None
     held_out: float = 0.1
-    mask_data: MaskData = "held-out"  # ranks better: experiments/LOG.md
     split_seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,3 +48,16 @@ class DataOptions:
             raise ConfigError(
                 f"`held_out` must be a share above 0 or a number of examples, got {self.held_out}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(ReadingOptions):
+    """Which data, how it is read and split.
+
+    Attributes:
+        mask_data: Which examples the modules are scored on. held-out: examples that are set aside
+            for this alone, as many as are held out. train: the training examples.
+    """
+
+    data: str
+    mask_data: MaskData = "held-out"  # ranks better: experiments/LOG.md

@@ -37,19 +37,17 @@ def config_sha256(
         "special_tokens": tokenizer.special_tokens_map,
         "clean_up_tokenization_spaces": getattr(tokenizer, "clean_up_tokenization_spaces", None),
     }
-    return json_sha256([_text(one) for one in (dict(config), dict(generation_config), about)])
+    return json_sha256([_text(part) for part in (dict(config), dict(generation_config), about)])
 
 
 def _text(content: Mapping[str, Any]) -> str:
     """Canonical JSON; infinite numbers are allowed, unlike in `json_sha256`."""
-    text = json.dumps(
-        content, default=lambda value: sorted(map(str, value)) if _is_set(value) else str(value)
-    )
-    relevant = json.loads(
-        text, object_hook=lambda one: {k: v for k, v in one.items() if k not in WITHOUT_EFFECT}
-    )
-    return json.dumps(relevant, sort_keys=True)
 
+    def plain(value: Any) -> Any:
+        return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
-def _is_set(value: Any) -> bool:
-    return isinstance(value, (set, frozenset))
+    def relevant(part: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in part.items() if name not in WITHOUT_EFFECT}
+
+    parsed = json.loads(json.dumps(content, default=plain), object_hook=relevant)
+    return json.dumps(parsed, sort_keys=True)

@@ -4,7 +4,7 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from keylayers.data.options import DataFormat, DataOptions
+from keylayers.data.options import DataOptions, ReadingOptions
 from keylayers.errors import ConfigError
 from keylayers.model.options import ModelOptions
 from keylayers.ranges import check_at_least, check_seed
@@ -59,78 +59,55 @@ class BenchmarkOptions:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        names = tuple(name.strip() for one in self.tasks for name in one.split(",") if name.strip())
-        object.__setattr__(self, "tasks", tuple(dict.fromkeys(names)))
+        names = (name.strip() for given in self.tasks for name in given.split(","))
+        object.__setattr__(self, "tasks", tuple(dict.fromkeys(filter(None, names))))
         if self.num_fewshot is not None:
             check_at_least("num_fewshot", self.num_fewshot, 0)
         if self.limit is not None:
             check_at_least("limit", self.limit, 1)
         if not self.tasks:
-            for one in fields(self):
-                if getattr(self, one.name) != one.default:
-                    raise ConfigError(f"`{one.name}` must be left out without `tasks`")
+            for option in fields(self):
+                if getattr(self, option.name) != option.default:
+                    raise ConfigError(f"`{option.name}` must be left out without `tasks`")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossOptions:
-    """Losses: what a fine-tune gained on its own data, and what it forgot about other text.
+class LossOptions(ReadingOptions):
+    """What a fine-tune gained on its own data, and what it forgot about other text.
 
     Attributes:
-        data: The data of the fine-tune. Its held-out examples are measured: the ones that `rank`
-            and `train` hold out if `chat_template` to `split_seed` are the same.
+        data: The data of the fine-tune, of which the held-out examples are measured. They are the
+            examples that `rank` and `train` hold out if the other options of the data are the same.
         forgetting_data: Text that the base model knows: a .txt file, or data in any format that
             `data` takes.
         forgetting_examples: Use at most this many examples of it; a .txt file is cut into pieces
             of `max_length` tokens.
-        data_split: Split of hub data sets.
-        format: How the columns of `data` are read. Default: recognised by their names.
-        chat_template: chatml, alpaca, or a Jinja file, for data and
-            `apply_chat_template`. The model's own if it has one, else alpaca.
-        max_length: Longest example in tokens; what is longer loses its end. At most the model's
-            own limit.
-        max_examples: Use only the first so many examples of `data`, before any are held out.
-        held_out: Share of these (below 1) or their number that is held out.
-        split_seed: Chooses the held-out examples.
     """
 
-    data: str | None = None
     forgetting_data: str | None = None
     forgetting_examples: int = 200
-    data_split: str = "train"
-    format: DataFormat | None = None
-    chat_template: str | None = None
-    max_length: int = 1024
-    max_examples: int | None = None
-    held_out: float = 0.1
-    split_seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_at_least("forgetting_examples", self.forgetting_examples, 2)
-        self.data_options(self.data or "")  # its own checks
-        unused = (
-            {"format", "max_examples", "held_out", "split_seed"} if self.data is None else set()
-        )
+        needs = {}  # option -> the option without which it has no effect
+        if self.data is None:
+            needs = dict.fromkeys(("format", "max_examples", "held_out", "split_seed"), "data")
         if self.forgetting_data is None:
-            unused |= {"forgetting_examples"}
-            unused |= {"data_split", "max_length"} if self.data is None else set()
-        for one in fields(self):
-            if one.name in unused and getattr(self, one.name) != one.default:
-                belongs = "forgetting_data" if one.name == "forgetting_examples" else "data"
-                raise ConfigError(f"`{one.name}` must be left out without `{belongs}`")
+            needs["forgetting_examples"] = "forgetting_data"
+            if self.data is None:
+                needs |= dict.fromkeys(("data_split", "max_length"), "data")
+        for option in fields(self):
+            if option.name in needs and getattr(self, option.name) != option.default:
+                raise ConfigError(
+                    f"`{option.name}` must be left out without `{needs[option.name]}`"
+                )
 
     def data_options(self, data: str) -> DataOptions:
         """How `data` is read and split, as `rank` and `train` do it."""
-        return DataOptions(
-            data=data,
-            data_split=self.data_split,
-            format=self.format,
-            chat_template=self.chat_template,
-            max_length=self.max_length,
-            max_examples=self.max_examples,
-            held_out=self.held_out,
-            mask_data="train",  # the held-out examples are the same; none are set aside beside them
-            split_seed=self.split_seed,
-        )
+        # Without mask data, because it does not change which examples are held out.
+        own = {option.name: getattr(self, option.name) for option in fields(ReadingOptions)}
+        return DataOptions(**own | {"data": data, "mask_data": "train"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +155,4 @@ class EvalOptions:
 
     def flat(self) -> dict[str, Any]:
         """Every option by the name of its flag, for the record."""
-        parts: tuple[Any, ...] = (self.model, self.compared, self.benchmarks)
-        parts += (self.losses, self.run)
-        return {name: value for part in parts for name, value in asdict(part).items()}
+        return {name: own for part in vars(self).values() for name, own in asdict(part).items()}
