@@ -172,7 +172,7 @@ def _pruned(
 
     full, pruned = pruning.write(folder, session.progress)
     full_loss, masked_loss = losses
-    with session.progress.stage("held-out loss of the base and the pruned one", 2) as on_step:
+    with session.progress.stage("held-out loss of the base and the pruned model", 2) as on_step:
         if pruning.kind == "adapter":
             base_loss, loss = _adapter_losses(session, options, pruning, masked_loss, folder)
         else:

@@ -96,13 +96,13 @@ def _parts(tasks: Mapping[str, Any], groups: Mapping[str, Any]) -> list[Part]:
 def _group_parts(group: Any, by_name: Mapping[str, Any], depth: int) -> Iterator[Part]:
     leaves = tuple(task.task_name for task in group.get_all_tasks())
     averaged = group.aggregate_metric_list or ()
-    for one in averaged:
+    for metric in averaged:
         yield Part(
             group.name,
             leaves,
-            is_by_size=bool(one.weight_by_size),
-            metric=one.metric,
-            filters=None if one.filter_list is None else tuple(one.filter_list),
+            is_by_size=bool(metric.weight_by_size),
+            metric=metric.metric,
+            filters=None if metric.filter_list is None else tuple(metric.filter_list),
             depth=depth,
             is_group=True,
         )
@@ -243,7 +243,7 @@ class Benchmark:
                 f"harness said: {_reason(error)}"
             ) from error
         config = {key: _said(value) for key, value in task.dump_config().items() if key in SCORING}
-        requests = [[one.doc_id, one.idx, str(one.args)] for one in task.instances]
+        requests = [[request.doc_id, request.idx, str(request.args)] for request in task.instances]
         documents = [str(doc) for _, doc in task.doc_iterator(limit=options.limit)]
         return json_sha256([lm_eval.__version__, str(config), requests, documents])
 
@@ -269,7 +269,9 @@ class Benchmark:
             if "," in key and "_stderr," not in key and isinstance(value, Real)
         }
         totals = {metric: value for metric, value in all_totals.items() if math.isfinite(value)}
-        said = [f"{one} is not finite, and left out" for one in all_totals if one not in totals]
+        said = [
+            f"{metric} is not finite, and left out" for metric in all_totals if metric not in totals
+        ]
         num_fewshot = self.task.get_config("num_fewshot")
         if options.num_fewshot not in (None, num_fewshot):
             said.append(f"{num_fewshot} examples in each prompt: the task file fixes the number")
@@ -278,13 +280,17 @@ class Benchmark:
             columns=["task", "metric", "document", "document_sha256", "value", "size", "chance"],
         )
         means = rows.groupby("metric", sort=False)["value"].mean()
-        is_mean = [one for one in totals if one in means and math.isclose(means[one], totals[one])]
+        is_mean = [
+            metric
+            for metric in totals
+            if metric in means and math.isclose(means[metric], totals[metric])
+        ]
         directions = found["higher_is_better"].get(name, {})
         return Measured(
             task=name,
             rows=rows[rows["metric"].isin(is_mean)].reset_index(drop=True),
             totals=totals,
-            higher_is_better={one: directions.get(one.split(" (")[0]) for one in totals},
+            higher_is_better={metric: directions.get(metric.split(" (")[0]) for metric in totals},
             facts={
                 "num_fewshot": num_fewshot,
                 "num_cut_prompts": model.num_cut + warnings.num_cut,
@@ -317,9 +323,9 @@ class Benchmark:
 def _said(value: Any) -> Any:
     """The value with each function replaced by its source: `str` gives an address in memory."""
     if isinstance(value, dict):
-        return {key: _said(one) for key, one in value.items()}
+        return {key: _said(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_said(one) for one in value]
+        return [_said(part) for part in value]
     if isinstance(value, functools.partial):
         return [_said(value.func), _said(value.args), _said(value.keywords)]
     if not callable(value):

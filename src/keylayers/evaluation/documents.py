@@ -53,12 +53,7 @@ class Measured:
 
     def about(self) -> dict[str, Any]:
         """All but the rows, as JSON."""
-        return {
-            "task": self.task,
-            "totals": dict(self.totals),
-            "higher_is_better": dict(self.higher_is_better),
-            "facts": dict(self.facts),
-        }
+        return {name: value for name, value in vars(self).items() if name != "rows"}
 
 
 class Store:
@@ -126,14 +121,8 @@ def _read(path: Path) -> tuple[dict[str, Measured], dict[str, list[str]]]:
     empty = whole.iloc[:0]
     names = {key: list(map(str, part["model"].unique())) for key, part in rows.items()}
     rows = {key: part[part["model"] == names[key][0]] for key, part in rows.items()}
-    pairs = {
-        key: Measured(
-            task=one["task"],
-            rows=rows.get(key, empty).drop(columns=["pair", "model"]).reset_index(drop=True),
-            totals=one["totals"],
-            higher_is_better=one["higher_is_better"],
-            facts=one["facts"],
-        )
-        for key, one in about.items()
-    }
+    pairs = {}
+    for key, found in about.items():
+        own = rows.get(key, empty).drop(columns=["pair", "model"]).reset_index(drop=True)
+        pairs[key] = Measured(rows=own, **found)
     return pairs, names

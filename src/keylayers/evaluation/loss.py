@@ -52,8 +52,8 @@ def example_losses(
     for step, start in enumerate(range(0, len(order), batch_size), start=1):
         chosen = order[start : start + batch_size]
         losses = _batch([examples[index] for index in chosen], model)
-        for index, one in zip(chosen, losses, strict=True):
-            found[index] = one
+        for index, loss in zip(chosen, losses, strict=True):
+            found[index] = loss
         on_step(step, sum(nats for nats, _ in losses) / max(1, sum(num for _, num in losses)))
     return found
 
@@ -66,9 +66,9 @@ def _batch(
     ids = torch.zeros(len(examples), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
     labels = torch.full_like(ids, IGNORED)
-    for row, (one, label) in enumerate(examples):  # padded on the right, where nothing looks
-        ids[row, : len(one)] = torch.tensor(one)
-        mask[row, : len(one)] = 1
+    for row, (tokens, label) in enumerate(examples):  # padded on the right, where nothing looks
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
         labels[row, : len(label)] = torch.tensor(label)
     logits = model(
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False

@@ -41,8 +41,8 @@ def mask_curve(
     measured = subset_losses(trainer, updates, subsets, held_out, on_step)
     return MaskCurve(
         counts=tuple(counts),
-        losses=tuple(one.mean for one in measured),
-        batch_losses=tuple(one.losses for one in measured),
+        losses=tuple(point.mean for point in measured),
+        batch_losses=tuple(point.losses for point in measured),
         batch_weights=measured[0].weights,
     )
 

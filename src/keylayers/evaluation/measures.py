@@ -55,7 +55,7 @@ class Part:
             return True
         if self.filters is None:
             return name == self.metric or name.startswith(f"{self.metric} (")
-        return name in [metric_name(self.metric, one) for one in self.filters]
+        return name in [metric_name(self.metric, filter) for filter in self.filters]
 
 
 def metric_name(metric: str, filter: str) -> str:
@@ -108,62 +108,50 @@ def _measure(
         is_in_table=part.is_in_table,
     )
     is_mean = set(rows[base]["task"]) == set(tasks)  # else e.g. a perplexity, without rows
-    same = {frozenset(map(tuple, one[DOCUMENT].to_numpy())) for one in rows.values()}
+    same = {frozenset(map(tuple, own[DOCUMENT].to_numpy())) for own in rows.values()}
     if not is_mean or len(same) > 1:  # a task may leave out documents of some models
         totals = {model: found[tasks[0]].totals.get(metric) for model, found in measured.items()}
         values = {model: value for model, value in totals.items() if value is not None}
         if part.is_group or len(values) < len(totals):
             return None
-        results = _without_intervals(values, reference)
+        results = _results(values, None, reference, seed)
         return replace(measure, num_documents=0, results=results)
     documents = {
         model: _documents(own, rows[base], tasks, part.is_by_size) for model, own in rows.items()
     }
+    means = {model: own.mean() for model, own in documents.items()}
     chances = replace(documents[base], values=rows[base]["chance"].to_numpy(float))
     return replace(
         measure,
         chance=None if np.isnan(chances.values).any() else chances.mean(),
-        results=_with_intervals(documents, reference, seed),
+        results=_results(means, documents, reference, seed),
     )
 
 
-def _with_intervals(
-    documents: Mapping[str, Documents], reference: str | None, seed: int
+def _results(
+    values: Mapping[str, float],
+    documents: Mapping[str, Documents] | None,
+    reference: str | None,
+    seed: int,
 ) -> tuple[Result, ...]:
+    """The results of all models; without documents, numbers that have no intervals."""
+    base, *_ = values
     results = []
-    for model, own in documents.items():
+    for model, value in values.items():
+        own = None if documents is None else interval(documents[model], seed)
+        others = [] if model == base else [base]
+        others += [reference] if others and reference not in (None, model) else []
         differences = []
-        for other in _others(model, documents, reference):
-            less = own.less(documents[other])
-            around = difference_interval(less, seed)
-            p = None if around is None else sign_flip_p(less, seed)
-            differences.append(Difference(other, less.mean(), around, p))
-        results.append(Result(model, own.mean(), interval(own, seed), tuple(differences)))
+        for other in others:
+            found = Difference(other, value - values[other])
+            if documents is not None:
+                less = documents[model].less(documents[other])
+                around = difference_interval(less, seed)
+                p = None if around is None else sign_flip_p(less, seed)
+                found = Difference(other, less.mean(), around, p)
+            differences.append(found)
+        results.append(Result(model, value, own, tuple(differences)))
     return tuple(results)
-
-
-def _without_intervals(values: Mapping[str, float], reference: str | None) -> tuple[Result, ...]:
-    """Results of what is no mean over documents: the numbers alone."""
-    return tuple(
-        Result(
-            model,
-            value,
-            None,
-            tuple(
-                Difference(other, value - values[other])
-                for other in _others(model, values, reference)
-            ),
-        )
-        for model, value in values.items()
-    )
-
-
-def _others(model: str, models: Mapping[str, object], reference: str | None) -> list[str]:
-    """What a model is compared with: the base model and the reference."""
-    base = next(iter(models))
-    if model == base:
-        return []
-    return [base] if reference in (None, model) else [base, str(reference)]
 
 
 def _documents(
@@ -179,24 +167,20 @@ def _documents(
 
 def corrected(measures: Sequence[Measure]) -> list[Measure]:
     """The measures, with Holm's correction over all differences in the table."""
-    shown = [
-        one
-        for measure in measures
-        if measure.is_in_table
-        for result in measure.results
-        for one in result.differences
-        if one.p is not None
-    ]
-    p_holm = iter(holm([one.p for one in shown if one.p is not None]))
+    results = [result for measure in measures if measure.is_in_table for result in measure.results]
+    tested = [found.p for result in results for found in result.differences if found.p is not None]
+    p_holm = iter(holm(tested))
 
     def with_p(result: Result) -> Result:
         differences = (
-            one if one.p is None else replace(one, p_holm=next(p_holm))
-            for one in result.differences
+            found if found.p is None else replace(found, p_holm=next(p_holm))
+            for found in result.differences
         )
         return replace(result, differences=tuple(differences))
 
     return [
-        replace(one, results=tuple(map(with_p, one.results))) if one.is_in_table else one
-        for one in measures
+        replace(measure, results=tuple(map(with_p, measure.results)))
+        if measure.is_in_table
+        else measure
+        for measure in measures
     ]

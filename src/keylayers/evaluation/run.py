@@ -125,7 +125,9 @@ class _Run:
             reference = others[given.index(options.compared.reference or given[0])]
         seed = options.run.seed
         measures = [
-            one for part in self.parts for one in measures_of(part, self.measured, reference, seed)
+            measure
+            for part in self.parts
+            for measure in measures_of(part, self.measured, reference, seed)
         ]
         return Evaluation(
             measures=tuple(corrected(measures)),
@@ -146,10 +148,10 @@ class _Run:
         options = self.options
         examples = examples_of(options.losses, base, options.run.batch_size)
         self.jobs += examples
-        self.parts += [Part(one.name, (one.name,)) for one in examples]
-        for one in examples:
-            self.notes.append(one.note)
-            self.progress.note(one.note)
+        self.parts += [Part(own.name, (own.name,)) for own in examples]
+        for own in examples:
+            self.notes.append(own.note)
+            self.progress.note(own.note)
         if options.benchmarks.tasks:
             from keylayers.evaluation.benchmarks import load_benchmarks
 
@@ -184,7 +186,7 @@ def _other_training(
     used = [held_out["chat_template"]] if held_out and held_out["chat_template"] else []
     used += [asdict(loaded.template)] if are_tasks_chats else []
     own = _template_of(trained, loaded)
-    if own and (others := [one["name"] for one in used if one["text"] != own[1]]):
+    if own and (others := [template["name"] for template in used if template["text"] != own[1]]):
         yield (
             f"{name} was trained in the chat template {own[0]!r}, but is measured in "
             f"{others[0]!r}; give `--chat-template` as in training"

@@ -57,7 +57,7 @@ class Documents:
 
     def members(self) -> list[Int[ndarray, " member"]]:
         """The indices of the documents of each stratum."""
-        return [np.flatnonzero(self.strata == one) for one in range(len(self.weights))]
+        return [np.flatnonzero(self.strata == index) for index in range(len(self.weights))]
 
     def parts(self) -> Float[ndarray, " document"]:
         """What each document contributes to the measure, as summands."""
@@ -95,10 +95,10 @@ def difference_interval(documents: Documents, seed: int = 0) -> Interval | None:
 
 def _bootstrap(documents: Documents, seed: int) -> Interval | None:
     members = documents.members()
-    if min(len(one) for one in members) < 2:
+    if min(len(own) for own in members) < 2:
         return None
     mean = documents.mean()
-    if all(np.ptp(documents.values[one]) == 0 == np.ptp(documents.sizes[one]) for one in members):
+    if all(np.ptp(documents.values[own]) == 0 == np.ptp(documents.sizes[own]) for own in members):
         return Interval(mean, mean, "bootstrap")  # every draw of the documents gives the same
     found = stats.bootstrap(
         members,

@@ -96,7 +96,7 @@ def subjects_of(model: ModelOptions, compared: ComparedOptions) -> list[Subject]
     kinds += ["checkpoint"] * len(compared.checkpoint)
     found = [Subject(BASE, "base", model.model)]
     for name, kind, source in zip(_names(sources), kinds, sources, strict=True):
-        if name in [one.name for one in found]:
+        if name in [other.name for other in found]:
             raise ConfigError(
                 f"every model must have a name of its own in the table, but {source!r} has that of "
                 f"another, {name!r}; rename its folder"
@@ -108,10 +108,11 @@ def subjects_of(model: ModelOptions, compared: ComparedOptions) -> list[Subject]
 def _names(sources: Sequence[str]) -> list[str]:
     """The shortest ends of the paths that differ from each other and from the base model's name."""
     parts = [
-        [part for part in Path(one).parts if part not in ("/", ".")] or [one] for one in sources
+        [part for part in Path(source).parts if part not in ("/", ".")] or [source]
+        for source in sources
     ]
     for length in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(one[-length:]) for one in parts]
+        names = ["/".join(own[-length:]) for own in parts]
         if len({*names, BASE}) == len(names) + 1:
             return names
     return list(sources)
@@ -131,7 +132,7 @@ def each_model(
         KeylayersError: a model, adapter or tokenizer is missing or does not fit.
     """
     yield from _base_and_adapters(
-        [one for one in subjects if one.kind != "checkpoint"], source, template
+        [subject for subject in subjects if subject.kind != "checkpoint"], source, template
     )
     for subject in subjects:
         if subject.kind == "checkpoint":  # the revision is that of the base model

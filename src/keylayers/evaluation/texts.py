@@ -93,7 +93,7 @@ class Examples:
                 "task": self.name,
                 "metric": METRIC,
                 "document": range(len(found)),
-                "document_sha256": [json_sha256(one)[:16] for one in self.tokens],
+                "document_sha256": [json_sha256(example)[:16] for example in self.tokens],
                 "value": [nats for nats, _ in found],
                 "size": [float(num) for _, num in found],
                 "chance": float("nan"),
@@ -120,7 +120,7 @@ def examples_of(options: LossOptions, loaded: Loaded, batch_size: int) -> list[E
 def _held_out(options: LossOptions, loaded: Loaded, batch_size: int) -> Examples:
     data = options.data_options(options.data or "")
     prepared = prepare(data, loaded.tokenizer, loaded.max_positions)
-    tokens = tuple((one["input_ids"], one["labels"]) for one in prepared.held_out)
+    tokens = tuple((example["input_ids"], example["labels"]) for example in prepared.held_out)
     return Examples(GAIN, tokens, _probes(loaded, tokens), prepared.record(), batch_size)
 
 
@@ -132,14 +132,16 @@ def _forgetting(options: LossOptions, loaded: Loaded, batch_size: int) -> Exampl
     else:
         # `format` describes the fine-tune's data, not this text.
         format, found, _ = read_conversations(replace(options.data_options(source), format=None))
-        chosen = list({one.digest(): one for one in found}.values())
+        chosen = list({example.digest(): example for example in found}.values())
         template = None
         if format != "text":
             template = resolve_template(loaded.tokenizer, options.chat_template)
         encoded = encode_all(
             chosen[: options.forgetting_examples], loaded.tokenizer, template, length
         )
-        tokens = tuple((one.input_ids, one.labels) for one in encoded if one.num_label_tokens)
+        tokens = tuple(
+            (example.input_ids, example.labels) for example in encoded if example.num_label_tokens
+        )
     if len(tokens) < 2:
         raise DataError(
             f"`forgetting_data` must hold at least two examples with something to predict, got "
@@ -162,11 +164,11 @@ def _pieces(
         ) from error
     ids = loaded.tokenizer(text, verbose=False)["input_ids"]
     pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
-    usable = [one for one in pieces if len(one) >= MIN_TOKENS][:at_most]
-    return tuple((one, list(one)) for one in usable)
+    usable = [piece for piece in pieces if len(piece) >= MIN_TOKENS][:at_most]
+    return tuple((piece, list(piece)) for piece in usable)
 
 
 def _probes(loaded: Loaded, tokens: Sequence[tuple[list[int], list[int]]]) -> dict[str, list[int]]:
     """Some examples as text, with the tokens that the base model's tokenizer gives."""
     texts = [loaded.tokenizer.decode(ids) for ids, _ in tokens[:20]]
-    return {one: loaded.tokenizer.encode(one, add_special_tokens=False) for one in texts}
+    return {text: loaded.tokenizer.encode(text, add_special_tokens=False) for text in texts}

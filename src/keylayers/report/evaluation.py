@@ -54,13 +54,13 @@ def evaluation_table(found: Evaluation, between: str = " ") -> Table:
     others += [found.reference] if found.reference is not None else []
     for name in others:
         table.add_column(Text(f"against {name}"))  # a plain string would be read as markup
-    for measure in (one for one in found.measures if one.is_in_table):
+    for measure in (measure for measure in found.measures if measure.is_in_table):
         indent = "  " * measure.depth
         table.add_row(
             Text(f"{indent}{_title(measure)}", style="bold"), Text(_about(measure), "dim")
         )
         for result in measure.results:
-            by_name = {one.against: one for one in result.differences}
+            by_name = {own.against: own for own in result.differences}
             cells = [_value(result, measure, between)]
             cells += [_difference(by_name.get(name), measure, between) for name in others]
             table.add_row(Text(f"{indent}  {result.model}"), *cells)
@@ -90,17 +90,17 @@ def chance_words(measure: Measure, result: Result) -> str:
     return "below chance" if result.value < measure.chance else ""
 
 
-def difference_words(measure: Measure, one: Difference) -> str:
+def difference_words(measure: Measure, found: Difference) -> str:
     """What a difference shows."""
-    if one.interval is None:
+    if found.interval is None:
         return "no interval"
-    if one.interval.low == one.interval.high == 0:
+    if found.interval.low == found.interval.high == 0:
         return SAME
-    if not one.is_shown:
+    if not found.is_shown:
         return NO_DIFFERENCE
     if measure.higher_is_better is None:
         return "different"
-    return "better" if (one.value > 0) == measure.higher_is_better else "worse"
+    return "better" if (found.value > 0) == measure.higher_is_better else "worse"
 
 
 def _value(result: Result, measure: Measure, between: str) -> Text:
@@ -108,19 +108,19 @@ def _value(result: Result, measure: Measure, between: str) -> Text:
     return Text("\n".join(filter(None, (text, chance_words(measure, result)))))
 
 
-def _difference(one: Difference | None, measure: Measure, between: str) -> Text:
-    if one is None:
+def _difference(found: Difference | None, measure: Measure, between: str) -> Text:
+    if found is None:
         return Text()
-    words = difference_words(measure, one)
-    interval = None if words == SAME else one.interval
-    text = _digits(measure, one.value, "+") + _brackets(measure, interval, between, "+")
+    words = difference_words(measure, found)
+    interval = None if words == SAME else found.interval
+    text = _digits(measure, found.value, "+") + _brackets(measure, interval, between, "+")
     return Text(f"{text}\n{words}")
 
 
 def _brackets(measure: Measure, interval: Interval | None, between: str, sign: str = "") -> str:
     if interval is None:
         return ""
-    low, high = (_digits(measure, one, sign) for one in (interval.low, interval.high))
+    low, high = (_digits(measure, end, sign) for end in (interval.low, interval.high))
     return f"{between}[{low}, {high}]"
 
 
@@ -133,9 +133,9 @@ def _digits(measure: Measure, value: float, sign: str = "") -> str:
 
 def reading(found: Evaluation) -> list[str]:
     """What the table shows, in sentences: how it was computed, and how much of it is noise."""
-    shown = [one for one in found.measures if one.is_in_table]
+    shown = [measure for measure in found.measures if measure.is_in_table]
     results = [result for measure in shown for result in measure.results]
-    compared = [one for result in results for one in result.differences if one.p is not None]
+    compared = [own for result in results for own in result.differences if own.p is not None]
     lines = ["[ ] is a 95 % interval: what another draw of the documents would change"]
     if compared:
         lines[0] += "; other seeds of training are not in it"
@@ -145,22 +145,30 @@ def reading(found: Evaluation) -> list[str]:
         )
     lines += _on_chance(shown)
     lines += _on_multiple_comparisons(compared)
-    few = dict.fromkeys(one.task for one in shown if 0 < one.num_documents < FEW_DOCUMENTS)
+    few = dict.fromkeys(
+        measure.task for measure in shown if 0 < measure.num_documents < FEW_DOCUMENTS
+    )
     if few:
         names = ", ".join(few)
         lines.append(f"fewer than {FEW_DOCUMENTS} documents, so rough intervals: {names}")
-    hidden = len({one.task for one in found.measures if not one.is_in_table and one.depth})
+    hidden = len(
+        {measure.task for measure in found.measures if not measure.is_in_table and measure.depth}
+    )
     if hidden:
-        lines.append(f"{hidden} tasks of these groups stand in evaluation.json")
+        lines.append(f"{hidden} tasks of these groups are only in evaluation.json")
     return lines
 
 
 def _on_chance(shown: Sequence[Measure]) -> Iterator[str]:
     """Measures on which no model beats guessing, and how often guessing would seem to win."""
-    guessed = [one for one in shown if one.chance is not None]
-    lost = [one for one in guessed if all(chance_words(one, result) for result in one.results)]
+    guessed = [measure for measure in shown if measure.chance is not None]
+    lost = [
+        measure
+        for measure in guessed
+        if all(chance_words(measure, result) for result in measure.results)
+    ]
     if lost:
-        names = ", ".join(dict.fromkeys(one.task for one in lost))
+        names = ", ".join(dict.fromkeys(measure.task for measure in lost))
         yield f"no model is above chance, so there is nothing to compare: {names}"
     if len(lost) < len(guessed) >= MANY_DIFFERENCES:
         yield (
@@ -173,12 +181,12 @@ def _on_multiple_comparisons(compared: Sequence[Difference]) -> Iterator[str]:
     """How many differences are shown, and how many of them survive Holm's correction."""
     if len(compared) < MANY_DIFFERENCES:
         return
-    num_shown = sum(one.is_shown for one in compared)
+    num_shown = sum(own.is_shown for own in compared)
     text = f"{num_shown} of {len(compared)} differences are shown"
     if not num_shown:
         yield text
         return
-    strict = sum(one.is_shown and (one.p_holm or 0) < ALPHA for one in compared)
+    strict = sum(own.is_shown and (own.p_holm or 0) < ALPHA for own in compared)
     remain = f"; {strict} of them" if strict != num_shown else "; all of them"
     yield (
         f"{text}, where {ALPHA * len(compared):.1f} would be by chance alone if there were "
