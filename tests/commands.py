@@ -83,6 +83,11 @@ def everything_below(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def listing(folder):
+    """Path -> time of its last change."""
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
 def plain_loss(tiny, model, adapter=None, off=()):
     """Held-out loss of a model, or of PEFT's own with LoRA's B set to zero in the modules `off`."""
     import torch

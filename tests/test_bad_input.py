@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import preloaded
-from commands import QUICK, complaint, keylayers
+from commands import QUICK, complaint, complaint_in, keylayers, listing
+from tiny_files import write_partial_adapter
 
 LONG_QUESTION = "Why? " * 60
 DATA_FILES = {
@@ -33,155 +34,240 @@ OTHER_FILES = {
 }
 
 
+def _renamed(content):
+    for module in content["modules"]:
+        module["name"] = module["name"].replace("mlp", "ffn")
+
+
+def _few(content):
+    content["modules"] = [module for module in content["modules"] if module["rank"] <= 12]
+
+
+def _resized(content):
+    content["modules"][0]["num_parameters"] += 1
+
+
+def _no_options(content):
+    content["provenance"] = {}
+
+
+def _no_stage_1(content):
+    del content["provenance"]["stage_1"]
+
+
 @pytest.fixture(scope="module")
-def files(tiny, tmp_path_factory):
-    """Broken files beside the good ones."""
+def here(tiny, ranked, tmp_path_factory):
+    """Broken files next to good ones, and a ranking in `own` next to damaged versions of it."""
     folder = tmp_path_factory.mktemp("files")
     for name, content in (DATA_FILES | OTHER_FILES).items():
         (folder / name).write_text(content)
     (folder / "no_model").mkdir()
-    pickled = folder / "pickled"
-    shutil.copytree(tiny / "adapter", pickled)
-    weights = pickled / "adapter_model.safetensors"
-    torch.save({}, pickled / "adapter_model.bin")
-    weights.unlink()
+    shutil.copytree(tiny / "adapter", folder / "pickled")
+    torch.save({}, folder / "pickled" / "adapter_model.bin")
+    (folder / "pickled" / "adapter_model.safetensors").unlink()
+    write_partial_adapter(tiny, folder / "fewer", ["q_proj", "v_proj"])
+    shutil.copytree(ranked, folder / "own")
+    text = (folder / "own" / "ranking.json").read_text()
+    (folder / "own" / "half.json").write_text(text[: len(text) // 2])
+    for change in (_renamed, _few, _resized, _no_options, _no_stage_1):
+        content = json.loads(text)
+        change(content)
+        (folder / "own" / f"{change.__name__[1:]}.json").write_text(json.dumps(content))
+    (folder / "alone.json").write_text(text)
     return folder
 
 
-# what is wrong, arguments instead of the good ones, what the line says
-RANK = [
-    ("a missing model", {"model": "{files}/nowhere"}, "there is no such folder"),
-    ("no model", {"model": "{files}/no_model"}, "the folder holds no config.json"),
-    ("a name that no system takes", {"model": "x" * 300}, "begins with 'xxxxxxxxxx"),
-    ("a file as model", {"model": "{files}/empty.jsonl"}, "but it is a file"),
+# command, what is wrong, options that differ from the good ones, what the line says
+CASES = [
+    ("rank", "a missing model", {"model": "{here}/nowhere"}, "there is no such folder"),
+    ("rank", "no model", {"model": "{here}/no_model"}, "the folder holds no config.json"),
+    ("rank", "a name that no system takes", {"model": "x" * 300}, "begins with 'xxxxxxxxxx"),
+    ("rank", "a file as model", {"model": "{here}/empty.jsonl"}, "but it is a file"),
     (
+        "rank",
         "missing data",
-        {"data": "{files}/nowhere.jsonl"},
+        {"data": "{here}/nowhere.jsonl"},
         "must be a file, a folder or a hub data set",
     ),
-    ("empty data", {"data": "{files}/empty.jsonl"}, "must have rows, got none"),
-    ("broken data", {"data": "{files}/broken.json"}, "must be readable as a table"),
-    ("unknown columns", {"data": "{files}/columns.jsonl"}, "antwort"),
-    ("only long prompts", {"data": "{files}/long.jsonl"}, "leave room for an answer in 64 tokens"),
-    ("an empty template", {"chat-template": "{files}/nothing.jinja"}, "nothing"),
-    ("a template without answers", {"chat-template": "{files}/no_answer.jinja"}, "answer"),
-    ("a broken template", {"chat-template": "{files}/broken.jinja"}, "broken.jinja"),
-    ("an unknown template", {"chat-template": "chatmll"}, "did you mean 'chatml'"),
+    ("rank", "empty data", {"data": "{here}/empty.jsonl"}, "must have rows, got none"),
+    ("rank", "broken data", {"data": "{here}/broken.json"}, "must be readable as a table"),
+    ("rank", "unknown columns", {"data": "{here}/columns.jsonl"}, "antwort"),
     (
+        "rank",
+        "only long prompts",
+        {"data": "{here}/long.jsonl"},
+        "leave room for an answer in 64 tokens",
+    ),
+    ("rank", "an empty template", {"chat-template": "{here}/nothing.jinja"}, "nothing"),
+    ("rank", "a template without answers", {"chat-template": "{here}/no_answer.jinja"}, "answer"),
+    ("rank", "a broken template", {"chat-template": "{here}/broken.jinja"}, "broken.jinja"),
+    ("rank", "an unknown template", {"chat-template": "chatmll"}, "did you mean 'chatml'"),
+    (
+        "rank",
         "a typo in the YAML",
-        {"config": "{files}/typo.yaml"},
+        {"config": "{here}/typo.yaml"},
         "'mask_stps', did you mean 'mask_steps'?",
     ),
-    ("a YAML list", {"config": "{files}/list.yaml"}, "must map options to values, got a list"),
-    ("a bad YAML value", {"config": "{files}/value.yaml"}, "many"),
-    ("an unknown option", {"mask-stps": "3"}, "--mask-steps"),
-    ("a bad choice", {"mask-optimizer": "lion"}, "sgd"),
-    ("a bad number", {"learning-rate": "0"}, "`learning_rate` must be above 0"),
-    ("an infinite number", {"learning-rate": "inf"}, "`learning_rate` must be above 0 and finite"),
-    ("a seed too large", {"mask-seed": "99999999999"}, "`mask_seed` must be from 0 to 4294967295"),
-    ("a seed below 0", {"seed": "-1"}, "`seed` must be from 0 to 4294967295, got -1"),
-    ("adapter and checkpoint", {"adapter": "{tiny}/adapter", "tuned": "{tiny}/tuned"}, "got both"),
-    ("no adapter", {"adapter": "{files}/no_model"}, "holds no adapter_config.json"),
-    ("a pickled adapter", {"adapter": "{files}/pickled"}, "must hold adapter_model.safetensors"),
-    ("another base", {"model": "{tiny}/wide", "adapter": "{tiny}/adapter"}, "for this base model"),
     (
+        "rank",
+        "a YAML list",
+        {"config": "{here}/list.yaml"},
+        "must map options to values, got a list",
+    ),
+    ("rank", "a bad YAML value", {"config": "{here}/value.yaml"}, "many"),
+    ("rank", "an unknown option", {"mask-stps": "3"}, "--mask-steps"),
+    ("rank", "a bad choice", {"mask-optimizer": "lion"}, "sgd"),
+    ("rank", "a bad number", {"learning-rate": "0"}, "`learning_rate` must be above 0"),
+    (
+        "rank",
+        "an infinite number",
+        {"learning-rate": "inf"},
+        "`learning_rate` must be above 0 and finite",
+    ),
+    (
+        "rank",
+        "a seed too large",
+        {"mask-seed": "99999999999"},
+        "`mask_seed` must be from 0 to 4294967295",
+    ),
+    ("rank", "a seed below 0", {"seed": "-1"}, "`seed` must be from 0 to 4294967295, got -1"),
+    (
+        "rank",
+        "adapter and checkpoint",
+        {"adapter": "{tiny}/adapter", "tuned": "{tiny}/tuned"},
+        "got both",
+    ),
+    ("rank", "no adapter", {"adapter": "{here}/no_model"}, "holds no adapter_config.json"),
+    (
+        "rank",
+        "a pickled adapter",
+        {"adapter": "{here}/pickled"},
+        "must hold adapter_model.safetensors",
+    ),
+    (
+        "rank",
+        "another base",
+        {"model": "{tiny}/wide", "adapter": "{tiny}/adapter"},
+        "for this base model",
+    ),
+    (
+        "rank",
         "other shapes",
         {"model": "{tiny}/wide", "tuned": "{tiny}/tuned"},
         "must have the same shapes",
     ),
-    ("equal checkpoints", {"tuned": "{tiny}/model"}, "must differ from the base"),
-    ("a loss that explodes", {"learning-rate": "1e30"}, "at training step"),
-    ("an output below a file", {"output": "{files}/typo.yaml/out"}, "can be written"),
-]
-
-
-@pytest.mark.parametrize(("changes", "message"), [c[1:] for c in RANK], ids=[c[0] for c in RANK])
-def test_rank_refuses(tiny, files, tmp_path, capsys, changes, message):
-    options = {
-        "model": tiny / "model",
-        "data": tiny / "data.jsonl",
-        "output": tmp_path / "deep" / "out",
-    } | {name: value.format(tiny=tiny, files=files) for name, value in changes.items()}
-    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-    before = sorted(files.rglob("*"))
-    assert keylayers("rank", *arguments, *QUICK) == 2
-    assert message in complaint(capsys)
-    assert list(tmp_path.iterdir()) == []
-    assert sorted(files.rglob("*")) == before
-
-
-@pytest.fixture(scope="module")
-def ranking(ranked, tmp_path_factory):
-    output = tmp_path_factory.mktemp("bad") / "ranked"
-    shutil.copytree(ranked, output)
-    text = (output / "ranking.json").read_text()
-    (output / "half.json").write_text(text[: len(text) // 2])
-    return output
-
-
-TRAIN = [
-    ("a budget of 0", {"budget": "0"}, "must be at least 1, got 0"),
-    ("a budget of 0.0", {"budget": "0.0"}, "above 0 and at most 1, got 0.0"),
-    ("a budget above 1", {"budget": "1.5"}, "above 0 and at most 1, got 1.5"),
-    ("a budget that is no number", {"budget": "abc"}, "got 'abc'"),
-    ("no budget", {"budget": None}, "got neither"),
-    ("budget and freeze", {"freeze": "0.25"}, "got both"),
-    ("half a ranking", {"ranking": "{ranking}/half.json"}, "damaged or cut off"),
-    ("no ranking", {"ranking": "{ranking}/none.json"}, "must exist"),
-    ("auto without verify", {"budget": "auto"}, "make it with `keylayers verify`"),
-    ("another model", {"model": "{tiny}/wide"}, "first model.layers.0.self_attn.q_proj (1,024 par"),
-    ("a dtype with full", {"update": "full", "dtype": "bfloat16"}, "`dtype` must be left out"),
-    ("an unknown control", {"controls": "middle"}, "random"),
-]
-
-
-@pytest.mark.parametrize(("changes", "message"), [c[1:] for c in TRAIN], ids=[c[0] for c in TRAIN])
-def test_train_refuses(tiny, ranking, tmp_path, capsys, changes, message):
-    options = {"ranking": str(ranking), "budget": "0.3", "output": str(tmp_path / "out")} | changes
-    arguments = [
-        part
-        for name, value in options.items()
-        if value is not None
-        for part in (f"--{name}", value.format(tiny=tiny, ranking=ranking))
-    ]
-    capsys.readouterr()
-    assert keylayers("train", *arguments) == 2
-    assert message in complaint(capsys)
-    assert list(tmp_path.iterdir()) == []
-
-
-VERIFY = [
-    ("half a ranking", {"ranking": "{ranking}/half.json"}, "damaged or cut off"),
-    ("no ranking", {"ranking": "{ranking}/none.json"}, "must exist"),
-    ("another model", {"model": "{tiny}/wide"}, "must be of this model, but 21 of 21 modules"),
-    ("the base as checkpoint", {"tuned": "{tiny}/model"}, "must differ"),
-    ("no adapter", {"adapter": "{ranking}/none"}, "none"),
-    ("one point", {"points": "1"}, "`points` must be at least 2, got 1"),
-    ("no random order", {"random-orders": "0"}, "`random_orders` must be at least 1, got 0"),
-    ("a batch of none", {"eval-batch-size": "0"}, "`eval_batch_size` must be at least 1, got 0"),
-    ("a margin of all", {"margin": "1"}, "`margin` must be a share from 0 to below 1, got 1.0"),
-    ("a margin below 0", {"margin": "-0.1"}, "`margin` must be a share from 0 to below 1"),
-    ("a margin that is no number", {"margin": "nan"}, "`margin` must be a share from 0"),
-    ("an unknown option", {"point": "3"}, "--points"),
-    ("an option of train", {"budget": "0.3"}, "--budget"),
+    ("rank", "equal checkpoints", {"tuned": "{tiny}/model"}, "must differ from the base"),
+    ("rank", "a loss that explodes", {"learning-rate": "1e30"}, "at training step"),
+    ("rank", "an output below a file", {"output": "{here}/typo.yaml/out"}, "can be written"),
+    ("train", "a budget of 0", {"budget": "0"}, "must be at least 1, got 0"),
+    ("train", "a budget of 0.0", {"budget": "0.0"}, "above 0 and at most 1, got 0.0"),
+    ("train", "a budget above 1", {"budget": "1.5"}, "above 0 and at most 1, got 1.5"),
+    ("train", "a budget that is no number", {"budget": "abc"}, "got 'abc'"),
+    ("train", "no budget", {"budget": None}, "got neither"),
+    ("train", "budget and freeze", {"freeze": "0.25"}, "got both"),
+    ("train", "half a ranking", {"ranking": "{here}/own/half.json"}, "damaged or cut off"),
+    ("train", "no ranking", {"ranking": "{here}/own/none.json"}, "must exist"),
+    ("train", "auto without verify", {"budget": "auto"}, "make it with `keylayers verify`"),
+    (
+        "train",
+        "another model",
+        {"model": "{tiny}/wide"},
+        "first model.layers.0.self_attn.q_proj (1,024 par",
+    ),
+    (
+        "train",
+        "a dtype with full",
+        {"update": "full", "dtype": "bfloat16"},
+        "`dtype` must be left out",
+    ),
+    ("train", "an unknown control", {"controls": "middle"}, "random"),
+    ("verify", "half a ranking", {"ranking": "{here}/own/half.json"}, "damaged or cut off"),
+    ("verify", "no ranking", {"ranking": "{here}/own/none.json"}, "must exist"),
+    (
+        "verify",
+        "another model",
+        {"model": "{tiny}/wide"},
+        "must be of this model, but 21 of 21 modules",
+    ),
+    ("verify", "the base as checkpoint", {"tuned": "{tiny}/model"}, "must differ"),
+    ("verify", "no adapter", {"adapter": "{here}/own/none"}, "none"),
+    ("verify", "one point", {"points": "1"}, "`points` must be at least 2, got 1"),
+    (
+        "verify",
+        "no random order",
+        {"random-orders": "0"},
+        "`random_orders` must be at least 1, got 0",
+    ),
+    (
+        "verify",
+        "a batch of none",
+        {"eval-batch-size": "0"},
+        "`eval_batch_size` must be at least 1, got 0",
+    ),
+    (
+        "verify",
+        "a margin of all",
+        {"margin": "1"},
+        "`margin` must be a share from 0 to below 1, got 1.0",
+    ),
+    (
+        "verify",
+        "a margin below 0",
+        {"margin": "-0.1"},
+        "`margin` must be a share from 0 to below 1",
+    ),
+    ("verify", "a margin that is no number", {"margin": "nan"}, "`margin` must be a share from 0"),
+    ("verify", "an unknown option", {"point": "3"}, "--points"),
+    ("verify", "an option of train", {"budget": "0.3"}, "--budget"),
+    ("verify", "no adapter of its own", {"ranking": "{here}/alone.json"}, "give `adapter` or"),
+    ("verify", "other sizes", {"ranking": "{here}/own/resized.json"}, "but 1 of 21 modules"),
+    ("verify", "an unranked update", {"ranking": "{here}/own/few.json"}, "must hold every module"),
+    ("verify", "adapter and checkpoint", {"adapter": "a", "tuned": "b"}, "got both"),
+    ("verify", "missing data", {"data": "{here}/gone.jsonl"}, "must be a file, a folder or"),
+    ("prune", "other names", {"ranking": "{here}/own/renamed.json"}, "be of this model, but 9"),
+    ("prune", "an unranked update", {"ranking": "{here}/own/few.json"}, "of the update, but 9"),
+    ("prune", "an adapter on fewer modules", {"adapter": "{here}/fewer"}, "but 15 of 21 are not"),
+    ("prune", "another model", {"model": "{tiny}/wide"}, "the ranking must be of this model"),
+    ("prune", "none kept", {"budget": "0.001x-params"}, "must allow at least the best module"),
+    ("prune", "a budget of 0", {"budget": "0"}, "`budget` as a count must be at least 1"),
+    ("prune", "budget and freeze", {"freeze": "0.5"}, "got both"),
+    ("prune", "adapter and checkpoint", {"adapter": "a", "tuned": "b"}, "got both"),
+    ("prune", "no data", {"ranking": "{here}/own/no_options.json", "model": "m"}, "--data"),
+    ("prune", "no update", {"ranking": "{here}/own/no_stage_1.json"}, "give `adapter` or `tuned`"),
+    ("prune", "data that are gone", {"data": "{here}/gone.jsonl"}, "must be a file, a folder or"),
+    ("prune", "the same checkpoint", {"tuned": "{tiny}/model"}, "must differ from the base"),
+    ("prune", "a file as output", {"output": "{here}/typo.yaml"}, "the output must be a folder"),
+    ("prune", "other files there", {"output": "{tiny}"}, "holds other files"),
+    ("prune", "its source as output", {"output": "{here}/own/adapter"}, "must lie apart from what"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [c[1:] for c in VERIFY], ids=[c[0] for c in VERIFY]
+    ("command", "changes", "message"),
+    [(command, *case) for command, _, *case in CASES],
+    ids=[f"{command}: {what}" for command, what, *_ in CASES],
 )
-def test_verify_refuses(tiny, ranking, capsys, changes, message):
-    options = {"ranking": "{ranking}"} | changes
-    arguments = [
-        part
-        for name, value in options.items()
-        for part in (f"--{name}", value.format(tiny=tiny, ranking=ranking))
-    ]
-    before = sorted(ranking.rglob("*"))
+def test_bad_input_is_one_line_and_writes_nothing(
+    tiny, here, tmp_path, capsys, command, changes, message
+):
+    output = tmp_path / "deep" / "out"
+    options = {"ranking": here / "own", "budget": "0.3", "output": output}
+    if command == "rank":
+        options = {"model": tiny / "model", "data": tiny / "data.jsonl", "output": output}
+    elif command == "verify":
+        options = {"ranking": here / "own"}
+    options |= {
+        name: value and value.format(tiny=tiny, here=here) for name, value in changes.items()
+    }
+    given = [part for name, value in options.items() if value for part in (f"--{name}", value)]
+    before = listing(here)
     capsys.readouterr()
-    assert keylayers("verify", *arguments) == 2
-    assert message in complaint(capsys)
-    assert sorted(ranking.rglob("*")) == before
+    assert keylayers(command, *given, *(QUICK if command == "rank" else ())) == 2
+    said = capsys.readouterr()
+    assert message in complaint_in(said.err)
+    assert said.out == ""
+    assert list(tmp_path.iterdir()) == []
+    assert listing(here) == before
 
 
 def test_code_that_comes_with_a_model_is_not_run(tiny, tmp_path, capsys):

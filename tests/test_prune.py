@@ -14,12 +14,13 @@ from commands import (
     best,
     fresh_process,
     keylayers,
+    listing,
     plain_loss,
     rank,
     read,
 )
-from test_verify import Run, listing
-from tiny_files import NUM_MODULES, tiny_model, tiny_tokenizer
+from test_verify import Run
+from tiny_files import NUM_MODULES, tiny_tokenizer, write_partial_adapter
 
 PREFIX = "base_model.model."
 
@@ -150,7 +151,7 @@ def test_the_update_of_an_embedding_is_a_module_like_others(
 ):
     """PEFT saves the base's embedding too, but not when the target is a full name."""
     names = [f"model.layers.{block}.self_attn.q_proj" for block in range(3)]
-    partial(tiny, tmp_path / "adapter", [*names, embedding])
+    write_partial_adapter(tiny, tmp_path / "adapter", [*names, embedding])
     assert rank(tiny, tmp_path / "out", "--adapter", tmp_path / "adapter") == 0
     run = prune(tmp_path / "out", "--budget", budget)
     assert run.code == 0
@@ -238,83 +239,11 @@ def test_it_says_plainly_what_is_better(losses, kept, said):
     assert all(part in line for part, line in zip(said, lines, strict=True))
 
 
-def partial(tiny, folder, names):
-    """An adapter for the tiny model on other modules than all."""
-    from peft import LoraConfig, get_peft_model
-
-    model = tiny_model(len(tiny_tokenizer()))
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=names))
-    adapted.peft_config["default"].base_model_name_or_path = str(tiny / "model")
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter += 0.02 * torch.randn_like(parameter)
-    adapted.save_pretrained(folder)
-
-
 def edit(folder, change):
     path = folder / "ranking.json"
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
-
-
-def _keep_12(content):
-    content["modules"] = [module for module in content["modules"] if module["rank"] <= 12]
-
-
-def _other_names(content):
-    for module in content["modules"]:
-        module["name"] = module["name"].replace("mlp", "ffn")
-
-
-def _no_options(content):
-    content["provenance"] = {}
-
-
-def _no_stage_1(content):
-    del content["provenance"]["stage_1"]
-
-
-# what is wrong, what is done to the ranking, arguments, what the line says
-REFUSED = [
-    ("a ranking of another model", _other_names, (), "the ranking must be of this model, but 9"),
-    ("modules that were not ranked", _keep_12, (), "must hold every module of the update, but 9"),
-    ("an adapter on fewer modules", None, ("--adapter", "{here}/fewer"), "but 15 of 21 are not"),
-    ("another model", None, ("--model", "{tiny}/wide"), "the ranking must be of this model"),
-    ("none kept", None, ("--budget", "0.001x-params"), "must allow at least the best module"),
-    ("a budget of 0", None, ("--budget", "0"), "`budget` as a count must be at least 1"),
-    ("budget and freeze", None, ("--freeze", "0.5"), "got both"),
-    ("adapter and checkpoint", None, ("--adapter", "a", "--tuned", "b"), "got both"),
-    ("no data in the ranking", _no_options, ("--model", "m"), "--data"),
-    ("no update in the ranking", _no_stage_1, (), "give `adapter` or `tuned`"),
-    ("data that are gone", None, ("--data", "{here}/gone.jsonl"), "must be a file, a folder or"),
-    ("the same checkpoint", None, ("--tuned", "{tiny}/model"), "must differ from the base"),
-    ("a file as output", None, ("--output", "{here}/file"), "the output must be a folder"),
-    ("other files there", None, ("--output", "{here}/mine"), "holds other files"),
-    ("the adapter as output", None, ("--output", "{here}/own/adapter"), "must lie apart from what"),
-]
-
-
-@pytest.mark.parametrize(
-    ("change", "more", "message"), [case[1:] for case in REFUSED], ids=[c[0] for c in REFUSED]
-)
-def test_prune_refuses_and_writes_nothing(tiny, ranked, tmp_path, capsys, change, more, message):
-    shutil.copytree(ranked, tmp_path / "own")
-    partial(tiny, tmp_path / "fewer", ["q_proj", "v_proj"])
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").touch()
-    (tmp_path / "file").touch()
-    if change is not None:
-        edit(tmp_path / "own", change)
-    before = listing(tmp_path)
-    arguments = [part.format(tiny=tiny, here=tmp_path) for part in more]
-    options = {"--ranking": tmp_path / "own", "--budget": "0.3", "--output": tmp_path / "cut"}
-    options |= dict(zip(arguments[::2], arguments[1::2], strict=True))
-    capsys.readouterr()
-    code = keylayers("prune", *(part for option in options.items() for part in option))
-    assert message in complaint(Run(tmp_path, code, *capsys.readouterr()))
-    assert listing(tmp_path) == before
 
 
 def _a_weight_is_lost(folder):

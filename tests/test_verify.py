@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import keylayers, plain_loss, rank
+from commands import keylayers, listing, plain_loss, rank
 from tiny_files import NUM_MODULES
 
 FAST = ("--points", "5", "--random-orders", "2")
@@ -297,53 +297,6 @@ def test_the_automatic_budget_needs_a_fine_tune_that_helps(ranked_full, tmp_path
     assert not (tmp_path / "t").exists()
 
 
-def listing(folder):
-    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
-
-
-def _no_adapter(folder):
-    shutil.rmtree(folder / "adapter")
-
-
-def _other_sizes(folder):
-    path = folder / "ranking.json"
-    content = json.loads(path.read_text())
-    content["modules"][0]["num_parameters"] += 1
-    path.write_text(json.dumps(content))
-
-
-def _fewer_modules(folder):
-    path = folder / "ranking.json"
-    content = json.loads(path.read_text())
-    content["modules"] = [module for module in content["modules"] if module["rank"] <= 12]
-    path.write_text(json.dumps(content))
-
-
-def _nothing(folder):
-    pass
-
-
-# what is done to the ranking's folder first, arguments, what the line says
-REFUSED = [
-    ("no adapter", _no_adapter, (), "give `adapter` or `tuned`"),
-    ("another model", _nothing, ("--model", "{tiny}/wide"), "the ranking must be of this model"),
-    ("other sizes", _other_sizes, (), "the ranking must be of this model, but 1 of 21 modules"),
-    ("an unranked update", _fewer_modules, (), "must hold every module of the update, but 9"),
-    ("adapter and checkpoint", _nothing, ("--adapter", "a", "--tuned", "b"), "got both"),
-    ("missing data", _nothing, ("--data", "{tiny}/nowhere.jsonl"), "must be a file, a folder or"),
-]
-
-
-@pytest.mark.parametrize(
-    ("damage", "more", "message"), [case[1:] for case in REFUSED], ids=[c[0] for c in REFUSED]
-)
-def test_verify_refuses_and_writes_nothing(tiny, ranking_copy, damage, more, message):
-    damage(ranking_copy)
-    before = listing(ranking_copy)
-    assert message in complaint(verify(ranking_copy, *(part.format(tiny=tiny) for part in more)))
-    assert listing(ranking_copy) == before
-
-
 def test_an_update_that_holds_no_numbers_is_one_line(tiny, ranking_copy):
     from safetensors.torch import load_file, save_file
 
@@ -355,7 +308,7 @@ def test_an_update_that_holds_no_numbers_is_one_line(tiny, ranking_copy):
 
 def test_a_failed_verify_leaves_an_earlier_file_as_it_was(verified, tmp_path):
     shutil.copytree(verified.folder, tmp_path / "own")
-    _no_adapter(tmp_path / "own")
+    shutil.rmtree(tmp_path / "own" / "adapter")
     before = listing(tmp_path / "own")
     complaint(verify(tmp_path / "own"))
     assert listing(tmp_path / "own") == before

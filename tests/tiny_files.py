@@ -103,3 +103,18 @@ def write_preferences(folder):
             rated.append({"prompt": prompt, "completion": bad, "label": False})
     for name, rows in (("pairs", pairs), ("rated", rated)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_partial_adapter(tiny, folder, names):
+    """An adapter for the tiny model on some of its modules."""
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(
+        tiny_model(len(tiny_tokenizer())), LoraConfig(r=2, target_modules=names)
+    )
+    adapted.peft_config["default"].base_model_name_or_path = str(tiny / "model")
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter += 0.02 * torch.randn_like(parameter)
+    adapted.save_pretrained(folder)

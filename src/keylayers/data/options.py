@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of the data: where they are, how they are read and split. Needs no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from keylayers.errors import ConfigError
@@ -59,5 +59,5 @@ class DataOptions(ReadingOptions):
             for this alone, as many as are held out. train: the training examples.
     """
 
-    data: str
+    data: str = field()  # required; without `field()` it would inherit the default
     mask_data: MaskData = "held-out"  # ranks better: experiments/LOG.md
