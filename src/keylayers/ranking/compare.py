@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Agreement of rankings, beside chance and noise. Needs no torch.
+"""Agreement of rankings, compared with chance and noise. Needs no torch.
 
 For every pair: Jaccard of the selections at a budget, Kendall's tau-b of all modules that both
 rankings score, and the top-weighted tau of the same modules. Tau is 1 for the same order, 0 for
@@ -29,41 +29,41 @@ COVERED_FRACTION = 0.95
 
 Interval = tuple[float, float]
 Scored = Float[np.ndarray, " scored"]
+Draws = Float[np.ndarray, "draw _"]
 
 
 @dataclass(frozen=True)
 class Agreement:
     """How far two rankings agree.
 
-    The intervals cover 95 % of what the noise of the batches within each run leaves open: every
-    score is drawn again from a normal distribution with its standard error, independently, save
-    that modules which share a gate share the noise. They do not cover other seeds, other data or
-    other fine-tunes. The drawn scores hold the noise of the run twice, so that an interval lies
-    lower than its value where the noise is large, and may even end below it.
+    The 95 % intervals show the noise of the batches within each run: every score is drawn again
+    from a normal distribution with its standard error, independently, except that modules which
+    share a gate share the noise. Other seeds, other data and other fine-tunes are not covered. A
+    drawn score holds the noise of the run twice, so an interval lies lower than its value where the
+    noise is large, and may even end below it.
 
     Attributes:
         first: Index of one ranking.
         second: Index of the other.
-        kind: What sets the two runs apart, as `difference` tells.
-        num_modules: On how many modules they are compared.
+        kind: What sets the two runs apart.
+        num_modules: How many modules are compared.
         num_scored: How many of them both rankings score.
         jaccard: Modules in both selections, divided by modules in either.
-        jaccard_interval: Its 95 % interval, the selections keeping their sizes; None unless both
-            rankings carry a standard error for every score.
+        jaccard_interval: Its interval at fixed sizes of the selections; None unless both rankings
+            have a standard error for every score.
         chance_jaccard: The expected Jaccard of two random selections of the same sizes; of two
-            random orders of whole blocks, or of whole projections, where both rankings are such.
-        is_chance_of_groups: Whether it is of whole blocks or projections: a mean over draws then.
+            random orders of whole blocks or projections, where both rankings order only these.
+        is_chance_of_groups: Whether chance is that of whole blocks or projections, a mean of draws.
         corrected: (jaccard - chance) / (1 - chance): 0 is chance, 1 the same set; None where
             chance is 1.
-        tau: Kendall's tau-b of the modules that both score; ties are corrected for. None where
-            there are fewer than two, or all are tied in one ranking.
-        tau_interval: Its 95 % interval; None as for Jaccard, or where tau is None.
+        tau: Kendall's tau-b of the modules that both score; None for fewer than two modules, or
+            if all are tied in one ranking.
+        tau_interval: Its interval; None as for Jaccard, or where tau is None.
         top_weighted_tau: Tau with additive hyperbolic weights, 1 / rank of one module plus 1 / rank
-            of the other: disorder at the top counts most. The mean of ranking by the first and by
-            the second, hence symmetric. None where tau is None.
-        is_by_depth: Whether the rankings are of different modules, matched by projection and
-            relative depth (`keylayers.ranking.matching`).
-        left_out: Projections that only one of them has, which the comparison leaves out.
+            of the other, so that disorder at the top counts most; the mean of weighing by either
+            ranking. None where tau is None.
+        is_by_depth: Whether the models differ and were matched by projection and relative depth.
+        left_out: Projections that only one of the rankings has; they are not compared.
     """
 
     first: int
@@ -89,8 +89,8 @@ class KindMean:
 
     kind: Difference
     num_pairs: int
-    jaccard: float
-    chance_jaccard: float
+    jaccard: float | None
+    chance_jaccard: float | None
     corrected: float | None
     tau: float | None
     top_weighted_tau: float | None
@@ -101,13 +101,13 @@ def agreement(
 ) -> list[Agreement]:
     """The agreement of every pair of rankings at one budget, in order of their indices.
 
-    Rankings of different modules are matched by relative depth and projection. The draws behind
-    the intervals depend on the index of a ranking and on nothing else that is random.
+    Rankings of different modules are matched by projection and relative depth. The random draws
+    of a ranking depend on nothing but its index.
 
     Args:
         rankings: Two or more.
-        budget: What the selections that are compared may take.
-        has_intervals: Draw the scores anew for the intervals, which takes most of the time.
+        budget: The budget of the selections that are compared.
+        has_intervals: Whether to compute the intervals, which takes most of the time.
 
     Raises:
         RankingError: two rankings share no projection, or the budget reaches modules without a
@@ -124,22 +124,14 @@ def agreement(
 
 def mean_by_kind(pairs: Sequence[Agreement]) -> list[KindMean]:
     """Means over the pairs of each kind that occurs, in the order of `DIFFERENCES`."""
-    means = []
-    for kind in DIFFERENCES:
-        own = [pair for pair in pairs if pair.kind == kind]
-        if own:
-            means.append(
-                KindMean(
-                    kind=kind,
-                    num_pairs=len(own),
-                    jaccard=fmean(pair.jaccard for pair in own),
-                    chance_jaccard=fmean(pair.chance_jaccard for pair in own),
-                    corrected=_mean([pair.corrected for pair in own]),
-                    tau=_mean([pair.tau for pair in own]),
-                    top_weighted_tau=_mean([pair.top_weighted_tau for pair in own]),
-                )
-            )
-    return means
+
+    def means(own: Sequence[Agreement]) -> list[float | None]:
+        names = ("jaccard", "chance_jaccard", "corrected", "tau", "top_weighted_tau")
+        known = [[v for pair in own if (v := getattr(pair, name)) is not None] for name in names]
+        return [fmean(values) if values else None for values in known]
+
+    by_kind = {kind: [pair for pair in pairs if pair.kind == kind] for kind in DIFFERENCES}
+    return [KindMean(kind, len(own), *means(own)) for kind, own in by_kind.items() if own]
 
 
 def chance_jaccard(num_modules: int, size: int, other_size: int) -> float:
@@ -159,8 +151,53 @@ def chance_jaccard(num_modules: int, size: int, other_size: int) -> float:
     )
 
 
+@dataclass(frozen=True)
+class _Side:
+    """One ranking of a pair; draws is None where a score lacks its standard error."""
+
+    index: int
+    ranking: Ranking
+    draws: Draws | None
+
+
+def _agreement_of(first: _Side, second: _Side, budget: Budget) -> Agreement:
+    matched = match(first.ranking, second.ranking)
+    own = matched.standings_of_first(scores_of(first.ranking))
+    other = matched.standings_of_second(scores_of(second.ranking))
+    chosen = _names(first.ranking, own, matched, budget)
+    others = _names(second.ranking, other, matched, budget)
+    sizes = len(chosen), len(others)
+    jaccard = len(chosen & others) / len(chosen | others)
+    groups, other_groups = _groups(matched.modules, own), _groups(matched.modules, other)
+    is_chance_of_groups = groups is not None and other_groups is not None
+    chance = (
+        chance_jaccard(len(matched.modules), *sizes)
+        if groups is None or other_groups is None
+        else _chance_of_groups(groups, other_groups, *sizes)
+    )
+    jaccard_interval, tau_interval = _intervals(first.draws, second.draws, matched, sizes)
+    both = _scored_by_both(own, other)
+    return Agreement(
+        first=first.index,
+        second=second.index,
+        kind=difference(first.ranking, second.ranking),
+        num_modules=len(matched.modules),
+        num_scored=len(both[0]),
+        jaccard=jaccard,
+        jaccard_interval=jaccard_interval,
+        chance_jaccard=chance,
+        is_chance_of_groups=is_chance_of_groups,
+        corrected=None if chance == 1 else (jaccard - chance) / (1 - chance),
+        tau=_tau(*both),
+        tau_interval=tau_interval,
+        top_weighted_tau=_top_weighted_tau(*both),
+        is_by_depth=matched.is_by_depth,
+        left_out=matched.left_out,
+    )
+
+
 def _groups(modules: Sequence[RankedModule], standings: Standings) -> Places | None:
-    """The block or the projection of each module, as a number, if one standing is all that it has.
+    """The number of each module's block or projection, if only whole ones are ordered.
 
     None where single modules have standings of their own, or all have the same.
     """
@@ -172,72 +209,19 @@ def _groups(modules: Sequence[RankedModule], standings: Standings) -> Places | N
     ):
         _, groups = np.unique(labels, return_inverse=True)
         values = [np.unique(standings[groups == group]) for group in range(groups.max() + 1)]
-        if all(len(one) == 1 for one in values) and len(values) < len(modules):
+        if all(len(own) == 1 for own in values) and len(values) < len(modules):
             return groups
     return None
 
 
 def _chance_of_groups(first: Places, second: Places, size: int, other_size: int) -> float:
-    """Mean Jaccard of the best so many under random orders of the groups, over draws."""
+    """Mean Jaccard of selections of these sizes under random orders of the groups."""
     generator = np.random.default_rng(DRAW_SEED)
 
     def best(groups: Places, count: int) -> Bool[np.ndarray, " common"]:
         return _is_best(generator.permutation(groups.max() + 1)[groups].astype(float), count)
 
-    found = []
-    for _ in range(NUM_ORDERS):
-        taken, others = best(first, size), best(second, other_size)
-        found.append(np.count_nonzero(taken & others) / np.count_nonzero(taken | others))
-    return fmean(found)
-
-
-@dataclass(frozen=True)
-class _Side:
-    """One ranking of a pair; draws is None where a score lacks its standard error."""
-
-    index: int
-    ranking: Ranking
-    draws: Float[np.ndarray, "draw module"] | None
-
-
-def _agreement_of(first: _Side, second: _Side, budget: Budget) -> Agreement:
-    matched = match(first.ranking, second.ranking)
-    standings = (
-        matched.standings_of_first(scores_of(first.ranking)),
-        matched.standings_of_second(scores_of(second.ranking)),
-    )
-    chosen = (
-        _names(first.ranking, standings[0], matched, budget),
-        _names(second.ranking, standings[1], matched, budget),
-    )
-    sizes = len(chosen[0]), len(chosen[1])
-    jaccard = len(chosen[0] & chosen[1]) / len(chosen[0] | chosen[1])
-    groups = tuple(_groups(matched.modules, one) for one in standings)
-    is_grouped = groups[0] is not None and groups[1] is not None
-    chance = (
-        _chance_of_groups(groups[0], groups[1], *sizes)
-        if groups[0] is not None and groups[1] is not None
-        else chance_jaccard(len(matched.modules), *sizes)
-    )
-    jaccard_interval, tau_interval = _intervals(first, second, matched, sizes)
-    both = _scored_by_both(*standings)
-    return Agreement(
-        first=first.index,
-        second=second.index,
-        kind=difference(first.ranking, second.ranking),
-        num_modules=len(matched.modules),
-        num_scored=len(both[0]),
-        jaccard=jaccard,
-        jaccard_interval=jaccard_interval,
-        chance_jaccard=chance,
-        is_chance_of_groups=is_grouped,
-        corrected=None if chance == 1 else (jaccard - chance) / (1 - chance),
-        tau=_tau(*both),
-        tau_interval=tau_interval,
-        top_weighted_tau=_top_weighted_tau(*both),
-        is_by_depth=matched.is_by_depth,
-        left_out=matched.left_out,
-    )
+    return fmean(_jaccard(best(first, size), best(second, other_size)) for _ in range(NUM_ORDERS))
 
 
 def _names(ranking: Ranking, standings: Standings, matched: Matched, budget: Budget) -> set[str]:
@@ -262,14 +246,14 @@ def _tau(first: Scored, second: Scored) -> float | None:
 
     if len(first) < 2:
         return None
-    # The p-value is not used: its exact form is slow, its asymptotic one fails for two values.
+    # We do not use the p-value: its exact form is slow, its asymptotic form fails for two values.
     method = "asymptotic" if len(first) > 2 else "auto"
     tau = float(kendalltau(first, second, variant="b", method=method).statistic)
     return None if math.isnan(tau) else tau
 
 
 def _top_weighted_tau(first: Scored, second: Scored) -> float | None:
-    """Top-weighted tau; scipy weighs the highest values most, and these are the best modules."""
+    """Top-weighted tau; scipy gives the highest values most weight, and these are the best."""
     from scipy.stats import weightedtau
 
     if len(first) < 2:
@@ -278,8 +262,8 @@ def _top_weighted_tau(first: Scored, second: Scored) -> float | None:
     return None if math.isnan(tau) else tau
 
 
-def _drawn_scores(ranking: Ranking, index: int) -> Float[np.ndarray, "draw module"] | None:
-    """Scores plus normal noise of their standard errors; the noise is one for each gate."""
+def _drawn_scores(ranking: Ranking, index: int) -> Draws | None:
+    """Scores plus normal noise of their standard errors; None where a score has no error."""
     scored = [module for module in ranking.modules if module.score is not None]
     if not scored or any(module.standard_error is None for module in scored):
         return None
@@ -299,19 +283,18 @@ def _gate(module: RankedModule, granularity: str) -> int | str:
 
 
 def _intervals(
-    first: _Side, second: _Side, matched: Matched, sizes: tuple[int, int]
+    first: Draws | None, second: Draws | None, matched: Matched, sizes: tuple[int, int]
 ) -> tuple[Interval | None, Interval | None]:
     """The intervals of Jaccard and tau-b over the draws; both None where a side has no draws."""
-    if first.draws is None or second.draws is None:
+    if first is None or second is None:
         return None, None
     jaccards, taus = [], []
-    for scores, other_scores in zip(first.draws, second.draws, strict=True):
-        standings = matched.standings_of_first(scores)
-        others = matched.standings_of_second(other_scores)
-        is_taken = _is_best(standings, sizes[0]), _is_best(others, sizes[1])
-        union = np.count_nonzero(is_taken[0] | is_taken[1])
-        jaccards.append(np.count_nonzero(is_taken[0] & is_taken[1]) / union)
-        tau = _tau(*_scored_by_both(standings, others))
+    for scores, other_scores in zip(first, second, strict=True):
+        standings = matched.standings_of_first(scores), matched.standings_of_second(other_scores)
+        jaccards.append(
+            _jaccard(_is_best(standings[0], sizes[0]), _is_best(standings[1], sizes[1]))
+        )
+        tau = _tau(*_scored_by_both(*standings))
         if tau is not None:
             taus.append(tau)
     return _interval(jaccards), _interval(taus)
@@ -324,6 +307,10 @@ def _is_best(standings: Standings, count: int) -> Bool[np.ndarray, " common"]:
     return is_best
 
 
+def _jaccard(first: Bool[np.ndarray, " common"], second: Bool[np.ndarray, " common"]) -> float:
+    return float(np.count_nonzero(first & second) / np.count_nonzero(first | second))
+
+
 def _interval(values: Sequence[float]) -> Interval | None:
     """The central 95 % of the values."""
     if not values:
@@ -331,8 +318,3 @@ def _interval(values: Sequence[float]) -> Interval | None:
     tail = (1 - COVERED_FRACTION) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None

@@ -2,19 +2,18 @@
 """Bring two rankings onto the same modules: by name, or by relative depth. Needs no torch.
 
 Rankings of the same modules are matched by name. Rankings of models of different shape are matched
-by projection and relative depth, block_index / (num_blocks - 1), where the model's last ranked
-block counts as its last block. The shallower model's modules are the common ones; the deeper
-model's relative ranks are interpolated linearly between its blocks of the same projection, and
-held constant before the first and after the last of them. Ranks and not scores are interpolated,
-for scores of two models share no unit.
+by projection and relative depth, block_index / (num_blocks - 1), where the last ranked block counts
+as the model's last block. The modules of the shallower model are the common ones. The deeper
+model's relative ranks are interpolated linearly between its blocks of the same projection, and are
+constant before the first and after the last of them. We interpolate ranks and not scores, because
+scores of two models have no common unit.
 
-The values that come out are standings: higher is better, NaN is not scored. By name they are the
-scores themselves, by depth the negative relative ranks.
+The result is a standing for each common module: higher is better, NaN is not scored. By name the
+standings are the scores, by depth the negative relative ranks.
 """
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -27,7 +26,7 @@ Scores = Float[np.ndarray, " module"]
 Standings = Float[np.ndarray, " common"]
 Places = Int[np.ndarray, " place"]
 
-# Interpolated ranks that are equal by hand differ by about 1e-16; they must stay ties.
+# Interpolated ranks that should be equal differ by about 1e-16; rounding keeps them tied.
 DECIMALS = 12
 
 
@@ -36,10 +35,9 @@ class Matched:
     """What two rankings have in common.
 
     Attributes:
-        modules: On which they are compared; by depth, those of the shallower model.
-        standings_of_first: Scores of the first ranking's modules, in its order -> standings of
-            the common modules.
-        standings_of_second: The same for the second ranking.
+        modules: The common modules; by depth, those of the shallower model.
+        standings_of_first: Turns scores in the first ranking's order into standings.
+        standings_of_second: Turns scores in the second ranking's order into standings.
         is_by_depth: Whether they were matched by relative depth instead of by name.
         left_out: Projections that only one of the models has, in model order.
     """
@@ -47,18 +45,8 @@ class Matched:
     modules: tuple[RankedModule, ...]
     standings_of_first: Callable[[Scores], Standings]
     standings_of_second: Callable[[Scores], Standings]
-    is_by_depth: bool
-    left_out: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Column:
-    """One projection: places and depths of its modules in the grid and in the deeper model."""
-
-    targets: Places
-    target_depths: Float[np.ndarray, " place"]
-    sources: Int[np.ndarray, " source"]
-    source_depths: Float[np.ndarray, " source"]
+    is_by_depth: bool = False
+    left_out: tuple[str, ...] = ()
 
 
 def match(first: Ranking, second: Ranking) -> Matched:
@@ -68,11 +56,10 @@ def match(first: Ranking, second: Ranking) -> Matched:
         RankingError: the rankings are of different modules and share no projection.
     """
     places = {module.name: place for place, module in enumerate(second.modules)}
-    if places.keys() == {module.name for module in first.modules}:
-        own = np.arange(len(first.modules))
-        other = np.array([places[module.name] for module in first.modules])
-        return Matched(first.modules, partial(_take, own), partial(_take, other), False, ())
-    return _match_by_depth(first, second)
+    if places.keys() != {module.name for module in first.modules}:
+        return _match_by_depth(first, second)
+    order = np.array([places[module.name] for module in first.modules])
+    return Matched(first.modules, lambda scores: scores, lambda scores: scores[order])
 
 
 def scores_of(ranking: Ranking) -> Scores:
@@ -88,11 +75,7 @@ def relative_ranks(scores: Scores) -> Scores:
     """
     from scipy.stats import rankdata
 
-    ranks = np.full(len(scores), np.nan)
-    is_scored = ~np.isnan(scores)
-    if is_scored.any():
-        ranks[is_scored] = rankdata(-scores[is_scored]) / is_scored.sum()
-    return ranks
+    return rankdata(-scores, nan_policy="omit") / max(1, np.count_nonzero(~np.isnan(scores)))
 
 
 def _match_by_depth(first: Ranking, second: Ranking) -> Matched:
@@ -104,53 +87,35 @@ def _match_by_depth(first: Ranking, second: Ranking) -> Matched:
             "rankings of different modules must share a projection to be compared by depth, but "
             f"one has {', '.join(projections)} and the other {', '.join(others)}"
         )
-    every = dict.fromkeys((*projections, *others))
     is_first_shallower = _size(first) <= _size(second)
     shallow, deep = (first, second) if is_first_shallower else (second, first)
-    kept = np.sort(_places(shallow.modules, shared))
+    kept, common = np.sort(_places(shallow.modules, shared)), _places(deep.modules, shared)
     grid = tuple(shallow.modules[place] for place in kept)
-    columns = tuple(_column(name, grid, _depths(shallow)[kept], deep) for name in shared)
-    own = partial(_own_standings, kept)
-    other = partial(_interpolated, columns, _places(deep.modules, shared), len(grid))
+    depths, deep_depths = _depths(shallow)[kept], _depths(deep)
+    columns = [(_places(grid, (name,)), _places(deep.modules, (name,))) for name in shared]
+
+    def own(scores: Scores) -> Standings:
+        return -relative_ranks(scores[kept]).round(DECIMALS)
+
+    def interpolated(scores: Scores) -> Standings:
+        ranks = np.full(len(scores), np.nan)
+        ranks[common] = relative_ranks(scores[common])
+        standings = np.full(len(grid), np.nan)
+        for targets, sources in columns:
+            known = sources[~np.isnan(ranks[sources])]
+            if len(known):
+                standings[targets] = np.interp(depths[targets], deep_depths[known], ranks[known])
+        return -standings.round(DECIMALS)
+
     return Matched(
         modules=grid,
-        standings_of_first=own if is_first_shallower else other,
-        standings_of_second=other if is_first_shallower else own,
+        standings_of_first=own if is_first_shallower else interpolated,
+        standings_of_second=interpolated if is_first_shallower else own,
         is_by_depth=True,
-        left_out=tuple(name for name in every if name not in shared),
+        left_out=tuple(
+            name for name in dict.fromkeys((*projections, *others)) if name not in shared
+        ),
     )
-
-
-def _column(
-    projection: str, grid: Sequence[RankedModule], depths: Standings, deep: Ranking
-) -> _Column:
-    """Where the modules of one projection are in the grid and in the deeper model."""
-    targets = _places(grid, (projection,))
-    sources = _places(deep.modules, (projection,))
-    return _Column(targets, depths[targets], sources, _depths(deep)[sources])
-
-
-def _take(places: Places, scores: Scores) -> Standings:
-    return scores[places]
-
-
-def _own_standings(kept: Places, scores: Scores) -> Standings:
-    return -relative_ranks(scores[kept]).round(DECIMALS)
-
-
-def _interpolated(
-    columns: tuple[_Column, ...], kept: Places, num_common: int, scores: Scores
-) -> Standings:
-    """Standings of the deeper model at the depths of the common modules."""
-    ranks = np.full(len(scores), np.nan)
-    ranks[kept] = relative_ranks(scores[kept])
-    standings = np.full(num_common, np.nan)
-    for column in columns:
-        is_scored = ~np.isnan(ranks[column.sources])
-        if is_scored.any():
-            known, values = column.source_depths[is_scored], ranks[column.sources][is_scored]
-            standings[column.targets] = np.interp(column.target_depths, known, values)
-    return -standings.round(DECIMALS)
 
 
 def _size(ranking: Ranking) -> tuple[int, int]:
@@ -171,5 +136,5 @@ def _depths(ranking: Ranking) -> Scores:
 
 
 def _block(module: RankedModule) -> int:
-    """The block that a module is in; the first for one outside, of which there is one a kind."""
+    """The module's block; the first one for modules outside, of which a projection has one."""
     return module.block_index or 0
