@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files of one training run: record and card, whether it is finished, rows of its controls."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,10 +13,12 @@ from keylayers.apply.freeze import prove_unchanged_elsewhere
 from keylayers.apply.saving import save_tuned
 from keylayers.commands.repeat import how_it_was_made
 from keylayers.commands.session import Session
+from keylayers.errors import RankingError
 from keylayers.files import CARD, RECORD, json_sha256, write_json, write_text
 from keylayers.model.loading import Checkpoint
 from keylayers.progress import Progress
 from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.record import read_run
 from keylayers.report.model_card import model_card
 from keylayers.training.fine_tuning import FineTuning, SetTrainer, Trained, TrainedSet
 from keylayers.training.options import LOSS_UNITS, TrainingOptions
@@ -84,16 +85,14 @@ def open_job(
 def finished(job: TrainJob, inputs_sha256: str, ranking: Ranking | None) -> dict[str, Any] | None:
     """The record in the output, if it is of a training of these inputs and this ranking."""
     try:
-        record = json.loads((job.output / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_run(job.output / RECORD)
+    except RankingError:
         return None
-    wanted = {"inputs_sha256": inputs_sha256}
-    if ranking is not None:
-        wanted["ranking_sha256"] = json_sha256(ranking.to_json())
-    if not isinstance(record, dict) or any(record.get(key) != wanted[key] for key in wanted):
+    is_of_ranking = ranking is None or found.ranking_sha256 == json_sha256(ranking.to_json())
+    if found.inputs_sha256 != inputs_sha256 or not is_of_ranking:
         return None
     job.progress.note(f"the training of the same inputs is taken from {job.output}")
-    return record
+    return found.content
 
 
 def save(

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluate a base model, adapters and checkpoints on the same documents, from options to files."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from keylayers.data.chat import resolve_template
 from keylayers.environment import environment, num_launched
-from keylayers.errors import ConfigError
+from keylayers.errors import ConfigError, RankingError
 from keylayers.evaluation.documents import DOCUMENTS, Measured, Store
 from keylayers.evaluation.measures import Part, corrected, measures_of
 from keylayers.evaluation.options import EvalOptions
@@ -21,6 +20,7 @@ from keylayers.evaluation.subjects import Loaded, Subject, each_model, subjects_
 from keylayers.evaluation.texts import GAIN, Examples, examples_of
 from keylayers.files import RECORD, json_sha256, output_folder, unfinished
 from keylayers.progress import Progress, Silent
+from keylayers.ranking.record import read_run
 
 if TYPE_CHECKING:
     from keylayers.evaluation.benchmarks import Benchmark, HarnessModel
@@ -195,13 +195,13 @@ def _other_training(
 
 def _trained_on(subject: Subject) -> dict[str, Any]:
     """What the record in a model's folder says about its training data; empty without a record."""
-    record = Path(subject.source) / RECORD
-    if subject.kind == "base" or not record.is_file():
+    if subject.kind == "base":
         return {}
-    with suppress(OSError, ValueError, LookupError, AttributeError, TypeError):
-        made = json.loads(record.read_text(encoding="utf-8"))
-        return dict(made.get("data") or made["options"])
-    return {}  # a record by something else
+    try:
+        content = read_run(Path(subject.source) / RECORD).content
+    except RankingError:
+        return {}  # there is none, or it is not ours
+    return dict(content.get("data") or content.get("options", {}))
 
 
 def _template_of(trained: dict[str, Any], loaded: Loaded) -> tuple[str, str] | None:

@@ -8,12 +8,21 @@ where its absence means something.
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from keylayers.errors import RankingError
-from keylayers.validation import CountFromOne, CountFromZero, ListOf, Part, Text, validated
+from keylayers.validation import (
+    CountFromOne,
+    CountFromZero,
+    ListOf,
+    Part,
+    Text,
+    read_json,
+    validated,
+)
 
 
 class Environment(Part):
@@ -52,6 +61,7 @@ class Options(Part):
     update: Text | None = None
     lora_rank: CountFromOne = 16
     lora_alpha: CountFromOne = 32
+    tuned: Text | None = None
     seed: int | None = None
     mask_seed: int | None = None
 
@@ -144,6 +154,70 @@ class MadeBy(Part):
             if update is not None:
                 hashes.add(update.weights_sha256)
         return {sha256 for sha256 in hashes if sha256 is not None}
+
+
+class Selected(Part):
+    """The selection that was trained or kept, as `Selection.record` writes it."""
+
+    budget: Text
+    modules: ListOf[Text]
+    num_modules: CountFromZero
+    num_candidates: CountFromZero
+    num_parameters: CountFromZero
+    num_candidate_parameters: CountFromZero
+
+
+class TrainedSet(Part):
+    """One trained set of modules; the first of a run is the base model."""
+
+    label: Text
+    num_modules: CountFromZero
+    num_trained_parameters: CountFromZero
+    held_out_loss_nats: float
+    num_steps: CountFromZero
+
+
+class Size(Part):
+    """How large an update is."""
+
+    num_modules: CountFromZero
+    num_parameters: CountFromZero
+
+
+class Pruned(Part):
+    """The update before and after it was pruned."""
+
+    full: Size
+    pruned: Size
+    base_loss_nats: float
+    full_loss_nats: float
+    pruned_loss_nats: float
+
+
+class RunRecord(MadeBy):
+    """`keylayers.json`, which every adapter and checkpoint carries; `content` is all of it."""
+
+    content: dict[str, Any]
+    inputs_sha256: Text | None = None
+    ranking_sha256: Text | None = None
+    selection: Selected | None = None
+    results: ListOf[TrainedSet] = ()
+    result: Pruned | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_content(cls, content: Any) -> Any:
+        return content | {"content": content} if isinstance(content, dict) else content
+
+
+def read_run(path: Path) -> RunRecord:
+    """The record of a training or pruning.
+
+    Raises:
+        RankingError: it is missing or damaged; names the first value that is wrong.
+    """
+    content = read_json(path, "the record", "keylayers train")
+    return validated(RunRecord, content, str(path), "keylayers train")
 
 
 def read_made_by(provenance: object, source: str, command: str = "keylayers rank") -> MadeBy:

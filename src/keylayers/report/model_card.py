@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.record import RunRecord
 from keylayers.report.terminal import in_nats
 
 PAPER = "[Shi et al., COLM 2025](https://arxiv.org/abs/2410.17875)"
@@ -27,29 +28,29 @@ def model_card(record: Mapping[str, Any], ranking: Ranking | None, commands: str
         ranking: The ranking that selected its modules; None for stage 1, which trains all.
         commands: The commands that repeat the run.
     """
-    options = record["options"]
-    is_checkpoint = options.get("tuned") is not None or options.get("update") == "full"
+    made = RunRecord.model_validate(record)
+    options = made.options
+    is_checkpoint = options.tuned is not None or options.update == "full"
     parts = [
-        f"# {_title(record)}",
-        _introduction(record, ranking, is_checkpoint),
-        *_losses(record),
-        *_modules(record, ranking),
+        f"# {_title(made)}",
+        _introduction(made, ranking, is_checkpoint),
+        *_losses(made),
+        *_modules(made, ranking),
         "## How it was made",
         _fenced(commands, "sh"),
-        _made_from(record),
+        _made_from(made),
         "## Use",
-        _fenced(_use(options.get("objective", "sft"), is_checkpoint), "python"),
+        _fenced(_use(options.objective, is_checkpoint), "python"),
     ]
-    data = _metadata(record, is_checkpoint)
+    data = _metadata(made, is_checkpoint)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"))
 
 
-def _metadata(record: Mapping[str, Any], is_checkpoint: bool) -> ModelCardData:
+def _metadata(record: RunRecord, is_checkpoint: bool) -> ModelCardData:
     """What the hub's search reads; names that are folders of this machine are left out."""
-    base, data = str(record["model"]["name"]), str(record["data"]["data"])
-    options = record["options"]
-    objective = options.get("objective", "sft")
-    update = "full" if is_checkpoint else options.get("update", "lora")
+    base, data = str(record.model.name), str(record.data.data)
+    objective = record.options.objective
+    update = "full" if is_checkpoint else record.options.update or "lora"
     is_reward = objective == "reward"
     return ModelCardData(
         base_model=base if _is_on_hub(base) else None,
@@ -64,68 +65,66 @@ def _is_on_hub(name: str) -> bool:
     return ON_THE_HUB.fullmatch(name) is not None and not Path(name).exists()
 
 
-def _title(record: Mapping[str, Any]) -> str:
-    name = Path(str(record["model"]["name"])).name
-    selection = record.get("selection")
+def _title(record: RunRecord) -> str:
+    name, selection = Path(str(record.model.name)).name, record.selection
     if selection is None:
         return f"{_plain(name)}, all modules tuned"
-    return f"{_plain(name)}, {selection['num_modules']} of {selection['num_candidates']} modules"
+    return f"{_plain(name)}, {selection.num_modules} of {selection.num_candidates} modules"
 
 
-def _introduction(record: Mapping[str, Any], ranking: Ranking | None, is_checkpoint: bool) -> str:
+def _introduction(record: RunRecord, ranking: Ranking | None, is_checkpoint: bool) -> str:
     kind = "checkpoint" if is_checkpoint else "adapter"
-    base, selection = _plain(record["model"]["name"]), record.get("selection")
+    base, selection = _plain(record.model.name), record.selection
     if ranking is None or selection is None:
         return (
             f"This {kind} of {base} is stage 1 of a ranking by keylayers: all modules were tuned, "
             f"so that their updates can be ranked."
         )
-    share = selection["num_parameters"] / selection["num_candidate_parameters"]
-    done = "was pruned to" if "result" in record else "was trained on"
+    share = selection.num_parameters / selection.num_candidate_parameters
+    done = "was trained on" if record.result is None else "was pruned to"
     return (
-        f"This {kind} of {base} {done} {selection['num_modules']} of "
-        f"{selection['num_candidates']} weight matrices ({100 * share:.0f} % of their parameters) "
-        f"by keylayers, those that the method `{_plain(ranking.method)}` ranked best; budget "
-        f"{_plain(selection['budget'])}. The idea is that of {PAPER}."
+        f"This {kind} of {base} {done} {selection.num_modules} of {selection.num_candidates} "
+        f"weight matrices ({100 * share:.0f} % of their parameters) by keylayers, those that the "
+        f"method `{_plain(ranking.method)}` ranked best; budget {_plain(selection.budget)}. The "
+        f"idea is that of {PAPER}."
     )
 
 
-def _losses(record: Mapping[str, Any]) -> list[str]:
+def _losses(record: RunRecord) -> list[str]:
     """A table of held-out losses, as the command printed it."""
-    unit = str(record.get("loss_unit", "nats per token"))
     rows = _loss_rows(record)
     if not rows:
         return []
-    titles = ("update", "modules", "parameters", f"held-out loss{in_nats(unit)}")
-    note = f"Losses are means over {record['data']['num_held_out']} examples that training never "
-    return ["## Losses", _table(titles, rows), f"{note}saw, in {_plain(unit)}."]
+    titles = ("update", "modules", "parameters", f"held-out loss{in_nats(record.loss_unit)}")
+    note = f"Losses are means over {record.data.num_held_out} examples that training never saw, "
+    return ["## Losses", _table(titles, rows), f"{note}in {_plain(record.loss_unit)}."]
 
 
-def _loss_rows(record: Mapping[str, Any]) -> Sequence[Sequence[str]]:
-    if "result" in record:  # of a pruning
-        found = record["result"]
-        sizes = [("all modules", found["full"], found["full_loss_nats"])]
-        sizes += [("this one", found["pruned"], found["pruned_loss_nats"])]
-        return [("base model", "0", "0", f"{found['base_loss_nats']:.4f}")] + [
-            (name, f"{size['num_modules']:,}", f"{size['num_parameters']:,}", f"{loss:.4f}")
-            for name, size, loss in sizes
+def _loss_rows(record: RunRecord) -> list[tuple[str, str, str, str]]:
+    found = record.result
+    if found is None:
+        rows = [
+            (row.label, row.num_modules, row.num_trained_parameters, row.held_out_loss_nats)
+            for row in record.results
+        ]
+    else:
+        sizes = found.full, found.pruned
+        rows = [
+            ("base model", 0, 0, found.base_loss_nats),
+            ("all modules", sizes[0].num_modules, sizes[0].num_parameters, found.full_loss_nats),
+            ("this one", sizes[1].num_modules, sizes[1].num_parameters, found.pruned_loss_nats),
         ]
     return [
-        (
-            _plain(row["label"]),
-            f"{row['num_modules']:,}",
-            f"{row['num_trained_parameters']:,}",
-            f"{row['held_out_loss_nats']:.4f}",
-        )
-        for row in record.get("results", ())
+        (_plain(label), f"{num_modules:,}", f"{num_parameters:,}", f"{loss:.4f}")
+        for label, num_modules, num_parameters, loss in rows
     ]
 
 
-def _modules(record: Mapping[str, Any], ranking: Ranking | None) -> list[str]:
+def _modules(record: RunRecord, ranking: Ranking | None) -> list[str]:
     """A table of ranks, blocks by projections; bold is what was kept or trained."""
-    if ranking is None or "selection" not in record:
+    if ranking is None or record.selection is None:
         return []
-    chosen, ranks = set(record["selection"]["modules"]), ranking.ranks()
+    chosen, ranks = set(record.selection.modules), ranking.ranks()
     projections = ranking.projections
     cells: dict[int, dict[str, str]] = {}
     for module in ranking.modules:
@@ -141,20 +140,19 @@ def _modules(record: Mapping[str, Any], ranking: Ranking | None) -> list[str]:
     return ["## Modules", note, _table(("block", *map(_plain, projections)), rows)]
 
 
-def _made_from(record: Mapping[str, Any]) -> str:
+def _made_from(record: RunRecord) -> str:
     """Hashes and versions, as a list."""
-    made_by, data = record["environment"], record["data"]
-    commit = made_by.get("commit")
-    versions = ", ".join(f"{name} {version}" for name, version in made_by["libraries"].items())
+    made_by, data = record.environment, record.data
+    versions = ", ".join(f"{name} {version}" for name, version in made_by.libraries.items())
     lines = [
-        f"base weights, SHA-256: `{record['model']['weights_sha256']}`",
-        f"data: {_plain(data['data'])}, {data['num_train']} examples to train",
-        f"split of the data, SHA-256: `{data['split_sha256']}`",
+        f"base weights, SHA-256: `{record.model.weights_sha256}`",
+        f"data: {_plain(data.data)}, {data.num_train} examples to train",
+        f"split of the data, SHA-256: `{data.split_sha256}`",
     ]
-    if "ranking_sha256" in record:
-        lines.append(f"ranking, SHA-256 of its JSON: `{record['ranking_sha256']}`")
-    at = f" at {commit}" if commit else ""
-    lines.append(f"keylayers {made_by['keylayers']}{at}, {versions}")
+    if record.ranking_sha256 is not None:
+        lines.append(f"ranking, SHA-256 of its JSON: `{record.ranking_sha256}`")
+    at = f" at {made_by.commit}" if made_by.commit else ""
+    lines.append(f"keylayers {made_by.keylayers}{at}, {versions}")
     lines.append("`keylayers.json` beside this file has every option, seed and loss")
     return "\n".join(f"- {line}" for line in lines)
 

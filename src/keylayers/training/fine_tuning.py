@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tunes of sets of modules, each on a fresh model: stage 1 trains all, others a selection."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,13 @@ from keylayers.apply.adapter import prove_trainable
 from keylayers.apply.freeze import round_to_stored, train_only
 from keylayers.apply.halt import prove_kept
 from keylayers.data.prepare import PreparedData
+from keylayers.errors import RankingError
 from keylayers.evaluation.loss import held_out_loss
 from keylayers.files import RECORD, json_sha256
 from keylayers.model.sharding import check_can_freeze_inside
 from keylayers.model.weights import adapter_sha256, weights_sha256
 from keylayers.progress import Progress
+from keylayers.ranking.record import read_run
 from keylayers.training.checkpoints import Checkpoints
 from keylayers.training.freeze import FreezeUnimportant
 from keylayers.training.objectives import LoadReference, prepared_examples
@@ -129,11 +130,10 @@ def train_all(
 def finished_stage_1(folder: Path, inputs_sha256: str) -> dict[str, Any] | None:
     """The record of a finished stage 1 in `folder`, if it had the same inputs."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = read_run(folder / RECORD)
+    except RankingError:
         return None
-    is_same = isinstance(record, dict) and record.get("inputs_sha256") == inputs_sha256
-    return record["stage_1"] if is_same else None
+    return record.content.get("stage_1") if record.inputs_sha256 == inputs_sha256 else None
 
 
 @dataclass(frozen=True)
