@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`FreezeUnimportant`: one run that ranks, freezes and goes on, whole or resumed, bit for bit."""
+"""`FreezeUnimportant`: one run that ranks, freezes and continues, whole or resumed, bit for bit."""
 
 import json
 from pathlib import Path
@@ -71,9 +71,9 @@ def lora(model):
     }
 
 
-def equal(one, other):
-    assert one.keys() == other.keys()
-    return all(torch.equal(one[name], other[name]) for name in one)
+def equal(left, right):
+    assert left.keys() == right.keys()
+    return all(torch.equal(left[name], right[name]) for name in left)
 
 
 def changed_modules(before, after):
@@ -107,16 +107,17 @@ def freezing(**options):
     """Stable at exactly step 8, when two windows of losses are there."""
     from keylayers import FreezeUnimportant
 
-    own = {
-        "max_steps": 13,
-        "window": FREEZE_STEP // 2,
-        "epsilon": 1e9,
-        "mask_batches": 2,
-        "mask_dataset": data(12),
-    }
-    if "mask_steps" in options:
-        del own["mask_batches"]
+    own = {"window": FREEZE_STEP // 2, "epsilon": 1e9, "max_steps": 13, "mask_dataset": data(12)}
+    if "mask_steps" not in options:
+        own["mask_batches"] = 2
     return FreezeUnimportant(**(own | options))
+
+
+def killed(folder, *callbacks, after, kind=Trainer, **options):
+    """A run that is killed after a step; its last checkpoint."""
+    with pytest.raises(Killed):
+        run(kind, folder, *callbacks, KillAfter(after), **options)
+    return str(folder / f"checkpoint-{after}")
 
 
 def run(kind, folder, *callbacks, resume=None, **options):
@@ -134,20 +135,19 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(kind, action, tmp_path
     assert whole.frozen_at_step == FREEZE_STEP
     assert len(whole.frozen) == 4  # a quarter of 14 is 3.5
     for stop in (6, FREEZE_STEP, 10):
-        killed = freezing(action=action)
-        with pytest.raises(Killed):
-            run(kind, tmp_path / f"{stop}", killed, KillAfter(stop))
-        again = freezing(action=action)
-        checkpoint = str(tmp_path / f"{stop}" / f"checkpoint-{stop}")
+        stopped, again = freezing(action=action), freezing(action=action)
+        checkpoint = killed(tmp_path / f"{stop}", stopped, after=stop, kind=kind)
         resumed = run(kind, tmp_path / f"{stop}", again, resume=checkpoint)
         if stop >= FREEZE_STEP:  # with its seconds: there was no second ranking
-            assert again.ranking == killed.ranking
-        assert [one.score for one in again.ranking.modules] == [
-            one.score for one in whole.ranking.modules
-        ]
+            assert again.ranking == stopped.ranking
+        assert scores_of(again) == scores_of(whole)
         assert (again.frozen, again.selection) == (whole.frozen, whole.selection)
         assert (again.frozen_at_step, again.reason) == (FREEZE_STEP, "stable")
         assert equal(lora(resumed.model), weights), stop
+
+
+def scores_of(callback):
+    return [module.score for module in callback.ranking.modules]
 
 
 @pytest.mark.parametrize("action", ["freeze", "remove"])
@@ -163,18 +163,19 @@ def test_exactly_the_modules_that_are_kept_change_after_the_freeze(action, tmp_p
     worst = [module.name for module in callback.ranking.ordered()[-4:]]
     assert set(worst) == set(callback.frozen)
     assert is_zero(lora(trainer.model), callback.frozen) == (action == "remove")
-    assert {name for name, one in trainer.model.named_parameters() if one.requires_grad} == {
-        f"base_model.model.{name}.lora_{half}.default.weight"
-        for name in callback.selection.names
-        for half in "AB"
-    }
+    assert trainable(trainer.model) == set(callback.selection.names)
     assert sum(map(bool, trainer.optimizer.state.values())) == 2 * (NUM_MODULES - 4)
 
 
+def trainable(model):
+    """Modules with a trained LoRA matrix; nothing else may be trained."""
+    names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert all(".lora_" in name for name in names)
+    return {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names}
+
+
 def is_zero(matrices, names):
-    halves = [
-        value for name, value in matrices.items() if name.partition(".lora_B")[0] in set(names)
-    ]
+    halves = [value for name, value in matrices.items() if name.partition(".lora_B")[0] in names]
     assert len(halves) == len(names)
     return not any(bool(half.any()) for half in halves)
 
@@ -186,10 +187,9 @@ def test_trainers_that_switch_adapters_in_their_loss_train_nothing_that_is_froze
     from keylayers import FreezeUnimportant
 
     trainer = build(kind, "config", is_trained=False, is_moved=False, max_steps=5)
-    quick = {"mask_batches": 1, "max_steps": 3}
-    callback, snapshots = FreezeUnimportant(0.5, **quick), Snapshots()
-    for one in (callback, snapshots):
-        trainer.add_callback(one)
+    callback, snapshots = FreezeUnimportant(0.5, mask_batches=1, max_steps=3), Snapshots()
+    trainer.add_callback(callback)
+    trainer.add_callback(snapshots)
     trainer.train()
     after = snapshots.after
     assert changed_modules(after[3], after[5]) == set(callback.selection.names)
@@ -197,8 +197,8 @@ def test_trainers_that_switch_adapters_in_their_loss_train_nothing_that_is_froze
     with trainer.model.disable_adapter():  # from now on PEFT's switches are its own again
         pass
     trainer.model.set_adapter("default")
-    flags = [one.requires_grad for name, one in trainer.model.named_parameters() if "lora_" in name]
-    assert all(flags)
+    weights = trainer.model.named_parameters()
+    assert all(weight.requires_grad for name, weight in weights if "lora_" in name)
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch", "adafactor", "rmsprop"])
@@ -211,35 +211,34 @@ def test_no_optimiser_moves_what_is_frozen(optim, tmp_path):
 
 
 RANKED_INSIDE = [
-    (SFTTrainer, "elimination"),
-    (OwnLoss, "elimination"),
-    (OwnLoss, "ila"),
-    (SFTTrainer, "adalora"),
-    (OwnLoss, "gradient-norm"),
-    (SFTTrainer, "eva"),
+    (SFTTrainer, "elimination", {}),
+    (OwnLoss, "elimination", {}),
+    (OwnLoss, "ila", {"mask_steps": 3}),
+    (SFTTrainer, "adalora", {"mask_steps": 3}),
+    (OwnLoss, "gradient-norm", {}),
+    (SFTTrainer, "eva", {}),
 ]
 
 
-@pytest.mark.parametrize(("kind", "method"), RANKED_INSIDE)
-def test_until_the_freeze_takes_effect_the_run_is_the_same(kind, method, tmp_path):
+@pytest.mark.parametrize(("kind", "method", "steps"), RANKED_INSIDE)
+def test_until_the_freeze_takes_effect_the_run_is_the_same(kind, method, steps, tmp_path):
     """The ranking leaves no trace: the next step sees the same batch, dropout and gradients."""
-    takes_steps = method in ("ila", "adalora")
-    steps = {"mask_steps": 3} if takes_steps else {"mask_batches": 2}
-    callback = freezing(method=method, mask_dataset=None, **steps)
+    callback = freezing(method=method, mask_dataset=None, max_steps=FREEZE_STEP + 1, **steps)
     with_it, without = Snapshots(), Snapshots()
     options = {"max_grad_norm": 0.0, "logging_steps": 1}  # else clipping sees fewer gradients
+    options |= {"max_steps": FREEZE_STEP + 2, "save_strategy": "no"}
     first = run(kind, tmp_path / "a", callback, with_it, **options)
     second = run(kind, tmp_path / "b", without, **options)
     for step in range(FREEZE_STEP + 1):
         assert equal(with_it.after[step], without.after[step])
-    next_one, plain = with_it.after[FREEZE_STEP + 1], without.after[FREEZE_STEP + 1]
-    assert changed_modules(plain, next_one) == set(callback.frozen)
+    after, plain = with_it.after[FREEZE_STEP + 1], without.after[FREEZE_STEP + 1]
+    assert changed_modules(plain, after) == set(callback.frozen)
     mine, others = (
         [row | {"grad_norm": None} for row in trainer.state.log_history[: FREEZE_STEP + 1]]
         for trainer in (first, second)
     )
     assert mine == others
-    assert with_it.has_own_loader == without.has_own_loader == [True] * NUM_STEPS
+    assert with_it.has_own_loader == without.has_own_loader == [True] * (FREEZE_STEP + 2)
     assert "training_step" not in vars(first)
 
 
@@ -247,11 +246,9 @@ def test_the_loss_of_each_step_is_seen_whatever_is_logged(tmp_path):
     """As transformers logs it at every step; two batches make a step."""
     logged = run(Trainer, tmp_path / "a", logging_steps=1).state.log_history
     callback = freezing(window=6, epsilon=0.0, max_steps=None)
-    with pytest.raises(Killed):
-        run(Trainer, tmp_path / "b", callback, KillAfter(6), logging_steps=100)
-    state = json.loads((tmp_path / "b" / "checkpoint-6" / "trainer_state.json").read_text())
-    (found,) = state["stateful_callbacks"].keys() - {"TrainerControl"}
-    losses = state["stateful_callbacks"][found]["recent_losses"]
+    checkpoint = Path(killed(tmp_path / "b", callback, after=6, logging_steps=100))
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    losses = state["stateful_callbacks"]["keylayers.FreezeUnimportant"]["recent_losses"]
     assert losses == pytest.approx([row["loss"] for row in logged[:6]], rel=1e-6)
 
 
@@ -291,8 +288,7 @@ def test_the_best_checkpoint_is_one_of_the_shape_that_was_asked_for(action, tmp_
     assert trainer.state.best_global_step == best
     assert equal(lora(trainer.model), seen.after[best])
     assert is_zero(lora(trainer.model), callback.frozen) == (action == "remove")
-    frozen = {name for name, one in trainer.model.named_parameters() if one.requires_grad}
-    assert not any(one in name for name in frozen for one in callback.frozen)
+    assert trainable(trainer.model) == set(callback.selection.names)
 
 
 def test_the_saved_adapter_computes_nothing_on_removed_modules(tmp_path):
@@ -323,14 +319,14 @@ def test_the_saved_adapter_computes_nothing_on_removed_modules(tmp_path):
 
 
 def test_the_trainer_is_found_and_can_be_given(tmp_path):
+    from keylayers.errors import ConfigError
+    from keylayers.training.step_losses import trainer_of
+
     trainer = make(Trainer, tmp_path)
     callback = freezing(trainer=trainer)
     trainer.add_callback(callback)
     trainer.train()
     assert len(callback.frozen) == 4
-    from keylayers.errors import ConfigError
-    from keylayers.training.step_losses import trainer_of
-
     with pytest.raises(ConfigError, match="none is on the call stack; give it as `trainer`"):
         trainer_of(callback)
 
@@ -346,22 +342,10 @@ def test_a_callback_serves_run_after_run_and_a_trainer_goes_on_from_its_checkpoi
     assert equal(lora(second.model), weights)
 
 
-def test_states_restored_by_transformers_do_not_replace_the_callback(tmp_path):
-    with pytest.raises(Killed):
-        run(Trainer, tmp_path, freezing(), KillAfter(10))
-    callback, resume = freezing(), str(tmp_path / "checkpoint-10")
-    restored = {"restore_callback_states_from_checkpoint": True}
-    trainer = run(Trainer, tmp_path, callback, resume=resume, **restored)
-    assert callback in trainer.callback_handler.callbacks
-    assert callback.frozen_at_step == FREEZE_STEP
-
-
 def test_a_checkpoint_of_a_run_without_the_callback_can_take_it_up(tmp_path):
-    with pytest.raises(Killed):
-        run(Trainer, tmp_path, KillAfter(2))
     callback = freezing()
-    run(Trainer, tmp_path, callback, resume=str(tmp_path / "checkpoint-2"))
-    assert callback.frozen_at_step == 2 + FREEZE_STEP  # so many losses it needs
+    run(Trainer, tmp_path, callback, resume=killed(tmp_path, after=2))
+    assert callback.frozen_at_step == 2 + FREEZE_STEP  # it needs that many losses
 
 
 def test_what_cannot_work_is_refused_before_any_step(tmp_path):
@@ -371,34 +355,34 @@ def test_what_cannot_work_is_refused_before_any_step(tmp_path):
         message = f"`freeze_fraction` must be above 0 and below 1, got {fraction}"
         with pytest.raises(ConfigError, match=message):
             freezing(freeze_fraction=fraction)
-    late = freezing(max_steps=NUM_STEPS)
-    with pytest.raises(ConfigError, match="must be below the run's 14 steps, got 14; leave it"):
-        run(Trainer, tmp_path, late)
-    none = freezing(freeze_fraction=0.01)
-    with pytest.raises(ConfigError, match="at least one of the adapter's 14 modules"):
-        run(Trainer, tmp_path, none)
-    with pytest.raises(ConfigError, match="must hold one FreezeUnimportant at most, got 2"):
-        run(Trainer, tmp_path, freezing(), freezing())
-    plain = make(Trainer, tmp_path)
-    plain = Trainer(model=tiny_llama(), args=plain.args, train_dataset=data())
-    plain.add_callback(freezing())
+    for callbacks, message in (
+        ([freezing(max_steps=NUM_STEPS)], "must be below the run's 14 steps, got 14; leave it"),
+        ([freezing(freeze_fraction=0.01)], "at least one of the adapter's 14 modules"),
+        ([freezing(), freezing()], "must hold one FreezeUnimportant at most, got 2"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run(Trainer, tmp_path, *callbacks)
+    args = make(Trainer, tmp_path).args
+    plain = Trainer(tiny_llama(), args, train_dataset=data(), callbacks=[freezing()])
     with pytest.raises(ModelError, match="must carry a LoRA adapter, got a plain LlamaForCausalLM"):
         plain.train()
     assert not list(Path(tmp_path).glob("checkpoint-*"))
 
 
-def test_a_checkpoint_frozen_otherwise_is_refused(tmp_path):
+def test_a_checkpoint_keeps_the_callback_and_refuses_another_freeze(tmp_path):
     from keylayers.errors import ConfigError
 
-    with pytest.raises(Killed):
-        run(Trainer, tmp_path, freezing(), KillAfter(10))
-    checkpoint = str(tmp_path / "checkpoint-10")
+    checkpoint = killed(tmp_path, freezing(), after=10)
     for options, message in (
         ({"freeze_fraction": 0.5}, "`freeze_fraction` must be 0.25 as in the checkpoint"),
         ({"action": "remove"}, "`action` must be freeze as in the checkpoint"),
     ):
         with pytest.raises(ConfigError, match=message):
             run(Trainer, tmp_path, freezing(**options), resume=checkpoint)
+    callback, restored = freezing(), {"restore_callback_states_from_checkpoint": True}
+    trainer = run(Trainer, tmp_path, callback, resume=checkpoint, **restored)
+    assert callback in trainer.callback_handler.callbacks
+    assert callback.frozen_at_step == FREEZE_STEP
 
 
 def test_an_optimiser_that_moves_frozen_matrices_is_caught(tmp_path):
@@ -412,8 +396,7 @@ def test_an_optimiser_that_moves_frozen_matrices_is_caught(tmp_path):
                         parameter.mul_(0.99)
 
     trainer = make(Trainer, tmp_path)
-    optimizer = Stubborn(trainer.model.parameters(), lr=0.1)
-    trainer.optimizer = optimizer
+    trainer.optimizer = Stubborn(trainer.model.parameters(), lr=0.1)
     trainer.add_callback(freezing())
     with pytest.raises(GuardError, match="what is frozen must stay as it is, but 4 LoRA matrices"):
         trainer.train()

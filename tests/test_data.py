@@ -23,8 +23,8 @@ UNREADABLE = {
     "notes.docx": (b"x", r"Data files must be of one type \(.json, .jsonl, .csv, .parquet"),
     "columns.jsonl": (b'{"body": "a"}\n', r"must fit a known format, got body"),
     "silent.jsonl": (
-        b'{"instruction": "q", "output": ""}\n',
-        r"must hold answers to learn, got 1 rows without one in the format 'alpaca'",
+        b'{"text": ""}\n',
+        r"answers to learn, got 1 rows without one in the .*'text'",
     ),
     "single.jsonl": (b'{"text": "abc"}\n', r"after 1 held out, got 1 usable"),
 }
@@ -38,7 +38,7 @@ def tokenizer():
     return ByT5Tokenizer()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def prepare(tokenizer):
     from keylayers.data.options import DataOptions
     from keylayers.data.prepare import prepare
@@ -64,6 +64,10 @@ def texts(dataset, tokenizer):
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in dataset["input_ids"]]
 
 
+def numbers(dataset, tokenizer):
+    return [int(re.search(r"Say (\d+)", text).group(1)) for text in texts(dataset, tokenizer)]
+
+
 def write_csv(path):
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(ROWS[0]))
@@ -80,16 +84,15 @@ def write_folder(path):
 
 
 def dataset():
-    import datasets
+    from datasets import Dataset
 
-    return datasets.Dataset.from_list(ROWS)
+    return Dataset.from_list(ROWS)
 
 
 def write_saved_splits(path):
-    import datasets
+    from datasets import DatasetDict
 
-    rows = dataset()
-    datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(path)
+    DatasetDict({"train": dataset(), "test": dataset().select([0])}).save_to_disk(path)
 
 
 WRITERS = {
@@ -121,56 +124,47 @@ def test_the_same_rows_give_the_same_examples_from_any_place(
 def test_the_examples_are_what_trl_takes_as_it_is(prepare, alpaca, tokenizer):
     prepared = prepare(alpaca, held_out=4.0)
     assert prepared.train.column_names == prepared.held_out.column_names == ["input_ids", "labels"]
-    for example in prepared.train:
-        counted = [label for label in example["labels"] if label != -100]
+    for example, number in zip(prepared.train, numbers(prepared.train, tokenizer), strict=True):
         whole = tokenizer.decode(example["input_ids"])
-        number = re.search(r"Say (\d+)\.", whole).group(1)
         assert whole == f"### Instruction:\nSay {number}.\n\n### Response:\nIt is {number}.</s>"
+        counted = [label for label in example["labels"] if label != -100]
         assert tokenizer.decode(counted) == f"It is {number}.</s>"
 
 
-def test_the_split_is_complete_ordered_and_depends_on_content_and_seed_only(
+def test_the_splits_are_complete_never_mix_and_depend_on_content_and_seed_only(
     prepare, alpaca, tmp_path, tokenizer
 ):
-    def numbers(dataset):
-        return [int(re.search(r"Say (\d+)", text).group(1)) for text in texts(dataset, tokenizer)]
-
-    prepared = prepare(alpaca, held_out=0.25)
-    train, held_out = numbers(prepared.train), numbers(prepared.held_out)
+    two = prepare(alpaca, held_out=0.25)
+    train, held_out = numbers(two.train, tokenizer), numbers(two.held_out, tokenizer)
     assert (len(held_out), sorted(train + held_out)) == (5, list(range(20)))
     assert train == sorted(train)
-    reordered = write(tmp_path / "reordered.jsonl", ROWS[::-1])
-    assert set(numbers(prepare(reordered, held_out=5.0).held_out)) == set(held_out)
-    assert set(numbers(prepare(alpaca, held_out=5.0, split_seed=1).held_out)) != set(held_out)
-
-
-def test_three_splits_never_mix_and_the_held_out_one_is_the_same(prepare, alpaca, tokenizer):
-    two = prepare(alpaca, held_out=5.0)
-    assert two.mask is None
-    assert two.counts.num_mask == 0
-    three = prepare(alpaca, held_out=5.0, mask_data="held-out")
-    splits = [set(texts(split, tokenizer)) for split in (three.train, three.mask, three.held_out)]
+    assert (two.mask, two.counts.num_mask) == (None, 0)
+    reordered = prepare(write(tmp_path / "reordered.jsonl", ROWS[::-1]), held_out=5.0)
+    assert set(numbers(reordered.held_out, tokenizer)) == set(held_out)
+    other = prepare(alpaca, held_out=5.0, split_seed=1)
+    assert set(numbers(other.held_out, tokenizer)) != set(held_out)
+    three = prepare(alpaca, held_out=0.25, mask_data="held-out")
+    splits = [numbers(split, tokenizer) for split in (three.train, three.mask, three.held_out)]
     assert [len(split) for split in splits] == [10, 5, 5]
-    assert len(set().union(*splits)) == 20
-    assert splits[2] == set(texts(two.held_out, tokenizer))
+    assert sorted([*splits[0], *splits[1], *splits[2]]) == list(range(20))
+    assert splits[2] == held_out
     assert "10 examples to train, 5 for the mask and 5 held out" in three.summary()[0]
     assert three.record()["split_sha256"] != two.record()["split_sha256"]
 
 
-def test_duplicates_never_reach_both_sides_of_the_split(prepare, tmp_path, tokenizer):
-    prepared = prepare(write(tmp_path / "twice.jsonl", [*ROWS, *ROWS, ROWS[0]]), held_out=0.5)
+def test_duplicates_count_once_and_never_reach_both_sides_of_the_split(
+    prepare, tmp_path, tokenizer
+):
+    path = write(tmp_path / "twice.jsonl", [ROWS[0], *ROWS, *ROWS])
+    prepared = prepare(path, held_out=0.5)
     assert prepared.counts.num_duplicates == 21
     assert prepared.counts.num_train == prepared.counts.num_held_out == 10
-    train, held_out = (texts(split, tokenizer) for split in (prepared.train, prepared.held_out))
-    assert set(train) & set(held_out) == set()
-
-
-def test_fewer_examples_are_the_first_distinct_ones(prepare, tmp_path):
-    path = write(tmp_path / "twice.jsonl", [ROWS[0], *ROWS])
-    prepared = prepare(path, max_examples=6, held_out=1.0)
-    assert (prepared.counts.num_examples, prepared.counts.num_train) == (6, 5)
+    both = numbers(prepared.train, tokenizer) + numbers(prepared.held_out, tokenizer)
+    assert sorted(both) == list(range(20))
+    first = prepare(path, max_examples=6, held_out=1.0)
+    assert (first.counts.num_examples, first.counts.num_train) == (6, 5)
     whole = prepare(write(tmp_path / "six.jsonl", ROWS[:6]), held_out=1.0)
-    assert prepared.content_sha256 == whole.content_sha256
+    assert first.content_sha256 == whole.content_sha256
     assert prepare(path, max_examples=50).content_sha256 == prepare(path).content_sha256
 
 
@@ -224,40 +218,31 @@ def test_the_counts_tell_what_became_of_every_row(prepare, tmp_path):
     assert counts.num_label_tokens == sum(label != -100 for label in labels)
 
 
-def test_the_length_is_lowered_to_what_the_model_allows(prepare, alpaca):
-    prepared = prepare(alpaca, max_positions=45)
-    record = prepared.record()
-    assert (record["max_length"], record["max_length_asked"]) == (45, 1024)
-    assert max(len(ids) for ids in prepared.train["input_ids"]) == 45
-    assert prepare(alpaca, max_positions=4000).max_length == 1024
-
-
-def test_the_record_is_json_and_holds_options_counts_and_template(prepare, alpaca):
-    record = json.loads(json.dumps(prepare(alpaca, split_seed=3).record()))
+def test_the_record_and_the_summary_say_what_was_used_and_left_out(prepare, tmp_path):
+    path = write(tmp_path / "a.jsonl", [*ROWS, ROWS[0], {"instruction": "q", "output": ""}])
+    prepared = prepare(path, max_positions=49, split_seed=3)
+    record = json.loads(json.dumps(prepared.record()))
     assert (record["format"], record["split_seed"], record["num_train"]) == ("alpaca", 3, 18)
+    assert (record["max_length"], record["max_length_asked"]) == (49, 1024)
     assert record["chat_template"]["name"] == "alpaca"
     assert re.fullmatch("[0-9a-f]{64}", record["content_sha256"])
-
-
-def test_the_summary_says_what_was_left_out(prepare, tmp_path):
-    path = write(tmp_path / "a.jsonl", [*ROWS, ROWS[0], {"instruction": "q", "output": ""}])
-    first, left_out, length = prepare(path, max_positions=49).summary()
+    assert max(len(ids) for ids in prepared.train["input_ids"]) == 49
+    first, left_out, length = prepared.summary()
     assert first.startswith(
         "18 examples to train and 2 held out (format 'alpaca', chat template 'alpaca', up to 49"
     )
     assert left_out == "of the data: 1 without an answer, 1 duplicates, 10 cut at the end"
     assert length == "max_length 1024 lowered to the 49 positions that the model has"
-    assert len(prepare(write(path, ROWS)).summary()) == 1
+    plain = prepare(write(path, ROWS), max_positions=4000)
+    assert (len(plain.summary()), plain.max_length) == (1, 1024)
 
 
 def test_plain_text_has_no_template_and_counts_every_token(prepare, tmp_path):
-    from keylayers.errors import ConfigError
-
     path = write(tmp_path / "text.jsonl", [{"text": f"Text {i}"} for i in range(4)])
     prepared = prepare(path)
     assert prepared.chat_template is None
     assert all(example["labels"] == example["input_ids"] for example in prepared.train)
-    with pytest.raises(ConfigError, match="works on conversations, got plain text"):
+    with pytest.raises(ValueError, match="works on conversations, got plain text"):
         prepare(path, chat_template="alpaca")
 
 
@@ -281,46 +266,36 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line(prepare, tmp_path, na
     assert "\n" not in str(caught.value)
 
 
-# Options of good data, and the message.
+# Data, options, and the message.
 UNFIT = [
-    ({"held_out": 2.5}, "got 2.5; 0.1 keeps a tenth"),
-    ({"held_out": 20.0}, "left to train after 20 held out, got 20 usable"),
+    ("alpaca.jsonl", {"held_out": 2.5}, "got 2.5; 0.1 keeps a tenth"),
+    ("alpaca.jsonl", {"held_out": 20.0}, "left to train after 20 held out, got 20 usable"),
     (
+        "alpaca.jsonl",
         {"held_out": 10.0, "mask_data": "held-out"},
         "after 10 held out and 10 set aside for the mask, got 20",
     ),
-    ({"max_length": 10}, "in 10 tokens, got only examples that are too long, .* up to 40 tokens"),
-    ({"data_split": "nowhere"}, "nowhere"),
+    ("alpaca.jsonl", {"max_length": 10}, "in 10 tokens, got only .* too long, .* up to 40 tokens"),
+    ("alpaca.jsonl", {"data_split": "nowhere"}, "nowhere"),
+    ("alpacca.jsonl", {}, r"none of them, did you mean 'alpaca.jsonl'\?"),
+    ("data/train.jsonl", {}, "got 'data/train.jsonl', which is none of them"),  # no hub name
+    ("mixed", {}, r"of one type .* got \.csv and \.jsonl in"),
+    ("saved splits", {"data_split": "nowhere"}, "one of train, test .* got 'nowhere'"),
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), UNFIT)
-def test_options_that_do_not_fit_the_data_are_refused(prepare, alpaca, options, message):
-    from keylayers.errors import KeylayersError
-
-    with pytest.raises(KeylayersError, match=message):
-        prepare(alpaca, **options)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("alpacca.jsonl", r"none of them, did you mean 'alpaca.jsonl'\?"),
-        ("data/train.jsonl", r"got 'data/train.jsonl', which is none of them"),  # no hub name
-        ("mixed", r"of one type .* got \.csv and \.jsonl in"),
-        ("saved splits", r"must be one of train, test .* got 'nowhere'"),
-    ],
-)
-def test_data_that_is_not_there_is_refused(prepare, alpaca, monkeypatch, tmp_path, name, message):
-    from keylayers.errors import DataError
-
+@pytest.mark.parametrize(("name", "options", "message"), UNFIT)
+def test_data_that_are_not_there_or_do_not_fit_the_options_are_refused(
+    prepare, alpaca, monkeypatch, tmp_path, name, options, message
+):
     monkeypatch.chdir(tmp_path)
-    write_saved_splits(tmp_path / "saved splits")
+    if name == "saved splits":
+        write_saved_splits(tmp_path / name)
     (tmp_path / "mixed").mkdir()
     write(tmp_path / "mixed" / "a.jsonl", ROWS)
     write_csv(tmp_path / "mixed" / "b.csv")
-    with pytest.raises(DataError, match=message):
-        prepare(name, data_split="nowhere")
+    with pytest.raises(ValueError, match=message):
+        prepare(name, **options)
 
 
 def test_a_hub_name_is_read_with_its_configuration(prepare, monkeypatch):
@@ -344,14 +319,12 @@ def test_a_hub_name_is_read_with_its_configuration(prepare, monkeypatch):
 def test_an_unreachable_hub_name_says_why_in_one_line(prepare, monkeypatch):
     import datasets
 
-    from keylayers.errors import DataError
-
     def load(*arguments, **options):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'owner/name' doesn't exist\non it")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     message = r"no such file, and the hub said: Dataset 'owner/name' doesn't exist on it. Check"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(ValueError, match=message):
         prepare("owner/name")
 
 
@@ -419,10 +392,8 @@ def test_json_that_would_crash_arrow_is_refused_by_line(tmp_path, name):
 
 
 def test_json_in_folders_is_checked_too(prepare, tmp_path):
-    from keylayers.errors import DataError
-
     write(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "b.jsonl").write_text("null\n")
-    with pytest.raises(DataError, match=r"line 1 of .*b\.jsonl"):
+    with pytest.raises(ValueError, match=r"line 1 of .*b\.jsonl"):
         prepare(tmp_path)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from commands import file_for, fresh_process, keylayers
+from commands import best, complaint, file_for, fresh_process, keylayers, read, scores
 from tiny_files import NUM_MODULES
 
 OBJECTIVES = ("dpo", "kto", "orpo", "reward")
@@ -25,41 +25,47 @@ print(*model.targeted_module_names)
 """
 
 
+UNMOVED = {"dpo": math.log(2), "kto": 0.5}  # losses without a preference
+
+
 def rank(tiny, data, objective, output, *more, steps=3):
     options = ("--model", tiny / "model", "--data", file_for(data, objective), "--output", output)
-    return keylayers(
-        "rank", *options, "--objective", objective, *QUICK, "--max-steps", steps, *more
-    )
+    options += ("--objective", objective, *QUICK, "--max-steps", steps)
+    return keylayers("rank", *options, *more)
+
+
+def made_by(folder):
+    return read(folder)["provenance"]
+
+
+def record_of(folder):
+    return json.loads((folder / "keylayers.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def ranked(tiny, preferences, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranked")
-    return {
-        objective: (rank(tiny, preferences, objective, folder / objective), folder / objective)
-        for objective in OBJECTIVES
-    }
+    for objective in OBJECTIVES:
+        assert rank(tiny, preferences, objective, folder / objective) == 0
+    return {objective: folder / objective for objective in OBJECTIVES}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_from_ranking_to_an_adapter_that_plain_peft_loads(
     ranked, tiny, objective, tmp_path, capsys
 ):
-    code, folder = ranked[objective]
-    assert code == 0
-    content = json.loads((folder / "ranking.json").read_text())
-    made_by = content["provenance"]
-    assert made_by["options"]["objective"] == objective
-    assert len({module["score"] for module in content["modules"]}) > NUM_MODULES / 2
-    losses = made_by["held_out_loss_nats"]
-    assert all(math.isfinite(loss) for loss in losses.values())
-    unmoved = {"dpo": math.log(2), "kto": 0.5}.get(objective)
-    if unmoved:  # the reference is the base model, so the base model has no preference
-        assert losses["base"] == pytest.approx(unmoved, abs=1e-6)
-    capsys.readouterr()
-    assert keylayers("show", folder) == 0
     from keylayers.training.options import LOSS_UNITS
 
+    folder = ranked[objective]
+    content = read(folder)
+    losses = made_by(folder)["held_out_loss_nats"]
+    assert made_by(folder)["options"]["objective"] == objective
+    assert len({module["score"] for module in content["modules"]}) > NUM_MODULES / 2
+    assert all(math.isfinite(loss) for loss in losses.values())
+    if objective in UNMOVED:  # the reference is the base model, so the base has no preference
+        assert losses["base"] == pytest.approx(UNMOVED[objective], abs=1e-6)
+    capsys.readouterr()
+    assert keylayers("show", folder) == 0
     assert LOSS_UNITS[objective] in capsys.readouterr().out
     short = ("--random-orders", "1", "--points", "3", "--eval-batch-size", "4")
     assert keylayers("verify", "--ranking", folder, *short) == 0
@@ -73,86 +79,70 @@ def test_from_ranking_to_an_adapter_that_plain_peft_loads(
     out, err = capsys.readouterr()
     assert "all (stage 1 of the ranking)" in out
     assert "was made" not in err
-    best = {module["name"] for module in content["modules"] if module["rank"] <= 6}
-    assert set(fresh_process(PLAIN_PEFT, tuned, objective)) == best
-    record = json.loads((tuned / "keylayers.json").read_text())
-    rows = record["results"]
-    assert [row["label"] for row in rows][:2] == ["base model", "selected"]
+    assert set(fresh_process(PLAIN_PEFT, tuned, objective)) == best(folder, 6)
+    record = record_of(tuned)
+    base, selected, *_ = record["results"]
+    assert (base["label"], selected["label"]) == ("base model", "selected")
     if objective != "reward":  # whose base has stage 1's head in a ranking, and a new one here
-        assert rows[0]["held_out_loss_nats"] == pytest.approx(losses["base"], rel=1e-5)
-    assert rows[1]["held_out_loss_nats"] != rows[0]["held_out_loss_nats"]
+        assert base["held_out_loss_nats"] == pytest.approx(losses["base"], rel=1e-5)
+    assert selected["held_out_loss_nats"] != base["held_out_loss_nats"]
     assert record["loss_unit"] == LOSS_UNITS[objective]
 
 
-def test_training_lowers_each_loss_on_what_it_trains(tiny, preferences, tmp_path):
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_training_lowers_the_loss_on_what_it_trains(tiny, preferences, objective, tmp_path):
     """The trainers train what their names say: the loss falls on examples seen again and again."""
-    for objective in OBJECTIVES:
-        output = tmp_path / objective
-        assert rank(tiny, preferences, objective, output, "--lora-alpha", 4, steps=40) == 0
-        losses = json.loads((output / "ranking.json").read_text())["provenance"]["stage_1"][
-            "losses"
-        ]
-        assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), objective
+    assert rank(tiny, preferences, objective, tmp_path, "--lora-alpha", 4, steps=25) == 0
+    losses = made_by(tmp_path)["stage_1"]["losses"]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto"])
+@pytest.mark.parametrize("objective", UNMOVED)
 def test_an_adapter_and_a_checkpoint_are_compared_with_the_base_model(
     tiny, preferences, ranked, objective, tmp_path
 ):
     """Ranking stage 1's own adapter, or two checkpoints, has the base model as the reference."""
-    _, folder = ranked[objective]
-    second = tmp_path / "second"
+    folder, second, third = ranked[objective], tmp_path / "second", tmp_path / "third"
     assert rank(tiny, preferences, objective, second, "--adapter", folder / "adapter") == 0
-    found = [
-        [module["score"] for module in json.loads((one / "ranking.json").read_text())["modules"]]
-        for one in (folder, second)
-    ]
-    assert found[0] == found[1]
-    third = tmp_path / "third"
+    assert scores(second) == scores(folder)
     assert rank(tiny, preferences, objective, third, "--tuned", tiny / "tuned") == 0
-    losses = json.loads((third / "ranking.json").read_text())["provenance"]["held_out_loss_nats"]
-    unmoved = {"dpo": math.log(2), "kto": 0.5}[objective]
-    assert abs(losses["tuned"] - unmoved) > 1e-3
+    losses = made_by(third)["held_out_loss_nats"]
+    assert abs(losses["tuned"] - UNMOVED[objective]) > 1e-3
     assert losses["base"] != losses["tuned"]
 
 
 def test_a_full_update_trains_exactly_the_selection_against_the_base_model(ranked, tiny, tmp_path):
     from safetensors.torch import load_file
 
-    _, folder = ranked["dpo"]
-    tuned = tmp_path / "full"
-    options = ("--budget", "3", "--update", "full", "--output", tuned)
-    assert keylayers("train", "--ranking", folder, *options) == 0
-    before = load_file(tiny / "model" / "model.safetensors")
-    after = load_file(tuned / "model.safetensors")
+    options = ("--budget", "3", "--update", "full", "--output", tmp_path / "full")
+    assert keylayers("train", "--ranking", ranked["dpo"], *options) == 0
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (tiny / "model", tmp_path / "full")
+    )
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    modules = json.loads((folder / "ranking.json").read_text())["modules"]
-    assert changed == {f"{one['name']}.weight" for one in modules if one["rank"] <= 3}
-    rows = json.loads((tuned / "keylayers.json").read_text())["results"]
-    assert rows[0]["held_out_loss_nats"] == pytest.approx(math.log(2), abs=1e-6)
-    assert rows[1]["held_out_loss_nats"] != rows[0]["held_out_loss_nats"]
+    assert changed == {f"{name}.weight" for name in best(ranked["dpo"], 3)}
+    base, selected = (row["held_out_loss_nats"] for row in record_of(tmp_path / "full")["results"])
+    assert base == pytest.approx(math.log(2), abs=1e-6)
+    assert selected != base
 
 
 def test_a_ranking_for_another_objective_is_used_with_a_note(ranked, tmp_path, capsys):
-    _, folder = ranked["dpo"]
     options = ("--budget", "2", "--steps", "1", "--output", tmp_path / "t")
-    assert keylayers("train", "--ranking", folder, "--objective", "orpo", *options) == 0
+    assert keylayers("train", "--ranking", ranked["dpo"], "--objective", "orpo", *options) == 0
     out, err = capsys.readouterr()
     assert "the ranking was made for objective dpo, not for orpo" in err
     assert "stage 1 of the ranking" not in out
 
 
-def test_beta_is_taken_over_with_its_objective_only(tiny, preferences, tmp_path, capsys):
-    assert rank(tiny, preferences, "dpo", tmp_path / "out", "--beta", "0.5") == 0
-    record = json.loads((tmp_path / "out" / "ranking.json").read_text())["provenance"]
-    assert record["options"]["beta"] == 0.5
+def test_beta_is_taken_over_with_its_objective_only(tiny, preferences, tmp_path):
+    assert rank(tiny, preferences, "dpo", tmp_path / "out", "--beta", "0.5", steps=1) == 0
+    assert made_by(tmp_path / "out")["options"]["beta"] == 0.5
     options = ("--ranking", tmp_path / "out", "--budget", "2", "--steps", "1")
-    assert keylayers("train", *options, "--output", tmp_path / "same") == 0
-    same = json.loads((tmp_path / "same" / "keylayers.json").read_text())["options"]
-    assert (same["objective"], same["beta"]) == ("dpo", 0.5)
-    assert keylayers("train", *options, "--objective", "reward", "--output", tmp_path / "r") == 0
-    other = json.loads((tmp_path / "r" / "keylayers.json").read_text())["options"]
-    assert (other["objective"], other["beta"]) == ("reward", None)
+    for more, expected in (((), ("dpo", 0.5)), (("--objective", "reward"), ("reward", None))):
+        output = tmp_path / expected[0]
+        assert keylayers("train", *options, *more, "--output", output) == 0
+        found = record_of(output)["options"]
+        assert (found["objective"], found["beta"]) == expected
 
 
 REFUSED = [
@@ -167,24 +157,16 @@ REFUSED = [
 
 @pytest.mark.parametrize(("options", "message"), REFUSED)
 def test_mistakes_are_one_clear_line(tiny, preferences, tmp_path, options, message, capsys):
-    base = [
-        "--model",
-        tiny / "model",
-        "--data",
-        preferences / "pairs.jsonl",
-        "--output",
-        tmp_path / "o",
-    ]
-    assert keylayers("rank", *base, *options) == 2
-    err = " ".join(capsys.readouterr().err.split())
-    assert message in err
+    base = ("--model", tiny / "model", "--data", preferences / "pairs.jsonl")
+    assert keylayers("rank", *base, "--output", tmp_path / "o", *options) == 2
+    assert message in complaint(capsys)
     assert not (tmp_path / "o").exists()
 
 
 def test_a_reward_models_weights_are_not_trained_whole(ranked, tmp_path, capsys):
     options = ("--budget", "2", "--update", "full", "--output", tmp_path / "t")
-    assert keylayers("train", "--ranking", ranked["reward"][1], *options) == 2
-    assert "`update` must be an adapter with `objective` reward" in capsys.readouterr().err
+    assert keylayers("train", "--ranking", ranked["reward"], *options) == 2
+    assert "`update` must be an adapter with `objective` reward" in complaint(capsys)
 
 
 def test_a_new_head_is_the_same_whatever_the_seed(tiny):
@@ -261,22 +243,17 @@ def test_the_docs_name_every_objective_and_its_data():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("objective", ["dpo", "kto"])
+@pytest.mark.parametrize("objective", UNMOVED)
 def test_on_real_preferences(shared, objective, tmp_path):
-    model = shared / "models" / "english-2m"
     file = shared / "data" / "preference" / f"{objective}_300.json"
-    output = tmp_path / "out"
+    output, tuned = tmp_path / "out", tmp_path / "tuned"
     options = ("--max-length", "64", "--max-examples", "60", "--held-out", "4", "--max-steps", "2")
-    more = ("--method", "gradient-norm", "--mask-batches", "1", "--batch-size", "4")
-    base = ("--model", model, "--data", file, "--output", output, "--objective", objective)
-    assert keylayers("rank", *base, *options, *more) == 0
-    content = json.loads((output / "ranking.json").read_text())
-    assert len({module["score"] for module in content["modules"]}) == 56
-    assert content["provenance"]["data"]["num_held_out"] == 4
-    unmoved = {"dpo": math.log(2), "kto": 0.5}[objective]
-    base_loss = content["provenance"]["held_out_loss_nats"]["base"]
-    assert base_loss == pytest.approx(unmoved, abs=1e-6)
-    tuned = tmp_path / "tuned"
+    options += ("--method", "gradient-norm", "--mask-batches", "1", "--batch-size", "4")
+    options += ("--model", shared / "models" / "english-2m", "--data", file, "--output", output)
+    assert keylayers("rank", *options, "--objective", objective) == 0
+    assert len(set(scores(output))) == 56
+    assert made_by(output)["data"]["num_held_out"] == 4
+    base_loss = made_by(output)["held_out_loss_nats"]["base"]
+    assert base_loss == pytest.approx(UNMOVED[objective], abs=1e-6)
     assert keylayers("train", "--ranking", output, "--budget", "0.3", "--output", tuned) == 0
-    best = {module["name"] for module in content["modules"] if module["rank"] <= 17}
-    assert set(fresh_process(PLAIN_PEFT, tuned, objective)) == best
+    assert set(fresh_process(PLAIN_PEFT, tuned, objective)) == best(output, 17)
