@@ -10,23 +10,24 @@ Public names load when they are first used, so that importing keylayers is cheap
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from keylayers._version import __version__
+from keylayers._version import __version__ as __version__
 
-if TYPE_CHECKING:
-    from keylayers.errors import KeylayersError
-    from keylayers.evaluation.mask_curve import mask_curve
-    from keylayers.export import export_selection
-    from keylayers.ranking.compare import agreement
-    from keylayers.ranking.consensus import consensus
-    from keylayers.ranking.ranking import Ranking
-    from keylayers.ranking.selection import Selection
-    from keylayers.scores.methods import Method, register_method
-    from keylayers.training.freeze import FreezeUnimportant
-    from keylayers.training.memory import measured_memory
-    from keylayers.training.rank_modules import rank_modules
-    from keylayers.training.shallow import ShallowBackward
-    from keylayers.training.step_scores import StepScores
-    from keylayers.updates.checkpoints import module_weights
+if TYPE_CHECKING:  # `as` marks the names as public, for type checkers
+    from keylayers.errors import KeylayersError as KeylayersError
+    from keylayers.evaluation.mask_curve import mask_curve as mask_curve
+    from keylayers.export import export_selection as export_selection
+    from keylayers.ranking.compare import agreement as agreement
+    from keylayers.ranking.consensus import consensus as consensus
+    from keylayers.ranking.ranking import Ranking as Ranking
+    from keylayers.ranking.selection import Selection as Selection
+    from keylayers.scores.methods import Method as Method
+    from keylayers.scores.methods import register_method as register_method
+    from keylayers.training.freeze import FreezeUnimportant as FreezeUnimportant
+    from keylayers.training.memory import measured_memory as measured_memory
+    from keylayers.training.rank_modules import rank_modules as rank_modules
+    from keylayers.training.shallow import ShallowBackward as ShallowBackward
+    from keylayers.training.step_scores import StepScores as StepScores
+    from keylayers.updates.checkpoints import module_weights as module_weights
 
 _HOME = {
     "FreezeUnimportant": "training.freeze",
@@ -46,24 +47,7 @@ _HOME = {
     "register_method": "scores.methods",
 }
 
-__all__ = [
-    "FreezeUnimportant",
-    "KeylayersError",
-    "Method",
-    "Ranking",
-    "Selection",
-    "ShallowBackward",
-    "StepScores",
-    "__version__",
-    "agreement",
-    "consensus",
-    "export_selection",
-    "mask_curve",
-    "measured_memory",
-    "module_weights",
-    "rank_modules",
-    "register_method",
-]
+__all__ = sorted([*_HOME, "__version__"])
 
 
 def __getattr__(name: str) -> Any:

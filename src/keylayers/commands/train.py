@@ -162,9 +162,11 @@ def _open(
 ) -> "TrainJob":
     """Everything loaded and checked before any training."""
     from keylayers.commands.session import Session
-    from keylayers.commands.train_job import open_job
+    from keylayers.commands.train_job import TrainJob
+    from keylayers.model.loading import Checkpoint
+    from keylayers.training.fine_tuning import FineTuning, SetTrainer
 
-    training = options.training
+    training, wanted = options.training, options.selection
     session = Session(
         options.model,
         options.data,
@@ -173,9 +175,25 @@ def _open(
         ranking=ranking,
         is_full=training.is_full,
     )
-    wanted = options.selection
-    recorded = flat_values(options, () if wanted.rank_first else ("stability", "scoring"))
-    return open_job(session, training, wanted.steps, output, unfinished, recorded)
+    record = session.record | {
+        "options": flat_values(options, () if wanted.rank_first else ("stability", "scoring")),
+        "loss_unit": LOSS_UNITS[training.objective],
+    }
+    fine_tuning = FineTuning(
+        training, wanted.steps, session.tokenizer, session.data, session.load, progress
+    )
+    sets = SetTrainer(
+        fine_tuning,
+        fresh=session.fresh,
+        stored_dtype=Checkpoint.open(session.source).dtype() if training.is_full else session.dtype,
+        unfinished=unfinished,
+        inputs={
+            "environment": record["environment"],
+            "model": record["model"],
+            "split": record["data"]["split_sha256"],
+        },
+    )
+    return TrainJob(output, session, sets, record)
 
 
 def _train_selected(job: "TrainJob", ranking: Ranking, selection: Selection) -> dict[str, Any]:

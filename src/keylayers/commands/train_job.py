@@ -20,8 +20,7 @@ from keylayers.progress import Progress
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import read_run
 from keylayers.report.model_card import model_card
-from keylayers.training.fine_tuning import FineTuning, SetTrainer, Trained, TrainedSet
-from keylayers.training.options import LOSS_UNITS, TrainingOptions
+from keylayers.training.fine_tuning import SetTrainer, Trained, TrainedSet
 
 
 @dataclass(frozen=True)
@@ -44,42 +43,6 @@ class TrainJob:
     def progress(self) -> Progress:
         """Where to report to."""
         return self.session.progress
-
-
-def open_job(
-    session: Session,
-    training: TrainingOptions,
-    num_steps: int,
-    output: Path,
-    unfinished: Path,
-    options: Mapping[str, Any],
-) -> TrainJob:
-    """The job of a session.
-
-    Args:
-        session: Model, tokenizer and data.
-        training: How to train.
-        num_steps: Optimiser steps.
-        output: Folder of the result.
-        unfinished: Folder for checkpoints.
-        options: All options of the run, for the record.
-    """
-    record = session.record | {"options": options, "loss_unit": LOSS_UNITS[training.objective]}
-    fine_tuning = FineTuning(
-        training, num_steps, session.tokenizer, session.data, session.load, session.progress
-    )
-    sets = SetTrainer(
-        fine_tuning,
-        fresh=session.fresh,
-        stored_dtype=Checkpoint.open(session.source).dtype() if training.is_full else session.dtype,
-        unfinished=unfinished,
-        inputs={
-            "environment": record["environment"],
-            "model": record["model"],
-            "split": record["data"]["split_sha256"],
-        },
-    )
-    return TrainJob(output, session, sets, record)
 
 
 def finished(job: TrainJob, inputs_sha256: str, ranking: Ranking | None) -> dict[str, Any] | None:
