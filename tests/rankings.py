@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+from keylayers.ranking.ranked_module import RankedModule
+from keylayers.ranking.ranking import Ranking
+
 """Rankings made by hand for tests."""
 
 
 def ranking_of(scores, *, num_parameters=10, provenance=None, **options):
     """A ranking of modules named by block and projection, two projections a block."""
-    from keylayers.ranking.ranked_module import RankedModule
-    from keylayers.ranking.ranking import Ranking
-
     sizes = num_parameters if isinstance(num_parameters, list) else [num_parameters] * len(scores)
     modules = tuple(
         RankedModule(

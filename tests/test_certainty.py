@@ -5,6 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keylayers.errors import ConfigError, RankingError
+from keylayers.ranking.certainty import decisions, undecided
+from keylayers.report.terminal import certainty_line
+
 from rankings import ranking_of
 
 MODULES = st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 3)), min_size=1, max_size=12)
@@ -39,16 +43,12 @@ def noisy(pairs):
 
 @pytest.mark.parametrize("name", CASES)
 def test_undecided_by_hand(name):
-    from keylayers.ranking.certainty import undecided
-
     pairs, budget, expected = CASES[name]
     ranking = noisy(pairs)
     assert undecided(ranking, budget) == tuple(ranking.modules[i].name for i in expected)
 
 
 def test_a_decision_is_unknown_without_an_interval():
-    from keylayers.ranking.certainty import decisions
-
     ranking = noisy([(3, 0.1), (2, None), (1, 9.0), (None, 0.1)])
     assert list(decisions(ranking, 1).values()) == [True, None, False, None]
     assert list(decisions(ranking, 1)) == [module.name for module in ranking.modules]
@@ -56,9 +56,6 @@ def test_a_decision_is_unknown_without_an_interval():
 
 
 def test_a_budget_that_cannot_be_is_refused():
-    from keylayers.errors import ConfigError, RankingError
-    from keylayers.ranking.certainty import undecided
-
     ranking = noisy([(1, 0.1), (None, None)])
     with pytest.raises(ConfigError, match="between 1 and 2"):
         undecided(ranking, 3)
@@ -69,8 +66,6 @@ def test_a_budget_that_cannot_be_is_refused():
 # Powers of two scale floating-point numbers exactly, so that ends of intervals stay on the cut.
 @given(MODULES, st.integers(-30, 30).map(lambda power: 2.0**power), st.data())
 def test_the_unit_of_the_scores_changes_nothing(pairs, factor, data):
-    from keylayers.ranking.certainty import undecided
-
     budget = data.draw(st.integers(1, len(pairs)))
     scaled = [(factor * score, factor * error) for score, error in pairs]
     assert undecided(noisy(scaled), budget) == undecided(noisy(pairs), budget)
@@ -78,8 +73,6 @@ def test_the_unit_of_the_scores_changes_nothing(pairs, factor, data):
 
 @given(MODULES, st.data())
 def test_without_noise_all_but_ties_is_decided(pairs, data):
-    from keylayers.ranking.certainty import undecided
-
     ranking = noisy([(score, 0) for score, _ in pairs])
     budget = data.draw(st.integers(1, len(pairs)))
     taken = set(ranking.select(budget).names)
@@ -91,8 +84,6 @@ def test_without_noise_all_but_ties_is_decided(pairs, data):
 
 @given(MODULES, st.data())
 def test_more_noise_never_decides_a_place(pairs, data):
-    from keylayers.ranking.certainty import undecided
-
     budget = data.draw(st.integers(1, len(pairs)))
     small = undecided(noisy(pairs), budget)
     large = undecided(noisy([(score, error + 1) for score, error in pairs]), budget)
@@ -100,8 +91,6 @@ def test_more_noise_never_decides_a_place(pairs, data):
 
 
 def test_equal_scores_are_said_to_rank_nothing():
-    from keylayers.report.terminal import certainty_line
-
     assert "nothing is ranked" in certainty_line(ranking_of([0.5] * 4), 2)
     assert "nothing is ranked" not in certainty_line(ranking_of([0.5, 0.5, 0.4]), 2)
     assert not ranking_of([1.0]).is_flat

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 import itertools
 import json
-import random
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from keylayers.errors import RankingError
+from keylayers.ranking.compare import Agreement, agreement, chance_jaccard, mean_by_kind
+from keylayers.ranking.differences import difference
+from keylayers.ranking.ranked_module import RankedModule
+from keylayers.ranking.ranking import Ranking
+from keylayers.report.agreement import agreement_table
 
 from rankings import ranking_of
 
@@ -58,9 +64,6 @@ def with_errors(ranking, standard_error):
 
 def deep_ranking(columns):
     """Projection -> the scores of its modules by block; None where a block lacks it."""
-    from keylayers.ranking.ranked_module import RankedModule
-    from keylayers.ranking.ranking import Ranking
-
     num_blocks = max(len(scores) for scores in columns.values())
     modules = [
         RankedModule(f"layers.{block}.{projection}", block, projection, 10, scores[block])
@@ -72,28 +75,12 @@ def deep_ranking(columns):
 
 
 def pair_of(first, second, budget=0.5):
-    from keylayers.ranking.compare import agreement
-
     (pair,) = agreement([first, second], budget)
     return pair
 
 
-def test_chance_is_what_random_selections_give():
-    from keylayers.ranking.compare import chance_jaccard
-
-    draw = random.Random(0)
-    modules = range(12)
-    total = 0.0
-    for _ in range(20_000):
-        first, second = set(draw.sample(modules, 5)), set(draw.sample(modules, 4))
-        total += len(first & second) / len(first | second)
-    assert chance_jaccard(12, 5, 4) == pytest.approx(total / 20_000, abs=0.005)
-
-
 @given(st.integers(1, 6), st.data())
 def test_chance_is_the_mean_over_all_pairs_of_selections(num_modules, data):
-    from keylayers.ranking.compare import chance_jaccard
-
     sizes = [data.draw(st.integers(1, num_modules)) for _ in range(2)]
     every = [
         len({*first} & {*second}) / len({*first} | {*second})
@@ -104,15 +91,11 @@ def test_chance_is_the_mean_over_all_pairs_of_selections(num_modules, data):
 
 
 def test_two_random_three_quarters_share_about_sixty_per_cent():
-    from keylayers.ranking.compare import chance_jaccard
-
     assert chance_jaccard(224, 168, 168) == pytest.approx(0.60, abs=0.005)
 
 
 @given(st.integers(1, 30), st.data())
 def test_chance_lies_between_none_and_all(num_modules, data):
-    from keylayers.ranking.compare import chance_jaccard
-
     size = data.draw(st.integers(1, num_modules))
     other = data.draw(st.integers(1, num_modules))
     chance = chance_jaccard(num_modules, size, other)
@@ -121,8 +104,6 @@ def test_chance_lies_between_none_and_all(num_modules, data):
 
 
 def test_agreement_by_hand():
-    from keylayers.ranking.compare import agreement
-
     first = ranking_of([4.0, 3.0, 2.0, 1.0])
     same = ranking_of([40.0, 30.0, 20.0, 10.0])
     opposite = ranking_of([1.0, 2.0, 3.0, 4.0])
@@ -183,8 +164,6 @@ def test_tau_is_not_defined_without_an_order(other):
 
 
 def test_a_budget_that_reaches_modules_without_a_score_is_refused():
-    from keylayers.errors import RankingError
-
     with pytest.raises(RankingError, match=r"it takes 2 and only 1 have one"):
         pair_of(ranking_of([2.0, 1.0]), ranking_of([1.0, None]), 2)
 
@@ -264,8 +243,6 @@ def test_more_noise_gives_a_wider_interval_and_drowns_the_agreement():
 
 
 def test_modules_that_share_a_gate_share_the_noise():
-    from keylayers.ranking.compare import agreement
-
     # two blocks of two modules: with the noise of the block, ties within a block stay ties
     ranking = with_errors(ranking_of([2.0, 2.0, 1.0, 1.0], granularity="block"), 100.0)
     (pair,) = agreement([ranking, ranking], 0.5)
@@ -280,8 +257,6 @@ def test_intervals_are_the_same_each_time():
 
 @pytest.mark.parametrize(("changes", "kind"), KINDS, ids=lambda case: str(case))
 def test_the_kind_of_a_pair_comes_from_the_records(changes, kind):
-    from keylayers.ranking.differences import difference
-
     assert difference(run_of(), run_of(**changes)) == kind
     assert difference(run_of(**changes), run_of()) == kind
 
@@ -315,22 +290,16 @@ UPDATES = [
 
 @pytest.mark.parametrize(("first", "second", "kind"), UPDATES)
 def test_another_update_is_no_repetition(first, second, kind):
-    from keylayers.ranking.differences import difference
-
     assert difference(run_of(**first), run_of(**second)) == kind
     assert difference(run_of(**second), run_of(**first)) == kind
 
 
 @pytest.mark.parametrize("record", [{}, {"model": {}, "data": {"data": "a"}}])
 def test_the_kind_is_unknown_without_a_record(record):
-    from keylayers.ranking.differences import difference
-
     assert difference(replace(run_of(), provenance=record), run_of()) == "unknown"
 
 
 def test_means_stand_by_kind():
-    from keylayers.ranking.compare import agreement, mean_by_kind
-
     runs = [run_of(), run_of(seed=1), run_of(seed=2), run_of(content="b")]
     reverse = tuple(
         replace(module, score=-module.score if module.score else 0.0) for module in runs[0].modules
@@ -345,8 +314,6 @@ def test_means_stand_by_kind():
 
 
 def test_the_mean_leaves_out_what_is_not_defined():
-    from keylayers.ranking.compare import agreement, mean_by_kind
-
     rankings = [ranking_of([2.0, 1.0]), ranking_of([2.0, 1.0]), ranking_of([1.0, 1.0])]
     (mean,) = mean_by_kind(agreement(rankings, 1.0))
     assert (mean.kind, mean.num_pairs, mean.corrected) == ("unknown", 3, None)
@@ -397,9 +364,6 @@ def test_compare_prints_pairs_means_and_notes(files, capsys):
 def test_the_widest_table_fits(capsys, tmp_path):
     from rich.console import Console
 
-    from keylayers.ranking.compare import Agreement
-    from keylayers.report.agreement import agreement_table
-
     low = (-0.99, -0.88)
     kind = "other data and method"
     pair = Agreement(
@@ -414,9 +378,6 @@ def test_the_widest_table_fits(capsys, tmp_path):
 
 def grid(score_of):
     """Eight blocks of seven projections, as of a small Llama."""
-    from keylayers.ranking.ranked_module import RankedModule
-    from keylayers.ranking.ranking import Ranking
-
     modules = tuple(
         RankedModule(f"model.layers.{block}.{kind}_proj", block, f"{kind}_proj", 10, score)
         for block in range(8)
@@ -429,8 +390,6 @@ def grid(score_of):
 def test_chance_of_rankings_of_whole_blocks_is_that_of_orders_of_blocks():
     """17 of 56 modules are two blocks and three modules of a third one: exact by counting pairs."""
     from itertools import permutations
-
-    from keylayers.ranking.compare import agreement, chance_jaccard
 
     blocks = grid(lambda block, _: float(block))
     (pair,) = agreement([blocks, grid(lambda block, _: float(-block))], 17)

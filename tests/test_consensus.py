@@ -4,14 +4,16 @@ import json
 import pytest
 from hypothesis import given
 
+from keylayers.errors import RankingError
+from keylayers.files import json_sha256
+from keylayers.ranking.consensus import consensus
+from keylayers.ranking.ranking import Ranking
 from test_compare import SCORES, compare, deep_ranking, run_of, with_errors
 
 from rankings import ranking_of
 
 
 def test_consensus_by_hand():
-    from keylayers.ranking.consensus import consensus
-
     first, second = ranking_of([9.0, 5.0, 5.0, 1.0]), ranking_of([3.0, 4.0, 2.0, 1.0])
     merged = consensus([first, second])
     # relative ranks: 1, 2.5, 2.5, 4 and 2, 1, 3, 4, each of 4
@@ -25,9 +27,6 @@ def test_consensus_by_hand():
 
 
 def test_consensus_lists_its_sources():
-    from keylayers.files import json_sha256
-    from keylayers.ranking.consensus import consensus
-
     runs = [run_of(), run_of(seed=1, granularity="block")]
     merged = consensus(runs)
     assert merged.provenance["sources"] == [
@@ -45,8 +44,6 @@ def test_consensus_lists_its_sources():
 
 
 def test_consensus_takes_each_module_from_the_rankings_that_score_it():
-    from keylayers.ranking.consensus import consensus
-
     merged = consensus([ranking_of([2.0, None, None, 1.0]), ranking_of([None, 2.0, None, 1.0])])
     scores = [module.score for module in merged.modules]
     assert scores == [0.5, 0.5, None, 0.0]
@@ -55,8 +52,6 @@ def test_consensus_takes_each_module_from_the_rankings_that_score_it():
 
 @given(SCORES)
 def test_the_consensus_of_one_ranking_has_its_order(scores):
-    from keylayers.ranking.consensus import consensus
-
     ranking = ranking_of(scores)
     merged = consensus([ranking])
     assert merged.ranks() == ranking.ranks()
@@ -64,9 +59,6 @@ def test_the_consensus_of_one_ranking_has_its_order(scores):
 
 
 def test_rankings_of_different_modules_have_no_consensus():
-    from keylayers.errors import RankingError
-    from keylayers.ranking.consensus import consensus
-
     with pytest.raises(RankingError, match=r"ranking 2 and the first differ in 1, first model"):
         consensus([ranking_of([1.0, 2.0]), ranking_of([1.0])])
     with pytest.raises(RankingError, match=r"at least one ranking, got none"):
@@ -88,8 +80,6 @@ def files(tmp_path):
 
 
 def test_compare_writes_the_consensus(files, tmp_path, capsys):
-    from keylayers.ranking.ranking import Ranking
-
     target = tmp_path / "consensus.json"
     assert compare(files["run"], files["data"], "--consensus", target) == 0
     assert f"consensus of 2 rankings: {target}" in capsys.readouterr().out

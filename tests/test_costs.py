@@ -5,6 +5,10 @@ from itertools import combinations
 
 import pytest
 
+from keylayers.errors import ConfigError
+from keylayers.ranking.budget import Time
+from keylayers.ranking.certainty import decisions
+
 from rankings import ranking_of
 
 FULL = {"options": {"update": "full"}, "model": {"num_head_parameters": 20}}
@@ -41,9 +45,6 @@ def test_lora_costs_its_own_matrices():
 @pytest.mark.parametrize("made_by", [FULL, {"options": {"lora_rank": 1}}])
 def test_the_best_set_within_a_price_is_that_of_trying_all(budget, made_by):
     """Of equal sizes, so that taking by score is exact."""
-    from keylayers.errors import ConfigError
-    from keylayers.ranking.budget import Time
-
     scores = [0.5, 3.0, -1.0, 0.2, 2.0, 0.0, 1.0, None]
     ranking = ranking_of(scores, num_parameters=50, provenance=made_by)
     worth = {one.name: one.score or 0.0 for one in ranking.modules}
@@ -69,16 +70,12 @@ def test_the_best_set_within_a_price_is_that_of_trying_all(budget, made_by):
 
 @pytest.mark.parametrize("written", ["0x-time", "1.5x-time", "x-time", "allx-time", "-1x-time"])
 def test_prices_without_sense_are_refused(written):
-    from keylayers.errors import ConfigError
-
     with pytest.raises(ConfigError, match=r"`budget`"):
         ranking_of([2.0, 1.0]).select(written)
 
 
 def test_a_price_has_no_cut():
     from dataclasses import replace
-
-    from keylayers.ranking.certainty import decisions
 
     ranking = ranking_of([3.0, 2.0, 1.0, 0.5], provenance=FULL)
     modules = tuple(replace(one, standard_error=9.0) for one in ranking.modules)

@@ -6,12 +6,15 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keylayers.evaluation.loss import held_out_loss
+from keylayers.evaluation.mask_curve import mask_curve
+from keylayers.gates import gated
+from keylayers.ranking.curve import MaskCurve
+from keylayers.updates import adapter_updates
 from scored import PLANTED, data, noisy_model, planted_model, trainer_of
 
 
 def test_the_area_by_hand():
-    from keylayers.ranking.curve import MaskCurve
-
     # heights 1, 0.25, 0 over counts 0, 1, 4: 1 * 0.625 + 3 * 0.125, over 4
     assert MaskCurve((0, 1, 4), (3.0, 1.5, 1.0)).normalised_area == pytest.approx(0.25)
     assert MaskCurve((0, 1, 2), (1.0, 1.0, 1.0)).normalised_area is None
@@ -19,9 +22,6 @@ def test_the_area_by_hand():
 
 
 def test_the_curve_of_a_planted_module_falls_when_it_enters():
-    from keylayers.evaluation.mask_curve import mask_curve
-    from keylayers.updates import adapter_updates
-
     trainer = trainer_of(planted_model())
     updates = adapter_updates(trainer.model)
     names = [update.module.name for update in updates]
@@ -38,9 +38,6 @@ def test_the_curve_of_a_planted_module_falls_when_it_enters():
 
 
 def test_few_points_reach_from_none_to_all():
-    from keylayers.evaluation.mask_curve import mask_curve
-    from keylayers.updates import adapter_updates
-
     trainer = trainer_of(planted_model())
     updates = adapter_updates(trainer.model)
     names = [update.module.name for update in updates]
@@ -49,8 +46,6 @@ def test_few_points_reach_from_none_to_all():
 
 
 def test_the_held_out_loss_is_a_mean_over_tokens_not_over_batches():
-    from keylayers.evaluation.loss import held_out_loss
-
     trainer = trainer_of(planted_model())
     rows = data(6)["input_ids"]
     labels = [row[:6] + [-100] * 6 for row in rows[:3]] + rows[3:]
@@ -71,8 +66,6 @@ def test_the_held_out_loss_is_a_mean_over_tokens_not_over_batches():
 
 
 def test_the_best_point_is_the_smallest_count_with_the_lowest_loss():
-    from keylayers.ranking.curve import MaskCurve
-
     assert MaskCurve((0, 2, 4, 6), (3.0, 1.0, 1.0, 2.0)).best == (2, 1.0)
     assert MaskCurve((0, 2, 4, 6), (1.0, 1.0, 1.0, 1.0)).best == (0, 1.0)
     assert MaskCurve((0, 2, 4, 6), (3.0, 2.0, 1.5, 1.0)).best == (6, 1.0)
@@ -80,8 +73,6 @@ def test_the_best_point_is_the_smallest_count_with_the_lowest_loss():
 
 def paired_curve(differences, weights, num_modules=6):
     """A curve whose points exceed its end by given amounts in each batch, then the end itself."""
-    from keylayers.ranking.curve import MaskCurve
-
     end = np.linspace(1.0, 4.0, len(weights))  # differs far more between batches than points do
     rows = [end + 2.0, *(end + np.array(one) for one in differences), end]
     return MaskCurve(
@@ -102,8 +93,6 @@ def test_all_modules_are_always_within_the_margin():
 
 
 def test_no_module_is_no_budget_even_where_it_would_do():
-    from keylayers.ranking.curve import MaskCurve
-
     one = MaskCurve((0, 3, 6), (1.0, 1.0, 1.0)).smallest_within(0.5)
     assert one.num_modules == 3
 
@@ -137,8 +126,6 @@ def test_the_upper_limit_is_that_of_an_independent_bootstrap_of_weighted_batches
 
 
 def test_equal_differences_or_no_batches_leave_the_point_itself():
-    from keylayers.ranking.curve import MaskCurve
-
     one = paired_curve([(0.125,) * 4], [3.0, 1.0, 2.0, 5.0]).smallest_within(1.0)
     assert one.upper_nats == one.difference_nats == pytest.approx(0.125)
     bare = MaskCurve((0, 3, 6), (3.0, 1.125, 1.0)).smallest_within(0.125)
@@ -159,8 +146,6 @@ BATCHES = st.lists(
 @settings(max_examples=40)
 @given(rows=BATCHES, shift=st.integers(-50, 50), margin=st.integers(0, 20).map(float))
 def test_a_constant_added_to_every_loss_changes_neither_area_nor_budget(rows, shift, margin):
-    from keylayers.ranking.curve import MaskCurve
-
     def curve(added):
         batches = tuple(tuple(float(loss + added) for loss in row) for row in rows)
         return MaskCurve(
@@ -181,8 +166,6 @@ def test_a_constant_added_to_every_loss_changes_neither_area_nor_budget(rows, sh
     gain=st.floats(0.1, 10.0),
 )
 def test_the_area_of_a_straight_line_is_a_half(counts, start, gain):
-    from keylayers.ranking.curve import MaskCurve
-
     places = (0, *sorted(counts))
     losses = tuple(start - gain * count / places[-1] for count in places)
     assert MaskCurve(places, losses).normalised_area == pytest.approx(0.5)
@@ -190,11 +173,6 @@ def test_the_area_of_a_straight_line_is_a_half(counts, start, gain):
 
 @pytest.mark.parametrize("num_points", [2, 4])
 def test_the_ends_of_the_curve_are_the_losses_with_gates_closed_and_open(num_points):
-    from keylayers.evaluation.loss import held_out_loss
-    from keylayers.evaluation.mask_curve import mask_curve
-    from keylayers.gates import gated
-    from keylayers.updates import adapter_updates
-
     trainer = trainer_of(noisy_model())
     updates = adapter_updates(trainer.model)
     rows = data(10)["input_ids"]

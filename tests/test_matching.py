@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from keylayers.errors import RankingError
+from keylayers.ranking.matching import match, scores_of
 from test_compare import deep_ranking, pair_of, with_errors
 
 
@@ -24,8 +26,6 @@ def test_the_same_profile_at_another_depth_agrees_fully():
 
 
 def test_ranks_between_blocks_are_interpolated_by_hand():
-    from keylayers.ranking.matching import match, scores_of
-
     # depths 0, 1/2, 1 in the shallow model and 0, 1/3, 2/3, 1 in the deep one
     shallow = deep_ranking({"q": [1.0, 3.0, 2.0]})
     deep = deep_ranking({"q": [10.0, -500.0, 30.0, 20.0]})
@@ -38,8 +38,6 @@ def test_ranks_between_blocks_are_interpolated_by_hand():
 
 
 def test_blocks_without_the_projection_or_a_score_are_bridged():
-    from keylayers.ranking.matching import match, scores_of
-
     shallow = deep_ranking({"q": [2.0, 1.0]})
     deep = deep_ranking({"q": ["absent", 5.0, None, 7.0, "absent"], "v": [0.0] * 5})
     matched = match(shallow, deep)
@@ -71,8 +69,6 @@ def test_models_of_different_shape_have_intervals_too():
 
 
 def test_models_without_a_common_projection_are_refused():
-    from keylayers.errors import RankingError
-
     with pytest.raises(
         RankingError, match=r"must share a projection .* one has q, v and the other up"
     ):
@@ -88,7 +84,7 @@ from keylayers.ranking.compare import agreement
 from keylayers.ranking.consensus import consensus
 a = with_errors(deep_ranking({{"q": [3.0, 2.0, 2.0], "v": [1.0, 1.0, 0.0], "x": [1.0] * 3}}), 1.0)
 b = with_errors(deep_ranking({{"v": [3.0, 2.0, 2.0, 1.0], "q": [1.0] * 4, "y": [1.0] * 4}}), 1.0)
-print(agreement([a, b, a], 0.5), consensus([a, a]).modules)
+print(agreement([a, b, a], 0.5), consensus([a, a]).modules, b.ordered(), b.select(3).names)
 """
     tests = Path(__file__).parent
     script = script.format(source=str(tests.parent / "src"), tests=str(tests))

@@ -3,6 +3,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keylayers.errors import ConfigError, RankingError
+from keylayers.ranking.budget import Freeze, parse_budget
+from keylayers.ranking.selection import check_same_modules
+
 from rankings import ranking_of
 
 # budget, how many of 56 modules
@@ -31,8 +35,6 @@ def test_a_budget_buys_the_nearest_number_of_modules(budget, count):
 
 
 def test_freezing_a_quarter_trains_all_but_the_worst_quarter():
-    from keylayers.ranking.budget import Freeze
-
     selection = ranking_of([float(index) for index in range(56)]).select(Freeze(0.25))
     assert len(selection.modules) == 42
     assert selection.names[0] == "model.layers.7.a_proj"
@@ -67,33 +69,23 @@ BAD = [
 
 @pytest.mark.parametrize("budget", ["1.5", "nan", "2x-params", "nanx-time"])
 def test_a_fraction_that_cannot_be_is_refused_before_there_is_a_ranking(budget):
-    from keylayers.errors import ConfigError
-    from keylayers.ranking.budget import parse_budget
-
     with pytest.raises(ConfigError, match=r"`budget` as a fraction.* must be above 0"):
         parse_budget(budget)
 
 
 @pytest.mark.parametrize(("budget", "message"), BAD)
 def test_budgets_that_make_no_sense_are_refused(budget, message):
-    from keylayers.errors import ConfigError
-
     with pytest.raises(ConfigError, match=message):
         ranking_of([1.0, 2.0, 3.0, 4.0]).select(budget)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 2.0])
 def test_freezing_nothing_or_everything_is_refused(fraction):
-    from keylayers.errors import ConfigError
-    from keylayers.ranking.budget import Freeze
-
     with pytest.raises(ConfigError, match="`freeze` must be above 0 and below 1"):
         Freeze(fraction)
 
 
 def test_modules_without_a_score_cannot_be_bought():
-    from keylayers.errors import RankingError
-
     ranking = ranking_of([1.0, None, None, 2.0])
     assert len(ranking.select(2).modules) == 2
     with pytest.raises(RankingError, match="it takes 3 and only 2 have one"):
@@ -122,9 +114,6 @@ def test_nothing_left_out_is_better_than_what_is_taken(scores, budget):
 
 
 def test_a_ranking_of_another_model_is_refused_with_the_first_names():
-    from keylayers.errors import RankingError
-    from keylayers.ranking.selection import check_same_modules
-
     ranking = ranking_of([1.0, 2.0, 3.0])
     here = {"model.layers.0.a_proj": 10, "model.layers.0.b_proj": 11, "model.layers.1.a_proj": 10}
     check_same_modules(ranking.modules, here | {"model.layers.0.b_proj": 10})

@@ -9,6 +9,8 @@ import yaml
 from transformers import LlamaConfig, MistralConfig
 
 from commands import complaint, keylayers
+from keylayers.model.modules import map_modules
+from keylayers.ranking.ranking import Ranking
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "spectrum"
 SIZES = {"hidden_size": 4096, "intermediate_size": 14_336, "num_key_value_heads": 8}
@@ -20,7 +22,6 @@ PUBLISHED = {
 
 def scan_of(folder, change=lambda rows: None):
     """A scan of the tiny model: ratios fall from module to module; norms are infinite."""
-    from keylayers.model.modules import map_modules
     from tiny_files import tiny_model, tiny_tokenizer
 
     infos = map_modules(tiny_model(len(tiny_tokenizer())))
@@ -35,8 +36,6 @@ def scan_of(folder, change=lambda rows: None):
 
 
 def test_a_module_scores_by_its_place_in_its_kind(tiny, tmp_path, capsys):
-    from keylayers.ranking.ranking import Ranking
-
     last = "model.layers.2.mlp.up_proj"
     scan = scan_of(tmp_path, lambda rows: rows[last].update(snr=float("inf")))
     output = tmp_path / "r.json"
@@ -90,8 +89,6 @@ def test_a_missing_scan_or_model_is_refused(tiny, tmp_path, capsys):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs Spectrum's published scans in ../shared")
 def test_published_scans_are_shown_compared_and_exported(tmp_path, capsys):
-    from keylayers.ranking.ranking import Ranking
-
     files = []
     for name, config in PUBLISHED.items():
         config.save_pretrained(tmp_path / name)

@@ -7,6 +7,12 @@ from dataclasses import replace
 
 import pytest
 
+from keylayers.errors import ConfigError, RankingError
+from keylayers.files import json_sha256
+from keylayers.ranking.curve import MaskCurve
+from keylayers.ranking.verification import Verification, auto_budget, verification_file
+from keylayers.report.curve import verification_report
+
 from rankings import ranking_of
 
 FALLING = (3.0, 1.6, 1.02, 1.0)  # gains 2 nats; the margin of 5 % is 0.1
@@ -14,14 +20,10 @@ COUNTS = (0, 2, 4, 6)
 
 
 def curve_of(losses, counts=COUNTS, **batches):
-    from keylayers.ranking.curve import MaskCurve
-
     return MaskCurve(tuple(counts), tuple(losses), **batches)
 
 
 def verification_of(best_first=FALLING, random=((3.0, 2.5, 1.5, 1.0),), **options):
-    from keylayers.ranking.verification import Verification
-
     return Verification(
         ranking_sha256="0" * 64,
         best_first=curve_of(best_first),
@@ -34,8 +36,6 @@ def verification_of(best_first=FALLING, random=((3.0, 2.5, 1.5, 1.0),), **option
 def shown(found):
     """What a terminal 120 columns wide shows."""
     from rich.console import Console
-
-    from keylayers.report.curve import verification_report
 
     console = Console(file=io.StringIO(), width=120, highlight=False)
     console.print(verification_report(found))
@@ -103,8 +103,6 @@ def full_verification():
 
 @pytest.mark.parametrize("make", [verification_of, full_verification])
 def test_a_saved_verification_is_loaded_as_it_was(tmp_path, make):
-    from keylayers.ranking.verification import Verification
-
     found = make()
     found.save(tmp_path / "verification.json")
     assert Verification.load(tmp_path / "verification.json") == found
@@ -174,9 +172,6 @@ BROKEN = {
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_file_is_refused_in_one_line(tmp_path, kind):
-    from keylayers.errors import RankingError
-    from keylayers.ranking.verification import Verification
-
     path = tmp_path / "verification.json"
     content, message = BROKEN[kind]
     path.write_bytes(content.encode("utf-8", "surrogatepass"))
@@ -188,9 +183,6 @@ def test_a_broken_file_is_refused_in_one_line(tmp_path, kind):
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
-    from keylayers.errors import RankingError
-    from keylayers.ranking.verification import Verification
-
     with pytest.raises(RankingError, match=r"no '.*none\.json'; make it with `keylayers verify`"):
         Verification.load(tmp_path / "none.json")
     with pytest.raises(RankingError, match="cannot be read: Is a directory"):
@@ -198,8 +190,6 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
 
 
 def test_the_file_lies_beside_the_ranking(tmp_path):
-    from keylayers.ranking.verification import verification_file
-
     assert verification_file(tmp_path) == tmp_path / "verification.json"
     assert verification_file(str(tmp_path / "ranking.json")) == tmp_path / "verification.json"
 
@@ -207,8 +197,6 @@ def test_the_file_lies_beside_the_ranking(tmp_path):
 def verified_ranking(folder, scores, **options):
     """A ranking and the file of a verification that belongs to it."""
     from dataclasses import replace
-
-    from keylayers.files import json_sha256
 
     ranking = ranking_of(scores)
     found = verification_of(**options)
@@ -218,8 +206,6 @@ def verified_ranking(folder, scores, **options):
 
 
 def test_the_automatic_budget_is_the_recommended_count(tmp_path):
-    from keylayers.ranking.verification import auto_budget
-
     ranking, path = verified_ranking(tmp_path, [6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
     assert auto_budget(ranking, path).value == 4
 
@@ -235,10 +221,6 @@ def test_the_automatic_budget_is_the_recommended_count(tmp_path):
     ],
 )
 def test_the_automatic_budget_needs_a_curve_of_the_rankings_own_run(tmp_path, measured_with, what):
-    from keylayers.errors import RankingError
-    from keylayers.files import json_sha256
-    from keylayers.ranking.verification import auto_budget
-
     stage_1 = {"num_steps": 1, "stopped_by": "stable", "seconds": 1.0, "adapter_sha256": "update"}
     made_by = {
         "model": {"weights_sha256": "model"},
@@ -257,9 +239,6 @@ def test_the_automatic_budget_needs_a_curve_of_the_rankings_own_run(tmp_path, me
 
 
 def test_the_automatic_budget_is_refused_where_there_is_none(tmp_path):
-    from keylayers.errors import ConfigError, RankingError
-    from keylayers.ranking.verification import auto_budget
-
     scores = [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
     ranking, path = verified_ranking(tmp_path, scores)
     with pytest.raises(RankingError, match="the ranking changed since; run `keylayers verify` ag"):
@@ -268,7 +247,7 @@ def test_the_automatic_budget_is_refused_where_there_is_none(tmp_path):
     with pytest.raises(ConfigError, match="`budget` auto needs a fine-tune that lowers the held-o"):
         auto_budget(ranking, path)
     ranking, path = verified_ranking(tmp_path, scores, best_first=(1.0, 1.0, 1.0, 1.0))
-    with pytest.raises(ConfigError, match="but this one changes nothing"):
+    with pytest.raises(ConfigError, match="but this fine-tune changes nothing"):
         auto_budget(ranking, path)
     path.unlink()
     with pytest.raises(

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which modules' places inside or outside a selection the data decide. Needs no torch.
+"""Which modules are inside or outside a selection with 95 % confidence. Needs no torch.
 
 The cut of a budget is the midpoint between the last score taken and the first left out. A module's
-place is decided when its 95 % interval, score ± 1.96 standard errors, does not contain the cut. The
-interval covers the noise of the batches within one run, with the cut held fixed. It does not cover
-other seeds of the fine-tune, which can move scores further than their batches do.
+place is decided if its 95 % interval, score ± 1.96 standard errors, does not contain the cut. The
+interval covers the noise of the batches within a run, for a fixed cut. It does not cover other
+seeds of the fine-tune, which can move scores further than batches do.
 """
 
 from keylayers.ranking.budget import WrittenBudget
@@ -17,18 +17,16 @@ NUM_STANDARD_ERRORS = 1.96  # to each side of a normal mean, for 95 %
 def undecided(ranking: Ranking, budget: WrittenBudget) -> tuple[str, ...]:
     """Names of the modules, in model order, whose 95 % interval contains the budget's cut.
 
-    The interval, score ± 1.96 standard errors in the unit of the score, covers the noise of the
-    batches within one run and not the seeds of the fine-tune: another seed may move a module that
-    is not named here. A budget of all modules has no cut, so that nothing is undecided; nor is
-    there one where all that is left out has no score.
+    Another seed of the fine-tune may move modules that are not named here. Without a cut nothing is
+    undecided: if the budget takes all modules, or if no module that is left out has a score.
 
     Args:
         ranking: Modules without a score or a standard error are never undecided.
         budget: In any form of `keylayers.ranking.budget`.
 
     Returns:
-        Empty where no standard error is known. At a tie of the last score taken with the first
-        left out, all modules with that score, as the model's order and not the data places them.
+        Empty if no standard error is known. If the last score taken and the first left out are
+        equal, all modules with this score are named: the model's order places them, not the data.
 
     Raises:
         ConfigError: the budget has no known form, or buys nothing or more than there is.
@@ -41,7 +39,7 @@ def undecided(ranking: Ranking, budget: WrittenBudget) -> tuple[str, ...]:
 def decisions(ranking: Ranking, budget: WrittenBudget) -> dict[str, bool | None]:
     """Module name -> whether its place is decided, in model order; None where it is not known.
 
-    A budget by cost takes no module for its score alone: then none is known.
+    No place is known for a budget by cost, which takes no module for its score alone.
 
     Raises:
         ConfigError: the budget has no known form, or buys nothing or more than there is.

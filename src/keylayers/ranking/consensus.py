@@ -16,11 +16,11 @@ from keylayers.ranking.ranking import Ranking
 
 
 def consensus(rankings: Sequence[Ranking]) -> Ranking:
-    """The ranking by the mean relative rank of each module, as scores of 1 - mean.
+    """The ranking by the mean relative rank of each module; its scores are 1 - mean.
 
-    A relative rank is rank / number of scored modules, with average ranks for ties. The mean goes
-    over the rankings that score the module; its standard error too, and is None for fewer than
-    two of them. A module that none of them scores has no score.
+    A relative rank is rank / number of scored modules, with average ranks for ties. Mean and
+    standard error are over the rankings that score the module; the error of fewer than two is None.
+    A module that no ranking scores has no score.
 
     Raises:
         RankingError: there is no ranking, or they are not of the same modules.
@@ -47,7 +47,7 @@ def consensus(rankings: Sequence[Ranking]) -> Ranking:
 
 
 def _check_same_names(rankings: Sequence[Ranking]) -> None:
-    """Refuse rankings that are not of the same modules, naming the first that is off."""
+    """Refuse rankings of different modules; names the first difference."""
     candidates = [{module.name for module in ranking.modules} for ranking in rankings]
     for index, names in enumerate(candidates):
         if names != candidates[0]:

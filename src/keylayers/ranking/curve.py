@@ -18,11 +18,11 @@ class Recommendation:
     """The smallest budget that is nearly as good as all modules, and how sure that is.
 
     Attributes:
-        num_modules: The best so many modules.
+        num_modules: How many of the best modules.
         margin_nats: How much worse than all modules it may be.
         difference_nats: Its held-out loss minus that of all modules.
         upper_nats: The difference is below this with 95 % confidence, by resampling the held-out
-            batches in pairs. It is taken for this one budget, as if it had been chosen beforehand.
+            batches in pairs. The confidence holds for a single budget chosen in advance.
     """
 
     num_modules: int
@@ -37,9 +37,9 @@ class MaskCurve:
 
     Attributes:
         counts: How many of the best modules are kept, rising from 0 to all.
-        losses: Held-out loss in nats with so many.
-        batch_losses: The same for each held-out batch, one row a count; empty if not kept.
-        batch_weights: What each batch counts in the mean.
+        losses: Held-out loss in nats for each count.
+        batch_losses: One row for each count: the loss of each held-out batch; empty if unknown.
+        batch_weights: The weight of each batch in the mean.
     """
 
     counts: tuple[int, ...]

@@ -36,7 +36,7 @@ class Ranking:
         modules: In the model's order.
         method: Name of the scoring method, such as `ila`.
         granularity: `module`, `block` or `projection`: which modules share a score.
-        provenance: What made the ranking: model, data, options, seeds, versions, losses. JSON-able.
+        provenance: What made the ranking, as JSON; `made_by` is its typed form.
     """
 
     modules: tuple[RankedModule, ...]
@@ -89,7 +89,7 @@ class Ranking:
         """`provenance` as types.
 
         Raises:
-            RankingError: it holds something else; never so for a ranking from a file.
+            RankingError: it holds something else; files are checked when they are loaded.
         """
         return read_made_by(self.provenance, "the ranking")
 

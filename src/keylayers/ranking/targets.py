@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Module names in the form in which PEFT hits exactly these. Needs no torch.
+"""Targets with which PEFT hits exactly the given modules. Needs no torch.
 
-PEFT condenses lists of 20 names and more before saving, so that they can match more on another
-model. A grouped regular expression is saved as it is and stays exact. On mixtures of experts PEFT
-rewrites targets: an expression hits every block, and the dense feed-forward of one block becomes
-the experts of the others. There attention goes by a list of names, and everything that PEFT would
-rewrite by the names of its parameters.
+PEFT shortens lists of 20 names and more when it saves them, and the short form can match more
+modules on another model. A grouped regular expression is saved as it is and stays exact. On
+mixtures of experts PEFT rewrites targets: an expression hits every block, and the dense
+feed-forward of a block becomes the experts of the others. For these models we list attention
+modules by name, and everything that PEFT would rewrite by the names of its parameters.
 """
 
 import re
@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 REWRITTEN = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-"""Last names that PEFT takes for those of experts in the models whose experts it knows."""
+"""Last names of modules that PEFT rewrites in the mixtures of experts that it knows."""
 
 
 def lora_targets(names: Sequence[str], stacked: Collection[str] | None) -> dict[str, Any]:
@@ -49,9 +49,9 @@ def target_regex(names: Iterable[str]) -> str:
 
 
 def by_block(names: Iterable[str]) -> dict[tuple[str, str], list[str]]:
-    """What stands before and after the number of a block -> the numbers, as text.
+    """(prefix, suffix) of names that differ only in their block -> the block numbers, as text.
 
-    A name without a number stands whole before an empty one.
+    A name without a number is a prefix with an empty suffix and an empty number.
     """
     groups: dict[tuple[str, str], list[str]] = {}
     for name in names:

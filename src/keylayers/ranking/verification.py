@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `keylayers verify` found about a ranking: its mask curve beside controls. Needs no torch."""
+"""What `keylayers verify` finds: a ranking's mask curve and its controls. Needs no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,13 +31,13 @@ class Verification:
     """The mask curve of a ranking, and of what it must be better than.
 
     Attributes:
-        ranking_sha256: Of the ranking file's content.
+        ranking_sha256: Hash of the ranking file's content.
         best_first: The ranking's own curve.
-        worst_first: That of the reverse order: a ranking can be good at one end only.
-        random: Those of random orders, the control; at the same counts.
-        leave_one_out: That of the leave-one-out order, if it was asked for.
+        worst_first: The curve of the reverse order: a ranking can be good at one end only.
+        random: Curves of random orders, the control, at the same counts.
+        leave_one_out: The curve of the leave-one-out order, if it was asked for.
         margin: What the recommended budget may lose, as a share of what the fine-tune gained.
-        provenance: Model, data, splits, options, seeds, versions. JSON-able.
+        provenance: Model, data, splits, options, seeds, versions, as JSON.
     """
 
     ranking_sha256: str
@@ -50,10 +50,7 @@ class Verification:
 
     @property
     def recommendation(self) -> Recommendation | None:
-        """The smallest budget within the margin of all modules; None if nothing was gained.
-
-        With nothing gained there is nothing to keep a share of; see `best_first.best` then.
-        """
+        """The smallest budget within the margin of all modules; None if nothing was gained."""
         reduction = self.best_first.reduction_nats
         return self.best_first.smallest_within(self.margin * reduction) if reduction > 0 else None
 
@@ -66,15 +63,15 @@ class Verification:
         """`provenance` as types.
 
         Raises:
-            RankingError: it holds something else; never so for a verification from a file.
+            RankingError: it holds something else; files are checked when they are loaded.
         """
         return read_made_by(self.provenance, "the verification", COMMAND)
 
     @property
     def is_overfit(self) -> bool:
-        """Whether some subset on the curves, best first or random, has a lower loss than all.
+        """Whether some subset on the curves has a clearly lower loss than all modules.
 
-        By at least 5 % of what all updates change: then some updates hurt, areas lose their
+        Clearly means by 5 % of what all updates change. Some updates hurt then, areas lose their
         meaning, and the best point says more than the end of the curve.
         """
         losses = self.best_first.losses
@@ -83,11 +80,13 @@ class Verification:
 
     def random_means(self) -> list[float]:
         """Mean loss in nats over the random orders, for each count."""
-        return [fmean(losses) for losses in zip(*(one.losses for one in self.random), strict=True)]
+        return [
+            fmean(losses) for losses in zip(*(curve.losses for curve in self.random), strict=True)
+        ]
 
     def random_area(self) -> tuple[float, float] | None:
         """Mean and standard deviation of the random orders' normalised areas, if defined."""
-        areas = [one.normalised_area for one in self.random]
+        areas = [curve.normalised_area for curve in self.random]
         known = [area for area in areas if area is not None]
         return (fmean(known), stdev(known) if len(known) > 1 else 0.0) if known else None
 
@@ -174,7 +173,7 @@ def auto_budget(ranking: Ranking, path: Path) -> Count:
 
     Args:
         ranking: As loaded from its file.
-        path: The verification file beside it.
+        path: Its verification file.
 
     Raises:
         RankingError: not verified yet, verified before the ranking changed, or with another model,
@@ -191,8 +190,8 @@ def auto_budget(ranking: Ranking, path: Path) -> Count:
     if found.recommendation is None:
         does = "raises it" if found.best_first.reduction_nats < 0 else "changes nothing"
         raise ConfigError(
-            f"`budget` auto needs a fine-tune that lowers the held-out loss, but this one {does}; "
-            f"train it anew, or give a budget"
+            f"`budget` auto needs a fine-tune that lowers the held-out loss, but this fine-tune "
+            f"{does}; train again, or give a budget"
         )
     return Count(found.recommendation.num_modules)
 
@@ -220,9 +219,9 @@ def _are_other(own: str | None, other: str | None) -> bool:
 
 
 def verification_file(ranking: str | Path) -> Path:
-    """Where the verification of a ranking file, or of the folder that holds it, is written.
+    """Where the verification of a ranking file or its folder is written.
 
-    Beside ranking.json it is verification.json, beside other.json other.verification.json.
+    verification.json for ranking.json, other.verification.json for other.json.
     """
     path = Path(ranking)
     if path.is_dir():
