@@ -43,7 +43,7 @@ def test_a_damaged_yaml_file_is_one_line(command, tmp_path_factory, monkeypatch)
     monkeypatch.chdir(folder)
     begin(command, "--model", "nowhere", "--data", "nowhere.jsonl")
 
-    @cases(800)
+    @cases(400)
     @given(yaml_files)
     def check(content):
         (folder / "run.yaml").write_bytes(content)
@@ -66,11 +66,9 @@ def lines(rows):
 
 
 def table(rows, ending):
-    frame, file = pandas.DataFrame(rows), io.BytesIO()
-    if ending == ".csv":
-        frame.to_csv(file, index=False)
-    else:
-        frame.to_parquet(file)
+    file = io.BytesIO()
+    write = {".csv": pandas.DataFrame.to_csv, ".parquet": pandas.DataFrame.to_parquet}[ending]
+    write(pandas.DataFrame(rows), file, index=False)
     return file.getvalue()
 
 
@@ -131,10 +129,8 @@ def test_a_damaged_adapter_is_ranked_or_refused(tiny, tmp_path_factory):
     @cases(600)
     @given(files)
     def check(content):
-        for name, part in zip(
-            ("adapter_config.json", "adapter_model.safetensors"), content, strict=True
-        ):
-            (folder / name).write_bytes(part)
+        (folder / "adapter_config.json").write_bytes(content[0])
+        (folder / "adapter_model.safetensors").write_bytes(content[1])
         model = load_model(ModelOptions(model=str(tiny / "model")))
         try:
             updates = adapter_updates(load_adapter(model, str(folder)))

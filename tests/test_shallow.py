@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backward pass stops at the lowest trained module, under gradient checkpointing too."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -14,23 +16,19 @@ STEPS = 3
 
 
 class Calls(TrainerCallback):
-    """How often each block is run, recomputations too."""
+    """How often each block runs, including recomputations."""
 
     def __init__(self):
         self.counts = [0] * NUM_BLOCKS
         self.handles = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        def count(index):
-            def hook(*_):
-                self.counts[index] += 1
+        for index, block in enumerate(model.get_base_model().model.layers):
+            inner = block.self_attn.q_proj  # runs again with its block
+            self.handles.append(inner.register_forward_hook(partial(self.count, index)))
 
-            return hook
-
-        blocks = model.get_base_model().model.layers
-        for index, block in enumerate(blocks):
-            inner = block.self_attn.q_proj  # run again with its block
-            self.handles.append(inner.register_forward_hook(count(index)))
+    def count(self, index, *_):
+        self.counts[index] += 1
 
     def on_train_end(self, args, state, control, **kwargs):
         for handle in self.handles:
@@ -38,61 +36,53 @@ class Calls(TrainerCallback):
 
 
 def trained(kind="SFT", targets=UPPER, shallow=True, **options):
+    """A trained trainer, its LoRA matrices, and how often each block ran."""
     from peft import LoraConfig
 
     import keylayers
 
-    peft = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
-    trainer = build(
-        kind, "config", is_trained=False, is_moved=False, peft=peft, max_steps=STEPS, **options
-    )
-    calls = Calls()
+    options |= {"is_trained": False, "is_moved": False, "max_steps": STEPS}
+    options |= {"peft": LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")}
+    trainer, calls = build(kind, "config", activation_checkpointing=True, **options), Calls()
     trainer.add_callback(calls)
     if shallow:
         trainer.add_callback(keylayers.ShallowBackward())
     trainer.train()
-    weights = {
-        name: value.detach().clone()
-        for name, value in trainer.model.named_parameters()
-        if "lora_" in name
-    }
+    weights = {name: value for name, value in trainer.model.state_dict().items() if "lora_" in name}
     return trainer, weights, calls.counts
+
+
+def equal(left, right):
+    assert left.keys() == right.keys()
+    return all(torch.equal(left[name], right[name]) for name in left)
 
 
 @pytest.mark.parametrize("kind", ["SFT", "DPO", "ORPO"])
 def test_frozen_blocks_are_not_recomputed_and_the_training_is_the_same(kind):
-    _, plain, full = trained(kind, shallow=False, activation_checkpointing=True)
-    trainer, weights, counts = trained(kind, activation_checkpointing=True)
-    assert weights.keys() == plain.keys()
-    assert all(torch.equal(value, plain[name]) for name, value in weights.items())
+    _, plain, full = trained(kind, shallow=False)
+    trainer, weights, counts = trained(kind)
+    assert equal(weights, plain)
     assert any(bool(value.any()) for name, value in weights.items() if "lora_B" in name)
     assert full[0] == full[1] == full[2]
     assert counts[0] < counts[1] == full[1]
-    own = [
-        hook
-        for hook in trainer.model.get_input_embeddings()._forward_hooks.values()
-        if hook.__module__.startswith("keylayers")
-    ]
-    assert own == []
+    hooks = trainer.model.get_input_embeddings()._forward_hooks.values()
+    assert not any(hook.__module__.startswith("keylayers") for hook in hooks)
 
 
 def test_trained_embeddings_keep_their_gradient():
     targets = r"model\.(embed_tokens|layers\.2\..*proj)"
-    _, plain, _ = trained(targets=targets, shallow=False, activation_checkpointing=True)
-    _, weights, _ = trained(targets=targets, activation_checkpointing=True)
-    assert all(torch.equal(value, plain[name]) for name, value in weights.items())
+    _, plain, _ = trained(targets=targets, shallow=False)
+    _, weights, _ = trained(targets=targets)
+    assert equal(weights, plain)
     assert any("embed_tokens" in name and bool(value.any()) for name, value in weights.items())
 
 
 def test_checkpointing_that_needs_gradients_of_inputs_keeps_them():
-    options = {
-        "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"use_reentrant": True},
-    }
-    _, plain, full = trained(shallow=False, **options)
-    _, weights, counts = trained(**options)
+    reentrant = {"activation_checkpointing_kwargs": {"use_reentrant": True}}
+    _, plain, full = trained(shallow=False, **reentrant)
+    _, weights, counts = trained(**reentrant)
     assert counts == full
-    assert all(torch.equal(value, plain[name]) for name, value in weights.items())
+    assert equal(weights, plain)
 
 
 def test_the_one_training_path_does_it_by_itself():
