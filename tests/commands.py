@@ -83,6 +83,21 @@ def everything_below(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def updated_modules(folder):
+    """Modules of an adapter whose B is not zero."""
+    from safetensors.torch import load_file
+
+    return {
+        name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        for name, value in load_file(folder / "adapter_model.safetensors").items()
+        if "lora_B" in name and bool(value.any())
+    }
+
+
+def record_of(folder):
+    return json.loads((folder / "keylayers.json").read_text())
+
+
 def listing(folder):
     """Path -> time of its last change."""
     return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}

@@ -239,13 +239,6 @@ def test_it_says_plainly_what_is_better(losses, kept, said):
     assert all(part in line for part, line in zip(said, lines, strict=True))
 
 
-def edit(folder, change):
-    path = folder / "ranking.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
 def _a_weight_is_lost(folder):
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -312,15 +305,3 @@ def test_a_checkpoint_that_fails_its_proof_is_not_written(ranked_full, prune, mo
     assert (run.code, run.out) == (1, "")
     assert "must be the tuned one but for the pruned modules, but 1 tensors differ" in run.err
     assert list(run.folder.parent.iterdir()) == []
-
-
-def test_a_ranking_file_cannot_switch_on_the_code_of_a_model(ranked, tmp_path):
-    from keylayers.cli import app
-
-    shutil.copytree(ranked, tmp_path / "own")
-    own = {"trust_remote_code": True, "dtype": "bfloat16"}
-    edit(tmp_path / "own", lambda content: content["provenance"]["options"].update(own))
-    command = ["prune", "--ranking", str(tmp_path / "own"), "--budget", "0.3"]
-    _, bound, _ = app.parse_args(command, print_error=False, exit_on_error=False)
-    assert bound.arguments["options"].model.trust_remote_code is False
-    assert bound.arguments["options"].model.dtype == "bfloat16"  # the ranking's own

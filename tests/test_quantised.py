@@ -7,29 +7,22 @@ import warnings
 import pytest
 import torch
 
+from commands import keylayers, rank, read, record_of
 from differences import noise_of, slopes_of
 from tiny_files import NUM_MODULES
 
 pytest.importorskip("bitsandbytes", reason="4-bit bases need bitsandbytes (keylayers[qlora])")
 
 
-def keylayers(*arguments):
-    from keylayers.cli import main
-
-    return main([str(argument) for argument in arguments])
-
-
 @pytest.fixture(scope="module")
 def ranked(tiny, tmp_path_factory):
     output = tmp_path_factory.mktemp("ranked")
-    options = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", output)
-    quick = ("--max-steps", 8, "--mask-batches", 2, "--batch-size", 4, "--lora-rank", 4)
-    assert keylayers("rank", *options, *quick, "--load-in-4bit") == 0
+    assert rank(tiny, output, "--load-in-4bit") == 0
     return output
 
 
 def test_a_ranking_is_verified_and_its_selection_trained_in_4_bits_too(ranked, tiny, tmp_path):
-    ranking = json.loads((ranked / "ranking.json").read_text())
+    ranking = read(ranked)
     assert len({one["score"] for one in ranking["modules"]}) == NUM_MODULES
     losses = ranking["provenance"]["held_out_loss_nats"]
     assert losses["tuned"] < losses["base"]
@@ -40,9 +33,9 @@ def test_a_ranking_is_verified_and_its_selection_trained_in_4_bits_too(ranked, t
     assert curve[0] == pytest.approx(losses["base"], rel=1e-5)
     assert curve[-1] == pytest.approx(losses["tuned"], rel=1e-5)
     output = tmp_path / "trained"
-    train = ("train", "--ranking", ranked, "--budget", 5, "--steps", 4, "--output", output)
-    assert keylayers(*train) == 0
-    record = json.loads((output / "keylayers.json").read_text())
+    more = ("--budget", 5, "--steps", 4, "--output", output)
+    assert keylayers("train", "--ranking", ranked, *more) == 0
+    record = record_of(output)
     assert record["options"]["load_in_4bit"] is True
     assert record["results"][0]["held_out_loss_nats"] == pytest.approx(losses["base"], rel=1e-5)
     assert plain_peft_modules(tiny / "model", output) == set(record["selection"]["modules"])

@@ -6,7 +6,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from commands import keylayers, rank, read, scores
+from commands import keylayers, plain_loss, rank, read, record_of, scores
 from tiny_files import NUM_MODULES
 
 
@@ -51,47 +51,23 @@ def test_stage_1_stops_when_the_loss_is_stable(tiny, tmp_path):
     assert (stage_1["num_steps"], stage_1["stopped_by"]) == (4, "stable")
 
 
-def test_an_adapter_needs_stage_2_only(tiny, tmp_path):
-    assert rank(tiny, tmp_path / "out", "--adapter", tiny / "adapter") == 0
+def test_an_adapter_needs_stage_2_only_and_stage_1s_own_gives_the_same(tiny, ranked, tmp_path):
+    assert rank(tiny, tmp_path / "out", "--adapter", ranked / "adapter") == 0
     made_by = read(tmp_path / "out")["provenance"]
     assert "stage_1" not in made_by
     assert made_by["adapter"]["name"].endswith("adapter")
-    assert len(scores(tmp_path / "out")) == NUM_MODULES
+    assert scores(tmp_path / "out") == scores(ranked)
     assert not (tmp_path / "out" / "adapter").exists()
 
 
-def test_ranking_stage_1s_own_adapter_gives_the_same_scores(tiny, ranked, tmp_path):
-    assert rank(tiny, tmp_path / "second", "--adapter", ranked / "adapter") == 0
-    assert scores(ranked) == scores(tmp_path / "second")
-
-
-def test_two_checkpoints_need_stage_2_only(tiny, tmp_path, capsys):
+def test_two_checkpoints_need_stage_2_only_and_open_gates_are_the_tuned_one(tiny, tmp_path, capsys):
     assert rank(tiny, tmp_path / "out", "--tuned", tiny / "tuned") == 0
     made_by = read(tmp_path / "out")["provenance"]
     assert "model.norm.weight" in made_by["tuned"]["other_weights_that_differ"]
     assert len(set(scores(tmp_path / "out"))) == NUM_MODULES
     assert "taken from the tuned checkpoint: 7 other weights" in capsys.readouterr().err
-
-
-def test_all_gates_open_is_the_tuned_checkpoint(tiny, tmp_path):
-    """The held-out loss with open gates equals that of the tuned checkpoint itself."""
-    assert rank(tiny, tmp_path / "out", "--tuned", tiny / "tuned") == 0
-    losses = read(tmp_path / "out")["provenance"]["held_out_loss_nats"]
-    from keylayers.data.options import DataOptions
-    from keylayers.data.prepare import prepare
-    from keylayers.evaluation.loss import held_out_loss
-    from keylayers.model.loading import load_model, load_tokenizer
-    from keylayers.model.options import ModelOptions
-    from keylayers.training.options import TrainingOptions
-    from keylayers.training.run import make_trainer
-
-    source = ModelOptions(model=str(tiny / "tuned"))
-    tokenizer = load_tokenizer(ModelOptions(model=str(tiny / "model")))
-    data = prepare(DataOptions(data=str(tiny / "data.jsonl")), tokenizer, 64)
-    trainer = make_trainer(
-        load_model(source), tokenizer, data.train, TrainingOptions(batch_size=4), num_steps=1
-    )
-    assert held_out_loss(trainer, data.held_out) == pytest.approx(losses["tuned"], rel=1e-5)
+    loss = plain_loss(tiny, tiny / "tuned")
+    assert loss == pytest.approx(made_by["held_out_loss_nats"]["tuned"], rel=1e-5)
 
 
 @pytest.mark.parametrize("granularity", ["block", "projection"])
@@ -109,11 +85,8 @@ def test_options_come_from_yaml_and_flags_win(tiny, tmp_path):
     output = tmp_path / "out"
     assert keylayers("rank", "--config", config, "--mask-steps", "2", "--output", output) == 0
     options = read(output)["provenance"]["options"]
-    assert (options["max_steps"], options["mask_steps"], options["mask_optimizer"]) == (
-        4,
-        2,
-        "adam",
-    )
+    wanted = {"max_steps": 4, "mask_steps": 2, "mask_optimizer": "adam"}
+    assert {name: options[name] for name in wanted} == wanted
 
 
 def test_lists_in_yaml_are_options_too(ranked, tmp_path):
@@ -123,7 +96,7 @@ def test_lists_in_yaml_are_options_too(ranked, tmp_path):
         f"output: {tmp_path / 'best'}\n"
     )
     assert keylayers("train", "--config", config) == 0
-    rows = json.loads((tmp_path / "best" / "keylayers.json").read_text())["results"]
+    rows = record_of(tmp_path / "best")["results"]
     assert [row["label"] for row in rows][-2:] == ["all", "random"]
 
 
@@ -140,14 +113,17 @@ def test_no_option_has_the_name_of_a_sub_command():
     assert not names & set(COMMANDS)
 
 
-def test_a_ranking_file_cannot_switch_on_the_code_of_a_model(tiny, tmp_path):
+@pytest.mark.parametrize("command", ["train", "prune"])
+def test_a_ranking_file_cannot_switch_on_the_code_of_a_model(ranking_copy, command):
     from keylayers.cli import app
 
-    assert rank(tiny, tmp_path / "out", "--trust-remote-code") == 0
-    assert read(tmp_path / "out")["provenance"]["options"]["trust_remote_code"] is True
-    command = ["train", "--ranking", str(tmp_path / "out"), "--budget", "0.3"]
-    _, bound, _ = app.parse_args(command, print_error=False, exit_on_error=False)
+    content = read(ranking_copy)
+    content["provenance"]["options"] |= {"trust_remote_code": True, "revision": "abc"}
+    (ranking_copy / "ranking.json").write_text(json.dumps(content))
+    words = [command, "--ranking", str(ranking_copy), "--budget", "0.3"]
+    _, bound, _ = app.parse_args(words, print_error=False, exit_on_error=False)
     assert bound.arguments["options"].model.trust_remote_code is False
+    assert bound.arguments["options"].model.revision == "abc"  # the ranking's own
 
 
 def test_show_prints_the_ranking_and_json(ranked, capsys):
@@ -178,14 +154,13 @@ def test_stage_1s_adapter_is_an_ordinary_one(ranked):
     assert not any("keygate" in name for name in weights)
 
 
-def test_a_finished_stage_1_of_the_same_inputs_is_not_run_again(tiny, tmp_path, capsys):
-    assert rank(tiny, tmp_path / "out") == 0
-    first = scores(tmp_path / "out")
-    (tmp_path / "out" / "ranking.json").unlink()
+def test_a_finished_stage_1_of_the_same_inputs_is_not_run_again(tiny, ranking_copy, capsys):
+    first = scores(ranking_copy)
+    (ranking_copy / "ranking.json").unlink()
     capsys.readouterr()
-    assert rank(tiny, tmp_path / "out") == 0
+    assert rank(tiny, ranking_copy) == 0
     assert "stage 1 of the same inputs is taken from" in capsys.readouterr().err
-    assert scores(tmp_path / "out") == first
-    assert rank(tiny, tmp_path / "out", "--seed", "5") == 0
+    assert scores(ranking_copy) == first
+    assert rank(tiny, ranking_copy, "--seed", "5") == 0
     assert "stage 1 ended after 6 steps" in capsys.readouterr().err
-    assert scores(tmp_path / "out") != first
+    assert scores(ranking_copy) != first

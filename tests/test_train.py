@@ -1,32 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """`keylayers train`: exactly the selection is trained, and anybody can load the result."""
 
-import json
-
 import pytest
 from safetensors.torch import load_file
 
-from commands import PLAIN_PEFT, PLAIN_TRANSFORMERS, STEPS, best, fresh_process, keylayers
+from commands import (
+    PLAIN_PEFT,
+    PLAIN_TRANSFORMERS,
+    STEPS,
+    best,
+    fresh_process,
+    keylayers,
+    plain_loss,
+    record_of,
+    updated_modules,
+)
 from tiny_files import NUM_MODULES
 
 
 def test_an_adapter_on_exactly_the_best_modules_that_plain_peft_loads(ranked, tmp_path, capsys):
-    assert (
-        keylayers("train", "--ranking", ranked, "--budget", "0.3", "--output", tmp_path / "t") == 0
-    )
-    names = set(fresh_process(PLAIN_PEFT, tmp_path / "t"))
-    assert names == best(ranked, 6)  # 6.3 of 21
-    weights = load_file(tmp_path / "t" / "adapter_model.safetensors")
-    changed = {
-        name.removeprefix("base_model.model.").rpartition(".lora_")[0]
-        for name, value in weights.items()
-        if "lora_B" in name and bool(value.any())
-    }
-    assert changed == best(ranked, 6)
+    output = tmp_path / "t"
+    assert keylayers("train", "--ranking", ranked, "--budget", "0.3", "--output", output) == 0
+    names = set(fresh_process(PLAIN_PEFT, output))
+    assert names == updated_modules(output) == best(ranked, 6)  # 6.3 of 21
     out = capsys.readouterr().out
     for label in ("base model", "selected", "all (stage 1 of the ranking)"):
         assert label in out
-    record = json.loads((tmp_path / "t" / "keylayers.json").read_text())
+    record = record_of(output)
     assert set(record["selection"]["modules"]) == names
     assert record["selection"]["num_candidates"] == NUM_MODULES
     assert record["results"][1]["num_steps"] == 6  # as stage 1
@@ -34,17 +34,12 @@ def test_an_adapter_on_exactly_the_best_modules_that_plain_peft_loads(ranked, tm
     assert record["results"][0]["num_trained_parameters"] == 0
 
 
-def test_a_selection_of_twenty_and_more_modules_stays_exact(ranked, tmp_path):
+@pytest.mark.parametrize(("budget", "count"), [(("--budget", 20), 20), (("--freeze", 0.25), 16)])
+def test_larger_selections_stay_exact(ranked, tmp_path, budget, count):
     """PEFT condenses long lists of names before saving; a regular expression is kept."""
-    options = ("--ranking", ranked, "--budget", "20", "--steps", "1", "--output", tmp_path / "t")
+    options = ("--ranking", ranked, *budget, "--steps", "1", "--output", tmp_path / "t")
     assert keylayers("train", *options) == 0
-    assert set(fresh_process(PLAIN_PEFT, tmp_path / "t")) == best(ranked, 20)
-
-
-def test_freezing_the_worst_quarter_trains_the_others(ranked, tmp_path):
-    options = ("--ranking", ranked, "--freeze", "0.25", *STEPS, "--output", tmp_path / "t")
-    assert keylayers("train", *options) == 0
-    assert set(fresh_process(PLAIN_PEFT, tmp_path / "t")) == best(ranked, 16)
+    assert set(fresh_process(PLAIN_PEFT, tmp_path / "t")) == best(ranked, count)
 
 
 def test_the_chat_template_that_was_trained_with_is_saved(tiny, ranked, tmp_path):
@@ -80,7 +75,7 @@ def test_controls_are_trained_beside_the_selection(ranked, tmp_path, capsys):
     options = ("--ranking", ranked, "--budget", "0.3", *STEPS, "--output", tmp_path / "t")
     assert keylayers("train", *options, "--controls", "all", "random", "worst") == 0
     capsys.readouterr()
-    rows = json.loads((tmp_path / "t" / "keylayers.json").read_text())["results"]
+    rows = record_of(tmp_path / "t")["results"]
     by_label = {row["label"]: row for row in rows}
     assert {"all", "random", "worst", "selected", "base model"} <= by_label.keys()
     assert by_label["all"]["num_modules"] == NUM_MODULES
@@ -90,25 +85,9 @@ def test_controls_are_trained_beside_the_selection(ranked, tmp_path, capsys):
     assert losses["selected"] < losses["base model"]
 
 
-def test_the_printed_loss_is_that_of_the_saved_adapter(tiny, ranked, tmp_path):
-    from keylayers.data.options import DataOptions
-    from keylayers.data.prepare import prepare
-    from keylayers.evaluation.loss import held_out_loss
-    from keylayers.model.loading import load_adapter, load_model, load_tokenizer
-    from keylayers.model.options import ModelOptions
-    from keylayers.training.options import TrainingOptions
-    from keylayers.training.run import make_trainer
-
-    options = ("--ranking", ranked, "--budget", "0.3", *STEPS, "--output", tmp_path / "t")
-    assert keylayers("train", *options) == 0
-    record = json.loads((tmp_path / "t" / "keylayers.json").read_text())
-    source = ModelOptions(model=str(tiny / "model"))
-    tokenizer = load_tokenizer(source)
-    data = prepare(DataOptions(data=str(tiny / "data.jsonl")), tokenizer, 64)
-    model = load_adapter(load_model(source), str(tmp_path / "t"))
-    trainer = make_trainer(model, tokenizer, data.train, TrainingOptions(batch_size=4), num_steps=1)
-    loss = held_out_loss(trainer, data.held_out)
-    assert loss == pytest.approx(record["results"][1]["held_out_loss_nats"], rel=1e-6)
+def test_the_recorded_loss_is_that_of_the_saved_adapter(tiny, trained):
+    found = record_of(trained)["results"][1]["held_out_loss_nats"]
+    assert found == pytest.approx(plain_loss(tiny, tiny / "model", trained), rel=1e-6)
 
 
 def test_controls_are_as_large_as_the_selection_and_follow_their_names():

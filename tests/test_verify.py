@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import keylayers, listing, plain_loss, rank
+from commands import best, keylayers, listing, plain_loss, rank, record_of, updated_modules
 from tiny_files import NUM_MODULES
 
 FAST = ("--points", "5", "--random-orders", "2")
@@ -249,21 +249,11 @@ def test_the_automatic_budget_trains_exactly_the_recommended_modules(verified, t
     assert run.code == 0
     count = verified.content()["recommendation"]["num_modules"]
     assert 0 < count < NUM_MODULES
-    modules = json.loads((verified.folder / "ranking.json").read_text())["modules"]
-    best = {module["name"] for module in modules if module["rank"] <= count}
-    record = json.loads((tmp_path / "t" / "keylayers.json").read_text())
-    assert set(record["selection"]["modules"]) == best
+    wanted, record = best(verified.folder, count), record_of(tmp_path / "t")
+    assert set(record["selection"]["modules"]) == wanted
     assert record["selection"]["num_modules"] == count
     assert record["options"]["budget"] == "auto"
-    from safetensors.torch import load_file
-
-    weights = load_file(tmp_path / "t" / "adapter_model.safetensors")
-    trained = {
-        name.removeprefix("base_model.model.").rpartition(".lora_")[0]
-        for name, value in weights.items()
-        if "lora_B" in name and bool(value.any())
-    }
-    assert trained == best
+    assert updated_modules(tmp_path / "t") == wanted
 
 
 def test_the_automatic_budget_needs_a_verification(ranking_copy, tmp_path, capsys):
