@@ -52,7 +52,7 @@ def test_the_training_does_not_notice(kind):
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
-def test_what_is_not_trained_scores_nothing_and_a_second_training_begins_anew():
+def test_what_is_not_trained_scores_nothing_and_a_second_training_starts_from_zero():
     import keylayers
 
     scores = keylayers.StepScores()

@@ -40,10 +40,10 @@ def test_a_method_is_repeated_on_other_batches_and_averaged(method):
         score(trainer, method=method, mask_batches=1, mask_seed=4 + 1000 * index)
         for index in range(repeats)
     ]
-    assert len({one.scores for one in single}) == repeats
-    means = [fmean(scores) for scores in zip(*(one.scores for one in single), strict=True)]
+    assert len({each.scores for each in single}) == repeats
+    means = [fmean(scores) for scores in zip(*(each.scores for each in single), strict=True)]
     assert list(found.scores) == pytest.approx(means)
-    assert found.forward_equivalents == sum(one.forward_equivalents for one in single)
+    assert found.forward_equivalents == sum(each.forward_equivalents for each in single)
 
 
 def test_repeats_stop_once_the_same_modules_lead():
