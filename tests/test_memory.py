@@ -88,7 +88,7 @@ def held_by_its_own_step(trainer):
     shallow_backward(model)
     batch = trainer._prepare_inputs(dict(_longest_batch(trainer)))
     taken = peak_bytes(model.device, lambda: trainer.compute_loss(model, batch).backward())
-    trained = sum(one.nbytes for one in model.parameters() if one.requires_grad)
+    trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
     return _stored_bytes(trainer, set()) + MOMENTS * trained + taken
 
 
@@ -100,14 +100,14 @@ def test_what_a_set_holds_is_what_its_own_trainer_holds(kind, is_checkpointed):
 
     options = {"activation_checkpointing": is_checkpointed}
     whole = trainer_of(SETS[0], kind, **options)
-    before = {name: one.clone() for name, one in whole.model.state_dict().items()}
+    before = {name: value.clone() for name, value in whole.model.state_dict().items()}
     memory = keylayers.measured_memory(whole)
     for targets in SETS:
         alone = trainer_of(targets, kind, **options)
         own = held_by_its_own_step(alone)
         assert own * 0.99 < memory.of(alone.model.targeted_module_names) < own * 1.02
-    assert all(torch.equal(one, before[name]) for name, one in whole.model.state_dict().items())
-    assert all(one.grad is None for one in whole.model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in whole.model.state_dict().items())
+    assert all(weight.grad is None for weight in whole.model.parameters())
 
 
 def test_more_modules_hold_more_and_what_cannot_be_measured_is_refused():
@@ -132,7 +132,7 @@ def test_training_within_memory(ranked, tmp_path, capsys, update):
     assert "modules holds" in " ".join(capsys.readouterr().err.split())
     record = json.loads((tmp_path / "a" / "keylayers.json").read_text())
     scores = json.loads((ranked / "ranking.json").read_text())["modules"]
-    assert record["selection"]["modules"] == [one["name"] for one in scores]
+    assert record["selection"]["modules"] == [module["name"] for module in scores]
     budget = f"{record['step_memory_bytes'] / MIB - 0.1:.3f}MiB"
     assert keylayers("train", *common, "--budget", budget, "--output", tmp_path / "b") == 0
     less = json.loads((tmp_path / "b" / "keylayers.json").read_text())

@@ -78,7 +78,7 @@ def test_they_are_a_ranking_like_any_other(tmp_path):
         scores.ranking()
     trained(callback=scores, max_steps=2)
     ranking = scores.ranking()
-    assert {one.name: one.score for one in ranking.modules} == scores.scores
+    assert {module.name: module.score for module in ranking.modules} == scores.scores
     ranking.save(tmp_path / "ranking.json")
     loaded = keylayers.Ranking.load(tmp_path / "ranking.json")
     assert loaded.select(5).names == ranking.select(5).names

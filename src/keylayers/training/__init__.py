@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data, and the one training path."""
+"""The training path, its objectives and its callbacks."""

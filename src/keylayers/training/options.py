@@ -48,7 +48,7 @@ class ObjectiveOptions:
 
 
 def check_kto_batch(name: str, batch_size: int, objective: ObjectiveOptions) -> None:
-    """Raise a ConfigError for a batch of one with kto."""
+    """Raise a ConfigError for kto with a single example per batch."""
     if objective.objective == "kto" and batch_size < 2:
         raise ConfigError(
             f"`{name}` must be at least 2 with `objective` kto, which compares an answer with its "

@@ -49,7 +49,7 @@ def rank_modules(
             `keylayers.module_weights(model)` or a checkpoint.
         on_step: Called after each pass with its number, from 1, and its loss in nats.
         mask_seed: Seed of the order of the batches. Default: the trainer's seed.
-        **options: Options of the method, such as `mask_batches=8`.
+        **options: Options of the method, for example `mask_batches=8`.
 
     Raises:
         ConfigError: no such method or option; the trainer samples its own data (GRPO) and the
