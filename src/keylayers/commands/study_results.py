@@ -29,6 +29,7 @@ from keylayers.environment import environment
 from keylayers.files import write_bytes, write_json
 from keylayers.ranking.compare import agreement
 from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.record import MadeBy, RunRecord
 
 FIXED, MEASURED = ["cell", "kind", "status", "error"], ["measure", "value", "unit"]
 PAIR, AGREED = ["differs", "first", "second"], ["jaccard", "chance_jaccard", "tau"]
@@ -90,30 +91,31 @@ def results_table(
 
 def _measures(kind: str, content: Any) -> Iterator[tuple[str, float | None, str]]:
     """Name, value and unit of what a cell measured, from the file that it wrote."""
-    made_by = content.get("provenance", content)
-    unit = made_by.get("loss_unit", "nats")
-    if kind == "stage-1":
-        yield "steps", made_by["stage_1"]["num_steps"], "steps"
-        for name, loss in made_by["held_out_loss_nats"].items():
-            yield f"held_out_loss_{name}", loss, unit
-    elif kind == "ranking":
-        mask = made_by["mask"]
-        yield "scoring_time", mask["seconds"], "seconds"
-        yield "scoring_passes", mask["num_forward"] + mask["num_backward"], "passes over a batch"
+    if kind in ("stage-1", "ranking"):
+        made_by = MadeBy.model_validate(content["provenance"])
+        stage_1, losses, mask = made_by.stage_1, made_by.held_out_loss_nats, made_by.mask
+        if kind == "ranking" and mask is not None:
+            yield "scoring_time", mask.seconds, "seconds"
+            yield "scoring_passes", mask.num_forward + mask.num_backward, "passes over a batch"
+        elif kind == "stage-1" and stage_1 is not None and losses is not None:
+            yield "steps", stage_1.num_steps, "steps"
+            yield "held_out_loss_base", losses.base, made_by.loss_unit
+            yield "held_out_loss_tuned", losses.tuned, made_by.loss_unit
     elif kind == "verification":
         areas = [curve["normalised_area"] for curve in content["random"]]
         yield "area", content["best_first"]["normalised_area"], AREA
         yield "area_of_random_orders", None if None in areas else fmean(areas), AREA
     elif kind == "training":
-        base, selected, *others = content["results"]
-        yield "held_out_loss", selected["held_out_loss_nats"], unit
-        yield "held_out_loss_base", base["held_out_loss_nats"], unit
+        record = RunRecord.model_validate(content)
+        unit, (base, selected, *others) = record.loss_unit, record.results
+        yield "held_out_loss", selected.held_out_loss_nats, unit
+        yield "held_out_loss_base", base.held_out_loss_nats, unit
         for row in others:
-            name, _, more = row["label"].partition(" (")
+            name, _, more = row.label.partition(" (")
             if not more.startswith("stage 1"):  # which has rows of its own
-                yield f"held_out_loss_{name}", row["held_out_loss_nats"], unit
-        yield "modules", selected["num_modules"], "modules"
-        yield "trained_parameters", selected["num_trained_parameters"], "parameters"
+                yield f"held_out_loss_{name}", row.held_out_loss_nats, unit
+        yield "modules", selected.num_modules, "modules"
+        yield "trained_parameters", selected.num_trained_parameters, "parameters"
     elif kind == "evaluation":
         for measure in (one for one in content["measures"] if one["is_in_table"]):
             name = f"{measure['task']}: {measure['metric']}"
