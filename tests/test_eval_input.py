@@ -40,7 +40,7 @@ BAD = [
     ([*ONE, "--task-folder", "tasks", "--tasks", "broken"], "'no_such_field' is undefined"),
     (
         [*ONE, "--task-folder", "tasks", "--tasks", "gone"],
-        "must be in order and their documents in",
+        "must be valid and their documents av",
     ),
     ([*ONE, "--tasks", "three", "--limit", "0"], "`limit` must be at least 1"),
     ([*ONE, "--tasks", "three", "--towers", "all"], "`towers` must be left out"),

@@ -65,9 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_no_password(token, "an option")
         app(tokens, print_error=False, exit_on_error=False, result_action="return_value")
     except KeyboardInterrupt:
-        _complain(
-            "stopped; nothing is half written, and the same command goes on from what was finished"
-        )
+        _complain("stopped; nothing is half written, and the same command continues from there")
         return 130
     except BrokenPipeError:  # the reader of our output (`head`) closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

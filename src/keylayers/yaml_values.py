@@ -5,6 +5,8 @@ import json
 from collections import Counter
 from typing import Any
 
+import yaml
+
 from keylayers.environment import check_no_password
 from keylayers.errors import ConfigError
 
@@ -25,10 +27,8 @@ def yaml_value(text: str, source: str) -> Any:
         ConfigError: `text` is not valid YAML, repeats a key, is too large, or holds a password or
             a value that JSON cannot express: a date, a set, a number that is not finite, a cycle.
     """
-    import yaml
-
     try:
-        value = _loader()(text).get_single_data()
+        value = _Loader(text).get_single_data()
     except (yaml.YAMLError, *BROKEN) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{source} must be valid YAML, but is not: {reason}") from error
@@ -49,25 +49,20 @@ def yaml_value(text: str, source: str) -> Any:
     return value
 
 
-def _loader() -> Any:
-    import yaml
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which would silently take the last of two equal keys."""
 
-    class Loader(yaml.SafeLoader):
-        """PyYAML's safe loader, which would silently take the last of two equal keys."""
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.YAMLError(f"a {node.tag} must be a mapping")
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        counts = Counter(key.value for key in own if isinstance(key, yaml.ScalarNode))
+        for key, count in counts.most_common(1):
+            if count > 1:
+                raise yaml.YAMLError(f"the key {key!r} appears twice in one mapping")
+        return super().construct_mapping(node, deep)
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            if not isinstance(node, yaml.MappingNode):
-                raise yaml.YAMLError(f"a {node.tag} must be a mapping")
-            own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-            counts = Counter(key.value for key in own if isinstance(key, yaml.ScalarNode))
-            for key, count in counts.most_common(1):
-                if count > 1:
-                    raise yaml.YAMLError(f"the key {key!r} appears twice in one mapping")
-            return super().construct_mapping(node, deep)
-
-        def flatten_mapping(self, node: Any) -> None:
-            super().flatten_mapping(node)
-            if len(node.value) > MOST_PARTS:  # merges of merges double it each time
-                raise yaml.YAMLError("its merges must be smaller")
-
-    return Loader
+    def flatten_mapping(self, node: Any) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_PARTS:  # merges of merges double it each time
+            raise yaml.YAMLError("its merges must be smaller")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`keylayers compare`."""
 
-import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -108,8 +108,7 @@ def _print(pairs: "Sequence[Agreement]", paths: Sequence[Path]) -> None:
 
 
 def _print_json(pairs: "Sequence[Agreement]", paths: Sequence[Path], budget: str) -> None:
-    from dataclasses import asdict
-
+    from keylayers.commands.console import print_json
     from keylayers.ranking.compare import mean_by_kind
 
     content = {
@@ -118,5 +117,4 @@ def _print_json(pairs: "Sequence[Agreement]", paths: Sequence[Path], budget: str
         "pairs": [asdict(pair) for pair in pairs],
         "means": [asdict(mean) for mean in mean_by_kind(pairs)],
     }
-    json.dump(content, sys.stdout, indent=2, ensure_ascii=False)
-    sys.stdout.write("\n")
+    print_json(content)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where options come from: flags win over the YAML file, and that over a ranking's record."""
+"""Where options come from: flags, then the YAML file, then the record of a ranking."""
 
 from collections.abc import Collection
 from dataclasses import asdict
@@ -12,7 +12,6 @@ from cyclopts.config import Dict
 
 from keylayers.errors import ConfigError, did_you_mean
 from keylayers.files import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT
-from keylayers.yaml_values import yaml_value
 
 if TYPE_CHECKING:
     from cyclopts.help import HelpPanel
@@ -182,6 +181,8 @@ def read_yaml(path: Path, name: str) -> dict[str, Any]:
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{str(path)!r} must be valid YAML, but is not: {reason}") from error
+    from keylayers.yaml_values import yaml_value  # slow to import
+
     options = yaml_value(text, repr(str(path)))
     if options is None:
         return {}

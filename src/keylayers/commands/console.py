@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the sub-commands show: results on stdout, progress and notes on stderr."""
 
+import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -64,6 +67,12 @@ class ConsoleProgress:
     def note(self, text: str) -> None:
         """One line on stderr."""
         self.console.print(text, style="dim", markup=False)
+
+
+def print_json(content: Any) -> None:
+    """Print JSON for machines on stdout."""
+    json.dump(content, sys.stdout, indent=2, ensure_ascii=False)
+    sys.stdout.write("\n")
 
 
 def stdout() -> Console:

@@ -48,7 +48,7 @@ def eval(
 
     Args:
         output: Folder of the evaluation.
-        config: YAML file with any of these options; flags win over it.
+        config: YAML file with any of these options. Flags take precedence.
     """
     from keylayers.commands.console import ConsoleProgress, stdout
     from keylayers.evaluation.run import evaluate

@@ -157,7 +157,7 @@ def stage_1_name(training: TrainingOptions) -> str:
 
 
 def _find_update(session: "Session", options: RankOptions, folder: Path) -> "TunedModel":
-    """The model with the update to rank: an existing one, or that of stage 1, kept in `folder`."""
+    """The model with the update to rank: an existing one, or that of stage 1 in `folder`."""
     from keylayers.files import remove_unfinished
     from keylayers.model.sharding import is_sharded
     from keylayers.training.fine_tuning import finished_stage_1

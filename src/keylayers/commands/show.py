@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`keylayers show`."""
 
-import json
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -57,6 +55,7 @@ def show(
         as_json: For machines: modules best first, with rank, score, whether its place at
             the budget is decided, and all provenance.
     """
+    from keylayers.commands.console import print_json
     from keylayers.ranking.budget import parse_budget
     from keylayers.ranking.ranking import Ranking
     from keylayers.report.source import load_sources
@@ -77,9 +76,7 @@ def show(
     if not as_json:
         _print(loaded, rankings, parsed)
         return
-    content = _content(loaded[0], parsed) | {"budget": budget}
-    json.dump(content, sys.stdout, indent=2, ensure_ascii=False)
-    sys.stdout.write("\n")
+    print_json(_content(loaded[0], parsed) | {"budget": budget})
 
 
 def _print(loaded: "Sequence[Ranking]", paths: Sequence[Path], budget: "Budget") -> None:

@@ -35,7 +35,7 @@ STABILITY, SCORING, COMPARED = "When stage 1 ends", "Scoring", "Compared"
 NOT_FOR_STUDIES = ("output", "config", "ranking", "stage_1", "push_to_hub", "private")
 NO_EFFECT = ("report_to", "save_steps")  # on results
 FILES = ("model", "data", "adapter", "tuned", "chat_template", "forgetting_data", "task_folder")
-# Options whose values are valid or not whatever the other options are.
+# Options whose validity does not depend on other options.
 INDEPENDENT = (*FILES, "revision", "seed", "mask_seed", "max_steps", "steps")
 
 
@@ -135,7 +135,7 @@ def check(cells: Iterable[Cell]) -> None:
 
 @cache
 def _trained_on() -> dict[str, str]:
-    """Options of trainings alone -> what they stand for."""
+    """Options of trainings only -> the options that they replace."""
     return {f"train_{name}": name for name in defaults_of("rank", (), (MODEL, DATA))}
 
 

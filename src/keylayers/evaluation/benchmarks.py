@@ -69,7 +69,7 @@ def load_benchmarks(options: BenchmarkOptions, seed: int) -> tuple[list["Benchma
             loaded = manager.load(list(options.tasks))
     except FROM_A_BAD_TASK as error:
         raise DataError(
-            f"the tasks {', '.join(options.tasks)} must be in order and their documents in reach, "
+            f"the tasks {', '.join(options.tasks)} must be valid and their documents available, "
             f"but the harness said: {_reason(error)}"
         ) from error
     tasks = loaded["tasks"]

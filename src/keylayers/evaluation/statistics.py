@@ -85,15 +85,11 @@ def interval(documents: Documents, seed: int = 0) -> Interval | None:
     if is_share and num > 1 and np.all((values == 0) | (values == 1)):
         exact = stats.binomtest(int(values.sum()), num).proportion_ci(LEVEL, "exact")
         return Interval(float(exact.low), float(exact.high), "exact")
-    return _bootstrap(documents, seed)
+    return difference_interval(documents, seed)
 
 
 def difference_interval(documents: Documents, seed: int = 0) -> Interval | None:
     """The interval of a difference: always by bootstrap, because a difference is not a share."""
-    return _bootstrap(documents, seed)
-
-
-def _bootstrap(documents: Documents, seed: int) -> Interval | None:
     members = documents.members()
     if min(len(own) for own in members) < 2:
         return None
