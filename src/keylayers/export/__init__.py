@@ -27,12 +27,7 @@ assert set(TOOLS) == set(get_args(Tool))
 
 
 def export_selection(
-    ranking: Ranking,
-    budget: WrittenBudget,
-    to: Tool,
-    output: Path,
-    *,
-    kind: Kind = "lora",
+    ranking: Ranking, budget: WrittenBudget, to: Tool, output: Path, *, kind: Kind = "lora"
 ) -> list[Path]:
     """Write what a training tool needs to train exactly the modules that `budget` buys.
 

@@ -85,10 +85,7 @@ def export(settings: Settings) -> Files:
         }
     }
     head = _HEAD.format(model=settings.model_line)
-    return {
-        "keylayers_torchtune.py": _BUILDER,
-        "torchtune.yaml": head + yaml_text(content),
-    }
+    return {"keylayers_torchtune.py": _BUILDER, "torchtune.yaml": head + yaml_text(content)}
 
 
 def _name(name: str) -> str:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of a ranking, as Altair charts: the same in a report and in a paper.
+"""Altair charts of a ranking, used by the HTML report and by figures for papers.
 
-Colours are cividis and three of Okabe and Ito's, which colour-blind readers tell apart; lines have
-dashes of their own too. Names are data, never part of an expression.
+The colours are cividis and three from Okabe and Ito, which colour-blind readers can tell apart;
+lines also differ in their dashes. Names from files are data, never part of a Vega expression.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,19 +15,20 @@ from keylayers.ranking.compare import Agreement
 from keylayers.ranking.curve import MaskCurve
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.verification import Verification
-from keylayers.report.curve import loss_unit
-from keylayers.report.losses import LossCurves
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Chart: TypeAlias = alt.Chart | alt.LayerChart
 
-BUDGET = "budget"  # the parameter of a chart that says how many modules are taken
+BUDGET = "budget"  # chart parameter: number of selected modules
 SCHEME = "cividis"
 BLUE, VERMILION, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"
 CELL_WIDTH = 44
-LABELLED_HEIGHT = 14  # the lowest cell that has room for a number
+LABELLED_HEIGHT = 14  # smallest cell height, in pixels, that has room for a number
+NAMES_ON_TOP = alt.Axis(orient="top", labelAngle=-40, labelAlign="left", labelLimit=220)
+LEGEND_ON_TOP = alt.Legend(title=None, orient="top")
+FROM_LOWEST = alt.Scale(zero=False)
 CURVES: Mapping[str, tuple[str, tuple[int, ...]]] = {
     "best first": (BLUE, (1, 0)),
     "leave-one-out": (GREEN, (6, 2)),
@@ -37,22 +38,17 @@ CURVES: Mapping[str, tuple[str, tuple[int, ...]]] = {
 
 
 def heatmap_chart(ranking: Ranking, count: int, *, is_live: bool = False) -> Chart:
-    """Blocks down, projections across; full cells are the best `count`, small ones the others.
+    """Ranks by block (rows) and projection (columns); the best `count` modules fill their cells.
 
-    Brighter is more important. In a live chart the parameter `budget` holds the count.
+    Brighter is more important. A live chart reads the count from its parameter `budget`.
     """
     rows = _cells(ranking)
     projections = ranking.projections
     blocks = list(dict.fromkeys(row["block"] for row in sorted(rows, key=_block_order)))
     height = 20 if len(blocks) <= 40 else LABELLED_HEIGHT if len(blocks) <= 90 else 8
     is_taken = f"datum.place <= {BUDGET if is_live else count}"
-    base = alt.Chart(alt.InlineData(values=rows)).encode(
-        x=alt.X(
-            "projection:N",
-            sort=list(projections),
-            title=None,
-            axis=alt.Axis(orient="top", labelAngle=-40, labelAlign="left", labelLimit=220),
-        ),
+    base = _chart(rows).encode(
+        x=alt.X("projection:N", sort=list(projections), title=None, axis=NAMES_ON_TOP),
         y=alt.Y("block:N", sort=blocks, title="block"),
     )
     shade = alt.Color(
@@ -62,7 +58,7 @@ def heatmap_chart(ranking: Ranking, count: int, *, is_live: bool = False) -> Cha
     )
     scored = base.transform_filter("isValid(datum.rank)")
     small = alt.RelativeBandSize(0.4)
-    edge = {"stroke": GREY, "strokeWidth": 0.5}  # the darkest shade on a dark page
+    edge = {"stroke": GREY, "strokeWidth": 0.5}  # keeps the darkest shade visible on a dark page
     layers: list[alt.Chart] = [
         scored.mark_rect(width=small, height=small, **edge).encode(color=shade),
         scored.transform_filter(is_taken).mark_rect(**edge).encode(color=shade),
@@ -75,8 +71,8 @@ def heatmap_chart(ranking: Ranking, count: int, *, is_live: bool = False) -> Cha
     layers.append(
         base.mark_rect(opacity=0).encode(
             tooltip=[
-                alt.Tooltip("module:N"),
-                alt.Tooltip("rank:Q"),
+                "module:N",
+                "rank:Q",
                 alt.Tooltip("score:Q", format=".5~g"),
                 alt.Tooltip("error:Q", title="± standard error", format=".2~g"),
                 alt.Tooltip("parameters:Q", format=","),
@@ -91,9 +87,9 @@ def heatmap_chart(ranking: Ranking, count: int, *, is_live: bool = False) -> Cha
 
 
 def curve_chart(found: Verification, count: int, *, is_live: bool = False) -> Chart:
-    """Held-out loss by how many modules keep their update, with a rule at `count`.
+    """Held-out loss by the number of modules that keep their update, with a rule at `count`.
 
-    In a live chart the parameter `budget` holds the count.
+    A live chart reads the count from its parameter `budget`.
     """
     curves = {"best first": found.best_first, "worst first": found.worst_first}
     if found.leave_one_out:
@@ -106,9 +102,9 @@ def curve_chart(found: Verification, count: int, *, is_live: bool = False) -> Ch
         title="modules that keep their update, best first",
         scale=alt.Scale(domain=[0, found.best_first.counts[-1]], nice=False),
     )
-    loss = alt.Y("loss:Q", title=f"held-out loss, {loss_unit(found)}", scale=alt.Scale(zero=False))
+    loss = alt.Y("loss:Q", title=f"held-out loss, {found.made_by.loss_unit}", scale=FROM_LOWEST)
     line = (
-        alt.Chart(alt.InlineData(values=rows + at_random))
+        _chart(rows + at_random)
         .mark_line(point=True)
         .encode(
             x=kept,
@@ -116,32 +112,29 @@ def curve_chart(found: Verification, count: int, *, is_live: bool = False) -> Ch
             color=alt.Color(
                 "curve:N",
                 scale=alt.Scale(domain=names, range=[CURVES[name][0] for name in names]),
-                legend=alt.Legend(title=None, orient="top"),
+                legend=LEGEND_ON_TOP,
             ),
             strokeDash=alt.StrokeDash(
                 "curve:N",
                 scale=alt.Scale(domain=names, range=[list(CURVES[name][1]) for name in names]),
             ),
-            tooltip=[
-                alt.Tooltip("curve:N"),
-                alt.Tooltip("kept:Q"),
-                alt.Tooltip("loss:Q", format=".4f"),
-            ],
+            tooltip=["curve:N", "kept:Q", alt.Tooltip("loss:Q", format=".4f")],
         )
     )
     spread = (
-        alt.Chart(alt.InlineData(values=at_random))
+        _chart(at_random)
         .mark_area(color=GREY, opacity=0.25)
         .encode(x=kept, y=alt.Y("low:Q", title=""), y2="high:Q")
     )
     budget = BUDGET if is_live else str(count)
-    chosen = alt.Chart(alt.InlineData(values=[{}])).transform_calculate(kept=budget)
+    chosen = _chart([{}]).transform_calculate(kept=budget)
     middle = found.best_first.counts[-1] / 2
     is_late = f"{budget} > {middle}"
     layers = [spread, *_rule(chosen.encode(x=kept), "this budget", is_late, row=1), line]
-    if one := found.recommendation:
-        recommended = alt.Chart(alt.InlineData(values=[{"kept": one.num_modules}])).encode(x=kept)
-        is_late = "true" if one.num_modules > middle else "false"
+    if found.recommendation:
+        num_modules = found.recommendation.num_modules
+        recommended = _chart([{"kept": num_modules}]).encode(x=kept)
+        is_late = "true" if num_modules > middle else "false"
         layers += _rule(recommended, "recommended", is_late, row=0, dash=(4, 3))
     return _with_budget(alt.layer(*layers), count, is_live).properties(
         width=480,
@@ -151,16 +144,16 @@ def curve_chart(found: Verification, count: int, *, is_live: bool = False) -> Ch
 
 
 def agreement_chart(pairs: Sequence[Agreement], names: Sequence[str]) -> Chart:
-    """Jaccard of every pair with its chance level in brackets; the colour is corrected for it.
+    """Jaccard index of every pair, its chance level in brackets; the colour is the corrected value.
 
     Args:
-        pairs: As `keylayers.ranking.compare.agreement` gives them.
-        names: Of the rankings, by index; all different.
+        pairs: What `keylayers.ranking.compare.agreement` returns.
+        names: Unique names of the rankings, by index.
     """
     rows = [
         {
-            "first": names[one],
-            "second": names[other],
+            "first": names[first],
+            "second": names[second],
             "kind": pair.kind,
             "jaccard": pair.jaccard,
             "chance": pair.chance_jaccard,
@@ -169,20 +162,15 @@ def agreement_chart(pairs: Sequence[Agreement], names: Sequence[str]) -> Chart:
             "text": f"{pair.jaccard:.2f} ({pair.chance_jaccard:.2f})",
         }
         for pair in pairs
-        for one, other in ((pair.first, pair.second), (pair.second, pair.first))
+        for first, second in ((pair.first, pair.second), (pair.second, pair.first))
     ]
-    base = alt.Chart(alt.InlineData(values=rows)).encode(
-        x=alt.X(
-            "first:N",
-            sort=list(names),
-            title=None,
-            axis=alt.Axis(orient="top", labelAngle=-40, labelAlign="left", labelLimit=220),
-        ),
+    base = _chart(rows).encode(
+        x=alt.X("first:N", sort=list(names), title=None, axis=NAMES_ON_TOP),
         y=alt.Y("second:N", sort=list(names), title=None, axis=alt.Axis(labelLimit=220)),
         tooltip=[
-            alt.Tooltip("first:N"),
-            alt.Tooltip("second:N"),
-            alt.Tooltip("kind:N"),
+            "first:N",
+            "second:N",
+            "kind:N",
             alt.Tooltip("jaccard:Q", format=".3f"),
             alt.Tooltip("chance:Q", title="by chance", format=".3f"),
             alt.Tooltip("corrected:Q", title="corrected for chance", format=".3f"),
@@ -204,17 +192,30 @@ def agreement_chart(pairs: Sequence[Agreement], names: Sequence[str]) -> Chart:
     )
 
 
-def losses_chart(curves: LossCurves) -> Chart:
-    """Training loss by step, and the held-out losses of base and tuned model as rules."""
+def losses_chart(ranking: Ranking) -> Chart | None:
+    """Loss by step, with the held-out losses of base and tuned model as rules.
+
+    None if the ranking's record holds no loss curve.
+    """
+    made_by = ranking.made_by
+    curves = {}
+    if made_by.stage_1 is not None:
+        curves["stage 1, training"] = made_by.stage_1.losses
+    # Without a learning rate the gates are not trained: each loss belongs to another mask.
+    if made_by.mask is not None and made_by.mask.learning_rate is not None:
+        curves["stage 2, learning the scores"] = made_by.mask.losses
+    curves = {stage: losses for stage, losses in curves.items() if len(losses) > 1}
+    if not curves:
+        return None
     rows = [
         {"step": step, "loss": loss, "stage": stage}
-        for stage, losses in curves.stages.items()
+        for stage, losses in curves.items()
         for step, loss in enumerate(losses, start=1)
     ]
-    loss = alt.Y("loss:Q", title=f"loss, {curves.unit}", scale=alt.Scale(zero=False))
-    stages = list(curves.stages)
+    loss = alt.Y("loss:Q", title=f"loss, {made_by.loss_unit}", scale=FROM_LOWEST)
+    stages = list(curves)
     lines = (
-        alt.Chart(alt.InlineData(values=rows))
+        _chart(rows)
         .mark_line()
         .encode(
             x=alt.X("step:Q", title="step"),
@@ -222,19 +223,16 @@ def losses_chart(curves: LossCurves) -> Chart:
             color=alt.Color(
                 "stage:N",
                 scale=alt.Scale(domain=stages, range=[BLUE, GREEN][: len(stages)]),
-                legend=alt.Legend(title=None, orient="top"),
+                legend=LEGEND_ON_TOP,
             ),
-            tooltip=[
-                alt.Tooltip("stage:N"),
-                alt.Tooltip("step:Q"),
-                alt.Tooltip("loss:Q", format=".4f"),
-            ],
+            tooltip=["stage:N", "step:Q", alt.Tooltip("loss:Q", format=".4f")],
         )
     )
     layers = [lines]
-    held_out = [{"loss": value, "text": f"held out, {name}"} for name, value in curves.held_out]
-    if held_out:
-        base = alt.Chart(alt.InlineData(values=held_out)).encode(y=loss)
+    if found := made_by.held_out_loss_nats:
+        losses_held_out = (("base", found.base), ("tuned", found.tuned))
+        held_out = [{"loss": value, "text": f"held out, {name}"} for name, value in losses_held_out]
+        base = _chart(held_out).encode(y=loss)
         layers.append(base.mark_rule(color=GREY, strokeDash=[4, 3]))
         label = base.mark_text(align="right", dy=-6, fontSize=11)
         layers.append(label.encode(x=alt.value("width"), text="text:N"))
@@ -244,12 +242,12 @@ def losses_chart(curves: LossCurves) -> Chart:
 
 
 def means_chart(title: str, runs: "pd.DataFrame", means: "pd.DataFrame") -> Chart:
-    """Runs as dots and their means as bars, a row for each group; references in grey.
+    """Runs as dots, their means as ticks and references as grey ticks, one row per group.
 
     Args:
-        title: Of the values.
-        runs: Each run with its `value`, and the columns that say which group it belongs to.
-        means: A row for each group: the same columns, then `mean`; the last column is a reference.
+        title: Axis title of the values.
+        runs: One row per run: its `value`, and the columns that name its group.
+        means: One row per group: its columns, then `mean`; the last column is the reference.
     """
     groups = list(means.columns[: means.columns.get_loc("mean")])
 
@@ -261,7 +259,7 @@ def means_chart(title: str, runs: "pd.DataFrame", means: "pd.DataFrame") -> Char
     shown = rows(means, {"mean": "value", means.columns[-1]: "reference"})
     order = [row["group"] for row in shown.values]
     y = alt.Y("group:N", sort=order, title=None, axis=alt.Axis(labelLimit=420))
-    x = alt.X("value:Q", title=title, scale=alt.Scale(zero=False))
+    x = alt.X("value:Q", title=title, scale=FROM_LOWEST)
     base = alt.Chart(shown).encode(y=y)
     reference = base.transform_filter("isValid(datum.reference)").encode(x=alt.X("reference:Q"))
     dots = alt.Chart(rows(runs, {"value": "value"})).mark_circle(color=BLUE, opacity=0.6)
@@ -273,8 +271,12 @@ def means_chart(title: str, runs: "pd.DataFrame", means: "pd.DataFrame") -> Char
 
 
 def vega_lite_version() -> str:
-    """The release for which Altair writes, as vl-convert names its bundles: `6.4`."""
+    """The Vega-Lite release that Altair writes for, in the form that vl-convert takes: `6.4`."""
     return ".".join(alt.VEGALITE_VERSION.lstrip("v").split(".")[:2])
+
+
+def _chart(rows: list[dict[str, Any]]) -> alt.Chart:
+    return alt.Chart(alt.InlineData(values=rows))
 
 
 def _with_budget(chart: alt.LayerChart, count: int, is_live: bool) -> alt.LayerChart:
@@ -284,9 +286,9 @@ def _with_budget(chart: alt.LayerChart, count: int, is_live: bool) -> alt.LayerC
 def _rule(
     base: alt.Chart, text: str, is_late: str, *, row: int, dash: tuple[int, int] = (1, 0)
 ) -> list[alt.Chart]:
-    """A vertical rule with its name beside its top, on the left if `is_late` (an expression).
+    """A vertical rule with a label at its top, to the left if the expression `is_late` is true.
 
-    Rows keep the names of two rules apart.
+    Labels of different rows do not overlap.
     """
     align = alt.ExprRef(f"{is_late} ? 'right' : 'left'")
     label = base.mark_text(text=text, align=align, dx=alt.ExprRef(f"{is_late} ? -4 : 4"))
@@ -297,7 +299,7 @@ def _rule(
 
 
 def _cells(ranking: Ranking) -> list[dict[str, Any]]:
-    """One row a module; `place` counts from 1 in the order in which budgets take them."""
+    """One row per module; `place` is its position, from 1, in the order that budgets follow."""
     ranks = ranking.ranks()
     places = {module.name: place for place, module in enumerate(ranking.ordered(), start=1)}
     return [
@@ -320,7 +322,7 @@ def _block_order(row: Mapping[str, Any]) -> int:
 
 
 def _ends(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Ranks that the legend names: the first, those at a third, and the last."""
+    """Ranks labelled in the legend: the first, one third, two thirds, the last."""
     last = len(rows)
     return sorted({1, max(1, last // 3), max(1, 2 * last // 3), last})
 
@@ -333,10 +335,10 @@ def _points(name: str, curve: MaskCurve) -> list[dict[str, Any]]:
 
 
 def _random_points(found: Verification) -> list[dict[str, Any]]:
-    """The mean of the random orders, and a standard deviation to each side."""
+    """The mean of the random orders, plus and minus one standard deviation."""
     rows = []
     for index, mean in enumerate(found.random_means()):
-        losses = [one.losses[index] for one in found.random]
+        losses = [curve.losses[index] for curve in found.random]
         spread = stdev(losses) if len(losses) > 1 else 0.0
         rows.append(
             {

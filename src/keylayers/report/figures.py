@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of a report as files for papers: vector graphics or pixels."""
+"""The charts of a report as files for papers: PDF, SVG or PNG."""
 
 import json
 import re
@@ -22,12 +22,11 @@ from keylayers.report.charts import (
     losses_chart,
     vega_lite_version,
 )
-from keylayers.report.losses import loss_curves
 from keylayers.report.source import Source, num_best
 
 Kind = Literal["heatmap", "curve", "losses", "agreement"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-NUM_COLUMNS = 2  # of the pictures of several rankings in one figure
+NUM_COLUMNS = 2  # charts next to each other in a figure of several rankings
 PIXELS_PER_INCH = 300
 NOT_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
@@ -35,29 +34,28 @@ NOT_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe
 def draw_figures(
     sources: Sequence[Source], paths: Sequence[Path], budget: WrittenBudget = 0.3
 ) -> dict[Path, bytes]:
-    """The content of each figure's file.
+    """The bytes of each figure's file.
 
     Args:
-        sources: The rankings, with their verifications where there are any. Of several, a figure
-            shows each under its label.
-        paths: The name of a file says what it shows, one of `KINDS`, and its ending the format:
-            heatmap.pdf, fig-2-curve.svg, agreement.png.
-        budget: What is shown as taken, and the budget of the agreement.
+        sources: The rankings, with their verifications if they have any. With several rankings, a
+            figure shows each under its label.
+        paths: A file's name contains one of `KINDS`, its suffix is the format: heatmap.pdf,
+            fig-2-curve.svg, agreement.png.
+        budget: The budget shown, which is also that of the agreement.
 
     Raises:
-        ConfigError: a name that says no or several kinds, or another format; a curve without a
-            verification; an agreement of one ranking; the budget.
-        RankingError: the budget reaches modules that have no score, or two rankings have nothing
-            in common.
+        ConfigError: a name without a kind, with several kinds or with an unknown format; a curve
+            without a verification; an agreement of one ranking; an invalid budget.
+        RankingError: the budget includes modules without a score, or two rankings share no module.
     """
     return {path: _drawn(path, sources, budget) for path in paths}
 
 
 def figure_kind(path: Path) -> Kind:
-    """What a figure of this name shows.
+    """The kind of figure that a file name asks for.
 
     Raises:
-        ConfigError: it says none of `KINDS`, or several, or has no known format.
+        ConfigError: it contains none of `KINDS` or several, or its format is unknown.
     """
     if path.suffix.lower() not in _FORMATS:
         raise ConfigError(
@@ -77,28 +75,30 @@ def _drawn(path: Path, sources: Sequence[Source], budget: WrittenBudget) -> byte
     if kind == "agreement":
         chart: Chart | alt.ConcatChart = _agreement(sources, budget)
     elif len(sources) == 1:
-        chart = _of_one(kind, sources[0], budget)
+        chart = _single(kind, sources[0], budget)
     else:
-        charts = [_of_one(kind, one, budget).properties(title=one.label) for one in sources]
+        charts = [
+            _single(kind, source, budget).properties(title=source.label) for source in sources
+        ]
         chart = alt.concat(*charts, columns=NUM_COLUMNS).resolve_scale(color="independent")
     return drawn_chart(chart, path.suffix.lower())
 
 
 def drawn_chart(chart: Chart | alt.ConcatChart, suffix: str) -> bytes:
-    """A chart as a file of the format that `suffix`, such as `.svg`, says."""
+    """A chart as a file in the format of `suffix`, for example `.svg`."""
     return _FORMATS[suffix](json.dumps(_drawable(chart.to_dict())))
 
 
 def _drawable(content: Any) -> Any:
-    """The same with a mark in place of characters that XML has not, on which vl-convert aborts."""
+    """A copy in which U+FFFD replaces characters that XML forbids: vl-convert aborts on them."""
     if isinstance(content, str):
         return NOT_IN_XML.sub("\ufffd", content)
     if isinstance(content, dict):
         return {key: _drawable(value) for key, value in content.items()}
-    return [_drawable(one) for one in content] if isinstance(content, list) else content
+    return [_drawable(item) for item in content] if isinstance(content, list) else content
 
 
-def _of_one(kind: Kind, source: Source, budget: WrittenBudget) -> Chart:
+def _single(kind: Kind, source: Source, budget: WrittenBudget) -> Chart:
     count = num_best(source.ranking, budget)
     if kind == "heatmap":
         return heatmap_chart(source.ranking, count)
@@ -106,17 +106,17 @@ def _of_one(kind: Kind, source: Source, budget: WrittenBudget) -> Chart:
         if source.verification is None:
             came = "is of an earlier ranking" if source.is_stale else "is missing"
             raise ConfigError(
-                f"the figure of a curve needs the verification beside {source.path!r}, but it "
+                f"the figure of a curve needs the verification of {source.path!r}, but it "
                 f"{came}; run `keylayers verify`"
             )
         return curve_chart(source.verification, count)
-    curves = loss_curves(source.ranking)
-    if curves is None:
+    chart = losses_chart(source.ranking)
+    if chart is None:
         raise ConfigError(
             f"the figure of losses needs a ranking whose own run trained, but {source.path!r} "
             f"records none; leave it out"
         )
-    return losses_chart(curves)
+    return chart
 
 
 def _agreement(sources: Sequence[Source], budget: WrittenBudget) -> Chart:

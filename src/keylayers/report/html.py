@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rankings as one HTML file that opens offline: charts, budget slider, table, provenance.
 
-Vega-Lite and its libraries stand inside the file, as vl-convert bundles them. Names from rankings
-are escaped where they are text and JSON where scripts read them; a content security policy lets
-only the page's own scripts run, by their hashes, and lets nothing be loaded or sent.
+The file contains Vega-Lite and its dependencies, bundled by vl-convert. Names from rankings are
+escaped in the page and passed to its scripts as JSON. The content security policy allows only the
+page's own scripts, by their hashes, and no connections.
 """
 
 import base64
@@ -35,28 +35,26 @@ from keylayers.report.charts import (
     vega_lite_version,
 )
 from keylayers.report.curve import area_line, reading
-from keylayers.report.losses import loss_curves
 from keylayers.report.source import Source, num_best
 from keylayers.report.terminal import provenance_lines
 
-CELL_WIDTHS = (30, 64)  # of a heatmap's columns on a page, in pixels: least and most
-BESIDE_CELLS = 130  # labels and legend
+CELL_WIDTHS = (30, 64)  # smallest and largest column of a heatmap, in pixels
+LABELS_WIDTH = 130  # labels and legend of a heatmap, in pixels
 
 
 def render_report(
     sources: Sequence[Source], budget: WrittenBudget, how_to_repeat: Callable[[Ranking], str]
 ) -> bytes:
-    """The report of one or several rankings, as an HTML file.
+    """The HTML report of one or several rankings.
 
     Args:
-        sources: The rankings, with their verifications where there are any.
-        budget: What the page shows as trained at first, and the budget of the agreement.
-        how_to_repeat: Gives the command that made a ranking.
+        sources: The rankings, with their verifications if they have any.
+        budget: The budget shown first, which is also that of the agreement.
+        how_to_repeat: Returns the command that made a ranking.
 
     Raises:
-        ConfigError: the budget has no known form, buys nothing or more than there is, or takes
-            other modules than the best ones.
-        RankingError: the budget reaches modules that have no score.
+        ConfigError: the budget is invalid, or selects other modules than the best ones.
+        RankingError: the budget includes modules without a score.
     """
     views = [_view(source, budget, how_to_repeat(source.ranking)) for source in sources]
     pairs = _agreement(sources, budget) if len(sources) > 1 else None
@@ -73,11 +71,11 @@ def render_report(
         hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
         version=__version__,
     )
-    return page.encode("utf-8", "replace")  # JSON allows half characters, UTF-8 does not
+    return page.encode("utf-8", "replace")  # JSON allows lone surrogates, UTF-8 does not
 
 
 def page_environment(package: str) -> Environment:
-    """The templates in the folder `page` of a package, which escape all foreign text."""
+    """The templates in the folder `page` of a package; they escape every value."""
     environment = Environment(
         loader=PackageLoader(package, "page"),
         autoescape=True,
@@ -101,12 +99,12 @@ class View:
 
     Attributes:
         source: The ranking.
-        count: How many modules the budget takes.
+        count: Number of modules in the budget.
         rows: The table, best first.
-        lines: What made it, in short.
-        reading: What its verification says; empty without one.
-        repeat: How to make it again.
-        provenance: All of it, for the eye.
+        lines: Summary of the provenance.
+        reading: What the verification says; empty without a verification.
+        repeat: The command that made it.
+        provenance: The whole provenance as indented JSON.
         data: What the page's script reads.
     """
 
@@ -121,25 +119,24 @@ class View:
 
     @property
     def num_columns(self) -> int:
-        """Kinds of modules."""
+        """Number of columns of the heatmap."""
         return len(self.source.ranking.projections)
 
     @property
     def heatmap_widths(self) -> tuple[int, int]:
-        """The least and the most pixels of the heatmap's width."""
-        least, most = (BESIDE_CELLS + width * self.num_columns for width in CELL_WIDTHS)
+        """Smallest and largest width of the heatmap, in pixels."""
+        least, most = (LABELS_WIDTH + width * self.num_columns for width in CELL_WIDTHS)
         return least, most
 
 
 def _view(source: Source, budget: WrittenBudget, repeat: str) -> View:
     ranking, found = source.ranking, source.verification
     count = num_best(ranking, budget)
-    losses = loss_curves(ranking)
     charts = {"heatmap": _spec(heatmap_chart(ranking, count, is_live=True))}
     if found is not None:
         charts["curve"] = _spec(curve_chart(found, count, is_live=True))
-    if losses is not None:
-        charts["losses"] = _spec(losses_chart(losses))
+    if (losses := losses_chart(ranking)) is not None:
+        charts["losses"] = _spec(losses)
     return View(
         source=source,
         count=count,
@@ -153,7 +150,7 @@ def _view(source: Source, budget: WrittenBudget, repeat: str) -> View:
 
 
 def _rows(ranking: Ranking) -> list[dict[str, Any]]:
-    """One row a module, best first, with the range of budgets that leave its place open."""
+    """One row per module, best first, with the range of budgets for which it is undecided."""
     ranks = ranking.ranks()
     open_at = open_budgets(ranking)
     return [
@@ -173,10 +170,10 @@ def _rows(ranking: Ranking) -> list[dict[str, Any]]:
 
 
 def open_budgets(ranking: Ranking) -> dict[str, tuple[int, int]]:
-    """Module name -> the least and the most modules of the budgets that leave its place undecided.
+    """Module name -> smallest and largest budget, in modules, for which it is undecided.
 
-    The cut falls as the budget grows, so that an interval contains it for one range of budgets.
-    Modules whose place no budget leaves open are absent.
+    The score at the cut falls as the budget grows, so a module's interval contains it for a single
+    range of budgets. Modules that every budget decides are absent.
     """
     found: dict[str, tuple[int, int]] = {}
     for count in range(1, _num_scored(ranking) + 1):
@@ -187,7 +184,7 @@ def open_budgets(ranking: Ranking) -> dict[str, tuple[int, int]]:
 
 
 def _budgets(ranking: Ranking) -> list[dict[str, Any]]:
-    """What each count of modules buys, from 1 to all that have a score."""
+    """Parameters and cost of each budget, from one module to all that have a score."""
     rows = []
     for count in range(1, _num_scored(ranking) + 1):
         chosen = ranking.select(count)
@@ -207,7 +204,7 @@ def _num_scored(ranking: Ranking) -> int:
 
 
 def _agreement(sources: Sequence[Source], budget: WrittenBudget) -> dict[str, Any]:
-    """Chart and table of the agreement of every pair, or why there is none."""
+    """Chart and table of the agreement of every pair, or why they cannot be compared."""
     names = [source.label for source in sources]
     try:
         pairs = agreement([source.ranking for source in sources], budget)
@@ -224,7 +221,7 @@ def _agreement(sources: Sequence[Source], budget: WrittenBudget) -> dict[str, An
 
 
 def _spec(chart: Chart) -> dict[str, Any]:
-    """A chart as Vega-Lite, as wide as the place that it is shown in."""
+    """A chart as Vega-Lite JSON that fills the width of its container."""
     spec = chart.to_dict()
     spec["width"] = "container"
     spec["autosize"] = {"type": "fit-x", "contains": "padding"}
@@ -232,7 +229,7 @@ def _spec(chart: Chart) -> dict[str, Any]:
 
 
 def _script_json(content: Any) -> str:
-    """JSON that no name can end: neither the script element nor a comment begins in it."""
+    """JSON in which no name can close the script element or open a comment."""
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
