@@ -270,8 +270,8 @@ def test_a_gate_that_takes_no_part_is_reported():
 REFUSED = [
     ({"use_dora": True, "target_modules": ["wte", "c_attn"]}, "DoRA on embeddings"),
     ({"lora_bias": True}, "lora_bias"),
-    ({"bias": "all"}, "biases of the base are trained in place .`bias` all."),
-    ({"bias": "lora_only"}, "biases of the base are trained in place .`bias` lora_only."),
+    ({"bias": "all"}, "biases of the base that are trained in place .`bias` all."),
+    ({"bias": "lora_only"}, "biases of the base that are trained in place .`bias` lora_only."),
 ]
 
 

@@ -5,9 +5,8 @@
 
 Source: Saket: "Aletheia: Gradient-Guided Layer Selection for Efficient LoRA Fine-Tuning", 2026,
     arXiv:2604.15351, and its code (aletheia-lora 0.1.2, Apache-2.0), read, not copied.
-Differs: the trainer's own batches and labels (the code takes single examples with the loss on all
-    tokens); norm weights, which it adds to a block's sum, are left out; a mean over batches where
-    it sums, which changes no order.
+Differs: takes the trainer's own batches and labels (the code takes single examples with the loss on
+    all tokens), leaves out norm weights, and averages over batches where the code sums.
 Cost: as `gradient_norm`.
 Blind to: the modules inside a block, which share its score; and what gradient norm is blind to.
 """
@@ -25,5 +24,5 @@ def aletheia(task: Task, options: Batched) -> ModuleScores:
     blocks = torch.tensor(block_indices(task.updates))
     same_block = (blocks[:, None] == blocks[None, :]).float()
     with task.masked(options.mask_batches, looks_inside=True) as masked:
-        norms = [weight_gradient_norms(masked, task.updates, batch) for batch in masked.batches]
-        return masked.mean(torch.stack(norms) @ same_block, unit="norm of the gradient")
+        norms = weight_gradient_norms(masked, task.updates)
+        return masked.mean(norms @ same_block, unit="norm of the gradient")

@@ -10,37 +10,33 @@ Cost: `mask_batches` forward passes of the base model.
 Blind to: the update, and the modules inside a block, which share its score.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from keylayers.model.modules import blocks_of
 from keylayers.scores.module_scores import ModuleScores, block_indices
 from keylayers.scores.options import Batched
 from keylayers.scores.probe import observed_blocks, token_mask
-from keylayers.scores.task import MaskedModel, Task
+from keylayers.scores.task import Task
 from keylayers.updates.adapter import towers_of
 
 
 def block_influence(task: Task, options: Batched) -> ModuleScores:
     """The influence of each update's block in the base model."""
-    with task.masked(options.mask_batches, looks_inside=True) as masked:
-        blocks = block_indices(task.updates)
-        influence = [_influence(masked, batch)[blocks] for batch in masked.batches]
-        return masked.mean(torch.stack(influence), unit="1 - cosine")
+    model = task.trainer.model
 
-
-def _influence(masked: MaskedModel, batch: Any) -> Float[Tensor, " block"]:
-    model = masked.model
-    influence = torch.zeros(len(blocks_of(model, towers_of(model))))
-
-    def see(block: int, before: Tensor, after: Tensor) -> None:
+    def see(row: Tensor, batch: Any, block: int, before: Tensor, after: Tensor) -> None:
         is_token = token_mask(batch, before)
         pair = before[is_token].float(), after[is_token].float()
-        influence[block] = float(1 - nn.functional.cosine_similarity(*pair, dim=-1).mean())
+        row[block] = float(1 - nn.functional.cosine_similarity(*pair, dim=-1).mean())
 
-    with observed_blocks(model, see):
-        masked.loss(0.0, batch)
-    return influence
+    with task.masked(options.mask_batches, looks_inside=True) as masked:
+        blocks = block_indices(task.updates)
+        influence = torch.zeros(len(masked.batches), len(blocks_of(model, towers_of(model))))
+        for row, batch in zip(influence, masked.batches, strict=True):
+            with observed_blocks(model, partial(see, row, batch)):
+                masked.loss(0.0, batch)
+        return masked.mean(influence[:, blocks], unit="1 - cosine")

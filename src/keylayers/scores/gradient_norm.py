@@ -15,13 +15,12 @@ Blind to: how far the fine-tune will follow the gradient; a large weight has a l
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from keylayers.scores.module_scores import ModuleScores
 from keylayers.scores.options import Batched
-from keylayers.scores.probe import observed_gradients
+from keylayers.scores.probe import gradient_values
 from keylayers.scores.task import MaskedModel, Task
 from keylayers.updates import Update
 
@@ -29,20 +28,17 @@ from keylayers.updates import Update
 def gradient_norm(task: Task, options: Batched) -> ModuleScores:
     """The mean gradient norm of each update's module in the base model."""
     with task.masked(options.mask_batches, looks_inside=True) as masked:
-        norms = [weight_gradient_norms(masked, task.updates, batch) for batch in masked.batches]
-        return masked.mean(torch.stack(norms), unit="norm of the gradient")
+        norms = weight_gradient_norms(masked, task.updates)
+        return masked.mean(norms, unit="norm of the gradient")
 
 
 def weight_gradient_norms(
-    masked: MaskedModel, updates: Sequence[Update], batch: Any
-) -> Float[Tensor, " module"]:
-    """‖∂L/∂W‖_F of each module of the base model, on one batch."""
-    norms = torch.zeros(len(updates))
+    masked: MaskedModel, updates: Sequence[Update]
+) -> Float[Tensor, "batch module"]:
+    """‖∂L/∂W‖_F of each module of the base model, for each batch."""
+    return gradient_values(masked, updates, _norm)
 
-    def see(index: int, x: Tensor, grad_y: Tensor) -> None:
-        gradient = grad_y.flatten(0, -2).float().T @ x.flatten(0, -2).float()
-        norms[index] = float(gradient.norm())
 
-    with observed_gradients(updates, see):
-        masked.gradient(0.0, batch)
-    return norms
+def _norm(_: Any, x: Tensor, grad_y: Tensor) -> float:
+    gradient = grad_y.flatten(0, -2).float().T @ x.flatten(0, -2).float()
+    return float(gradient.norm())

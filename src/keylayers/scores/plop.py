@@ -12,17 +12,13 @@ Cost: `mask_batches` forward passes of the base model.
 Blind to: the loss and the update.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from keylayers.scores.module_scores import ModuleScores
 from keylayers.scores.options import Batched
-from keylayers.scores.probe import observed_inputs, per_example, token_mask
-from keylayers.scores.task import MaskedModel, Task
+from keylayers.scores.probe import input_values
+from keylayers.scores.task import Task
 from keylayers.updates import Update
 from keylayers.updates.base_weight import base_weight
 
@@ -30,23 +26,12 @@ from keylayers.updates.base_weight import base_weight
 def plop(task: Task, options: Batched) -> ModuleScores:
     """Minus the normalised feature norm of each update's module in the base model."""
     with task.masked(options.mask_batches, looks_inside=True) as masked:
-        norms = [-_feature_norms(masked, task.updates, batch) for batch in masked.batches]
-        return masked.mean(torch.stack(norms), unit="minus the feature norm")
+        norms = input_values(masked, task.updates, _feature_norm, gates=0.0)
+        return masked.mean(-norms, unit="minus the feature norm")
 
 
-def _feature_norms(
-    masked: MaskedModel, updates: Sequence[Update], batch: Any
-) -> Float[Tensor, " module"]:
-    norms = torch.zeros(len(updates))
-
-    def see(index: int, x: Tensor) -> None:
-        weight = base_weight(updates[index].layer)
-        x = per_example(x, batch)
-        tokens = x[token_mask(batch, x)].float()
-        unit = tokens / tokens.norm(dim=-1, keepdim=True).clamp_min(1e-8)
-        by_chance = weight.norm() / weight.shape[1] ** 0.5
-        norms[index] = float((unit @ weight.T).norm(dim=-1).mean() / by_chance)
-
-    with observed_inputs(updates, see):
-        masked.loss(0.0, batch)
-    return norms
+def _feature_norm(update: Update, tokens: Float[Tensor, "token d_in"]) -> float:
+    weight = base_weight(update.layer)
+    unit = tokens / tokens.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+    by_chance = weight.norm() / weight.shape[1] ** 0.5
+    return float((unit @ weight.T).norm(dim=-1).mean() / by_chance)

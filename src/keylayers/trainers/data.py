@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples to score on, in the form that the trainer's batches are made from.
+"""Prepare other examples as the trainer prepared its training data.
 
-TRL's trainers tokenise what they are given when they are built. Other examples are prepared by the
-trainer's own code, so that they cannot be read in another way than its training data was.
+TRL's trainers tokenise and add reference log-probabilities in their constructor only. We call the
+same private methods (`_prepare_dataset`, `_precompute_ref_logps`; TRL 1.16) for other examples.
 """
 
 import inspect
@@ -16,14 +16,14 @@ from keylayers.errors import DataError
 from keylayers.model.preserve import preserved, to_evaluation
 from keylayers.trainers.state import unchanged_trainer
 
-REFERENCE = "ref_"  # columns that trainers compute with their reference model begin so
+REFERENCE = "ref_"  # prefix of the columns that TRL computes with the reference model
 
 
 def prepared_for(trainer: Trainer, dataset: Dataset) -> Dataset:
-    """`dataset` with the columns that the trainer reads; itself if it has them all.
+    """`dataset` with the columns that the trainer reads; unchanged if it has all of them.
 
     Raises:
-        DataError: a column is missing that the trainer cannot make from the others.
+        DataError: the trainer cannot make a missing column from the others, or drops all rows.
     """
     made = dataset
     with unchanged_trainer(trainer):
@@ -36,13 +36,13 @@ def prepared_for(trainer: Trainer, dataset: Dataset) -> Dataset:
         what = f"it lacks {', '.join(missing)}" if missing else "no row of it is left"
         raise DataError(
             f"the examples must hold what {kind} reads, but {what}; take rows of "
-            f"`trainer.train_dataset`, or prepare others as it prepares its own"
+            f"`trainer.train_dataset`, or prepare other examples in the same way"
         )
     return made
 
 
 def _made(trainer: Trainer, dataset: Dataset, missing: list[str]) -> Dataset:
-    """What the trainer's own code makes of `dataset`, as far as it can."""
+    """`dataset` after the trainer's own preparation, which may lack columns still."""
     arguments = _arguments(trainer)
     has_reference = any(name.startswith(REFERENCE) for name in missing)
     with preserved(trainer.model):  # the reference is computed by switching adapters
@@ -55,10 +55,10 @@ def _made(trainer: Trainer, dataset: Dataset, missing: list[str]) -> Dataset:
 
 
 def _missing(trainer: Trainer, dataset: Dataset) -> list[str]:
-    """Columns of the trainer's data that its batches are made from and `dataset` has not."""
+    """Columns that the trainer reads from its training data and `dataset` lacks."""
     own = getattr(trainer.train_dataset, "column_names", None)
     if own is None or dataset.column_names is None:
-        return []  # a stream tells its columns only when it is read
+        return []  # the columns of a stream are unknown until it is read
     read = own
     if trainer.args.remove_unused_columns:
         trainer._set_signature_columns_if_needed()
@@ -67,7 +67,7 @@ def _missing(trainer: Trainer, dataset: Dataset) -> list[str]:
 
 
 def _arguments(trainer: Trainer) -> dict[str, Any] | None:
-    """What the trainer's own preparation is to be called with; None if it has none."""
+    """Arguments for the trainer's `_prepare_dataset`; None if it has none that we can call."""
     if not hasattr(trainer, "_prepare_dataset") or getattr(trainer, "_skip_prepare_dataset", False):
         return None
     known = {
@@ -75,7 +75,7 @@ def _arguments(trainer: Trainer) -> dict[str, Any] | None:
         "args": trainer.args,
         "packing": getattr(trainer.args, "packing", False),
         "formatting_func": getattr(trainer, "_formatting_func", None),
-        "dataset_name": "mask",  # a name that no trainer treats as its training data
+        "dataset_name": "mask",  # not "train", for which some trainers do more
     }
     asked = list(inspect.signature(trainer._prepare_dataset).parameters)[1:]
     return {name: known[name] for name in asked} if set(asked) <= set(known) else None
@@ -84,7 +84,7 @@ def _arguments(trainer: Trainer) -> dict[str, Any] | None:
 def _tokenised(trainer: Trainer, dataset: Dataset, arguments: dict[str, Any]) -> Dataset:
     try:
         return trainer._prepare_dataset(dataset, **arguments)
-    except KeyError as error:  # what the trainer's code says of a column that is not there
+    except KeyError as error:  # TRL reads columns without checking that they exist
         raise DataError(
             f"the examples must have the columns that {type(trainer).__name__} was given, but "
             f"it lacks {error}; it has {', '.join(dataset.column_names)}"
@@ -92,7 +92,7 @@ def _tokenised(trainer: Trainer, dataset: Dataset, arguments: dict[str, Any]) ->
 
 
 def _with_reference(trainer: Trainer, dataset: Dataset) -> Dataset:
-    """The log-probabilities of the trainer's own reference, as a trainer adds them when built."""
+    """`dataset` with the log-probabilities that TRL precomputes with the reference model."""
     if not hasattr(trainer, "_precompute_ref_logps"):
         return dataset
     with torch.no_grad():

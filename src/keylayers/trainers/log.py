@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores and gates in the trainer's own loggers, those of `report_to`: TensorBoard and the like.
+"""Report scores and gates to the trainer's own loggers (`report_to`), such as TensorBoard.
 
-Only loggers of transformers hear of it; other callbacks would take a mask step for one of training.
-Curves start at step 1 of the mask, whatever training has counted to: `mask_loss`, and for each gate
-`mask_score/NAME` and `mask_gate/NAME`.
+Only the logger callbacks of transformers are called, because other callbacks would take a mask step
+for a training step. Curves start at mask step 1, even after training: `mask_loss`, and for each
+gate `mask_score/NAME` and `mask_gate/NAME`.
 """
 
 import copy
@@ -21,17 +21,16 @@ LOGGERS = tuple(INTEGRATION_TO_CALLBACK.values())
 
 
 class TrainerLog:
-    """What the loggers of a trainer are told while its modules are scored."""
+    """Passes losses, scores and gates to the loggers of a trainer."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._loggers = [
-            one for one in trainer.callback_handler.callbacks if isinstance(one, LOGGERS)
-        ]
+        callbacks = trainer.callback_handler.callbacks
+        self._loggers = [callback for callback in callbacks if isinstance(callback, LOGGERS)]
         self._is_ready = False
 
     def losses(self, on_step: OnStep | None) -> OnStep | None:
-        """`on_step` that also tells the loggers the loss of each pass."""
+        """`on_step`, extended to log the loss of each pass."""
         if not self._loggers:
             return on_step
 
@@ -44,7 +43,7 @@ class TrainerLog:
         return tell
 
     def gates(self, step: int, names: Mapping[str, object], scores: Float[Tensor, " gate"]) -> None:
-        """The score of each gate after a step, and how far that opens it."""
+        """Log the score of each gate after a step, and the gate's value."""
         if not self._loggers:
             return
         values = dict(zip(names, scores.tolist(), strict=True))
@@ -56,16 +55,17 @@ class TrainerLog:
         )
 
     def modules(self, step: int, scores: Mapping[str, float]) -> None:
-        """The scores of a method that learns none by steps, once, at its last pass."""
+        """Log final scores once, for methods that do not learn them step by step."""
         if self._loggers:
             self._tell(step, {f"mask_score/{name}": value for name, value in scores.items()})
 
     def _tell(self, step: int, logs: Mapping[str, float]) -> None:
         trainer = self._trainer
         state, control = copy.copy(trainer.state), copy.copy(trainer.control)
-        for one in self._loggers:
-            if not self._is_ready and trainer.state.global_step == 0:  # no training has begun it
-                one.on_train_begin(trainer.args, state, control, model=trainer.model)
+        for logger in self._loggers:
+            # transformers' loggers are set up by `on_train_begin`, which only `train` calls.
+            if not self._is_ready and trainer.state.global_step == 0:
+                logger.on_train_begin(trainer.args, state, control, model=trainer.model)
             state.global_step = step
-            one.on_log(trainer.args, state, control, model=trainer.model, logs=dict(logs))
+            logger.on_log(trainer.args, state, control, model=trainer.model, logs=dict(logs))
         self._is_ready = True

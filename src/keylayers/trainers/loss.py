@@ -123,17 +123,15 @@ class TrainerLoss:
     def quiet(self) -> Iterator[None]:
         """Restore the trainer afterwards; inside, its reference is not the update itself."""
         with unchanged_trainer(self.trainer), without_own_copy(self.trainer):
-            # transformers 5.23 sets this in `train`, but losses of some trainers divide by it.
+            # transformers 5.23 sets this only in `train`, but some trainers divide the loss by it.
             self.trainer.current_gradient_accumulation_steps = 1
             yield
 
 
 def _without_chance(model: nn.Module) -> None:
-    """Evaluation mode, except for blocks that recompute activations.
-
-    transformers 5.23 recomputes (`gradient_checkpointing`) only in modules in training mode.
-    """
+    """Put the model into evaluation mode, except for blocks that recompute activations."""
     to_evaluation(model)
+    # transformers 5.23 checkpoints activations only in modules that are in training mode.
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
@@ -147,18 +145,15 @@ def _summed_gradients(model: nn.Module) -> Iterator[None]:
     for parameter in trained:
         parameter.grad = None
     yield
-    has_one = torch.tensor([float(parameter.grad is not None) for parameter in trained])
-    flat = [torch.zeros_like(one) if one.grad is None else one.grad for one in trained]
-    total = summed(torch.cat([has_one.double(), *(one.flatten().cpu().double() for one in flat)]))
-    sizes = [parameter.numel() for parameter in trained]
-    for index, (parameter, grad) in enumerate(
-        zip(trained, total[len(trained) :].split(sizes), strict=True)
-    ):
-        parameter.grad = before[index]
-        if total[index] == 0:  # no process has a gradient
-            continue
-        grad = grad.view_as(parameter).to(parameter.device, parameter.dtype)
-        parameter.grad = grad if before[index] is None else before[index] + grad
+    has_grad = torch.tensor([float(parameter.grad is not None) for parameter in trained])
+    own = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    total = summed(torch.cat([has_grad.double(), *(g.flatten().cpu().double() for g in own)]))
+    grads = total[len(trained) :].split([parameter.numel() for parameter in trained])
+    for parameter, old, count, grad in zip(trained, before, total, grads, strict=False):
+        parameter.grad = old
+        if count > 0:  # some process has a gradient
+            new = grad.view_as(parameter).to(parameter.device, parameter.dtype)
+            parameter.grad = new if old is None else old + new
 
 
 def finite(value: float, where: str) -> float:

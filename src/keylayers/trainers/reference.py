@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference model of a preference loss: the base model, and never the update being ranked.
+"""The reference model of a preference loss must not contain the update that is ranked.
 
-A TRL trainer that is given a model with an adapter keeps a copy of it, the adapter "ref", as the
-reference. Where the adapter is trained afterwards, "ref" is what training started from, and belongs
-to the loss. Where a trainer is built around an adapter that is finished, "ref" is the very update
-that is to be ranked: the loss would compare it with itself. There the adapter is switched off for
-the reference pass, which is what training started from for all that is known.
+TRL 1.16 copies the adapter of a trainer's model to a second adapter, "ref", and uses that as the
+reference (introduced in https://github.com/huggingface/trl/pull/4723). If the adapter is trained
+afterwards, "ref" is the start of training, and we leave it alone. If the trainer is built around a
+finished adapter, "ref" equals the update and the loss would compare the update with itself. Then we
+hide "ref", so that TRL disables the adapter for the reference pass and uses the base model.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ REFERENCE_ADAPTER = "ref"  # TRL's name for it
 
 @contextlib.contextmanager
 def without_own_copy(trainer: Trainer) -> Iterator[None]:
-    """Inside the block, let the base model be the reference where "ref" is the update itself.
+    """Inside the block, use the base model as the reference if "ref" equals the update.
 
     Raises:
         ConfigError: the reference is the model that is ranked, or its log probabilities were
@@ -46,25 +46,22 @@ def without_own_copy(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         model.peft_config.clear()
-        model.peft_config.update(configs)  # in the order that they had
+        model.peft_config.update(configs)  # restores the order as well
 
 
 def reference_of(trainer: Trainer) -> str | None:
-    """What a record says of the reference; None for a loss without one."""
+    """The reference model's name in a record; None if the loss has no reference."""
     if not hasattr(trainer, "ref_model") or getattr(trainer, "beta", None) == 0.0:
         return None
     if trainer.ref_model is not None:
         return "ref_model"
-    has_copy = isinstance(trainer.model, PeftModel) and (
-        REFERENCE_ADAPTER in trainer.model.peft_config
-    )
-    return (
-        f"adapter {REFERENCE_ADAPTER}" if has_copy and not _is_own_copy(trainer.model) else "base"
-    )
+    model = trainer.model
+    has_adapter = isinstance(model, PeftModel) and REFERENCE_ADAPTER in model.peft_config
+    return f"adapter {REFERENCE_ADAPTER}" if has_adapter and not _is_own_copy(model) else "base"
 
 
 def _is_own_copy(model: nn.Module) -> bool:
-    """Whether the reference adapter is there and equals the active one, value by value."""
+    """Whether the model has a reference adapter with the same weights as the active one."""
     if not isinstance(model, PeftModel) or REFERENCE_ADAPTER not in model.peft_config:
         return False
     active = model.active_adapter
@@ -81,12 +78,12 @@ def _is_own_copy(model: nn.Module) -> bool:
 
 
 def _refuse_shared(model: nn.Module, reference: object) -> None:
-    """PEFT wraps a model in place: the base model object carries the adapter too."""
+    """Refuse a `ref_model` that shares weights: PEFT adds adapters to a model in place."""
     if not isinstance(reference, nn.Module):
         return
     own = {id(parameter) for parameter in model.parameters()}
     if any(id(parameter) in own for parameter in reference.parameters()):
         raise ConfigError(
-            "`ref_model` must be another copy of the model, but it shares weights with the model "
-            "that is ranked, whose adapter it carries too; load it once more, or leave it out"
+            "`ref_model` must be another copy of the model, but it shares weights and adapter with "
+            "the model that is ranked; load a second copy, or leave it out"
         )

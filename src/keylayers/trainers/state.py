@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work with somebody else's trainer and give it back exactly as it was.
+"""Use a trainer without changing its state.
 
-Trainers keep metrics, counters, logs and buffers of generated text, each under a name of its own.
-None of the names is known here: for the length of a block every attribute that holds a list, a
-dictionary or a queue holds a copy, and afterwards every attribute is what it was.
+Trainers store metrics, counters, logs and generated text in attributes whose names vary by class
+and version. So we name none of them: inside a block each attribute that holds a container holds a
+copy of it, and afterwards all attributes are restored.
 """
 
 import contextlib
@@ -16,10 +16,8 @@ from transformers import Trainer
 
 @contextlib.contextmanager
 def unchanged_trainer(trainer: Trainer) -> Iterator[None]:
-    """Inside the block the trainer may compute losses; afterwards its state is as it was.
-
-    That of its accelerator too, to which every data loader is made known.
-    """
+    """Restore the trainer's state after the block, in which it may compute losses."""
+    # The accelerator is included because it keeps a list of all data loaders it has prepared.
     owners = (trainer, trainer.state, trainer.accelerator, trainer.accelerator.gradient_state)
     with contextlib.ExitStack() as stack:
         for owner in owners:
@@ -41,9 +39,9 @@ def _unchanged_attributes(owner: object) -> Iterator[None]:
 
 
 def _copied(value: object) -> object:
-    """The containers copied, what they hold shared: nothing changes a tensor or a model in place.
+    """A copy of nested containers that shares tensors and models, which stay unchanged.
 
-    Exact types only, since a subclass may hold more than it shows.
+    Exact types only, because a subclass may have more state than its items.
     """
     if type(value) in (dict, defaultdict, OrderedDict):
         assert isinstance(value, dict)
@@ -53,6 +51,6 @@ def _copied(value: object) -> object:
         return copied
     if type(value) in (list, deque):
         assert isinstance(value, (list, deque))
-        held = [_copied(one) for one in value]
+        held = [_copied(item) for item in value]
         return deque(held, value.maxlen) if isinstance(value, deque) else held
     return set(value) if type(value) is set else value

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdaLoRA updates: `scaling / r · P Λ Q x`, gated on their input.
 
-A, Λ and B are parameters here and no modules, so nothing fires a hook between them. The update is
-linear in x and dropout is its first step: a gate in the place of dropout scales the whole update.
+PEFT stores A, Λ and B as parameters, not modules, so there is nothing to hook. The update is linear
+in x and starts with dropout, so a gate in place of the dropout module scales the whole update.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ class AdaLoraUpdate:
         return scaling * (b @ (a * values))
 
     def ranks_left(self) -> int:
-        """How many singular values AdaLoRA's own importance has left above zero."""
+        """Number of singular values that AdaLoRA has not set to zero."""
         return int((self.layer.lora_E[self.adapter].detach() != 0).sum())
 
     def _ranknum(self) -> float:
@@ -60,16 +60,16 @@ def is_adalora(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def without_penalty(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model's loss is that of the data alone.
+    """Inside the block, AdaLoRA adds no penalty to the model's loss.
 
-    AdaLoRA adds a penalty for singular vectors that are not orthogonal, in evaluation too; it has
-    no gate, and a loss with it is no longer in nats.
+    PEFT's `AdaLoraModel.forward` adds a penalty for singular vectors that are not orthogonal, in
+    evaluation mode too. No gate scales it, and with it the loss would not be in nats.
     """
     if not is_adalora(model):
         yield
         return
     assert isinstance(model, PeftModel)
-    weights = {name: one.orth_reg_weight for name, one in model.peft_config.items()}
+    weights = {name: config.orth_reg_weight for name, config in model.peft_config.items()}
     for config in model.peft_config.values():
         config.orth_reg_weight = 0.0
     try:

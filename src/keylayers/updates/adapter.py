@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The updates of a PEFT adapter: of which kind each is, or why a gate cannot scale it."""
+"""The updates of a PEFT adapter, or an error that says why a gate cannot scale them."""
 
 from peft import PeftModel
 from peft.tuners.adalora.layer import AdaLoraLayer
@@ -33,8 +33,7 @@ def adapter_updates(model: nn.Module) -> list[AdapterUpdate]:
     """All updates of the active adapter: outside the blocks first, then in the blocks' order.
 
     Raises:
-        ModelError: no PEFT adapter, several active ones, or a kind that a gate cannot scale
-            exactly.
+        ModelError: no adapter, several active adapters, or an update that no gate scales exactly.
     """
     if not isinstance(model, PeftModel):
         raise ModelError(
@@ -61,7 +60,7 @@ def adapter_updates(model: nn.Module) -> list[AdapterUpdate]:
 
 
 def _refuse_trained_biases(model: PeftModel) -> None:
-    """PEFT's `bias` trains those of the base in place: they would stay on at every gate."""
+    """Refuse PEFT's `bias` option: it trains biases of the base in place, where no gate acts."""
     kinds = {getattr(model.peft_config[name], "bias", "none") for name in model.active_adapters}
     biases = [
         name
@@ -70,14 +69,14 @@ def _refuse_trained_biases(model: PeftModel) -> None:
     ]
     if kinds != {"none"} and biases:
         raise ModelError(
-            f"a gate must scale the whole update, which it cannot where biases of the base are "
-            f"trained in place (`bias` {', '.join(sorted(kinds))}), here {len(biases)}; fine-tune "
+            f"a gate must scale the whole update, but it cannot scale the {len(biases)} biases of "
+            f"the base that are trained in place (`bias` {', '.join(sorted(kinds))}); fine-tune "
             f"with bias='none'"
         )
 
 
 def always_on(model: nn.Module) -> list[str]:
-    """What the adapter replaces as a whole (`modules_to_save`): not gated, its change stays on."""
+    """Modules that the adapter replaces (`modules_to_save`): not gated, always active."""
     return [
         name
         for name, module in base_model_of(model).named_modules()
@@ -102,13 +101,13 @@ def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
 
 
 def own_parameters(layer: BaseTunerLayer) -> list[nn.Parameter]:
-    """What the adapter itself holds of one layer, not the weights of the base below it."""
-    below = {id(one) for one in layer.base_layer.parameters()}
-    return [one for one in layer.parameters() if id(one) not in below]
+    """The adapter's own parameters in a layer, without those of the base layer."""
+    base = {id(weight) for weight in layer.base_layer.parameters()}
+    return [weight for weight in layer.parameters() if id(weight) not in base]
 
 
 def towers_of(model: nn.Module) -> Towers:
-    """`all` if the model's adapter updates blocks of a tower beside the language model's."""
+    """`all` if the adapter also updates blocks outside the language model, else `language`."""
     language = {info.name for info in map_modules(model)}
     others = (name for name in tuner_layers(model) if name not in language)
     return "all" if any(is_in_stack(model, name) for name in others) else "language"
@@ -144,18 +143,18 @@ def _why_not(layer: BaseTunerLayer, adapter: str) -> str | None:
     kind = type(layer).__name__
     base = linear_of(layer)
     if not isinstance(layer, LoraLayer):
-        return f"a {kind} is no LoRA layer"
+        return f"a {kind} is not a LoRA layer"
     if layer.merged:
         return "it is merged into the base weights; call model.unmerge_adapter() first"
     if layer.lora_bias.get(adapter, False):
         return "`lora_bias=True` adds a bias that a gate on A does not scale"
     is_dora = layer.use_dora.get(adapter, False)
     if isinstance(base, nn.Embedding):
-        return "DoRA on embeddings has no one place to gate" if is_dora else None
+        return "DoRA on embeddings has no single place to gate" if is_dora else None
     if isinstance(layer, (ParamWrapper, AdaLoraLayer)):
         return None
     if not isinstance(base, (nn.Linear, Conv1D)):
-        return f"a {kind} on a {type(base).__name__} merges its weights or is no matrix product"
+        return f"a {kind} on a {type(base).__name__} merges its weights or is not a matrix product"
     if adapter in layer.lora_variant and not is_dora:
         variant = type(layer.lora_variant[adapter]).__name__
         return f"the variant {variant} of LoRA is not known to be linear in A's output"

@@ -12,7 +12,7 @@ from keylayers.model.sharding import whole
 
 
 def base_weight(layer: nn.Module) -> Float[Tensor, "d_out d_in"]:
-    """θ_0 of a module in float32, of a quantised one too, as (d_out, d_in) for `Conv1D` too."""
+    """θ_0 of a module in float32 as (d_out, d_in), also if quantised or a `Conv1D`."""
     linear = linear_of(layer)
     check_linear(layer)
     weight = linear.weight
@@ -24,7 +24,7 @@ def base_weight(layer: nn.Module) -> Float[Tensor, "d_out d_in"]:
 
 
 def check_linear(layer: nn.Module) -> None:
-    """Raise a ModelError unless the layer is a matrix product, whose inputs and weight tell all."""
+    """Raise a ModelError unless the layer is a matrix product."""
     linear = linear_of(layer)
     if not isinstance(linear, (nn.Linear, Conv1D)):
         raise ModelError(

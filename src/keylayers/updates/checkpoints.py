@@ -15,7 +15,7 @@ from keylayers.model.options import Towers
 def module_weights(
     model: nn.Module, towers: Towers = "language", device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """A copy of the weights of all modules of the blocks, by name: θ_0, if taken before training.
+    """A copy of the weights of all modules in the blocks, by name: θ_0 if made before training.
 
     Args:
         model: A model without an adapter.
@@ -35,31 +35,31 @@ def back_at_base(
 
     Args:
         model: The tuned model; it holds θ_t again, bit for bit, when the block ends.
-        base: θ_0 by name, from `module_weights`; asked for one value at a time.
+        base: θ_0 by name, from `module_weights`; values are read one at a time.
         towers: Which stacks of blocks.
 
     Raises:
         ModelError: a module is missing in `base` or has another shape there.
     """
     tuned = module_weights(model, towers)
-    parameters = {name: one for name, one in model.named_parameters() if name in tuned}
+    parameters = {name: weight for name, weight in model.named_parameters() if name in tuned}
     try:
         with torch.no_grad():
-            for name, one in parameters.items():
-                one.copy_(value_like(base, name, one, "the base weights"))
+            for name, weight in parameters.items():
+                weight.copy_(value_like(base, name, weight, "the base weights"))
         yield tuned
     finally:
         with torch.no_grad():
-            for name, one in parameters.items():
-                one.copy_(tuned[name])
+            for name, weight in parameters.items():
+                weight.copy_(tuned[name])
 
 
 def take_other_weights(
     model: nn.Module, tuned: Mapping[str, Tensor], towers: Towers = "language"
 ) -> list[str]:
-    """Give `model` the tuned values of all that is not gated: embeddings, norms, head.
+    """Copy the tuned values of everything that is not gated into `model`: embeddings, norms, head.
 
-    With them the model with all gates open is the tuned model. The modules of the blocks keep θ_0.
+    Then the model with all gates open is the tuned model. Modules in the blocks keep θ_0.
 
     Returns:
         Names of the parameters whose values differed.
@@ -86,18 +86,19 @@ def parameters_of(model: nn.Module, info: ModuleInfo) -> list[tuple[str, Tensor]
     if last in experts_of(model.get_submodule(holder)):
         return [(info.name, model.get_parameter(info.name))]
     layer = model.get_submodule(info.name)
-    return [(f"{info.name}.{name}", one) for name, one in layer.named_parameters(recurse=False)]
+    own = layer.named_parameters(recurse=False)
+    return [(f"{info.name}.{name}", weight) for name, weight in own]
 
 
 def difference_of(tuned: Mapping[str, Tensor], name: str, base: Tensor) -> Tensor:
-    """Δθ of one parameter, in the base's dtype and place, in memory of its own."""
+    """Δθ of one parameter, a new tensor with the base's dtype and device."""
     return value_like(tuned, name, base).sub(base.detach())
 
 
 def value_like(
     weights: Mapping[str, Tensor], name: str, model: Tensor, whose: str = "the tuned checkpoint"
 ) -> Tensor:
-    """The value of one parameter, θ_t or θ_0, in the dtype and place that the model has it in."""
+    """The value of one parameter, θ_t or θ_0, with the dtype and device of the model's."""
     if name not in weights:
         raise ModelError(f"{whose} must hold {name}, but it does not; is it another kind of model?")
     value = weights[name]

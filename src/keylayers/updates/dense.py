@@ -28,7 +28,7 @@ from keylayers.updates.gate import GATE_CHILD, Gate
 
 
 class Workspace:
-    """Memory for one Δθ at a time, as large as the largest module."""
+    """A buffer for a single Δθ, as large as the largest module."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
@@ -75,7 +75,7 @@ class DenseUpdate:
         try:
             yield
         finally:
-            del self.layer.forward  # the class's own method shows again
+            del self.layer.forward  # uncovers the class's own method
             delattr(self.layer, GATE_CHILD)
 
     def _delta_weight(self) -> Float[Tensor, "d_out d_in"]:

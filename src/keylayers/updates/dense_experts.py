@@ -18,8 +18,8 @@ from keylayers.updates.gate import GATE_CHILD, Gate
 class DenseExpertsUpdate:
     """What full fine-tuning added to one parameter that stacks the experts of a mixture.
 
-    Each mixture uses its parameter in its own way, so during its forward pass the mixed weight
-    takes the parameter's place. Autograd keeps it: a second copy of the experts in memory.
+    Architectures use the parameter in different ways, so the mixed weight replaces it during the
+    forward pass. Autograd keeps the mixed weight: a second copy of the experts in memory.
     """
 
     module: ModuleInfo
@@ -40,7 +40,7 @@ class DenseExpertsUpdate:
             self.layer.__dict__[name] = parameter + gate(self._delta())
 
         def restore(*_: Any) -> None:
-            self.layer.__dict__.pop(name, None)  # the parameter shows again
+            self.layer.__dict__.pop(name, None)  # uncovers the parameter
 
         child = f"{GATE_CHILD}_{name}"  # one layer holds several stacks of experts
         self.layer.add_module(child, gate)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """DoRA updates: `m (θ_0 + scaling B A) / ‖θ_0 + scaling B A‖ - θ_0`, gated as a whole.
 
-A gate on A's output, as for LoRA, would also enter the norm of the weight. What DoRA adds to the
-base layer's output is what its magnitude module computes, so the gate scales that: exact for any
-gate and any trained magnitude, at the price of keeping activations of width d_out.
+A gate on A's output, as for LoRA, would also change the norm of the weight. PEFT's magnitude module
+computes what DoRA adds to the base layer's output, so the gate scales that. This is exact for any
+gate and magnitude, but keeps activations of width d_out.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA on embeddings: `scaling · B A[token]`, gated through the scaling.
 
-A and B are parameters and the lookup is no linear layer, so there is no module to hook and no
-dropout. While the layer runs, its scaling is a tensor: the factor that PEFT has, times the gate.
+PEFT stores A and B as parameters and has no dropout here, so there is no module to hook. While the
+layer runs, we replace its scaling by a tensor: PEFT's factor times the gate.
 """
 
 import contextlib

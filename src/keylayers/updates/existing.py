@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open an update that exists already: an adapter, or a second checkpoint."""
+"""Load an existing update: an adapter or a second checkpoint."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,8 +37,8 @@ def existing_update(
     Args:
         model: The base model; it carries the adapter afterwards.
         options: With `adapter` or `tuned` given.
-        progress: Gets a note about what is not gated.
-        towers: The stacks of blocks in which a second checkpoint is compared.
+        progress: Receives a note about weights that are not gated.
+        towers: The stacks of blocks in which checkpoints are compared.
     """
     if options.adapter is not None:
         return _from_adapter(model, options.adapter, progress)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA on parameters: the stacked experts of a mixture, or a linear layer's weight itself.
+"""LoRA on parameters: the stacked experts of a mixture, or the weight of a linear layer.
 
-PEFT's `target_parameters` add `scaling · B_e A_e` to the parameter while the layer that holds it
-runs; A and B are read, not called, so no hook on them fires. The gate scales the factor that PEFT
-reads: rank-r numbers, not the whole stack.
+PEFT's `target_parameters` add `scaling · B_e A_e` to the parameter while its layer runs. PEFT reads
+A and B instead of calling them, so hooks on them do not fire. We wrap the methods that return them
+(PEFT 0.21); the gate scales one rank-r factor, not the whole stack.
 """
 
 import contextlib

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keep an adapter frozen while its model switches adapters.
 
-PEFT takes an adapter that is switched on for one to be trained: it thaws the weights. Trainers with
-a reference (DPO, KTO, GRPO) switch in the middle of every loss, to a second adapter or to none and
-back. Without this the second loss would already compute the gradients of all LoRA weights, and a
-recomputed activation would not match its first version under gradient checkpointing.
+PEFT 0.21 sets `requires_grad` on each adapter that it activates, even one that was loaded frozen
+(https://github.com/huggingface/peft/issues/3447). Trainers with a reference (DPO, KTO, GRPO) switch
+to a second adapter, or to none, and back in every loss. Without this file the second loss would
+compute gradients of all LoRA weights, and under gradient checkpointing a recomputed activation
+would not match the first.
 """
 
 import contextlib
@@ -21,9 +22,9 @@ SWITCHES = ("set_adapter", "enable_adapters", "set_requires_grad")
 
 @contextlib.contextmanager
 def kept_frozen(model: nn.Module) -> Iterator[None]:
-    """Inside the block no switch of adapters thaws a weight that was frozen when it began.
+    """Inside the block, switching adapters unfreezes no weight that was frozen at its start.
 
-    Hooks on PEFT's public methods of each layer; a layer that has no adapter is left alone.
+    Wraps three public methods of each PEFT layer; other layers are left alone.
     """
     layers = [
         module
@@ -31,7 +32,7 @@ def kept_frozen(model: nn.Module) -> Iterator[None]:
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
     ]
     for layer in layers:
-        frozen = [one for one in layer.parameters() if not one.requires_grad]
+        frozen = [weight for weight in layer.parameters() if not weight.requires_grad]
         for name in SWITCHES:
             setattr(layer, name, partial(_switch_and_freeze, getattr(layer, name), frozen))
     try:
@@ -39,7 +40,7 @@ def kept_frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             for name in SWITCHES:
-                delattr(layer, name)  # the class's own method is behind it
+                delattr(layer, name)  # uncovers the class's own method
 
 
 def _switch_and_freeze(

@@ -7,16 +7,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-GATE_CHILD = "keygate"  # a gate's name below the layer it scales; PEFT needs one without a dot
+GATE_CHILD = "keygate"  # the gate's name in the layer; PEFT needs a name without a dot
 Link = Literal["sigmoid", "identity"]
 
 
 class Gate(nn.Module):
     """A number that scales one module's update, or those of a group of modules.
 
-    `score` is a parameter of shape (1,), because FSDP2 refuses 0-dim parameters, in float32
-    (float64 in a
-    float64 model), because in bfloat16 small steps round to nothing.
+    `score` has shape (1,), because FSDP2 refuses scalar parameters
+    (https://github.com/pytorch/pytorch/issues/130810), and is float32 (float64 in a float64 model),
+    because small steps are lost to rounding in bfloat16.
     """
 
     def __init__(self, score: float, link: Link, dtype: torch.dtype = torch.float32) -> None:
