@@ -45,16 +45,6 @@ def test_equal_models_have_rows_each(place, tmp_path):
         assert (wide["base model"] == wide["model"]).all()
 
 
-def test_no_model_takes_the_name_of_the_base():
-    from keylayers.errors import ConfigError
-    from keylayers.evaluation.options import ComparedOptions
-    from keylayers.evaluation.subjects import subjects_of
-    from keylayers.model.options import ModelOptions
-
-    with pytest.raises(ConfigError, match="'base model' has that of another"):
-        subjects_of(ModelOptions(model="m"), ComparedOptions(adapter=("base model",)))
-
-
 @pytest.mark.parametrize(("trained", "template"), [("trained", "model"), ("stage 1", "chatml")])
 def test_training_in_another_chat_template_is_said(place, tmp_path, capsys, trained, template):
     given = [] if template == "model" else ["--chat-template", template]
@@ -86,6 +76,7 @@ def test_training_in_another_chat_template_is_said(place, tmp_path, capsys, trai
 def test_the_base_model_is_the_same_after_each_adapter(place):
     from keylayers.evaluation.options import ComparedOptions
     from keylayers.evaluation.subjects import each_model, subjects_of
+    from keylayers.model.loading import load_model
     from keylayers.model.options import ModelOptions
     from keylayers.model.weights import weights_sha256
 
@@ -96,32 +87,27 @@ def test_the_base_model_is_the_same_after_each_adapter(place):
         if loaded.subject.kind == "base":
             model, names = loaded.model, [name for name, _ in loaded.model.named_modules()]
         hashes.append(loaded.identity)
-    assert weights_sha256(model) == loaded_hash(place)
+    assert weights_sha256(model) == weights_sha256(load_model(source))
     assert [name for name, _ in model.named_modules()] == names
     assert not hasattr(model, "peft_config")
     assert len(set(hashes)) == 3
 
 
-def loaded_hash(place):
-    from keylayers.model.loading import load_model
-    from keylayers.model.options import ModelOptions
-    from keylayers.model.weights import weights_sha256
-
-    return weights_sha256(load_model(ModelOptions(model=str(place / "model"))))
-
-
-def test_names_tell_models_apart(tmp_path):
+def test_names_tell_models_apart_and_none_takes_that_of_the_base():
+    from keylayers.errors import ConfigError
     from keylayers.evaluation.options import ComparedOptions
     from keylayers.evaluation.subjects import subjects_of
     from keylayers.model.options import ModelOptions
 
     def names(*sources):
-        compared = ComparedOptions(adapter=sources)
-        return [one.name for one in subjects_of(ModelOptions(model="m"), compared)]
+        found = subjects_of(ModelOptions(model="m"), ComparedOptions(adapter=sources))
+        return [subject.name for subject in found]
 
     assert names("runs/a", "runs/b") == ["base model", "a", "b"]
     assert names("a/out", "b/out") == ["base model", "a/out", "b/out"]
     assert names("owner/model", "x/base model") == ["base model", "owner/model", "x/base model"]
+    with pytest.raises(ConfigError, match="'base model' has that of another"):
+        names("base model")
 
 
 def test_a_model_with_another_tokenizer_is_not_compared_by_losses(place, tmp_path, capsys):
