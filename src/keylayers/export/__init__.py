@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A selection in the files of other training tools; one tool a file, one table. Needs no torch."""
+"""Export a selection to other training tools: one file per tool, one table. Imports no torch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,28 +29,28 @@ assert set(TOOLS) == set(get_args(Tool))
 def export_selection(
     ranking: Ranking, budget: WrittenBudget, to: Tool, output: Path, *, kind: Kind = "lora"
 ) -> list[Path]:
-    """Write what a training tool needs to train exactly the modules that `budget` buys.
+    """Write the files with which a training tool trains exactly the modules in `budget`.
 
-    LoRA's rank and alpha, and the name of the model, are those of the ranking's own run.
+    The model's name and LoRA's rank and alpha are those of the run that made the ranking.
 
     Args:
         ranking: The modules with their scores.
-        budget: How much is trained.
+        budget: How much to train.
         to: The tool.
-        output: Folder of the files; made if it is not there.
+        output: Folder of the files; created if it does not exist.
         kind: LoRA on the modules, or a full fine-tune of them.
 
     Returns:
-        The files.
+        The paths of the files.
 
     Raises:
-        ConfigError: the tool cannot train exactly this selection, or the budget buys nothing.
-        OutputError: a file is there already, or the place cannot be written.
+        ConfigError: the tool cannot train exactly this selection, or the budget selects nothing.
+        OutputError: a file exists with other contents, or the folder cannot be written.
     """
     options, model = ranking.made_by.options, ranking.made_by.model.name
     if model is None:
         raise ConfigError(
-            "the ranking must say which model it is of (`provenance.model.name`), but it does not; "
+            "the ranking must name its model (`provenance.model.name`), but does not; "
             "rank with a model that has a name"
         )
     settings = Settings(

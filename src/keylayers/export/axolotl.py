@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""axolotl: YAML for LoRA, or for a full fine-tune with `unfrozen_parameters`.
 
-Checked with axolotl 0.18.0's own functions (commit 067b021), not with a whole run. Of
-`unfrozen_parameters` it escapes the dots itself and matches from the start of a name: `\.` would
-match nothing and freeze the whole model. `lora_target_linear` would add every linear layer to the
-selection.
+Checked against functions of axolotl 0.18.0 (commit 067b021), not in a whole run. It escapes the
+dots in `unfrozen_parameters` itself and matches from the start of a name, so `\.` would match
+nothing and freeze the whole model. `lora_target_linear` is left out because it would add every
+linear layer to the selection.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from keylayers.ranking.targets import by_block, lora_targets
 
 
 def export(settings: Settings) -> Files:
-    """The part of the config that says what is trained."""
+    """The part of the config that selects what is trained."""
     content: dict[str, Any] = {"base_model": settings.model}
     if settings.kind == "full":
         stacked = settings.stacked or set()
@@ -37,7 +37,7 @@ def export(settings: Settings) -> Files:
 
 
 def unfrozen(names: Sequence[str], stacked: set[str]) -> list[str]:
-    """Patterns of the parameters of `names`, those that differ in their block together."""
+    """Patterns of the parameters of `names`; names that differ only in their block share one."""
     parameters = [name if name in stacked else f"{name}.(weight|bias)" for name in names]
     return [
         f"^{prefix}{_any_of(indices)}{suffix}$"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLaMA-Factory: YAML with a list of full names. Checked with its 0.9.6.dev0 (commit ff6d4d12).
 
-It takes no regular expression, no parameters of experts, and full fine-tuning of whole blocks
-alone.
+It accepts neither a regular expression nor parameters of experts, and its full fine-tuning can only
+select whole blocks.
 """
 
 from keylayers.export.settings import Files, Settings, refuse, yaml_text
@@ -10,13 +10,13 @@ from keylayers.ranking.targets import lora_targets
 
 
 def export(settings: Settings) -> Files:
-    """The part of the config that says what is trained."""
+    """The part of the config that selects what is trained."""
     if settings.kind == "full":
-        refuse("llamafactory", "without LoRA it trains whole blocks alone; give `update` lora")
+        refuse("llamafactory", "without LoRA it can only train whole blocks; use `update` lora")
     if lora_targets(settings.names, settings.stacked).get("target_parameters"):
         refuse(
             "llamafactory",
-            "it cannot name experts or the dense feed-forwards beside them; choose peft or trl",
+            "it cannot name experts or the dense feed-forwards of such a model; choose peft or trl",
         )
     content = {
         "model_name_or_path": settings.model,

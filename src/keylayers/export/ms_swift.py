@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """ms-swift: a YAML file of arguments for `swift sft`. Checked with 4.6.0.dev0 (3602360a).
 
-Parameters of a full fine-tune are matched from the start of their names: the dot at the end keeps
-`...layers.1.mlp.up_proj.` from matching more.
+It matches `trainable_parameters` with the start of each name: the final dot makes sure that
+`...layers.1.mlp.up_proj.` matches that module only.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from keylayers.ranking.targets import target_regex
 
 
 def export(settings: Settings) -> Files:
-    """The part of the arguments that says what is trained."""
+    """The part of the arguments that selects what is trained."""
     if settings.selection.is_of_mixture:
         refuse("ms-swift", "in a mixture of experts PEFT widens regular expressions; choose peft")
     content: dict[str, Any] = {"model": settings.model}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT: an `adapter_config.json`, and Python that checks what was hit. Checked with peft 0.21."""
+"""PEFT: an `adapter_config.json`, and Python that checks the targets. Checked with peft 0.21."""
 
 import json
 from pprint import pformat
@@ -46,7 +46,7 @@ def train_only_selected(model):
 
 
 def export(settings: Settings) -> Files:
-    """The config of an adapter yet to be trained, and the same in Python."""
+    """The config of a new adapter, and the Python code that creates it."""
     shown = {
         "count": len(settings.names),
         "model": settings.model_line,

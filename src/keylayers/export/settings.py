@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an export is made of, and how it refuses."""
+"""What all exports share: their input, YAML and LoRA settings, and refusals."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from keylayers.ranking.selection import Selection
 
 Kind = Literal["lora", "full"]
 Files = Mapping[str, str]
-"""File name -> its text."""
+"""File name -> text."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is exported.
+    """What to export.
 
     Attributes:
         selection: The modules to train.
         model: The base model's name or folder.
-        kind: LoRA on the modules, or the modules' weights themselves.
-        lora_rank: Rank r.
+        kind: Train LoRA on the modules, or the modules' own weights.
+        lora_rank: LoRA's r.
         lora_alpha: LoRA's alpha.
     """
 
@@ -40,29 +40,29 @@ class Settings:
 
     @property
     def model_line(self) -> str:
-        """The model's name for a comment, which ends with its line."""
+        """The model's name without line breaks, for a comment."""
         return " ".join(self.model.split())
 
     @property
     def stacked(self) -> set[str] | None:
-        """Those of the names that are stacked experts; None if the model has no experts."""
+        """The names that are stacked experts; None if the model has no experts."""
         if not self.selection.is_of_mixture:
             return None
         return {module.name for module in self.selection.modules if module.is_stacked}
 
 
 def python_list(names: Sequence[str]) -> str:
-    """The names as Python has them, one a line."""
+    """Python source of a list of the names, one per line."""
     return "[\n" + "".join(f"    {name!r},\n" for name in names) + "]"
 
 
 def yaml_text(content: Mapping[str, Any]) -> str:
-    """YAML in the order of the keys, each value on one line, as expressions must be."""
+    """YAML in the order of the keys. Values are not wrapped: an expression needs a single line."""
     return yaml.safe_dump(dict(content), sort_keys=False, width=10_000)
 
 
 def refuse(tool: str, reason: str) -> NoReturn:
-    """Raise a ConfigError: the tool cannot train exactly these modules.
+    """Refuse a selection that the tool cannot train exactly.
 
     Raises:
         ConfigError: always.

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """torchtune: a builder that keeps LoRA on exactly the modules. Checked with torchtune 0.6.1.
 
-torchtune has LoRA on kinds of modules and not on single ones, and no way to name them in a config.
-A component of one's own, beside the config, takes its model and gives the other layers their plain
-form again. torchtune has its own names of modules; those of dense models are known here.
+A torchtune config can only put LoRA on all modules of a projection. So the export adds a component
+of its own, which builds torchtune's model and turns the LoRA layers that are not selected back into
+plain ones. torchtune renames modules; this file knows the names of dense models.
 """
 
 import re
 
 from keylayers.export.settings import Files, Settings, refuse, yaml_text
 
-NAMES = {  # of torchtune's `models/convert_weights.py`
+NAMES = {  # from torchtune's `models/convert_weights.py`
     "self_attn.q_proj": "attn.q_proj",
     "self_attn.k_proj": "attn.k_proj",
     "self_attn.v_proj": "attn.v_proj",
@@ -64,7 +64,7 @@ _HEAD = """# The part of a config for `tune run lora_finetune_single_device` tha
 def export(settings: Settings) -> Files:
     """The builder, and the `model` section of a config."""
     if settings.kind == "full":
-        refuse("torchtune", "it has no full fine-tune of chosen modules; give `update` lora")
+        refuse("torchtune", "it has no full fine-tune of chosen modules; use `update` lora")
     if settings.selection.is_of_mixture:
         refuse("torchtune", "it has LoRA on all experts of a mixture or none; choose peft or trl")
     keep = [_name(name) for name in settings.names]
@@ -73,9 +73,9 @@ def export(settings: Settings) -> Files:
     content = {
         "model": {
             "_component_": "keylayers_torchtune.selected_lora",
-            "base_component": "???",  # OmegaConf's mark of a value that must be put in
+            "base_component": "???",  # OmegaConf's marker of a missing value
             "keep": keep,
-            # torchtune wants one at least; what is not in `keep` is plain again afterwards
+            # torchtune needs at least one; the builder undoes those that are not in `keep`
             "lora_attn_modules": [kind for kind in attention if kind in kinds] or ["q_proj"],
             "apply_lora_to_mlp": bool(kinds & {"w1", "w2", "w3"}),
             "apply_lora_to_output": False,
@@ -89,7 +89,7 @@ def export(settings: Settings) -> Files:
 
 
 def _name(name: str) -> str:
-    """Torchtune's name of a module."""
+    """The name of a module in torchtune."""
     match = re.fullmatch(r"model\.(layers\.\d+\.)(.+)", name)
     if match is None or match[2] not in NAMES:
         refuse(

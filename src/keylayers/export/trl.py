@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """TRL's command line: a YAML file for `trl sft` and `trl dpo`. Checked with trl 1.16.
 
-A list of one name is taken for a regular expression there. Full fine-tuning goes through PEFT's
-`modules_to_save`, which keeps a frozen copy of each module beside it.
+TRL reads a list with a single name as a regular expression. A full fine-tune uses PEFT's
+`modules_to_save`, which also keeps a frozen copy of each module.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from keylayers.ranking.targets import lora_targets
 
 
 def export(settings: Settings) -> Files:
-    """The part of the config that says what is trained; data and output folder are the user's."""
+    """The part of the config that selects what is trained, without data and output folder."""
     content: dict[str, Any] = {"model_name_or_path": settings.model, "use_peft": True}
     if settings.kind == "full":
         if settings.selection.is_of_mixture:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Unsloth: Python for both of its ways to load a model. Read from commit 015bdef0, not run.
 
-`FastLanguageModel` takes a list and reads a string letter by letter; `FastModel`, for
-vision-language models too, hands a string on to PEFT and cuts names of a list short.
+`FastLanguageModel` needs a list, because it iterates over a string letter by letter. `FastModel`,
+also for vision-language models, needs a string, which it passes on to PEFT; it shortens the names
+in a list.
 """
 
 from keylayers.export.settings import Files, Settings, python_list, refuse
@@ -32,9 +33,9 @@ def selected_lora(loader, model):
 
 
 def export(settings: Settings) -> Files:
-    """A function that takes the place of `get_peft_model`."""
+    """A function that replaces `get_peft_model`."""
     if settings.kind == "full":
-        refuse("unsloth", "it has no full fine-tune of chosen modules; give `update` lora")
+        refuse("unsloth", "it has no full fine-tune of chosen modules; use `update` lora")
     if settings.selection.is_of_mixture:
         refuse("unsloth", "in a mixture of experts PEFT rewrites what it is given; choose peft")
     text = _TEXT.format(

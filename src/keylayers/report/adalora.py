@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdaLoRA's own importance beside a ranking of its adapter. Needs no torch."""
+"""AdaLoRA's own allocation of ranks, compared with the ranking of its adapter."""
 
 from dataclasses import replace
 
@@ -10,13 +10,13 @@ from keylayers.ranking.ranking import Ranking
 
 
 def ranks_left(ranking: Ranking) -> dict[str, int]:
-    """Module name -> the LoRA rank that AdaLoRA left it; empty for other updates."""
+    """Module name -> the LoRA rank that AdaLoRA gave it; empty for other updates."""
     found = ranking.made_by.adalora_ranks_left
     return {module.name: found[module.name] for module in ranking.modules if module.name in found}
 
 
 def adalora_line(ranking: Ranking, budget: WrittenBudget) -> str | None:
-    """How far the ranking and AdaLoRA's own allocation agree, for a person; None without one."""
+    """A sentence on how far ranking and AdaLoRA's allocation agree; None without an allocation."""
     ranks = ranks_left(ranking)
     if len(ranks) < len(ranking.modules):
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agreement of rankings in the terminal: pairs, means by kind, notes. Needs no torch."""
+"""Agreement of rankings in the terminal: pairs, means by kind of pair, notes."""
 
 from collections.abc import Sequence
 
@@ -7,18 +7,21 @@ from rich.table import Table
 from rich.text import Text
 
 from keylayers.ranking.compare import Agreement, Interval, KindMean
+from keylayers.report.terminal import plain_table
+
+MEASURES = ("Jaccard", "by chance", "corrected", "tau-b", "top-weighted")
 
 
 def agreement_table(pairs: Sequence[Agreement], names: Sequence[str]) -> Table:
-    """Every pair: its kind, Jaccard, what chance would give, corrected for that, and the taus.
+    """One row per pair: its kind, Jaccard index, chance level, corrected Jaccard index and taus.
 
-    Brackets hold 95 % intervals. A cell is blank where the measure is not defined or not known.
+    Brackets hold 95 % intervals. A cell is blank if the measure is undefined or unknown.
 
     Args:
-        pairs: As `keylayers.ranking.compare.agreement` gives them.
-        names: Of the rankings, by index.
+        pairs: What `keylayers.ranking.compare.agreement` returns.
+        names: Names of the rankings, by index.
     """
-    table = _table("pair", "kind", "Jaccard", "by chance", "corrected", "tau-b", "top-weighted")
+    table = plain_table("pair", "kind", *MEASURES, num_left=2, gap=1)
     for pair in pairs:
         table.add_row(
             Text(_pair_name(pair, names)),
@@ -33,9 +36,8 @@ def agreement_table(pairs: Sequence[Agreement], names: Sequence[str]) -> Table:
 
 
 def kind_table(means: Sequence[KindMean]) -> Table:
-    """The mean of each measure over the pairs of each kind, one line a kind."""
-    table = _table("mean of", "pairs", "Jaccard", "by chance", "corrected", "tau-b", "top-weighted")
-    table.columns[1].justify = "right"
+    """One row per kind of pair: the mean of each measure."""
+    table = plain_table("mean of", "pairs", *MEASURES, gap=1)
     for mean in means:
         table.add_row(
             "unknown kind" if mean.kind == "unknown" else mean.kind,
@@ -50,7 +52,7 @@ def kind_table(means: Sequence[KindMean]) -> Table:
 
 
 def agreement_notes(pairs: Sequence[Agreement], names: Sequence[str]) -> list[str]:
-    """What a reader must know about single pairs, one sentence for all pairs that share it."""
+    """Remarks on pairs; pairs with the same remark share a line."""
     notes: dict[str, list[str]] = {}
     for pair in pairs:
         for note in _notes_of(pair):
@@ -63,7 +65,7 @@ def agreement_notes(pairs: Sequence[Agreement], names: Sequence[str]) -> list[st
 
 
 def measure(value: float | None, interval: Interval | None = None) -> str:
-    """Two decimals, the interval in brackets; empty where the measure is not defined."""
+    """Two decimals, the interval in brackets; empty if the measure is undefined."""
     if value is None:
         return ""
     suffix = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
@@ -85,18 +87,10 @@ def _notes_of(pair: Agreement) -> list[str]:
     return notes
 
 
-def _table(*titles: str) -> Table:
-    """A table without lines whose first two columns are names and whose others are numbers."""
-    table = Table(box=None, padding=(0, 1), pad_edge=False)
-    for index, title in enumerate(titles):
-        table.add_column(title, justify="left" if index < 2 else "right", no_wrap=True)
-    return table
-
-
 def _pair_name(pair: Agreement, names: Sequence[str]) -> str:
     return f"{names[pair.first]}, {names[pair.second]}"
 
 
 def _number(value: float | None, interval: Interval | None = None) -> Text:
-    """As Text, for rich reads brackets in a string as markup."""
+    """As `Text`, because rich reads brackets in a string as markup."""
     return Text(measure(value, interval))

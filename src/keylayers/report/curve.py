@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A verification in the terminal: the mask curve, its area beside controls, the recommendation."""
+"""A verification in the terminal: the mask curve, its area and controls, the recommendation."""
 
 from collections.abc import Sequence
 from statistics import stdev
@@ -11,40 +11,33 @@ from rich.text import Text
 
 from keylayers.ranking.curve import MaskCurve
 from keylayers.ranking.verification import Verification
-from keylayers.report.terminal import in_nats
+from keylayers.report.terminal import in_nats, plain_table
 
 BAR_WIDTH = 30
 
 
 def verification_report(found: Verification) -> RenderableType:
-    """All of a verification that a terminal shows."""
+    """What the terminal shows of a verification."""
     lines = [area_line(found), *reading(found)]
-    title = f"Held-out loss with the updates of only so many modules kept, in {loss_unit(found)}"
+    title = (
+        f"Held-out loss with the updates of only so many modules kept, in {found.made_by.loss_unit}"
+    )
     text = Text("\n".join(lines))
     return Group(Text(title, style="bold"), curve_table(found), Text(), text)
 
 
-def loss_unit(found: Verification) -> str:
-    """What its losses count."""
-    return found.made_by.loss_unit
-
-
 def curve_table(found: Verification) -> Table:
-    """One row a count: the curve as bars, and random orders and the reverse order as numbers."""
-    table = Table(box=None, padding=(0, 2), pad_edge=False)
-    table.add_column("kept", justify="right")
-    table.add_column("best first", justify="right")
-    table.add_column("")
-    table.add_column("random (± sd)", justify="right")
-    table.add_column("worst first", justify="right")
+    """One row per count: the curve with bars, and the losses of the control orders."""
+    titles = ["kept", "best first", "", "random (± sd)", "worst first"]
     if found.leave_one_out:
-        table.add_column("leave-one-out", justify="right")
+        titles.append("leave-one-out")
+    table = plain_table(*titles, num_left=0)
     curve = found.best_first
     low, high = _range(found)
     means = found.random_means()
     for index, count in enumerate(curve.counts):
         loss = curve.losses[index]
-        spread = [one.losses[index] for one in found.random]
+        spread = [order.losses[index] for order in found.random]
         width = f" ± {stdev(spread):.3f}" if len(spread) > 1 else ""
         row: list[RenderableType] = [
             str(count),
@@ -60,7 +53,7 @@ def curve_table(found: Verification) -> Table:
 
 
 def _range(found: Verification) -> tuple[float, float]:
-    """From a little below the lowest loss to the highest, so that every bar can be seen."""
+    """Lowest and highest loss; the lowest is reduced a little so that no bar is empty."""
     losses = [*found.best_first.losses, *found.random_means()]
     low, high = min(losses), max(losses)
     room = (high - low) / BAR_WIDTH
@@ -68,13 +61,11 @@ def _range(found: Verification) -> tuple[float, float]:
 
 
 def area_line(found: Verification) -> str:
-    """The normalised area beside those of the controls, or why there is none."""
+    """The normalised areas of the curve and of its controls, or why they are undefined."""
     area = found.best_first.normalised_area
     if area is None:
-        return (
-            "normalised area: undefined, because all updates together do not lower the held-out "
-            "loss"
-        )
+        reason = "all updates together do not lower the held-out loss"
+        return f"normalised area: undefined, because {reason}"
     parts = [f"normalised area (0 is best): {area:.3f}"]
     at_random = found.random_area()
     if at_random is not None:
@@ -91,7 +82,7 @@ def _area(curve: MaskCurve) -> str:
 
 
 def reading(found: Verification) -> Sequence[str]:
-    """What the curve says about budgets, in sentences."""
+    """Sentences on what the curve says about budgets."""
     curve = found.best_first
     count, loss = curve.best
     lines = [
@@ -105,23 +96,23 @@ def reading(found: Verification) -> Sequence[str]:
         ]
     if carried := _carried(curve):
         lines.append(carried)
-    one = found.recommendation
-    if one is None:
+    best = found.recommendation
+    if best is None:
         lines.append("no budget is recommended: the fine-tune as a whole does not help")
         return lines
     lines.append(
-        f"recommended budget: {one.num_modules} of {curve.counts[-1]} modules, which lose "
-        f"{one.difference_nats:+.4f}{in_nats(loss_unit(found))} against all"
+        f"recommended budget: {best.num_modules} of {curve.counts[-1]} modules, which lose "
+        f"{best.difference_nats:+.4f}{in_nats(found.made_by.loss_unit)} against all"
     )
     lines.append(
-        f"  below {one.upper_nats:+.4f} with 95 % confidence over held-out batches; the margin is "
-        f"{one.margin_nats:.4f}, {100 * found.margin:g} % of what the fine-tune gained"
+        f"  below {best.upper_nats:+.4f} with 95 % confidence over held-out batches; the margin is "
+        f"{best.margin_nats:.4f}, {100 * found.margin:g} % of what the fine-tune gained"
     )
     return lines
 
 
 def _carried(curve: MaskCurve) -> str | None:
-    """How much of what the fine-tune gained the best modules carry; None if it gained nothing."""
+    """The share of the fine-tune's gain that the best modules carry; None if it gained nothing."""
     gained = curve.losses[0] - curve.losses[-1]
     if not gained > 0:
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pruned update beside the full one: modules, parameters, size, held-out loss."""
+"""A pruned update compared with the full one: modules, parameters, size, held-out loss."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,13 +8,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from keylayers.report.terminal import in_nats
+from keylayers.report.terminal import in_nats, plain_table
 
 MIB = 2**20
 
 
 def pruning_report(found: Mapping[str, Any]) -> RenderableType:
-    """All that a terminal shows of a pruning.
+    """What the terminal shows of a pruning.
 
     Args:
         found: A `PrunedUpdate` as a mapping.
@@ -23,12 +23,9 @@ def pruning_report(found: Mapping[str, Any]) -> RenderableType:
 
 
 def pruning_table(found: Mapping[str, Any]) -> Table:
-    """Base, full and pruned update side by side; mean losses of the held-out examples."""
-    table = Table(box=None, padding=(0, 2), pad_edge=False)
-    table.add_column("update", no_wrap=True)
+    """Base model, full and pruned update, one row each, with their mean held-out losses."""
     held_out = f"held-out{in_nats(found['loss_unit']) or ' loss'}"
-    for title in ("modules", "parameters", "MiB on disk", held_out):
-        table.add_column(title, justify="right")
+    table = plain_table("update", "modules", "parameters", "MiB on disk", held_out)
     table.add_row("none (base model)", "0", "0", "", f"{found['base_loss_nats']:.4f}")
     for label, size, loss in (
         (f"full {found['kind']}", found["full"], found["full_loss_nats"]),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rankings from files, named apart, with the verifications beside them. Needs no torch."""
+"""Rankings from files, each with a unique label and its verification. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from keylayers.ranking.verification import Verification, verification_file
 
 @dataclass(frozen=True)
 class Source:
-    """One ranking and where it comes from.
+    """One ranking and its file.
 
     Attributes:
-        path: As it was given.
-        label: The shortest end of the path that tells it from the others.
+        path: The path given by the user.
+        label: The shortest end of the path that no other path has.
         ranking: The ranking.
-        verification: Its own; None if it was not verified.
-        is_stale: There is a verification, but of an earlier ranking.
+        verification: Its verification; None if it was not verified.
+        is_stale: Whether the verification file belongs to an earlier ranking.
     """
 
     path: str
@@ -32,7 +32,7 @@ class Source:
 
 
 def load_sources(paths: Sequence[Path]) -> list[Source]:
-    """The rankings with their verifications.
+    """Load rankings and their verifications.
 
     Raises:
         RankingError: a file is missing, damaged or of another kind.
@@ -41,12 +41,11 @@ def load_sources(paths: Sequence[Path]) -> list[Source]:
 
 
 def num_best(ranking: Ranking, budget: WrittenBudget) -> int:
-    """How many modules the budget takes; pictures show those that it takes as the best ones.
+    """Number of modules in the budget. Charts can only show a selection of the best ones.
 
     Raises:
-        ConfigError: the budget has no known form, buys nothing or more than there is, or goes by
-            cost and takes others than the best.
-        RankingError: the budget reaches modules that have no score.
+        ConfigError: the budget is invalid, or selects other modules than the best ones by cost.
+        RankingError: the budget includes modules without a score.
     """
     chosen = ranking.select(budget).modules
     if not are_best(ranking.modules, chosen):
@@ -58,21 +57,21 @@ def num_best(ranking: Ranking, budget: WrittenBudget) -> int:
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
-    """A name for each path: as many of its last parts as tell all apart; the file's only if needed.
+    """A name for each path: the fewest of its last parts that make all names unique.
 
-    A path that is given twice gets a number.
+    The file's own name is used only if needed. If a path is given twice, all names get a number.
     """
     parts = [_parts(path) for path in paths]
-    longest = max(len(one) for one in parts)
+    longest = max(map(len, parts))
     for length in range(1, longest + 1):
-        names = ["/".join(one[-length:]) for one in parts]
+        names = ["/".join(own[-length:]) for own in parts]
         if len(set(names)) == len(names):
             return names
-    return [f"{number}: {'/'.join(one)}" for number, one in enumerate(parts, start=1)]
+    return [f"{number}: {'/'.join(own)}" for number, own in enumerate(parts, start=1)]
 
 
 def _parts(path: Path) -> tuple[str, ...]:
-    """The folder that holds ranking.json, or the file without its ending."""
+    """Parts of the folder that holds ranking.json, or of the file without its suffix."""
     path = path.absolute()
     if path.name == FILE and len(path.parts) > 2:
         return path.parent.parts[1:]

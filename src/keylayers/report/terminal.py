@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A ranking in the terminal: heatmap, best and worst modules, provenance. Needs no torch."""
+"""A ranking in the terminal: heatmap, best and worst modules, provenance. Imports no torch."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -26,12 +26,20 @@ FIRST_BRIGHT_SHADE = 5
 UNDECIDED_MARK = "~"
 
 
+def plain_table(*titles: str, num_left: int = 1, gap: int = 2) -> Table:
+    """A table without lines: the first `num_left` columns hold text, the others numbers."""
+    table = Table(box=None, padding=(0, gap), pad_edge=False)
+    for index, title in enumerate(titles):
+        table.add_column(title, justify="left" if index < num_left else "right", no_wrap=True)
+    return table
+
+
 def heatmap(ranking: Ranking, *, marked: Collection[str] = ()) -> Table:
-    """Blocks down, projections across; each cell is a rank, brighter is more important.
+    """Ranks by block (rows) and projection (columns); brighter is more important.
 
     Args:
         ranking: The ranking to show.
-        marked: Names of the modules whose rank gets a mark: their place is not decided.
+        marked: Names of the modules to mark as undecided.
     """
     ranks = ranking.ranks()
     projections = ranking.projections
@@ -41,7 +49,7 @@ def heatmap(ranking: Ranking, *, marked: Collection[str] = ()) -> Table:
     for projection in projections:
         table.add_column(Text(f" {projection} "), justify="center")
     blocks = {module.block_index for module in ranking.modules}
-    for block in sorted(blocks, key=lambda one: -1 if one is None else one):
+    for block in sorted(blocks, key=lambda block: -1 if block is None else block):
         row: list[RenderableType] = ["outside " if block is None else f"{block} "]
         for projection in projections:
             module = cells.get((block, projection))
@@ -56,7 +64,7 @@ def heatmap(ranking: Ranking, *, marked: Collection[str] = ()) -> Table:
 
 
 def _cell(rank: str | None, position: float, width: int) -> Text:
-    """A rank on a shade; `?` for a module without a score, blank where there is no module."""
+    """A rank on its shade; `?` for a module without a score, blank if there is no module."""
     if rank is None:
         return Text("?".center(width), style="dim")
     if not rank:
@@ -71,15 +79,13 @@ def extremes(ranking: Ranking, count: int = 10, *, marked: Collection[str] = ())
 
     Args:
         ranking: The ranking to show.
-        count: How many modules of each end.
+        count: Number of modules at each end.
         marked: Names of the modules to mark as undecided.
     """
     ordered = ranking.ordered()
     ranks = ranking.ranks()
-    if len(ordered) > 2 * count:
-        chosen = [*ordered[:count], None, *ordered[-count:]]
-    else:
-        chosen = list(ordered)
+    is_cut = len(ordered) > 2 * count
+    chosen = [*ordered[:count], None, *ordered[-count:]] if is_cut else list(ordered)
     table = Table(box=None, padding=(0, 2), pad_edge=False)
     table.add_column("", width=len(UNDECIDED_MARK))
     table.add_column("rank", justify="right")
@@ -108,11 +114,11 @@ def extremes(ranking: Ranking, count: int = 10, *, marked: Collection[str] = ())
 
 
 def certainty_line(ranking: Ranking, budget: WrittenBudget) -> str:
-    """How many modules' places the data leave open at a budget, for a person.
+    """A sentence on how many modules are undecided at a budget.
 
     Raises:
-        ConfigError: the budget has no known form, or buys nothing or more than there is.
-        RankingError: the budget reaches modules that have no score.
+        ConfigError: the budget is invalid, selects nothing or more than there is.
+        RankingError: the budget includes modules without a score.
     """
     selection = ranking.select(budget)
     if ranking.is_flat:
@@ -135,7 +141,7 @@ def certainty_line(ranking: Ranking, budget: WrittenBudget) -> str:
 
 
 def provenance_lines(ranking: Ranking) -> list[str]:
-    """What made the ranking, for a person: model, data, method, losses, time."""
+    """What made the ranking, line by line: method, model, data, losses, time, version."""
     made_by = ranking.made_by
     model, data, environment = made_by.model, made_by.data, made_by.environment
     lines = [f"method    {ranking.method}, one gate per {ranking.granularity}"]
@@ -189,7 +195,7 @@ def _loss_lines(made_by: MadeBy) -> list[str]:
 
 
 def in_nats(loss_unit: str) -> str:
-    """`" nats"` where losses are in nats, else nothing."""
+    """`" nats"` if losses are in nats, else an empty string."""
     return " nats" if loss_unit.startswith("nats") else ""
 
 
@@ -198,11 +204,11 @@ def ranking_report(ranking: Ranking, *, budget: WrittenBudget = 0.3) -> Renderab
 
     Args:
         ranking: The ranking to show.
-        budget: Where the modules are marked whose place the data do not decide. One that reaches
-            modules without a score marks none, and a line says why.
+        budget: Modules that are undecided at this budget are marked. If it includes modules
+            without a score, none is marked and a line says why.
 
     Raises:
-        ConfigError: the budget has no known form, or buys nothing or more than there is.
+        ConfigError: the budget is invalid, selects nothing or more than there is.
     """
     num_parameters = sum(module.num_parameters for module in ranking.modules)
     title = (
@@ -214,8 +220,8 @@ def ranking_report(ranking: Ranking, *, budget: WrittenBudget = 0.3) -> Renderab
         note = certainty_line(ranking, budget)
     except RankingError as error:
         note = f"nothing is marked at budget {budget}: {error}"
-    if beside := adalora_line(ranking, budget):
-        note = f"{note}\n{beside}"
+    if comparison := adalora_line(ranking, budget):
+        note = f"{note}\n{comparison}"
     return Group(
         Text(title, style="bold"),
         heatmap(ranking, marked=marked),
@@ -228,12 +234,9 @@ def ranking_report(ranking: Ranking, *, budget: WrittenBudget = 0.3) -> Renderab
 
 
 def loss_table(rows: Sequence[Mapping[str, Any]], loss_unit: str = "nats per token") -> Table:
-    """Trained sets side by side: modules, trained parameters, steps, held-out loss."""
-    table = Table(box=None, padding=(0, 2), pad_edge=False)
-    table.add_column("trained", no_wrap=True)
+    """One row per trained set: modules, trained parameters, steps, held-out loss."""
     held_out = f"held-out{in_nats(loss_unit) or ' loss'}"
-    for title in ("modules", "parameters", "steps", held_out):
-        table.add_column(title, justify="right")
+    table = plain_table("trained", "modules", "parameters", "steps", held_out)
     for row in rows:
         table.add_row(
             Text(row["label"]),
