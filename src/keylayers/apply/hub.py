@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tuned model on the hub, with its model card; the keywords are those of PEFT's `push_to_hub`."""
+"""Push a tuned model with its model card to the hub, with the keywords of PEFT's `push_to_hub`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,16 +31,16 @@ def push_to_hub(
 
     Args:
         folder: An adapter or a checkpoint that keylayers wrote, with its card and record.
-        repo_id: Name on the hub, such as `me/my-adapter`; made if there is none.
-        private: Whether a new repository is private; as the account has it if not given.
-        token: Of the account; the one that is logged in if not given.
+        repo_id: Name on the hub, for example `me/my-adapter`; created if it does not exist.
+        private: Whether a new repository is private. Default: the account's setting.
+        token: Token of the account. Default: that of the user who is logged in.
         revision: Branch.
-        create_pr: Propose the change instead of committing it.
-        commit_message: Not given: the library's own.
+        create_pr: Open a pull request instead of committing.
+        commit_message: Default: "Upload by keylayers".
 
     Raises:
-        ConfigError: the folder holds nothing of keylayers, or the name is none of the hub.
-        OutputError: the hub does not take it.
+        ConfigError: keylayers did not write the folder, or the name is not valid on the hub.
+        OutputError: the hub refuses it or cannot be reached.
     """
     folder = Path(folder)
     if not (folder / RECORD).is_file():
@@ -63,11 +63,11 @@ def push_to_hub(
 def make_repository(
     repo_id: str, *, private: bool | None = None, token: str | bool | None = None
 ) -> None:
-    """Make the repository if there is none; before long work it shows that the hub will take it.
+    """Create the repository if it does not exist. Called before long work, so that it fails early.
 
     Raises:
-        ConfigError: the name is none of the hub.
-        OutputError: the hub cannot be reached, or does not let this account.
+        ConfigError: the name is not valid on the hub.
+        OutputError: the hub cannot be reached, or refuses the account.
     """
     with _hub_errors(repo_id):
         HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True)
@@ -75,7 +75,7 @@ def make_repository(
 
 @contextmanager
 def _hub_errors(repo_id: str) -> Iterator[None]:
-    """What the hub's library raises, as one line; it has no token in it."""
+    """Turn errors of huggingface_hub into one line, which contains no token."""
     try:
         yield
     except HFValidationError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tuned model on disk: adapter or checkpoint, tokenizer, record; whether bits are the same."""
+"""Save a tuned model with tokenizer, record and card; copy files; compare bits."""
 
 import shutil
 import warnings
@@ -30,7 +30,7 @@ def save_tuned(
 ) -> None:
     """Write a PEFT model's adapter, or a whole checkpoint, all or nothing.
 
-    Of several processes the first writes, and the others wait for it.
+    With several processes, the first one writes and the others wait.
 
     Args:
         model: What was tuned.
@@ -49,7 +49,7 @@ def save_tuned(
         return
     with replaced_folder(folder) as temporary:
         with warnings.catch_warnings():
-            # modules that AdaLoRA leaves no rank are empty, which PEFT takes for lost shards
+            # AdaLoRA leaves some modules no rank. PEFT mistakes their empty matrices for shards.
             if is_adalora(model):
                 warnings.filterwarnings("ignore", message=".* LoRA tensor.* have invalid shape")
             model.save_pretrained(temporary, state_dict=values)
@@ -62,7 +62,7 @@ def save_tuned(
 
 
 def _gathered(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
-    """Whole values of what is saved, on the CPU of the first process; each process must call."""
+    """The whole tensors to save, on the CPU of the first process; a collective call."""
     found = {}
     for name, value in model.state_dict().items():
         if is_added(name) or not isinstance(model, PeftModel):

@@ -129,7 +129,7 @@ def experts_of(layer: nn.Module) -> list[str]:
     if type(layer).__module__.startswith("torch.") or isinstance(layer, BaseTunerLayer):
         return []
     parameters = layer.named_parameters(recurse=False)
-    return [name for name, one in parameters if one.dim() == 3 and min(one.shape) > 1]
+    return [name for name, value in parameters if value.dim() == 3 and min(value.shape) > 1]
 
 
 def _weights(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -143,8 +143,8 @@ def _weights(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, BaseTunerLayer):
             wrapped = (*wrapped, full_name + ".")
         if any(
-            full_name.startswith(one) and not full_name.startswith(one + "base_layer")
-            for one in wrapped
+            full_name.startswith(outer) and not full_name.startswith(outer + "base_layer")
+            for outer in wrapped
         ):
             continue
         layer = linear_of(module)
@@ -152,10 +152,10 @@ def _weights(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         names = [f"{name}.{parameter}" for parameter in experts_of(layer)]
         if isinstance(layer, (nn.Linear, Conv1D)):
             names.append(name)
-        for one in names:
-            if one not in seen:
-                seen.add(one)
-                yield one, layer
+        for weight in names:
+            if weight not in seen:
+                seen.add(weight)
+                yield weight, layer
 
 
 def _is_read(base: nn.Module, name: str) -> bool:
@@ -175,7 +175,7 @@ def _block_stacks(base: nn.Module, towers: Towers) -> list[str]:
     stacks: list[str] = []
     for name, module in base.named_modules():
         is_nested = any(name.startswith(stack + ".") for stack in stacks)
-        holds_weights = any(one.startswith(name + ".") for one in names)
+        holds_weights = any(weight.startswith(name + ".") for weight in names)
         if isinstance(module, nn.ModuleList) and holds_weights and not is_nested:
             stacks.append(name)
     kind = type(base).__name__
@@ -220,7 +220,7 @@ def _kinds(found: list[tuple[int, str]]) -> dict[str, str]:
     if len(set(places)) < len(places):  # such as one linear layer for each expert
         plain = {path: path for path in plain}
     short = _short_names(list(dict.fromkeys(plain.values())))
-    return {path: short[one] for path, one in plain.items()}
+    return {path: short[inside] for path, inside in plain.items()}
 
 
 def _short_names(paths: list[str]) -> dict[str, str]:

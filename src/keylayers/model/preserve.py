@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work on somebody else's model and give it back exactly as it was."""
+"""Work on a caller's model and restore it exactly."""
 
 import contextlib
 import random
@@ -16,10 +16,10 @@ from keylayers.model.weights import fingerprint
 
 
 def to_evaluation(model: nn.Module) -> None:
-    """Evaluation mode, without what libraries do to weights in it.
+    """Switch to evaluation mode, but leave 4-bit layers in training mode.
 
-    In evaluation on a CPU bitsandbytes packs a 4-bit weight anew, for good, and rounds its scales.
-    Such a layer has nothing else that depends on its mode.
+    In evaluation mode on a CPU, bitsandbytes repacks a 4-bit weight permanently and rounds its
+    scales. Nothing else in such a layer depends on the mode.
     """
     model.eval()
     for module in model.modules():
@@ -29,10 +29,10 @@ def to_evaluation(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Freeze all parameters for the block, then restore flags, gradients, modes and random state.
+    """Freeze all parameters inside the block, then restore the model and the random state.
 
-    And every attribute of every module: hooks, active adapters, switches for checkpointing.
-    Weights and saved buffers are compared before and after: they must not change inside the block.
+    Restores flags, gradients, modes and every other attribute of every module: hooks, active
+    adapters, gradient checkpointing. Weights and saved buffers must not change inside the block.
 
     Raises:
         GuardError: a weight or saved buffer changed inside the block; the message names the first
@@ -54,8 +54,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
             after = fingerprint(model.state_dict().items())
         finally:
             reshard(model)
-            for one in attributes:
-                one.restore()
+            for module_attributes in attributes:
+                module_attributes.restore()
             for parameter, requires_grad, grad in flags:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = grad
@@ -65,21 +65,23 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 class _Attributes:
-    """What a module holds under each name; trainers switch, hook and unhook as they go."""
+    """A copy of a module's attributes, because trainers switch modes and add and remove hooks."""
 
     def __init__(self, module: nn.Module) -> None:
         self._attributes = vars(module)
         self._values = dict(self._attributes)
-        held = (value for value in self._values.values() if isinstance(value, dict))
-        self._contents = [(one, dict(one)) for one in held]  # hooks, buffers, parts
+        # Hooks, buffers and submodules. A hook's handle refers to the dictionary itself, so the
+        # dictionaries are refilled and not replaced.
+        dictionaries = (value for value in self._values.values() if isinstance(value, dict))
+        self._copies = [(dictionary, dict(dictionary)) for dictionary in dictionaries]
 
     def restore(self) -> None:
-        """Give the module its attributes back; handles of hooks know their dictionaries."""
+        """Give the module its attributes back."""
         self._attributes.clear()
         self._attributes.update(self._values)
-        for held, contents in self._contents:
-            held.clear()
-            held.update(contents)
+        for dictionary, copy in self._copies:
+            dictionary.clear()
+            dictionary.update(copy)
 
 
 def _check_unchanged(before: dict[str, int], after: dict[str, int]) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models whose weights FSDP2 spreads over processes, each of which holds a part of every tensor.
+"""Models sharded by FSDP2: every process holds a part of each weight.
 
-A block's weights are whole only while it computes. Gates are put in afterwards, so that they are
-not spread: every process has them all. Without FSDP nothing here does anything.
+A block's weights are whole only while it computes. Gates are added after sharding, so that every
+process holds all of them. Without FSDP these functions do nothing.
 """
 
 from accelerate.utils import fsdp2_prepare_model
@@ -15,18 +15,18 @@ from transformers import Trainer
 from keylayers.environment import wrapper
 from keylayers.errors import ConfigError
 
-ZERO_PARAMETERS = 3  # the stage of DeepSpeed's ZeRO that spreads the weights themselves
+ZERO_PARAMETERS = 3  # the ZeRO stage that shards the weights themselves
 
 
 def place_model(trainer: Trainer) -> None:
-    """Bring a trainer's model to where its wrapper wants it, so that it gives losses untrained.
+    """Shard or move a trainer's model, so that it can compute losses before training.
 
-    Under FSDP2 it is spread over the processes, under DeepSpeed moved to the accelerator. Otherwise
-    the trainer does so itself when it begins to train.
+    Shards it under FSDP2 and moves it to the accelerator under DeepSpeed. Other trainers have done
+    so already, but these two wait until training starts.
 
     Raises:
-        ConfigError: the wrapper is one under which weights cannot be scaled, or the launcher asked
-            for one that does not work on this device.
+        ConfigError: weights cannot be scaled under this wrapper, or the launcher asked for one
+            that does not work on this device.
     """
     check_wrapper(trainer)
     if trainer.is_deepspeed_enabled:
@@ -37,10 +37,10 @@ def place_model(trainer: Trainer) -> None:
 
 
 def check_wrapper(trainer: Trainer) -> None:
-    """Refuse a trainer whose wrapper keeps weights where they cannot be read or scaled.
+    """Refuse a wrapper under which weights cannot be read or scaled.
 
     Raises:
-        ConfigError: says which wrappers can be used.
+        ConfigError: names the wrappers that work.
     """
     asked = wrapper()
     enabled = {"FSDP": trainer.is_fsdp_enabled, "DEEPSPEED": trainer.is_deepspeed_enabled}
@@ -73,10 +73,10 @@ def check_wrapper(trainer: Trainer) -> None:
 
 
 def check_can_freeze_inside(trainer: Trainer) -> None:
-    """Refuse a trainer whose optimiser moves weights that no longer have a gradient.
+    """Refuse an optimiser that updates weights without a gradient.
 
     Raises:
-        ConfigError: it is DeepSpeed's, which holds all weights as one.
+        ConfigError: it is DeepSpeed's, which flattens all weights into one tensor.
     """
     check_wrapper(trainer)
     if trainer.is_deepspeed_enabled:
@@ -88,14 +88,14 @@ def check_can_freeze_inside(trainer: Trainer) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has spread the model."""
+    """Whether FSDP2 has sharded the model."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def reshard(model: nn.Module) -> None:
-    """Give up what a forward pass left whole, so that the model's parameters are the spread ones.
+    """Free gathered weights, so that the model's parameters are the sharded ones again.
 
-    Without a backward pass FSDP leaves the outermost weights whole until the next one.
+    After a forward pass without a backward pass, FSDP2 keeps the root module's weights gathered.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -103,12 +103,12 @@ def reshard(model: nn.Module) -> None:
 
 
 def whole(tensor: Tensor) -> Shaped[Tensor, "..."]:
-    """The tensor with the parts of all processes, without its graph; each of them must ask."""
+    """The whole tensor, detached; a collective call that every process must make."""
     found = tensor.detach()
     return found.full_tensor() if isinstance(found, DTensor) else found
 
 
 def own_part(tensor: Tensor) -> Shaped[Tensor, "..."]:
-    """What this process holds of the tensor, without its graph."""
+    """The part of the tensor that this process holds, detached."""
     found = tensor.detach()
     return found.to_local() if isinstance(found, DTensor) else found

@@ -31,7 +31,7 @@ def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """The hash of the base model's parameters, the same with and without an adapter around them."""
+    """SHA-256 of the base model's parameters; an adapter around them does not change it."""
     return tensors_sha256(
         (name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter)
         for name, parameter in base_model_of(model).named_parameters()
@@ -40,26 +40,26 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def adapter_sha256(model: nn.Module) -> str:
-    """The hash of what PEFT added to the model."""
+    """SHA-256 of the parameters that PEFT added to the model."""
     parameters = base_model_of(model).named_parameters()
     return tensors_sha256((name, parameter) for name, parameter in parameters if is_added(name))
 
 
 def is_added(name: str) -> bool:
-    """Whether a parameter of a wrapped model is PEFT's, not the base model's."""
+    """Whether a parameter of a wrapped model was added by PEFT."""
     return any(part in name for part in (".lora_", ".modules_to_save.", ".keygate"))
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-    """For each tensor the 64-bit sum of its bit patterns, computed where the tensor lives.
+    """Tensor name -> 64-bit sum of its bit patterns, computed on the tensor's device.
 
-    One pass over memory, piece by piece, for a sum in 64 bits first makes a wider copy of what it
-    adds up. Any ordinary change of values changes the sum; a mere permutation of a tensor's entries
-    would not. Of a tensor that is spread over processes it is that of this one's part.
+    Sums piece by piece, because torch first copies what it sums to 64 bits. Any ordinary change
+    of values changes the sum; a permutation of a tensor's entries does not. For a sharded tensor,
+    the sum covers this process's part.
     """
     sums = {}
     for name, tensor in tensors:
         bits = own_part(tensor).contiguous().view(_SAME_WIDTH_INT[tensor.element_size()])
         pieces = bits.reshape(-1).split(_PIECE)
-        sums[name] = sum((one.sum(dtype=torch.int64) for one in pieces), torch.zeros(()).long())
+        sums[name] = sum((piece.sum(dtype=torch.int64) for piece in pieces), torch.zeros(()).long())
     return {name: int(total) for name, total in sums.items()}
