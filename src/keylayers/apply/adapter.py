@@ -80,9 +80,9 @@ def trainable_modules(model: nn.Module) -> set[str]:
     """
     base = base_model_of(model)
     owners = {
-        id(one): name
+        id(parameter): name
         for name, layer in tuner_layers(model).items()
-        for one in own_parameters(layer)
+        for parameter in own_parameters(layer)
     }
     experts = {info.name for info in map_modules(model, "all")}
     heads = tuple(f"{name}." for name in always_on(model))

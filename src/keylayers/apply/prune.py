@@ -94,7 +94,7 @@ def kept_tensors(
     """
     innermost = sorted(paths, key=lambda module: -len(paths[module]))
     owner = {
-        name: next((one for one in innermost if name.startswith(f"{PREFIX}{paths[one]}.")), None)
+        name: next((own for own in innermost if name.startswith(f"{PREFIX}{paths[own]}.")), None)
         for name in names
     }
     bare = [module for module in paths if module not in owner.values()]

@@ -81,10 +81,10 @@ def copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:
             shutil.copyfile(path, target)
 
 
-def has_same_bits(one: Tensor, other: Tensor) -> bool:
+def has_same_bits(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and bits; NaN equals itself here."""
-    is_alike = one.dtype == other.dtype and one.shape == other.shape
-    return is_alike and torch.equal(bits_of(one), bits_of(other))
+    is_alike = first.dtype == second.dtype and first.shape == second.shape
+    return is_alike and torch.equal(bits_of(first), bits_of(second))
 
 
 def bits_of(tensor: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ def _modules(record: RunRecord, ranking: Ranking | None) -> list[str]:
         text = f"**{rank}**" if module.name in chosen else rank
         cells.setdefault(block, {})[module.projection] = text
     rows = [
-        ["outside" if block < 0 else str(block), *(row.get(one, "") for one in projections)]
+        ["outside" if block < 0 else str(block), *(row.get(name, "") for name in projections)]
         for block, row in sorted(cells.items())
     ]
     note = "Ranks, 1 is the most important; bold modules are part of this update."
