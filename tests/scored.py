@@ -8,6 +8,11 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
+from keylayers.scores.methods import find_method
+from keylayers.scores.score_modules import score_modules
+from keylayers.scores.scoring_options import scoring_options
+from keylayers.updates import adapter_updates
+
 from tiny_models import tiny_llama
 
 FAST = {"mask_batches": 2, "permutations": 2, "mask_steps": 20}
@@ -67,8 +72,6 @@ def trainer_of(model, **options):
 
 def options_of(method, **values):
     """Options that make a method fast."""
-    from keylayers.scores.methods import find_method
-    from keylayers.scores.scoring_options import scoring_options
 
     own = find_method(method).option_names
     fast = {name: value for name, value in FAST.items() if name in own}
@@ -77,8 +80,6 @@ def options_of(method, **values):
 
 def score(trainer, method, updates=None, on_step=None, **values):
     """The scores of a trainer's modules, in model order unless `updates` have another."""
-    from keylayers.scores.score_modules import score_modules
-    from keylayers.updates import adapter_updates
 
     updates = updates or adapter_updates(trainer.model)
     return score_modules(trainer, updates, options_of(method, **values), on_step)

@@ -5,13 +5,17 @@ from itertools import islice
 
 import pytest
 import torch
+from transformers import set_seed
 
+from keylayers.gates import gated
+from keylayers.scores.elimination import _best
+from keylayers.scores.options import EliminationOptions
+from keylayers.trainers.loss import TrainerLoss
+from keylayers.updates import adapter_updates
 from scored import PLANTED, by_name, data, noisy_model, planted_model, score, trainer_of
 
 
 def test_the_sizes_of_the_rounds_by_hand():
-    from keylayers.scores.options import EliminationOptions
-
     def round_sizes(num_gates, keep_fraction):
         return EliminationOptions(keep_fraction=keep_fraction).round_sizes(num_gates)
 
@@ -26,11 +30,6 @@ def test_scores_agree_with_the_definition_written_out():
     """Independently: slopes by autograd on merged weights, rounds as in the formula."""
     trainer = trainer_of(noisy_model(), seed=3)
     found = score(trainer, "elimination", mask_batches=2, keep_fraction=0.5)
-    from transformers import set_seed
-
-    from keylayers.gates import gated
-    from keylayers.trainers.loss import TrainerLoss
-    from keylayers.updates import adapter_updates
 
     set_seed(3)
     batches = list(islice(TrainerLoss(trainer).batches(trainer.args.seed), 6))
@@ -72,7 +71,6 @@ def test_a_round_sums_to_what_its_modules_achieve_together():
 
 def test_of_two_modules_that_stand_in_for_each_other_one_is_kept_late():
     """Twins share the credit of a path; elimination drops one and pays the other."""
-    from keylayers.scores.elimination import _best
 
     scores = torch.tensor([0.5, 0.5, 0.4, 0.1])
     assert _best(scores, torch.ones(4), 2).tolist() == [1, 1, 0, 0]

@@ -6,6 +6,11 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
+from keylayers.errors import GuardError, ModelError
+from keylayers.gates import gated
+from keylayers.model.preserve import preserved
+from keylayers.updates import adapter_updates, dense_updates
+
 from tiny_models import TinyExperts, in_float64, some_tokens, tiny_gpt2, tiny_llama, token_loss
 
 EPSILON = 1e-5
@@ -73,8 +78,6 @@ DIFFERENCES = {
 
 
 def updates_of(kind):
-    from keylayers.updates import adapter_updates, dense_updates
-
     if kind in ADAPTERS:
         model = ADAPTERS[kind]()
         return model, adapter_updates(model)
@@ -85,11 +88,11 @@ def updates_of(kind):
 KINDS = [*ADAPTERS, *DIFFERENCES]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("granularity", ["module", "block", "projection"])
-def test_gate_gradients_agree_with_finite_differences(kind, granularity):
-    from keylayers.gates import gated
+SHARED = [(kind, shared) for kind in ("lora", *DIFFERENCES) for shared in ("block", "projection")]
 
+
+@pytest.mark.parametrize(("kind", "granularity"), [*((kind, "module") for kind in KINDS), *SHARED])
+def test_gate_gradients_agree_with_finite_differences(kind, granularity):
     model, updates = updates_of(kind)
     tokens = some_tokens()
     with gated(model, updates, initial_score=0.7, granularity=granularity) as gates:
@@ -114,7 +117,6 @@ def test_gate_gradients_agree_with_finite_differences(kind, granularity):
 @pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind != "adalora"])
 def test_a_second_adapter_is_not_gated_and_switching_thaws_nothing(kind):
     """As trainers with a reference do it; AdaLoRA allows one adapter."""
-    from keylayers.gates import gated
 
     model, updates = updates_of(kind)
     model.add_adapter("ref", model.peft_config["default"])
@@ -146,8 +148,6 @@ def test_a_second_adapter_is_not_gated_and_switching_thaws_nothing(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_open_gates_are_the_tuned_model_and_closed_gates_the_base(kind):
-    from keylayers.gates import gated
-
     model, updates = updates_of(kind)
     tokens = some_tokens()
     with torch.no_grad():
@@ -204,8 +204,6 @@ def assert_same(first, second):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gates_leave_no_trace(kind):
-    from keylayers.gates import gated
-
     model, updates = updates_of(kind)
     model.train()
     next(model.children()).eval()
@@ -223,7 +221,6 @@ def test_gates_leave_no_trace(kind):
 
 def test_pythons_random_state_is_restored_too():
     # on its own, because the shape checks of the other functions draw from it while tests run
-    from keylayers.model.preserve import preserved
 
     model = tiny_llama()
     before = random.getstate()
@@ -233,8 +230,6 @@ def test_pythons_random_state_is_restored_too():
 
 
 def test_gates_leave_no_trace_when_the_block_fails():
-    from keylayers.gates import gated
-
     model, updates = updates_of("lora")
     before = state_of(model)
     with pytest.raises(KeyError), gated(model, updates, initial_score=2.0):
@@ -243,9 +238,6 @@ def test_gates_leave_no_trace_when_the_block_fails():
 
 
 def test_a_weight_that_changes_while_gates_are_in_is_reported():
-    from keylayers.errors import GuardError
-    from keylayers.gates import gated
-
     model, updates = updates_of("lora")
     with (
         pytest.raises(GuardError, match=r"only gates may change .* first .*embed_tokens"),
@@ -256,9 +248,6 @@ def test_a_weight_that_changes_while_gates_are_in_is_reported():
 
 
 def test_a_gate_that_takes_no_part_is_reported():
-    from keylayers.errors import GuardError
-    from keylayers.gates import gated
-
     model, updates = updates_of("lora")
     with gated(model, updates, initial_score=2.0) as gates:
         with pytest.raises(GuardError, match=r"every gate must be used .* 14 of 14 were not"):
@@ -277,17 +266,11 @@ REFUSED = [
 
 @pytest.mark.parametrize(("options", "reason"), REFUSED)
 def test_updates_that_a_gate_cannot_scale_exactly_are_refused(options, reason):
-    from keylayers.errors import ModelError
-    from keylayers.updates import adapter_updates
-
     with pytest.raises(ModelError, match=rf"a gate must scale the whole update.*{reason}"):
         adapter_updates(with_random_lora(tiny_gpt2(), fan_in_fan_out=True, **options))
 
 
 def test_merged_adapters_and_plain_models_are_refused():
-    from keylayers.errors import ModelError
-    from keylayers.updates import adapter_updates
-
     model = with_random_lora(tiny_llama())
     model.merge_adapter()
     with pytest.raises(ModelError, match="merged into the base weights"):
@@ -297,15 +280,10 @@ def test_merged_adapters_and_plain_models_are_refused():
 
 
 def test_training_biases_is_no_matter_where_there_are_none():
-    from keylayers.updates import adapter_updates
-
     assert len(adapter_updates(with_random_lora(tiny_llama(), bias="all"))) == 14
 
 
 def test_checkpoints_of_different_shapes_are_refused():
-    from keylayers.errors import ModelError
-    from keylayers.updates import dense_updates
-
     model = tiny_llama()
     tuned = dict(model.state_dict())
     with pytest.raises(ModelError, match="must differ from the base"):
@@ -342,9 +320,6 @@ def weight_of(update):
 
 
 def test_lora_dropout_is_off_while_gates_are_in():
-    from keylayers.gates import gated
-    from keylayers.updates import adapter_updates
-
     model = with_random_lora(tiny_llama(), lora_dropout=0.5).train()
     tokens = some_tokens()
     with gated(model, adapter_updates(model), initial_score=1.0), torch.no_grad():

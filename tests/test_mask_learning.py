@@ -3,9 +3,15 @@ import math
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
 
+import keylayers
+from keylayers.errors import DataError, LossError, ModelError
+from keylayers.scores.learning import standard_errors
+from keylayers.scores.score_modules import score_modules
+from keylayers.scores.scoring_options import scoring_options
+from keylayers.updates import adapter_updates
 from scored import PLANTED, arguments, data, noisy_model, planted_model, trainer_of
 from tiny_files import tiny_tokenizer
 
@@ -13,16 +19,11 @@ from tiny_models import tiny_llama
 
 
 def options_of(**values):
-    from keylayers.scores.scoring_options import scoring_options
-
     own = {"mask_learning_rate": 1.0, "mask_steps": 3, "initial_score": 2.0}
     return scoring_options(**{"method": "ila", "mask_optimizer": "sgd"} | own | values)
 
 
 def learn(trainer, **values):
-    from keylayers.scores.score_modules import score_modules
-    from keylayers.updates import adapter_updates
-
     return score_modules(trainer, adapter_updates(trainer.model), options_of(**values))
 
 
@@ -31,7 +32,6 @@ def test_one_step_of_sgd_is_the_formula():
     trainer = trainer_of(noisy_model())
     learned = learn(trainer, mask_steps=1, initial_score=0.3)
     torch.manual_seed(0)
-    from transformers import set_seed
 
     set_seed(trainer.args.seed)
     batch = next(iter(trainer.get_train_dataloader()))
@@ -134,8 +134,6 @@ def test_a_trainer_with_its_own_loss_is_ranked_by_that_loss():
 
 
 def test_a_loss_that_is_not_finite_is_reported_with_its_step():
-    from keylayers.errors import LossError
-
     class Broken(HalfLoss):
         calls = 0
 
@@ -151,8 +149,6 @@ def test_a_loss_that_is_not_finite_is_reported_with_its_step():
 
 
 def test_standard_errors_match_the_spread_of_many_runs():
-    from keylayers.scores.learning import standard_errors
-
     generator = torch.Generator().manual_seed(0)
     num_runs, num_steps = 400, 60
     drift = torch.linspace(1.0, 0.2, num_steps)[:, None]
@@ -165,8 +161,6 @@ def test_standard_errors_match_the_spread_of_many_runs():
 
 
 def test_scores_come_from_a_data_set_of_their_own_if_one_is_given():
-    import keylayers
-
     trainer = trainer_of(noisy_model())
     given = trainer.train_dataset
     other = data(40).select(range(24, 40))
@@ -180,8 +174,6 @@ def test_scores_come_from_a_data_set_of_their_own_if_one_is_given():
 
 
 def test_rank_modules_ranks_what_a_trainer_holds():
-    import keylayers
-
     trainer = trainer_of(planted_model())
     ranking = keylayers.rank_modules(trainer, options_of(mask_steps=10))
     assert len(ranking.modules) == 14
@@ -194,9 +186,6 @@ def test_rank_modules_ranks_what_a_trainer_holds():
 
 
 def test_a_trainer_without_an_update_or_without_data_is_refused():
-    import keylayers
-    from keylayers.errors import DataError, ModelError
-
     with pytest.raises(ModelError, match="must carry a PEFT adapter"):
         keylayers.rank_modules(trainer_of(tiny_llama()))
     empty = Trainer(model=noisy_model(), args=arguments())

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from transformers import set_seed
 
 import scored
+from keylayers.gates import gated
+from keylayers.updates import adapter_updates
 from scored import PLANTED, noisy_model, planted_model, trainer_of
 
 
@@ -35,13 +38,10 @@ def test_a_planted_module_carries_the_whole_reduction():
 
 def test_scores_agree_with_differences_of_losses():
     """Independently: slopes on the diagonal by central differences, trapezoids over t."""
-    from keylayers.gates import gated
-    from keylayers.updates import adapter_updates
 
     trainer = trainer_of(noisy_model(), seed=3)
     result = score(trainer, mask_batches=1, path_points=64)
     torch.manual_seed(0)
-    from transformers import set_seed
 
     set_seed(3)
     batch = next(iter(trainer.get_train_dataloader()))

@@ -2,11 +2,26 @@
 """The known rankings, each against a case worked out by hand or an independent implementation."""
 
 import math
+from itertools import islice
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.helpers import KappaTuneSelector
 from torch import nn
+from transformers import set_seed
 
+from keylayers.gates import gated
+from keylayers.scores.adalora import TARGET_RANK
+from keylayers.scores.cka import linear_cka
+from keylayers.scores.depth import first, last, middle
+from keylayers.scores.eva import MEAN_RANK
+from keylayers.scores.options import MethodOptions
+from keylayers.scores.probe import token_mask
+from keylayers.scores.spectrum import signal_to_noise
+from keylayers.scores.task import Task
+from keylayers.trainers.loss import TrainerLoss
+from keylayers.updates import adapter_updates
 from scored import by_name, noisy_model, score, trainer_of
 
 from tiny_models import tiny_llama
@@ -14,11 +29,6 @@ from tiny_models import tiny_llama
 
 def batches_of(trainer, count):
     """The batches that a method with the trainer's seed sees."""
-    from itertools import islice
-
-    from transformers import set_seed
-
-    from keylayers.trainers.loss import TrainerLoss
 
     set_seed(trainer.args.seed)
     return list(islice(TrainerLoss(trainer).batches(trainer.args.seed), count))
@@ -32,13 +42,6 @@ def test_random_order_is_a_shuffle_by_seed():
 
 
 def test_depth_by_hand():
-    from peft import LoraConfig, get_peft_model
-
-    from keylayers.scores.depth import first, last, middle
-    from keylayers.scores.options import MethodOptions
-    from keylayers.scores.task import Task
-    from keylayers.updates import adapter_updates
-
     model = get_peft_model(tiny_llama(num_blocks=4), LoraConfig(r=2, target_modules=["o_proj"]))
     updates = adapter_updates(model)
     task = Task(trainer_of(model), updates, seed=0)
@@ -94,8 +97,6 @@ def test_fisher_is_the_mean_squared_gradient_of_single_examples():
 
 
 def test_the_signal_to_noise_ratio_by_hand():
-    from keylayers.scores.spectrum import signal_to_noise
-
     # σ = 10, 4, 3, 2, 1: quartiles 2 and 4, noise 2 / 1.349 · (1 + 1) = 2.965; 10, 4, 3 are signal
     assert signal_to_noise(torch.diag(torch.tensor([10.0, 4, 3, 2, 1]))) == pytest.approx(
         17 / 3 / 10
@@ -104,8 +105,6 @@ def test_the_signal_to_noise_ratio_by_hand():
 
 
 def test_spectrum_ranks_inside_each_kind():
-    from keylayers.scores.spectrum import signal_to_noise
-
     values = by_name(score(trainer_of(noisy_model()), "spectrum"))
     base = tiny_llama()
     for kind in ("q_proj", "down_proj"):
@@ -116,8 +115,6 @@ def test_spectrum_ranks_inside_each_kind():
 
 
 def test_kappatune_is_pefts():
-    from peft.helpers import KappaTuneSelector
-
     values = by_name(score(trainer_of(noisy_model()), "kappatune"))
     selector = KappaTuneSelector(tiny_llama(), show_progress=False)
     best = [name for name in selector.get_best_targets() if name in values]
@@ -169,8 +166,6 @@ def test_block_influence_from_hidden_states():
 
 
 def test_padding_does_not_count():
-    from keylayers.scores.probe import token_mask
-
     hidden = torch.zeros(2, 3, 4)
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     assert token_mask({"attention_mask": mask}, hidden).tolist() == mask.bool().tolist()
@@ -178,8 +173,6 @@ def test_padding_does_not_count():
 
 
 def test_linear_cka_against_centred_gram_matrices():
-    from keylayers.scores.cka import linear_cka
-
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(9, width, generator=generator) for width in (4, 6))
     centre = torch.eye(9) - 1 / 9
@@ -193,9 +186,6 @@ def test_linear_cka_against_centred_gram_matrices():
 
 
 def test_adalora_leaves_its_budget_and_eva_shares_out_its_own():
-    from keylayers.scores.adalora import TARGET_RANK
-    from keylayers.scores.eva import MEAN_RANK
-
     ranks = score(trainer_of(noisy_model()), "adalora").scores
     assert sum(int(rank) for rank in ranks) == TARGET_RANK * 14
     values = by_name(score(trainer_of(noisy_model()), "eva"))
@@ -225,8 +215,6 @@ def test_shapley_values_of_two_players_mix_their_two_orders():
     found = score(trainer, "shapley", granularity="block", mask_batches=1, permutations=20)
     first, second = (by_name(found)[f"model.layers.{block}.mlp.up_proj"] for block in (0, 1))
     (batch,) = batches_of(trainer, 1)
-    from keylayers.gates import gated
-    from keylayers.updates import adapter_updates
 
     losses = {}
     updates = adapter_updates(trainer.model)

@@ -8,17 +8,24 @@ import torch
 from datasets import Dataset
 
 from architectures import ARCHITECTURES, trainer_of
+from keylayers import rank_modules
+from keylayers.apply.adapter import add_lora
+from keylayers.data.options import DataOptions
+from keylayers.data.prepare import prepare
+from keylayers.errors import ConfigError
+from keylayers.model.loading import load_adapter, load_model, load_tokenizer
+from keylayers.model.modules import map_modules
+from keylayers.model.options import ModelOptions
+from keylayers.trainers.batches import _in_other_blocks
+from keylayers.trainers.loss import TrainerLoss
+from keylayers.training.options import TrainingOptions
+from keylayers.training.run import make_trainer
+from keylayers.updates import adapter_updates
 from trainers import build
 
 
 def command_line_trainer(tiny, **options):
     """The trainer that `keylayers rank` uses, with the adapter of the tiny files."""
-    from keylayers.data.options import DataOptions
-    from keylayers.data.prepare import prepare
-    from keylayers.model.loading import load_adapter, load_model, load_tokenizer
-    from keylayers.model.options import ModelOptions
-    from keylayers.training.options import TrainingOptions
-    from keylayers.training.run import make_trainer
 
     source = ModelOptions(model=str(tiny / "model"))
     tokenizer = load_tokenizer(source)
@@ -29,8 +36,6 @@ def command_line_trainer(tiny, **options):
 
 
 def ranked(trainer, **options):
-    from keylayers import rank_modules
-
     return [one.score for one in rank_modules(trainer, **options).modules]
 
 
@@ -48,7 +53,6 @@ def test_the_masks_seed_draws_other_batches(tiny, method):
 
 def test_batches_of_kto_keep_their_neighbours_and_come_in_other_orders():
     """It compares the answers of a batch; TRL pairs each with its neighbour beforehand."""
-    from keylayers.trainers.loss import TrainerLoss
 
     options = {"per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
     trainer = build("KTO", "config", **options)
@@ -65,8 +69,6 @@ def test_batches_of_kto_keep_their_neighbours_and_come_in_other_orders():
 
 
 def test_a_shorter_block_stays_last():
-    from keylayers.trainers.batches import _in_other_blocks
-
     data = Dataset.from_dict({"x": range(11)})
     orders = (_in_other_blocks(data, 4, torch.Generator().manual_seed(one)) for one in range(8))
     assert {tuple(one["x"]) for one in orders} == {
@@ -76,8 +78,6 @@ def test_a_shorter_block_stays_last():
 
 
 def test_repeats_look_at_other_batches(tiny):
-    from keylayers import rank_modules
-
     trainer = command_line_trainer(tiny)
     found = rank_modules(trainer, mask_batches=1, until_stable=0.3).provenance["mask"]
     assert len(set(found["losses"])) > len(found["losses"]) / 2
@@ -86,8 +86,6 @@ def test_repeats_look_at_other_batches(tiny):
 @pytest.fixture
 def opt():
     """An OPT with LoRA on all modules: it has dropout of its own and flattens all tokens."""
-    from keylayers.apply.adapter import add_lora
-    from keylayers.model.modules import map_modules
 
     architecture = next(one for one in ARCHITECTURES if one.title == "OPT")
     base = architecture.build()
@@ -107,7 +105,6 @@ def test_scores_do_not_hang_on_what_dropout_draws(opt):
     with torch.no_grad():
         whole = float(opt.model(**next(iter(opt.get_train_dataloader()))).loss)
     assert first == pytest.approx(ranked(opt, mask_seed=0, **options), abs=1e-5)
-    from keylayers import rank_modules
 
     losses = rank_modules(opt, **options).provenance["mask"]["losses"]
     assert losses[0] == pytest.approx(whole, abs=1e-6)
@@ -138,8 +135,6 @@ def test_the_fisher_trace_is_per_example_where_a_model_flattens_its_tokens(opt):
 
 
 def updates_of(trainer):
-    from keylayers.updates import adapter_updates
-
     return adapter_updates(trainer.model)
 
 
@@ -150,8 +145,6 @@ def test_methods_take_a_model_that_flattens_its_tokens(opt, method):
 
 
 def test_eva_says_that_batches_are_too_short(tiny):
-    from keylayers.errors import ConfigError
-
     trainer = command_line_trainer(tiny, batch_size=1)
     trainer.train_dataset = Dataset.from_dict(
         {"input_ids": [[1, 2, 3, 4]] * 4, "labels": [[-100, -100, 3, 4]] * 4}

@@ -6,7 +6,10 @@ import math
 import pytest
 from transformers import TrainerCallback
 
+import keylayers
 from commands import complaint, rank, read
+from keylayers.scores.scoring_options import scoring_options
+from keylayers.training import loggers
 from trainers import build
 
 pytest.importorskip("tensorboard")
@@ -45,8 +48,6 @@ def trainer_with_log(folder, monkeypatch, *, is_trained=False):
 
 
 def options(method):
-    from keylayers.scores.scoring_options import scoring_options
-
     if method == "ila":
         return scoring_options(method="ila", mask_steps=NUM_STEPS)
     return scoring_options(method=method, mask_batches=2)
@@ -54,8 +55,6 @@ def options(method):
 
 @pytest.mark.parametrize("is_trained", [True, False])
 def test_every_step_of_learned_scores_and_gates_is_a_point(tmp_path, monkeypatch, is_trained):
-    import keylayers
-
     trainer = trainer_with_log(tmp_path, monkeypatch, is_trained=is_trained)
     ear = Ear()
     trainer.add_callback(ear)
@@ -76,8 +75,6 @@ def test_every_step_of_learned_scores_and_gates_is_a_point(tmp_path, monkeypatch
 
 
 def test_other_methods_tell_the_loss_of_each_pass_and_the_scores_once(tmp_path, monkeypatch):
-    import keylayers
-
     trainer = trainer_with_log(tmp_path, monkeypatch)
     ranking = keylayers.rank_modules(trainer, options("elimination"))
     curves = events(tmp_path)
@@ -90,8 +87,6 @@ def test_other_methods_tell_the_loss_of_each_pass_and_the_scores_once(tmp_path, 
 
 
 def test_gates_of_whole_blocks_have_the_names_of_the_gates(tmp_path, monkeypatch):
-    import keylayers
-
     trainer = trainer_with_log(tmp_path, monkeypatch)
     keylayers.rank_modules(trainer, method="ila", mask_steps=2, granularity="block")
     gates = {name for name in events(tmp_path) if name.startswith("train/mask_gate/")}
@@ -99,16 +94,12 @@ def test_gates_of_whole_blocks_have_the_names_of_the_gates(tmp_path, monkeypatch
 
 
 def test_the_scores_are_those_without_a_logger(tmp_path, monkeypatch):
-    import keylayers
-
     with_log = keylayers.rank_modules(trainer_with_log(tmp_path, monkeypatch), options("ila"))
     without = keylayers.rank_modules(build("SFT", "config", is_trained=False), options("ila"))
     assert [one.score for one in with_log.modules] == [one.score for one in without.modules]
 
 
 def test_a_mask_inside_a_run_leaves_the_curves_of_training_whole(tmp_path, monkeypatch):
-    import keylayers
-
     trainer = trainer_with_log(tmp_path, monkeypatch)
     trainer.args.max_steps = 6
     trainer.add_callback(keylayers.FreezeUnimportant(method=options("ila"), max_steps=3))
@@ -120,7 +111,6 @@ def test_a_mask_inside_a_run_leaves_the_curves_of_training_whole(tmp_path, monke
 
 def test_the_command_line_logs_both_stages(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
-    from keylayers.training import loggers
 
     loggers._folder.cache_clear()
     assert rank(tiny, tmp_path / "out", "--report-to", "tensorboard") == 0

@@ -7,6 +7,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from keylayers import module_weights, rank_modules
+from keylayers.apply.freeze import train_only
+from keylayers.cli import main
+from keylayers.data.options import DataOptions
+from keylayers.data.prepare import prepare
+from keylayers.errors import ModelError
+from keylayers.evaluation.loss import held_out_loss
+from keylayers.model import loading
+from keylayers.model.loading import load_adapter, load_model, load_tokenizer
+from keylayers.model.modules import map_modules
+from keylayers.model.options import ModelOptions
+from keylayers.scores.score_modules import score_modules
+from keylayers.scores.scoring_options import scoring_options
+from keylayers.training.options import TrainingOptions
+from keylayers.training.run import fine_tune, make_trainer, new_adapter
+from keylayers.updates import dense_updates
+from keylayers.updates.adapter import own_parameters, tuner_layers
 from tiny_files import NUM_MODULES
 
 QUICK = ["--max-steps", "8", "--mask-batches", "2", "--batch-size", "4", "--lora-rank", "4"]
@@ -15,8 +32,6 @@ KINDS = (*ADAPTERS, "full")
 
 
 def keylayers(*arguments):
-    from keylayers.cli import main
-
     return main([str(argument) for argument in arguments])
 
 
@@ -118,8 +133,6 @@ def test_the_kind_of_the_ranking_is_trained_on_exactly_the_selection(ranked, kin
 
 
 def test_a_4_bit_base_without_bitsandbytes_is_one_clear_line(tiny, tmp_path, monkeypatch, capsys):
-    from keylayers.model import loading
-
     monkeypatch.setattr(loading, "is_bitsandbytes_available", lambda: False)
     assert rank(tiny, tmp_path / "out", "--load-in-4bit") == 2
     said = capsys.readouterr().err.splitlines()[-1]
@@ -129,16 +142,6 @@ def test_a_4_bit_base_without_bitsandbytes_is_one_clear_line(tiny, tmp_path, mon
 
 @pytest.mark.parametrize("kind", ["lora", "embedding", "4 bits", *KINDS])
 def test_several_steps_change_exactly_the_selected_modules(tiny, kind):
-    from keylayers.apply.freeze import train_only
-    from keylayers.data.options import DataOptions
-    from keylayers.data.prepare import prepare
-    from keylayers.model.loading import load_model, load_tokenizer
-    from keylayers.model.modules import map_modules
-    from keylayers.model.options import ModelOptions
-    from keylayers.training.options import TrainingOptions
-    from keylayers.training.run import fine_tune, make_trainer, new_adapter
-    from keylayers.updates.adapter import own_parameters, tuner_layers
-
     if kind == "4 bits":
         pytest.importorskip("bitsandbytes", reason="4-bit bases need bitsandbytes")
     is_packed = kind == "4 bits"
@@ -185,13 +188,6 @@ def test_adaloras_own_importance_stands_beside_ours(ranked, capsys):
 
 def test_adaloras_penalty_is_no_part_of_a_held_out_loss(tiny, ranked):
     """The loss of plain cross-entropy on the model's own logits, without PEFT's penalty."""
-    from keylayers.data.options import DataOptions
-    from keylayers.data.prepare import prepare
-    from keylayers.evaluation.loss import held_out_loss
-    from keylayers.model.loading import load_adapter, load_model, load_tokenizer
-    from keylayers.model.options import ModelOptions
-    from keylayers.training.options import TrainingOptions
-    from keylayers.training.run import make_trainer
 
     source = ModelOptions(model=str(tiny / "model"), dtype="float32")
     model = load_adapter(load_model(source), str(ranked["adalora"] / "adapter"))
@@ -228,19 +224,6 @@ def test_weights_that_cannot_be_trained_are_refused(tiny, tmp_path, options, mes
 
 def test_a_full_fine_tune_in_one_run_is_ranked_from_a_copy_of_its_start(tiny):
     """The same scores as from the two checkpoints on disk; the model keeps what it has learned."""
-    from keylayers import module_weights, rank_modules
-    from keylayers.apply.freeze import train_only
-    from keylayers.data.options import DataOptions
-    from keylayers.data.prepare import prepare
-    from keylayers.errors import ModelError
-    from keylayers.model.loading import load_model, load_tokenizer
-    from keylayers.model.modules import map_modules
-    from keylayers.model.options import ModelOptions
-    from keylayers.scores.score_modules import score_modules
-    from keylayers.scores.scoring_options import scoring_options
-    from keylayers.training.options import TrainingOptions
-    from keylayers.training.run import fine_tune, make_trainer
-    from keylayers.updates import dense_updates
 
     source = ModelOptions(model=str(tiny / "model"), dtype="float32")
     model, tokenizer = load_model(source), load_tokenizer(source)
