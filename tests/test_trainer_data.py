@@ -6,6 +6,11 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
 
+from keylayers import mask_curve, rank_modules
+from keylayers.errors import DataError
+from keylayers.evaluation.loss import held_out_loss
+from keylayers.trainers.data import prepared_for
+from keylayers.updates import adapter_updates
 from trainers import COMMON, DATA, FROM_TRL, TOKENIZER, build
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
@@ -13,8 +18,6 @@ PREPARED_BY_TRAINER = ["SFT", "DPO", "KTO", "Reward", "GRPO"]
 
 
 def scores_of(trainer, mask_dataset=None):
-    from keylayers import rank_modules
-
     ranking = rank_modules(trainer, mask_batches=2, mask_dataset=mask_dataset)
     return [module.score for module in ranking.modules]
 
@@ -32,8 +35,6 @@ def test_raw_examples_are_prepared_as_the_trainer_prepared_its_own(kind):
 
 @pytest.mark.parametrize("kind", FROM_TRL)
 def test_rows_of_the_trainers_own_data_are_used_as_they_are(kind):
-    from keylayers.trainers.data import prepared_for
-
     trainer = build(kind, "config", is_trained=False)
     part = trainer.train_dataset.select(range(4, 8))
     assert prepared_for(trainer, part) is part
@@ -43,7 +44,6 @@ def test_rows_of_the_trainers_own_data_are_used_as_they_are(kind):
 @pytest.mark.parametrize("way", ["config", "model"])
 def test_precomputed_references_are_computed_for_new_examples_with_the_trainers_own(kind, way):
     """In `__init__` nothing was trained yet; now the adapter is, and must not be its reference."""
-    from keylayers.trainers.data import prepared_for
 
     raw = DATA[kind](first=8)
     later = build(kind, way, precompute_ref_log_probs=True)
@@ -59,8 +59,6 @@ def test_precomputed_references_are_computed_for_new_examples_with_the_trainers_
 
 
 def test_examples_that_the_trainer_cannot_prepare_are_refused_in_one_line():
-    from keylayers.errors import DataError
-
     cases = [
         (
             "ORPO",
@@ -81,7 +79,6 @@ def test_examples_that_the_trainer_cannot_prepare_are_refused_in_one_line():
 
 def one_by_one(trainer, dataset):
     """The mean over rows of the loss of each alone."""
-    from keylayers.evaluation.loss import held_out_loss
 
     losses = [held_out_loss(trainer, dataset.select([row])) for row in range(len(dataset))]
     return sum(losses) / len(losses)
@@ -89,8 +86,6 @@ def one_by_one(trainer, dataset):
 
 @pytest.mark.parametrize("kind", ["DPO", "KTO", "Reward"])
 def test_a_held_out_loss_is_the_mean_over_pairs_or_rows_whatever_the_batches(kind):
-    from keylayers.evaluation.loss import held_out_loss
-
     # KTO's other loss compares with an estimate from the batch, so it is no mean over rows
     options = {"loss_type": "apo_zero_unpaired"} if kind == "KTO" else {}
     trainer = build(kind, "config", per_device_eval_batch_size=3, **options)
@@ -102,7 +97,6 @@ def test_a_held_out_loss_is_the_mean_over_pairs_or_rows_whatever_the_batches(kin
 
 def test_a_held_out_loss_of_classes_counts_every_row():
     """Labels without an axis of tokens: the last, smaller batch must not weigh too little."""
-    from keylayers.evaluation.loss import held_out_loss
 
     config = LlamaConfig(
         vocab_size=len(TOKENIZER),
@@ -126,8 +120,6 @@ def test_a_held_out_loss_of_classes_counts_every_row():
 
 def test_the_mask_curve_of_a_preference_trainer_starts_at_its_reference():
     """All gates closed, DPO's model is its reference: each margin is zero and the loss is ln 2."""
-    from keylayers import mask_curve, rank_modules
-    from keylayers.updates import adapter_updates
 
     trainer = build("DPO", "config")
     ranking = rank_modules(trainer, method="update-norm")

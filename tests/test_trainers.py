@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores for trainers that users build: each objective, each way of giving it an adapter."""
 
+import contextlib
 import itertools
 import math
 import re
@@ -10,8 +11,16 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import set_seed
+from trl.trainer.utils import use_adapter
 
 from differences import noise_of, slopes_of
+from keylayers import rank_modules
+from keylayers.errors import ConfigError, GuardError
+from keylayers.evaluation.loss import held_out_loss
+from keylayers.gates import gated
+from keylayers.trainers.loss import TrainerLoss
+from keylayers.updates import adapter_updates
 from tiny_files import NUM_MODULES
 from trainers import CASES, DATA, TOKENIZER, WithOwnLoss, build, lora
 
@@ -34,8 +43,6 @@ def trainer_of():
 
 
 def rank(trainer, method="elimination", mask_dataset=None, **values):
-    from keylayers import rank_modules
-
     few = {"elimination": {"mask_batches": 2}, "path": {"mask_batches": 2}}
     few |= {"ila": {"mask_steps": 3}, "price": {"mask_steps": 3}}
     options = few.get(method, {}) | values
@@ -65,14 +72,16 @@ def everything(trainer):
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     owners = (trainer, trainer.state, trainer.accelerator, trainer.accelerator.gradient_state)
     return {
-        "weights": {name: one.tolist() for name, one in model.state_dict().items()},
-        "flags": {name: one.requires_grad for name, one in model.named_parameters()},
-        "gradients": {name: frozen(one.grad) for name, one in model.named_parameters()},
-        "modes": {name: one.training for name, one in model.named_modules()},
-        "attributes": {name: sorted(vars(one)) for name, one in model.named_modules()},
-        "hooks": [len(one._forward_hooks) + len(one._forward_pre_hooks) for one in model.modules()],
-        "dropouts": [id(one.lora_dropout[name]) for one in layers for name in one.lora_dropout],
-        "active": [(one.active_adapters, one.disable_adapters) for one in layers],
+        "weights": {name: p.tolist() for name, p in model.state_dict().items()},
+        "flags": {name: p.requires_grad for name, p in model.named_parameters()},
+        "gradients": {name: frozen(p.grad) for name, p in model.named_parameters()},
+        "modes": {name: p.training for name, p in model.named_modules()},
+        "attributes": {name: sorted(vars(m)) for name, m in model.named_modules()},
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        "dropouts": [
+            id(layer.lora_dropout[name]) for layer in layers for name in layer.lora_dropout
+        ],
+        "active": [(layer.active_adapters, layer.disable_adapters) for layer in layers],
         "adapters": (model.active_adapter, sorted(model.peft_config)),
         "state": [frozen(vars(owner)) for owner in owners],
         # not Python's own: the shape checks of these tests draw from it
@@ -80,13 +89,28 @@ def everything(trainer):
     }
 
 
+@contextlib.contextmanager
+def masked(trainer, at):
+    """Gates at a value in the trainer's model, and the trainer's loss."""
+    source = TrainerLoss(trainer)
+    updates = adapter_updates(trainer.model)
+    with (
+        gated(trainer.model, updates, initial_score=at, link="identity") as gates,
+        source.quiet(),
+    ):
+        yield gates, source
+
+
 def assert_same(before, after):
     for part, value in before.items():
         assert after[part] == value, part
 
 
-@pytest.mark.parametrize(("kind", "way"), CASES, ids=IDS)
-@pytest.mark.parametrize("method", ["elimination", "ila"])
+LEARNED = [("SFT", "config"), ("DPO", "model"), ("KTO", "config"), ("GRPO", "model")]
+SCORED = [(*case, "elimination") for case in CASES] + [(*case, "ila") for case in LEARNED]
+
+
+@pytest.mark.parametrize(("kind", "way", "method"), SCORED)
 def test_every_module_gets_a_score_and_all_is_as_before(trainer_of, kind, way, method):
     trainer = trainer_of(kind, way)
     before = everything(trainer)
@@ -111,17 +135,8 @@ def hold_what_has_no_gradient(trainer, source, batch):
 
 @pytest.mark.parametrize(("kind", "way"), CASES, ids=IDS)
 def test_the_gradient_of_the_gates_is_the_slope_of_the_trainers_own_loss(trainer_of, kind, way):
-    from keylayers.gates import gated
-    from keylayers.trainers.loss import TrainerLoss
-    from keylayers.updates import adapter_updates
-
     trainer = trainer_of(kind, way)
-    source = TrainerLoss(trainer)
-    updates = adapter_updates(trainer.model)
-    with (
-        gated(trainer.model, updates, initial_score=0.0, link="identity") as gates,
-        source.quiet(),
-    ):
+    with masked(trainer, 0.0) as (gates, source):
         batch = next(source.batches(0))
         at = 0.3 + 0.6 * torch.rand(len(gates), generator=torch.Generator().manual_seed(1))
         gates.set_scores(at)
@@ -139,92 +154,68 @@ def test_the_gradient_of_the_gates_is_the_slope_of_the_trainers_own_loss(trainer
 
 @pytest.mark.parametrize("kind", ["DPO", "KTO", "GRPO"])
 def test_nothing_but_gates_is_ever_trainable_while_a_trainer_switches_adapters(trainer_of, kind):
-    from keylayers.gates import gated
-    from keylayers.trainers.loss import TrainerLoss
-    from keylayers.updates import adapter_updates
-
     for way in ("config", "model"):
         trainer = trainer_of(kind, way)
         assert ("ref" in trainer.model.peft_config) == (way == "model")
-        source = TrainerLoss(trainer)
-        with gated(trainer.model, adapter_updates(trainer.model), initial_score=0.5) as gates:
+        with masked(trainer, 0.5) as (gates, source):
             own = {id(parameter) for parameter in gates.parameters()}
             seen = []
 
             def see(module, _, own=own, seen=seen):
-                seen += [id(one) in own for one in module.parameters() if one.requires_grad]
+                seen += [id(p) in own for p in module.parameters() if p.requires_grad]
 
             handle = trainer.model.register_forward_pre_hook(see)
-            with source.quiet():
-                for step, batch in enumerate(itertools.islice(source.batches(0), 2)):
-                    source.backward(batch, step=step)
+            for step, batch in enumerate(itertools.islice(source.batches(0), 2)):
+                source.backward(batch, step=step)
             handle.remove()
             assert len(seen) >= 4 * len(gates)  # two policies and two references at the least
             assert all(seen)
-            assert [one.grad is not None for one in trainer.model.parameters()].count(True) == len(
-                gates
-            )
+            assert sum(p.grad is not None for p in trainer.model.parameters()) == len(gates)
 
 
-def test_a_trainer_that_thaws_weights_in_its_loss_is_stopped():
-    class Thawing(WithOwnLoss):
+def thaw(name, parameter):
+    if "layers.1.mlp.up_proj.lora_A" in name:
+        parameter.requires_grad_(True)
+
+
+def cast(name, parameter):
+    """As TRL does with trained weights on a 4-bit base: small steps would be rounded away."""
+    if name.endswith("score"):
+        parameter.data = parameter.data.to(torch.bfloat16)
+
+
+THAWED = r"1 other parameters, first base_model\S+layers\.1\.mlp\.up_proj\.lora_A\S+, which"
+MEDDLING = [
+    (thaw, "elimination", f"only gates may be trained.+{THAWED} got a grad"),
+    (thaw, "leave-one-out", f"{THAWED} was unfrozen"),  # never goes backward
+    (cast, "elimination", r"gates must be float32, but that of \S+ became torch.bfl"),
+]
+
+
+@pytest.mark.parametrize(("meddle", "method", "message"), MEDDLING)
+def test_a_trainer_whose_loss_thaws_weights_or_casts_gates_is_stopped(meddle, method, message):
+    class Meddling(WithOwnLoss):
         def compute_loss(self, model, inputs, **named):
             for name, parameter in model.named_parameters():
-                if "layers.1.mlp.up_proj.lora_A" in name:
-                    parameter.requires_grad_(True)
+                meddle(name, parameter)
             return super().compute_loss(model, inputs, **named)
 
-    from keylayers.errors import GuardError
-
-    trainer = build("own loss", "model", trainer_class=Thawing)
+    trainer = build("own loss", "model", trainer_class=Meddling)
     before = everything(trainer)
-    first = r"1 other parameters, first base_model\S+layers\.1\.mlp\.up_proj\.lora_A\S+"
-    with pytest.raises(GuardError, match=f"only gates may be trained.+{first}, which got a grad"):
-        rank(trainer)
-    with pytest.raises(GuardError, match=f"{first}, which was unfrozen"):
-        rank(trainer, "leave-one-out")  # never goes backward
-    assert_same(before, everything(trainer))
-
-
-def test_a_trainer_that_casts_gates_in_its_loss_is_stopped():
-    """As TRL does with what is trained on a 4-bit base: small steps would round to nothing."""
-
-    class Casting(WithOwnLoss):
-        def compute_loss(self, model, inputs, **named):
-            for name, parameter in model.named_parameters():
-                if name.endswith("score"):
-                    parameter.data = parameter.data.to(torch.bfloat16)
-            return super().compute_loss(model, inputs, **named)
-
-    from keylayers.errors import GuardError
-
-    trainer = build("own loss", "model", trainer_class=Casting)
-    before = everything(trainer)
-    with pytest.raises(
-        GuardError, match=r"gates must be float32, but that of \S+ became torch.bfl"
-    ):
-        rank(trainer)
+    with pytest.raises(GuardError, match=message):
+        rank(trainer, method)
     assert_same(before, everything(trainer))
 
 
 def reference_log_probabilities(trainer, gate):
     """What DPO compares with, on the first batch, with all gates at `gate`."""
-    from keylayers.gates import gated
-    from keylayers.trainers.loss import TrainerLoss
-    from keylayers.updates import adapter_updates
 
-    source = TrainerLoss(trainer)
-    with (
-        gated(trainer.model, adapter_updates(trainer.model), initial_score=gate, link="identity"),
-        source.quiet(),
-    ):
+    with masked(trainer, gate):
         batch = next(iter(trainer.get_train_dataloader()))
         return torch.cat(trainer.compute_ref_log_probs(trainer.model, batch))
 
 
 def test_the_reference_is_the_base_or_where_the_user_began_at_every_gate(trainer_of):
-    from trl.trainer.utils import use_adapter
-
     for way, adapter in (("config", None), ("model", "ref")):
         trainer = trainer_of("DPO", way)
         torch.manual_seed(0)
@@ -233,7 +224,7 @@ def test_the_reference_is_the_base_or_where_the_user_began_at_every_gate(trainer
         assert torch.equal(closed, opened)
         torch.manual_seed(0)
         batch = next(iter(trainer.get_train_dataloader()))
-        flags = [one.requires_grad for one in trainer.model.parameters()]
+        flags = [p.requires_grad for p in trainer.model.parameters()]
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
 
         def log_probabilities(model, inputs=batch, labels=labels):
@@ -247,22 +238,17 @@ def test_the_reference_is_the_base_or_where_the_user_began_at_every_gate(trainer
         with use_adapter(trainer.model, adapter):
             own = log_probabilities(trainer.model)
         tuned = log_probabilities(trainer.model)
-        for one, flag in zip(trainer.model.parameters(), flags, strict=True):
-            one.requires_grad_(flag)
+        for p, flag in zip(trainer.model.parameters(), flags, strict=True):
+            p.requires_grad_(flag)
         assert torch.allclose(own, closed, atol=1e-3)
         assert not torch.allclose(tuned, closed, atol=0.1)
 
 
 def test_grpo_generates_with_the_masked_model_and_anew_for_each_mask(trainer_of):
-    from keylayers.gates import gated
-    from keylayers.trainers.loss import TrainerLoss
-    from keylayers.updates import adapter_updates
-
     trainer = trainer_of("GRPO", "config")
     old = trainer._buffered_inputs
     assert old is not None
     trainer.generation_config.do_sample, sampled = False, trainer.generation_config.do_sample
-    source = TrainerLoss(trainer)
 
     def completions(gates, value):
         gates.set_scores(torch.full((len(gates),), value))
@@ -284,21 +270,16 @@ def test_grpo_generates_with_the_masked_model_and_anew_for_each_mask(trainer_of)
         return sorted((row[:length].tolist(), row[length:].tolist()) for row in made)
 
     try:
-        with (
-            source.quiet(),
-            gated(
-                trainer.model, adapter_updates(trainer.model), initial_score=1.0, link="identity"
-            ) as gates,
-        ):
+        with masked(trainer, 1.0) as (gates, source):
             batch = next(source.batches(0))
             closed, opened = completions(gates, 0.0), completions(gates, 1.0)
         trainer.model.eval()
-        flags = [one.requires_grad for one in trainer.model.parameters()]
+        flags = [p.requires_grad for p in trainer.model.parameters()]
         assert opened == greedy(trainer.model)
         with trainer.model.disable_adapter():
             assert closed == greedy(trainer.model)
-        for one, flag in zip(trainer.model.parameters(), flags, strict=True):
-            one.requires_grad_(flag)
+        for p, flag in zip(trainer.model.parameters(), flags, strict=True):
+            p.requires_grad_(flag)
         assert closed != opened
     finally:
         trainer.generation_config.do_sample = sampled
@@ -307,8 +288,6 @@ def test_grpo_generates_with_the_masked_model_and_anew_for_each_mask(trainer_of)
 
 
 def test_grpo_sees_each_prompt_once_an_epoch(trainer_of):
-    from keylayers.trainers.loss import TrainerLoss
-
     trainer = trainer_of("GRPO", "config")
     source = TrainerLoss(trainer)
     per_batch = 2 * trainer.args.steps_per_generation // trainer.num_generations
@@ -321,8 +300,6 @@ def test_grpo_sees_each_prompt_once_an_epoch(trainer_of):
 
 @pytest.mark.parametrize("method", ["leave-one-out", "shapley", "lora-drop", "eva", "cka"])
 def test_a_method_that_compares_losses_is_refused_where_losses_mean_nothing(trainer_of, method):
-    from keylayers.errors import ConfigError
-
     with pytest.raises(ConfigError, match=f"{method} needs a loss.+GRPO.+elimination, path, price"):
         rank(trainer_of("GRPO", "model"), method)
 
@@ -338,8 +315,6 @@ def test_grpo_is_scored_by_methods_that_use_its_gradient_or_no_data(trainer_of, 
 
 
 def test_a_copy_of_the_model_that_gates_cannot_reach_is_refused(trainer_of):
-    from keylayers.errors import ConfigError
-
     trainer = trainer_of("GRPO", "model")
     trainer.use_vllm = True
     try:
@@ -350,16 +325,11 @@ def test_a_copy_of_the_model_that_gates_cannot_reach_is_refused(trainer_of):
 
 
 def test_a_held_out_loss_of_sampled_completions_is_refused(trainer_of):
-    from keylayers.errors import ConfigError
-    from keylayers.evaluation.loss import held_out_loss
-
     with pytest.raises(ConfigError, match=r"held-out loss must be a function of the data.+rewards"):
         held_out_loss(trainer_of("GRPO", "model"), DATA["GRPO"]())
 
 
 def test_a_method_that_reads_tokens_is_refused_where_batches_have_other_columns(trainer_of):
-    from keylayers.errors import ConfigError
-
     with pytest.raises(ConfigError, match=r"eva needs batches.+ORPO.+chosen_input"):
         rank(trainer_of("ORPO", "model"), "eva")
 
@@ -372,35 +342,30 @@ def test_adalora_is_trained_as_a_reward_model_too(trainer_of):
 def test_lora_drop_looks_at_the_model_and_not_at_its_reference(trainer_of, kind):
     """Independently: the inputs of the trained model's layers, without the trainer's loss."""
     trainer = trainer_of(kind, "config")
-    scores = {one.name: one.score for one in rank(trainer, "lora-drop", mask_batches=1).modules}
-    from keylayers.updates import adapter_updates
+    scores = {m.name: m.score for m in rank(trainer, "lora-drop", mask_batches=1).modules}
 
     updates = adapter_updates(trainer.model)
-    from transformers import set_seed
 
     set_seed(trainer.args.seed)
     batch = next(iter(trainer.get_train_dataloader()))
     inputs = {}
     handles = [
-        one.layer.register_forward_hook(
-            lambda _, given, __, name=one.module.name: inputs.update({name: given[0]})
+        update.layer.register_forward_hook(
+            lambda _, given, __, name=update.module.name: inputs.update({name: given[0]})
         )
-        for one in updates
+        for update in updates
     ]
     with torch.no_grad():
         trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     for handle in handles:
         handle.remove()
-    for one in updates:
-        x = inputs[one.module.name][batch["attention_mask"].bool()]
-        expected = (x @ one.delta().T).square().sum(dim=-1).mean()
-        assert scores[one.module.name] == pytest.approx(float(expected), rel=1e-3)
+    for update in updates:
+        x = inputs[update.module.name][batch["attention_mask"].bool()]
+        expected = (x @ update.delta().T).square().sum(dim=-1).mean()
+        assert scores[update.module.name] == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_the_head_of_a_reward_model_stays_as_trained_at_every_gate(trainer_of):
-    from keylayers.gates import gated
-    from keylayers.updates import adapter_updates
-
     trainer = trainer_of("Reward", "config")
     head = trainer.model.get_base_model().score
     trained, original = head.modules_to_save["default"].weight, head.original_module.weight
