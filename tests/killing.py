@@ -25,6 +25,7 @@ import time
 import traceback
 from pathlib import Path
 
+sys.dont_write_bytecode = True  # or the first run changes the disk more often than the next
 CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree")
 num_changes = multiprocessing.RawValue("q")  # of the run that was begun last; forks share it
 
@@ -55,6 +56,9 @@ def begin(place, words, log="log.txt", kill_before=None):
         return child
     code = 1
     try:
+        import torch
+
+        torch.set_num_threads(1)  # a fork replaces torch's thread pool, safely from one thread only
         os.chdir(place)
         log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)

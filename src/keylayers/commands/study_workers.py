@@ -158,6 +158,11 @@ def _worker(device: str | None, root: Path, cell: Cell, ended: Any) -> None:
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+    if "torch" in sys.modules:
+        # A fork inherits torch's thread pool without its threads. The first use replaces the pool,
+        # but not safely from several threads at once, as transformers 5 loads weights ("Invalid
+        # thread pool!", torch 2.13): so the first use is here.
+        sys.modules["torch"].set_num_threads(sys.modules["torch"].get_num_threads())
     try:
         ended.put(run_cell(root, cell))
     except (OSError, OutputError) as error:  # its folder cannot be written
