@@ -119,6 +119,12 @@ WAYS = [
 ]
 
 
+def test_every_tool_is_tried():
+    from keylayers.export import TOOLS
+
+    assert {tool for tool, _ in WAYS} | {"torchtune"} == set(TOOLS)  # tests/test_torchtune.py
+
+
 def is_refused(tool, selection):
     """Of a mixture of experts."""
     if tool in ("ms-swift", "unsloth"):

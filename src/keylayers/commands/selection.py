@@ -23,7 +23,7 @@ class BudgetOptions:
     Attributes:
         ranking: Ranking file, or the folder that holds ranking.json.
         budget: How much to keep. 0.3: 30 % of the modules. 17: 17 modules. 0.3x-params: modules
-            with 30 % of the parameters. 0.6x-time: the highest-scoring set whose training step
+            with 30 % of the parameters. 0.6x-time: modules by score per cost whose training step
             costs at most 60 % of a full one. auto: what `keylayers verify` recommended.
         freeze: Instead of a budget: select all but this share of the modules, for example 0.25.
     """
@@ -45,9 +45,9 @@ class SelectionOptions:
         rank_first: Instead of a ranking: train all modules until the loss is stable, rank them,
             stop training the lowest-ranked, and continue the same run.
         budget: How much to train. 0.3: 30 % of the modules. 17: 17 modules. 0.3x-params: modules
-            with 30 % of the parameters. 0.6x-time: the highest-scoring set whose training step
-            costs at most 60 % of a full one. 12GiB: the highest-scoring set whose training step
-            fits in this much memory. auto: what `keylayers verify` recommended.
+            with 30 % of the parameters. 0.6x-time: modules chosen by score per cost, so that a
+            training step costs at most 60 % of a full one. 12GiB: as many of the best modules as a
+            training step can hold in this much memory. auto: what `keylayers verify` recommended.
         freeze: Instead of a budget: train all but this share of the modules, for example 0.25,
             which is the default of --rank-first.
         action: What happens to the lowest-ranked modules with --rank-first. freeze keeps what they

@@ -6,8 +6,8 @@
 | `0.3` | `0.3` or `Fraction(0.3)` | 30 % of the modules, rounded to the nearest count, a half up |
 | `17` | `17` or `Count(17)` | the best 17 modules |
 | `0.3x-params` | `Parameters(0.3)` | best modules with at most 30 % of all modules' parameters |
-| `0.6x-time` | `Time(0.6)` | highest sum of scores whose training step costs at most 60 % |
-| `12GiB` | `Memory(12, "GiB")` | highest sum of scores whose training step fits in memory |
+| `0.6x-time` | `Time(0.6)` | modules by score per cost; a training step costs at most 60 % |
+| `12GiB` | `Memory(12, "GiB")` | as many of the best modules as a step fits in memory |
 | `auto` | `Auto()` | fewest modules nearly as good as all, as `keylayers verify` recommends |
 | `--freeze 0.25` | `Freeze(0.25)` | all but the worst 25 % |
 

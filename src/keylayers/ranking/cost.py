@@ -64,7 +64,7 @@ class StepTime:
 def best_within_time(
     modules: Sequence[RankedModule], time: StepTime, fraction: float
 ) -> tuple[RankedModule, ...]:
-    """The modules with the highest sum of scores whose step costs at most so much, in model order.
+    """Modules with a high sum of scores whose step costs at most so much, in model order.
 
     For each module that could be the lowest trained one, modules above it are added in the order of
     score per cost. Modules with a score of zero or below are never taken.

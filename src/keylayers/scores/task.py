@@ -152,7 +152,7 @@ class MaskedModel:
         )
 
     def _set_gates(self, values: Float[Tensor, " gate"] | float) -> None:
-        if isinstance(values, float):
+        if isinstance(values, (int, float)):
             values = torch.full((len(self.gates),), values)
         self.gates.set_scores(values)
 
