@@ -9,7 +9,7 @@ A page holds a table between `<!-- name -->` and `<!-- /name -->`, where name is
 import json
 import re
 import statistics
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 from scipy.stats import kendalltau, t
@@ -46,6 +46,7 @@ SHORT = (
     "random order",
 )
 NUM_MODULES = 56
+AGREEMENT = ("elimination", "path", "ila", "leave-one-out", "update-norm")
 
 
 def load(name):
@@ -171,72 +172,57 @@ def overlap(first, second, budget):
     return len(a & b) / len(a | b)
 
 
+def agreement(pairs):
+    """Mean Jaccard index of the best 30 % and 75 %, and Kendall's tau-b, of pairs of rankings."""
+    shares = [statistics.mean(overlap(*pair, budget) for pair in pairs) for budget in (0.3, 0.75)]
+    tau = statistics.mean(kendalltau(*pair).statistic for pair in pairs)
+    return [f"{value:.2f}" for value in (*shares, tau)]
+
+
 def agreement_table():
-    """Seed to seed on the same data, and data to data with the same seed, beside chance."""
+    """Seed to seed on the same data, and data to data with the same seed, next to chance."""
     record = load("rankings")
-    groups = {"built-in model": list(DATA)[:3], "2 M model": list(DATA)[3:]}
     rows = []
-    for method in ("elimination", "path", "ila", "leave-one-out", "update-norm"):
-        for group, members in groups.items():
-            scores = {
-                (cell["cell"]["data"], cell["cell"]["seed"]): one["scores"]
-                for cell in record["cells"]
-                for one in cell["results"]
-                if one["method"] == method
-                and one["mask_data"] == "held-out"
-                and cell["cell"]["data"] in members
-            }
-            kinds = {"seed": [], "data": []}
-            for one, other in combinations(scores, 2):
-                if one[0] == other[0]:
-                    kinds["seed"].append((scores[one], scores[other]))
-                elif one[1] == other[1]:
-                    kinds["data"].append((scores[one], scores[other]))
-            cells = []
-            for pairs in kinds.values():
-                for budget in (0.3, 0.75):
-                    cells.append(f"{statistics.mean(overlap(*p, budget) for p in pairs):.2f}")
-                cells.append(f"{statistics.mean(kendalltau(*p).statistic for p in pairs):.2f}")
-            rows.append([TITLES.get(method, method), group, *cells])
-    chance = [
-        f"{chance_jaccard(NUM_MODULES, size, size):.2f}"
-        for size in (round(0.3 * NUM_MODULES), round(0.75 * NUM_MODULES))
-    ]
-    rows.append(["chance", "", *chance, "0.00", *chance, "0.00"])
+    groups = {"built-in model": [*DATA][:3], "2 M model": [*DATA][3:]}
+    for method, (group, members) in product(AGREEMENT, groups.items()):
+        scores = {
+            (cell["cell"]["data"], cell["cell"]["seed"]): found["scores"]
+            for cell in record["cells"]
+            if cell["cell"]["data"] in members
+            for found in cell["results"]
+            if (found["method"], found["mask_data"]) == (method, "held-out")
+        }
+        pairs = [*combinations(scores, 2)]
+        row = [TITLES.get(method, method), group]
+        for same in (0, 1):  # the data, then the seed
+            row += agreement([(scores[a], scores[b]) for a, b in pairs if a[same] == b[same]])
+        rows.append(row)
+    sizes = (round(0.3 * NUM_MODULES), round(0.75 * NUM_MODULES))
+    chance = [*(f"{chance_jaccard(NUM_MODULES, size, size):.2f}" for size in sizes), "0.00"]
+    rows.append(["chance", "", *chance, *chance])
     titles = ["method", "model", "seeds: 30 %", "75 %", "tau-b"]
     return markdown([*titles, "data: 30 %", "75 %", "tau-b"], rows)
 
 
 def checkpoints_table():
     """Agreement of each setting with the end of stage 1, or with the initial score 1."""
-    record = load("checkpoints")
+    cells = load("checkpoints")["cells"]
     rows = []
-    for data in dict.fromkeys(cell["data"] for cell in record["cells"]):
-        cells = [cell for cell in record["cells"] if cell["data"] == data]
-        labels = [one["label"] for one in cells[0]["settings"]]
-        for label in labels:
-            reference = "ila from 1" if label.startswith("ila") else "at 1 of stage 1"
-            if label == reference:
-                continue
-            pairs = []
-            for cell in cells:
-                scores = {one["label"]: one["scores"] for one in cell["settings"]}
-                pairs.append((scores[label], scores[reference]))
-            shares = [statistics.mean(overlap(*p, budget) for p in pairs) for budget in (0.3, 0.75)]
-            tau = statistics.mean(kendalltau(*p).statistic for p in pairs)
-            numbers = [f"{value:.2f}" for value in (*shares, tau)]
-            rows.append([DATA[data], label, reference, f"{len(pairs)} seeds", *numbers])
-        for label in ("at 1 of stage 1", "ila from 1"):
-            scores = [
-                one["scores"] for cell in cells for one in cell["settings"] if one["label"] == label
-            ]
-            pairs = list(combinations(scores, 2))
-            shares = [statistics.mean(overlap(*p, budget) for p in pairs) for budget in (0.3, 0.75)]
-            tau = statistics.mean(kendalltau(*p).statistic for p in pairs)
-            numbers = [f"{value:.2f}" for value in (*shares, tau)]
-            rows.append(
-                [DATA[data], label, "the same, other seed", f"{len(pairs)} pairs", *numbers]
-            )
+    for data in dict.fromkeys(cell["data"] for cell in cells):
+        scores = {}
+        for cell in cells:
+            for setting in cell["settings"] if cell["data"] == data else ():
+                scores.setdefault(setting["label"], []).append(setting["scores"])
+        ends = ("at 1 of stage 1", "ila from 1")
+        for label in scores:
+            if label not in ends:
+                end = ends[label.startswith("ila")]
+                pairs = [*zip(scores[label], scores[end], strict=True)]
+                rows.append([DATA[data], label, end, f"{len(pairs)} seeds", *agreement(pairs)])
+        for end in ends:
+            pairs = [*combinations(scores[end], 2)]
+            row = [DATA[data], end, "the same, other seed", f"{len(pairs)} pairs"]
+            rows.append([*row, *agreement(pairs)])
     titles = ["data", "ranking", "against", "over", "Jaccard 30 %", "75 %", "tau-b"]
     return markdown(titles, rows)
 
@@ -332,20 +318,15 @@ def catalogue_table():
 
 def own_code_table():
     """Our scores of rivals against the authors' own code."""
-    record = load("own_code")
-    rows = [
-        [
-            name,
-            str(record[name]["num_scores"]),
-            f"{record[name]['largest_relative_difference']:.1e}" if "tau_b" in record[name] else "",
-            f"{record[name]['tau_b']:.3f}"
-            if "tau_b" in record[name]
-            else ("the same" if record[name]["same_selected"] else "another") + " 30 %",
-            f"{statistics.median(record[name]['own_code_seconds']):.2f}",
-            f"{statistics.median(record[name]['seconds']):.2f}",
-        ]
-        for name in ("spectrum", "kappatune", "plop", "aletheia")
-    ]
+    rows = []
+    for name in ("spectrum", "kappatune", "plop", "aletheia"):
+        found = load("own_code")[name]
+        if "tau_b" in found:
+            agreed = [f"{found['largest_relative_difference']:.1e}", f"{found['tau_b']:.3f}"]
+        else:
+            agreed = ["", ("the same" if found["same_selected"] else "another") + " 30 %"]
+        times = (statistics.median(found[side]) for side in ("own_code_seconds", "seconds"))
+        rows.append([name, str(found["num_scores"]), *agreed, *(f"{one:.2f}" for one in times)])
     titles = ["rival", "scores", "largest relative difference", "tau-b", "its seconds", "ours"]
     return markdown(titles, rows)
 
