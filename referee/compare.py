@@ -3,6 +3,7 @@
 """Compares two folders of records, bit for bit: `compare.py DIR_A DIR_B [PATTERN ...]`."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -38,7 +39,7 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
         for index, one in enumerate(value):
             yield from flat(one, f"{path}/{index}")
     else:
-        yield path, json.dumps(value)
+        yield path, re.sub(r"[^\"]*/src/keylayers/", "", json.dumps(value))  # of its checkout
 
 
 def differences(name: str, a: Path, b: Path) -> list[str]:
