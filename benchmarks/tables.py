@@ -92,7 +92,7 @@ def train_selection() -> str:
 
 
 def sizes() -> str:
-    """The same at other sizes."""
+    """Training steps of selections at other sizes."""
     rows = [
         [f"{size}, {found['tokens']}", title.replace("%", " %"), *_step(row)]
         for size, found in load("train_selection")["sizes"].items()

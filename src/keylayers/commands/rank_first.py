@@ -81,7 +81,7 @@ def _train(
 
 
 def _control(job: TrainJob, options: RankFirst, control: Control, step: int) -> Trained:
-    """The same run without a freeze, or with a freeze of other modules after the same step."""
+    """A run without a freeze, or with a freeze of other modules after the same step."""
     if control == "all":
         return job.sets.train(job.session.names, "all")
     at_step = StabilityOptions(max_steps=step, epsilon=0.0)

@@ -245,7 +245,7 @@ def _content(name: str, value: Any) -> Any:
 
 @cache
 def _sha256(path: Path) -> str:
-    """Of a file, or of all files of a folder and their names."""
+    """Hash of a file, or of all files of a folder and their names."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

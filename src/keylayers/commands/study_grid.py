@@ -131,7 +131,7 @@ def _entry(axis: str, value: Any) -> tuple[str, Mapping[str, Any]]:
 
 
 def _normalised(options: Mapping[Any, Any]) -> dict[str, Any]:
-    """The same with names as Python has them: a file may write `lora-rank` for `lora_rank`."""
+    """The options under their Python names: a file may write `lora-rank` for `lora_rank`."""
     found = {printable(name).replace("-", "_"): value for name, value in options.items()}
     if len(found) < len(options):
         raise ConfigError(
