@@ -83,7 +83,7 @@ def test_a_damaged_ranking_is_refused_or_right(command, folder):
     path = folder / "ranking.json"
     begin(*filled(command, folder, folder / "good.json"))
 
-    @cases(500)
+    @cases(1000)
     @given(damaged_json(by_hand().to_json()))
     def check(content):
         clean(folder)
@@ -128,7 +128,7 @@ def test_a_damaged_verification_is_refused_or_right(command, folder):
     content = json.loads(path.read_text())
     begin(*filled(command, folder, path))
 
-    @cases(500)
+    @cases(1000)
     @given(damaged_json(content))
     def check(content):
         clean(folder)

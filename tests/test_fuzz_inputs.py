@@ -43,7 +43,7 @@ def test_a_damaged_yaml_file_is_one_line(command, tmp_path_factory, monkeypatch)
     monkeypatch.chdir(folder)
     begin(command, "--model", "nowhere", "--data", "nowhere.jsonl")
 
-    @cases(400)
+    @cases(800)
     @given(yaml_files)
     def check(content):
         (folder / "run.yaml").write_bytes(content)
