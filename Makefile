@@ -31,7 +31,7 @@ check: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks
-	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python experiments/pages.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

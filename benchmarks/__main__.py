@@ -10,14 +10,7 @@ import torch
 from keylayers.environment import environment
 from keylayers.files import write_json
 
-NAMES = (
-    "mask_step",
-    "free_score",
-    "train_selection",
-    "growth",
-    "start_up",
-    "checkpoint_pair",
-)
+NAMES = ("mask_step", "free_score", "train_selection", "growth", "start_up", "checkpoint_pair")
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
-from benchmarks.sides import last_line_of, random_llama
+from benchmarks.sides import last_line_of, random_llama, selected
 from keylayers.apply.adapter import add_lora
 from keylayers.apply.freeze import train_only
 from keylayers.environment import environment
@@ -42,7 +43,7 @@ SHAPES = {
 WHAT = ("lora", "lora, checkpointed", "lora, 4 bits", "full", "mask", "bare")
 FRACTIONS = (1.0, 0.75, 0.3, 0.2, 0.1)
 RANK = 16
-_OPEN: list[Any] = []  # gates, for as long as the process lives
+_OPEN = ExitStack()  # gates, for as long as the process lives
 
 
 def cases(shapes: list[str], tokens: list[int]) -> list[dict[str, Any]]:
@@ -69,10 +70,10 @@ def measured(case: dict[str, Any], num_steps: int) -> dict[str, Any]:
         _wait(device)
         seconds.append(time.perf_counter() - start)
     is_cpu = device.type == "cpu"
+    seconds = seconds[2:]  # after two to warm up
     return {
-        "tokens_per_second": case["tokens"]
-        / statistics.median(seconds[2:]),  # after two to warm up
-        "seconds": seconds[2:],
+        "tokens_per_second": case["tokens"] / statistics.median(seconds),
+        "seconds": seconds,
         "peak_gib": None if is_cpu else torch.accelerator.max_memory_allocated() / 2**30,
         "num_trained": sum(one.numel() for one in model.parameters() if one.requires_grad),
     }
@@ -83,7 +84,8 @@ def prepared(
 ) -> tuple[PreTrainedModel | PeftModel, Callable[[torch.Tensor], None]]:
     """The model of a case and one step of it."""
     base = _base(case, device)
-    names = _chosen(base, case["fraction"], case["place"])
+    names = [info.name for info in map_modules(base)]
+    names = selected(names, case["fraction"], case["place"])
     if case["what"] == "full":
         train_only(base, names)
         return base, _training(base)
@@ -117,22 +119,10 @@ def _quantize(model: PreTrainedModel, device: torch.device) -> None:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     for info in map_modules(model):
-        parent, _, name = info.name.rpartition(".")
-        layer = model.get_submodule(info.name)
-        packed = Linear4bit(
-            layer.in_features, layer.out_features, bias=False, compute_dtype=model.dtype
-        )
-        packed.weight = Params4bit(layer.weight.data.cpu(), requires_grad=False, quant_type="nf4")
-        setattr(model.get_submodule(parent), name, packed.to(device))
-
-
-def _chosen(model: PreTrainedModel, fraction: float, place: str) -> list[str]:
-    names = [info.name for info in map_modules(model)]
-    count = round(fraction * len(names))
-    if place == "upper":
-        return names[-count:]
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
-    return [names[index] for index in sorted(order[:count])]
+        weight = model.get_submodule(info.name).weight.data
+        packed = Linear4bit(*weight.shape[::-1], bias=False, compute_dtype=model.dtype)
+        packed.weight = Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4")
+        model.set_submodule(info.name, packed.to(device))
 
 
 def _training(model: PreTrainedModel | PeftModel) -> Callable[[torch.Tensor], None]:
@@ -154,12 +144,9 @@ def _passing(model: PeftModel, *, is_gated: bool) -> Callable[[torch.Tensor], No
         embedded = model.get_input_embeddings()(rows).detach().requires_grad_(True)
         model(inputs_embeds=embedded, labels=rows).loss.backward()
 
+    model.requires_grad_(False)
     if is_gated:
-        gates = gated(model, adapter_updates(model), initial_score=2.0)
-        gates.__enter__()
-        _OPEN.append(gates)
-    else:
-        model.requires_grad_(False)
+        _OPEN.enter_context(gated(model, adapter_updates(model), initial_score=2.0))
     return step
 
 

@@ -47,13 +47,6 @@ def frozen(model: PeftModel) -> Iterator[None]:
 
 
 @contextmanager
-def gates_on_a(model: PeftModel) -> Iterator[None]:
-    """What keylayers does."""
-    with gated(model, adapter_updates(model), initial_score=2.0):
-        yield
-
-
-@contextmanager
 def gates_on_b(model: PeftModel) -> Iterator[None]:
     """The naive place for a gate."""
     handles = []
@@ -93,9 +86,9 @@ def _merged(layer: Any, adapter: str, gate: Gate) -> Callable[[Tensor], Tensor]:
 
 
 LIMIT = "frozen (limit)"
-MODES: dict[str, Callable[[PeftModel], AbstractContextManager[None]]] = {
+MODES: dict[str, Callable[[PeftModel], AbstractContextManager[object]]] = {
     LIMIT: frozen,
-    "gates on A (keylayers)": gates_on_a,
+    "gates on A (keylayers)": lambda model: gated(model, adapter_updates(model), initial_score=2.0),
     "gates on B (naive)": gates_on_b,
     "full autograd on θ_0 + γΔθ": dense_autograd,
     "training all LoRA": lambda model: nullcontext(),

@@ -29,6 +29,15 @@ def random_llama(width: int, blocks: int, vocabulary: int, **config: Any) -> Lla
     return LlamaForCausalLM(LlamaConfig(**(sizes | config)))
 
 
+def selected(names: Sequence[str], fraction: float, place: str) -> list[str]:
+    """A share of the modules: the uppermost, or spread over all blocks as a ranking may choose."""
+    count = round(fraction * len(names))
+    if place == "upper":
+        return list(names[-count:])
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
+    return [names[index] for index in order[:count]]
+
+
 def with_lora(model: PreTrainedModel) -> PeftModel:
     """LoRA r = 8 on all linear layers, as PEFT's `all-linear` sets it up."""
     return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from benchmarks.sides import in_turn, kept_storage, random_llama, ratio, shown, with_lora
+from benchmarks.sides import in_turn, kept_storage, random_llama, ratio, selected, shown, with_lora
 from keylayers.apply.adapter import add_lora
 from keylayers.model.modules import ModuleInfo, map_modules
 from keylayers.ranking.ranked_module import RankedModule
@@ -40,29 +40,20 @@ SHOWN = (ALL, "10%, the uppermost", "30%, the uppermost", "30%, spread")
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, and how.
+    """What is trained, and how."""
 
-    Attributes:
-        names: Modules with LoRA; None for PEFT's `all-linear`.
-        is_checkpointed: With gradient checkpointing and gradients of inputs, as TRL has it.
-        is_shallow: With keylayers' callback.
-    """
-
-    names: tuple[str, ...] | None
-    is_checkpointed: bool = False
-    is_shallow: bool = True
+    names: list[str] | None  # None: PEFT's `all-linear`
+    is_checkpointed: bool = False  # and gradients of inputs, as TRL has it
+    is_shallow: bool = True  # with keylayers' callback
 
 
 def cases(modules: list[ModuleInfo]) -> dict[str, Case]:
     """Title -> case; the reference first."""
     names = [module.name for module in modules]
-    generator = torch.Generator().manual_seed(0)
-    order = [names[index] for index in torch.randperm(len(names), generator=generator)]
     found = {ALL: Case(None, is_shallow=False)}
     for fraction in FRACTIONS:
-        count = round(fraction * len(names))
-        found[f"{fraction:.0%}, the uppermost"] = Case(tuple(names[-count:]))
-        found[f"{fraction:.0%}, spread"] = Case(tuple(order[:count]))
+        for place, title in (("upper", "the uppermost"), ("spread", "spread")):
+            found[f"{fraction:.0%}, {title}"] = Case(selected(names, fraction, place))
     upper = found["30%, the uppermost"].names
     found["all modules, checkpointed"] = Case(None, True, is_shallow=False)
     for title, is_shallow in (("as TRL has it", False), ("keylayers", True)):
@@ -86,12 +77,9 @@ def prepared(case: Case, width: int, blocks: int) -> PeftModel:
     return model
 
 
-def counted_share(names: tuple[str, ...] | None, modules: list[ModuleInfo], width: int) -> float:
+def counted_share(names: list[str] | None, modules: list[ModuleInfo], width: int) -> float:
     """Multiply-adds of a step without checkpointing, as a share of those of training all."""
-    made_by = {
-        "options": {"lora_rank": RANK},
-        "model": {"num_head_parameters": width * VOCABULARY},
-    }
+    made_by = {"options": {"lora_rank": RANK}, "model": {"num_head_parameters": width * VOCABULARY}}
     ranked = tuple(RankedModule.of(module, 1.0) for module in modules)
     everything = [module.name for module in modules]
     return Ranking(ranked, "counted", provenance=made_by).step_time.share(names or everything)

@@ -3,16 +3,11 @@
 
 A cell has three splits that never mix: train (stage 1), mask (what scores may be learned on), and
 held out (what a ranking is measured on). Made once and taken from its folder afterwards.
-
-    python experiments/cells.py CELLS_FOLDER --shared SHARED_FOLDER     # makes all cells
 """
 
-import argparse
 import json
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
-import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -163,22 +158,3 @@ def _make(loaded, home):
         "held_out_loss_nats": {"base": base, "tuned": held_out_loss(trainer, loaded.held_out)},
         "stage_1_path": list(scores.scores.values()),
     }
-
-
-def main():
-    """Make every cell."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--shared", type=Path, required=True)
-    parser.add_argument("--part", default="0/1", help="i/n: every n-th cell from the i-th")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    first, every = map(int, arguments.part.split("/"))
-    for cell in ALL[first::every]:
-        record = load(cell, arguments.folder, arguments.shared).record
-        print(cell.name, record["held_out_loss_nats"], f"{record['seconds']:.0f} s", flush=True)
-
-
-if __name__ == "__main__":
-    main()

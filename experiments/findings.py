@@ -1,23 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of README.md, docs/claims.md and docs/methods.md, made from the records.
+"""What the experiments found: tables of README.md, docs/claims.md and docs/methods.md.
 
-python experiments/findings.py       # writes them into the pages; a test compares
-
-A page holds a table between `<!-- name -->` and `<!-- /name -->`, where name is a function below.
+`pages.py` writes them into the pages. Differences are paired by seed, ± is half of a 95 % interval.
 """
 
-import json
-import re
 import statistics
 from itertools import combinations, product
-from pathlib import Path
 
-from scipy.stats import kendalltau, t
+import pandas as pd
+from scipy.stats import kendalltau
 
 from keylayers.ranking.compare import chance_jaccard
+from keylayers.scores.methods import BUILT_IN
 
-ROOT = Path(__file__).resolve().parents[1]
-RECORDS = ROOT / "experiments" / "records"
+from tables import interval, load, markdown
+
 DATA = {
     "polite": "demo, polite",
     "list": "demo, list",
@@ -26,6 +23,7 @@ DATA = {
     "dpo": "2 M, chosen answers",
     "user": "2 M, user-oriented",
 }
+GROUPS = {"built-in model": [*DATA][:3], "2 M model": [*DATA][3:]}
 MODELS = ("built-in model", "2 M model, real text")
 TITLES = {
     "elimination": "**elimination** (default)",
@@ -47,117 +45,74 @@ SHORT = (
 )
 NUM_MODULES = 56
 AGREEMENT = ("elimination", "path", "ila", "leave-one-out", "update-norm")
+RETRAINED = ("terse", "alpaca", "user")
+ORDERS = ("elimination", "ila", "first", "last", "random")
 
 
-def load(name):
-    """A record."""
-    return json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def markdown(titles, rows):
-    """A Markdown table."""
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def results(record, method, mask_data, data):
-    """The results of one method in every cell of one data set; random orders one each."""
-    return [
-        result
-        for cell in record["cells"]
-        if cell["cell"]["data"] == data
+def scored():
+    """Every method in every cell of `DATA`, one row each: data, seed, method, area, cost."""
+    free = {"mask_data": "", "forward_equivalents": 0, "seconds": 0.0}  # where none is recorded
+    return pd.DataFrame(
+        cell["cell"] | free | {k: v for k, v in result.items() if v is not None}
+        for cell in load("rankings")["cells"]
+        if cell["cell"]["data"] in DATA
         for result in cell["results"]
-        if result["method"] == method and result["mask_data"] == mask_data
-    ]
-
-
-def mean_areas(record, method, mask_data):
-    """Data set -> mean area over seeds."""
-    return {
-        data: statistics.mean(one["area"] for one in results(record, method, mask_data, data))
-        for data in DATA
-    }
-
-
-def variants(record):
-    """(method, mask data) of everything that was measured, best mean first."""
-    found = dict.fromkeys(
-        (one["method"], one["mask_data"]) for cell in record["cells"] for one in cell["results"]
     )
-    return sorted(found, key=lambda one: statistics.mean(mean_areas(record, *one).values()))
 
 
-def method_rows(record, wanted=None):
-    """One row per method: mean areas, passes over a batch, seconds."""
-    seen = {}
-    for method, mask_data in variants(record):
-        seen.setdefault(method, []).append(mask_data)
+def mean_areas(table):
+    """(method, mask data) -> mean area in each data set, over seeds; best first."""
+    areas = table.pivot_table("area", ["method", "mask_data"], "data")[[*DATA]]
+    return areas.loc[areas.mean(axis=1).sort_values().index]
+
+
+def method_rows(is_short=False):
+    """One row per method and mask data: mean areas, passes over a batch, seconds.
+
+    If short, only the best-known methods, with the mask data that suits each best.
+    """
+    table = scored()
+    areas = mean_areas(table)
+    names = areas.index.get_level_values("method")
+    is_on_both = names.duplicated(keep=False)
+    if is_short:
+        areas, is_on_both = areas[names.isin(SHORT) & ~names.duplicated()], [False] * len(SHORT)
+    cells = table.groupby(["method", "mask_data"])
     rows = []
-    for method, mask_data in variants(record):
-        is_second = wanted is not None and mask_data != seen[method][0]
-        if (wanted is not None and method not in wanted) or is_second:
-            continue
-        areas = mean_areas(record, method, mask_data)
-        found = [one for data in DATA for one in results(record, method, mask_data, data)]
-        cost = results(record, method, mask_data, "alpaca")[0].get("forward_equivalents", 0)
-        seconds = statistics.mean(one.get("seconds", 0.0) for one in found)
-        title = TITLES.get(method, method)
-        if wanted is None and len(seen[method]) > 1:
-            title += f", mask on {mask_data} data"
-        values = [*areas.values()]
-        means = (values[:3], values[3:], values)  # built-in model, english-2m, all
-        numbers = [f"{statistics.mean(part):.3f}" for part in means]
-        rows.append([title, *numbers, str(cost), f"{seconds:.1f}"])
+    for (key, values), is_named in zip(areas.iterrows(), is_on_both, strict=True):
+        title = TITLES.get(key[0], key[0]) + (f", mask on {key[1]} data" if is_named else "")
+        means = (values[part].mean() for part in (*GROUPS.values(), [*DATA]))
+        cell = cells.get_group(key)
+        passes = cell[cell["data"] == "alpaca"]["forward_equivalents"].iloc[0]
+        seconds = cell["seconds"].mean()
+        rows.append([title, *(f"{mean:.3f}" for mean in means), f"{passes:.0f}", f"{seconds:.1f}"])
     return rows
 
 
 def methods_table():
     """Every method in every data set: mean normalised area over five seeds."""
-    titles = ["method", *MODELS, "mean", "passes", "seconds"]
-    return markdown(titles, method_rows(load("rankings")))
+    return markdown(["method", *MODELS, "mean", "passes", "seconds"], method_rows())
 
 
 def readme_table():
-    """The evidence in short: the better mask data of the best-known methods."""
-    rows = [row[:-1] for row in method_rows(load("rankings"), SHORT)]
+    """The evidence in short."""
+    rows = [row[:-1] for row in method_rows(is_short=True)]
     return markdown(["method", *MODELS, "mean", "passes"], rows)
 
 
 def against_table():
-    """The default against leave-one-out and random orders, cell by cell, paired."""
-    record = load("rankings")
+    """The default against leave-one-out and random orders, cell by cell."""
     rows = []
-    for data, name in DATA.items():
-        cells = [cell for cell in record["cells"] if cell["cell"]["data"] == data]
-        to_loo, num_below, num_below_all = [], 0, 0
-        for cell in cells:
-            found = {(r["method"], r["mask_data"]): r["area"] for r in cell["results"]}
-            at_random = [r["area"] for r in cell["results"] if r["method"] == "random order"]
-            own = found["elimination", "held-out"]
-            to_loo.append(own - min(found["leave-one-out", m] for m in ("held-out", "train")))
-            num_below += own < statistics.mean(at_random)
-            num_below_all += own < min(at_random)
-        mean, half = mean_and_half_width(to_loo)
-        rows.append(
-            [
-                name,
-                str(len(cells)),
-                f"{mean:+.3f}±{half:.3f}",
-                f"{num_below} of {len(cells)}",
-                f"{num_below_all} of {len(cells)}",
-            ]
-        )
+    for data, cells in scored().groupby("data", sort=False):
+        areas = cells.pivot_table("area", "seed", ["method", "mask_data"])
+        own = areas["elimination", "held-out"]
+        at_random = cells[cells["method"] == "random order"].groupby("seed")["area"]
+        numbers = [(own < limit).sum() for limit in (at_random.mean(), at_random.min())]
+        below = [f"{number} of {len(own)}" for number in numbers]
+        to_loo = interval(own - areas["leave-one-out"].min(axis=1))
+        rows.append([DATA[data], str(len(own)), to_loo, *below])
     titles = ["data", "seeds", "area minus leave-one-out's better one (95 %)"]
     return markdown([*titles, "below the mean random order", "below every random order"], rows)
-
-
-def mean_and_half_width(values):
-    """Mean, and half the width of its 95 % interval by Student's t."""
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return mean, float("nan")
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return mean, float(t.ppf(0.975, len(values) - 1)) * error
 
 
 def best_share(scores, budget):
@@ -181,18 +136,16 @@ def agreement(pairs):
 
 def agreement_table():
     """Seed to seed on the same data, and data to data with the same seed, next to chance."""
-    record = load("rankings")
+    table = scored()
     rows = []
-    groups = {"built-in model": [*DATA][:3], "2 M model": [*DATA][3:]}
-    for method, (group, members) in product(AGREEMENT, groups.items()):
-        scores = {
-            (cell["cell"]["data"], cell["cell"]["seed"]): found["scores"]
-            for cell in record["cells"]
-            if cell["cell"]["data"] in members
-            for found in cell["results"]
-            if (found["method"], found["mask_data"]) == (method, "held-out")
-        }
-        pairs = [*combinations(scores, 2)]
+    for method, (group, members) in product(AGREEMENT, GROUPS.items()):
+        chosen = table[
+            (table["method"] == method)
+            & (table["mask_data"] == "held-out")
+            & table["data"].isin(members)
+        ]
+        scores = chosen.set_index(["data", "seed"])["scores"]
+        pairs = [*combinations(scores.index, 2)]
         row = [TITLES.get(method, method), group]
         for same in (0, 1):  # the data, then the seed
             row += agreement([(scores[a], scores[b]) for a, b in pairs if a[same] == b[same]])
@@ -227,87 +180,71 @@ def checkpoints_table():
     return markdown(titles, rows)
 
 
-RETRAINED = ("terse", "alpaca", "user")
-ORDERS = ("elimination", "ila", "first", "last", "random")
-
-
 def retrained(data):
-    """(label, budget) -> what came of it in each cell of one data set, in order of the seeds."""
-    found = {}
-    for cell in load("retraining")["cells"]:
-        if cell["cell"].rsplit("-", 1)[0] == data:
-            for one in cell["results"]:
-                found.setdefault((one["label"], one["budget"]), []).append(one)
-    return found
+    """What was trained from scratch on one data set: one column per measure and set, by seed.
 
-
-def paired(found, key, reference):
-    """Mean and half width of the held-out loss of one set minus that of another, by seed."""
-    pairs = zip(found[key], found[reference], strict=True)
-    return mean_and_half_width(
-        [a["held_out_loss_nats"] - b["held_out_loss_nats"] for a, b in pairs]
+    A set is named by what chose it and its budget: "elimination 0.3".
+    """
+    table = pd.DataFrame(
+        result | {"cell": cell["cell"], "set": f"{result['label']} {result['budget']:g}"}
+        for cell in load("retraining")["cells"]
+        for result in cell["results"]
+        if cell["cell"].rsplit("-", 1)[0] == data
     )
+    measures = ["held_out_loss_nats", "own_text_rise_nats", "num_trained_parameters"]
+    return table.pivot(index="cell", columns="set", values=measures)
 
 
 def best_table():
     """Trained from scratch: held-out loss minus that of all modules, and LoRA parameters."""
-    keys = [(one, budget) for budget in (0.1, 0.3) for one in ORDERS]
+    sets = [("", method, budget) for budget in (0.1, 0.3) for method in ORDERS]
+    sets += [("freeze worst, ", method, 0.75) for method in ORDERS]
+    tables = [retrained(data) for data in RETRAINED]
     rows = []
-    for key in [*keys, *((f"freeze worst, {one}", 0.75) for one in ORDERS)]:
-        label = key[0].removeprefix("freeze worst, ")
-        what = "all but worst 25 %" if label != key[0] else f"best {100 * key[1]:g} %"
-        row = [what, TITLES.get(label, label)]
-        for data in RETRAINED:
-            found = retrained(data)
-            mean, half = paired(found, key, ("all", 1.0))
-            size = statistics.mean(one["num_trained_parameters"] for one in found[key])
-            row.append(f"{mean:+.3f}±{half:.3f} ({size / 1000:.0f}k)")
+    for prefix, method, budget in sets:
+        what = "all but worst 25 %" if prefix else f"best {100 * budget:g} %"
+        row = [what, TITLES.get(method, method)]
+        for table in tables:
+            losses = table["held_out_loss_nats"]
+            name = f"{prefix}{method} {budget:g}"
+            size = table["num_trained_parameters"][name].mean() / 1000
+            row.append(f"{interval(losses[name] - losses['all 1'])} ({size:.0f}k)")
         rows.append(row)
     return markdown(["trained", "chosen by", *(DATA[data] for data in RETRAINED)], rows)
 
 
 def rivals_table():
     """At 10 %: each method's choice minus that of the default, paired by seed."""
-    founds = {data: retrained(data) for data in RETRAINED[:2]}
+    losses = [retrained(data)["held_out_loss_nats"] for data in RETRAINED[:2]]
     labels = {
-        label
-        for found in founds.values()
-        for label, budget in found
-        if budget == 0.1 and label != "elimination"
+        name.removesuffix(" 0.1") for table in losses for name in table if name.endswith(" 0.1")
     }
     rows = []
-    for label in labels:
-        cells, means = [], []
-        for found in founds.values():
-            if (label, 0.1) not in found:
-                cells.append("")
-                continue
-            mean, half = paired(found, (label, 0.1), ("elimination", 0.1))
-            means.append(mean)
-            cells.append(f"{mean:+.3f}±{half:.3f}")
-        rows.append((statistics.mean(means), [TITLES.get(label, label), *cells]))
-    titles = ["best 10 % by", *(f"{DATA[data]}, against the default" for data in founds)]
-    return markdown(titles, [row for _, row in sorted(rows)])
+    for label in labels - {"elimination"}:
+        differences = [
+            table[f"{label} 0.1"] - table["elimination 0.1"] if f"{label} 0.1" in table else []
+            for table in losses
+        ]
+        mean = statistics.mean(found.mean() for found in differences if len(found))
+        cells = [interval(found) if len(found) else "" for found in differences]
+        rows.append((mean, [TITLES.get(label, label), *cells]))
+    titles = [f"{DATA[data]}, against the default" for data in RETRAINED[:2]]
+    return markdown(["best 10 % by", *titles], [row for _, row in sorted(rows)])
 
 
 def forgotten_table():
     """The rise of the loss on text that the base model wrote itself."""
-    keys = [("all", 1.0)]
-    keys += [(one, budget) for one in ("elimination", "last", "random") for budget in (0.1, 0.3)]
+    rises = [retrained(data)["own_text_rise_nats"] for data in RETRAINED]
+    sets = [("all", 1.0), *product(("elimination", "last", "random"), (0.1, 0.3))]
     rows = []
-    for label, budget in keys:
-        row = [TITLES.get(label, label), f"{100 * budget:g} %"]
-        for data in RETRAINED:
-            rises = [one["own_text_rise_nats"] for one in retrained(data)[label, budget]]
-            row.append(f"{statistics.mean(rises):.3f}")
-        rows.append(row)
+    for label, budget in sets:
+        means = [f"{table[f'{label} {budget:g}'].mean():.3f}" for table in rises]
+        rows.append([TITLES.get(label, label), f"{100 * budget:g} %", *means])
     return markdown(["trained", "budget", *(DATA[data] for data in RETRAINED)], rows)
 
 
 def catalogue_table():
     """Every method of the table, with a link to the file that scores."""
-    from keylayers.scores.methods import BUILT_IN
-
     rows = []
     for method in BUILT_IN:
         file = method.function.split(":")[0].rsplit(".", 1)[1]
@@ -334,14 +271,15 @@ def own_code_table():
 def planted_line():
     """How many planted truths were found, and how many draws were none."""
     record = load("planted")
-    by_kind = {kind: [] for kind in ("nothing", "noise")}
-    for one in record["trials"]:
-        by_kind[one["others"]].append(one["is_found"])
-    parts = [f"{sum(found)} of {len(found)} with {kind}" for kind, found in by_kind.items()]
-    num_trials, num_useless = len(record["trials"]), record["num_useless"]
+    trials = pd.DataFrame(record["trials"])
+    parts = [
+        f"{found.sum()} of {len(found)} with {others}"
+        for others, found in trials.groupby("others", sort=False)["is_found"]
+    ]
+    num_draws = len(trials) + record["num_useless"]
     return (
-        f"{record['num_found']} of {num_trials} trials ({', '.join(parts)}); {num_useless} of "
-        f"{num_trials + num_useless} draws were left out"
+        f"{record['num_found']} of {len(trials)} trials ({', '.join(parts)}); "
+        f"{record['num_useless']} of {num_draws} draws were left out"
     )
 
 
@@ -358,26 +296,3 @@ TABLES = (
     against_table,
     planted_line,
 )
-PAGES = ("README.md", "docs/methods.md", "docs/claims.md")
-
-
-def page(path, tables=TABLES):
-    """The text of a page with every table between its marks made from the records."""
-    text = (ROOT / path).read_text(encoding="utf-8")
-    for make in tables:
-        name = make.__name__
-        mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text = mark.sub(lambda match, make=make: f"{match[1]}{make()}\n{match[2]}", text)
-    return text
-
-
-def main():
-    """Write the tables into the pages."""
-    import small_study
-
-    for path in PAGES:
-        (ROOT / path).write_text(page(path, (*TABLES, *small_study.TABLES)), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

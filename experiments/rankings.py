@@ -103,29 +103,21 @@ def run(cell, folder, shared):
 
 def collect(folder, path):
     """One record of all cells: losses of every method, scores of those that are compared."""
-    found = []
-    for cell in cells.ALL:
-        home = folder / cell.name / "rankings.json"
-        if not home.exists():
-            continue
-        one = json.loads(home.read_text(encoding="utf-8"))
-        one["environment"] = short(one["environment"])
-        one["stage_1_environment"] = short(one["stage_1_environment"])
-        one["data"] = {key: one["data"][key] for key in KEPT_OF_DATA}
-        for result in one["results"]:
+    homes = [folder / cell.name / "rankings.json" for cell in cells.ALL]
+    found = [json.loads(home.read_text(encoding="utf-8")) for home in homes if home.exists()]
+    for cell in found:
+        for made_in in (cell["environment"], cell["stage_1_environment"]):
+            for key in made_in.keys() - {"commit", "keylayers", "libraries"}:
+                del made_in[key]
+        cell["data"] = {key: cell["data"][key] for key in KEPT_OF_DATA}
+        for result in cell["results"]:
             scores = result.pop("scores", None)
             if result["method"] in COMPARED:
                 result["scores"] = [float(f"{score:.5g}") for score in scores]
             result["losses"] = [round(loss, 6) for loss in result["losses"]]
-        found.append(one)
     modules = found[0]["modules"]
-    assert all(one.pop("modules") == modules for one in found)
+    assert all(cell.pop("modules") == modules for cell in found)
     write_json(path, {"modules": modules, "cells": found})
-
-
-def short(made_in):
-    """Commit and versions."""
-    return {key: made_in[key] for key in ("commit", "keylayers", "libraries") if key in made_in}
 
 
 def main():
@@ -133,24 +125,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shared", type=Path)
-    parser.add_argument("--part", default="0/1", help="i/n: every n-th cell from the i-th")
     parser.add_argument("--collect", type=Path)
     arguments = parser.parse_args()
     if arguments.collect:
         collect(arguments.folder, arguments.collect)
         return
     torch.set_num_threads(1)
-    first, every = map(int, arguments.part.split("/"))
-    for cell in cells.ALL[first::every]:
+    for cell in cells.ALL:
         home = arguments.folder / cell.name / "rankings.json"
         if home.exists():
             continue
         content = run(cell, arguments.folder, arguments.shared)
         write_json(home, content)
         areas = {one["method"]: one["area"] for one in content["results"]}
-        print(
-            cell.name, {name: area and round(area, 3) for name, area in areas.items()}, flush=True
-        )
+        print(cell.name, areas, flush=True)
 
 
 if __name__ == "__main__":

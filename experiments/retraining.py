@@ -66,12 +66,9 @@ def within_prices(cell, folder, shared, prices):
         if one["method"] == "elimination" and one["mask_data"] == "held-out"
     )
     loaded = cells.fresh(cell, folder, shared)
-    infos = {one.module.name: one.module for one in loaded.updates}
     modules = tuple(
-        RankedModule(
-            name, infos[name].block_index, infos[name].projection, infos[name].num_parameters, score
-        )
-        for name, score in zip(found["modules"], scores, strict=True)
+        RankedModule.of(update.module, score)
+        for update, score in zip(loaded.updates, scores, strict=True)
     )
     head = loaded.trainer.model.get_output_embeddings().weight.numel()
     made_by = {
@@ -110,36 +107,30 @@ def train(cell, folder, shared, names, texts):
     """Held-out and own-text loss after training `names` from scratch."""
     loaded = cells.fresh(cell, folder, shared, names)
     texts = texts or own_text(loaded)
-    trainer = make_trainer(
-        loaded.trainer.model,
-        loaded.trainer.processing_class,
-        loaded.train,
-        cell.training(),
-        num_steps=STEPS,
-    )
+    model, tokenizer = loaded.trainer.model, loaded.trainer.processing_class
+    trainer = make_trainer(model, tokenizer, loaded.train, cell.training(), num_steps=STEPS)
     before = held_out_loss(trainer, texts)
     result = fine_tune(trainer)
     return texts, {
         "num_modules": len(names),
-        "num_trained_parameters": sum(
-            one.numel() for one in trainer.model.parameters() if one.requires_grad
-        ),
+        "num_trained_parameters": trainer.get_num_trainable_parameters(),
         "held_out_loss_nats": held_out_loss(trainer, loaded.held_out),
         "own_text_rise_nats": held_out_loss(trainer, texts) - before,
         "seconds": result.seconds,
     }
 
 
-def run(cell, folder, shared, budgets, methods, prices):
+def run(cell, given):
     """Every selection of one cell that is not in its file yet."""
+    folder, shared = given.folder, given.shared
     path = folder / cell.name / "retraining.json"
     content = {"environment": environment(), "steps": STEPS, "cell": cell.name, "results": []}
     if path.exists():
         content = json.loads(path.read_text(encoding="utf-8"))
     finished = {(one["label"], one["budget"]) for one in content["results"]}
     texts = None
-    wanted = selections(cell, folder, budgets, methods)
-    wanted |= within_prices(cell, folder, shared, prices) if prices else {}
+    wanted = selections(cell, folder, given.budgets, given.methods)
+    wanted |= within_prices(cell, folder, shared, given.prices) if given.prices else {}
     for (label, budget), names in wanted.items():
         if (label, budget) in finished:
             continue
@@ -168,14 +159,7 @@ def main():
         return
     torch.set_num_threads(1)
     for cell in wanted:
-        run(
-            cell,
-            arguments.folder,
-            arguments.shared,
-            arguments.budgets,
-            arguments.methods,
-            arguments.prices,
-        )
+        run(cell, arguments)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from findings import RECORDS, load, markdown, mean_and_half_width
+from tables import RECORDS, interval, load, markdown
 
 MEASURES = {
     "held_out_loss": "loss",
@@ -63,11 +63,11 @@ def trained_rows(table, axes):
     """One row per training and grid point, with its axes under `point`."""
     wanted = table[(table["kind"] == "training") & table["measure"].isin(list(MEASURES))]
     rows = []
-    for _, part in wanted.groupby(["cell", *axes], sort=False):
-        values = dict(zip(part["measure"], part["value"].astype(float), strict=True))
+    for (_, *labels), part in wanted.groupby(["cell", *axes], sort=False):
+        values = part.set_index("measure")["value"].astype(float)
         found = {short: values[measure] for measure, short in MEASURES.items()}
         found |= {count: int(found[count]) for count in ("num_modules", "num_parameters")}
-        rows.append({"point": part.iloc[0][axes].to_dict(), **found})
+        rows.append({"point": dict(zip(axes, labels, strict=True)), **found})
     return rows
 
 
@@ -96,10 +96,7 @@ def trained(recipe, **point):
 def minus(losses, others):
     """Mean difference by seed with its half interval, or nothing if it was not run."""
     differences = [losses[seed] - others[seed] for seed in losses if seed in others]
-    if not differences:
-        return ""
-    mean, half = mean_and_half_width(differences)
-    return f"{mean:+.3f}±{half:.3f}"
+    return interval(differences) if differences else ""
 
 
 def small_training_table():
@@ -155,24 +152,20 @@ def small_agreement_table():
 def cross_data_table():
     """The best 30 % by a ranking of one data set, trained on another: loss minus all modules."""
     rows = load("small_study")["recipes"]["cross-data"]["trained"]
-    ranked_on = [*dict.fromkeys(row["point"]["ranked_on"] for row in rows)]
+    sources = dict.fromkeys(row["point"]["ranked_on"] for row in rows)
     data = [*dict.fromkeys(row["point"]["train_data"] for row in rows)]
-    everything = next(one for one in ranked_on if "all modules" in one)
+    everything = next(source for source in sources if "all modules" in source)
     lines = []
-    for one in ranked_on:
-        if one == everything:
-            continue
-        wholes = {
-            other: trained("cross-data", ranked_on=everything, train_data=other) for other in data
-        }
-        cells = [
-            minus(trained("cross-data", ranked_on=one, train_data=other), wholes[other])
-            for other in data
-        ]
-        lines.append([one, *cells])
-    return markdown(
-        ["ranked on", *(f"trained on {one.removesuffix('.jsonl')}" for one in data)], lines
-    )
+    for source in sources:
+        if source != everything:
+            ends = (source, everything)
+            pairs = (
+                [trained("cross-data", ranked_on=where, train_data=name) for where in ends]
+                for name in data
+            )
+            lines.append([source, *(minus(*pair) for pair in pairs)])
+    titles = (f"trained on {name.removesuffix('.jsonl')}" for name in data)
+    return markdown(["ranked on", *titles], lines)
 
 
 TABLES = (small_training_table, small_agreement_table, cross_data_table)

@@ -2,7 +2,6 @@
 """Docs hold: numbers come from records, commands and files that they name exist."""
 
 import re
-import runpy
 import shlex
 from pathlib import Path
 
@@ -14,51 +13,41 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_tables_of_the_performance_page_come_from_the_records():
-    tables = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
-    text = (ROOT / "docs" / "performance.md").read_text()
-    assert tables["page"]() == text
-    for make in tables["TABLES"]:
-        assert make() in text, make.__name__
-
-
-def test_tables_of_findings_come_from_the_records(monkeypatch):
+@pytest.fixture
+def experiments(monkeypatch):
+    """The folder whose scripts make the tables is on the path."""
     monkeypatch.syspath_prepend(ROOT / "experiments")
-    import small_study
+
+
+def test_every_table_of_the_pages_comes_from_the_records(experiments):
+    import pages
+    from tables import filled
+
+    texts = {path: path.read_text() for path in pages.PAGES}
+    for make in pages.TABLES:
+        mark = f"<!-- {make.__name__} -->"
+        assert sum(mark in text for text in texts.values()) == 1, make.__name__
+    for text in texts.values():
+        assert filled(text, pages.TABLES) == text
+
+
+def test_the_default_is_better_than_leave_one_out_and_every_rival_at_a_fifth_of_the_cost(
+    experiments,
+):
+    """What the README says, recomputed from the record."""
+    from keylayers.scores.scoring_options import scoring_options
 
     import findings
 
-    tables = (*findings.TABLES, *small_study.TABLES)
-    pages = {path: (ROOT / path).read_text() for path in findings.PAGES}
-    for make in tables:
-        assert any(f"<!-- {make.__name__} -->" in text for text in pages.values()), make.__name__
-    for path, text in pages.items():
-        assert findings.page(path, tables) == text
-
-
-def test_the_default_is_better_than_leave_one_out_and_every_rival_at_a_fifth_of_the_cost():
-    """What the README says, recomputed from the record."""
-    made = runpy.run_path(str(ROOT / "experiments" / "findings.py"))
-    record = made["load"]("rankings")
-    from keylayers.scores.scoring_options import scoring_options
-
     assert scoring_options().method == "elimination"
-    means = {
-        one: sum(made["mean_areas"](record, *one).values()) / 6 for one in made["variants"](record)
-    }
-    own = means.pop(("elimination", "held-out"))
-    assert own < min(means.values())
-    cost = {
-        method: made["results"](record, method, "held-out", "alpaca")[0]["forward_equivalents"]
-        for method in ("elimination", "leave-one-out")
-    }
+    table = findings.scored()
+    areas = findings.mean_areas(table)
+    assert areas.index[0] == ("elimination", "held-out")
+    cost = table.groupby("method")["forward_equivalents"].first()
     assert cost["elimination"] <= cost["leave-one-out"] / 5
-    for group in (("polite", "list", "terse"), ("alpaca", "dpo", "user")):
-        totals = {}
-        for method, kind in (("elimination", "held-out"), ("leave-one-out", "train")):
-            areas = made["mean_areas"](record, method, kind)
-            totals[method] = sum(areas[data] for data in group)
-        assert totals["elimination"] < totals["leave-one-out"]
+    for group in findings.GROUPS.values():
+        means = areas[group].mean(axis=1)
+        assert means["elimination", "held-out"] < means["leave-one-out", "train"]
 
 
 def test_the_readme_is_short_and_its_links_exist():

@@ -1,41 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs/performance.md, from the records next to this file.
+"""The tables of docs/performance.md, from the records of `benchmarks/`."""
 
-python -m benchmarks.tables       # writes them into the page; a test compares them
-"""
-
-import json
-import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from functools import partial
 
-HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "performance.md"
-RETRAINING = HERE.parent / "experiments" / "records" / "retraining.json"
+import tables
+from findings import retrained
+from tables import ROOT, markdown
+
+load = partial(tables.load, folder=ROOT / "benchmarks")
 UPPER = "30%, the uppermost"
 STEP_TITLES = ("time (quartiles)", "counted", "kept", "optimizer", "peak")
 
 
-def load(name: str) -> Any:
-    """A record."""
-    return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def shown(row: Mapping[str, Any], digits: int = 2) -> str:
+def shown(row, digits=2):
     """Median and quartiles of a ratio."""
     low, high = (f"{quartile:.{digits}f}" for quartile in row["time_ratio_quartiles"])
     return f"{row['time_ratio_median']:.{digits}f} ({low} to {high})"
 
 
-def goals() -> str:
+def goals():
     """Every goal, what was measured, and whether it is met."""
     step, free = load("mask_step")["modes"]["gates on A (keylayers)"], load("free_score")
     pair, growth = load("checkpoint_pair"), load("growth")["axes"]
@@ -47,7 +31,7 @@ def goals() -> str:
     upper = cases[f"{UPPER}, checkpointed, keylayers"]["time_ratio_median"]
     as_trl = cases[f"{UPPER}, checkpointed, as TRL has it"]["time_ratio_median"]
 
-    def slope(axis: str) -> float:
+    def slope(axis):
         return max(mode["seconds_slope"] for mode in growth[axis]["modes"].values())
 
     rows = [
@@ -71,11 +55,11 @@ def goals() -> str:
     return markdown(["what", "goal", "measured", "met"], rows)
 
 
-def _goal(what: str, found: float, most: float, text: str | None = None) -> list[str]:
+def _goal(what, found, most, text=None):
     return [what, f"≤ {most:g}", text or f"{found:.2f}", "yes" if found <= most else "no"]
 
 
-def mask_step() -> str:
+def mask_step():
     """The mask step against its limit."""
     rows = [
         [name, shown(row), f"{row['kept_mib']:.0f}", f"{row['kept_ratio']:.2f}"]
@@ -84,14 +68,14 @@ def mask_step() -> str:
     return markdown(["step", "time (quartiles)", "kept for backward, MiB", "ratio"], rows)
 
 
-def train_selection() -> str:
+def train_selection():
     """A training step of a selection against LoRA on all modules."""
     cases = load("train_selection")["sizes"]["26 M"]["cases"]
     rows = [[title.replace("%", " %"), *_step(row)] for title, row in cases.items()]
     return markdown(["trained", *STEP_TITLES], rows)
 
 
-def sizes() -> str:
+def sizes():
     """Training steps of selections at other sizes."""
     rows = [
         [f"{size}, {found['tokens']}", title.replace("%", " %"), *_step(row)]
@@ -102,12 +86,12 @@ def sizes() -> str:
     return markdown(["parameters, tokens", "trained", *STEP_TITLES], rows)
 
 
-def _step(row: Mapping[str, Any]) -> list[str]:
+def _step(row):
     parts = ("counted", "kept_ratio", "optimizer_ratio", "peak_ratio")
     return [shown(row), *(f"{row[part]:.2f}" for part in parts)]
 
 
-def growth() -> str:
+def growth():
     """Exponents of time and kept memory."""
     rows = [
         [f"{axis}, {found['values'][0]} to {found['values'][-1]}", name,
@@ -118,7 +102,7 @@ def growth() -> str:
     return markdown(["along", "step", "time", "kept for backward"], rows)
 
 
-def start_up() -> str:
+def start_up():
     """Seconds that you wait."""
     rows = [
         [title, f"{statistics.median(found):.2f}", f"{min(found):.2f} to {max(found):.2f}"]
@@ -127,7 +111,7 @@ def start_up() -> str:
     return markdown(["process", "seconds, median", "range"], rows)
 
 
-def checkpoint_pair() -> str:
+def checkpoint_pair():
     """Memory of ranking two checkpoints, against a bare pass."""
     record = load("checkpoint_pair")
     bare, own = (statistics.median(record["peak_mib"][side]) for side in ("bare", "rank"))
@@ -141,47 +125,18 @@ def checkpoint_pair() -> str:
     return markdown(["held after loading at most", "MiB, median"], rows)
 
 
-def prices() -> str:
+def prices():
     """Held-out loss of what a time budget buys, trained from scratch, minus that of all modules."""
     data = {"terse": "built-in model, terse answers", "alpaca": "2 M model, Alpaca-GPT4"}
-    losses: dict[tuple[str, float], list[float]] = {}
-    for cell in json.loads(RETRAINING.read_text(encoding="utf-8"))["cells"]:
-        found = {
-            (one["label"], one["budget"]): one["held_out_loss_nats"] for one in cell["results"]
-        }
-        name = cell["cell"].rsplit("-", 1)[0]
-        for (label, price), loss in found.items():
-            if label == "elimination within a price":
-                losses.setdefault((name, price), []).append(loss - found["all", 1.0])
+    losses = [retrained(name)["held_out_loss_nats"] for name in data]
+    bought = "elimination within a price "
     rows = []
-    for price in sorted({price for _, price in losses}):
-        values = (losses[name, price] for name in data)
-        cells = (f"{statistics.mean(one):+.3f} ± {statistics.stdev(one):.3f}" for one in values)
+    for name in sorted(name for name in losses[0] if name.startswith(bought)):
+        price = float(name.removeprefix(bought))
+        differences = [table[name] - table["all 1"] for table in losses]
+        cells = (f"{found.mean():+.3f} ± {found.std():.3f}" for found in differences)
         rows.append([f"{price:g}x-time", f"{1 / price:.2f}", *cells])
     return markdown(["budget", "counted throughput", *data.values()], rows)
 
 
-TABLES: Sequence[Callable[[], str]] = (
-    goals,
-    mask_step,
-    train_selection,
-    sizes,
-    prices,
-    growth,
-    start_up,
-    checkpoint_pair,
-)
-
-
-def page() -> str:
-    """The page with every table between its marks made from the records."""
-    text = PAGE.read_text(encoding="utf-8")
-    for make in TABLES:
-        name = make.__name__
-        mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text = mark.sub(lambda match, make=make: f"{match[1]}{make()}\n{match[2]}", text)
-    return text
-
-
-if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+TABLES = (goals, mask_step, train_selection, sizes, prices, growth, start_up, checkpoint_pair)

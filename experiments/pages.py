@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the tables of README.md and docs/ from the records; a test compares them.
+
+    python experiments/pages.py
+
+A page holds a table between `<!-- name -->` and `<!-- /name -->`, where name is a function below.
+"""
+
+import findings
+import performance
+import small_study
+from tables import ROOT, filled
+
+TABLES = (*findings.TABLES, *small_study.TABLES, *performance.TABLES)
+PAGES = tuple(
+    ROOT / page
+    for page in ("README.md", "docs/methods.md", "docs/claims.md", "docs/performance.md")
+)
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
