@@ -13,9 +13,9 @@ an environment that the libraries read while they are imported (`READ_AT_IMPORT`
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -65,10 +65,9 @@ def python():
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(address))
         listener.listen(64)  # calls wait here until the imports are done
-        command = [sys.executable, __file__, "serve", str(listener.fileno()), str(folder)]
         with (folder / "log.txt").open("w") as log:
             server = subprocess.Popen(  # ends when this process ends, for it reads from it
-                command,
+                [sys.executable, __file__, "serve", str(listener.fileno()), str(folder)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -94,9 +93,8 @@ def call(address, arguments):
         connection.connect(address)
     except OSError:
         os.execv(real[0], real)
-    content = json.dumps(request).encode()
-    socket.send_fds(connection, [struct.pack("q", len(content))], [0, 1, 2])
-    connection.sendall(content)
+    socket.send_fds(connection, [b" "], [0, 1, 2])
+    connection.sendall(json.dumps(request).encode() + b"\n")
     told = connection.makefile()
     process = int(told.readline() or 0)
     if not process:
@@ -121,14 +119,13 @@ def _end_by(number):
     signal.pause()
 
 
-# --- the server: python preloaded.py serve LISTENER
+# --- the server: python preloaded.py serve LISTENER FOLDER
 
 
 def serve(listener, folder):
-    """Answer calls until standard input ends."""
+    """Answer every call by a fork, until standard input ends."""
     import gc
     import importlib
-    import selectors
     import shutil
     import warnings
 
@@ -140,92 +137,48 @@ def serve(listener, folder):
     sys.modules["torch"].set_num_threads(1)
     gc.collect()
     gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for keepers
     listener = socket.socket(fileno=listener)
+    while 0 not in select.select([0, listener], [], [])[0]:
+        connection, _ = listener.accept()
+        if not os.fork():
+            listener.close()
+            with contextlib.suppress(OSError, ValueError):  # the caller was killed
+                _keep(connection)
+            os._exit(0)
+        connection.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _keep(connection):
+    """Fork for a call, say how the fork ends, and kill it when its caller or the session ends."""
+    _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+    request = json.loads(connection.makefile().readline())
+    if not _fork_would_do(request):
+        connection.sendall(b"0\n")
+        return
     ends, wakes = os.pipe()
     os.set_blocking(wakes, False)
-    os.set_blocking(ends, False)
     signal.set_wakeup_fd(wakes)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    selector = selectors.DefaultSelector()
-    for file, name in ((0, "over"), (listener, "call"), (ends, "ended")):
-        selector.register(file, selectors.EVENT_READ, name)
-    at_work = {}  # process -> connection
-    while True:
-        for key, _ in selector.select():
-            if key.data == "over":
-                for process in at_work:
-                    with contextlib.suppress(OSError):
-                        os.killpg(process, signal.SIGKILL)
-                shutil.rmtree(folder, ignore_errors=True)
-                return
-            if key.data == "call":
-                _answer(listener, selector, at_work)
-            elif key.data == "ended":
-                os.read(ends, 4096)
-                _tell_ended(selector, at_work)
-            elif key.data in at_work:  # the caller was killed: it sends nothing but its end
-                os.kill(key.data, signal.SIGKILL)
-                selector.unregister(key.fileobj)
-
-
-def _answer(listener, selector, at_work):
-    import selectors
-
-    connection, _ = listener.accept()
-    streams = []
-    try:
-        start, streams, _, _ = socket.recv_fds(connection, 8, 3)
-        content = bytearray()
-        (length,) = struct.unpack("q", start)
-        while len(content) < length:
-            part = connection.recv(length - len(content))
-            if not part:
-                raise ConnectionError
-            content += part
-        request = json.loads(content)
-        if not _fork_would_do(request):
-            connection.sendall(b"0\n")
-            connection.close()
-            return
-        process = os.fork()
-        if not process:
-            _become(request, streams, [listener, connection, *at_work.values()], selector)
-        at_work[process] = connection
-        selector.register(connection, selectors.EVENT_READ, process)
-        with contextlib.suppress(OSError):  # killed already, as will be seen
-            connection.sendall(f"{process}\n".encode())
-    except OSError:  # the caller was killed before it had said what it wants
-        connection.close()
-    finally:
-        for stream in streams:
-            os.close(stream)
-
-
-def _tell_ended(selector, at_work):
-    while at_work:
-        try:
-            process, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if not process:
-            return
-        connection = at_work.pop(process)
-        with contextlib.suppress(KeyError, ValueError):
-            selector.unregister(connection)
-        with contextlib.suppress(OSError):
-            connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
-        connection.close()
+    process = os.fork()
+    if not process:
+        for file in (connection.detach(), ends, wakes):
+            os.close(file)
+        _become(request, streams)
+    with contextlib.suppress(OSError):  # the caller was killed, as `select` will see
+        connection.sendall(f"{process}\n".encode())
+    ready, _, _ = select.select([0, connection, ends], [], [])
+    if ends not in ready:
+        (os.killpg if 0 in ready else os.kill)(process, signal.SIGKILL)
+    _, status = os.waitpid(process, 0)
+    connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
 def _fork_would_do(request):
-    for name, value in request["environment"].items():
-        if (
-            name.startswith(READ_AT_IMPORT)
-            and name not in READ_LATER
-            and os.environ.get(name) != value
-        ):
-            return False
-    return _parsed(request["arguments"]) is not None
+    given = {name for name, _ in request["environment"].items() - os.environ.items()}
+    is_read = any(name.startswith(READ_AT_IMPORT) for name in given - {*READ_LATER})
+    return not is_read and _parsed(request["arguments"]) is not None
 
 
 def _parsed(arguments):
@@ -242,7 +195,7 @@ def _parsed(arguments):
     return (filters, is_unbuffered, rest) if rest else None
 
 
-def _become(request, streams, connections, selector):
+def _become(request, streams):
     """Be the process that was asked for; does not return."""
     import atexit
     import threading
@@ -258,9 +211,6 @@ def _become(request, streams, connections, selector):
         for stream in streams:
             if stream > 2:
                 os.close(stream)
-        selector.close()
-        for connection in connections:
-            connection.close()
         code = _run(request)
     except SystemExit as error:
         if error.code is None or isinstance(error.code, int):
