@@ -51,11 +51,7 @@ for _name, _help in COMMANDS.items():
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code.
-
-    Args:
-        arguments: Instead of the process's own.
-    """
+    """Run the command line, with the process's own arguments by default; returns the exit code."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     is_traceback_wanted = "--traceback" in tokens
     tokens = [token for token in tokens if token != "--traceback"]

@@ -84,14 +84,9 @@ def source_commit() -> str | None:
 
 
 def check_no_password(text: str, name: str) -> None:
-    """Refuse an option that holds a password, because options are recorded, shown and logged.
+    """Refuse a text with `user:password@` in an address: options are recorded, shown and logged.
 
-    Args:
-        text: The option's value.
-        name: How the message refers to it; the message does not repeat the text.
-
-    Raises:
-        ConfigError: `text` contains an address such as `https://user:password@host`.
+    The message calls it `name` and does not repeat it.
     """
     if PASSWORD.search(text):
         raise ConfigError(

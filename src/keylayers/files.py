@@ -38,11 +38,7 @@ def json_sha256(content: Any) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` to `path` whole or not at all.
-
-    Raises:
-        OutputError: `path` cannot be written; its old content is untouched.
-    """
+    """Write `content` to `path` whole or not at all, as `write_bytes` does."""
     try:
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
         write_text(path, text + "\n")
@@ -51,11 +47,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` whole or not at all.
-
-    Raises:
-        OutputError: `path` cannot be written; its old content is untouched.
-    """
+    """Write `text` to `path` whole or not at all, as `write_bytes` does."""
     write_bytes(path, text.encode("utf-8"))
 
 
@@ -170,13 +162,10 @@ def _end_replacing(path: Path) -> None:
 
 @contextlib.contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
-    """A hidden folder next to `path` for the work so far of the run that will write `path`.
+    """A hidden folder next to `path` for the unfinished work of the run that will write `path`.
 
     It is removed if the block succeeds. It stays for the next run if the process is killed or the
-    block fails, unless it is empty. Only one run at a time holds it.
-
-    Raises:
-        OutputError: another run is working on `path`, or nothing can be written there.
+    block fails, unless it is empty. Only one run at a time holds it, as in `one_at_a_time`.
     """
     folder = _hidden(path, "unfinished")
     if not is_first_process():
@@ -194,11 +183,7 @@ def unfinished(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what is left of a run that was killed right after it completed `path`.
-
-    Raises:
-        OutputError: another run is working on `path`, or nothing can be written there.
-    """
+    """Remove what is left of a run that was killed right after it completed `path`."""
     if is_first_process() and _hidden(path, "unfinished").is_dir():
         with unfinished(path):
             pass
@@ -208,12 +193,9 @@ def remove_unfinished(path: Path) -> None:
 def one_at_a_time(folder: Path, written: Path | None = None) -> Iterator[None]:
     """Hold `folder`, which is made if needed, for this process alone during the block.
 
-    Args:
-        folder: Holds a hidden lock file meanwhile.
-        written: The path to name in messages instead.
-
     Raises:
-        OutputError: another process holds it, or nothing can be written there.
+        OutputError: another process holds it, or nothing can be written there. It names `written`,
+            or else the folder.
     """
     from filelock import FileLock, Timeout  # imports asyncio, which `--help` can do without
 

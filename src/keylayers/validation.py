@@ -43,12 +43,7 @@ AnyPart = TypeVar("AnyPart", bound=BaseModel)
 
 
 def read_json(path: Path, what: str, command: str) -> Any:
-    """The parsed JSON of a file.
-
-    Args:
-        path: The file.
-        what: What it is, for the message.
-        command: What writes such files, for the message.
+    """The parsed JSON of a file, which messages call `what` and which `command` writes.
 
     Raises:
         RankingError: it is missing, cannot be read or is no JSON.
@@ -70,13 +65,7 @@ def read_json(path: Path, what: str, command: str) -> Any:
 
 
 def validated(part: type[AnyPart], content: object, source: str, command: str) -> AnyPart:
-    """`content` as a `part`.
-
-    Args:
-        part: The type.
-        content: Parsed JSON.
-        source: Where it comes from, for the message.
-        command: What writes such files, for the message.
+    """Parsed JSON as a `part`; `source` and `command` say in a message where it comes from.
 
     Raises:
         RankingError: names the first value that is wrong.

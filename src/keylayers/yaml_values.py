@@ -17,11 +17,7 @@ BROKEN = (ValueError, RecursionError, LookupError, AttributeError, TypeError)
 
 
 def yaml_value(text: str, source: str) -> Any:
-    """The value that a YAML text holds.
-
-    Args:
-        text: In YAML.
-        source: The name of the text in messages.
+    """The value of a YAML text, which messages call `source`.
 
     Raises:
         ConfigError: `text` is not valid YAML, repeats a key, is too large, or holds a password or
