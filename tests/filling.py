@@ -80,7 +80,6 @@ def main():
     disk.mkdir(parents=True)
     own_mounts()
     import keylayers.commands.rank_first
-    import keylayers.training.fine_tuning
     import keylayers.training.rank_modules  # noqa: F401  all before the first fork
 
     mount(disk, ROOM)

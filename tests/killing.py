@@ -128,7 +128,6 @@ def main():
     how, folder, num_kills, seed, *words = sys.argv[1:]
     folder, num_kills = Path(folder), int(num_kills)
     import keylayers.commands.rank_first
-    import keylayers.training.fine_tuning
     import keylayers.training.rank_modules  # noqa: F401  all before the first fork
 
     start = time.perf_counter()

@@ -237,7 +237,7 @@ def test_a_stopped_run_of_two_processes_goes_on_bit_for_bit(tiny, preferences, t
     for more in ({"STOP_AT": "5"}, {}):
         codes, _, err = launch(tmp_path, [words], two[3], **more)
         assert codes == {rank: [130 if more else 0] for rank in "01"}, err[-3000:]
-    assert "training of selected continues after step 4" in err
+    assert "training selected: continues after step 4" in err
     assert differences(contents(whole), contents(tmp_path / "rank-first")) == []
 
 

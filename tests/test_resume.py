@@ -108,7 +108,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert differences(whole, broken) == []
     assert first_steps == expected
     if words[0] == "rank":
-        assert "stage 1 continues after step 4" in capsys.readouterr().err
+        assert "stage 1, training all modules: continues after step 4" in capsys.readouterr().err
 
 
 def test_a_finished_training_of_the_same_inputs_is_taken(tiny, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`keylayers rank`: stage 1 fine-tunes all modules, stage 2 scores their updates."""
 
+import contextlib
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,9 +12,8 @@ from cyclopts import App
 from keylayers.commands.config import FLAT, flat, flat_values
 from keylayers.commands.scoring_flags import ScoringFlags
 from keylayers.data.options import DataOptions
-from keylayers.environment import environment
-from keylayers.errors import ConfigError
-from keylayers.files import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT, json_sha256
+from keylayers.errors import ConfigError, RankingError
+from keylayers.files import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT
 from keylayers.model.options import ModelOptions, UpdateOptions
 from keylayers.progress import Progress, Silent
 from keylayers.scores.scoring_options import ScoringOptions
@@ -22,9 +22,9 @@ from keylayers.training.options import LOSS_UNITS, StabilityOptions, TrainingOpt
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from peft import PeftModel
-    from transformers import PreTrainedModel, Trainer
+    from transformers import Trainer
 
+    from keylayers.commands.fine_tuning import Tuned
     from keylayers.commands.session import Session
     from keylayers.ranking.ranking import Ranking
     from keylayers.scores.module_scores import ModuleScores
@@ -117,7 +117,6 @@ def run(
     from keylayers.files import check_replaceable, output_folder
     from keylayers.ranking.ranking import FILE
     from keylayers.training.rank_modules import scores_record, to_ranking
-    from keylayers.training.run import make_loss_trainer
 
     start = time.perf_counter()
     progress = progress or Silent()
@@ -132,9 +131,7 @@ def run(
         )
         provenance = session.record | {"options": flat_values(options)}
         tuned = _find_update(session, options, folder)
-        trainer = make_loss_trainer(
-            tuned.model, session.tokenizer, session.data, training, load_reference=session.load
-        )
+        trainer = session.scoring_trainer(tuned.model, training)
         provenance |= tuned.record
         provenance["loss_unit"] = LOSS_UNITS[training.objective]
         provenance["held_out_loss_nats"] = _held_out_losses(trainer, tuned.updates)
@@ -158,69 +155,54 @@ def stage_1_name(training: TrainingOptions) -> str:
 
 def _find_update(session: "Session", options: RankOptions, folder: Path) -> "TunedModel":
     """The model with the update to rank: an existing one, or that of stage 1 in `folder`."""
-    from keylayers.files import remove_unfinished
     from keylayers.model.sharding import is_sharded
-    from keylayers.training.fine_tuning import finished_stage_1
     from keylayers.updates import adapter_updates
     from keylayers.updates.adalora import is_adalora
     from keylayers.updates.existing import TunedModel, existing_update
 
-    model, towers, is_full = session.fresh(), options.model.towers, options.training.is_full
+    towers, is_full = options.model.towers, options.training.is_full
     if not options.has_stage_1:
-        return existing_update(model, options.update, session.progress, towers)
-    inputs = json_sha256(
-        {
-            "environment": environment(),
-            "model": session.record["model"],
-            "split": session.record["data"]["split_sha256"],
-            "training": options.training.decisive(),
-            "stability": asdict(options.stability),
-        }
-    )
-    stage_1 = finished_stage_1(folder, inputs)
-    if stage_1 is not None:
-        remove_unfinished(folder)
-        session.progress.note(f"stage 1 of the same inputs is taken from {folder}")
-    else:
-        tuned, stage_1 = _stage_1(session, model, options, folder, inputs)
-        if not (is_full or is_adalora(tuned) or is_sharded(tuned)):
-            return TunedModel(tuned, adapter_updates(tuned), {"stage_1": stage_1})
-        # Load the base again: a full fine-tune changed it, AdaLoRA's file lacks the ranks that
-        # it cut, and a trainer cannot be built on weights that are spread over processes.
-        model = session.load()
+        return existing_update(session.fresh(), options.update, session.progress, towers)
+    tuned, stage_1 = _stage_1(session, options, folder)
+    if tuned is not None and not (is_full or is_adalora(tuned) or is_sharded(tuned)):
+        return TunedModel(tuned, adapter_updates(tuned), {"stage_1": stage_1})
+    del tuned  # frees its memory
+    # Load the update again: a full fine-tune changed the base, AdaLoRA's file lacks the ranks that
+    # it cut, and a trainer cannot be built on weights that are spread over processes.
     where = UpdateOptions(tuned=str(folder)) if is_full else UpdateOptions(adapter=str(folder))
-    found = existing_update(model, where, session.progress, towers)
+    found = existing_update(session.fresh(), where, session.progress, towers)
     if not is_full:
         stage_1 |= {"adapter_sha256": found.record["adapter"]["weights_sha256"]}
     return TunedModel(found.model, found.updates, {"stage_1": stage_1})
 
 
 def _stage_1(
-    session: "Session",
-    model: "PreTrainedModel",
-    options: RankOptions,
-    folder: Path,
-    inputs_sha256: str,
-) -> "tuple[PreTrainedModel | PeftModel, dict[str, Any]]":
-    """Train all modules and write the result to `folder`; the tuned model and its record."""
-    from keylayers.apply.saving import save_tuned
-    from keylayers.commands.repeat import how_it_was_made
-    from keylayers.files import unfinished
-    from keylayers.report.model_card import model_card
-    from keylayers.training.checkpoints import Checkpoints
-    from keylayers.training.fine_tuning import FineTuning, train_all
+    session: "Session", options: RankOptions, folder: Path
+) -> "tuple[Tuned | None, dict[str, Any]]":
+    """Train all modules and write them to `folder`, unless a run of the same inputs has.
 
-    training, cap = options.training, options.stability.stage_1_cap
-    fine_tuning = FineTuning(
-        training, cap, session.tokenizer, session.data, session.load, session.progress
-    )
+    The tuned model, if it was trained, and the record of stage 1.
+    """
+    from keylayers.apply.saving import save_tuned
+    from keylayers.commands.fine_tuning import FineTuning, inputs_sha256
+    from keylayers.commands.repeat import how_it_was_made
+    from keylayers.files import RECORD, remove_unfinished, unfinished
+    from keylayers.ranking.record import read_run
+    from keylayers.report.model_card import model_card
+
+    training = options.training
+    inputs = inputs_sha256(session, training, stability=asdict(options.stability))
+    with contextlib.suppress(RankingError):
+        found = read_run(folder / RECORD)
+        if found.inputs_sha256 == inputs and found.stage_1 is not None:
+            remove_unfinished(folder)
+            session.progress.note(f"stage 1 of the same inputs is taken from {folder}")
+            return None, found.content["stage_1"]
     with unfinished(folder) as before:
-        checkpoints = Checkpoints(before / "stage-1", inputs_sha256, training.save_steps)
-        tuned, stage_1 = train_all(
-            fine_tuning, model, session.names, options.stability, checkpoints
-        )
+        fine_tuning = FineTuning(session, training, options.stability.stage_1_cap, before)
+        tuned, stage_1 = fine_tuning.train_all(options.stability, inputs)
         made = flat_values(options)
-        record = {"inputs_sha256": inputs_sha256, "options": made, "stage_1": stage_1}
+        record = {"inputs_sha256": inputs, "options": made, "stage_1": stage_1}
         card = model_card(session.record | record, None, how_it_was_made("rank", made, None))
         save_tuned(tuned, session.tokenizer, folder, record, card)
     return tuned, stage_1

@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+from keylayers.commands.fine_tuning import Trained
 from keylayers.commands.selection import Control, SelectionOptions
 from keylayers.commands.train_job import TrainJob, base_row, compare, finished, save
 from keylayers.files import json_sha256
 from keylayers.ranking.ranking import FILE, Ranking
+from keylayers.ranking.record import TrainedSet
 from keylayers.scores.scoring_options import ScoringOptions, scoring_options
-from keylayers.training.fine_tuning import Trained, TrainedSet
 from keylayers.training.freeze import FreezeUnimportant
 from keylayers.training.options import FreezeAction, StabilityOptions
 
@@ -66,7 +67,7 @@ def _train(
         "inside_run": frozen | {"num_steps": options.selection.steps},
     }
     ranking = replace(callback.ranking, provenance=provenance)
-    rows = [base_row(trained.base_loss_nats), replace(trained.row, label=label)]
+    rows = [base_row(trained.base_loss_nats), trained.row.model_copy(update={"label": label})]
     record = job.record | {
         "inputs_sha256": inputs,
         "selection": callback.selection.record(),
@@ -74,7 +75,7 @@ def _train(
         "frozen": frozen | {"modules": list(callback.frozen)},
         "losses": list(trained.result.losses),
         "seconds": trained.result.seconds,
-        "results": [asdict(row) for row in rows],
+        "results": [row.model_dump() for row in rows],
     }
     save(job, trained.model, record, ranking, {FILE: ranking.to_json()})
     return record
@@ -88,7 +89,7 @@ def _control(job: TrainJob, options: RankFirst, control: Control, step: int) -> 
     callback = _callback(job, options, at_step, scoring_options(control))  # looks at no data
     trained = job.sets.train(job.session.names, control, callback)
     label = _label(control, callback.action, step)
-    return replace(trained, row=replace(trained.row, label=label))
+    return replace(trained, row=trained.row.model_copy(update={"label": label}))
 
 
 def _callback(

@@ -21,7 +21,7 @@ from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import read_made_by
 from keylayers.ranking.selection import check_same_modules
 from keylayers.training.options import ObjectiveOptions, TrainingOptions
-from keylayers.training.run import make_loss_trainer
+from keylayers.training.run import make_trainer
 from keylayers.updates.existing import TunedModel, existing_update
 
 ENOUGH_BATCHES = 20  # of held-out examples, to resample them for an interval
@@ -134,8 +134,22 @@ class Session:
         if objective.objective != "kto":  # its loss compares the answers of a batch
             batch_size = max(1, min(batch_size, len(self.data.held_out) // ENOUGH_BATCHES))
         training = TrainingOptions(**asdict(objective), batch_size=batch_size)
-        return make_loss_trainer(
-            model, self.tokenizer, self.data, training, load_reference=self.load
+        return self.scoring_trainer(model, training)
+
+    def scoring_trainer(
+        self, model: PreTrainedModel | PeftModel, options: TrainingOptions
+    ) -> Trainer:
+        """A trainer that never trains; its data are the mask's, or else the training examples."""
+        return make_trainer(
+            model,
+            self.tokenizer,
+            self.data.mask or self.data.train,
+            options,
+            num_steps=1,
+            evaluation=self.data.evaluation(),
+            max_length=self.data.max_length,
+            load_reference=self.load,
+            title="stage-2",
         )
 
     def _note_other_model(self, ranking: Ranking) -> None:

@@ -3,7 +3,7 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,8 +24,9 @@ from keylayers.ranking.selection import Selection
 from keylayers.training.options import LOSS_UNITS, StabilityOptions, TrainingOptions
 
 if TYPE_CHECKING:
+    from keylayers.commands.fine_tuning import Trained
     from keylayers.commands.train_job import TrainJob
-    from keylayers.training.fine_tuning import Trained, TrainedSet
+    from keylayers.ranking.record import TrainedSet
 
 EXAMPLES = """Examples:
 
@@ -108,7 +109,9 @@ def train(
     prepare_push(push_to_hub, private)
     rows = run(options, output, ConsoleProgress())
     console = stdout()
-    console.print(loss_table([asdict(row) for row in rows], LOSS_UNITS[options.training.objective]))
+    console.print(
+        loss_table([row.model_dump() for row in rows], LOSS_UNITS[options.training.objective])
+    )
     kind = "checkpoint" if options.training.is_full else "adapter"
     console.print(f"\n{kind} written to {output}", markup=False)
     push(output, push_to_hub)
@@ -161,10 +164,9 @@ def _open(
     ranking: Ranking | None = None,
 ) -> "TrainJob":
     """Everything loaded and checked before any training."""
+    from keylayers.commands.fine_tuning import FineTuning
     from keylayers.commands.session import Session
     from keylayers.commands.train_job import TrainJob
-    from keylayers.model.loading import Checkpoint
-    from keylayers.training.fine_tuning import FineTuning, SetTrainer
 
     training, wanted = options.training, options.selection
     session = Session(
@@ -179,21 +181,8 @@ def _open(
         "options": flat_values(options, () if wanted.rank_first else ("stability", "scoring")),
         "loss_unit": LOSS_UNITS[training.objective],
     }
-    fine_tuning = FineTuning(
-        training, wanted.steps, session.tokenizer, session.data, session.load, progress
-    )
-    sets = SetTrainer(
-        fine_tuning,
-        fresh=session.fresh,
-        stored_dtype=Checkpoint.open(session.source).dtype() if training.is_full else session.dtype,
-        unfinished=unfinished,
-        inputs={
-            "environment": record["environment"],
-            "model": record["model"],
-            "split": record["data"]["split_sha256"],
-        },
-    )
-    return TrainJob(output, session, sets, record)
+    sets = FineTuning(session, training, wanted.steps, unfinished)
+    return TrainJob(output, sets, record)
 
 
 def _train_selected(job: "TrainJob", ranking: Ranking, selection: Selection) -> dict[str, Any]:
@@ -208,7 +197,7 @@ def _train_selected(job: "TrainJob", ranking: Ranking, selection: Selection) -> 
         "ranking_sha256": json_sha256(ranking.to_json()),
         "losses": list(trained.result.losses),
         "seconds": trained.result.seconds,
-        "results": [asdict(row) for row in rows],
+        "results": [row.model_dump() for row in rows],
     }
     save(job, trained.model, record, ranking)
     return record
@@ -220,8 +209,7 @@ def _select_within(job: "TrainJob", ranking: Ranking, budget: Budget) -> Selecti
     from keylayers.training.memory import measured_memory
 
     names = [module.name for module in ranking.modules]
-    _, trainer = job.sets.fine_tuning.trainer(job.sets.fresh(), names, "memory")
-    memory = measured_memory(trainer)
+    memory = measured_memory(job.sets.trainer(names, "memory"))
     selection = from_first(ranking.select(budget, memory))
     held = memory.of(selection.names)
     job.progress.note(

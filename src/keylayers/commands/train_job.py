@@ -2,7 +2,7 @@
 """The files of one training run: record and card, whether it is finished, rows of its controls."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from keylayers.apply.freeze import prove_unchanged_elsewhere
 from keylayers.apply.saving import save_tuned
+from keylayers.commands.fine_tuning import FineTuning, Trained
 from keylayers.commands.repeat import how_it_was_made
 from keylayers.commands.session import Session
 from keylayers.errors import RankingError
@@ -18,9 +19,8 @@ from keylayers.files import CARD, RECORD, json_sha256, write_json, write_text
 from keylayers.model.loading import Checkpoint
 from keylayers.progress import Progress
 from keylayers.ranking.ranking import Ranking
-from keylayers.ranking.record import read_run
+from keylayers.ranking.record import TrainedSet, read_run
 from keylayers.report.model_card import model_card
-from keylayers.training.fine_tuning import SetTrainer, Trained, TrainedSet
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,18 @@ class TrainJob:
 
     Attributes:
         output: Folder of the adapter or checkpoint.
-        session: Model, tokenizer and data.
         sets: Trains sets of modules.
         record: What the result records, so far.
     """
 
     output: Path
-    session: Session
-    sets: SetTrainer
+    sets: FineTuning
     record: dict[str, Any]
+
+    @property
+    def session(self) -> Session:
+        """Model, tokenizer and data."""
+        return self.sets.session
 
     @property
     def progress(self) -> Progress:
@@ -95,7 +98,7 @@ def compare(
         if label in {row.label for row in rows}:
             continue
         rows.append(train().row)
-        record = record | {"results": [asdict(row) for row in rows]}
+        record = record | {"results": [row.model_dump() for row in rows]}
         write_text(job.output / CARD, _card(record, ranking))
         write_json(job.output / RECORD, record)
     return rows
@@ -103,7 +106,13 @@ def compare(
 
 def base_row(loss_nats: float) -> TrainedSet:
     """The row of the base model."""
-    return TrainedSet("base model", 0, 0, loss_nats, 0)
+    return TrainedSet(
+        label="base model",
+        num_modules=0,
+        num_trained_parameters=0,
+        held_out_loss_nats=loss_nats,
+        num_steps=0,
+    )
 
 
 def stage_1_row(job: TrainJob, ranking: Ranking) -> list[TrainedSet]:
@@ -115,7 +124,7 @@ def stage_1_row(job: TrainJob, ranking: Ranking) -> list[TrainedSet]:
         and made_by.model.weights_sha256 == job.record["model"]["weights_sha256"]
         and made_by.data.split_sha256 == job.record["data"]["split_sha256"]
     )
-    is_full = job.sets.fine_tuning.options.is_full
+    is_full = job.sets.options.is_full
     if stage_1 is None or held_out is None or not is_same or is_full:
         return []
     return [

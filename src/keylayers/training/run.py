@@ -29,7 +29,6 @@ from transformers import (
 )
 
 from keylayers.apply.adapter import add_lora
-from keylayers.data.prepare import PreparedData
 from keylayers.data.reading import quiet_datasets
 from keylayers.errors import ConfigError, LossError
 from keylayers.model.sharding import place_model
@@ -109,32 +108,6 @@ def make_trainer(
     name_loggers(trainer, title)
     place_model(trainer)
     return trainer
-
-
-def make_loss_trainer(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: PreparedData,
-    options: TrainingOptions,
-    *,
-    load_reference: LoadReference | None = None,
-) -> Trainer:
-    """A trainer that measures losses and never trains.
-
-    Its examples are those set aside for the mask, or the training examples if there are none;
-    `prepared_examples` gives the held-out examples.
-    """
-    return make_trainer(
-        model,
-        tokenizer,
-        data.mask or data.train,
-        options,
-        num_steps=1,
-        evaluation=data.evaluation(),
-        max_length=data.max_length,
-        load_reference=load_reference,
-        title="stage-2",
-    )
 
 
 def _settings(

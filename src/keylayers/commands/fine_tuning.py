@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tunes of one session, each on a fresh model: stage 1 trains all modules, others a set."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, Trainer
+
+from keylayers.apply.adapter import prove_trainable
+from keylayers.apply.freeze import round_to_stored, train_only
+from keylayers.apply.halt import prove_kept
+from keylayers.commands.session import Session
+from keylayers.evaluation.loss import held_out_loss
+from keylayers.files import json_sha256
+from keylayers.model.loading import Checkpoint
+from keylayers.model.sharding import check_can_freeze_inside
+from keylayers.model.weights import adapter_sha256, weights_sha256
+from keylayers.ranking.record import TrainedSet
+from keylayers.training.checkpoints import Checkpoints
+from keylayers.training.freeze import FreezeUnimportant
+from keylayers.training.objectives import prepared_examples
+from keylayers.training.options import StabilityOptions, TrainingOptions
+from keylayers.training.run import TrainingResult, fine_tune, make_trainer, new_adapter
+from keylayers.training.step_scores import StepScores
+
+Tuned: TypeAlias = PreTrainedModel | PeftModel
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained set with its model; `base_loss_nats` is the loss before training, if measured."""
+
+    row: TrainedSet
+    model: Tuned
+    result: TrainingResult
+    base_loss_nats: float
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """How sets of modules are trained; a stopped training resumes from its last checkpoint.
+
+    Attributes:
+        session: Model, tokenizer and data.
+        options: How to train, and for which objective.
+        num_steps: Optimiser steps, at most.
+        unfinished: Folder for checkpoints, with a folder for each set.
+    """
+
+    session: Session
+    options: TrainingOptions
+    num_steps: int
+    unfinished: Path
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype in which a full fine-tune is saved: the base model's own."""
+        return Checkpoint.open(self.session.source).dtype()
+
+    def inputs_sha256(self, names: Sequence[str], callback: FreezeUnimportant | None = None) -> str:
+        """A hash of everything that decides the result of training `names`."""
+        return inputs_sha256(
+            self.session,
+            self.options,
+            num_steps=self.num_steps,
+            modules=list(names),
+            freeze=None if callback is None else callback.decisive(),
+        )
+
+    def trainer(self, names: Sequence[str], title: str, *, evaluates: bool = True) -> Trainer:
+        """A trainer of exactly the modules `names` of a fresh model.
+
+        `evaluates`: the held-out examples are prepared too. Loggers call the run `title`.
+        """
+        model: Tuned = self.session.fresh()
+        if self.options.is_full:
+            train_only(model, names)
+        else:
+            model = new_adapter(model, names, self.options, num_steps=self.num_steps)
+        data = self.session.data
+        trainer = make_trainer(
+            model,
+            self.session.tokenizer,
+            data.train,
+            self.options,
+            num_steps=self.num_steps,
+            evaluation=data.evaluation() if evaluates else None,
+            max_length=data.max_length,
+            load_reference=self.session.load,
+            title=title,
+        )
+        prove_trainable(model, names)
+        return trainer
+
+    def train_all(self, stability: StabilityOptions, inputs: str) -> tuple[Tuned, dict[str, Any]]:
+        """Stage 1: train all modules until the loss is stable; the model and the record of it."""
+        trainer = self.trainer(self.session.names, "stage-1", evaluates=False)
+        model = trainer.model
+        scores = StepScores()
+        if isinstance(model, PeftModel):
+            trainer.add_callback(scores)
+        title = "stage 1, training all modules"
+        result = self._fine_tune(trainer, "stage-1", inputs, title, stability)
+        reason = "the loss is stable" if result.stopped_by == "stable" else "the cap is reached"
+        self.session.progress.note(f"stage 1 ended after {result.num_steps} steps: {reason}")
+        return model, {
+            "losses": list(result.losses),
+            "num_steps": result.num_steps,
+            "num_trained_parameters": _num_trained(model),
+            "stopped_by": result.stopped_by,
+            "learning_rate": trainer.args.learning_rate,
+            "seconds": result.seconds,
+            "step_scores": dict(scores.scores),
+        } | (
+            {"adapter_sha256": adapter_sha256(model)}
+            if isinstance(model, PeftModel)
+            else {"weights_sha256": weights_sha256(model)}
+        )
+
+    def train(
+        self,
+        names: Sequence[str],
+        label: str,
+        callback: FreezeUnimportant | None = None,
+        measure_base: bool = False,
+    ) -> Trained:
+        """Fine-tune exactly `names`, or the part of them that `callback` leaves trainable."""
+        trainer = self.trainer(names, label.replace(" ", "-"))
+        model, examples = trainer.model, prepared_examples(trainer)
+        if callback is not None:
+            check_can_freeze_inside(trainer)  # before the base model is measured
+            callback.mask_dataset = examples.get("mask")
+        # A LoRA update is zero at first, so this is the loss of the base model.
+        base_loss = held_out_loss(trainer, examples["held_out"]) if measure_base else float("nan")
+        if callback is not None:
+            trainer.add_callback(callback)
+        inputs = self.inputs_sha256(names, callback)
+        result = self._fine_tune(trainer, label, inputs, f"training {label}")
+        if callback is None or callback.selection is None:
+            prove_trainable(model, names)
+        else:
+            names = callback.selection.names
+            prove_kept(model, names)
+        if self.options.is_full:
+            round_to_stored(model, self.stored_dtype)
+        row = TrainedSet(
+            label=label,
+            num_modules=len(names),
+            num_trained_parameters=_num_trained(model),
+            held_out_loss_nats=held_out_loss(trainer, examples["held_out"]),
+            num_steps=result.num_steps,
+        )
+        return Trained(row, model, result, base_loss)
+
+    def _fine_tune(
+        self,
+        trainer: Trainer,
+        label: str,
+        inputs: str,
+        title: str,
+        stability: StabilityOptions | None = None,
+    ) -> TrainingResult:
+        progress = self.session.progress
+        checkpoints = Checkpoints(self.unfinished / label, inputs, self.options.save_steps)
+        if checkpoints.last is not None:
+            progress.note(f"{title}: continues after step {checkpoints.last_step}")
+        with progress.stage(title, self.num_steps) as on_step:
+            return fine_tune(trainer, stability, on_step, checkpoints=checkpoints)
+
+
+def inputs_sha256(session: Session, options: TrainingOptions, **more: Any) -> str:
+    """A hash of everything that decides the result of a training, `more` included."""
+    inputs = {
+        "environment": session.record["environment"],
+        "model": session.record["model"],
+        "split": session.record["data"]["split_sha256"],
+        "training": options.decisive(),
+    }
+    return json_sha256(inputs | more)
+
+
+def _num_trained(model: Tuned) -> int:
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
