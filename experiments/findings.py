@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the experiments found: tables of README.md, docs/claims.md and docs/methods.md.
+"""What the experiments found: tables of README.md, RESULTS.md, docs/claims.md, docs/methods.md.
 
 `pages.py` writes them into the pages. Differences are paired by seed, ± is half of a 95 % interval.
 """

@@ -12,10 +12,8 @@ import small_study
 from tables import ROOT, filled
 
 TABLES = (*findings.TABLES, *small_study.TABLES, *performance.TABLES)
-PAGES = tuple(
-    ROOT / page
-    for page in ("README.md", "docs/methods.md", "docs/claims.md", "docs/performance.md")
-)
+DOCS = ("docs/methods.md", "docs/claims.md", "docs/performance.md")
+PAGES = tuple(ROOT / page for page in ("README.md", *DOCS, "experiments/RESULTS.md"))
 
 if __name__ == "__main__":
     for page in PAGES:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's experiments on the built-in model: record, and tables of docs/claims.md.
+"""The paper's experiments on the built-in model: record, and tables of RESULTS.md.
 
     keylayers demo --output demo --files-only
     keylayers study recipes/small/*.yaml --output small

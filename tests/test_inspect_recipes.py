@@ -200,7 +200,7 @@ def served(tiny, tmp_path_factory):
 
 @pytest.mark.long
 def test_a_served_model_is_asked_and_graded_by_the_command_line(served, tiny, tmp_path):
-    """As docs/inspect.md says; the tiny model rates nothing, so its ratings are unreadable."""
+    """As the recipe's README says; the tiny model rates nothing, so its ratings are unreadable."""
     questions = lines(tmp_path / "q.jsonl", QUESTIONS)
     model = f"openai-api/local/{tiny / 'model'}"
     command = [Path(INSPECT).with_name("inspect"), "eval", RECIPES / "mt_bench.py@rating"]
