@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`keylayers prune` on a tiny model, through the command line; what it writes anybody can load."""
 
+import contextlib
+import io
 import json
-import shutil
+from collections import namedtuple
 
 import pytest
 import torch
@@ -12,41 +14,42 @@ from commands import (
     PLAIN_PEFT,
     PLAIN_TRANSFORMERS,
     best,
+    complaint_in,
     fresh_process,
     keylayers,
     listing,
     plain_loss,
     rank,
     read,
+    record_of,
 )
-from test_verify import Run
 from tiny_files import NUM_MODULES, tiny_tokenizer, write_partial_adapter
 
 PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
+Run = namedtuple("Run", "folder code out err")
+
+
+def run(ranking, output, *more):
+    """`keylayers prune`, with what it printed."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = keylayers("prune", "--ranking", ranking, "--output", output, *more)
+    return Run(output, code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture
-def prune(tmp_path, capsys):
-    """Run `keylayers prune` into a folder of the test's own."""
-
-    def run(folder, *more):
-        capsys.readouterr()
-        output = tmp_path / "cut"
-        code = keylayers("prune", "--ranking", folder, "--output", output, *more)
-        return Run(output, code, *capsys.readouterr())
-
-    return run
+def prune(tmp_path):
+    """Prune into a folder of the test's own."""
+    return lambda ranking, *more: run(ranking, tmp_path / "cut", *more)
 
 
-def complaint(run):
-    assert (run.code, run.out) == (2, "")
-    errors = [line for line in run.err.splitlines() if line.startswith("keylayers: ")]
-    assert errors == run.err.splitlines()[-1:]
-    return errors[0]
-
-
-def record(run):
-    return json.loads((run.folder / "keylayers.json").read_text())
+@pytest.fixture(scope="module")
+def cut(ranked, tmp_path_factory):
+    """The adapter of stage 1 cut to the best 6 of 21 modules. Not to be changed."""
+    done = run(ranked, tmp_path_factory.mktemp("pruned") / "cut", "--budget", "0.3")
+    assert done.code == 0
+    return done
 
 
 def row(run, label):
@@ -55,32 +58,31 @@ def row(run, label):
     return line.removeprefix(label).split()
 
 
-def modules_of(path):
-    return {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in load_file(path)}
+def modules_of(folder):
+    names = load_file(folder / WEIGHTS)
+    return {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in names}
 
 
-def test_the_adapter_of_stage_1_is_cut_to_the_best_modules(ranked, prune):
-    run = prune(ranked, "--budget", "0.3")
-    assert run.code == 0
-    kept = best(ranked, 6)  # 6.3 of 21
-    assert set(fresh_process(PLAIN_PEFT, run.folder)) == kept
-    assert modules_of(run.folder / "adapter_model.safetensors") == kept
-    before = load_file(ranked / "adapter" / "adapter_model.safetensors")
-    after = load_file(run.folder / "adapter_model.safetensors")
+def assert_same_bits(after, before):
     assert all(torch.equal(value, before[name]) for name, value in after.items())
-    assert f"adapter written to {run.folder}" in run.out.replace("\n", "")
+
+
+def test_the_adapter_of_stage_1_is_cut_to_the_best_modules(ranked, cut):
+    kept = best(ranked, 6)
+    assert set(fresh_process(PLAIN_PEFT, cut.folder)) == modules_of(cut.folder) == kept
+    assert_same_bits(load_file(cut.folder / WEIGHTS), load_file(ranked / "adapter" / WEIGHTS))
+    assert f"adapter written to {cut.folder}" in cut.out.replace("\n", "")
     for name in ("tokenizer.json", "chat_template.jinja"):
-        assert (run.folder / name).read_bytes() == (ranked / "adapter" / name).read_bytes()
-    made = record(run)
+        assert (cut.folder / name).read_bytes() == (ranked / "adapter" / name).read_bytes()
+    made = record_of(cut.folder)
     assert set(made["selection"]["modules"]) == set(made["result"]["modules"]) == kept
     assert made["options"]["adapter"] == str(ranked / "adapter")
     stage_1 = read(ranked)["provenance"]["stage_1"]
     assert made["adapter"]["weights_sha256"] == stage_1["adapter_sha256"]
 
 
-def test_the_printed_losses_are_those_of_the_base_the_full_and_the_pruned(tiny, ranked, prune):
-    run = prune(ranked, "--budget", "0.3")
-    found = record(run)["result"]
+def test_the_printed_losses_are_those_of_the_base_the_full_and_the_pruned(tiny, ranked, cut):
+    found = record_of(cut.folder)["result"]
     every = best(ranked, NUM_MODULES)
     for key, label, off in (
         ("base_loss_nats", "none (base model)", every),
@@ -89,20 +91,19 @@ def test_the_printed_losses_are_those_of_the_base_the_full_and_the_pruned(tiny, 
     ):
         loss = plain_loss(tiny, tiny / "model", ranked / "adapter", off)
         assert found[key] == pytest.approx(loss, rel=1e-5)
-        assert row(run, label)[-1] == f"{found[key]:.4f}"
+        assert row(cut, label)[-1] == f"{found[key]:.4f}"
     assert found["base_loss_nats"] > found["pruned_loss_nats"] > found["full_loss_nats"]
 
 
-def test_sizes_are_those_on_disk(ranked, prune):
-    run = prune(ranked, "--budget", "0.3")
-    found = record(run)["result"]
-    for part, folder, count in (("full", ranked / "adapter", 21), ("pruned", run.folder, 6)):
-        path = folder / "adapter_model.safetensors"
+def test_sizes_are_those_on_disk(ranked, cut):
+    found = record_of(cut.folder)["result"]
+    for part, folder, count in (("full", ranked / "adapter", 21), ("pruned", cut.folder, 6)):
+        path = folder / WEIGHTS
         num_parameters = sum(value.numel() for value in load_file(path).values())
         size = {"num_modules": count, "num_parameters": num_parameters}
         assert found[part] == size | {"num_bytes": path.stat().st_size}
         cells = [str(count), f"{num_parameters:,}", f"{path.stat().st_size / 2**20:.2f}"]
-        assert row(run, f"{part} adapter")[:3] == cells
+        assert row(cut, f"{part} adapter")[:3] == cells
 
 
 def test_a_budget_of_all_writes_the_same_adapter_and_says_so(ranked, prune):
@@ -110,36 +111,32 @@ def test_a_budget_of_all_writes_the_same_adapter_and_says_so(ranked, prune):
     assert run.code == 0
     assert "the budget keeps every module, so nothing is pruned" in run.err
     assert "all 21 modules are kept: the weights are those of the full one" in run.out
-    name = "adapter_model.safetensors"
-    before, after = load_file(ranked / "adapter" / name), load_file(run.folder / name)
+    before, after = load_file(ranked / "adapter" / WEIGHTS), load_file(run.folder / WEIGHTS)
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_same_bits(after, before)
 
 
 def test_an_adapter_that_is_given_wins_and_freeze_keeps_all_but_the_worst(tiny, ranked, prune):
     run = prune(ranked, "--freeze", "0.25", "--adapter", tiny / "adapter")
     assert run.code == 0
     assert "the update differs from the one that was ranked" in run.err
-    assert modules_of(run.folder / "adapter_model.safetensors") == best(ranked, 16)
-    before = load_file(tiny / "adapter" / "adapter_model.safetensors")
-    after = load_file(run.folder / "adapter_model.safetensors")
-    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert modules_of(run.folder) == best(ranked, 16)
+    assert_same_bits(load_file(run.folder / WEIGHTS), load_file(tiny / "adapter" / WEIGHTS))
     assert not (run.folder / "tokenizer.json").exists()  # the adapter's folder holds none
 
 
-def test_the_automatic_budget_is_the_verified_one(ranked, prune, tmp_path, capsys):
-    shutil.copytree(ranked, tmp_path / "own")
-    assert "make it with `keylayers verify`" in complaint(
-        prune(tmp_path / "own", "--budget", "auto")
-    )
+def test_the_automatic_budget_is_the_verified_one(ranked, ranking_copy, prune):
+    run = prune(ranking_copy, "--budget", "auto")
+    assert (run.code, run.out) == (2, "")
+    assert "make it with `keylayers verify`" in complaint_in(run.err)
     fast = ("--points", "5", "--random-orders", "1", "--margin", "0.5")
-    assert keylayers("verify", "--ranking", tmp_path / "own", *fast) == 0
-    verified = json.loads((tmp_path / "own" / "verification.json").read_text())
-    run = prune(tmp_path / "own", "--budget", "auto")
+    assert keylayers("verify", "--ranking", ranking_copy, *fast) == 0
+    verified = json.loads((ranking_copy / "verification.json").read_text())
+    run = prune(ranking_copy, "--budget", "auto")
     count = verified["recommendation"]["num_modules"]
-    assert modules_of(run.folder / "adapter_model.safetensors") == best(ranked, count)
+    assert modules_of(run.folder) == best(ranked, count)
     at = verified["best_first"]["counts"].index(count)
-    loss = record(run)["result"]["pruned_loss_nats"]
+    loss = record_of(run.folder)["result"]["pruned_loss_nats"]
     assert loss == pytest.approx(verified["best_first"]["losses"][at], rel=1e-5)
 
 
@@ -157,11 +154,10 @@ def test_the_update_of_an_embedding_is_a_module_like_others(
     assert run.code == 0
     kept = best(tmp_path / "out", budget)
     assert set(fresh_process(PLAIN_PEFT, run.folder)) == kept
-    before = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    after = load_file(run.folder / "adapter_model.safetensors")
-    gone = {name for name in before if not any(f".{one}." in name for one in kept)}
+    before, after = load_file(tmp_path / "adapter" / WEIGHTS), load_file(run.folder / WEIGHTS)
+    gone = {name for name in before if not any(f".{module}." in name for module in kept)}
     assert after.keys() == before.keys() - gone
-    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert_same_bits(after, before)
 
 
 def tensors(folder):
@@ -192,18 +188,18 @@ def test_a_checkpoint_carries_only_the_important_differences(
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         assert (run.folder / name).read_bytes() == (tuned / name).read_bytes()
     assert fresh_process(PLAIN_TRANSFORMERS, run.folder) == ["torch.bfloat16"]
-    assert f"writing {len(old)} tensors, 16 of them from the base" in run.err
+    assert f"wrote {len(old)} tensors, 16 of them from the base" in run.err
     num_bytes = sum(path.stat().st_size for path in tuned.glob("*.safetensors"))
-    assert record(run)["result"]["pruned"]["num_bytes"] == num_bytes
+    assert record_of(run.folder)["result"]["pruned"]["num_bytes"] == num_bytes
     assert row(run, "pruned checkpoint")[0] == "5"
 
 
 def test_the_losses_of_a_checkpoint_are_measured_on_what_was_written(tiny, ranked_full, prune):
     run = prune(ranked_full, "--budget", "1.0")
-    found = record(run)["result"]
+    found = record_of(run.folder)["result"]
     assert found["pruned_loss_nats"] == pytest.approx(found["full_loss_nats"], rel=1e-5)
     run = prune(ranked_full, "--budget", "3")  # tuned is the base plus noise: less is better
-    found = record(run)["result"]
+    found = record_of(run.folder)["result"]
     assert found["pruned_loss_nats"] < found["full_loss_nats"]
     difference = found["full_loss_nats"] - found["pruned_loss_nats"]
     line = f"the pruned checkpoint is better than the full one, by {difference:.4f} nats on the 5"
@@ -240,9 +236,8 @@ def test_it_says_plainly_what_is_better(losses, kept, said):
 
 
 def _a_weight_is_lost(folder):
-    path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
-    save_file(tensors | {next(iter(tensors)): torch.zeros(4, 32)}, path)
+    tensors = load_file(folder / WEIGHTS)
+    save_file(tensors | {next(iter(tensors)): torch.zeros(4, 32)}, folder / WEIGHTS)
 
 
 def _a_target_too_many(folder):
@@ -250,11 +245,10 @@ def _a_target_too_many(folder):
     config = json.loads(path.read_text())
     config["target_modules"] = f"{config['target_modules']}|lm_head"
     path.write_text(json.dumps(config))
-    path = folder / "adapter_model.safetensors"
     name = f"{PREFIX}lm_head.lora_"
     more = {f"{name}A.weight": torch.zeros(4, 32)}
     more |= {f"{name}B.weight": torch.zeros(len(tiny_tokenizer()), 4)}
-    save_file(load_file(path) | more, path)
+    save_file(load_file(folder / WEIGHTS) | more, folder / WEIGHTS)
 
 
 def _interrupted(folder):
@@ -273,35 +267,33 @@ FAILURES = [
 def test_an_adapter_that_fails_its_proof_leaves_the_earlier_one(
     ranked, prune, monkeypatch, damage, code, message
 ):
-    from keylayers.apply import pruned_update
+    from keylayers.apply import prune as module
 
     earlier = prune(ranked, "--budget", "2")
     before = listing(earlier.folder.parent)
-    write = pruned_update.prune_adapter
+    prune_adapter = module.prune_adapter
 
-    def write_badly(source, folder, **names):
-        write(source, folder, **names)
+    def write_badly(adapter, folder, *more):
+        source = prune_adapter(adapter, folder, *more)
         damage(folder)
+        return source
 
-    monkeypatch.setattr(pruned_update, "prune_adapter", write_badly)
+    monkeypatch.setattr(module, "prune_adapter", write_badly)
     run = prune(ranked, "--budget", "3")
     assert (run.code, run.out) == (code, "")
     assert message in run.err.splitlines()[-1]
     assert listing(earlier.folder.parent) == before
     monkeypatch.undo()
     assert prune(ranked, "--budget", "3").code == 0
-    assert modules_of(earlier.folder / "adapter_model.safetensors") == best(ranked, 3)
+    assert modules_of(earlier.folder) == best(ranked, 3)
 
 
 def test_a_checkpoint_that_fails_its_proof_is_not_written(ranked_full, prune, monkeypatch):
-    from keylayers.apply import pruned_update
+    from keylayers.apply import prune as module
 
-    def write_badly(files, base, folder, *, restored):
-        restore_modules(files, base, folder, restored=restored[1:])
-
-    restore_modules = pruned_update.restore_modules
-    monkeypatch.setattr(pruned_update, "restore_modules", write_badly)
+    overwrite = module._overwrite
+    monkeypatch.setattr(module, "_overwrite", lambda path, values: overwrite(path, [*values][1:]))
     run = prune(ranked_full, "--budget", "3")
     assert (run.code, run.out) == (1, "")
-    assert "must be the tuned one but for the pruned modules, but 1 tensors differ" in run.err
+    assert "must hold the kept weights as they were, but 1 tensors differ" in run.err
     assert list(run.folder.parent.iterdir()) == []

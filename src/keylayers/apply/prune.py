@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter on disk without the modules that were not selected.
+"""Adapters and checkpoints on disk without the modules that were not selected.
 
 Files in, files out: what is kept is the original's bits, never numbers that went through a model.
 """
@@ -7,16 +7,32 @@ Files in, files out: what is kept is the original's bits, never numbers that wen
 import json
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+import shutil
+import struct
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
-from keylayers.apply.saving import has_same_bits
 from keylayers.errors import GuardError, ModelError
+from keylayers.model.loading import (
+    ADAPTER_FILES,
+    CONFIG_FILES,
+    TOKENIZER_FILES,
+    Checkpoint,
+    local_folder,
+)
+from keylayers.model.modules import base_model_of, map_modules
+from keylayers.model.options import ModelOptions
 from keylayers.ranking.targets import lora_targets
+from keylayers.updates.adapter import tuner_layers
+from keylayers.updates.checkpoints import value_like
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NESTED = ".base_layer"  # what PEFT adds to the path of a layer in another layer
@@ -25,42 +41,122 @@ PREFIX = "base_model.model."  # PEFT's, before the names of the base model
 CHANGES_BASE = ("pissa", "corda", "olora", "loftq")
 
 
-def prune_adapter(
-    source: Path,
-    folder: Path,
-    *,
-    paths: Mapping[str, str],
-    pruned: Collection[str],
-    stacked: Collection[str] | None = None,
-) -> None:
-    """Write the adapter in `source` to `folder` without the modules `pruned`.
+def prune_adapter(adapter: str, folder: Path, model: PeftModel, pruned: Collection[str]) -> Path:
+    """Write the adapter that `model` carries to `folder` without the modules `pruned`.
 
-    Args:
-        source: Folder of a PEFT adapter; unchanged.
-        folder: An existing folder for the config and the weights.
-        paths: Full name of every module that the adapter updates, those outside the blocks too ->
-            path of the PEFT layer around it in the base model.
-        pruned: Full names of the modules to leave out.
-        stacked: The base model's stacked experts; None if it has none.
+    Returns:
+        The folder of the adapter; it is not changed.
 
     Raises:
-        ModelError: an adapter whose modules cannot be taken out one by one, or without weights of
-            its own for one that is kept.
+        ModelError: the modules of the adapter cannot be taken out one by one, or its file uses
+            other names than the model.
     """
+    source = local_folder(adapter, (*ADAPTER_FILES, *TOKENIZER_FILES), "a PEFT adapter")
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
     _check_separable(config)
-    tensors, metadata = {}, None
+    paths = _layer_paths(model)
     with safe_open(source / WEIGHTS, framework="pt") as file:
         metadata = file.metadata()
         names = kept_tensors(list(file.keys()), paths, pruned)
-        for old, new in names.items():
-            tensors[new] = file.get_tensor(old)
+        tensors = {new: file.get_tensor(old) for old, new in names.items()}
     save_file(tensors, folder / WEIGHTS, metadata=metadata)
     kept = [name for name in paths if name not in pruned]
-    own = None if stacked is None else [name for name in kept if name in stacked]
-    text = json.dumps(pruned_config(config, kept, own), indent=2, sort_keys=True) + "\n"
-    (folder / CONFIG).write_text(text, encoding="utf-8")
-    _prove_same_bits(source / WEIGHTS, folder / WEIGHTS, names)
+    stacked = {info.name for info in map_modules(model, "all") if info.is_stacked}
+    text = json.dumps(pruned_config(config, kept, stacked or None), indent=2, sort_keys=True)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    _copy_files(source, folder, TOKENIZER_FILES)
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        written = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    _prove_same_bits(written, tensors, tensors.__getitem__)
+    return source
+
+
+def prune_checkpoint(
+    tuned: str, base: ModelOptions, folder: Path, pruned: Sequence[str]
+) -> tuple[Checkpoint, list[str]]:
+    """Write the tuned checkpoint to `folder` with the base's weights in the modules `pruned`.
+
+    The files are copied, then the base's values are written over those of these modules. So shards,
+    dtypes and all other tensors stay as they are, and no more than one tensor is in memory.
+
+    Returns:
+        The tuned checkpoint, and the names of the tensors that have the base's values now.
+
+    Raises:
+        ModelError: the base has no such tensor, or one of another shape.
+    """
+    patterns = (*CONFIG_FILES, *TOKENIZER_FILES, "model.safetensors.index.json")
+    _copy_files(local_folder(tuned, patterns, "a model"), folder, patterns)
+    old, source = Checkpoint.open(ModelOptions(model=tuned)), Checkpoint.open(base)
+    files = old.files
+    parts = [f"{name}{end}" for name in pruned for end in ("", ".weight", ".bias")]
+    restored = [part for part in parts if part in files]
+
+    def expected(name: str) -> Tensor:
+        value = old[name]
+        return value_like(source, name, value, "the base") if name in restored else value
+
+    for path in dict.fromkeys(files.values()):
+        copy = folder / path.name
+        shutil.copyfile(path, copy)
+        _overwrite(copy, ((name, expected(name)) for name in restored if files[name] == path))
+    written = Checkpoint.open(ModelOptions(model=str(folder)))
+    _prove_same_bits(written, files, expected)
+    return old, restored
+
+
+def _overwrite(path: Path, values: Iterable[tuple[str, Tensor]]) -> None:
+    """Write tensors of the same dtypes and shapes over those in a safetensors file.
+
+    The format: eight bytes with the length of a JSON header, the header with each tensor's place
+    behind it, the values in row-major order.
+    """
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        for name, value in values:
+            file.seek(8 + length + header[name]["data_offsets"][0])
+            file.write(_bits(value).numpy().data)
+
+
+def _prove_same_bits(
+    written: Mapping[str, Tensor], names: Collection[str], expected: Callable[[str], Tensor]
+) -> None:
+    """Raise a GuardError unless `written` holds exactly `names`, each with the expected bits."""
+    odd = sorted(written.keys() ^ set(names)) or [
+        name for name in names if not has_same_bits(written[name], expected(name))
+    ]
+    if odd:
+        raise GuardError(
+            f"a pruned update must hold the kept weights as they were, but {len(odd)} tensors "
+            f"differ, first {odd[0]}"
+        )
+
+
+def has_same_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bits; NaN equals itself here."""
+    is_alike = first.dtype == second.dtype and first.shape == second.shape
+    return is_alike and torch.equal(_bits(first), _bits(second))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """A tensor's bytes in row-major order."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def num_parameters(path: Path) -> int:
+    """How many numbers a safetensors file holds; only its header is read."""
+    with safe_open(path, framework="pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
+def _copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:
+    """Copy those files of `source` that match `patterns` to the same places in `folder`."""
+    for path in dict.fromkeys(path for pattern in patterns for path in source.glob(pattern)):
+        if path.is_file():
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
 
 
 def pruned_config(
@@ -68,7 +164,7 @@ def pruned_config(
 ) -> dict[str, Any]:
     """An adapter's config for exactly the modules `kept`; everything else is as it was."""
     changed = dict(config) | lora_targets(kept, stacked)
-    for key in ("layers_to_transform", "layers_pattern"):  # PEFT takes none beside an expression
+    for key in ("layers_to_transform", "layers_pattern"):  # PEFT refuses them with an expression
         if key in changed:
             changed[key] = None
     for key in ("rank_pattern", "alpha_pattern"):
@@ -81,16 +177,43 @@ def pruned_config(
     return changed
 
 
+def _concerns(pattern: str, name: str) -> bool:
+    """Whether an entry of a rank or alpha pattern is for the module, by PEFT's own rule.
+
+    AdaLoRA names a parameter of the module instead.
+    """
+    is_of_parameter = pattern.removeprefix(PREFIX).startswith(f"{name}.")
+    return is_of_parameter or re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _check_separable(config: Mapping[str, Any]) -> None:
+    """Refuse what an adapter holds besides its modules, and what it does to the base's weights."""
+    reason = None
+    start = config.get("init_lora_weights")
+    if config.get("bias", "none") != "none":
+        reason = f"also trained biases of the base (`bias` {config['bias']!r})"
+    elif isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
+        reason = (
+            f"changes the base weights when it is loaded (`init_lora_weights` {start!r}; PEFT's "
+            f"`path_initial_model_for_weight_conversion` saves one that does not)"
+        )
+    if reason is not None:
+        raise ModelError(f"the modules of an adapter must stand alone, but this one {reason}")
+
+
+def _layer_paths(model: PeftModel) -> dict[str, str]:
+    """Module name -> path of the PEFT layer around it in the base model."""
+    paths = {id(layer): path for path, layer in base_model_of(model).named_modules()}
+    return {name: paths[id(layer)] for name, layer in tuner_layers(model).items()}
+
+
 def kept_tensors(
     names: Sequence[str], paths: Mapping[str, str], pruned: Collection[str]
 ) -> dict[str, str]:
-    """The tensors of an adapter file that stay, all but those of the modules `pruned` -> new name.
+    """Tensors of an adapter file to keep, all but those of the modules `pruned` -> their new names.
 
-    The name changes where PEFT nests layers, for several parameters of one module: the outer ones
-    may go.
-
-    Raises:
-        ModelError: a module has no tensor, so that the file uses other names than the model.
+    PEFT nests layers for several parameters of one module, so a name changes when an outer layer
+    goes. `paths` are those of the layers by module.
     """
     innermost = sorted(paths, key=lambda module: -len(paths[module]))
     owner = {
@@ -115,56 +238,11 @@ def kept_tensors(
 
 def _paths_without(paths: Mapping[str, str], pruned: Collection[str]) -> dict[str, str]:
     """Module -> path of its layer once the layers of the modules `pruned` are not there."""
-    outermost_first = sorted(paths, key=lambda module: len(paths[module]))
-    depths: dict[str, int] = {}
+    depths: Counter[str] = Counter()
     found = {}
-    for module in outermost_first:
+    for module in sorted(paths, key=lambda module: len(paths[module])):  # the outermost first
         if module not in pruned:
             place = paths[module].replace(NESTED, "")
-            found[module] = place + NESTED * depths.get(place, 0)
-            depths[place] = depths.get(place, 0) + 1
+            found[module] = place + NESTED * depths[place]
+            depths[place] += 1
     return found
-
-
-def num_parameters(path: Path) -> int:
-    """How many numbers a safetensors file holds; only its header is read."""
-    with safe_open(path, framework="pt") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-
-
-def _check_separable(config: Mapping[str, Any]) -> None:
-    """Refuse what an adapter holds beside its modules, and what it does to the base's weights."""
-    reason = None
-    start = config.get("init_lora_weights")
-    if config.get("bias", "none") != "none":
-        reason = f"also trained biases of the base (`bias` {config['bias']!r})"
-    elif isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
-        reason = (
-            f"changes the base weights when it is loaded (`init_lora_weights` {start!r}; PEFT's "
-            f"`path_initial_model_for_weight_conversion` saves one that does not)"
-        )
-    if reason is not None:
-        raise ModelError(f"the modules of an adapter must stand alone, but this one {reason}")
-
-
-def _concerns(pattern: str, name: str) -> bool:
-    """Whether an entry of a rank or alpha pattern is for the module, by PEFT's own rule.
-
-    AdaLoRA names a parameter of the module instead.
-    """
-    is_of_parameter = pattern.removeprefix(PREFIX).startswith(f"{name}.")
-    return is_of_parameter or re.match(rf"(.*\.)?({pattern})$", name) is not None
-
-
-def _prove_same_bits(source: Path, written: Path, names: Mapping[str, str]) -> None:
-    """Refuse a file that does not hold exactly the tensors `names` of its source, renamed."""
-    with safe_open(source, framework="pt") as old, safe_open(written, framework="pt") as new:
-        odd = sorted(set(new.keys()) ^ set(names.values()))
-        for before, after in names.items() if not odd else ():
-            if not has_same_bits(new.get_tensor(after), old.get_tensor(before)):
-                odd.append(after)
-    if odd:
-        raise GuardError(
-            f"the pruned adapter must hold the kept weights as they were, but {len(odd)} differ, "
-            f"first {odd[0]}"
-        )

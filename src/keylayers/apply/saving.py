@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Save a tuned model with tokenizer, record and card; copy files; compare bits."""
+"""Save a tuned model with tokenizer, record and card."""
 
-import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,23 +68,3 @@ def _gathered(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
             if is_first_process():
                 found[name] = gathered.cpu()
     return found
-
-
-def copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:
-    """Copy those files of `source` that match `patterns` to the same places in `folder`."""
-    for path in dict.fromkeys(path for pattern in patterns for path in source.glob(pattern)):
-        if path.is_file():
-            target = folder / path.relative_to(source)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-
-
-def has_same_bits(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have the same dtype, shape and bits; NaN equals itself here."""
-    is_alike = first.dtype == second.dtype and first.shape == second.shape
-    return is_alike and torch.equal(bits_of(first), bits_of(second))
-
-
-def bits_of(tensor: Tensor) -> Tensor:
-    """A tensor's bytes in row-major order."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`keylayers prune`: cut an existing update to the modules that a ranking and a budget select."""
 
-from dataclasses import asdict, dataclass, replace
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,17 +11,20 @@ from cyclopts import App
 from keylayers.commands.config import FLAT, FromRanking, flat, flat_values
 from keylayers.commands.selection import BudgetOptions, budget_of, note_ties
 from keylayers.data.options import DataOptions
-from keylayers.errors import OutputError
+from keylayers.errors import GuardError, OutputError
 from keylayers.model.options import ModelOptions, UpdateOptions
 from keylayers.progress import Progress, Silent
 from keylayers.training.options import LOSS_UNITS, ObjectiveOptions
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from collections.abc import Collection, Sequence
 
-    from keylayers.apply.pruned_update import PrunedUpdate, Pruning
+    from peft import PeftModel
+    from transformers import PreTrainedModel, Trainer
+
     from keylayers.commands.session import Session
     from keylayers.ranking.ranking import Ranking
+    from keylayers.ranking.record import Pruned, Size
     from keylayers.ranking.selection import Selection
     from keylayers.updates.existing import TunedModel
 
@@ -83,17 +87,16 @@ def prune(
     prepare_push(push_to_hub, private)
     found = run(options, output, ConsoleProgress())
     console = stdout()
-    console.print(pruning_report(asdict(found)))
+    console.print(pruning_report(found.model_dump()))
     console.print(f"\n{found.kind} written to {output}", markup=False)
     push(output, push_to_hub)
 
 
-def run(options: PruneOptions, output: Path, progress: Progress | None = None) -> "PrunedUpdate":
+def run(options: PruneOptions, output: Path, progress: Progress | None = None) -> "Pruned":
     """Write an adapter or a tuned checkpoint with only the selected modules, and prove it.
 
     An error leaves nothing behind.
     """
-    from keylayers.apply.pruned_update import Pruning
     from keylayers.commands.repeat import how_it_was_made
     from keylayers.commands.session import Session
     from keylayers.files import (
@@ -108,7 +111,9 @@ def run(options: PruneOptions, output: Path, progress: Progress | None = None) -
         write_text,
     )
     from keylayers.ranking.ranking import Ranking
+    from keylayers.ranking.record import Pruned
     from keylayers.report.model_card import model_card
+    from keylayers.updates.adapter import tuner_layers
 
     progress = progress or Silent()
     ranking = Ranking.load(options.selection.ranking)
@@ -122,18 +127,37 @@ def run(options: PruneOptions, output: Path, progress: Progress | None = None) -
         objective = options.objective.objective
         session = Session(options.model, options.data, objective, progress, ranking=ranking)
         tuned = session.open_update(options.update, ranking)
-        losses = _full_and_masked_loss(session, options, tuned, ranking, selection)
-        pruning = Pruning.of(options.update, options.model, tuned.model, ranking, selection)
+        full_loss, masked_loss = _full_and_masked_loss(session, options, tuned, ranking, selection)
         made = flat_values(options)
         record = session.record | {"options": made, "loss_unit": LOSS_UNITS[objective]}
         record |= tuned.record
-        del tuned  # frees the memory of its model
+        pruned = [m.name for m in ranking.modules if m.name not in selection.names]
+        kept = tuner_layers(tuned.model).keys() - set(pruned)
         with replaced_folder(output) as folder:
-            found = _pruned(session, options, pruning, losses, folder)
+            sizes = _write(session, options, tuned.model, selection, pruned, folder)
+            del tuned  # frees the memory of its model
+            title = "held-out loss of the base and the pruned model"
+            with session.progress.stage(title, 2) as on_step:
+                if options.update.adapter is None:
+                    base_loss, loss = _checkpoint_losses(session, options, folder)
+                else:
+                    base_loss, loss = _adapter_losses(session, options, kept, masked_loss, folder)
+                on_step(2, loss)
+            found = Pruned(
+                kind="checkpoint" if options.update.adapter is None else "adapter",
+                modules=selection.names,
+                full=sizes[0],
+                pruned=sizes[1],
+                base_loss_nats=base_loss,
+                full_loss_nats=full_loss,
+                pruned_loss_nats=loss,
+                num_held_out=len(session.data.held_out),
+                loss_unit=LOSS_UNITS[objective],
+            )
             record |= {
                 "selection": selection.record(),
                 "ranking_sha256": json_sha256(ranking.to_json()),
-                "result": asdict(found),
+                "result": found.model_dump(),
             }
             card = model_card(record, ranking, how_it_was_made("prune", made, ranking))
             write_text(folder / CARD, card)
@@ -160,51 +184,71 @@ def _full_and_masked_loss(
     return full.mean, masked.mean
 
 
-def _pruned(
+def _write(
     session: "Session",
     options: PruneOptions,
-    pruning: "Pruning",
-    losses: tuple[float, float],
+    model: "PreTrainedModel | PeftModel",
+    selection: "Selection",
+    pruned: "Sequence[str]",
     folder: Path,
-) -> "PrunedUpdate":
-    """Write the pruned update to `folder`, prove it, and measure it."""
-    from keylayers.apply.pruned_update import PrunedUpdate
+) -> "list[Size]":
+    """Write the update without the modules `pruned` to `folder`; its sizes before and after."""
+    from peft import PeftModel
 
-    full, pruned = pruning.write(folder, session.progress)
-    full_loss, masked_loss = losses
-    with session.progress.stage("held-out loss of the base and the pruned model", 2) as on_step:
-        if pruning.kind == "adapter":
-            base_loss, loss = _adapter_losses(session, options, pruning, masked_loss, folder)
-        else:
-            base_loss, loss = _checkpoint_losses(session, options, folder)
-        on_step(2, loss)
-    return PrunedUpdate(
-        kind=pruning.kind,
-        modules=pruning.selection.names,
-        full=full,
-        pruned=pruned,
-        base_loss_nats=base_loss,
-        full_loss_nats=full_loss,
-        pruned_loss_nats=loss,
-        num_held_out=len(session.data.held_out),
-        loss_unit=LOSS_UNITS[session.objective],
-    )
+    from keylayers.apply.prune import WEIGHTS, num_parameters, prune_adapter, prune_checkpoint
+    from keylayers.ranking.record import Size
+
+    if isinstance(model, PeftModel):
+        source = prune_adapter(str(options.update.adapter), folder, model, pruned)
+        weights = (source / WEIGHTS, folder / WEIGHTS)
+        parameters = [num_parameters(file) for file in weights]
+        num_bytes = [file.stat().st_size for file in weights]
+    else:
+        tuned, restored = prune_checkpoint(str(options.update.tuned), options.model, folder, pruned)
+        session.progress.note(f"wrote {len(tuned)} tensors, {len(restored)} of them from the base")
+        parameters = [selection.num_candidate_parameters, selection.num_parameters]
+        num_bytes = [sum(path.stat().st_size for path in set(tuned.files.values()))] * 2
+    counts = (selection.num_candidates, len(selection.modules))
+    return [
+        Size(num_modules=count, num_parameters=numbers, num_bytes=size)
+        for count, numbers, size in zip(counts, parameters, num_bytes, strict=True)
+    ]
 
 
 def _adapter_losses(
-    session: "Session", options: PruneOptions, pruning: "Pruning", masked_loss: float, folder: Path
+    session: "Session",
+    options: PruneOptions,
+    kept: "Collection[str]",
+    masked_loss: float,
+    folder: Path,
 ) -> tuple[float, float]:
-    """Losses of the base and of the adapter in `folder`, as plain PEFT loads it."""
-    from keylayers.apply.pruned_update import prove_same_loss
+    """Losses of the base and of the adapter in `folder`, as plain PEFT loads it.
+
+    Proves that PEFT puts it on exactly the modules `kept`, and that it computes what the full one
+    does with the other gates closed.
+    """
+    import torch
+
     from keylayers.model.loading import load_adapter
+    from keylayers.updates.adapter import tuner_layers
 
     model = load_adapter(session.load(), str(folder))
-    pruning.prove_targets(model)
+    odd = sorted(tuner_layers(model).keys() ^ set(kept))
+    if odd:
+        raise GuardError(
+            f"PEFT must put the pruned adapter on exactly the kept modules, but {len(odd)} "
+            f"differ, first {odd[0]}"
+        )
     trainer = session.loss_trainer(model, options.objective, EVAL_BATCH_SIZE)
     with model.disable_adapter():
         base_loss = _held_out_loss(trainer)
     loss = _held_out_loss(trainer)
-    prove_same_loss(loss, masked_loss, model.dtype)
+    tolerance = 1e-5 if model.dtype in (torch.float32, torch.float64) else 1e-3
+    if not math.isclose(loss, masked_loss, rel_tol=tolerance, abs_tol=tolerance):
+        raise GuardError(
+            f"the pruned adapter must compute what the full one does with the updates of the "
+            f"pruned modules off, but its held-out loss is {loss} instead of {masked_loss}"
+        )
     return base_loss, loss
 
 

@@ -182,16 +182,21 @@ class Size(Part):
 
     num_modules: CountFromZero
     num_parameters: CountFromZero
+    num_bytes: CountFromZero = 0  # on disk
 
 
 class Pruned(Part):
-    """The update before and after it was pruned."""
+    """The update before and after it was pruned, with means over the held-out examples."""
 
+    kind: Text = "adapter"  # or checkpoint
+    modules: ListOf[Text] = ()
     full: Size
     pruned: Size
     base_loss_nats: float
     full_loss_nats: float
     pruned_loss_nats: float
+    num_held_out: CountFromZero = 0
+    loss_unit: Text = "nats per token"
 
 
 class RunRecord(MadeBy):
