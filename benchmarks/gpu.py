@@ -25,8 +25,7 @@ from transformers import PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
 from benchmarks.sides import last_line_of, random_llama, selected
-from keylayers.apply.adapter import add_lora
-from keylayers.apply.freeze import train_only
+from keylayers.apply.trainable import add_lora, train_only
 from keylayers.environment import environment
 from keylayers.files import write_json
 from keylayers.gates import gated

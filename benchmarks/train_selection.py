@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from benchmarks.sides import in_turn, kept_storage, random_llama, ratio, selected, shown, with_lora
-from keylayers.apply.adapter import add_lora
+from keylayers.apply.trainable import add_lora
 from keylayers.model.modules import ModuleInfo, map_modules
 from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import Ranking

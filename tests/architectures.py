@@ -206,7 +206,7 @@ class Outcome:
 def whole_way(architecture: Architecture) -> Outcome:
     """LoRA on all modules, rank, select, train the selection from scratch, save, reload."""
     from keylayers import rank_modules
-    from keylayers.apply.adapter import add_lora
+    from keylayers.apply.trainable import add_lora
     from keylayers.model.modules import map_modules
 
     base = architecture.build()

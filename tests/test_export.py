@@ -207,7 +207,7 @@ def unfrozen_by_trl(model, folder):
 )
 def test_a_full_fine_tune_is_of_exactly_the_selection(tool, unfrozen, title, tmp_path):
     import keylayers
-    from keylayers.apply.freeze import train_only
+    from keylayers.apply.trainable import train_only
     from keylayers.errors import ConfigError
 
     ranking = ranking_of_model(MODELS[title].build())

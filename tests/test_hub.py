@@ -113,11 +113,3 @@ def test_what_cannot_be_pushed_is_refused_before_any_work(
     assert keylayers("train", "--ranking", ranked, *more) == 2
     assert line in complaint(capsys)
     assert not Path(tmp_path / "out").exists()
-
-
-def test_a_folder_of_others_is_not_pushed(tmp_path):
-    from keylayers.apply.hub import push_to_hub
-    from keylayers.errors import KeylayersError
-
-    with pytest.raises(KeylayersError, match="must be one that keylayers wrote"):
-        push_to_hub(tmp_path, "me/x")

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from architectures import ARCHITECTURES, trainer_of
 from keylayers import rank_modules
-from keylayers.apply.adapter import add_lora
+from keylayers.apply.trainable import add_lora
 from keylayers.data.options import DataOptions
 from keylayers.data.prepare import prepare
 from keylayers.errors import ConfigError

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from keylayers import module_weights, rank_modules
-from keylayers.apply.freeze import train_only
+from keylayers.apply.trainable import train_only
 from keylayers.cli import main
 from keylayers.data.options import DataOptions
 from keylayers.data.prepare import prepare

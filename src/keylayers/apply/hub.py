@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Push a tuned model with its model card to the hub, with the keywords of PEFT's `push_to_hub`."""
+"""Push a tuned model with its model card and record to the hub.
+
+PEFT's own `push_to_hub` uploads the same weights with a card that says nothing of the ranking.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,59 +13,11 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
 from keylayers.errors import ConfigError, OutputError
-from keylayers.files import RECORD
 
 HTTPError = hub_errors.HTTPError  # type: ignore[attr-defined]  # of whichever client it uses
 
 
-def push_to_hub(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-) -> str:
-    """Upload what `train` or `prune` wrote, and return the address of the commit.
-
-    PEFT's own `push_to_hub` uploads the same weights with a card that says nothing of the ranking.
-
-    Args:
-        folder: An adapter or a checkpoint that keylayers wrote, with its card and record.
-        repo_id: Name on the hub, for example `me/my-adapter`; created if it does not exist.
-        private: Whether a new repository is private. Default: the account's setting.
-        token: Token of the account. Default: that of the user who is logged in.
-        revision: Branch.
-        create_pr: Open a pull request instead of committing.
-        commit_message: Default: "Upload by keylayers".
-
-    Raises:
-        ConfigError: keylayers did not write the folder, or the name is not valid on the hub.
-        OutputError: the hub refuses it or cannot be reached.
-    """
-    folder = Path(folder)
-    if not (folder / RECORD).is_file():
-        raise ConfigError(
-            f"the folder to push must be one that keylayers wrote, but {str(folder)!r} holds no "
-            f"{RECORD}"
-        )
-    make_repository(repo_id, private=private, token=token)
-    with _hub_errors(repo_id):
-        found = HfApi(token=token).upload_folder(
-            folder_path=folder,
-            repo_id=repo_id,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message or "Upload by keylayers",
-        )
-    return str(found.pr_url or found.commit_url)
-
-
-def make_repository(
-    repo_id: str, *, private: bool | None = None, token: str | bool | None = None
-) -> None:
+def make_repository(repo_id: str, *, private: bool | None = None) -> None:
     """Create the repository if it does not exist. Called before long work, so that it fails early.
 
     Raises:
@@ -70,7 +25,16 @@ def make_repository(
         OutputError: the hub cannot be reached, or refuses the account.
     """
     with _hub_errors(repo_id):
-        HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True)
+        HfApi().create_repo(repo_id, private=private, exist_ok=True)
+
+
+def push_to_hub(folder: Path, repo_id: str) -> str:
+    """Upload what `train` or `prune` wrote, and return the address of the commit."""
+    with _hub_errors(repo_id):
+        found = HfApi().upload_folder(
+            folder_path=folder, repo_id=repo_id, commit_message="Upload by keylayers"
+        )
+    return str(found.commit_url)
 
 
 @contextmanager

@@ -28,18 +28,8 @@ def save_tuned(
 ) -> None:
     """Write a PEFT model's adapter, or a whole checkpoint, all or nothing.
 
-    With several processes, the first one writes and the others wait.
-
-    Args:
-        model: What was tuned.
-        tokenizer: Its tokenizer.
-        folder: New, or an earlier result of keylayers.
-        record: How it came about.
-        card: The same for readers, in place of the one that PEFT writes.
-        beside: Names and contents of further JSON files.
-
-    Raises:
-        OutputError: the folder cannot be written, or holds what keylayers did not make.
+    The card replaces the one that PEFT writes; `beside` holds further JSON files by name. With
+    several processes, the first one writes and the others wait.
     """
     values = _gathered(model) if is_sharded(model) else None
     if not is_first_process():

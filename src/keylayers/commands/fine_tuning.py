@@ -10,9 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
-from keylayers.apply.adapter import prove_trainable
-from keylayers.apply.freeze import round_to_stored, train_only
-from keylayers.apply.halt import prove_kept
+from keylayers.apply.trainable import prove_trainable, train_only
 from keylayers.commands.session import Session
 from keylayers.evaluation.loss import held_out_loss
 from keylayers.files import json_sha256
@@ -140,13 +138,11 @@ class FineTuning:
             trainer.add_callback(callback)
         inputs = self.inputs_sha256(names, callback)
         result = self._fine_tune(trainer, label, inputs, f"training {label}")
-        if callback is None or callback.selection is None:
-            prove_trainable(model, names)
-        else:
+        if callback is not None and callback.selection is not None:
             names = callback.selection.names
-            prove_kept(model, names)
+        prove_trainable(model, names)
         if self.options.is_full:
-            round_to_stored(model, self.stored_dtype)
+            _round(model, self.stored_dtype)
         row = TrainedSet(
             label=label,
             num_modules=len(names),
@@ -181,6 +177,13 @@ def inputs_sha256(session: Session, options: TrainingOptions, **more: Any) -> st
         "training": options.decisive(),
     }
     return json_sha256(inputs | more)
+
+
+@torch.no_grad()
+def _round(model: Tuned, dtype: torch.dtype) -> None:
+    """Round all weights to the dtype that they will be stored in; their dtype stays."""
+    for weight in model.parameters():
+        weight.copy_(weight.to(dtype))
 
 
 def _num_trained(model: Tuned) -> int:

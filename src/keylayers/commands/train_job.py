@@ -9,8 +9,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from keylayers.apply.freeze import prove_unchanged_elsewhere
 from keylayers.apply.saving import save_tuned
+from keylayers.apply.trainable import prove_unchanged_elsewhere
 from keylayers.commands.fine_tuning import FineTuning, Trained
 from keylayers.commands.repeat import how_it_was_made
 from keylayers.commands.session import Session

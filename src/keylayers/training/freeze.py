@@ -14,14 +14,15 @@ from typing import Any, get_args
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from keylayers.apply.halt import HaltedUpdates, check_can_halt, halt_updates
 from keylayers.errors import ConfigError
 from keylayers.model.sharding import check_can_freeze_inside
 from keylayers.progress import Progress, Silent
+from keylayers.ranges import check_fraction
 from keylayers.ranking.budget import Freeze
 from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.ranking.selection import Selection, check_same_modules
 from keylayers.scores.scoring_options import ScoringOptions, scoring_options
+from keylayers.training.halt import HaltedUpdates, check_can_halt, halt_updates
 from keylayers.training.options import FreezeAction, StabilityOptions
 from keylayers.training.rank_modules import rank_modules
 from keylayers.training.step_losses import StepLosses, trainer_of
@@ -41,8 +42,6 @@ class FreezeUnimportant(TrainerCallback):
 
     Attributes:
         ranking: The ranking; None before the freeze.
-        selection: The modules that are still trained; None before the freeze.
-        frozen: The frozen modules, in model order; empty before the freeze.
         frozen_at_step: The last step that trained all modules; None before the freeze.
         reason: `stable` or `max_steps`; None before the freeze.
     """
@@ -83,10 +82,7 @@ class FreezeUnimportant(TrainerCallback):
         Raises:
             ConfigError: an option has a value that cannot be used.
         """
-        if not 0 < freeze_fraction < 1:
-            raise ConfigError(
-                f"`freeze_fraction` must be above 0 and below 1, got {freeze_fraction}"
-            )
+        check_fraction("freeze_fraction", freeze_fraction)
         if action not in get_args(FreezeAction):
             raise ConfigError(f"`action` must be freeze or remove, got {action!r}")
         self.freeze_fraction = freeze_fraction
@@ -95,23 +91,27 @@ class FreezeUnimportant(TrainerCallback):
         self.scoring = scoring_options(method, mask_seed=mask_seed, **options)
         self.mask_dataset = mask_dataset
         self.progress = progress or Silent()
-        self._given_trainer = trainer
-        self._trainer: Trainer | None = None
-        self._losses: StepLosses | None = None
-        self._halted: HaltedUpdates | None = None
-        self._forget()
-
-    def _forget(self) -> None:
         self.ranking: Ranking | None = None
-        self.selection: Selection | None = None
-        self.frozen: tuple[str, ...] = ()
         self.frozen_at_step: int | None = None
         self.reason: str | None = None
-        self._recent: list[float] = []
-        if self._halted is not None:  # of a run that ended with an error
-            self._halted.release()
-        self._halted = None
+        self._given_trainer = trainer
+        self._recent: list[float] = []  # losses of the last steps
+        self._losses: StepLosses | None = None
+        self._halted: HaltedUpdates | None = None
         self._first_step_after = 0
+
+    @property
+    def selection(self) -> Selection | None:
+        """The modules that are still trained; None before the freeze."""
+        return None if self.ranking is None else self.ranking.select(Freeze(self.freeze_fraction))
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The frozen modules, in model order; empty before the freeze."""
+        if self.ranking is None or self.selection is None:
+            return ()
+        kept = set(self.selection.names)
+        return tuple(module.name for module in self.ranking.modules if module.name not in kept)
 
     def decisive(self) -> dict[str, Any]:
         """The options that decide what is found and frozen, for a hash of a run's inputs."""
@@ -124,11 +124,11 @@ class FreezeUnimportant(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         """Refuse what cannot work; a resumed run takes over the findings of its checkpoint."""
-        self._stop_watching()  # the last run may have ended with an error
-        trainer = self._given_trainer or trainer_of(self)
+        self._let_go()  # the last run may have ended with an error
+        trainer = self._trainer()
         self._check(trainer, state)
-        self._trainer = trainer
-        self._forget()
+        self.ranking = self.frozen_at_step = self.reason = None
+        self._recent = []
         saved = state.stateful_callbacks.get(STATE_KEY)
         if saved is not None:
             self._take_over(trainer, saved, state)
@@ -162,20 +162,23 @@ class FreezeUnimportant(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: Any, **kw: Any
     ) -> None:
         """Prove that frozen modules did not change; warn if nothing was frozen."""
-        self._stop_watching()
-        if self._halted is None:
+        halted = self._halted
+        self._let_go()
+        if halted is None:
             warnings.warn(
                 f"nothing was frozen: training ended at step {state.global_step} before the loss "
                 f"was stable or `max_steps` reached",
                 stacklevel=2,
             )
             return
-        self._halted.release()
-        self._halted.keep_flags()  # loading the best checkpoint sets them
+        for parameter in halted.parameters.values():
+            parameter.requires_grad_(False)  # loading the best checkpoint sets the flags
         best = state.best_global_step if args.load_best_model_at_end else None
         if best is None or best >= (self.frozen_at_step or 0):
-            self._halted.check()
-        self._trainer = None
+            halted.check()
+
+    def _trainer(self) -> Trainer:
+        return self._given_trainer or trainer_of(self)
 
     def _check(self, trainer: Trainer, state: TrainerState) -> None:
         callbacks = trainer.callback_handler.callbacks
@@ -193,24 +196,12 @@ class FreezeUnimportant(TrainerCallback):
         self.stability.cap_within(state.max_steps)
 
     def _rank_and_freeze(self, state: TrainerState) -> None:
-        trainer = self._trainer
-        assert trainer is not None
+        trainer = self._trainer()
         why = "the loss is stable" if self.reason == "stable" else "the cap is reached"
         self.progress.note(f"step {state.global_step}: {why}; ranking by {self.scoring.method}")
-        # accelerate 1.15 remembers the data loaders that are being read, and scoring leaves its own
-        # half read; the run must find only its own.
-        gradient_state = trainer.accelerator.gradient_state
-        loaders = gradient_state.dataloader_references
-        try:
-            self.ranking = rank_modules(trainer, self.scoring, mask_dataset=self.mask_dataset)
-        finally:
-            gradient_state.dataloader_references = loaders
-        self.selection = self.ranking.select(Freeze(self.freeze_fraction))
-        selected = set(self.selection.names)
-        self.frozen = tuple(m.name for m in self.ranking.modules if m.name not in selected)
+        self.ranking = rank_modules(trainer, self.scoring, mask_dataset=self.mask_dataset)
         self.frozen_at_step = state.global_step
         self._freeze(trainer, state)
-        self._stop_watching()
         if self.action == "remove":
             # An earlier checkpoint must not come back as the best: it holds what was removed.
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
@@ -221,12 +212,7 @@ class FreezeUnimportant(TrainerCallback):
         )
 
     def _take_over(self, trainer: Trainer, saved: dict[str, Any], state: TrainerState) -> None:
-        """Continue where the run that wrote the checkpoint stopped.
-
-        Raises:
-            ConfigError: it froze other modules than these options would.
-            RankingError: it is of another model.
-        """
+        """Continue where the run that wrote the checkpoint stopped."""
         self._recent = list(saved["recent_losses"])
         if saved["ranking"] is None:
             return
@@ -237,8 +223,6 @@ class FreezeUnimportant(TrainerCallback):
                     f"modules already, got {getattr(self, name)}; start from an earlier one"
                 )
         self.ranking = Ranking.from_json(json.loads(saved["ranking"]), "the checkpoint's state")
-        self.selection = self.ranking.select(Freeze(self.freeze_fraction))
-        self.frozen = tuple(saved["frozen"])
         self.frozen_at_step, self.reason = saved["frozen_at_step"], saved["reason"]
         modules = [update.module for update in adapter_updates(trainer.model)]
         check_same_modules(self.ranking.modules, {m.name: m.num_parameters for m in modules})
@@ -248,20 +232,23 @@ class FreezeUnimportant(TrainerCallback):
         )
 
     def _freeze(self, trainer: Trainer, state: TrainerState) -> None:
+        self._let_go()
         self._first_step_after = state.global_step + 1
         self._halted = halt_updates(trainer.model, self.frozen, self.action, trainer.optimizer)
 
-    def _stop_watching(self) -> None:
+    def _let_go(self) -> None:
+        """Give trainer and model back what this callback has replaced."""
         if self._losses is not None:
             self._losses.close()
-        self._losses = None
+        if self._halted is not None:
+            self._halted.held.close()
+        self._losses = self._halted = None
 
     def _remember(self, state: TrainerState) -> None:
         state.stateful_callbacks[STATE_KEY] = {
             "freeze_fraction": self.freeze_fraction,
             "action": self.action,
             "recent_losses": self._recent,
-            "frozen": list(self.frozen),
             "frozen_at_step": self.frozen_at_step,
             "reason": self.reason,
             # as text, because the trainer sorts the keys of what it saves

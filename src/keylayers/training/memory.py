@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Trainer
 
-from keylayers.apply.adapter import trainable_modules
+from keylayers.apply.trainable import trainable_modules
 from keylayers.errors import ConfigError, RankingError
 from keylayers.model.modules import map_modules
 from keylayers.model.preserve import preserved

@@ -28,7 +28,7 @@ from transformers import (
     set_seed,
 )
 
-from keylayers.apply.adapter import add_lora
+from keylayers.apply.trainable import add_lora
 from keylayers.data.reading import quiet_datasets
 from keylayers.errors import ConfigError, LossError
 from keylayers.model.sharding import place_model

@@ -9,7 +9,7 @@ recomputed and passed through backward. Losses and gradients are the same withou
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainingArguments
 
@@ -39,16 +39,11 @@ class ShallowBackward(TrainerCallback):
 
 
 def shallow_backward(model: nn.Module) -> RemovableHandle | None:
-    """Cut the graph behind the model's embeddings; None where they are trained or there are none.
+    """Cut the graph behind the model's embeddings, unless they are trained or there are none.
 
-    Returns:
-        The hook, to be removed. It must be the last one on the embeddings.
+    Returns the hook, to be removed. It must be the last one on the embeddings.
     """
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if embeddings is None or any(weight.requires_grad for weight in embeddings.parameters()):
         return None
-    return embeddings.register_forward_hook(_without_graph)
-
-
-def _without_graph(_: nn.Module, __: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
-    return embedded.detach()
+    return embeddings.register_forward_hook(lambda _, __, embedded: embedded.detach())

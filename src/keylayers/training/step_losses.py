@@ -20,11 +20,7 @@ from keylayers.processes import summed
 
 
 def trainer_of(callback: TrainerCallback) -> Trainer:
-    """The trainer that is calling `callback` right now.
-
-    Raises:
-        ConfigError: no trainer that holds the callback is on the call stack.
-    """
+    """The trainer that is calling `callback` right now."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
@@ -42,7 +38,7 @@ class StepLosses:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._had_own = "training_step" in vars(trainer)
+        self._replaced = vars(trainer).get("training_step")  # None: the class's own method
         self._training_step = trainer.training_step
         self._batches: list[Tensor] = []
         trainer.training_step = self._seen
@@ -64,9 +60,7 @@ class StepLosses:
 
     def close(self) -> None:
         """Give the trainer its method back, unless someone else has replaced it since."""
-        if vars(self._trainer).get("training_step") != self._seen:
-            return
-        if self._had_own:
-            self._trainer.training_step = self._training_step
-        else:
+        if vars(self._trainer).get("training_step") == self._seen:
             del self._trainer.training_step
+            if self._replaced is not None:
+                self._trainer.training_step = self._replaced

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stop training some LoRA updates while the rest of the model goes on, and the proof of it.
+"""Stop training some LoRA updates while the rest of the model goes on, and prove it.
 
 The parameters stay in the optimiser's groups, without a gradient and without state. Optimisers skip
 a parameter that has no gradient: neither momentum nor weight decay moves it. Taken out of the
@@ -8,7 +8,7 @@ because trainers build the optimiser of all parameters before any callback is as
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
 
-from keylayers.apply.adapter import trainable_modules
+from keylayers.apply.trainable import prove_trainable, trainable_modules
 from keylayers.errors import GuardError, ModelError
 from keylayers.model.sharding import is_sharded
 from keylayers.model.weights import fingerprint
@@ -31,25 +31,14 @@ class HaltedUpdates:
     """Updates that are no longer trained.
 
     Attributes:
-        names: Their modules.
         parameters: Their LoRA matrices by full name.
-        before: Fingerprint of the matrices from when training of them stopped.
-        held: Keeps them frozen where a trainer switches adapters in its loss.
+        before: Fingerprints of the matrices from when training of them stopped.
+        held: Keeps them frozen where a trainer switches adapters in its loss, until it is closed.
     """
 
-    names: tuple[str, ...]
     parameters: dict[str, nn.Parameter]
     before: dict[str, int]
     held: contextlib.ExitStack
-
-    def keep_flags(self) -> None:
-        """Set the flags again, after something loaded weights."""
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(False)
-
-    def release(self) -> None:
-        """Let PEFT's switches of adapters be what they were; at the end of the run."""
-        self.held.close()
 
     def check(self) -> None:
         """Raise a GuardError if a matrix has changed or can be trained."""
@@ -93,28 +82,22 @@ def check_can_halt(model: nn.Module, action: FreezeAction) -> None:
 
 
 def halt_updates(
-    model: nn.Module, names: Sequence[str], action: FreezeAction, optimizer: Optimizer
+    model: nn.Module, names: Collection[str], action: FreezeAction, optimizer: Optimizer
 ) -> HaltedUpdates:
-    """Stop training the LoRA updates of the modules `names`; to be called between two steps.
+    """Between two steps, stop training the LoRA updates of the modules `names`.
 
-    Args:
-        model: Carries the updates and is being trained.
-        names: Modules whose updates are no longer trained.
-        action: `freeze` leaves the updates as they are, `remove` sets them to zero.
-        optimizer: Of the run; what it remembers of the matrices is dropped, but under FSDP.
-
-    Raises:
-        GuardError: other modules than `names` stopped being trained too.
+    `freeze` leaves the updates as they are, `remove` sets them to zero. What the optimiser
+    remembers of the matrices is dropped, but not under FSDP, where a checkpoint must hold what it
+    knows of every parameter.
     """
-    asked = set(names)
-    before = trainable_modules(model)
+    kept = trainable_modules(model) - set(names)
     parameters = {
         f"{update.module.name}.{name}": parameter
         for update in adapter_updates(model)
-        if update.module.name in asked
+        if update.module.name in names
         for name, parameter in _own(update).items()
     }
-    # accelerate wraps optimisers; a spread checkpoint must hold what they know of every parameter
+    # accelerate wraps optimisers
     state = {} if is_sharded(model) else getattr(optimizer, "optimizer", optimizer).state
     for name, parameter in parameters.items():
         parameter.requires_grad_(False)
@@ -123,20 +106,10 @@ def halt_updates(
         if action == "remove" and ".lora_B." in name:
             with torch.no_grad():
                 parameter.zero_()
-    prove_kept(model, [name for name in before if name not in asked])
+    prove_trainable(model, kept)
     held = contextlib.ExitStack()
     held.enter_context(kept_frozen(model))
-    return HaltedUpdates(tuple(names), parameters, fingerprint(parameters.items()), held)
-
-
-def prove_kept(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise a GuardError unless the modules that are still trained are exactly `names`."""
-    differ = trainable_modules(model) ^ set(names)
-    if differ:
-        raise GuardError(
-            f"the trainable modules must be exactly the {len(names)} that were kept, but "
-            f"{len(differ)} differ, first {min(differ)}"
-        )
+    return HaltedUpdates(parameters, fingerprint(parameters.items()), held)
 
 
 def _own(update: AdapterUpdate) -> dict[str, nn.Parameter]:
