@@ -2,15 +2,16 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from commands import keylayers
 from keylayers.errors import RankingError
 from keylayers.files import json_sha256
 from keylayers.ranking.consensus import consensus
 from keylayers.ranking.ranking import Ranking
-from test_compare import SCORES, compare, deep_ranking, run_of, with_errors
 
-from rankings import ranking_of
+from rankings import ranking_of, run_of, write_rankings
 
 
 def test_consensus_by_hand():
@@ -27,20 +28,14 @@ def test_consensus_by_hand():
 
 
 def test_consensus_lists_its_sources():
-    runs = [run_of(), run_of(seed=1, granularity="block")]
+    runs = [run_of(), run_of(options={"seed": 1}, granularity="block")]
     merged = consensus(runs)
-    assert merged.provenance["sources"] == [
-        {
-            "method": "ila",
-            "model": "m",
-            "data": "a.jsonl",
-            "json_sha256": json_sha256(run.to_json()),
-        }
-        for run in runs
-    ]
-    assert merged.provenance["sources"][0] != merged.provenance["sources"][1]
+    hashes = [json_sha256(run.to_json()) for run in runs]
+    own = {"method": "ila", "model": "m", "data": "a.jsonl"}
+    assert merged.provenance["sources"] == [own | {"json_sha256": sha256} for sha256 in hashes]
+    assert hashes[0] != hashes[1]
     assert merged.granularity == "module"
-    assert consensus([run_of(granularity="block")]).granularity == "block"
+    assert consensus(runs[1:]).granularity == "block"
 
 
 def test_consensus_takes_each_module_from_the_rankings_that_score_it():
@@ -50,7 +45,8 @@ def test_consensus_takes_each_module_from_the_rankings_that_score_it():
     assert [module.standard_error for module in merged.modules] == [None, None, None, 0.0]
 
 
-@given(SCORES)
+@settings(max_examples=20)  # each asks git for the commit
+@given(st.lists(st.integers(-3, 3).map(float), min_size=2, max_size=12))
 def test_the_consensus_of_one_ranking_has_its_order(scores):
     ranking = ranking_of(scores)
     merged = consensus([ranking])
@@ -65,38 +61,31 @@ def test_rankings_of_different_modules_have_no_consensus():
         consensus([])
 
 
-@pytest.fixture
-def files(tmp_path):
-    """A run, one on other data, and one of a model of another shape."""
-    made = {
-        "run": with_errors(run_of(), 0.5),
-        "data": run_of(content="b"),
-        "deep": deep_ranking({"a_proj": [3.0, 2.0, 1.0], "c_proj": [1.0, 2.0, None]}),
-    }
-    paths = {name: tmp_path / f"{name}.json" for name in made}
-    for name, ranking in made.items():
-        ranking.save(paths[name])
-    return paths
-
-
-def test_compare_writes_the_consensus(files, tmp_path, capsys):
-    target = tmp_path / "consensus.json"
-    assert compare(files["run"], files["data"], "--consensus", target) == 0
-    assert f"consensus of 2 rankings: {target}" in capsys.readouterr().out
-    merged = Ranking.load(target)
-    assert merged.ranks() == Ranking.load(files["data"]).ranks()
-    assert compare(files["run"], target, "--json", "--consensus", tmp_path / "again.json") == 0
+def test_compare_writes_the_consensus(tmp_path, capsys):
+    files, target = write_rankings(tmp_path), tmp_path / "consensus.json"
+    for _ in range(2):  # an earlier ranking is replaced
+        assert keylayers("compare", files["seed-0"], files["data"], "--consensus", target) == 0
+        assert f"consensus of 2 rankings: {target}" in capsys.readouterr().out
+    assert Ranking.load(target).ranks() == Ranking.load(files["data"]).ranks()
+    again = ("--json", "--consensus", tmp_path / "again.json")
+    assert keylayers("compare", files["seed-0"], target, *again) == 0
     captured = capsys.readouterr()
     assert len(json.loads(captured.out)["pairs"]) == 1
     assert "consensus of 2 rankings" in captured.err
 
 
-def test_mistakes_are_told_in_a_line_and_nothing_is_written(files, tmp_path, capsys):
-    before = files["data"].read_bytes()
-    assert compare(files["run"], files["data"], "--consensus", files["data"]) == 2
-    assert "must be a new file" in capsys.readouterr().err
-    assert files["data"].read_bytes() == before
-    target = tmp_path / "consensus.json"
-    assert compare(files["run"], files["deep"], "--consensus", target) == 2
-    assert "rankings must be of the same modules" in capsys.readouterr().err
-    assert not target.exists()
+@pytest.mark.parametrize(
+    ("second", "target", "message"),
+    [
+        ("data", "data.json", "must be a new file, but"),
+        ("data", "notes.txt", "must be a new file or an earlier ranking"),
+        ("deep", "new.json", "rankings must be of the same modules"),
+    ],
+)
+def test_a_mistake_is_told_and_nothing_is_written(tmp_path, capsys, second, target, message):
+    files, target = write_rankings(tmp_path), tmp_path / target
+    (tmp_path / "notes.txt").write_text("mine")
+    before = target.read_bytes() if target.exists() else None
+    assert keylayers("compare", files["seed-0"], files[second], "--consensus", target) == 2
+    assert message in capsys.readouterr().err
+    assert (target.read_bytes() if target.exists() else None) == before

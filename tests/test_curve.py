@@ -14,11 +14,23 @@ from keylayers.updates import adapter_updates
 from scored import PLANTED, data, noisy_model, planted_model, trainer_of
 
 
-def test_the_area_by_hand():
-    # heights 1, 0.25, 0 over counts 0, 1, 4: 1 * 0.625 + 3 * 0.125, over 4
-    assert MaskCurve((0, 1, 4), (3.0, 1.5, 1.0)).normalised_area == pytest.approx(0.25)
-    assert MaskCurve((0, 1, 2), (1.0, 1.0, 1.0)).normalised_area is None
-    assert MaskCurve((0, 1, 2), (1.0, 0.5, 2.0)).normalised_area is None
+def curve_of(counts, losses):
+    return MaskCurve(counts=counts, losses=losses)
+
+
+@pytest.mark.parametrize(
+    ("counts", "losses", "area", "best"),
+    [
+        # heights 1, 0.25, 0 over counts 0, 1, 4: 1 * 0.625 + 3 * 0.125, over 4
+        ((0, 1, 4), (3.0, 1.5, 1.0), 0.25, (4, 1.0)),
+        ((0, 1, 2), (1.0, 1.0, 1.0), None, (0, 1.0)),
+        ((0, 1, 2), (1.0, 0.5, 2.0), None, (1, 0.5)),
+        ((0, 2, 4), (3.0, 1.0, 1.0), 0.25, (2, 1.0)),
+    ],
+)
+def test_the_area_and_the_first_best_point_by_hand(counts, losses, area, best):
+    curve = curve_of(counts, losses)
+    assert (curve.normalised_area, curve.best) == (pytest.approx(area), best)
 
 
 def test_the_curve_of_a_planted_module_falls_when_it_enters():
@@ -35,14 +47,6 @@ def test_the_curve_of_a_planted_module_falls_when_it_enters():
     assert last.losses[-1] == first.losses[1]
     assert first.normalised_area == pytest.approx(0.5 / 14)
     assert last.normalised_area == pytest.approx(13.5 / 14)
-
-
-def test_few_points_reach_from_none_to_all():
-    trainer = trainer_of(planted_model())
-    updates = adapter_updates(trainer.model)
-    names = [update.module.name for update in updates]
-    curve = mask_curve(trainer, updates, names, data(), num_points=5)
-    assert curve.counts == (0, 4, 7, 10, 14)
 
 
 def test_the_held_out_loss_is_a_mean_over_tokens_not_over_batches():
@@ -63,12 +67,6 @@ def test_the_held_out_loss_is_a_mean_over_tokens_not_over_batches():
     trainer.model.train()
     assert held_out_loss(trainer, mixed) == pytest.approx(total / count, rel=1e-5)
     assert trainer.model.training
-
-
-def test_the_best_point_is_the_smallest_count_with_the_lowest_loss():
-    assert MaskCurve((0, 2, 4, 6), (3.0, 1.0, 1.0, 2.0)).best == (2, 1.0)
-    assert MaskCurve((0, 2, 4, 6), (1.0, 1.0, 1.0, 1.0)).best == (0, 1.0)
-    assert MaskCurve((0, 2, 4, 6), (3.0, 2.0, 1.5, 1.0)).best == (6, 1.0)
 
 
 def paired_curve(differences, weights, num_modules=6):
@@ -93,7 +91,7 @@ def test_all_modules_are_always_within_the_margin():
 
 
 def test_no_module_is_no_budget_even_where_it_would_do():
-    one = MaskCurve((0, 3, 6), (1.0, 1.0, 1.0)).smallest_within(0.5)
+    one = curve_of((0, 3, 6), (1.0, 1.0, 1.0)).smallest_within(0.5)
     assert one.num_modules == 3
 
 
@@ -128,7 +126,7 @@ def test_the_upper_limit_is_that_of_an_independent_bootstrap_of_weighted_batches
 def test_equal_differences_or_no_batches_leave_the_point_itself():
     one = paired_curve([(0.125,) * 4], [3.0, 1.0, 2.0, 5.0]).smallest_within(1.0)
     assert one.upper_nats == one.difference_nats == pytest.approx(0.125)
-    bare = MaskCurve((0, 3, 6), (3.0, 1.125, 1.0)).smallest_within(0.125)
+    bare = curve_of((0, 3, 6), (3.0, 1.125, 1.0)).smallest_within(0.125)
     assert (bare.num_modules, bare.difference_nats, bare.upper_nats) == (3, 0.125, 0.125)
     single = paired_curve([(0.125,)], [7.0]).smallest_within(1.0)
     assert single.upper_nats == single.difference_nats == pytest.approx(0.125)
@@ -168,11 +166,11 @@ def test_a_constant_added_to_every_loss_changes_neither_area_nor_budget(rows, sh
 def test_the_area_of_a_straight_line_is_a_half(counts, start, gain):
     places = (0, *sorted(counts))
     losses = tuple(start - gain * count / places[-1] for count in places)
-    assert MaskCurve(places, losses).normalised_area == pytest.approx(0.5)
+    assert curve_of(places, losses).normalised_area == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("num_points", [2, 4])
-def test_the_ends_of_the_curve_are_the_losses_with_gates_closed_and_open(num_points):
+@pytest.mark.parametrize("counts", [(0, 14), (0, 4, 7, 10, 14)])
+def test_the_ends_of_the_curve_are_the_losses_with_gates_closed_and_open(counts):
     trainer = trainer_of(noisy_model())
     updates = adapter_updates(trainer.model)
     rows = data(10)["input_ids"]
@@ -185,15 +183,15 @@ def test_the_ends_of_the_curve_are_the_losses_with_gates_closed_and_open(num_poi
         updates,
         names,
         held_out,
-        num_points=num_points,
+        num_points=len(counts),
         on_step=lambda step, loss: seen.append((step, loss)),
     )
     for index, value in ((0, 0.0), (-1, 1.0)):
         with gated(trainer.model, updates, initial_score=value, link="identity"):
             assert curve.losses[index] == held_out_loss(trainer, held_out)
     assert curve.losses[-1] == pytest.approx(held_out_loss(trainer, held_out), rel=1e-5)
-    assert len(curve.counts) == len(curve.losses) == len(curve.batch_losses) == num_points
-    assert (curve.counts[0], curve.counts[-1]) == (0, len(names))
+    assert curve.counts == counts
+    assert len(curve.losses) == len(curve.batch_losses) == len(counts)
     assert seen == list(enumerate(curve.losses, start=1))
     labelled = sum(label != -100 for row in labels for label in row[1:])
     assert sum(curve.batch_weights) == labelled

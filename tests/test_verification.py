@@ -3,7 +3,6 @@
 
 import io
 import json
-from dataclasses import replace
 
 import pytest
 
@@ -19,18 +18,30 @@ FALLING = (3.0, 1.6, 1.02, 1.0)  # gains 2 nats; the margin of 5 % is 0.1
 COUNTS = (0, 2, 4, 6)
 
 
-def curve_of(losses, counts=COUNTS, **batches):
-    return MaskCurve(tuple(counts), tuple(losses), **batches)
+LEFT_OUT = {"leave_one_out": MaskCurve(counts=COUNTS, losses=(3.0, 2.0, 1.5, 1.0))}
+BATCHES = {
+    "batch_losses": ((3.0, 3.0), (1.5, 1.7), (1.0, 1.04), (1.0, 1.0)),
+    "batch_weights": (5.0, 5.0),
+}
+SIX = [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
 
 
-def verification_of(best_first=FALLING, random=((3.0, 2.5, 1.5, 1.0),), **options):
+def curve_of(losses, **batches):
+    return MaskCurve(counts=COUNTS, losses=tuple(losses), **batches)
+
+
+def verification_of(best_first=FALLING, random=((3.0, 2.5, 1.5, 1.0),), batches=None, **options):
     return Verification(
-        ranking_sha256="0" * 64,
-        best_first=curve_of(best_first),
+        **{"ranking_sha256": "0" * 64} | options,
+        best_first=curve_of(best_first, **(batches or {})),
         worst_first=curve_of((best_first[0], 2.9, 2.0, best_first[-1])),
-        random=tuple(curve_of(losses) for losses in random),
-        **options,
+        random=tuple(map(curve_of, random)),
     )
+
+
+def full_verification():
+    made_by = {"options": {"points": 4, "data": "chäts.jsonl"}}
+    return verification_of(batches=BATCHES, margin=0.03, provenance=made_by, **LEFT_OUT)
 
 
 def shown(found):
@@ -84,21 +95,6 @@ def test_the_area_of_random_orders_is_their_mean_and_spread():
     assert verification_of(random=[sharp]).random_area() == pytest.approx((1 / 6, 0.0))
     assert verification_of(random=[(1.0, 1.0, 1.0, 2.0)]).random_area() is None
     assert verification_of(random=[straight, sharp]).random_means() == [3.0, 1.5, 1.5, 1.0]
-
-
-def full_verification():
-    batches = {
-        "batch_losses": ((3.0, 3.0), (1.5, 1.7), (1.0, 1.04), (1.0, 1.0)),
-        "batch_weights": (5.0, 5.0),
-    }
-    from dataclasses import replace
-
-    found = verification_of(leave_one_out=curve_of((3.0, 2.0, 1.5, 1.0)), margin=0.03)
-    return replace(
-        found,
-        best_first=curve_of(FALLING, **batches),
-        provenance={"options": {"points": 4, "data": "chäts.jsonl"}},
-    )
 
 
 @pytest.mark.parametrize("make", [verification_of, full_verification])
@@ -159,8 +155,11 @@ BROKEN = {
     "no JSON object": ("null", "must be a mapping"),
     "a margin that is text": (changed(margin="x"), "`margin` must be a finite number, got 'x'"),
     "a margin of more than all": (changed(margin=1.5), "`margin` must be less than 1, got 1.5"),
-    "no random order": (changed(random=[]), "all curves, random ones among them"),
-    "other counts": (changed(random=[CURVE | {"counts": [0, 1, 4, 6]}]), "have the same counts"),
+    "no random order": (changed(random=[]), "at the same counts, with random ones"),
+    "other counts": (
+        changed(random=[CURVE | {"counts": [0, 1, 4, 6]}]),
+        "must be curves at the same counts",
+    ),
     "one loss": (other_curve(losses=[1.0]), "a loss for each of its 4 counts"),
     "too large for a float": (other_curve(losses=[10**400, 1, 1, 1]), "must be a finite number"),
     "a loss that is none": (other_curve(losses=[float("nan"), 1, 1, 1]), "must be a finite number"),
@@ -194,20 +193,15 @@ def test_the_file_lies_beside_the_ranking(tmp_path):
     assert verification_file(str(tmp_path / "ranking.json")) == tmp_path / "verification.json"
 
 
-def verified_ranking(folder, scores, **options):
-    """A ranking and the file of a verification that belongs to it."""
-    from dataclasses import replace
-
-    ranking = ranking_of(scores)
-    found = verification_of(**options)
-    path = folder / "verification.json"
-    replace(found, ranking_sha256=json_sha256(ranking.to_json())).save(path)
-    return ranking, path
+def auto_budget_of(ranking, folder, **options):
+    """The automatic budget of a ranking that was verified as it is."""
+    found = verification_of(ranking_sha256=json_sha256(ranking.to_json()), **options)
+    found.save(folder / "verification.json")
+    return auto_budget(ranking, folder / "verification.json")
 
 
 def test_the_automatic_budget_is_the_recommended_count(tmp_path):
-    ranking, path = verified_ranking(tmp_path, [6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
-    assert auto_budget(ranking, path).value == 4
+    assert auto_budget_of(ranking_of(SIX), tmp_path).value == 4
 
 
 @pytest.mark.parametrize(
@@ -227,32 +221,25 @@ def test_the_automatic_budget_needs_a_curve_of_the_rankings_own_run(tmp_path, me
         "data": {"split_sha256": "split"},
         "stage_1": stage_1,
     }
-    ranking = ranking_of([6.0, 5.0, 4.0, 3.0, 2.0, 1.0], provenance=made_by)
-    path = tmp_path / "verification.json"
-    found = verification_of(provenance=measured_with)
-    replace(found, ranking_sha256=json_sha256(ranking.to_json())).save(path)
+    ranking = ranking_of(SIX, provenance=made_by)
     if what is None:
-        assert auto_budget(ranking, path).value == 4
-    else:
-        with pytest.raises(RankingError, match=f"was measured with {what}; run"):
-            auto_budget(ranking, path)
+        assert auto_budget_of(ranking, tmp_path, provenance=measured_with).value == 4
+        return
+    with pytest.raises(RankingError, match=f"was measured with {what}; run"):
+        auto_budget_of(ranking, tmp_path, provenance=measured_with)
 
 
 def test_the_automatic_budget_is_refused_where_there_is_none(tmp_path):
-    scores = [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
-    ranking, path = verified_ranking(tmp_path, scores)
+    ranking, path = ranking_of(SIX), tmp_path / "verification.json"
+    for losses, does in {(1.0, 0.9, 0.9, 1.2): "raises it", (1.0,) * 4: "changes nothing"}.items():
+        message = f"a fine-tune that lowers the held-out loss, but this fine-tune {does}"
+        with pytest.raises(ConfigError, match=message):
+            auto_budget_of(ranking, tmp_path, best_first=losses)
     with pytest.raises(RankingError, match="the ranking changed since; run `keylayers verify` ag"):
-        auto_budget(ranking_of([*scores[:-1], 1.5]), path)
-    ranking, path = verified_ranking(tmp_path, scores, best_first=(1.0, 0.9, 0.9, 1.2))
-    with pytest.raises(ConfigError, match="`budget` auto needs a fine-tune that lowers the held-o"):
-        auto_budget(ranking, path)
-    ranking, path = verified_ranking(tmp_path, scores, best_first=(1.0, 1.0, 1.0, 1.0))
-    with pytest.raises(ConfigError, match="but this fine-tune changes nothing"):
-        auto_budget(ranking, path)
+        auto_budget(ranking_of([*SIX[:-1], 1.5]), path)
     path.unlink()
-    with pytest.raises(
-        RankingError, match="the verification of the ranking must exist, but there is no"
-    ):
+    message = "the verification of the ranking must exist, but there is no"
+    with pytest.raises(RankingError, match=message):
         auto_budget(ranking, path)
 
 
@@ -278,39 +265,45 @@ def test_the_spread_of_random_orders_is_shown_where_there_are_several():
     assert "±" not in shown(verification_of()).splitlines()[3]
 
 
-def test_the_report_says_that_updates_hurt_and_which_point_is_best():
-    text = " ".join(shown(verification_of((3.0, 1.6, 0.7, 1.0))).split())
-    assert "some updates hurt" in text
-    assert "best point 0.7000 with 4 modules" in text
-    assert "train for fewer steps" in text
-
-
-def test_the_report_says_why_there_is_no_area_and_no_budget():
-    text = " ".join(shown(verification_of((1.0, 1.1, 1.2, 1.3))).split())
-    assert (
-        "normalised area: undefined, because all updates together do not lower the held-out loss"
-        in text
-    )
-    assert "no budget is recommended: the fine-tune as a whole does not help" in text
-    assert "recommended budget" not in text
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        (
+            (3.0, 1.6, 0.7, 1.0),
+            ["some updates hurt", "best point 0.7000 with 4 modules", "train for fewer steps"],
+        ),
+        (
+            (1.0, 1.1, 1.2, 1.3),
+            [
+                "normalised area: undefined, because all updates together do not lower the",
+                "no budget is recommended: the fine-tune as a whole does not help",
+            ],
+        ),
+    ],
+)
+def test_the_report_says_what_is_wrong_with_the_fine_tune(losses, said):
+    text = " ".join(shown(verification_of(losses)).split())
+    assert [line for line in said if line not in text] == []
+    assert ("recommended budget" in text) == (losses[-1] < losses[0])
 
 
 REPORTED = {
     "one random order": {},
-    "several": {"random": [FALLING, (3.0, 2.0, 2.0, 1.0)], "margin": 0.0333},
+    "several": {"random": [FALLING, (3.0, 2.0, 2.0, 1.0)], "margin": 0.0333} | LEFT_OUT,
     "overfit": {"best_first": (3.0, 1.6, 0.7, 1.0)},
-    "undefined": {"best_first": (1.0, 1.1, 1.2, 1.3)},
+    "undefined": {"best_first": (1.0, 1.1, 1.2, 1.3)} | LEFT_OUT,
     "flat": {"best_first": (1.0,) * 4, "random": [(1.0,) * 4]},
-    "large": {"best_first": (30.0, 16.0, 10.2, 10.0), "random": [(30.0, 25.0, 15.0, 10.0)] * 3},
+    "large": {
+        "best_first": (30.0, 16.0, 10.2, 10.0),
+        "random": [(30.0, 25.0, 15.0, 10.0)] * 3,
+        "leave_one_out": curve_of((30.0, 20.0, 15.0, 10.0)),
+    },
 }
 
 
-@pytest.mark.parametrize("kind", REPORTED)
-@pytest.mark.parametrize("is_with_leave_one_out", [False, True])
-def test_no_line_of_the_report_is_wider_than_120_columns(kind, is_with_leave_one_out):
-    loo = curve_of((30.0, 20.0, 15.0, 10.0)) if is_with_leave_one_out else None
-    text = shown(verification_of(leave_one_out=loo, **REPORTED[kind]))
-    lines = text.splitlines()
+@pytest.mark.parametrize("name", REPORTED)
+def test_no_line_of_the_report_is_wider_than_120_columns(name):
+    lines = shown(verification_of(**REPORTED[name])).splitlines()
     assert max(len(line) for line in lines) <= 120
     rows = [line for line in lines if line.strip()[:1].isdigit()]
     assert len(rows) == len(COUNTS)

@@ -25,6 +25,7 @@ PLAINLY = {  # types of pydantic's errors whose messages speak of Python
     "missing": "there",
     "model_type": "a mapping",
     "dict_type": "a mapping",
+    "dataclass_type": "a mapping",
     "tuple_type": "a list",
     "is_instance_of": "text",  # of `Text`
     "int_type": "a whole number",

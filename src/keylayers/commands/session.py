@@ -18,7 +18,7 @@ from keylayers.model.options import ModelOptions, Objective, UpdateOptions
 from keylayers.model.weights import weights_sha256
 from keylayers.progress import Progress
 from keylayers.ranking.ranking import Ranking
-from keylayers.ranking.record import read_made_by
+from keylayers.ranking.record import MadeBy
 from keylayers.ranking.selection import check_same_modules
 from keylayers.training.options import ObjectiveOptions, TrainingOptions
 from keylayers.training.run import make_trainer
@@ -115,7 +115,7 @@ class Session:
                 "`adapter` or `tuned`"
             )
         tuned = existing_update(self.fresh(), options, self.progress, self.source.towers)
-        opened = read_made_by(tuned.record, "the update").update_sha256s
+        opened = MadeBy.model_validate(tuned.record).update_sha256s
         if made_by.update_sha256s and made_by.update_sha256s.isdisjoint(opened):
             self.progress.note("the update differs from the one that was ranked")
         _check_same_update(ranking, {update.module.name for update in tuned.updates})

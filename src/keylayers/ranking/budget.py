@@ -17,8 +17,10 @@ A number with a decimal point is a fraction, a number without is a count: `1.0` 
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import ClassVar, Literal
 
 from keylayers.errors import ConfigError
 
@@ -34,10 +36,7 @@ class Fraction:
     value: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.value <= 1:
-            raise ConfigError(
-                f"`budget` as a fraction must be above 0 and at most 1, got {self.value}"
-            )
+        _check(0 < self.value <= 1, "as a fraction must be above 0 and at most 1", self)
 
     def __str__(self) -> str:
         return str(self.value)
@@ -54,40 +53,36 @@ class Count:
     value: int
 
     def __post_init__(self) -> None:
-        if self.value < 1:
-            raise ConfigError(
-                f"`budget` as a count must be at least 1, got {self.value}; a fraction needs a "
-                f"decimal point"
-            )
+        rule = "as a count must be at least 1 (a fraction needs a decimal point)"
+        _check(self.value >= 1, rule, self)
 
     def __str__(self) -> str:
         return str(self.value)
 
 
 @dataclass(frozen=True)
-class Parameters:
+class _Share:
+    fraction: float
+    suffix: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        rule = f"as a fraction must be above 0{self.suffix} and at most 1{self.suffix}"
+        _check(0 < self.fraction <= 1, rule, self)
+
+    def __str__(self) -> str:
+        return f"{_short(self.fraction)}{self.suffix}"
+
+
+class Parameters(_Share):
     """A share of the parameters of all modules."""
 
-    fraction: float
-
-    def __post_init__(self) -> None:
-        _check_fraction(self.fraction, "of parameters", "x-params")
-
-    def __str__(self) -> str:
-        return f"{_short(self.fraction)}x-params"
+    suffix = "x-params"
 
 
-@dataclass(frozen=True)
-class Time:
+class Time(_Share):
     """A share of the cost of a training step that trains all modules."""
 
-    fraction: float
-
-    def __post_init__(self) -> None:
-        _check_fraction(self.fraction, "of the cost of a step", "x-time")
-
-    def __str__(self) -> str:
-        return f"{_short(self.fraction)}x-time"
+    suffix = "x-time"
 
 
 @dataclass(frozen=True)
@@ -98,8 +93,7 @@ class Memory:
     unit: Unit = "GiB"
 
     def __post_init__(self) -> None:
-        if not 0 < self.amount < math.inf:
-            raise ConfigError(f"`budget` as memory must be above 0, such as 12GiB, got '{self}'")
+        _check(0 < self.amount < math.inf, "as memory must be above 0, such as 12GiB", self)
 
     def __str__(self) -> str:
         return f"{_short(self.amount)}{self.unit}"
@@ -138,16 +132,15 @@ class Freeze:
 
 Budget = Fraction | Count | Parameters | Time | Memory | Auto | Freeze
 WrittenBudget = Budget | float | int | str  # whatever `parse_budget` takes
-
-_FORM = re.compile(rf"(.*?)(x-params|x-time|\s*(?:{'|'.join(UNITS)}))?", re.DOTALL)
+FORMS: dict[str, Callable[[float], Budget]] = {
+    Parameters.suffix: Parameters,
+    Time.suffix: Time,
+    **{unit: partial(Memory, unit=unit) for unit in UNITS},
+}
 
 
 def parse_budget(written: WrittenBudget) -> Budget:
-    """The budget that a text or number writes; a budget is returned as it is.
-
-    Raises:
-        ConfigError: it has none of the known forms, or a value that cannot be.
-    """
+    """The budget that a text or number writes; a budget is returned as it is."""
     if isinstance(written, Budget):
         return written
     if isinstance(written, float):
@@ -155,9 +148,8 @@ def parse_budget(written: WrittenBudget) -> Budget:
     text = str(written)
     if text == str(Auto()):
         return Auto()
-    match = _FORM.fullmatch(text)
-    assert match is not None
-    amount, form = match[1], (match[2] or "").strip()
+    suffix = next((suffix for suffix in FORMS if text.endswith(suffix)), "")
+    amount = text.removesuffix(suffix)
     try:
         number = float(amount)
     except ValueError:
@@ -166,22 +158,14 @@ def parse_budget(written: WrittenBudget) -> Budget:
             f"parameters such as 0.3x-params or of the cost of a training step such as 0.6x-time, "
             f"or memory such as 12GiB, got {text!r}"
         ) from None
-    if form == "x-params":
-        return Parameters(number)
-    if form == "x-time":
-        return Time(number)
-    for unit in UNITS:
-        if form == unit:
-            return Memory(number, unit)
+    if suffix:
+        return FORMS[suffix](number)
     return Count(int(amount)) if re.fullmatch(r"\s*[-+]?\d+\s*", amount) else Fraction(number)
 
 
-def _check_fraction(fraction: float, of_what: str, unit: str) -> None:
-    if not 0 < fraction <= 1:
-        raise ConfigError(
-            f"`budget` as a fraction {of_what} must be above 0{unit} and at most 1{unit}, got "
-            f"'{_short(fraction)}{unit}'"
-        )
+def _check(is_possible: bool, rule: str, budget: Budget | _Share) -> None:
+    if not is_possible:
+        raise ConfigError(f"`budget` {rule}, got {budget}")
 
 
 def _short(number: float) -> str:

@@ -17,20 +17,8 @@ NUM_STANDARD_ERRORS = 1.96  # to each side of a normal mean, for 95 %
 def undecided(ranking: Ranking, budget: WrittenBudget) -> tuple[str, ...]:
     """Names of the modules, in model order, whose 95 % interval contains the budget's cut.
 
-    Another seed of the fine-tune may move modules that are not named here. Without a cut nothing is
-    undecided: if the budget takes all modules, or if no module that is left out has a score.
-
-    Args:
-        ranking: Modules without a score or a standard error are never undecided.
-        budget: In any form of `keylayers.ranking.budget`.
-
-    Returns:
-        Empty if no standard error is known. If the last score taken and the first left out are
-        equal, all modules with this score are named: the model's order places them, not the data.
-
-    Raises:
-        ConfigError: the budget has no known form, or buys nothing or more than there is.
-        RankingError: the budget reaches modules that have no score.
+    If the last score taken and the first left out are equal, all modules with this score are
+    named: the model's order places them, not the data.
     """
     known = decisions(ranking, budget)
     return tuple(name for name, is_decided in known.items() if is_decided is False)
@@ -39,29 +27,19 @@ def undecided(ranking: Ranking, budget: WrittenBudget) -> tuple[str, ...]:
 def decisions(ranking: Ranking, budget: WrittenBudget) -> dict[str, bool | None]:
     """Module name -> whether its place is decided, in model order; None where it is not known.
 
-    No place is known for a budget by cost, which takes no module for its score alone.
-
-    Raises:
-        ConfigError: the budget has no known form, or buys nothing or more than there is.
-        RankingError: the budget reaches modules that have no score.
+    Without a cut every place is decided: if the budget takes all modules, or if no module that is
+    left out has a score. A budget by cost decides none, as it takes no module for its score alone.
     """
     chosen = ranking.select(budget).modules
+    known: dict[str, bool | None] = {module.name: None for module in ranking.modules}
     if not are_best(ranking.modules, chosen):
-        return {module.name: None for module in ranking.modules}
-    cut = _cut(ranking, len(chosen))
-    known: dict[str, bool | None] = {}
+        return known
+    ordered = ranking.ordered()
+    taken = ordered[len(chosen) - 1].score
+    left_out = ordered[len(chosen)].score if len(chosen) < len(ordered) else None
+    cut = None if taken is None or left_out is None else (taken + left_out) / 2
     for module in ranking.modules:
-        if module.score is None or module.standard_error is None:
-            known[module.name] = None
-        else:
+        if module.score is not None and module.standard_error is not None:
             reach = NUM_STANDARD_ERRORS * module.standard_error
             known[module.name] = cut is None or abs(module.score - cut) > reach
     return known
-
-
-def _cut(ranking: Ranking, count: int) -> float | None:
-    """Midpoint of the last score taken and the first left out; None without one of the two."""
-    ordered = ranking.ordered()
-    taken = ordered[count - 1].score
-    left_out = ordered[count].score if count < len(ordered) else None
-    return None if taken is None or left_out is None else (taken + left_out) / 2

@@ -7,14 +7,16 @@ unrelated orders, -1 for opposite ones. Both taus are scipy's.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import comb
 from statistics import fmean
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+import scipy  # loads `scipy.stats` when it is first used
+from jaxtyping import Float
 
 from keylayers.ranking.budget import Budget, WrittenBudget, parse_budget
 from keylayers.ranking.differences import DIFFERENCES, Difference, difference
@@ -162,21 +164,17 @@ class _Side:
 
 def _agreement_of(first: _Side, second: _Side, budget: Budget) -> Agreement:
     matched = match(first.ranking, second.ranking)
-    own = matched.standings_of_first(scores_of(first.ranking))
-    other = matched.standings_of_second(scores_of(second.ranking))
+    own, other = (
+        to_standings(scores_of(side.ranking))
+        for side, to_standings in zip((first, second), matched.to_standings, strict=True)
+    )
     chosen = _names(first.ranking, own, matched, budget)
     others = _names(second.ranking, other, matched, budget)
     sizes = len(chosen), len(others)
     jaccard = len(chosen & others) / len(chosen | others)
-    groups, other_groups = _groups(matched.modules, own), _groups(matched.modules, other)
-    is_chance_of_groups = groups is not None and other_groups is not None
-    chance = (
-        chance_jaccard(len(matched.modules), *sizes)
-        if groups is None or other_groups is None
-        else _chance_of_groups(groups, other_groups, *sizes)
-    )
-    jaccard_interval, tau_interval = _intervals(first.draws, second.draws, matched, sizes)
+    chance, is_chance_of_groups = _chance(matched.modules, own, other, sizes)
     both = _scored_by_both(own, other)
+    jaccard_interval, tau_interval = _intervals(first, second, matched, sizes)
     return Agreement(
         first=first.index,
         second=second.index,
@@ -190,10 +188,38 @@ def _agreement_of(first: _Side, second: _Side, budget: Budget) -> Agreement:
         corrected=None if chance == 1 else (jaccard - chance) / (1 - chance),
         tau=_tau(*both),
         tau_interval=tau_interval,
-        top_weighted_tau=_top_weighted_tau(*both),
+        # scipy gives the highest values most weight, and these are the best.
+        top_weighted_tau=_statistic(scipy.stats.weightedtau, *both),
         is_by_depth=matched.is_by_depth,
         left_out=matched.left_out,
     )
+
+
+def _names(ranking: Ranking, standings: Standings, matched: Matched, budget: Budget) -> set[str]:
+    """What the budget buys of the common modules; by name, exactly the ranking's own selection."""
+    if not matched.is_by_depth:
+        return set(ranking.select(budget).names)
+    modules = tuple(
+        replace(module, score=None if math.isnan(standing) else standing)
+        for module, standing in zip(matched.modules, standings.tolist(), strict=True)
+    )
+    return set(Ranking(modules, ranking.method).select(budget).names)
+
+
+def _chance(
+    modules: Sequence[RankedModule], own: Standings, other: Standings, sizes: tuple[int, int]
+) -> tuple[float, bool]:
+    """The Jaccard index expected by chance, and whether it is that of random orders of groups."""
+    groups, other_groups = _groups(modules, own), _groups(modules, other)
+    if groups is None or other_groups is None:
+        return chance_jaccard(len(modules), *sizes), False
+    generator = np.random.default_rng(DRAW_SEED)
+
+    def drawn(groups: Places) -> Standings:
+        return generator.permutation(groups.max() + 1)[groups].astype(float)
+
+    draws = (_jaccard(drawn(groups), drawn(other_groups), sizes) for _ in range(NUM_ORDERS))
+    return fmean(draws), True
 
 
 def _groups(modules: Sequence[RankedModule], standings: Standings) -> Places | None:
@@ -208,58 +234,29 @@ def _groups(modules: Sequence[RankedModule], standings: Standings) -> Places | N
         [module.projection for module in modules],
     ):
         _, groups = np.unique(labels, return_inverse=True)
-        values = [np.unique(standings[groups == group]) for group in range(groups.max() + 1)]
-        if all(len(own) == 1 for own in values) and len(values) < len(modules):
+        values = set(zip(groups.tolist(), standings.tolist(), strict=True))
+        if len(values) == groups.max() + 1 < len(modules):
             return groups
     return None
 
 
-def _chance_of_groups(first: Places, second: Places, size: int, other_size: int) -> float:
-    """Mean Jaccard of selections of these sizes under random orders of the groups."""
-    generator = np.random.default_rng(DRAW_SEED)
-
-    def best(groups: Places, count: int) -> Bool[np.ndarray, " common"]:
-        return _is_best(generator.permutation(groups.max() + 1)[groups].astype(float), count)
-
-    return fmean(_jaccard(best(first, size), best(second, other_size)) for _ in range(NUM_ORDERS))
-
-
-def _names(ranking: Ranking, standings: Standings, matched: Matched, budget: Budget) -> set[str]:
-    """What the budget buys of the common modules; by name, exactly the ranking's own selection."""
-    if not matched.is_by_depth:
-        return set(ranking.select(budget).names)
-    modules = tuple(
-        replace(module, score=None if math.isnan(standing) else float(standing))
-        for module, standing in zip(matched.modules, standings, strict=True)
-    )
-    return set(Ranking(modules, ranking.method).select(budget).names)
-
-
 def _scored_by_both(first: Standings, second: Standings) -> tuple[Scored, Scored]:
-    is_scored = ~(np.isnan(first) | np.isnan(second))
-    return first[is_scored], second[is_scored]
+    are_scored = ~(np.isnan(first) | np.isnan(second))
+    return first[are_scored], second[are_scored]
 
 
 def _tau(first: Scored, second: Scored) -> float | None:
-    """Tau-b; None where it is not defined."""
-    from scipy.stats import kendalltau
-
-    if len(first) < 2:
-        return None
     # We do not use the p-value: its exact form is slow, its asymptotic form fails for two values.
     method = "asymptotic" if len(first) > 2 else "auto"
-    tau = float(kendalltau(first, second, variant="b", method=method).statistic)
-    return None if math.isnan(tau) else tau
+    return _statistic(scipy.stats.kendalltau, first, second, method=method)
 
 
-def _top_weighted_tau(first: Scored, second: Scored) -> float | None:
-    """Top-weighted tau; scipy gives the highest values most weight, and these are the best."""
-    from scipy.stats import weightedtau
-
-    if len(first) < 2:
-        return None
-    tau = float(weightedtau(first, second, rank=True, weigher=None, additive=True).statistic)
-    return None if math.isnan(tau) else tau
+def _statistic(
+    measure: Callable[..., Any], first: Scored, second: Scored, **options: str
+) -> float | None:
+    """A rank correlation; None where it is not defined."""
+    value = measure(first, second, **options).statistic if len(first) > 1 else math.nan
+    return None if math.isnan(value) else float(value)
 
 
 def _drawn_scores(ranking: Ranking, index: int) -> Draws | None:
@@ -283,32 +280,27 @@ def _gate(module: RankedModule, granularity: str) -> int | str:
 
 
 def _intervals(
-    first: Draws | None, second: Draws | None, matched: Matched, sizes: tuple[int, int]
+    first: _Side, second: _Side, matched: Matched, sizes: tuple[int, int]
 ) -> tuple[Interval | None, Interval | None]:
     """The intervals of Jaccard and tau-b over the draws; both None where a side has no draws."""
-    if first is None or second is None:
+    if first.draws is None or second.draws is None:
         return None, None
+    of_first, of_second = matched.to_standings
     jaccards, taus = [], []
-    for scores, other_scores in zip(first, second, strict=True):
-        standings = matched.standings_of_first(scores), matched.standings_of_second(other_scores)
-        jaccards.append(
-            _jaccard(_is_best(standings[0], sizes[0]), _is_best(standings[1], sizes[1]))
-        )
-        tau = _tau(*_scored_by_both(*standings))
-        if tau is not None:
-            taus.append(tau)
-    return _interval(jaccards), _interval(taus)
+    for scores, other_scores in zip(first.draws, second.draws, strict=True):
+        own, other = of_first(scores), of_second(other_scores)
+        jaccards.append(_jaccard(own, other, sizes))
+        taus.append(_tau(*_scored_by_both(own, other)))
+    return _interval(jaccards), _interval([tau for tau in taus if tau is not None])
 
 
-def _is_best(standings: Standings, count: int) -> Bool[np.ndarray, " common"]:
-    """Which modules are the `count` best; ties in the order of the modules, NaN last."""
-    is_best = np.zeros(len(standings), dtype=bool)
-    is_best[np.argsort(-standings, kind="stable")[:count]] = True
-    return is_best
-
-
-def _jaccard(first: Bool[np.ndarray, " common"], second: Bool[np.ndarray, " common"]) -> float:
-    return float(np.count_nonzero(first & second) / np.count_nonzero(first | second))
+def _jaccard(first: Standings, second: Standings, sizes: tuple[int, int]) -> float:
+    """Of the best modules of both, that many; ties in the order of the modules, NaN last."""
+    best, others = (
+        set(np.argsort(-standings, kind="stable")[:size].tolist())
+        for standings, size in zip((first, second), sizes, strict=True)
+    )
+    return len(best & others) / len(best | others)
 
 
 def _interval(values: Sequence[float]) -> Interval | None:

@@ -5,7 +5,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
-from typing import Any
+
+import scipy  # loads `scipy.stats` when it is first used
 
 from keylayers.environment import environment
 from keylayers.errors import RankingError
@@ -27,53 +28,41 @@ def consensus(rankings: Sequence[Ranking]) -> Ranking:
     """
     if not rankings:
         raise RankingError("a consensus must have at least one ranking, got none")
-    _check_same_names(rankings)
-    columns: dict[str, list[float]] = {module.name: [] for module in rankings[0].modules}
-    for ranking in rankings:
-        ranks = relative_ranks(scores_of(ranking))
-        for module, rank in zip(ranking.modules, ranks, strict=True):
+    ranks: dict[str, list[float]] = {module.name: [] for module in rankings[0].modules}
+    for number, ranking in enumerate(rankings, start=1):
+        odd = sorted(ranks.keys() ^ {module.name for module in ranking.modules})
+        if odd:
+            raise RankingError(
+                f"rankings must be of the same modules to be compared, but ranking {number} and "
+                f"the first differ in {len(odd)}, first {odd[0]}"
+            )
+        relative = relative_ranks(scores_of(ranking)).tolist()
+        for module, rank in zip(ranking.modules, relative, strict=True):
             if not math.isnan(rank):
-                columns[module.name].append(float(rank))
+                ranks[module.name].append(rank)
     granularities = {ranking.granularity for ranking in rankings}
     return Ranking(
-        modules=tuple(_with_mean_rank(m, columns[m.name]) for m in rankings[0].modules),
+        modules=tuple(_with_mean_rank(m, ranks[m.name]) for m in rankings[0].modules),
         method="consensus",
         granularity=rankings[0].granularity if len(granularities) == 1 else "module",
         provenance={
-            "sources": [_source(ranking) for ranking in rankings],
+            "sources": [
+                {
+                    "method": ranking.method,
+                    "model": ranking.made_by.model.name,
+                    "data": ranking.made_by.data.data,
+                    "json_sha256": json_sha256(ranking.to_json()),
+                }
+                for ranking in rankings
+            ],
             "environment": environment(),
         },
     )
 
 
-def _check_same_names(rankings: Sequence[Ranking]) -> None:
-    """Refuse rankings of different modules; names the first difference."""
-    candidates = [{module.name for module in ranking.modules} for ranking in rankings]
-    for index, names in enumerate(candidates):
-        if names != candidates[0]:
-            odd = sorted(names ^ candidates[0])
-            raise RankingError(
-                f"rankings must be of the same modules to be compared, but ranking {index + 1} and "
-                f"the first differ in {len(odd)}, first {odd[0]}"
-            )
-
-
 def _with_mean_rank(module: RankedModule, ranks: Sequence[float]) -> RankedModule:
-    """The module scored by its relative ranks."""
-    from scipy.stats import sem
-
     return replace(
         module,
         score=1 - fmean(ranks) if ranks else None,
-        standard_error=float(sem(ranks)) if len(ranks) > 1 else None,
+        standard_error=float(scipy.stats.sem(ranks)) if len(ranks) > 1 else None,
     )
-
-
-def _source(ranking: Ranking) -> dict[str, Any]:
-    """A ranking of the consensus, for its record."""
-    return {
-        "method": ranking.method,
-        "model": ranking.made_by.model.name,
-        "data": ranking.made_by.data.data,
-        "json_sha256": json_sha256(ranking.to_json()),
-    }

@@ -5,10 +5,16 @@ The measure of a ranking: a good one reaches the loss of all updates with few mo
 retrained. `keylayers.evaluation.mask_curve` measures it.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import scipy  # loads `scipy.stats` when it is first used
+from pydantic import Field, model_validator
+
+from keylayers.validation import ListOf, Part
 
 CONFIDENCE = 0.95
 
@@ -31,8 +37,7 @@ class Recommendation:
     upper_nats: float
 
 
-@dataclass(frozen=True)
-class MaskCurve:
+class MaskCurve(Part):
     """Held-out loss against the number of modules that keep their update.
 
     Attributes:
@@ -42,10 +47,22 @@ class MaskCurve:
         batch_weights: The weight of each batch in the mean.
     """
 
-    counts: tuple[int, ...]
-    losses: tuple[float, ...]
-    batch_losses: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
-    batch_weights: tuple[float, ...] = field(default=(), repr=False)
+    counts: ListOf[int]
+    losses: ListOf[float]
+    batch_losses: ListOf[ListOf[float]] = Field(default=(), repr=False)
+    batch_weights: ListOf[float] = Field(default=(), repr=False)
+
+    @model_validator(mode="after")
+    def _has_a_loss_for_each_count(self) -> "MaskCurve":
+        if self.counts[:1] != (0,) or any(low >= high for low, high in pairwise(self.counts)):
+            raise ValueError(f"a curve whose counts rise from 0, not {self.counts[:9]}")
+        if len(self.counts) < 2 or len(self.losses) != len(self.counts):
+            raise ValueError(f"a curve with a loss for each of its {len(self.counts)} counts")
+        num_rows = len(self.counts) if self.batch_weights else 0
+        sizes = {len(row) for row in self.batch_losses}
+        if len(self.batch_losses) != num_rows or sizes - {len(self.batch_weights)}:
+            raise ValueError(f"a curve with a loss for each of {len(self.batch_weights)} batches")
+        return self
 
     @property
     def reduction_nats(self) -> float:
@@ -62,12 +79,8 @@ class MaskCurve:
         if self.reduction_nats <= 0:
             return None
         heights = [(loss - self.losses[-1]) / self.reduction_nats for loss in self.losses]
-        area = sum(
-            (right - left) * (low + high) / 2
-            for left, right, low, high in zip(
-                self.counts, self.counts[1:], heights, heights[1:], strict=False
-            )
-        )
+        points = pairwise(zip(self.counts, heights, strict=True))
+        area = sum((right - left) * (low + high) / 2 for (left, low), (right, high) in points)
         return area / self.counts[-1]
 
     @property
@@ -77,7 +90,7 @@ class MaskCurve:
         The minimum of noisy numbers is too good by chance; a point well below the end of the curve
         means that some updates hurt.
         """
-        index = min(range(len(self.losses)), key=lambda place: self.losses[place])
+        index = self.losses.index(min(self.losses))
         return self.counts[index], self.losses[index]
 
     def smallest_within(self, margin_nats: float) -> Recommendation:
@@ -86,26 +99,22 @@ class MaskCurve:
         All modules always are, so there is one. Without several held-out batches nothing is known
         about the uncertainty and the difference itself is taken.
         """
-        for index, count in enumerate(self.counts):
+        for index in range(1, len(self.counts)):
             difference = self.losses[index] - self.losses[-1]
-            if count == 0 or difference > margin_nats:
-                continue
-            upper = self._upper_limit(index)
+            upper = self._upper_limit(index) if difference <= margin_nats else math.inf
             if upper <= margin_nats:
                 break
-        return Recommendation(count, margin_nats, difference, upper)
+        return Recommendation(self.counts[index], margin_nats, difference, upper)
 
     def _upper_limit(self, index: int) -> float:
         """One-sided upper limit of the loss at `index` minus that at the end, in nats."""
         point = self.losses[index] - self.losses[-1]
-        if len(self.batch_weights) < 2 or index == len(self.losses) - 1:
+        if len(self.batch_weights) < 2:
             return point
-        from scipy.stats import bootstrap
-
         differences = np.array(self.batch_losses[index]) - np.array(self.batch_losses[-1])
         if np.ptp(differences) == 0:
             return point
-        resampled = bootstrap(
+        resampled = scipy.stats.bootstrap(
             (differences, np.array(self.batch_weights)),
             _weighted_mean,
             paired=True,
@@ -120,11 +129,7 @@ class MaskCurve:
     def to_json(self) -> dict[str, Any]:
         """The curve for a record."""
         best_count, best_loss = self.best
-        return {
-            "counts": list(self.counts),
-            "losses": list(self.losses),
-            "batch_losses": [list(row) for row in self.batch_losses],
-            "batch_weights": list(self.batch_weights),
+        return self.model_dump() | {
             "normalised_area": self.normalised_area,
             "best": {"num_modules": best_count, "loss_nats": best_loss},
         }

@@ -39,11 +39,10 @@ def difference(first: Ranking, second: Ranking) -> Difference:
     the data (its length, its split), or, where it existed before, its hash.
     """
     own, other = first.made_by, second.made_by
-    is_same_model = _are_same(own.model.weights_sha256, other.model.weights_sha256)
+    is_same_model = are_same(own.model.weights_sha256, other.model.weights_sha256)
     if is_same_model is None:
-        is_same_model = _are_same(own.model.name, other.model.name)
-    is_same_data = _are_same(own.data.content_sha256, other.data.content_sha256)
-    is_same_seed = _are_same(own.options.seed, other.options.seed)
+        is_same_model = are_same(own.model.name, other.model.name)
+    is_same_data = are_same(own.data.content_sha256, other.data.content_sha256)
     if is_same_model is False:
         return "other model"
     if is_same_model is None or is_same_data is None:
@@ -52,12 +51,11 @@ def difference(first: Ranking, second: Ranking) -> Difference:
         return "other method" if is_same_data else "other data and method"
     if not is_same_data:
         return "other data"
-    if is_same_seed is None:
+    if None in (own.options.seed, other.options.seed):
         return "unknown"
     if _have_other_updates(own, other):
         return "other update"
-    is_same_mask_seed = _mask_seed(own) == _mask_seed(other)
-    return "same data and seed" if is_same_seed and is_same_mask_seed else "same data, other seed"
+    return "same data and seed" if _seeds(own) == _seeds(other) else "same data, other seed"
 
 
 def _have_other_updates(own: MadeBy, other: MadeBy) -> bool:
@@ -74,15 +72,15 @@ def _are_other(own: UpdateSource | None, other: UpdateSource | None) -> bool:
     """Whether only one update existed before, or both did and have other weights."""
     if own is None or other is None:
         return own is not other
-    return _are_same(own.weights_sha256, other.weights_sha256) is False
+    return are_same(own.weights_sha256, other.weights_sha256) is False
 
 
-def _mask_seed(made_by: MadeBy) -> int | None:
-    """The seed of the mask's batches; that of the training if none was given."""
-    options = made_by.options
-    return options.seed if options.mask_seed is None else options.mask_seed
+def _seeds(made_by: MadeBy) -> tuple[int | None, int | None]:
+    """The seeds of the training and of the mask's batches, which default to the former."""
+    seed, mask_seed = made_by.options.seed, made_by.options.mask_seed
+    return seed, seed if mask_seed is None else mask_seed
 
 
-def _are_same(own: object, other: object) -> bool | None:
+def are_same(own: object, other: object) -> bool | None:
     """Whether two values are equal; None where one is not known."""
     return None if own is None or other is None else own == other

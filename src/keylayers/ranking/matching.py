@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # loads `scipy.stats` when it is first used
 from jaxtyping import Float, Int
 
 from keylayers.errors import RankingError
@@ -25,6 +26,7 @@ from keylayers.ranking.ranking import Ranking
 Scores = Float[np.ndarray, " module"]
 Standings = Float[np.ndarray, " common"]
 Places = Int[np.ndarray, " place"]
+ToStandings = Callable[[Scores], Standings]
 
 # Interpolated ranks that should be equal differ by about 1e-16; rounding keeps them tied.
 DECIMALS = 12
@@ -36,36 +38,29 @@ class Matched:
 
     Attributes:
         modules: The common modules; by depth, those of the shallower model.
-        standings_of_first: Turns scores in the first ranking's order into standings.
-        standings_of_second: Turns scores in the second ranking's order into standings.
+        to_standings: For each ranking, turns scores in its own order into standings.
         is_by_depth: Whether they were matched by relative depth instead of by name.
         left_out: Projections that only one of the models has, in model order.
     """
 
     modules: tuple[RankedModule, ...]
-    standings_of_first: Callable[[Scores], Standings]
-    standings_of_second: Callable[[Scores], Standings]
+    to_standings: tuple[ToStandings, ToStandings]
     is_by_depth: bool = False
     left_out: tuple[str, ...] = ()
 
 
 def match(first: Ranking, second: Ranking) -> Matched:
-    """The common modules of two rankings, by name where they have the same, else by depth.
-
-    Raises:
-        RankingError: the rankings are of different modules and share no projection.
-    """
+    """The common modules of two rankings, by name if they have the same names, else by depth."""
     places = {module.name: place for place, module in enumerate(second.modules)}
     if places.keys() != {module.name for module in first.modules}:
         return _match_by_depth(first, second)
     order = np.array([places[module.name] for module in first.modules])
-    return Matched(first.modules, lambda scores: scores, lambda scores: scores[order])
+    return Matched(first.modules, (lambda scores: scores, lambda scores: scores[order]))
 
 
 def scores_of(ranking: Ranking) -> Scores:
     """The scores in the ranking's order, NaN where a module has none."""
-    scores = [module.score for module in ranking.modules]
-    return np.array([np.nan if score is None else score for score in scores], dtype=float)
+    return np.array([module.score for module in ranking.modules], dtype=float)  # None becomes NaN
 
 
 def relative_ranks(scores: Scores) -> Scores:
@@ -73,9 +68,8 @@ def relative_ranks(scores: Scores) -> Scores:
 
     Equal scores share the average of their ranks; a module without a score stays NaN.
     """
-    from scipy.stats import rankdata
-
-    return rankdata(-scores, nan_policy="omit") / max(1, np.count_nonzero(~np.isnan(scores)))
+    ranks = scipy.stats.rankdata(-scores, nan_policy="omit")
+    return ranks / max(1, np.count_nonzero(~np.isnan(scores)))
 
 
 def _match_by_depth(first: Ranking, second: Ranking) -> Matched:
@@ -87,8 +81,7 @@ def _match_by_depth(first: Ranking, second: Ranking) -> Matched:
             "rankings of different modules must share a projection to be compared by depth, but "
             f"one has {', '.join(projections)} and the other {', '.join(others)}"
         )
-    is_first_shallower = _size(first) <= _size(second)
-    shallow, deep = (first, second) if is_first_shallower else (second, first)
+    shallow, deep = sorted((first, second), key=_size)
     kept, common = np.sort(_places(shallow.modules, shared)), _places(deep.modules, shared)
     grid = tuple(shallow.modules[place] for place in kept)
     depths, deep_depths = _depths(shallow)[kept], _depths(deep)
@@ -109,8 +102,7 @@ def _match_by_depth(first: Ranking, second: Ranking) -> Matched:
 
     return Matched(
         modules=grid,
-        standings_of_first=own if is_first_shallower else interpolated,
-        standings_of_second=interpolated if is_first_shallower else own,
+        to_standings=(own, interpolated) if shallow is first else (interpolated, own),
         is_by_depth=True,
         left_out=tuple(
             name for name in dict.fromkeys((*projections, *others)) if name not in shared

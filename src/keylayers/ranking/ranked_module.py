@@ -4,15 +4,30 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
+
+from keylayers.validation import Text
 
 if TYPE_CHECKING:
     from keylayers.model.modules import ModuleInfo
 
+MAX_NAME_LENGTH = 1000  # far above any model's; figures and tables hold what is shorter
+
+
+def _checked_name(name: str) -> str:
+    if len(name) > MAX_NAME_LENGTH:
+        raise ValueError(f"text of at most {MAX_NAME_LENGTH} characters")
+    return name
+
+
+Name = Annotated[Text, AfterValidator(_checked_name)]
+
 
 @dataclass(frozen=True)
 class RankedModule:
-    """One module and its score.
+    """One module and its score. Its types are checked when it is read from a file.
 
     Attributes:
         name: Full name in the base model.
@@ -24,13 +39,15 @@ class RankedModule:
         is_stacked: It is one parameter that stacks the matrices of several experts.
     """
 
-    name: str
-    block_index: int | None
-    projection: str
-    num_parameters: int
-    score: float | None
-    standard_error: float | None = None
-    is_stacked: bool = False
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
+
+    name: Name
+    block_index: StrictInt | None
+    projection: Name
+    num_parameters: Annotated[StrictInt, Field(ge=1)]
+    score: StrictFloat | None
+    standard_error: Annotated[StrictFloat, Field(ge=0)] | None = None
+    is_stacked: StrictBool = False
 
     @staticmethod
     def of(

@@ -6,26 +6,26 @@ better rank (1, 2, 2, 4). A module without a score (`None`) comes after all othe
 """
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from keylayers.errors import RankingError
 from keylayers.files import write_json
 from keylayers.ranking.budget import WrittenBudget, parse_budget
 from keylayers.ranking.cost import StepTime
-from keylayers.ranking.ranked_module import RankedModule, best_first
-from keylayers.ranking.record import MadeBy, read_made_by
+from keylayers.ranking.ranked_module import Name, RankedModule, best_first
+from keylayers.ranking.record import MadeBy
 from keylayers.ranking.selection import Selection, StepMemory, select
 from keylayers.validation import ListOf, Part, Text, read_json, validated
 
 FILE = "ranking.json"  # in the folder of a run
 SCHEMA = "keylayers/ranking"
-SCHEMA_VERSION = 1
-MAX_NAME_LENGTH = 1000  # far above any model's; figures and tables hold what is shorter
+COMMAND = "keylayers rank"
 
 
 @dataclass(frozen=True)
@@ -45,34 +45,19 @@ class Ranking:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        names = [module.name for module in self.modules]
-        if not names:
+        counts = Counter(module.name for module in self.modules)
+        if not counts:
             raise RankingError("a ranking must hold at least one module, got none")
-        repeated = next((name for name, count in Counter(names).items() if count > 1), None)
-        if repeated is not None:
-            raise RankingError(f"a ranking must name each module once, but repeats {repeated}")
-        for text in (self.method, *names, *self.projections):
-            if len(text) > MAX_NAME_LENGTH:
-                raise RankingError(
-                    f"names in a ranking must have at most {MAX_NAME_LENGTH} characters, got one "
-                    f"of {len(text)} that begins with {text[:40]!r}"
-                )
+        name, count = counts.most_common(1)[0]
+        if count > 1:
+            raise RankingError(f"a ranking must name each module once, but repeats {name}")
         for module in self.modules:
-            if module.score is not None and not math.isfinite(module.score):
-                raise RankingError(
-                    f"a score must be a finite number or None, got {module.score!r:.40} for "
-                    f"{module.name}"
-                )
-            error = module.standard_error
-            if error is not None and not 0 <= error < math.inf:
-                raise RankingError(
-                    f"a standard error must be a finite number from 0 or None, got {error!r:.40} "
-                    f"for {module.name}"
-                )
-            if module.num_parameters < 1:
-                raise RankingError(
-                    f"a module must have parameters, got {module.num_parameters} for {module.name}"
-                )
+            for number in (module.score, module.standard_error):
+                if number is not None and not math.isfinite(number):
+                    raise RankingError(
+                        f"scores and standard errors must be a finite number or None, got {number} "
+                        f"for {module.name}"
+                    )
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -86,12 +71,8 @@ class Ranking:
 
     @cached_property
     def made_by(self) -> MadeBy:
-        """`provenance` as types.
-
-        Raises:
-            RankingError: it holds something else; files are checked when they are loaded.
-        """
-        return read_made_by(self.provenance, "the ranking")
+        """`provenance` as types."""
+        return MadeBy.model_validate(self.provenance)
 
     def ordered(self) -> list[RankedModule]:
         """All modules, best first; ties in model order, modules without a score last."""
@@ -99,13 +80,12 @@ class Ranking:
 
     def ranks(self) -> dict[str, int | None]:
         """Module name -> rank, in model order; 1 is the most important, equal scores share it."""
-        ranks: dict[str, int | None] = {}
-        previous, rank = None, 0
-        for place, module in enumerate(self.ordered(), start=1):
-            if module.score != previous:
-                previous, rank = module.score, place
-            ranks[module.name] = None if module.score is None else rank
-        return {module.name: ranks[module.name] for module in self.modules}
+        scores = sorted(-module.score for module in self.modules if module.score is not None)
+
+        def rank(score: float | None) -> int | None:
+            return None if score is None else bisect_left(scores, -score) + 1
+
+        return {module.name: rank(module.score) for module in self.modules}
 
     def select(self, budget: WrittenBudget, memory: StepMemory | None = None) -> Selection:
         """The best modules that `budget` buys.
@@ -136,7 +116,7 @@ class Ranking:
         ranks = self.ranks()
         return {
             "schema": SCHEMA,
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": 1,
             "method": self.method,
             "granularity": self.granularity,
             "modules": [{"rank": ranks[module.name], **asdict(module)} for module in self.modules],
@@ -155,16 +135,11 @@ class Ranking:
             RankingError: it is missing, cut off, of another schema, or holds values that cannot be.
         """
         path = ranking_file(path)
-        content = read_json(path, "the ranking file", "keylayers rank")
-        return Ranking.from_json(content, str(path))
+        return Ranking.from_json(read_json(path, "the ranking file", COMMAND), str(path))
 
     @staticmethod
     def from_json(content: Any, source: str) -> "Ranking":
-        """The ranking in a ranking file's content.
-
-        Args:
-            content: As from `to_json`.
-            source: Where it comes from, for the message.
+        """The ranking in a ranking file's content; `source` is its name in messages.
 
         Raises:
             RankingError: it is of another schema, or holds values that cannot be.
@@ -173,32 +148,16 @@ class Ranking:
             raise RankingError(
                 f"{source!r} must be a ranking file of keylayers (schema {SCHEMA!r}), but is not"
             )
-        if content.get("schema_version") != SCHEMA_VERSION:
-            raise RankingError(
-                f"{source!r} must have schema version {SCHEMA_VERSION}, got "
-                f"{content.get('schema_version')!r:.40}; use the keylayers version that wrote it"
-            )
-        file = validated(_File, content, source, "keylayers rank")
-        provenance = content.get("provenance", {})
-        read_made_by(provenance, source)
-        modules = tuple(RankedModule(**dict(row)) for row in file.modules)
-        return Ranking(modules, file.method, file.granularity, provenance)
-
-
-class _Row(Part):
-    name: Text
-    block_index: int | None = None
-    projection: Text
-    num_parameters: int
-    score: float | None = None
-    standard_error: float | None = None
-    is_stacked: bool = False
+        file = validated(_File, content, source, COMMAND)
+        return Ranking(file.modules, file.method, file.granularity, content.get("provenance", {}))
 
 
 class _File(Part):
-    method: Text
+    schema_version: Literal[1]
+    method: Name
     granularity: Text = "module"
-    modules: ListOf[_Row]
+    modules: ListOf[RankedModule]
+    provenance: MadeBy = MadeBy()
 
 
 def ranking_file(ranking: str | Path) -> Path:

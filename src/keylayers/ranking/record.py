@@ -13,7 +13,6 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, model_validator
 
-from keylayers.errors import RankingError
 from keylayers.validation import (
     CountFromOne,
     CountFromZero,
@@ -144,15 +143,23 @@ class MadeBy(Part):
     imported: Imported | None = None
     trainer: Text = "trainer"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_json(cls, content: object) -> object:
+        """All of it is written again in reports, also what is not named here; JSON has no NaN."""
+        try:
+            json.dumps(content, allow_nan=False)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"JSON with finite numbers only ({error})") from None
+        return content
+
     @property
     def update_sha256s(self) -> set[str]:
         """Hashes that identify the update: of an adapter, or of a tuned checkpoint."""
-        hashes: set[str | None] = {None}
+        updates: tuple[UpdateSource | Stage1 | None, ...] = (self.adapter, self.tuned, self.stage_1)
+        hashes = {update.weights_sha256 for update in updates if update is not None}
         if self.stage_1 is not None:
-            hashes |= {self.stage_1.adapter_sha256, self.stage_1.weights_sha256}
-        for update in (self.adapter, self.tuned):
-            if update is not None:
-                hashes.add(update.weights_sha256)
+            hashes.add(self.stage_1.adapter_sha256)
         return {sha256 for sha256 in hashes if sha256 is not None}
 
 
@@ -223,31 +230,3 @@ def read_run(path: Path) -> RunRecord:
     """
     content = read_json(path, "the record", "keylayers train")
     return validated(RunRecord, content, str(path), "keylayers train")
-
-
-def read_made_by(provenance: object, source: str, command: str = "keylayers rank") -> MadeBy:
-    """The typed sections of `provenance`.
-
-    Args:
-        provenance: As in the file.
-        source: Where it comes from, for the message.
-        command: What writes such files, for the message.
-
-    Raises:
-        RankingError: names the first value that is wrong.
-    """
-    made_by = validated(_Holder, {"provenance": provenance}, source, command).provenance
-    try:
-        json.dumps(provenance, allow_nan=False)
-    except (ValueError, RecursionError) as error:
-        raise RankingError(
-            f"{source!r}: `provenance` must hold finite numbers only, but does not ({error}); fix "
-            f"it or regenerate it with `{command}`"
-        ) from None
-    return made_by
-
-
-class _Holder(Part):
-    """Messages name the whole path of a value."""
-
-    provenance: MadeBy

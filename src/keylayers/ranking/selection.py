@@ -4,6 +4,7 @@
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from keylayers.errors import ConfigError, RankingError
@@ -91,56 +92,33 @@ class Selection:
 
 
 def select(
-    modules: Sequence[RankedModule],
-    budget: Budget,
-    time: StepTime,
-    memory: StepMemory | None = None,
+    modules: Sequence[RankedModule], budget: Budget, time: StepTime, memory: StepMemory | None
 ) -> Selection:
-    """The best modules that `budget` buys, as `Ranking.select` describes.
-
-    Args:
-        modules: All candidates, in model order.
-        budget: How much.
-        time: What a training step costs, for a budget in time.
-        memory: What a training step holds, for a budget in GiB.
-    """
+    """The best modules that `budget` buys, as `Ranking.select` describes."""
     if isinstance(budget, Auto):
         raise ConfigError(
             "`budget` auto is for `keylayers train`, `prune` and `export`; run `keylayers verify` "
             "and give the number of modules that it recommends"
         )
-    if isinstance(budget, Memory):
-        if memory is None:
-            raise ConfigError(
-                f"`budget` {budget} needs a measured training step: use it with `keylayers "
-                f"train`, or give memory=keylayers.measured_memory(trainer)"
-            )
-        return _selection(modules, _within_memory(modules, memory, budget), budget)
-    if memory is not None:
+    if memory is not None and not isinstance(budget, Memory):
         raise ConfigError(
             f"`memory` must be left out with `budget` {budget}; it is for budgets such as 12GiB"
         )
+    ordered, num_tied_out = best_first(modules), 0
     if isinstance(budget, Time):
-        return _selection(modules, best_within_time(modules, time, budget.fraction), budget)
-    ordered = best_first(modules)
-    count = _count(ordered, budget)
-    worst_taken = ordered[count - 1].score
-    if worst_taken is None:
-        num_scored = sum(module.score is not None for module in ordered)
-        raise RankingError(
-            f"the budget must stay within the modules that have a score, but it takes {count} and "
-            f"only {num_scored} have one; lower the budget"
-        )
-    num_tied_out = sum(module.score == worst_taken for module in ordered[count:])
-    return _selection(modules, ordered[:count], budget, num_tied_out)
-
-
-def _selection(
-    modules: Sequence[RankedModule],
-    taken: Sequence[RankedModule],
-    budget: Budget,
-    num_tied_out: int = 0,
-) -> Selection:
+        taken = best_within_time(modules, time, budget)
+    elif isinstance(budget, Memory):
+        taken = _within_memory(ordered, budget, memory)
+    else:
+        taken = ordered[: _count(ordered, budget)]
+        worst = taken[-1].score
+        if worst is None:
+            num_scored = sum(module.score is not None for module in ordered)
+            raise RankingError(
+                f"the budget must stay within the modules that have a score, but it takes "
+                f"{len(taken)} and only {num_scored} have one; lower the budget"
+            )
+        num_tied_out = sum(module.score == worst for module in ordered[len(taken) :])
     names = {module.name for module in taken}
     return Selection(
         modules=tuple(module for module in modules if module.name in names),
@@ -156,21 +134,38 @@ def _count(ordered: Sequence[RankedModule], budget: Fraction | Count | Parameter
     """How many modules of `ordered` the budget buys."""
     if isinstance(budget, Parameters):
         return _count_within_parameters(ordered, budget)
-    if isinstance(budget, Count):
-        if budget.value > len(ordered):
-            raise ConfigError(
-                f"`budget` as a count must be between 1 and {len(ordered)}, the ranking's modules, "
-                f"got {budget}; a fraction needs a decimal point"
-            )
-        return budget.value
-    return budget.num_modules(len(ordered))
+    if isinstance(budget, Fraction | Freeze):
+        return budget.num_modules(len(ordered))
+    if budget.value > len(ordered):
+        raise ConfigError(
+            f"`budget` as a count must be between 1 and {len(ordered)}, the ranking's modules, "
+            f"got {budget}; a fraction needs a decimal point"
+        )
+    return budget.value
+
+
+def _count_within_parameters(ordered: Sequence[RankedModule], budget: Parameters) -> int:
+    sizes = [module.num_parameters for module in ordered]
+    allowed = budget.fraction * sum(sizes)
+    count = bisect_right(list(accumulate(sizes)), allowed * (1 + 1e-12))
+    if count == 0:
+        raise ConfigError(
+            f"`budget` must allow at least the best module, {ordered[0].name} with "
+            f"{sizes[0]:,} parameters, but {budget} allows {int(allowed):,}"
+        )
+    return count
 
 
 def _within_memory(
-    modules: Sequence[RankedModule], memory: StepMemory, budget: Memory
+    ordered: Sequence[RankedModule], budget: Memory, memory: StepMemory | None
 ) -> list[RankedModule]:
     """As many of the best modules as fit, by bisection: more modules never hold less."""
-    scored = [module for module in best_first(modules) if module.score is not None]
+    if memory is None:
+        raise ConfigError(
+            f"`budget` {budget} needs a measured training step: use it with `keylayers train`, or "
+            f"give memory=keylayers.measured_memory(trainer)"
+        )
+    scored = [module for module in ordered if module.score is not None]
 
     def held(count: int) -> float:
         return memory.of([module.name for module in scored[:count]])
@@ -185,38 +180,13 @@ def _within_memory(
     return scored[:count]
 
 
-def _count_within_parameters(ordered: Sequence[RankedModule], budget: Parameters) -> int:
-    allowed = budget.fraction * sum(module.num_parameters for module in ordered)
-    count = total = 0
-    for module in ordered:
-        total += module.num_parameters
-        if total > allowed * (1 + 1e-12):
-            break
-        count += 1
-    if count == 0:
-        raise ConfigError(
-            f"`budget` must allow at least the best module, {ordered[0].name} with "
-            f"{ordered[0].num_parameters:,} parameters, but {budget} allows {int(allowed):,}"
-        )
-    return count
-
-
-def check_same_modules(ranked: Sequence[RankedModule], modules: Mapping[str, int]) -> None:
-    """Refuse a ranking of another model.
-
-    Args:
-        ranked: Modules of the ranking to be used.
-        modules: Module name -> number of parameters, of the model at hand.
-
-    Raises:
-        RankingError: a ranked module is missing in the model or has another size; names the first
-            ones.
-    """
+def check_same_modules(ranked: Sequence[RankedModule], sizes: Mapping[str, int]) -> None:
+    """Refuse a ranking of another model, whose modules have these numbers of parameters by name."""
     wrong = [
         f"{module.name} ({module.num_parameters:,} parameters in the ranking, "
-        f"{f'{modules[module.name]:,}' if module.name in modules else 'none'} in the model)"
+        f"{f'{sizes[module.name]:,}' if module.name in sizes else 'none'} in the model)"
         for module in ranked
-        if modules.get(module.name) != module.num_parameters
+        if sizes.get(module.name) != module.num_parameters
     ]
     if wrong:
         raise RankingError(

@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `keylayers verify` finds: a ranking's mask curve and its controls. Needs no torch."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any, Literal
@@ -15,19 +11,17 @@ from keylayers.errors import ConfigError, RankingError
 from keylayers.files import json_sha256, write_json
 from keylayers.ranking.budget import Count
 from keylayers.ranking.curve import MaskCurve, Recommendation
+from keylayers.ranking.differences import are_same
 from keylayers.ranking.ranking import FILE as RANKING
 from keylayers.ranking.ranking import Ranking
-from keylayers.ranking.record import MadeBy, read_made_by
+from keylayers.ranking.record import MadeBy
 from keylayers.validation import ListOf, Part, Text, read_json, validated
 
-SCHEMA = "keylayers/verification"
-SCHEMA_VERSION = 1
 FILE = "verification.json"
 COMMAND = "keylayers verify"
 
 
-@dataclass(frozen=True)
-class Verification:
+class Verification(Part):
     """The mask curve of a ranking, and of what it must be better than.
 
     Attributes:
@@ -38,15 +32,28 @@ class Verification:
         leave_one_out: The curve of the leave-one-out order, if it was asked for.
         margin: What the recommended budget may lose, as a share of what the fine-tune gained.
         provenance: Model, data, splits, options, seeds, versions, as JSON.
+        made_by: `provenance` as types.
     """
 
-    ranking_sha256: str
+    schema_: Literal["keylayers/verification"] = Field(
+        default="keylayers/verification", validation_alias="schema"
+    )
+    schema_version: Literal[1] = 1
+    ranking_sha256: Text
     best_first: MaskCurve
     worst_first: MaskCurve
-    random: tuple[MaskCurve, ...]
+    random: ListOf[MaskCurve]
     leave_one_out: MaskCurve | None = None
-    margin: float = 0.05
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    margin: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    provenance: dict[Any, Any] = Field(default={})  # keys may hold half a character, unlike `str`
+    made_by: MadeBy = Field(default=MadeBy(), validation_alias="provenance")
+
+    @model_validator(mode="after")
+    def _has_curves_at_the_same_counts(self) -> "Verification":
+        curves = (self.worst_first, *self.random, self.leave_one_out or self.best_first)
+        if not self.random or any(curve.counts != self.best_first.counts for curve in curves):
+            raise ValueError("curves at the same counts, with random ones among them")
+        return self
 
     @property
     def recommendation(self) -> Recommendation | None:
@@ -58,15 +65,6 @@ class Verification:
         """Whether it was measured on this ranking as it is."""
         return self.ranking_sha256 == json_sha256(ranking.to_json())
 
-    @cached_property
-    def made_by(self) -> MadeBy:
-        """`provenance` as types.
-
-        Raises:
-            RankingError: it holds something else; files are checked when they are loaded.
-        """
-        return read_made_by(self.provenance, "the verification", COMMAND)
-
     @property
     def is_overfit(self) -> bool:
         """Whether some subset on the curves has a clearly lower loss than all modules.
@@ -75,14 +73,13 @@ class Verification:
         meaning, and the best point says more than the end of the curve.
         """
         losses = self.best_first.losses
-        lowest = [self.best_first.best[1], min(self.random_means(), default=losses[-1])]
-        return losses[-1] - min(lowest) > 0.05 * abs(self.best_first.reduction_nats)
+        lowest = min(*losses, *self.random_means())
+        return losses[-1] - lowest > 0.05 * abs(self.best_first.reduction_nats)
 
     def random_means(self) -> list[float]:
         """Mean loss in nats over the random orders, for each count."""
-        return [
-            fmean(losses) for losses in zip(*(curve.losses for curve in self.random), strict=True)
-        ]
+        columns = zip(*(curve.losses for curve in self.random), strict=True)
+        return [fmean(column) for column in columns]
 
     def random_area(self) -> tuple[float, float] | None:
         """Mean and standard deviation of the random orders' normalised areas, if defined."""
@@ -94,8 +91,8 @@ class Verification:
         """Write the file, whole or not at all."""
         recommendation = self.recommendation
         content = {
-            "schema": SCHEMA,
-            "schema_version": SCHEMA_VERSION,
+            "schema": self.schema_,
+            "schema_version": self.schema_version,
             "ranking_sha256": self.ranking_sha256,
             "margin": self.margin,
             "recommendation": None if recommendation is None else vars(recommendation),
@@ -104,7 +101,7 @@ class Verification:
             "worst_first": self.worst_first.to_json(),
             "random": [curve.to_json() for curve in self.random],
             "leave_one_out": self.leave_one_out and self.leave_one_out.to_json(),
-            "provenance": dict(self.provenance),
+            "provenance": self.provenance,
         }
         write_json(path, content)
 
@@ -117,63 +114,11 @@ class Verification:
                 together.
         """
         content = read_json(path, "the verification of the ranking", COMMAND)
-        file = validated(_File, content, str(path), COMMAND)
-        read_made_by(content["provenance"], str(path), COMMAND)
-        loo = file.leave_one_out
-        curves = (file.worst_first, *file.random, loo or file.best_first)
-        if not file.random or any(curve.counts != file.best_first.counts for curve in curves):
-            raise RankingError(
-                f"{str(path)!r}: all curves, random ones among them, must have the same counts, "
-                f"but do not; regenerate it with `{COMMAND}`"
-            )
-        return Verification(
-            ranking_sha256=file.ranking_sha256,
-            best_first=MaskCurve(**dict(file.best_first)),
-            worst_first=MaskCurve(**dict(file.worst_first)),
-            random=tuple(MaskCurve(**dict(curve)) for curve in file.random),
-            leave_one_out=None if loo is None else MaskCurve(**dict(loo)),
-            margin=file.margin,
-            provenance=content["provenance"],
-        )
-
-
-class _Curve(Part):
-    counts: ListOf[int]
-    losses: ListOf[float]
-    batch_losses: ListOf[ListOf[float]]
-    batch_weights: ListOf[float]
-
-    @model_validator(mode="after")
-    def _has_a_loss_for_each_count(self) -> "_Curve":
-        if self.counts[:1] != (0,) or any(low >= high for low, high in pairwise(self.counts)):
-            raise ValueError(f"a curve whose counts rise from 0, not {self.counts[:9]}")
-        num_rows = len(self.counts) if self.batch_weights else 0
-        sizes = {len(row) for row in self.batch_losses}
-        if len(self.counts) < 2 or len(self.losses) != len(self.counts):
-            raise ValueError(f"a curve with a loss for each of its {len(self.counts)} counts")
-        if len(self.batch_losses) != num_rows or sizes - {len(self.batch_weights)}:
-            raise ValueError(f"a curve with a loss for each of {len(self.batch_weights)} batches")
-        return self
-
-
-class _File(Part):
-    schema_: Annotated[Literal["keylayers/verification"], Field(alias="schema")]
-    schema_version: Literal[1]
-    ranking_sha256: Text
-    margin: Annotated[float, Field(ge=0, lt=1)]
-    best_first: _Curve
-    worst_first: _Curve
-    random: ListOf[_Curve]
-    leave_one_out: _Curve | None
-    provenance: dict[Any, Any]
+        return validated(Verification, content, str(path), COMMAND)
 
 
 def auto_budget(ranking: Ranking, path: Path) -> Count:
-    """The count that `keylayers verify` recommended for `ranking`.
-
-    Args:
-        ranking: As loaded from its file.
-        path: Its verification file.
+    """The count that `keylayers verify` recommended for `ranking`, in its verification file.
 
     Raises:
         RankingError: not verified yet, verified before the ranking changed, or with another model,
@@ -186,24 +131,12 @@ def auto_budget(ranking: Ranking, path: Path) -> Count:
             f"{str(path)!r} must belong to the ranking, but the ranking changed since; run "
             f"`keylayers verify` again"
         )
-    _check_same_inputs(ranking, found, path)
-    if found.recommendation is None:
-        does = "raises it" if found.best_first.reduction_nats < 0 else "changes nothing"
-        raise ConfigError(
-            f"`budget` auto needs a fine-tune that lowers the held-out loss, but this fine-tune "
-            f"{does}; train again, or give a budget"
-        )
-    return Count(found.recommendation.num_modules)
-
-
-def _check_same_inputs(ranking: Ranking, found: Verification, path: Path) -> None:
-    """Refuse a curve that was not measured on the ranking's own model, update and data."""
     own, other = ranking.made_by, found.made_by
     updates, others = own.update_sha256s, other.update_sha256s
     are_other = {
-        "model": _are_other(own.model.weights_sha256, other.model.weights_sha256),
+        "model": are_same(own.model.weights_sha256, other.model.weights_sha256) is False,
         "update": bool(updates and others and updates.isdisjoint(others)),
-        "data or split": _are_other(own.data.split_sha256, other.data.split_sha256),
+        "data or split": are_same(own.data.split_sha256, other.data.split_sha256) is False,
     }
     names = [name for name, is_other in are_other.items() if is_other]
     if names:
@@ -211,11 +144,13 @@ def _check_same_inputs(ranking: Ranking, found: Verification, path: Path) -> Non
             f"`budget` auto needs a curve of the ranking's own run, but {str(path)!r} was measured "
             f"with another {' and another '.join(names)}; run `keylayers verify` without options"
         )
-
-
-def _are_other(own: str | None, other: str | None) -> bool:
-    """Whether both hashes are known and differ."""
-    return None not in (own, other) and own != other
+    if found.recommendation is None:
+        does = "raises it" if found.best_first.reduction_nats < 0 else "changes nothing"
+        raise ConfigError(
+            f"`budget` auto needs a fine-tune that lowers the held-out loss, but this fine-tune "
+            f"{does}; train again, or give a budget"
+        )
+    return Count(found.recommendation.num_modules)
 
 
 def verification_file(ranking: str | Path) -> Path:
