@@ -101,7 +101,8 @@ def verification_of(ranking):
 
     def curve(*losses):
         rows = tuple((loss, loss + 0.1) for loss in losses)
-        return MaskCurve(tuple(range(len(losses))), losses, rows, (1.0, 1.0))
+        counts = tuple(range(len(losses)))
+        return MaskCurve(counts=counts, losses=losses, batch_losses=rows, batch_weights=(1.0, 1.0))
 
     return Verification(
         ranking_sha256=json_sha256(ranking.to_json()),

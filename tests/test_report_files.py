@@ -30,7 +30,7 @@ def folder(tmp_path):
 def curve(losses):
     from keylayers.ranking.curve import MaskCurve
 
-    return MaskCurve(tuple(range(len(losses))), tuple(losses))
+    return MaskCurve(counts=tuple(range(len(losses))), losses=tuple(losses))
 
 
 def verify_by_hand(folder):

@@ -142,9 +142,8 @@ SIZES = [40, 10, 30, 20]  # with the head, a forward pass is 120
 )
 def test_the_backward_pass_stops_at_the_lowest_trained_module(places, cost):
     ranking = ranking_of([4.0, 3.0, 2.0, 1.0], num_parameters=SIZES, provenance=FULL)
-    assert ranking.step_time.share(
-        [ranking.modules[place].name for place in places]
-    ) == pytest.approx(cost / 340)
+    names = [ranking.modules[place].name for place in places]
+    assert ranking.step_time.share(names) == pytest.approx(cost / 340)
 
 
 def test_lora_costs_its_own_matrices():
