@@ -123,7 +123,7 @@ def test_the_heatmap_draws_a_full_cell_for_each_module_that_is_taken(chromium, t
 def test_hovering_over_a_cell_shows_the_module(chromium, tmp_path):
     with page_of(chromium, report(tmp_path, {"hand": by_hand()})) as page:
         cells = page.locator("[data-chart=heatmap] .mark-rect.role-mark").last.locator("path")
-        cells.nth(3).hover(force=True)
+        cells.nth(4).hover(force=True)
         text = page.locator("#vg-tooltip-element").inner_text()
         assert re.sub(r"\s+", " ", text) == (
             "module model.layers.1.b_proj rank 5 score 0.45 ± standard error 0.04 parameters 40"

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`keylayers demo`: everything that keylayers does, on the built-in model, without a network."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 from cyclopts import App
@@ -87,7 +86,7 @@ def demo(
     console.print(f"\n[bold]Agreement of the best {100 * BUDGET:g} %[/bold]")
     console.print(agreement_table(agreement(list(rankings.values()), BUDGET), list(rankings)))
     console.print(f"\n[bold]Training on {first} answers[/bold]")
-    console.print(loss_table([asdict(row) for row in trained]))
+    console.print(loss_table(trained))
     console.print(
         f"\nRankings and adapters are in {output}. Next: keylayers show {output / first}",
         markup=False,

@@ -28,7 +28,7 @@ keylayers show out --json | jq '.modules[0].name'
 """
 
 JSON = Parameter(name="--json", negative=())
-NEEDED = ("altair", "vl_convert", "jinja2")  # of the extra `report`
+NEEDED = ("altair", "vl_convert")  # of the extra `report`
 app = App(help_epilogue=EXAMPLES, help_format="markdown")
 
 

@@ -65,7 +65,7 @@ def write_results(
         parts["Agreement of rankings"] = agreement_means(agreed, axes)
     for title, means in parts.items():
         sys.stdout.write(f"{title}\n{means.to_string(**FORMAT)}\n\n")
-    if all(find_spec(name) is not None for name in ("altair", "vl_convert", "jinja2")):
+    if all(find_spec(name) is not None for name in ("altair", "vl_convert")):
         write_bytes(folder / "report.html", _page(parts, table, cells))
     sys.stdout.write(f"results written to {folder}\n")
 

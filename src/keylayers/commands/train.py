@@ -109,9 +109,7 @@ def train(
     prepare_push(push_to_hub, private)
     rows = run(options, output, ConsoleProgress())
     console = stdout()
-    console.print(
-        loss_table([row.model_dump() for row in rows], LOSS_UNITS[options.training.objective])
-    )
+    console.print(loss_table(rows, LOSS_UNITS[options.training.objective]))
     kind = "checkpoint" if options.training.is_full else "adapter"
     console.print(f"\n{kind} written to {output}", markup=False)
     push(output, push_to_hub)

@@ -13,25 +13,11 @@ MEASURES = ("Jaccard", "by chance", "corrected", "tau-b", "top-weighted")
 
 
 def agreement_table(pairs: Sequence[Agreement], names: Sequence[str]) -> Table:
-    """One row per pair: its kind, Jaccard index, chance level, corrected Jaccard index and taus.
-
-    Brackets hold 95 % intervals. A cell is blank if the measure is undefined or unknown.
-
-    Args:
-        pairs: What `keylayers.ranking.compare.agreement` returns.
-        names: Names of the rankings, by index.
-    """
+    """One row per pair of rankings; `names` are those of the rankings, by index."""
     table = plain_table("pair", "kind", *MEASURES, num_left=2, gap=1)
     for pair in pairs:
-        table.add_row(
-            Text(_pair_name(pair, names)),
-            "" if pair.kind == "unknown" else pair.kind,
-            _number(pair.jaccard, pair.jaccard_interval),
-            _number(pair.chance_jaccard),
-            _number(pair.corrected),
-            _number(pair.tau, pair.tau_interval),
-            _number(pair.top_weighted_tau),
-        )
+        kind = "" if pair.kind == "unknown" else pair.kind
+        table.add_row(*map(Text, (pair_name(pair, names), kind, *measures(pair))))
     return table
 
 
@@ -39,16 +25,37 @@ def kind_table(means: Sequence[KindMean]) -> Table:
     """One row per kind of pair: the mean of each measure."""
     table = plain_table("mean of", "pairs", *MEASURES, gap=1)
     for mean in means:
-        table.add_row(
-            "unknown kind" if mean.kind == "unknown" else mean.kind,
-            str(mean.num_pairs),
-            _number(mean.jaccard),
-            _number(mean.chance_jaccard),
-            _number(mean.corrected),
-            _number(mean.tau),
-            _number(mean.top_weighted_tau),
-        )
+        kind = "unknown kind" if mean.kind == "unknown" else mean.kind
+        table.add_row(kind, str(mean.num_pairs), *map(Text, measures(mean)))
     return table
+
+
+def measures(found: Agreement | KindMean) -> list[str]:
+    """The cells of a row, with 95 % intervals in brackets; empty if undefined or unknown."""
+    jaccard, tau = (
+        (found.jaccard_interval, found.tau_interval)
+        if isinstance(found, Agreement)
+        else (None, None)
+    )
+    return [
+        _measure(found.jaccard, jaccard),
+        _measure(found.chance_jaccard),
+        _measure(found.corrected),
+        _measure(found.tau, tau),
+        _measure(found.top_weighted_tau),
+    ]
+
+
+def _measure(value: float | None, interval: Interval | None = None) -> str:
+    if value is None:
+        return ""
+    suffix = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
+    return f"{value:.2f}{suffix}"
+
+
+def pair_name(pair: Agreement, names: Sequence[str]) -> str:
+    """The names of both rankings."""
+    return f"{names[pair.first]}, {names[pair.second]}"
 
 
 def agreement_notes(pairs: Sequence[Agreement], names: Sequence[str]) -> list[str]:
@@ -56,20 +63,12 @@ def agreement_notes(pairs: Sequence[Agreement], names: Sequence[str]) -> list[st
     notes: dict[str, list[str]] = {}
     for pair in pairs:
         for note in _notes_of(pair):
-            notes.setdefault(note, []).append(_pair_name(pair, names))
+            notes.setdefault(note, []).append(pair_name(pair, names))
     lines = [f"{'; '.join(owners)}: {note}" for note, owners in notes.items()]
     if any(pair.jaccard_interval or pair.tau_interval for pair in pairs):
         lines.append("[ ] is the 95 % interval from the noise of the batches within each run.")
         lines.append("It does not cover other seeds, and lies low where the noise is large.")
     return lines
-
-
-def measure(value: float | None, interval: Interval | None = None) -> str:
-    """Two decimals, the interval in brackets; empty if the measure is undefined."""
-    if value is None:
-        return ""
-    suffix = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
-    return f"{value:.2f}{suffix}"
 
 
 def _notes_of(pair: Agreement) -> list[str]:
@@ -85,12 +84,3 @@ def _notes_of(pair: Agreement) -> list[str]:
     if pair.num_scored < pair.num_modules:
         notes.append(f"tau of the {pair.num_scored} of {pair.num_modules} modules that both score")
     return notes
-
-
-def _pair_name(pair: Agreement, names: Sequence[str]) -> str:
-    return f"{names[pair.first]}, {names[pair.second]}"
-
-
-def _number(value: float | None, interval: Interval | None = None) -> Text:
-    """As `Text`, because rich reads brackets in a string as markup."""
-    return Text(measure(value, interval))

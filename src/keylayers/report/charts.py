@@ -6,22 +6,23 @@ lines also differ in their dashes. Names from files are data, never part of a Ve
 """
 
 from collections.abc import Mapping, Sequence
-from statistics import stdev
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import altair as alt
 
 from keylayers.ranking.compare import Agreement
-from keylayers.ranking.curve import MaskCurve
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.verification import Verification
+from keylayers.report.curve import random_spreads
+from keylayers.report.modules import grid, module_rows
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Chart: TypeAlias = alt.Chart | alt.LayerChart
+BudgetExpression: TypeAlias = int | str
+"""A number of modules, or the name of the Vega parameter that holds it."""
 
-BUDGET = "budget"  # chart parameter: number of selected modules
 SCHEME = "cividis"
 BLUE, VERMILION, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"
 CELL_WIDTH = 44
@@ -29,32 +30,33 @@ LABELLED_HEIGHT = 14  # smallest cell height, in pixels, that has room for a num
 NAMES_ON_TOP = alt.Axis(orient="top", labelAngle=-40, labelAlign="left", labelLimit=220)
 LEGEND_ON_TOP = alt.Legend(title=None, orient="top")
 FROM_LOWEST = alt.Scale(zero=False)
-CURVES: Mapping[str, tuple[str, tuple[int, ...]]] = {
-    "best first": (BLUE, (1, 0)),
-    "leave-one-out": (GREEN, (6, 2)),
-    "random (± sd)": (GREY, (2, 2)),
-    "worst first": (VERMILION, (8, 3, 2, 3)),
+RANDOM = "random (± sd)"
+CURVES: Mapping[str, tuple[str, list[int]]] = {
+    "best first": (BLUE, [1, 0]),
+    "leave-one-out": (GREEN, [6, 2]),
+    RANDOM: (GREY, [2, 2]),
+    "worst first": (VERMILION, [8, 3, 2, 3]),
 }
 
 
-def heatmap_chart(ranking: Ranking, count: int, *, is_live: bool = False) -> Chart:
-    """Ranks by block (rows) and projection (columns); the best `count` modules fill their cells.
+def heatmap_chart(ranking: Ranking, budget: BudgetExpression) -> Chart:
+    """Ranks by block (rows) and projection (columns); modules in the budget fill their cells.
 
-    Brighter is more important. A live chart reads the count from its parameter `budget`.
+    Brighter is more important.
     """
-    rows = _cells(ranking)
-    projections = ranking.projections
-    blocks = list(dict.fromkeys(row["block"] for row in sorted(rows, key=_block_order)))
+    rows, blocks = module_rows(ranking), list(grid(ranking))
+    num = len(rows)
     height = 20 if len(blocks) <= 40 else LABELLED_HEIGHT if len(blocks) <= 90 else 8
-    is_taken = f"datum.place <= {BUDGET if is_live else count}"
+    is_taken = f"datum.place <= {budget}"
     base = _chart(rows).encode(
-        x=alt.X("projection:N", sort=list(projections), title=None, axis=NAMES_ON_TOP),
+        x=alt.X("projection:N", sort=list(ranking.projections), title=None, axis=NAMES_ON_TOP),
         y=alt.Y("block:N", sort=blocks, title="block"),
     )
+    ticks = sorted({1, max(1, num // 3), max(1, 2 * num // 3), num})
     shade = alt.Color(
         "rank:Q",
-        scale=alt.Scale(scheme=SCHEME, domain=[len(rows), 1]),
-        legend=alt.Legend(title="rank", orient="right", gradientLength=110, values=_ends(rows)),
+        scale=alt.Scale(scheme=SCHEME, domain=[num, 1]),
+        legend=alt.Legend(title="rank", orient="right", gradientLength=110, values=ticks),
     )
     scored = base.transform_filter("isValid(datum.rank)")
     small = alt.RelativeBandSize(0.4)
@@ -64,7 +66,7 @@ def heatmap_chart(ranking: Ranking, count: int, *, is_live: bool = False) -> Cha
         scored.transform_filter(is_taken).mark_rect(**edge).encode(color=shade),
     ]
     if height >= LABELLED_HEIGHT:
-        ink = alt.when(f"datum.place <= {len(rows) / 2}").then(alt.value("black"))
+        ink = alt.when(f"datum.place <= {num / 2}").then(alt.value("black"))
         label = scored.transform_filter(is_taken).mark_text(fontSize=10)
         layers.append(label.encode(text="rank:Q", color=ink.otherwise(alt.value("white"))))
     layers.append(base.transform_filter("!isValid(datum.rank)").mark_text(text="?"))
@@ -79,76 +81,82 @@ def heatmap_chart(ranking: Ranking, count: int, *, is_live: bool = False) -> Cha
             ]
         )
     )
-    return _with_budget(alt.layer(*layers), count, is_live).properties(
-        width=CELL_WIDTH * len(projections),
+    return alt.layer(*layers).properties(
+        width=CELL_WIDTH * len(ranking.projections),
         height=height * len(blocks),
         description="Heatmap of ranks: blocks down, projections across, brighter is more important",
     )
 
 
-def curve_chart(found: Verification, count: int, *, is_live: bool = False) -> Chart:
-    """Held-out loss by the number of modules that keep their update, with a rule at `count`.
-
-    A live chart reads the count from its parameter `budget`.
-    """
-    curves = {"best first": found.best_first, "worst first": found.worst_first}
-    if found.leave_one_out:
-        curves["leave-one-out"] = found.leave_one_out
-    rows = [row for name, curve in curves.items() for row in _points(name, curve)]
-    at_random = _random_points(found)
-    names = [name for name in CURVES if name in curves or name.startswith("random")]
+def curve_chart(found: Verification, budget: BudgetExpression) -> Chart:
+    """Held-out loss by the number of modules that keep their update, with a rule at the budget."""
+    best, loo = found.best_first, found.leave_one_out
+    curves = {"best first": best, "worst first": found.worst_first}
+    curves |= {"leave-one-out": loo} if loo else {}
+    rows: list[dict[str, Any]] = [
+        {"curve": name, "kept": count, "loss": loss}
+        for name, curve in curves.items()
+        for count, loss in zip(curve.counts, curve.losses, strict=True)
+    ]
+    bands = zip(best.counts, found.random_means(), random_spreads(found), strict=True)
+    at_random = [
+        {"curve": RANDOM, "kept": count, "loss": mean, "low": mean - spread, "high": mean + spread}
+        for count, mean, spread in bands
+    ]
+    names = [name for name in CURVES if name in (*curves, RANDOM)]
+    colours, dashes = zip(*(CURVES[name] for name in names), strict=True)
     kept = alt.X(
         "kept:Q",
         title="modules that keep their update, best first",
-        scale=alt.Scale(domain=[0, found.best_first.counts[-1]], nice=False),
+        scale=alt.Scale(domain=[0, best.counts[-1]], nice=False),
     )
-    loss = alt.Y("loss:Q", title=f"held-out loss, {found.made_by.loss_unit}", scale=FROM_LOWEST)
-    line = (
-        _chart(rows + at_random)
-        .mark_line(point=True)
-        .encode(
-            x=kept,
-            y=loss,
-            color=alt.Color(
-                "curve:N",
-                scale=alt.Scale(domain=names, range=[CURVES[name][0] for name in names]),
-                legend=LEGEND_ON_TOP,
-            ),
-            strokeDash=alt.StrokeDash(
-                "curve:N",
-                scale=alt.Scale(domain=names, range=[list(CURVES[name][1]) for name in names]),
-            ),
-            tooltip=["curve:N", "kept:Q", alt.Tooltip("loss:Q", format=".4f")],
-        )
+    lines = _chart(rows + at_random).encode(
+        x=kept,
+        y=alt.Y("loss:Q", title=f"held-out loss, {found.made_by.loss_unit}", scale=FROM_LOWEST),
+        color=alt.Color(
+            "curve:N", scale=alt.Scale(domain=names, range=colours), legend=LEGEND_ON_TOP
+        ),
+        strokeDash=alt.StrokeDash("curve:N", scale=alt.Scale(domain=names, range=dashes)),
+        tooltip=["curve:N", "kept:Q", alt.Tooltip("loss:Q", format=".4f")],
     )
-    spread = (
-        _chart(at_random)
-        .mark_area(color=GREY, opacity=0.25)
-        .encode(x=kept, y=alt.Y("low:Q", title=""), y2="high:Q")
-    )
-    budget = BUDGET if is_live else str(count)
-    chosen = _chart([{}]).transform_calculate(kept=budget)
-    middle = found.best_first.counts[-1] / 2
-    is_late = f"{budget} > {middle}"
-    layers = [spread, *_rule(chosen.encode(x=kept), "this budget", is_late, row=1), line]
+    band = _chart(at_random).encode(x=kept, y=alt.Y("low:Q", title=""), y2="high:Q")
+    middle = best.counts[-1] / 2
+    chosen = _chart([{}]).transform_calculate(kept=str(budget)).encode(x=kept)
+    layers = [
+        band.mark_area(color=GREY, opacity=0.25),
+        *_rule(chosen, "this budget", f"{budget} > {middle}", row=1),
+        lines.mark_line(point=True),
+    ]
     if found.recommendation:
-        num_modules = found.recommendation.num_modules
-        recommended = _chart([{"kept": num_modules}]).encode(x=kept)
-        is_late = "true" if num_modules > middle else "false"
-        layers += _rule(recommended, "recommended", is_late, row=0, dash=(4, 3))
-    return _with_budget(alt.layer(*layers), count, is_live).properties(
+        count = found.recommendation.num_modules
+        recommended = _chart([{"kept": count}]).encode(x=kept)
+        layers += _rule(recommended, "recommended", f"{count} > {middle}", row=0, dash=[4, 3])
+    return alt.layer(*layers).properties(
         width=480,
         height=260,
         description="Mask curve: held-out loss against the number of modules kept, with controls",
     )
 
 
+def _rule(
+    base: alt.Chart, text: str, is_late: str, *, row: int, dash: Sequence[int] = (1, 0)
+) -> list[alt.Chart]:
+    """A vertical rule with a label at its top, to the left if the expression `is_late` is true.
+
+    Labels of different rows do not overlap.
+    """
+    align = alt.ExprRef(f"{is_late} ? 'right' : 'left'")
+    label = base.mark_text(text=text, align=align, dx=alt.ExprRef(f"{is_late} ? -4 : 4"))
+    return [
+        base.mark_rule(color=GREY, strokeWidth=1.5, strokeDash=list(dash)),
+        label.encode(y=alt.value(8 + 15 * row)),
+    ]
+
+
 def agreement_chart(pairs: Sequence[Agreement], names: Sequence[str]) -> Chart:
     """Jaccard index of every pair, its chance level in brackets; the colour is the corrected value.
 
-    Args:
-        pairs: What `keylayers.ranking.compare.agreement` returns.
-        names: Unique names of the rankings, by index.
+    `names` are unique names of the rankings, by index.
     """
     rows = [
         {
@@ -183,9 +191,10 @@ def agreement_chart(pairs: Sequence[Agreement], names: Sequence[str]) -> Chart:
         legend=alt.Legend(title=["corrected", "for chance"], gradientLength=110),
     )
     ink = alt.when("datum.corrected > 0.5").then(alt.value("black")).otherwise(alt.value("white"))
-    cells = base.mark_rect().encode(color=shade)
-    chart = alt.layer(cells, base.mark_text(fontSize=11).encode(text="text:N", color=ink))
-    return chart.properties(
+    return alt.layer(
+        base.mark_rect().encode(color=shade),
+        base.mark_text(fontSize=11).encode(text="text:N", color=ink),
+    ).properties(
         width=max(180, 80 * len(names)),
         height=44 * len(names),
         description="Agreement of the rankings: Jaccard of their selections, chance in brackets",
@@ -198,43 +207,38 @@ def losses_chart(ranking: Ranking) -> Chart | None:
     None if the ranking's record holds no loss curve.
     """
     made_by = ranking.made_by
-    curves = {}
-    if made_by.stage_1 is not None:
-        curves["stage 1, training"] = made_by.stage_1.losses
+    stage_1, mask, held_out = made_by.stage_1, made_by.mask, made_by.held_out_loss_nats
+    curves = {"stage 1, training": stage_1.losses} if stage_1 else {}
     # Without a learning rate the gates are not trained: each loss belongs to another mask.
-    if made_by.mask is not None and made_by.mask.learning_rate is not None:
-        curves["stage 2, learning the scores"] = made_by.mask.losses
-    curves = {stage: losses for stage, losses in curves.items() if len(losses) > 1}
-    if not curves:
-        return None
+    if mask and mask.learning_rate is not None:
+        curves["stage 2, learning the scores"] = mask.losses
     rows = [
         {"step": step, "loss": loss, "stage": stage}
         for stage, losses in curves.items()
+        if len(losses) > 1
         for step, loss in enumerate(losses, start=1)
     ]
+    if not rows:
+        return None
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
     loss = alt.Y("loss:Q", title=f"loss, {made_by.loss_unit}", scale=FROM_LOWEST)
-    stages = list(curves)
-    lines = (
-        _chart(rows)
-        .mark_line()
-        .encode(
-            x=alt.X("step:Q", title="step"),
-            y=loss,
-            color=alt.Color(
-                "stage:N",
-                scale=alt.Scale(domain=stages, range=[BLUE, GREEN][: len(stages)]),
-                legend=LEGEND_ON_TOP,
-            ),
-            tooltip=["stage:N", "step:Q", alt.Tooltip("loss:Q", format=".4f")],
-        )
+    lines = _chart(rows).encode(
+        x=alt.X("step:Q", title="step"),
+        y=loss,
+        color=alt.Color(
+            "stage:N",
+            scale=alt.Scale(domain=stages, range=[BLUE, GREEN][: len(stages)]),
+            legend=LEGEND_ON_TOP,
+        ),
+        tooltip=["stage:N", "step:Q", alt.Tooltip("loss:Q", format=".4f")],
     )
-    layers = [lines]
-    if found := made_by.held_out_loss_nats:
-        losses_held_out = (("base", found.base), ("tuned", found.tuned))
-        held_out = [{"loss": value, "text": f"held out, {name}"} for name, value in losses_held_out]
-        base = _chart(held_out).encode(y=loss)
-        layers.append(base.mark_rule(color=GREY, strokeDash=[4, 3]))
+    layers = [lines.mark_line()]
+    if held_out:
+        levels = {"base": held_out.base, "tuned": held_out.tuned}
+        rules = [{"loss": level, "text": f"held out, {name}"} for name, level in levels.items()]
+        base = _chart(rules).encode(y=loss)
         label = base.mark_text(align="right", dy=-6, fontSize=11)
+        layers.append(base.mark_rule(color=GREY, strokeDash=[4, 3]))
         layers.append(label.encode(x=alt.value("width"), text="text:N"))
     return alt.layer(*layers).properties(
         width=480, height=220, description="Losses by step, with held-out losses as rules"
@@ -270,83 +274,5 @@ def means_chart(title: str, runs: "pd.DataFrame", means: "pd.DataFrame") -> Char
     ).properties(width=420, height=22 * len(order), description=f"{title}: runs and their means")
 
 
-def vega_lite_version() -> str:
-    """The Vega-Lite release that Altair writes for, in the form that vl-convert takes: `6.4`."""
-    return ".".join(alt.VEGALITE_VERSION.lstrip("v").split(".")[:2])
-
-
 def _chart(rows: list[dict[str, Any]]) -> alt.Chart:
     return alt.Chart(alt.InlineData(values=rows))
-
-
-def _with_budget(chart: alt.LayerChart, count: int, is_live: bool) -> alt.LayerChart:
-    return chart.add_params(alt.param(name=BUDGET, value=count)) if is_live else chart
-
-
-def _rule(
-    base: alt.Chart, text: str, is_late: str, *, row: int, dash: tuple[int, int] = (1, 0)
-) -> list[alt.Chart]:
-    """A vertical rule with a label at its top, to the left if the expression `is_late` is true.
-
-    Labels of different rows do not overlap.
-    """
-    align = alt.ExprRef(f"{is_late} ? 'right' : 'left'")
-    label = base.mark_text(text=text, align=align, dx=alt.ExprRef(f"{is_late} ? -4 : 4"))
-    return [
-        base.mark_rule(color=GREY, strokeWidth=1.5, strokeDash=list(dash)),
-        label.encode(y=alt.value(8 + 15 * row)),
-    ]
-
-
-def _cells(ranking: Ranking) -> list[dict[str, Any]]:
-    """One row per module; `place` is its position, from 1, in the order that budgets follow."""
-    ranks = ranking.ranks()
-    places = {module.name: place for place, module in enumerate(ranking.ordered(), start=1)}
-    return [
-        {
-            "module": module.name,
-            "block": "outside" if module.block_index is None else str(module.block_index),
-            "projection": module.projection,
-            "rank": ranks[module.name],
-            "place": places[module.name],
-            "score": module.score,
-            "error": module.standard_error,
-            "parameters": module.num_parameters,
-        }
-        for module in ranking.modules
-    ]
-
-
-def _block_order(row: Mapping[str, Any]) -> int:
-    return -1 if row["block"] == "outside" else int(row["block"])
-
-
-def _ends(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Ranks labelled in the legend: the first, one third, two thirds, the last."""
-    last = len(rows)
-    return sorted({1, max(1, last // 3), max(1, 2 * last // 3), last})
-
-
-def _points(name: str, curve: MaskCurve) -> list[dict[str, Any]]:
-    return [
-        {"curve": name, "kept": count, "loss": loss}
-        for count, loss in zip(curve.counts, curve.losses, strict=True)
-    ]
-
-
-def _random_points(found: Verification) -> list[dict[str, Any]]:
-    """The mean of the random orders, plus and minus one standard deviation."""
-    rows = []
-    for index, mean in enumerate(found.random_means()):
-        losses = [curve.losses[index] for curve in found.random]
-        spread = stdev(losses) if len(losses) > 1 else 0.0
-        rows.append(
-            {
-                "curve": "random (± sd)",
-                "kept": found.best_first.counts[index],
-                "loss": mean,
-                "low": mean - spread,
-                "high": mean + spread,
-            }
-        )
-    return rows

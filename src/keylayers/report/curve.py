@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A verification in the terminal: the mask curve, its area and controls, the recommendation."""
 
-from collections.abc import Sequence
 from statistics import stdev
 
 from rich.bar import Bar
@@ -18,76 +17,51 @@ BAR_WIDTH = 30
 
 def verification_report(found: Verification) -> RenderableType:
     """What the terminal shows of a verification."""
-    lines = [area_line(found), *reading(found)]
     title = (
         f"Held-out loss with the updates of only so many modules kept, in {found.made_by.loss_unit}"
     )
-    text = Text("\n".join(lines))
-    return Group(Text(title, style="bold"), curve_table(found), Text(), text)
+    text = Text("\n".join(reading(found)))
+    return Group(Text(title, style="bold"), _curve_table(found), Text(), text)
 
 
-def curve_table(found: Verification) -> Table:
+def _curve_table(found: Verification) -> Table:
     """One row per count: the curve with bars, and the losses of the control orders."""
+    leave_one_out = found.leave_one_out
     titles = ["kept", "best first", "", "random (± sd)", "worst first"]
-    if found.leave_one_out:
-        titles.append("leave-one-out")
-    table = plain_table(*titles, num_left=0)
-    curve = found.best_first
-    low, high = _range(found)
-    means = found.random_means()
-    for index, count in enumerate(curve.counts):
-        loss = curve.losses[index]
-        spread = [order.losses[index] for order in found.random]
-        width = f" ± {stdev(spread):.3f}" if len(spread) > 1 else ""
-        row: list[RenderableType] = [
+    table = plain_table(*titles, *(["leave-one-out"] if leave_one_out else []), num_left=0)
+    means, spreads = found.random_means(), random_spreads(found)
+    shown = [*found.best_first.losses, *means]
+    low, high = min(shown), max(shown)
+    # Bars start a little below the lowest loss, so that none is empty.
+    low = low - (high - low) / BAR_WIDTH if high > low else low - 1.0
+    for index, count in enumerate(found.best_first.counts):
+        loss = found.best_first.losses[index]
+        spread = f" ± {spreads[index]:.3f}" if len(found.random) > 1 else ""
+        table.add_row(
             str(count),
             f"{loss:.4f}",
             Bar(high - low, 0, max(0.0, loss - low), width=BAR_WIDTH, color="cyan"),
-            f"{means[index]:.4f}{width}",
+            f"{means[index]:.4f}{spread}",
             f"{found.worst_first.losses[index]:.4f}",
-        ]
-        if found.leave_one_out:
-            row.append(f"{found.leave_one_out.losses[index]:.4f}")
-        table.add_row(*row)
+            *([f"{leave_one_out.losses[index]:.4f}"] if leave_one_out else []),
+        )
     return table
 
 
-def _range(found: Verification) -> tuple[float, float]:
-    """Lowest and highest loss; the lowest is reduced a little so that no bar is empty."""
-    losses = [*found.best_first.losses, *found.random_means()]
-    low, high = min(losses), max(losses)
-    room = (high - low) / BAR_WIDTH
-    return (low - room, high) if high > low else (low - 1.0, high)
+def random_spreads(found: Verification) -> list[float]:
+    """Standard deviation of the losses of the random orders, for each count; 0 for one order."""
+    by_count = zip(*(order.losses for order in found.random), strict=True)
+    return [stdev(losses) if len(losses) > 1 else 0.0 for losses in by_count]
 
 
-def area_line(found: Verification) -> str:
-    """The normalised areas of the curve and of its controls, or why they are undefined."""
-    area = found.best_first.normalised_area
-    if area is None:
-        reason = "all updates together do not lower the held-out loss"
-        return f"normalised area: undefined, because {reason}"
-    parts = [f"normalised area (0 is best): {area:.3f}"]
-    at_random = found.random_area()
-    if at_random is not None:
-        spread = f" ± {at_random[1]:.3f}" if len(found.random) > 1 else ""
-        parts.append(f"random orders {at_random[0]:.3f}{spread}")
-    parts.append(f"worst first {_area(found.worst_first)}")
-    if found.leave_one_out:
-        parts.append(f"leave-one-out {_area(found.leave_one_out)}")
-    return ", ".join(parts)
-
-
-def _area(curve: MaskCurve) -> str:
-    return "undefined" if curve.normalised_area is None else f"{curve.normalised_area:.3f}"
-
-
-def reading(found: Verification) -> Sequence[str]:
-    """Sentences on what the curve says about budgets."""
+def reading(found: Verification) -> list[str]:
+    """Sentences on the area of the curve and on what it says about budgets."""
     curve = found.best_first
     count, loss = curve.best
     lines = [
+        _area_line(found),
         f"base {curve.losses[0]:.4f}, all {curve.counts[-1]} modules {curve.losses[-1]:.4f}, best "
-        f"point {loss:.4f} with {count} modules"
+        f"point {loss:.4f} with {count} modules",
     ]
     if found.is_overfit:
         lines += [
@@ -98,27 +72,45 @@ def reading(found: Verification) -> Sequence[str]:
         lines.append(carried)
     best = found.recommendation
     if best is None:
-        lines.append("no budget is recommended: the fine-tune as a whole does not help")
-        return lines
-    lines.append(
+        return [*lines, "no budget is recommended: the fine-tune as a whole does not help"]
+    return [
+        *lines,
         f"recommended budget: {best.num_modules} of {curve.counts[-1]} modules, which lose "
-        f"{best.difference_nats:+.4f}{in_nats(found.made_by.loss_unit)} against all"
-    )
-    lines.append(
+        f"{best.difference_nats:+.4f}{in_nats(found.made_by.loss_unit)} against all",
         f"  below {best.upper_nats:+.4f} with 95 % confidence over held-out batches; the margin is "
-        f"{best.margin_nats:.4f}, {100 * found.margin:g} % of what the fine-tune gained"
-    )
-    return lines
+        f"{best.margin_nats:.4f}, {100 * found.margin:g} % of what the fine-tune gained",
+    ]
+
+
+def _area_line(found: Verification) -> str:
+    """The normalised areas of the curve and of its controls, or why they are undefined."""
+    area = found.best_first.normalised_area
+    if area is None:
+        return (
+            "normalised area: undefined, because all updates together do not lower the held-out "
+            "loss"
+        )
+    parts = [f"normalised area (0 is best): {area:.3f}"]
+    at_random = found.random_area()
+    if at_random is not None:
+        spread = f" ± {at_random[1]:.3f}" if len(found.random) > 1 else ""
+        parts.append(f"random orders {at_random[0]:.3f}{spread}")
+    for name, curve in (
+        ("worst first", found.worst_first),
+        ("leave-one-out", found.leave_one_out),
+    ):
+        if curve is not None:
+            area = curve.normalised_area
+            parts.append(f"{name} {'undefined' if area is None else f'{area:.3f}'}")
+    return ", ".join(parts)
 
 
 def _carried(curve: MaskCurve) -> str | None:
     """The share of the fine-tune's gain that the best modules carry; None if it gained nothing."""
-    gained = curve.losses[0] - curve.losses[-1]
-    if not gained > 0:
-        return None
-    points = list(zip(curve.counts, curve.losses, strict=True))
-    shown = [(count, loss) for count, loss in points[1:] if count <= curve.counts[-1] / 2]
-    if not shown:
+    gained = curve.reduction_nats
+    points = list(zip(curve.counts, curve.losses, strict=True))[1:]
+    shown = [(count, loss) for count, loss in points if count <= curve.counts[-1] / 2]
+    if not gained > 0 or not shown:
         return None
     counts = ", ".join(str(count) for count, _ in shown)
     shares = ", ".join(f"{100 * (curve.losses[0] - loss) / gained:.0f} %" for _, loss in shown)

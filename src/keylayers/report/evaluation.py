@@ -19,7 +19,6 @@ FEW_DOCUMENTS = 30
 MANY_DIFFERENCES = 5
 WIDEST = 1000  # columns, for measuring
 LOSS = "loss"
-NO_DIFFERENCE = "no difference shown"
 SAME = "the same on each"
 
 
@@ -35,17 +34,15 @@ class _Fitting:
     found: Evaluation
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
-        wide = evaluation_table(self.found)
+        wide = _table(self.found, between=" ")
         width = Measurement.get(console, options.update(max_width=WIDEST), wide).maximum
-        yield wide if width <= options.max_width else evaluation_table(self.found, between="\n")
+        yield wide if width <= options.max_width else _table(self.found, between="\n")
 
 
-def evaluation_table(found: Evaluation, between: str = " ") -> Table:
+def _table(found: Evaluation, between: str) -> Table:
     """A block for each measure, with a row for each model: value and differences.
 
-    Args:
-        found: What is shown.
-        between: Separates a number from its interval.
+    `between` separates a number from its interval.
     """
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("")
@@ -54,11 +51,11 @@ def evaluation_table(found: Evaluation, between: str = " ") -> Table:
     others += [found.reference] if found.reference is not None else []
     for name in others:
         table.add_column(Text(f"against {name}"))  # a plain string would be read as markup
-    for measure in (measure for measure in found.measures if measure.is_in_table):
+    for measure in _shown(found):
         indent = "  " * measure.depth
-        table.add_row(
-            Text(f"{indent}{_title(measure)}", style="bold"), Text(_about(measure), "dim")
-        )
+        metric = "nats per token" if measure.metric == LOSS else measure.metric
+        title = Text(f"{indent}{measure.task}, {metric}", style="bold")
+        table.add_row(title, Text(_about(measure), "dim"))
         for result in measure.results:
             by_name = {own.against: own for own in result.differences}
             cells = [_value(result, measure, between)]
@@ -67,9 +64,8 @@ def evaluation_table(found: Evaluation, between: str = " ") -> Table:
     return table
 
 
-def _title(measure: Measure) -> str:
-    metric = " nats per token" if measure.metric == LOSS else f" {measure.metric}"
-    return f"{measure.task},{metric}"
+def _shown(found: Evaluation) -> list[Measure]:
+    return [measure for measure in found.measures if measure.is_in_table]
 
 
 def _about(measure: Measure) -> str:
@@ -79,6 +75,34 @@ def _about(measure: Measure) -> str:
     parts += [f"chance {measure.chance:.3f}"] if measure.chance is not None else []
     parts += ["lower is better"] if measure.higher_is_better is False else []
     return ", ".join(parts)
+
+
+def _value(result: Result, measure: Measure, between: str) -> Text:
+    text = _number(measure, result.value, result.interval, between)
+    return Text("\n".join(filter(None, (text, chance_words(measure, result)))))
+
+
+def _difference(found: Difference | None, measure: Measure, between: str) -> Text:
+    if found is None:
+        return Text()
+    words = difference_words(measure, found)
+    interval = None if words == SAME else found.interval
+    return Text(f"{_number(measure, found.value, interval, between, '+')}\n{words}")
+
+
+def _number(
+    measure: Measure, value: float, interval: Interval | None, between: str, sign: str = ""
+) -> str:
+    """A value and its interval: four decimals for a loss, three for a share, else one."""
+
+    def digits(number: float) -> str:
+        if measure.metric == LOSS:
+            return f"{number:{sign}.4f}"
+        return f"{number:{sign}.3f}" if abs(number) < 100 else f"{number:{sign},.1f}"
+
+    if interval is None:
+        return digits(value)
+    return f"{digits(value)}{between}[{digits(interval.low)}, {digits(interval.high)}]"
 
 
 def chance_words(measure: Measure, result: Result) -> str:
@@ -97,43 +121,15 @@ def difference_words(measure: Measure, found: Difference) -> str:
     if found.interval.low == found.interval.high == 0:
         return SAME
     if not found.is_shown:
-        return NO_DIFFERENCE
+        return "no difference shown"
     if measure.higher_is_better is None:
         return "different"
     return "better" if (found.value > 0) == measure.higher_is_better else "worse"
 
 
-def _value(result: Result, measure: Measure, between: str) -> Text:
-    text = _digits(measure, result.value) + _brackets(measure, result.interval, between)
-    return Text("\n".join(filter(None, (text, chance_words(measure, result)))))
-
-
-def _difference(found: Difference | None, measure: Measure, between: str) -> Text:
-    if found is None:
-        return Text()
-    words = difference_words(measure, found)
-    interval = None if words == SAME else found.interval
-    text = _digits(measure, found.value, "+") + _brackets(measure, interval, between, "+")
-    return Text(f"{text}\n{words}")
-
-
-def _brackets(measure: Measure, interval: Interval | None, between: str, sign: str = "") -> str:
-    if interval is None:
-        return ""
-    low, high = (_digits(measure, end, sign) for end in (interval.low, interval.high))
-    return f"{between}[{low}, {high}]"
-
-
-def _digits(measure: Measure, value: float, sign: str = "") -> str:
-    """Four decimals for a loss, three for a share, one for large numbers."""
-    if measure.metric == LOSS:
-        return f"{value:{sign}.4f}"
-    return f"{value:{sign}.3f}" if abs(value) < 100 else f"{value:{sign},.1f}"
-
-
 def reading(found: Evaluation) -> list[str]:
     """What the table shows, in sentences: how it was computed, and how much of it is noise."""
-    shown = [measure for measure in found.measures if measure.is_in_table]
+    shown = _shown(found)
     results = [result for measure in shown for result in measure.results]
     compared = [own for result in results for own in result.differences if own.p is not None]
     lines = ["[ ] is a 95 % interval: what another draw of the documents would change"]
@@ -145,17 +141,13 @@ def reading(found: Evaluation) -> list[str]:
         )
     lines += _on_chance(shown)
     lines += _on_multiple_comparisons(compared)
-    few = dict.fromkeys(
-        measure.task for measure in shown if 0 < measure.num_documents < FEW_DOCUMENTS
-    )
+    few = [measure.task for measure in shown if 0 < measure.num_documents < FEW_DOCUMENTS]
     if few:
-        names = ", ".join(few)
+        names = ", ".join(dict.fromkeys(few))
         lines.append(f"fewer than {FEW_DOCUMENTS} documents, so rough intervals: {names}")
-    hidden = len(
-        {measure.task for measure in found.measures if not measure.is_in_table and measure.depth}
-    )
+    hidden = {one.task for one in found.measures if not one.is_in_table and one.depth}
     if hidden:
-        lines.append(f"{hidden} tasks of these groups are only in evaluation.json")
+        lines.append(f"{len(hidden)} tasks of these groups are only in evaluation.json")
     return lines
 
 
@@ -183,12 +175,11 @@ def _on_multiple_comparisons(compared: Sequence[Difference]) -> Iterator[str]:
         return
     num_shown = sum(own.is_shown for own in compared)
     text = f"{num_shown} of {len(compared)} differences are shown"
-    if not num_shown:
-        yield text
-        return
-    strict = sum(own.is_shown and (own.p_holm or 0) < ALPHA for own in compared)
-    remain = f"; {strict} of them" if strict != num_shown else "; all of them"
-    yield (
-        f"{text}, where {ALPHA * len(compared):.1f} would be by chance alone if there were "
-        f"none{remain} after Holm's correction for {len(compared)} comparisons"
-    )
+    if num_shown:
+        strict = sum(own.is_shown and (own.p_holm or 0) < ALPHA for own in compared)
+        text += (
+            f", where {ALPHA * len(compared):.1f} would be by chance alone if there were none; "
+            f"{'all' if strict == num_shown else strict} of them after Holm's correction for "
+            f"{len(compared)} comparisons"
+        )
+    yield text

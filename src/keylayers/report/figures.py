@@ -4,9 +4,8 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import altair as alt
 import vl_convert
@@ -20,46 +19,43 @@ from keylayers.report.charts import (
     curve_chart,
     heatmap_chart,
     losses_chart,
-    vega_lite_version,
 )
 from keylayers.report.source import Source, num_best
 
-Kind = Literal["heatmap", "curve", "losses", "agreement"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+AnyChart: TypeAlias = Chart | alt.ConcatChart
+FigureKind = Literal["heatmap", "curve", "losses", "agreement"]
+KINDS: tuple[FigureKind, ...] = get_args(FigureKind)
+FORMATS: Mapping[str, Callable[..., bytes | str]] = {
+    ".pdf": vl_convert.vegalite_to_pdf,
+    ".svg": vl_convert.vegalite_to_svg,
+    ".png": vl_convert.vegalite_to_png,
+}
 NUM_COLUMNS = 2  # charts next to each other in a figure of several rankings
 PIXELS_PER_INCH = 300
+# The Vega-Lite release that Altair writes for, in the form that vl-convert takes: `6.4`.
+VEGA_LITE = ".".join(alt.VEGALITE_VERSION.lstrip("v").split(".")[:2])
 NOT_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def draw_figures(
     sources: Sequence[Source], paths: Sequence[Path], budget: WrittenBudget = 0.3
 ) -> dict[Path, bytes]:
-    """The bytes of each figure's file.
+    """The bytes of each figure's file, which `figure_kind` describes.
 
-    Args:
-        sources: The rankings, with their verifications if they have any. With several rankings, a
-            figure shows each under its label.
-        paths: A file's name contains one of `KINDS`, its suffix is the format: heatmap.pdf,
-            fig-2-curve.svg, agreement.png.
-        budget: The budget shown, which is also that of the agreement.
-
-    Raises:
-        ConfigError: a name without a kind, with several kinds or with an unknown format; a curve
-            without a verification; an agreement of one ranking; an invalid budget.
-        RankingError: the budget includes modules without a score, or two rankings share no module.
+    With several rankings, a figure shows each under its label. The budget is also that of the
+    agreement.
     """
-    return {path: _drawn(path, sources, budget) for path in paths}
+    return {
+        path: drawn_chart(_figure(figure_kind(path), sources, budget), path.suffix.lower())
+        for path in paths
+    }
 
 
-def figure_kind(path: Path) -> Kind:
-    """The kind of figure that a file name asks for.
-
-    Raises:
-        ConfigError: it contains none of `KINDS` or several, or its format is unknown.
-    """
-    if path.suffix.lower() not in _FORMATS:
+def figure_kind(path: Path) -> FigureKind:
+    """The kind of figure that a file name asks for, such as heatmap.pdf or fig-2-curve.svg."""
+    if path.suffix.lower() not in FORMATS:
         raise ConfigError(
-            f"`figure` must end in {' or '.join(_FORMATS)}, got {str(path)!r}; choose one"
+            f"`figure` must end in {' or '.join(FORMATS)}, got {str(path)!r}; choose one"
         )
     named = [kind for kind in KINDS if kind in path.stem.lower()]
     if len(named) != 1:
@@ -70,35 +66,21 @@ def figure_kind(path: Path) -> Kind:
     return named[0]
 
 
-def _drawn(path: Path, sources: Sequence[Source], budget: WrittenBudget) -> bytes:
-    kind = figure_kind(path)
+def _figure(kind: FigureKind, sources: Sequence[Source], budget: WrittenBudget) -> AnyChart:
     if kind == "agreement":
-        chart: Chart | alt.ConcatChart = _agreement(sources, budget)
-    elif len(sources) == 1:
-        chart = _single(kind, sources[0], budget)
-    else:
-        charts = [
-            _single(kind, source, budget).properties(title=source.label) for source in sources
-        ]
-        chart = alt.concat(*charts, columns=NUM_COLUMNS).resolve_scale(color="independent")
-    return drawn_chart(chart, path.suffix.lower())
+        if len(sources) < 2:
+            raise ConfigError(
+                "the figure of an agreement needs at least two rankings, got 1; give more of them"
+            )
+        pairs = agreement([source.ranking for source in sources], budget)
+        return agreement_chart(pairs, [source.label for source in sources])
+    if len(sources) == 1:
+        return _single(kind, sources[0], budget)
+    charts = [_single(kind, source, budget).properties(title=source.label) for source in sources]
+    return alt.concat(*charts, columns=NUM_COLUMNS).resolve_scale(color="independent")
 
 
-def drawn_chart(chart: Chart | alt.ConcatChart, suffix: str) -> bytes:
-    """A chart as a file in the format of `suffix`, for example `.svg`."""
-    return _FORMATS[suffix](json.dumps(_drawable(chart.to_dict())))
-
-
-def _drawable(content: Any) -> Any:
-    """A copy in which U+FFFD replaces characters that XML forbids: vl-convert aborts on them."""
-    if isinstance(content, str):
-        return NOT_IN_XML.sub("\ufffd", content)
-    if isinstance(content, dict):
-        return {key: _drawable(value) for key, value in content.items()}
-    return [_drawable(item) for item in content] if isinstance(content, list) else content
-
-
-def _single(kind: Kind, source: Source, budget: WrittenBudget) -> Chart:
+def _single(kind: FigureKind, source: Source, budget: WrittenBudget) -> Chart:
     count = num_best(source.ranking, budget)
     if kind == "heatmap":
         return heatmap_chart(source.ranking, count)
@@ -119,23 +101,18 @@ def _single(kind: Kind, source: Source, budget: WrittenBudget) -> Chart:
     return chart
 
 
-def _agreement(sources: Sequence[Source], budget: WrittenBudget) -> Chart:
-    if len(sources) < 2:
-        raise ConfigError(
-            "the figure of an agreement needs at least two rankings, got 1; give more of them"
-        )
-    pairs = agreement([source.ranking for source in sources], budget)
-    return agreement_chart(pairs, [source.label for source in sources])
+def drawn_chart(chart: AnyChart, suffix: str) -> bytes:
+    """A chart as a file in the format of `suffix`, for example `.svg`."""
+    options = {"ppi": PIXELS_PER_INCH} if suffix == ".png" else {}
+    spec = json.dumps(_drawable(chart.to_dict()))
+    drawn = FORMATS[suffix](spec, vl_version=VEGA_LITE, **options)
+    return drawn.encode() if isinstance(drawn, str) else drawn
 
 
-def _svg(spec: str) -> bytes:
-    return vl_convert.vegalite_to_svg(spec, vl_version=vega_lite_version()).encode("utf-8")
-
-
-_FORMATS: Mapping[str, Callable[[str], bytes]] = {
-    ".pdf": partial(vl_convert.vegalite_to_pdf, vl_version=vega_lite_version()),
-    ".svg": _svg,
-    ".png": partial(
-        vl_convert.vegalite_to_png, vl_version=vega_lite_version(), ppi=PIXELS_PER_INCH
-    ),
-}
+def _drawable(content: Any) -> Any:
+    """A copy in which U+FFFD replaces characters that XML forbids: vl-convert aborts on them."""
+    if isinstance(content, str):
+        return NOT_IN_XML.sub("\ufffd", content)
+    if isinstance(content, dict):
+        return {key: _drawable(value) for key, value in content.items()}
+    return [_drawable(item) for item in content] if isinstance(content, list) else content

@@ -14,46 +14,33 @@ from keylayers.ranking.verification import Verification, verification_file
 
 @dataclass(frozen=True)
 class Source:
-    """One ranking and its file.
+    """A ranking and its file.
 
     Attributes:
-        path: The path given by the user.
+        path: As the user gave it.
         label: The shortest end of the path that no other path has.
-        ranking: The ranking.
-        verification: Its verification; None if it was not verified.
+        ranking: What the file holds.
+        verification: None if there is none, or one of an earlier ranking (`is_stale`).
         is_stale: Whether the verification file belongs to an earlier ranking.
     """
 
     path: str
     label: str
     ranking: Ranking
-    verification: Verification | None = None
-    is_stale: bool = False
+    verification: Verification | None
+    is_stale: bool
 
 
 def load_sources(paths: Sequence[Path]) -> list[Source]:
-    """Load rankings and their verifications.
-
-    Raises:
-        RankingError: a file is missing, damaged or of another kind.
-    """
+    """Load rankings and their verifications."""
     return [_load(path, label) for path, label in zip(paths, labels(paths), strict=True)]
 
 
-def num_best(ranking: Ranking, budget: WrittenBudget) -> int:
-    """Number of modules in the budget. Charts can only show a selection of the best ones.
-
-    Raises:
-        ConfigError: the budget is invalid, or selects other modules than the best ones by cost.
-        RankingError: the budget includes modules without a score.
-    """
-    chosen = ranking.select(budget).modules
-    if not are_best(ranking.modules, chosen):
-        raise ConfigError(
-            f"`budget` of a report or figure must take the best modules, as 0.3, 17 and "
-            f"0.3x-params do, but {budget} goes by cost and takes others; give a number of modules"
-        )
-    return len(chosen)
+def _load(path: Path, label: str) -> Source:
+    ranking, file = Ranking.load(path), verification_file(path)
+    found = Verification.load(file) if file.is_file() else None
+    is_stale = found is not None and not found.is_of(ranking)
+    return Source(str(path), label, ranking, None if is_stale else found, is_stale)
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
@@ -62,8 +49,7 @@ def labels(paths: Sequence[Path]) -> list[str]:
     The file's own name is used only if needed. If a path is given twice, all names get a number.
     """
     parts = [_parts(path) for path in paths]
-    longest = max(map(len, parts))
-    for length in range(1, longest + 1):
+    for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(own[-length:]) for own in parts]
         if len(set(names)) == len(names):
             return names
@@ -78,12 +64,12 @@ def _parts(path: Path) -> tuple[str, ...]:
     return path.with_suffix("").parts[1:] if path.suffix == ".json" else path.parts[1:]
 
 
-def _load(path: Path, label: str) -> Source:
-    ranking = Ranking.load(path)
-    file = verification_file(path)
-    if not file.is_file():
-        return Source(str(path), label, ranking)
-    found = Verification.load(file)
-    if found.is_of(ranking):
-        return Source(str(path), label, ranking, found)
-    return Source(str(path), label, ranking, is_stale=True)
+def num_best(ranking: Ranking, budget: WrittenBudget) -> int:
+    """Number of modules in the budget. Charts can only show a selection of the best ones."""
+    chosen = ranking.select(budget).modules
+    if not are_best(ranking.modules, chosen):
+        raise ConfigError(
+            f"`budget` of a report or figure must take the best modules, as 0.3, 17 and "
+            f"0.3x-params do, but {budget} goes by cost and takes others; give a number of modules"
+        )
+    return len(chosen)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A ranking in the terminal: heatmap, best and worst modules, provenance. Imports no torch."""
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from rich.console import Group, RenderableType
 from rich.style import Style
@@ -12,9 +12,10 @@ from rich.text import Text
 from keylayers.errors import RankingError
 from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.certainty import decisions, undecided
+from keylayers.ranking.compare import agreement
 from keylayers.ranking.ranking import Ranking
-from keylayers.ranking.record import MadeBy
-from keylayers.report.adalora import adalora_line, ranks_left
+from keylayers.ranking.record import MadeBy, TrainedSet
+from keylayers.report.modules import grid
 
 # Cividis, dark to bright, by relative rank: readable for colour-blind people and in grey.
 SHADES = (
@@ -22,8 +23,33 @@ SHADES = (
     "#7f7c75", "#969078", "#b0a573", "#cbba69", "#fdea45",
 )  # fmt: skip
 FIRST_BRIGHT_SHADE = 5
-
 UNDECIDED_MARK = "~"
+NUM_EXTREMES = 10  # modules shown at each end
+
+
+def ranking_report(ranking: Ranking, budget: WrittenBudget = 0.3) -> RenderableType:
+    """Everything the terminal shows of a ranking; modules undecided at the budget are marked."""
+    num_parameters = sum(module.num_parameters for module in ranking.modules)
+    title = (
+        f"{len(ranking.modules)} modules, {num_parameters:,} parameters; 1 is the most important"
+    )
+    marked: tuple[str, ...] = ()
+    try:
+        marked = undecided(ranking, budget)
+        note = certainty_line(ranking, budget)
+    except RankingError as error:  # the budget includes modules without a score
+        note = f"nothing is marked at budget {budget}: {error}"
+    if comparison := _adalora_line(ranking, budget):
+        note = f"{note}\n{comparison}"
+    return Group(
+        Text(title, style="bold"),
+        heatmap(ranking, marked=marked),
+        Text(),
+        _extremes(ranking, marked),
+        Text(note),
+        Text(),
+        Text("\n".join(provenance_lines(ranking)), style="dim"),
+    )
 
 
 def plain_table(*titles: str, num_left: int = 1, gap: int = 2) -> Table:
@@ -35,70 +61,49 @@ def plain_table(*titles: str, num_left: int = 1, gap: int = 2) -> Table:
 
 
 def heatmap(ranking: Ranking, *, marked: Collection[str] = ()) -> Table:
-    """Ranks by block (rows) and projection (columns); brighter is more important.
-
-    Args:
-        ranking: The ranking to show.
-        marked: Names of the modules to mark as undecided.
-    """
+    """Ranks by block (rows) and projection (columns); brighter is more important."""
     ranks = ranking.ranks()
-    projections = ranking.projections
-    cells = {(module.block_index, module.projection): module for module in ranking.modules}
     table = Table(box=None, padding=0, pad_edge=False, title_justify="left")
     table.add_column("block ", justify="right", style="dim")
-    for projection in projections:
+    for projection in ranking.projections:
         table.add_column(Text(f" {projection} "), justify="center")
-    blocks = {module.block_index for module in ranking.modules}
-    for block in sorted(blocks, key=lambda block: -1 if block is None else block):
-        row: list[RenderableType] = ["outside " if block is None else f"{block} "]
-        for projection in projections:
-            module = cells.get((block, projection))
-            rank = None if module is None else ranks[module.name]
+    for block, modules in grid(ranking).items():
+        row: list[RenderableType] = [f"{block} "]
+        for module, projection in zip(modules, ranking.projections, strict=True):
             width = len(projection) + 2
-            is_marked = module is not None and module.name in marked
-            text = None if rank is None else f"{rank}{UNDECIDED_MARK if is_marked else ''}"
-            position = 1 - ((rank or 1) - 1) / max(1, len(ranking.modules) - 1)
-            row.append(_cell("" if module is None else text, position, width))
+            rank = None if module is None else ranks[module.name]
+            if module is None:
+                row.append(Text(" " * width))
+            elif rank is None:
+                row.append(Text("?".center(width), style="dim"))
+            else:
+                text = f"{rank}{UNDECIDED_MARK if module.name in marked else ''}"
+                position = 1 - (rank - 1) / max(1, len(ranking.modules) - 1)
+                row.append(Text(text.center(width), style=_shade(position)))
         table.add_row(*row)
     return table
 
 
-def _cell(rank: str | None, position: float, width: int) -> Text:
-    """A rank on its shade; `?` for a module without a score, blank if there is no module."""
-    if rank is None:
-        return Text("?".center(width), style="dim")
-    if not rank:
-        return Text(" " * width)
+def _shade(position: float) -> Style:
+    """Background and readable text colour of a position from 0, the worst, to 1, the best."""
     shade = min(len(SHADES) - 1, int(position * len(SHADES)))
-    colour = "#000000" if shade >= FIRST_BRIGHT_SHADE else "#ffffff"
-    return Text(rank.center(width), style=Style(color=colour, bgcolor=SHADES[shade]))
+    ink = "#000000" if shade >= FIRST_BRIGHT_SHADE else "#ffffff"
+    return Style(color=ink, bgcolor=SHADES[shade])
 
 
-def extremes(ranking: Ranking, count: int = 10, *, marked: Collection[str] = ()) -> Table:
-    """The best and the worst modules; ± is the standard error of the score.
-
-    Args:
-        ranking: The ranking to show.
-        count: Number of modules at each end.
-        marked: Names of the modules to mark as undecided.
-    """
-    ordered = ranking.ordered()
-    ranks = ranking.ranks()
-    is_cut = len(ordered) > 2 * count
-    chosen = [*ordered[:count], None, *ordered[-count:]] if is_cut else list(ordered)
+def _extremes(ranking: Ranking, marked: Collection[str]) -> Table:
+    """The best and the worst modules; ± is the standard error of the score."""
+    ordered, ranks, adalora = ranking.ordered(), ranking.ranks(), _adalora_ranks(ranking)
     table = Table(box=None, padding=(0, 2), pad_edge=False)
     table.add_column("", width=len(UNDECIDED_MARK))
     table.add_column("rank", justify="right")
     table.add_column("module", no_wrap=True, overflow="ignore")
-    table.add_column("score", justify="right")
-    table.add_column("±", justify="right")
-    table.add_column("parameters", justify="right")
-    own_ranks = ranks_left(ranking)
-    if own_ranks:
-        table.add_column("AdaLoRA's r", justify="right")
-    for module in chosen:
-        if module is None:
-            table.add_row("", "...", "", "", "", "")
+    for title in ("score", "±", "parameters", *(["AdaLoRA's r"] if adalora else [])):
+        table.add_column(title, justify="right")
+    for place, module in enumerate(ordered):
+        if NUM_EXTREMES <= place < len(ordered) - NUM_EXTREMES:
+            if place == NUM_EXTREMES:
+                table.add_row("", "...")
             continue
         error = module.standard_error
         table.add_row(
@@ -108,18 +113,13 @@ def extremes(ranking: Ranking, count: int = 10, *, marked: Collection[str] = ())
             "not scored" if module.score is None else f"{module.score:.4f}",
             "" if error is None else f"{error:.4f}",
             f"{module.num_parameters:,}",
-            *([str(own_ranks.get(module.name, "?"))] if own_ranks else []),
+            *([str(adalora.get(module.name, "?"))] if adalora else []),
         )
     return table
 
 
 def certainty_line(ranking: Ranking, budget: WrittenBudget) -> str:
-    """A sentence on how many modules are undecided at a budget.
-
-    Raises:
-        ConfigError: the budget is invalid, selects nothing or more than there is.
-        RankingError: the budget includes modules without a score.
-    """
+    """A sentence on how many modules are undecided at a budget."""
     selection = ranking.select(budget)
     if ranking.is_flat:
         return (
@@ -140,14 +140,40 @@ def certainty_line(ranking: Ranking, budget: WrittenBudget) -> str:
     return text + (f"; {num_unknown} without an interval" if num_unknown else "")
 
 
+def _adalora_ranks(ranking: Ranking) -> dict[str, int]:
+    """Module name -> the LoRA rank that AdaLoRA gave it; empty for other updates."""
+    found = ranking.made_by.adalora_ranks_left
+    return {module.name: found[module.name] for module in ranking.modules if module.name in found}
+
+
+def _adalora_line(ranking: Ranking, budget: WrittenBudget) -> str | None:
+    """A sentence on how far the ranking agrees with AdaLoRA's own allocation of ranks, if any."""
+    ranks = _adalora_ranks(ranking)
+    if len(ranks) < len(ranking.modules):
+        return None
+    modules = tuple(
+        replace(module, score=float(ranks[module.name]), standard_error=None)
+        for module in ranking.modules
+    )
+    try:
+        found = agreement([ranking, replace(ranking, modules=modules)], budget)[0]
+    except RankingError:  # the budget includes modules without a score
+        return None
+    tau = "none" if found.tau is None else f"{found.tau:.2f}"
+    return (
+        f"AdaLoRA's own budget (last column) agrees with the scores by tau-b {tau}, Jaccard "
+        f"{found.jaccard:.2f} at budget {budget} (chance {found.chance_jaccard:.2f})"
+    )
+
+
 def provenance_lines(ranking: Ranking) -> list[str]:
     """What made the ranking, line by line: method, model, data, losses, time, version."""
     made_by = ranking.made_by
     model, data, environment = made_by.model, made_by.data, made_by.environment
     lines = [f"method    {ranking.method}, one gate per {ranking.granularity}"]
     if model.name is not None:
-        parts = () if model.weights_sha256 is None else (f"weights {model.weights_sha256[:12]}",)
-        lines.append("model     " + ", ".join((model.name, *parts)))
+        weights = "" if model.weights_sha256 is None else f", weights {model.weights_sha256[:12]}"
+        lines.append(f"model     {model.name}{weights}")
     if made_by.adapter is not None:
         lines.append(f"adapter   {made_by.adapter.name}")
     if made_by.tuned is not None:
@@ -194,55 +220,25 @@ def _loss_lines(made_by: MadeBy) -> list[str]:
     return lines
 
 
+def loss_table(rows: Sequence[TrainedSet], loss_unit: str = "nats per token") -> Table:
+    """One row per trained set: modules, trained parameters, steps, held-out loss."""
+    table = plain_table("trained", "modules", "parameters", "steps", held_out_title(loss_unit))
+    for row in rows:
+        table.add_row(
+            Text(row.label),
+            f"{row.num_modules:,}",
+            f"{row.num_trained_parameters:,}",
+            f"{row.num_steps:,}",
+            f"{row.held_out_loss_nats:.4f}",
+        )
+    return table
+
+
+def held_out_title(loss_unit: str) -> str:
+    """The title of a column of held-out losses."""
+    return f"held-out{in_nats(loss_unit) or ' loss'}"
+
+
 def in_nats(loss_unit: str) -> str:
     """`" nats"` if losses are in nats, else an empty string."""
     return " nats" if loss_unit.startswith("nats") else ""
-
-
-def ranking_report(ranking: Ranking, *, budget: WrittenBudget = 0.3) -> RenderableType:
-    """All of a ranking that a terminal shows.
-
-    Args:
-        ranking: The ranking to show.
-        budget: Modules that are undecided at this budget are marked. If it includes modules
-            without a score, none is marked and a line says why.
-
-    Raises:
-        ConfigError: the budget is invalid, selects nothing or more than there is.
-    """
-    num_parameters = sum(module.num_parameters for module in ranking.modules)
-    title = (
-        f"{len(ranking.modules)} modules, {num_parameters:,} parameters; 1 is the most important"
-    )
-    marked: tuple[str, ...] = ()
-    try:
-        marked = undecided(ranking, budget)
-        note = certainty_line(ranking, budget)
-    except RankingError as error:
-        note = f"nothing is marked at budget {budget}: {error}"
-    if comparison := adalora_line(ranking, budget):
-        note = f"{note}\n{comparison}"
-    return Group(
-        Text(title, style="bold"),
-        heatmap(ranking, marked=marked),
-        Text(),
-        extremes(ranking, marked=marked),
-        Text(note),
-        Text(),
-        Text("\n".join(provenance_lines(ranking)), style="dim"),
-    )
-
-
-def loss_table(rows: Sequence[Mapping[str, Any]], loss_unit: str = "nats per token") -> Table:
-    """One row per trained set: modules, trained parameters, steps, held-out loss."""
-    held_out = f"held-out{in_nats(loss_unit) or ' loss'}"
-    table = plain_table("trained", "modules", "parameters", "steps", held_out)
-    for row in rows:
-        table.add_row(
-            Text(row["label"]),
-            f"{row['num_modules']:,}",
-            f"{row['num_trained_parameters']:,}",
-            f"{row['num_steps']:,}",
-            f"{row['held_out_loss_nats']:.4f}",
-        )
-    return table

@@ -48,7 +48,6 @@
       this.isDrawn = true;
       for (const place of this.section.querySelectorAll("[data-chart]")) {
         const view = await draw(place, this.charts[place.dataset.chart]);
-        if (place.dataset.chart === "losses") continue;
         this.views.push(view);
         view.signal("budget", this.count).runAsync();
       }
