@@ -182,28 +182,19 @@ def test_a_new_head_is_the_same_whatever_the_seed(tiny):
     assert bool(heads[0].any())
 
 
-def test_a_trainer_that_thaws_weights_is_refused(tiny, preferences, monkeypatch):
-    from keylayers.data.options import DataOptions
-    from keylayers.data.prepare import prepare
-    from keylayers.errors import GuardError
-    from keylayers.model.loading import load_model, load_tokenizer
-    from keylayers.model.options import ModelOptions
-    from keylayers.training import objectives
-    from keylayers.training.options import TrainingOptions
-    from keylayers.training.run import make_trainer
+def test_a_trainer_that_thaws_weights_is_refused(ranked, tmp_path, monkeypatch, capsys):
+    from keylayers.training.objectives import OBJECTIVES
 
-    def thawing(settings, arguments):
-        arguments["model"].get_output_embeddings().weight.requires_grad_(True)
-        return objectives._dpo(settings, arguments)
+    trainer_class, *more = OBJECTIVES["dpo"]
 
-    monkeypatch.setitem(objectives.OBJECTIVES, "dpo", thawing)
-    source = ModelOptions(model=str(tiny / "model"))
-    tokenizer, model = load_tokenizer(source), load_model(source)
-    examples = prepare(DataOptions(data=str(preferences / "pairs.jsonl")), tokenizer, 64, "dpo")
-    model.requires_grad_(False)
-    options = TrainingOptions(objective="dpo", batch_size=4)
-    with pytest.raises(GuardError, match=r"1 weights changed, first lm_head.weight"):
-        make_trainer(model, tokenizer, examples.train, options, num_steps=1, max_length=64)
+    def thawing(model, **named):
+        model.get_output_embeddings().weight.requires_grad_(True)
+        return trainer_class(model=model, **named)
+
+    monkeypatch.setitem(OBJECTIVES, "dpo", (thawing, *more))
+    options = ("--budget", "2", "--output", tmp_path / "t")
+    assert keylayers("train", "--ranking", ranked["dpo"], *options) == 1
+    assert "exactly the selection, but 1 differ, first lm_head" in complaint(capsys)
 
 
 def test_the_example_of_the_docs_runs(tiny, preferences, tmp_path, monkeypatch):

@@ -116,7 +116,7 @@ def run(
     from keylayers.commands.session import Session
     from keylayers.files import check_replaceable, output_folder
     from keylayers.ranking.ranking import FILE
-    from keylayers.training.rank_modules import scores_record, to_ranking
+    from keylayers.training.rank_modules import to_ranking
 
     start = time.perf_counter()
     progress = progress or Silent()
@@ -137,7 +137,6 @@ def run(
         provenance["held_out_loss_nats"] = _held_out_losses(trainer, tuned.updates)
         scoring = options.scoring.scoring()
         found = _score(trainer, tuned.updates, scoring, progress)
-        provenance |= scores_record(found, tuned.updates)
         provenance["seconds"] = {
             "stage_1": tuned.record.get("stage_1", {}).get("seconds", 0.0),
             "stage_2": found.seconds,

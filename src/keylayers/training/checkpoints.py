@@ -6,7 +6,6 @@ The trainer writes and reads them; this file decides when, and which of them are
 
 import json
 import os
-import re
 import shutil
 import time
 from pathlib import Path
@@ -35,13 +34,10 @@ class Checkpoints(TrainerCallback):
     """
 
     def __init__(self, folder: Path, inputs_sha256: str, save_steps: int | None = None) -> None:
-        """Find the last checkpoint that an earlier run left in `folder`.
+        """Find the last checkpoint in `folder`, which is for one training alone.
 
-        Args:
-            folder: Holds the checkpoints of a single training, and nothing else.
-            inputs_sha256: Hash of everything that decides the training's result.
-            save_steps: Steps between checkpoints, 0 for none. Default: the first after a minute,
-                then as often as saving takes less than a twentieth of the time.
+        `save_steps` lie between checkpoints, 0 for none. By default the first is saved after a
+        minute, then as often as saving takes less than a twentieth of the time.
         """
         self.folder = folder
         self.inputs_sha256 = inputs_sha256
@@ -51,12 +47,24 @@ class Checkpoints(TrainerCallback):
         self._seconds_before = 0.0
         self._saving_seconds = 0.0
         self._start = self._saved_at = time.perf_counter()
-        self._find_last()
+        for found in folder.iterdir() if folder.is_dir() else ():
+            step, record = found.name.removeprefix("checkpoint-"), _record(found)
+            if not step.isdecimal() or record.get("inputs_sha256") != inputs_sha256:
+                if is_first_process():
+                    shutil.rmtree(found, ignore_errors=True)
+            elif int(step) > self.last_step:
+                self.last, self.last_step = found, int(step)
+                self._seconds_before = float(record["seconds"])
 
     @property
     def seconds(self) -> float:
         """Wall time of the training so far, including the stopped run up to `last`."""
         return self._seconds_before + time.perf_counter() - self._start
+
+    def use_in(self, trainer: Trainer) -> None:
+        """Let the trainer write its checkpoints to the folder."""
+        trainer.args.output_dir = str(self.folder)
+        trainer.args.save_total_limit = NUM_CHECKPOINTS
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         """Start the clock."""
@@ -68,39 +76,23 @@ class Checkpoints(TrainerCallback):
             control.should_save = True
             self._asked_at = time.perf_counter()
 
-    def on_save(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
-        """Mark the checkpoint as whole: the trainer has written everything."""
-        folder = self.folder / f"checkpoint-{state.global_step}"
-        wait_for_all()  # until each process has written its random state
-        if state.is_world_process_zero:
-            _to_disk(folder)
-        write_json(folder / RECORD, {"inputs_sha256": self.inputs_sha256, "seconds": self.seconds})
-        self._saved_at = time.perf_counter()
-        self._saving_seconds = self._saved_at - self._asked_at
-
-    def use_in(self, trainer: Trainer) -> None:
-        """Let the trainer write its checkpoints to the folder."""
-        trainer.args.output_dir = str(self.folder)
-        trainer.args.save_total_limit = NUM_CHECKPOINTS
-
     def _is_due(self, step: int) -> bool:
         if self.save_steps is not None:
             return self.save_steps > 0 and step % self.save_steps == 0
         wait = max(FIRST_SECONDS, self._saving_seconds / LARGEST_SHARE)
         return time.perf_counter() - self._saved_at > wait
 
-    def _find_last(self) -> None:
-        if not self.folder.is_dir():
-            return
-        for found in self.folder.iterdir():
-            name = re.fullmatch(r"checkpoint-(\d+)", found.name)
-            record = _record(found)
-            if name is None or record.get("inputs_sha256") != self.inputs_sha256:
-                if is_first_process():
-                    shutil.rmtree(found, ignore_errors=True)
-            elif int(name[1]) > self.last_step:
-                self.last, self.last_step = found, int(name[1])
-                self._seconds_before = float(record["seconds"])
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
+        """Mark the checkpoint as whole: the trainer has written everything."""
+        folder = self.folder / f"checkpoint-{state.global_step}"
+        wait_for_all()  # until each process has written its random state
+        if state.is_world_process_zero:
+            for path in filter(Path.is_file, folder.rglob("*")):
+                with path.open("rb") as file:  # on the disk before the mark, in case of a power cut
+                    os.fsync(file.fileno())
+        write_json(folder / RECORD, {"inputs_sha256": self.inputs_sha256, "seconds": self.seconds})
+        self._saved_at = time.perf_counter()
+        self._saving_seconds = self._saved_at - self._asked_at
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -108,11 +100,3 @@ def _record(folder: Path) -> dict[str, Any]:
         return dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
-
-
-def _to_disk(folder: Path) -> None:
-    """Flush the system's write cache, so that a power cut loses nothing."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())

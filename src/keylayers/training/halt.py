@@ -28,12 +28,9 @@ from keylayers.updates.frozen import kept_frozen
 
 @dataclass(frozen=True)
 class HaltedUpdates:
-    """Updates that are no longer trained.
+    """LoRA matrices that are no longer trained, with their fingerprints from when that stopped.
 
-    Attributes:
-        parameters: Their LoRA matrices by full name.
-        before: Fingerprints of the matrices from when training of them stopped.
-        held: Keeps them frozen where a trainer switches adapters in its loss, until it is closed.
+    Until `held` is closed they stay frozen where a trainer switches adapters in its loss.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -56,11 +53,7 @@ class HaltedUpdates:
 
 
 def check_can_halt(model: nn.Module, action: FreezeAction) -> None:
-    """Refuse a model whose updates `action` would not treat exactly, before any training.
-
-    Raises:
-        ModelError: it has no LoRA adapter, or an update is not zero when its B is.
-    """
+    """Refuse a model whose updates `action` would not treat exactly, before any training."""
     if not isinstance(model, PeftModel):
         raise ModelError(
             f"the model must carry a LoRA adapter, got a plain {type(model).__name__}: a "

@@ -22,6 +22,7 @@ from keylayers.errors import ConfigError, RankingError
 from keylayers.model.modules import map_modules
 from keylayers.model.preserve import preserved
 from keylayers.model.sharding import is_sharded
+from keylayers.ranking.selection import StepMemory
 from keylayers.trainers.batches import samples
 from keylayers.trainers.state import unchanged_trainer
 from keylayers.training.shallow import shallow_backward
@@ -30,31 +31,39 @@ from keylayers.updates.adapter import own_parameters, tuner_layers
 MOMENTS = 2  # AdamW's, in the dtype of the trained parameters
 
 
-class MeasuredMemory:
-    """Bytes that a step of one trainer holds at its peak, by the modules that it trains.
+def measured_memory(trainer: Trainer) -> StepMemory:
+    """Measures steps of `trainer` for `ranking.select("12GiB", memory)`.
 
     Trainer and model are the same after a measurement as before.
 
-    Attributes:
-        batch: Rows and tokens of the measured batch, for example `8 x 1024 tokens`.
+    Args:
+        trainer: Trains every module that a selection may name, by LoRA or in full. AdamW is
+            assumed as the optimizer.
+
+    Raises:
+        ConfigError: the trainer samples its own batches or trains nothing, or its model is sharded
+            over processes.
     """
+    instead = "give `budget` as a fraction or in x-time"
+    if samples(trainer):
+        raise ConfigError(
+            f"memory must be measured on batches of the training data, but "
+            f"{type(trainer).__name__} samples its own; {instead}"
+        )
+    if is_sharded(trainer.model):
+        raise ConfigError(
+            f"memory must be measured on a whole model, but FSDP shards it over processes; "
+            f"{instead}"
+        )
+    return _MeasuredMemory(trainer)
+
+
+class _MeasuredMemory:
+    """What a step of one trainer holds at its peak; each set of modules is measured once."""
 
     def __init__(self, trainer: Trainer) -> None:
-        model = trainer.model
-        instead = "give `budget` as a fraction or in x-time"
-        if samples(trainer):
-            raise ConfigError(
-                f"memory must be measured on batches of the training data, but "
-                f"{type(trainer).__name__} samples its own; {instead}"
-            )
-        if is_sharded(model):
-            raise ConfigError(
-                f"memory must be measured on a whole model, but FSDP shards it over processes; "
-                f"{instead}"
-            )
         self._trainer = trainer
-        self._trained = [weight for weight in model.parameters() if weight.requires_grad]
-        self._own = _trained_modules(model)
+        self._own = _trained_modules(trainer.model)
         if not self._own:
             raise ConfigError("the trainer must train at least one module, but it trains none")
         self._known: dict[frozenset[str], float] = {}
@@ -64,11 +73,7 @@ class MeasuredMemory:
         self.batch = f"{tokens.shape[0]} x {tokens.shape[1]} tokens"
 
     def of(self, names: Collection[str]) -> float:
-        """Bytes at the peak of a step that trains these modules; infinite if it does not fit.
-
-        Raises:
-            RankingError: the trainer does not train a module of this name, or there is no name.
-        """
+        """Bytes at the peak of a step that trains these modules; infinite if it does not fit."""
         unknown = [name for name in names if name not in self._own]
         if unknown or not names:
             what = unknown[0] if unknown else "none"
@@ -83,10 +88,15 @@ class MeasuredMemory:
     def _measured(self, names: frozenset[str]) -> float:
         trainer, model = self._trainer, self._trainer.model
         others = {id(weight) for name in self._own.keys() - names for weight in self._own[name]}
+        trained = [
+            weight
+            for weight in model.parameters()
+            if weight.requires_grad and id(weight) not in others
+        ]
         with preserved(model), unchanged_trainer(trainer):
             model.train()
-            for parameter in self._trained:
-                parameter.requires_grad_(id(parameter) not in others)
+            for weight in trained:
+                weight.requires_grad_(True)
             if trainer.args.activation_checkpointing:  # trainers only switch it on in train()
                 model.activation_checkpointing_enable(trainer.args.activation_checkpointing_kwargs)
             shallow_backward(model)  # a hook: gone when the model is given back
@@ -94,10 +104,9 @@ class MeasuredMemory:
                 taken = peak_bytes(model.device, self._step)
             except torch.OutOfMemoryError:
                 return float("inf")
-        trained = sum(weight.nbytes for weight in self._trained if id(weight) not in others)
         absent = others if isinstance(model, PeftModel) else set()  # LoRA that would not exist
-        held = _stored_bytes(trainer, absent)
-        return float(held + MOMENTS * trained + taken)
+        moments = MOMENTS * sum(weight.nbytes for weight in trained)
+        return float(_stored_bytes(trainer, absent) + moments + taken)
 
     def _step(self) -> None:
         trainer = self._trainer
@@ -107,33 +116,19 @@ class MeasuredMemory:
         loss.backward()
 
 
-def measured_memory(trainer: Trainer) -> MeasuredMemory:
-    """Measures steps of `trainer` for `ranking.select("12GiB", memory)`.
-
-    Args:
-        trainer: Trains every module that a selection may name, by LoRA or in full. AdamW is
-            assumed as the optimizer.
-
-    Raises:
-        ConfigError: the trainer samples its own batches or trains nothing, or its model is sharded
-            over processes.
-    """
-    return MeasuredMemory(trainer)
-
-
 def _trained_modules(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """The parameters of each trained module, without heads and norms."""
-    tuned, weights = tuner_layers(model), dict(model.named_parameters())
-    modules = {*tuned, *(info.name for info in map_modules(model, "all"))}
-    found = {}
-    for name in sorted(trainable_modules(model) & modules):
-        if name in tuned:
-            found[name] = own_parameters(tuned[name])
-        elif name in weights:  # stacked experts are a parameter, not a module
-            found[name] = [weights[name]]
-        else:
-            found[name] = list(model.get_submodule(name).parameters())
-    return found
+    trained, layers = trainable_modules(model), tuner_layers(model)
+    if layers:
+        return {name: own_parameters(layer) for name, layer in layers.items() if name in trained}
+    weights = dict(model.named_parameters())
+    return {
+        info.name: [weights[info.name]]
+        if info.is_stacked
+        else list(model.get_submodule(info.name).parameters())
+        for info in map_modules(model, "all")
+        if info.name in trained
+    }
 
 
 def _longest_batch(trainer: Trainer) -> Any:

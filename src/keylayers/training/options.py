@@ -48,7 +48,7 @@ class ObjectiveOptions:
 
 
 def check_kto_batch(name: str, batch_size: int, objective: ObjectiveOptions) -> None:
-    """Raise a ConfigError for kto with a single example per batch."""
+    """Refuse kto with a single example per batch."""
     if objective.objective == "kto" and batch_size < 2:
         raise ConfigError(
             f"`{name}` must be at least 2 with `objective` kto, which compares an answer with its "
@@ -133,7 +133,7 @@ class TrainingOptions(ObjectiveOptions):
                 f"saves in the base model's own dtype, got {model.dtype}"
             )
 
-    def resolved_learning_rate(self, hidden_size: int, *, is_full: bool = False) -> float:
+    def resolved_learning_rate(self, hidden_size: int, *, is_full: bool) -> float:
         """The learning rate that is used; 2e-4 suits LoRA at width 4096."""
         if self.learning_rate is not None:
             return self.learning_rate
@@ -145,11 +145,10 @@ class TrainingOptions(ObjectiveOptions):
 class StabilityOptions:
     """When stage 1 ends: the loss is stable, or the cap is reached.
 
-    The paper asks that for every later step the expected loss changes by less than epsilon. The
-    future is not known while training runs, so keylayers compares the mean losses of the last two
-    windows. The paper also finds that a mask learned after 25-50 % of training is close to the
-    final one, unlike a mask after 1 % (both from memory of its text): a window should be a few
-    per cent of a full training.
+    The paper asks that the expected loss of every later step changes by less than epsilon. The
+    future is not known while training runs, so we compare the mean losses of the last two windows.
+    The paper also finds that a mask learned after 25-50 % of training is close to the final one,
+    unlike a mask after 1 % (from memory of its text): a window should be a few per cent of a run.
 
     Attributes:
         max_steps: Largest number of steps of stage 1. Default: 300; with --rank-first, half of the
@@ -183,11 +182,7 @@ class StabilityOptions:
         return 300 if self.max_steps is None else self.max_steps
 
     def cap_within(self, num_steps: int) -> int:
-        """The last step after which a mask is learned inside a run of `num_steps`.
-
-        Raises:
-            ConfigError: no step would be left after it.
-        """
+        """The last step after which a mask is learned inside a run of `num_steps`."""
         if self.max_steps is None:
             return max(1, num_steps // 2)
         if self.max_steps >= num_steps:

@@ -89,13 +89,18 @@ def rank_modules(
         "has_mask_dataset": mask_dataset is not None,
         "seed": trainer.args.seed if scoring.mask_seed is None else scoring.mask_seed,
         "options": scoring.flat(),
-    } | scores_record(found, updates)
+    }
     return to_ranking(updates, found, scoring, provenance)
 
 
-def scores_record(found: ModuleScores, updates: Sequence[Update]) -> dict[str, Any]:
-    """What a ranking's record says about the scoring, and about the ranks that AdaLoRA left."""
-    mask: dict[str, Any] = {
+def to_ranking(
+    updates: Sequence[Update],
+    found: ModuleScores,
+    scoring: ScoringOptions,
+    provenance: Mapping[str, Any],
+) -> Ranking:
+    """The scores as a ranking; its record says how they were found, and what ranks AdaLoRA left."""
+    mask = {
         "losses": list(found.losses),
         "seconds": found.seconds,
         "score_unit": found.unit,
@@ -105,17 +110,8 @@ def scores_record(found: ModuleScores, updates: Sequence[Update]) -> dict[str, A
     }
     adalora = [update for update in updates if isinstance(update, AdaLoraUpdate)]
     ranks = {update.module.name: update.ranks_left() for update in adalora}
-    return {"mask": mask} | ({"adalora_ranks_left": ranks} if ranks else {})
-
-
-def to_ranking(
-    updates: Sequence[Update],
-    found: ModuleScores,
-    scoring: ScoringOptions,
-    provenance: dict[str, Any],
-) -> Ranking:
-    """The scores as a ranking of the updates' modules."""
+    record = {**provenance, "mask": mask} | ({"adalora_ranks_left": ranks} if ranks else {})
     modules = [update.module for update in updates]
     errors = found.standard_errors or [None] * len(updates)
     ranked = tuple(map(RankedModule.of, modules, found.scores, errors))
-    return Ranking(ranked, scoring.method, scoring.granularity, provenance)
+    return Ranking(ranked, scoring.method, scoring.granularity, record)

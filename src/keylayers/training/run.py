@@ -10,7 +10,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,16 +43,10 @@ from keylayers.updates.adalora import is_adalora
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a fine-tune went.
+    """How a fine-tune went: the loss of each step in nats, and the wall time."""
 
-    Attributes:
-        losses: Training loss of each step in nats.
-        stopped_by: `stable` or `max_steps`.
-        seconds: Wall time.
-    """
-
-    losses: tuple[float, ...] = field(repr=False)
-    stopped_by: str
+    losses: tuple[float, ...]
+    stopped_by: str  # stable or max_steps
     seconds: float
 
     @property
@@ -76,22 +70,9 @@ def make_trainer(
     """A trainer of the trainable parameters of `model`, for the objective that `options` name.
 
     It writes no files, prints nothing, reports only to the loggers that `options` name and sends no
-    telemetry.
-
-    Args:
-        model: With or without an adapter.
-        tokenizer: Of the model.
-        train: Examples as `prepare` gives them for the objective.
-        options: How to train, and for which objective.
-        num_steps: Optimiser steps.
-        evaluation: Examples to prepare in the same way; `prepared_examples` returns them.
-        max_length: Longest sequence in tokens, for objectives whose trainers tokenise.
-        load_reference: Gives the base model; needed by dpo and kto without an adapter.
-        title: What loggers call it.
-
-    Raises:
-        ConfigError: a logger that is not known or not installed; a wrapper of several processes
-            under which weights cannot be read or scaled.
+    telemetry. The `evaluation` examples are prepared as the training examples are;
+    `prepared_examples` returns them. `max_length`, in tokens, is for objectives whose trainers
+    tokenise; `load_reference` gives the base model to dpo and kto without an adapter.
     """
     check_loggers(options.report_to)
     arguments = {
@@ -102,8 +83,9 @@ def make_trainer(
     }
     # trainers create their output folder
     with tempfile.TemporaryDirectory() as scratch, _no_telemetry(), quiet_datasets():
-        settings = _settings(model, options, num_steps=num_steps, output_dir=scratch)
-        trainer = build_trainer(options, settings, arguments, max_length, load_reference)
+        settings = _settings(model, options, num_steps) | {"output_dir": scratch}
+        settings["max_length"] = max_length
+        trainer = build_trainer(options, settings, arguments, load_reference)
     trainer.remove_callback(PrinterCallback)
     name_loggers(trainer, title)
     place_model(trainer)
@@ -111,14 +93,13 @@ def make_trainer(
 
 
 def _settings(
-    model: PreTrainedModel | PeftModel, options: TrainingOptions, *, num_steps: int, output_dir: str
+    model: PreTrainedModel | PeftModel, options: TrainingOptions, num_steps: int
 ) -> dict[str, Any]:
     """TRL's options, with every option set whose default differs from transformers or from ours."""
     hidden_size = int(model.config.get_text_config().hidden_size)
     is_full = not isinstance(model, PeftModel)
     has_accelerator = torch.accelerator.is_available()
     return {
-        "output_dir": output_dir,
         "save_strategy": "no",
         "report_to": list(options.report_to) or "none",
         "disable_tqdm": True,
@@ -150,11 +131,7 @@ def new_adapter(
 ) -> PeftModel:
     """`model` with a new adapter on exactly `names`, initialised from the options' seed.
 
-    Args:
-        model: The base model.
-        names: Full module names.
-        options: Which kind of adapter, and how large.
-        num_steps: Of the training to come; AdaLoRA spreads its budget over them.
+    AdaLoRA spreads its budget over the `num_steps` of the training to come.
     """
     set_seed(options.seed)
     rank, kind = options.lora_rank, options.update
@@ -182,17 +159,7 @@ def fine_tune(
 ) -> TrainingResult:
     """Train until the trainer's last step, or until the loss is stable if a rule is given.
 
-    Args:
-        trainer: From `make_trainer`.
-        stability: When to stop early.
-        on_step: Called after each step with its number, from 1, and its loss in nats.
-        checkpoints: Where to resume from and to save. Ignored for AdaLoRA: PEFT 0.21 keeps part of
-            its state outside the checkpoint, so that it has to start over.
-
-    Raises:
-        ConfigError: AdaLoRA under FSDP.
-        LossError: the loss became NaN or infinite; says at which step.
-        OutputError: the disk is full.
+    `on_step` is called after each step with its number, from 1, and its loss in nats.
     """
     watch = _LossWatch(stability, on_step)
     callbacks: list[TrainerCallback] = [watch, ShallowBackward()]
@@ -203,6 +170,7 @@ def fine_tune(
                 "whole matrices, of which each process has a part"
             )
         callbacks.append(_RankAllocation())
+        # PEFT 0.21 keeps part of AdaLoRA's state outside the checkpoint: it has to start over.
         checkpoints = None
     if checkpoints is not None:
         callbacks.append(checkpoints)
@@ -216,8 +184,8 @@ def fine_tune(
     finally:
         for callback in callbacks:
             trainer.remove_callback(callback)
-    stopped_by = "stable" if watch.is_stable else "max_steps"
     seconds = time.perf_counter() - start if checkpoints is None else checkpoints.seconds
+    stopped_by = "stable" if watch.is_stable else "max_steps"
     return TrainingResult(tuple(watch.losses), stopped_by, seconds)
 
 

@@ -42,21 +42,20 @@ class StepScores(TrainerCallback):
     def __init__(self) -> None:
         self.num_steps = 0
         self._modules: list[ModuleInfo] = []
-        self._owners: list[int] = []
         self._parameters: list[Tensor] = []
+        self._owners: list[int] = []  # place of each parameter's module
         self._before: list[Tensor] = []
-        self._sums: Tensor | None = None
+        self._sums = torch.zeros(0)  # of each parameter
         self._is_sharded = False
 
     @property
     def scores(self) -> Mapping[str, float]:
         """Module name -> score, in model order; empty if no step was seen."""
-        if self._sums is None or self.num_steps == 0:
+        if self.num_steps == 0:
             return {}
         sums = torch.zeros(len(self._modules), dtype=torch.float64)
         sums.index_add_(0, torch.tensor(self._owners), self._sums.double().cpu())
-        names = (module.name for module in self._modules)
-        return dict(zip(names, sums.tolist(), strict=True))
+        return {module.name: float(s) for module, s in zip(self._modules, sums, strict=True)}
 
     def ranking(self) -> Ranking:
         """The modules by their scores, as a ranking like any other.
@@ -69,29 +68,26 @@ class StepScores(TrainerCallback):
                 "a ranking from steps needs a training, but no step was taken whose gradients can "
                 "be seen; call trainer.train() first, and without DeepSpeed, which hides them"
             )
-        scores = self.scores
-        modules = (RankedModule.of(module, scores[module.name]) for module in self._modules)
+        modules = tuple(map(RankedModule.of, self._modules, self.scores.values()))
         made_by = {"environment": environment(), "num_steps": self.num_steps}
-        return Ranking(tuple(modules), "step-scores", provenance=made_by)
+        return Ranking(modules, "step-scores", provenance=made_by)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
-        """Find what is trained and start from zero, or from the sums of the checkpoint.
-
-        Raises:
-            ModelError: the model carries no adapter.
-        """
-        self.num_steps = 0
-        self._modules, self._owners, self._parameters = [], [], []
-        for index, update in enumerate(adapter_updates(kw["model"])):
-            self._modules.append(update.module)
-            for parameter in own_parameters(update.layer):
-                if parameter.requires_grad:
-                    self._owners.append(index)
-                    self._parameters.append(parameter)
+        """Find what is trained and start from zero, or from the sums of the checkpoint."""
+        updates = adapter_updates(kw["model"])
+        self._modules = [update.module for update in updates]
+        trained = [
+            (index, parameter)
+            for index, update in enumerate(updates)
+            for parameter in own_parameters(update.layer)
+            if parameter.requires_grad
+        ]
+        self._owners = [index for index, _ in trained]
+        self._parameters = [parameter for _, parameter in trained]
         self._before = [torch.empty_like(own_part(parameter)) for parameter in self._parameters]
         self._is_sharded = is_sharded(kw["model"])
         device = self._parameters[0].device if self._parameters else None
-        self._sums = torch.zeros(len(self._parameters), device=device)
+        self.num_steps, self._sums = 0, torch.zeros(len(trained), device=device)
         saved = state.stateful_callbacks.get(STATE_KEY)
         if saved is not None and state.global_step > 0:  # a run that resumes
             self.num_steps = saved["num_steps"]
@@ -105,7 +101,6 @@ class StepScores(TrainerCallback):
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         """Add the step's scores: the matrices have moved, and their gradients are still there."""
-        assert self._sums is not None
         if all(parameter.grad is None for parameter in self._parameters):
             return  # DeepSpeed keeps gradients outside the parameters
         falls = torch.stack([*map(_loss_fall, self._parameters, self._before)])
