@@ -5,7 +5,6 @@ import math
 
 from keylayers.errors import ConfigError
 
-MAX_PRICE, MAX_SCORE = 1e6, 20
 MAX_SEED = 2**32 - 1  # what NumPy's generators take
 
 

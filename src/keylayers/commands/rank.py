@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from keylayers.commands.fine_tuning import Tuned
     from keylayers.commands.session import Session
     from keylayers.ranking.ranking import Ranking
-    from keylayers.scores.module_scores import ModuleScores
+    from keylayers.scores.task import ModuleScores
     from keylayers.updates import Update
     from keylayers.updates.existing import TunedModel
 

@@ -16,16 +16,15 @@ import copy
 
 import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
-from transformers import Trainer, set_seed
+from transformers import set_seed
 
 from keylayers.errors import ConfigError
 from keylayers.model.preserve import preserved
 from keylayers.model.sharding import is_sharded
-from keylayers.scores.module_scores import ModuleScores
 from keylayers.scores.options import AdaLoraOptions
-from keylayers.scores.task import Task
+from keylayers.scores.probe import linear_layers
+from keylayers.scores.task import ModuleScores, Task
 from keylayers.trainers.loss import TrainerLoss
-from keylayers.updates.base_weight import check_linear
 
 INITIAL_RANK = 8
 TARGET_RANK = 2
@@ -33,14 +32,30 @@ TARGET_RANK = 2
 
 def adalora(task: Task, options: AdaLoraOptions) -> ModuleScores:
     """The rank that AdaLoRA leaves each update's module; the fraction is its tie-breaker."""
-    for update in task.updates:
-        check_linear(update.layer)
-    with preserved(task.trainer.model):
+    trainer, num_steps = task.trainer, options.mask_steps
+    linear_layers(task)
+    if is_sharded(trainer.model):
+        raise ConfigError(
+            "`method` must be another than adalora under FSDP, whose models cannot be copied; rank "
+            "in one process, under DDP, or by elimination"
+        )
+    config = AdaLoraConfig(
+        init_r=INITIAL_RANK,
+        target_r=TARGET_RANK,
+        lora_alpha=2 * INITIAL_RANK,
+        tinit=num_steps // 10,
+        tfinal=3 * num_steps // 10,
+        deltaT=1,
+        total_step=num_steps,
+        target_modules=list(task.module_names),
+    )
+    with preserved(trainer.model):
         set_seed(task.seed)
-        model = _adaptive_copy(task.trainer, list(task.module_names), options.mask_steps)
-        source = TrainerLoss(task.trainer, model)
+        base = copy.deepcopy(trainer.model)
+        model = get_peft_model(base.unload() if isinstance(base, PeftModel) else base, config)
+        source = TrainerLoss(trainer, model)
         with source.quiet():
-            losses = _train(source, options.mask_steps, task)
+            losses = _train(model, source, num_steps, task)
         scores = []
         for name in task.module_names:
             values = model.get_base_model().get_submodule(name).lora_E["default"].detach().abs()
@@ -55,46 +70,16 @@ def adalora(task: Task, options: AdaLoraOptions) -> ModuleScores:
     )
 
 
-def _adaptive_copy(trainer: Trainer, names: list[str], num_steps: int) -> PeftModel:
-    """A copy of the base model with AdaLoRA on `names`.
-
-    Raises:
-        ConfigError: the model is spread over processes.
-    """
-    if is_sharded(trainer.model):
-        raise ConfigError(
-            "`method` must be another than adalora under FSDP, whose models cannot be copied; rank "
-            "in one process, under DDP, or by elimination"
-        )
-    base = copy.deepcopy(trainer.model)
-    if isinstance(base, PeftModel):
-        base = base.unload()
-    config = AdaLoraConfig(
-        init_r=INITIAL_RANK,
-        target_r=TARGET_RANK,
-        lora_alpha=2 * INITIAL_RANK,
-        tinit=num_steps // 10,
-        tfinal=3 * num_steps // 10,
-        deltaT=1,
-        total_step=num_steps,
-        target_modules=names,
-    )
-    return get_peft_model(base, config)
-
-
-def _train(source: TrainerLoss, num_steps: int, task: Task) -> list[float]:
+def _train(model: PeftModel, source: TrainerLoss, num_steps: int, task: Task) -> list[float]:
     """Train the copy, lowering its budget after each step."""
-    trained = [weight for weight in source.model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=source.trainer.args.learning_rate, weight_decay=0.0)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=task.trainer.args.learning_rate, weight_decay=0.0)
     batches = source.batches(task.seed)
-    model = source.model
-    assert isinstance(model, PeftModel)
     losses = []
     for step in range(1, num_steps + 1):
         losses.append(source.backward(next(batches), step=step))
         optimizer.step()
         model.base_model.update_and_allocate(step)
         optimizer.zero_grad()
-        if task.on_step is not None:
-            task.on_step(step, losses[-1])
+        task.log.loss(step, losses[-1])
     return losses

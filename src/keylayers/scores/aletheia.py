@@ -13,16 +13,16 @@ Blind to: the modules inside a block, which share its score; and what gradient n
 
 import torch
 
-from keylayers.scores.gradient_norm import weight_gradient_norms
-from keylayers.scores.module_scores import ModuleScores, block_indices
+from keylayers.scores.gradient_norm import weight_gradient_norm
 from keylayers.scores.options import Batched
-from keylayers.scores.task import Task
+from keylayers.scores.probe import gradient_values
+from keylayers.scores.task import ModuleScores, Task
 
 
 def aletheia(task: Task, options: Batched) -> ModuleScores:
     """The summed gradient norm of each update's block in the base model."""
-    blocks = torch.tensor(block_indices(task.updates))
+    blocks = torch.tensor(task.blocks())
     same_block = (blocks[:, None] == blocks[None, :]).float()
     with task.masked(options.mask_batches, looks_inside=True) as masked:
-        norms = weight_gradient_norms(masked, task.updates)
+        norms = gradient_values(masked, task, weight_gradient_norm)
         return masked.mean(norms @ same_block, unit="norm of the gradient")

@@ -10,33 +10,23 @@ Cost: `mask_batches` forward passes of the base model.
 Blind to: the update, and the modules inside a block, which share its score.
 """
 
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from keylayers.model.modules import blocks_of
-from keylayers.scores.module_scores import ModuleScores, block_indices
 from keylayers.scores.options import Batched
-from keylayers.scores.probe import observed_blocks, token_mask
-from keylayers.scores.task import Task
-from keylayers.updates.adapter import towers_of
+from keylayers.scores.probe import block_layers, output_values, token_mask
+from keylayers.scores.task import ModuleScores, Task
 
 
 def block_influence(task: Task, options: Batched) -> ModuleScores:
     """The influence of each update's block in the base model."""
-    model = task.trainer.model
 
-    def see(row: Tensor, batch: Any, block: int, before: Tensor, after: Tensor) -> None:
+    def influence(batch: Any, _: int, before: Tensor, after: Tensor) -> float:
         is_token = token_mask(batch, before)
         pair = before[is_token].float(), after[is_token].float()
-        row[block] = float(1 - nn.functional.cosine_similarity(*pair, dim=-1).mean())
+        return float(1 - nn.functional.cosine_similarity(*pair, dim=-1).mean())
 
     with task.masked(options.mask_batches, looks_inside=True) as masked:
-        blocks = block_indices(task.updates)
-        influence = torch.zeros(len(masked.batches), len(blocks_of(model, towers_of(model))))
-        for row, batch in zip(influence, masked.batches, strict=True):
-            with observed_blocks(model, partial(see, row, batch)):
-                masked.loss(0.0, batch)
-        return masked.mean(influence[:, blocks], unit="1 - cosine")
+        by_block = output_values(masked, block_layers(task), influence, gates=0.0)
+        return masked.mean(by_block[:, task.blocks()], unit="1 - cosine")

@@ -20,33 +20,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from keylayers.model.modules import blocks_of
-from keylayers.scores.module_scores import ModuleScores, block_indices
 from keylayers.scores.options import Batched
-from keylayers.scores.probe import observed_blocks, token_mask
-from keylayers.scores.task import Task
-from keylayers.updates.adapter import towers_of
+from keylayers.scores.probe import block_layers, observed, token_mask
+from keylayers.scores.task import ModuleScores, Task
 
 
 def cka(task: Task, options: Batched) -> ModuleScores:
     """1 - CKA over each update's block in the base model."""
-    model = task.trainer.model
-    before: list[list[Tensor]] = [[] for _ in blocks_of(model, towers_of(model))]
-    after: list[list[Tensor]] = [[] for _ in before]
+    blocks = block_layers(task)
+    pairs: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in blocks]
 
-    def see(block: int, hidden: Tensor, output: Tensor) -> None:
-        last = token_mask(batch, hidden).long().cumsum(dim=1).argmax(dim=1)
-        rows = torch.arange(len(hidden), device=hidden.device)
-        before[block].append(hidden[rows, last].float().cpu())
-        after[block].append(output[rows, last].float().cpu())
+    def see(block: int, before: Tensor, after: Tensor) -> None:
+        last = token_mask(batch, before).long().cumsum(dim=1).argmax(dim=1)
+        rows = torch.arange(len(before), device=before.device)
+        for held, hidden in zip(pairs[block], (before, after), strict=True):
+            held.append(hidden[rows, last].float().cpu())
 
     with task.masked(options.mask_batches, looks_inside=True) as masked:
-        with observed_blocks(model, see):
+        with observed(blocks, see):
             for batch in masked.batches:
                 masked.loss(0.0, batch)
-        pairs = zip(before, after, strict=True)
         change = torch.tensor([1 - linear_cka(torch.cat(x), torch.cat(y)) for x, y in pairs])
-        return masked.result(change[block_indices(task.updates)], unit="1 - CKA")
+        return masked.result(change[task.blocks()], unit="1 - CKA")
 
 
 def linear_cka(x: Float[Tensor, "example d"], y: Float[Tensor, "example e"]) -> float:

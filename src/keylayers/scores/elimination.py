@@ -27,12 +27,13 @@ Blind to: what a module would add to sets other than the best ones. Standard err
 """
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from keylayers.gates import group_modules
-from keylayers.scores.module_scores import ModuleScores
 from keylayers.scores.options import EliminationOptions
-from keylayers.scores.path_integral import shares_in_one_sweep
-from keylayers.scores.task import Task, mean_and_error
+from keylayers.scores.path import gauss_legendre
+from keylayers.scores.task import ModuleScores, Task, mean_and_error
 
 
 def elimination(task: Task, options: EliminationOptions) -> ModuleScores:
@@ -40,17 +41,23 @@ def elimination(task: Task, options: EliminationOptions) -> ModuleScores:
     modules = [update.module for update in task.updates]
     num_gates = len(group_modules(modules, options.granularity))
     sizes, num_batches = options.round_sizes(num_gates), options.mask_batches
+    points = gauss_legendre(num_batches)
     with task.masked(num_batches * len(sizes), granularity=options.granularity) as masked:
-        total = torch.zeros(num_gates, dtype=torch.float64)
+        scores = total = torch.zeros(num_gates, dtype=torch.float64)
         variance = torch.zeros_like(total)
         rounds = []
         is_open = torch.ones(num_gates)
-        scores = total
-        for index, size in enumerate(sizes):
+        batches = iter(masked.batches)
+        for size in sizes:
             is_open = _best(scores, is_open, size)
-            batches = masked.batches[index * num_batches :][:num_batches]
-            scores, error = mean_and_error(shares_in_one_sweep(masked, batches, is_open))
-            total += scores / len(sizes)
+            # One pass per batch, each at its own point: only the mean of the shares estimates the
+            # integral, so their spread overstates the error of the mean.
+            shares = [
+                -weight * num_batches * masked.gradient(point * is_open, next(batches)) * is_open
+                for point, weight in points
+            ]
+            scores, error = mean_and_error(torch.stack(shares).double())
+            total = total + scores / len(sizes)
             if error is not None:
                 variance += (error / len(sizes)).square()
             rounds.append({"num_modules": size, "loss_reduction_nats": float(scores.sum())})
@@ -62,7 +69,9 @@ def elimination(task: Task, options: EliminationOptions) -> ModuleScores:
         )
 
 
-def _best(scores: torch.Tensor, is_open: torch.Tensor, size: int) -> torch.Tensor:
+def _best(
+    scores: Float[Tensor, " gate"], is_open: Float[Tensor, " gate"], size: int
+) -> Float[Tensor, " gate"]:
     """1 for the `size` best of the open gates, 0 for the others; ties in the gates' order."""
     ordered = sorted(is_open.nonzero().flatten().tolist(), key=lambda gate: -float(scores[gate]))
     best = torch.zeros_like(is_open)

@@ -26,9 +26,8 @@ from torch import nn
 
 from keylayers.errors import ConfigError
 from keylayers.model.modules import base_model_of
-from keylayers.scores.module_scores import ModuleScores
 from keylayers.scores.options import Batched
-from keylayers.scores.task import Task
+from keylayers.scores.task import ModuleScores, Task
 from keylayers.updates.base_weight import check_linear
 
 MEAN_RANK = 4

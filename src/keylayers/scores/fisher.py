@@ -15,38 +15,35 @@ Cost: `mask_batches` forward and backward passes, and token × token products in
 Blind to: the direction in which the fine-tune moves; large where the model is uncertain anyway.
 """
 
-from functools import partial
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from keylayers.errors import ConfigError
-from keylayers.scores.module_scores import ModuleScores
 from keylayers.scores.options import Batched
 from keylayers.scores.probe import gradient_values, per_example
-from keylayers.scores.task import Task
+from keylayers.scores.task import ModuleScores, Task
 
 
 def fisher(task: Task, options: Batched) -> ModuleScores:
     """The mean squared gradient norm of single examples for each update's module."""
-    trace = partial(_trace, task.trainer._train_batch_size)
+
+    def trace(batch: Any, x: Tensor, grad_y: Tensor) -> float:
+        if x.dim() == 3 and len(x) > task.trainer._train_batch_size:
+            raise ConfigError(
+                "`method` fisher needs one row per example, but this trainer's examples have "
+                "several rows, such as the two answers of a pair; choose gradient-norm"
+            )
+        # ‖Σ_t g_t x_tᵀ‖² = Σ_tu (g_t·g_u)(x_t·x_u) needs no gradient of the weight
+        x, grad_y = per_example(x, batch), per_example(grad_y, batch)
+        rows = zip(x.float(), grad_y.float(), strict=True)
+        squares = [float((_gram(x_row) * _gram(grad_row)).sum()) for x_row, grad_row in rows]
+        return sum(squares) * len(x)
+
     with task.masked(options.mask_batches, looks_inside=True) as masked:
-        traces = gradient_values(masked, task.updates, trace)
+        traces = gradient_values(masked, task, trace)
         return masked.mean(traces, unit="squared norm of the gradient")
-
-
-def _trace(batch_size: int, batch: Any, x: Tensor, grad_y: Tensor) -> float:
-    if x.dim() == 3 and len(x) > batch_size:
-        raise ConfigError(
-            "`method` fisher needs one row per example, but this trainer's examples have "
-            "several rows, such as the two answers of a pair; choose gradient-norm"
-        )
-    # ‖Σ_t g_t x_tᵀ‖² = Σ_tu (g_t·g_u)(x_t·x_u) needs no gradient of the weight
-    x, grad_y = per_example(x, batch), per_example(grad_y, batch)
-    rows = zip(x.float(), grad_y.float(), strict=True)
-    squares = [float((_gram(x_row) * _gram(grad_row)).sum()) for x_row, grad_row in rows]
-    return sum(squares) * len(x)
 
 
 def _gram(tokens: Float[Tensor, "token d"]) -> Float[Tensor, "token token"]:

@@ -12,33 +12,23 @@ Cost: `mask_batches` forward and backward passes, and one weight gradient at a t
 Blind to: how far the fine-tune will follow the gradient; a large weight has a large gradient.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
-from jaxtyping import Float
 from torch import Tensor
 
-from keylayers.scores.module_scores import ModuleScores
 from keylayers.scores.options import Batched
 from keylayers.scores.probe import gradient_values
-from keylayers.scores.task import MaskedModel, Task
-from keylayers.updates import Update
+from keylayers.scores.task import ModuleScores, Task
 
 
 def gradient_norm(task: Task, options: Batched) -> ModuleScores:
     """The mean gradient norm of each update's module in the base model."""
     with task.masked(options.mask_batches, looks_inside=True) as masked:
-        norms = weight_gradient_norms(masked, task.updates)
+        norms = gradient_values(masked, task, weight_gradient_norm)
         return masked.mean(norms, unit="norm of the gradient")
 
 
-def weight_gradient_norms(
-    masked: MaskedModel, updates: Sequence[Update]
-) -> Float[Tensor, "batch module"]:
-    """‖∂L/∂W‖_F of each module of the base model, for each batch."""
-    return gradient_values(masked, updates, _norm)
-
-
-def _norm(_: Any, x: Tensor, grad_y: Tensor) -> float:
+def weight_gradient_norm(batch: Any, x: Tensor, grad_y: Tensor) -> float:
+    """‖∂L/∂W‖_F of a module, from its input and ∂L/∂output."""
     gradient = grad_y.flatten(0, -2).float().T @ x.flatten(0, -2).float()
     return float(gradient.norm())

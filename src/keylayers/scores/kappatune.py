@@ -12,9 +12,8 @@ Blind to: data and update. The score depends on the smallest and largest singula
 
 import torch
 
-from keylayers.scores.module_scores import ModuleScores
 from keylayers.scores.options import MethodOptions
-from keylayers.scores.task import Task
+from keylayers.scores.task import ModuleScores, Task
 from keylayers.updates.base_weight import base_weight
 
 

@@ -12,9 +12,8 @@ Blind to: modules that can replace each other, since removing either alone costs
 
 import torch
 
-from keylayers.scores.module_scores import ModuleScores
 from keylayers.scores.options import GroupedBatches
-from keylayers.scores.task import Task
+from keylayers.scores.task import ModuleScores, Task
 
 
 def leave_one_out(task: Task, options: GroupedBatches) -> ModuleScores:

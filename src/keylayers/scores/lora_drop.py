@@ -11,23 +11,22 @@ Cost: `mask_batches` forward passes.
 Blind to: whether the output helps the loss; modules with large outputs win.
 """
 
-from jaxtyping import Float
+from typing import Any
+
 from torch import Tensor
 
-from keylayers.scores.module_scores import ModuleScores
 from keylayers.scores.options import Batched
-from keylayers.scores.probe import input_values
-from keylayers.scores.task import Task
-from keylayers.updates import Update
+from keylayers.scores.probe import linear_layers, output_values, tokens_of
+from keylayers.scores.task import ModuleScores, Task
 
 
 def lora_drop(task: Task, options: Batched) -> ModuleScores:
     """The mean squared output of each update in the fine-tuned model."""
+
+    def size(batch: Any, index: int, x: Tensor, _: Tensor) -> float:
+        output = tokens_of(batch, x) @ task.updates[index].delta().to(x.device).T
+        return float(output.square().sum(dim=-1).mean())
+
     with task.masked(options.mask_batches, looks_inside=True) as masked:
-        sizes = input_values(masked, task.updates, _output_size, gates=1.0)
+        sizes = output_values(masked, linear_layers(task), size, gates=1.0)
         return masked.mean(sizes, unit="squared norm of the output")
-
-
-def _output_size(update: Update, tokens: Float[Tensor, "token d_in"]) -> float:
-    output = tokens @ update.delta().to(tokens.device).T
-    return float(output.square().sum(dim=-1).mean())

@@ -27,14 +27,12 @@ from keylayers.scores.options import (
     ShapleyOptions,
 )
 
-ENTRY_POINTS = "keylayers.methods"
 DEFAULT_METHOD = "elimination"
 RESERVED = ("method", "mask_seed")  # options of every method
 
 # What a method looks at. A trainer that samples its data (GRPO) has a gradient, but its losses at
 # two masks cannot be compared and its batches hold no tokens.
 Needs = Literal["nothing", "gradient", "activations", "loss"]
-NumSteps = Callable[[Any, int], int | None]
 
 
 def unknown_steps(options: Any, num_gates: int) -> None:
@@ -63,7 +61,7 @@ class Method:
     title: str
     function: str | Callable[..., Any]
     options: type = MethodOptions
-    num_steps: NumSteps = unknown_steps
+    num_steps: Callable[[Any, int], int | None] = unknown_steps
     needs: Needs = "loss"
     source: str = ""
 
@@ -95,15 +93,13 @@ def _mask_steps(options: LearnedOptions | AdaLoraOptions, num_gates: int) -> int
 
 
 def _elimination_steps(options: EliminationOptions, num_gates: int) -> int | None:
-    if options.until_stable is not None:
-        return None
-    return options.mask_batches * len(options.round_sizes(num_gates))
+    num_steps = options.mask_batches * len(options.round_sizes(num_gates))
+    return num_steps if options.until_stable is None else None
 
 
 def _path_steps(options: PathOptions, num_gates: int) -> int | None:
-    if options.until_stable is not None:
-        return None
-    return options.mask_batches * (options.path_points + 2)
+    num_steps = options.mask_batches * (options.path_points + 2)
+    return num_steps if options.until_stable is None else None
 
 
 def _leave_one_out_steps(options: GroupedBatches, num_gates: int) -> int:
@@ -130,13 +126,13 @@ BUILT_IN = (
            HERE + "ila:ila", IlaOptions, _mask_steps, "gradient",
            "Shi et al. 2025, arXiv:2410.17875"),
     Method("leave-one-out", "how much the loss rises when one update is removed",
-           HERE + "leave_one_out:leave_one_out", GroupedBatches, _leave_one_out_steps, "loss",
-           "Mozer, Smolensky 1988"),
+           HERE + "leave_one_out:leave_one_out", GroupedBatches, _leave_one_out_steps,
+           source="Mozer, Smolensky 1988"),
     Method("shapley", "the mean gain of a module over random orders of adding it",
-           HERE + "shapley:shapley", ShapleyOptions, _shapley_steps, "loss", "Castro et al. 2009"),
+           HERE + "shapley:shapley", ShapleyOptions, _shapley_steps, source="Castro et al. 2009"),
     Method("update-norm", "how far the fine-tune moved a weight",
-           HERE + "update_norm:update_norm", MethodOptions, unknown_steps, "nothing",
-           "Han et al. 2015, arXiv:1506.02626"),
+           HERE + "update_norm:update_norm", needs="nothing",
+           source="Han et al. 2015, arXiv:1506.02626"),
     Method("gradient-norm", "how strongly the loss of the base model pulls at a weight",
            HERE + "gradient_norm:gradient_norm", Batched, _mask_batches, "gradient",
            "Saket 2026, arXiv:2604.15351"),
@@ -147,37 +143,33 @@ BUILT_IN = (
            HERE + "aletheia:aletheia", Batched, _mask_batches, "gradient",
            "Saket 2026, arXiv:2604.15351"),
     Method("adalora", "the LoRA rank that AdaLoRA's own training leaves a module",
-           HERE + "adalora:adalora", AdaLoraOptions, _mask_steps, "loss",
-           "Zhang et al. 2023, arXiv:2303.10512"),
+           HERE + "adalora:adalora", AdaLoraOptions, _mask_steps,
+           source="Zhang et al. 2023, arXiv:2303.10512"),
     Method("lora-drop", "how large the output of each update is on the data",
            HERE + "lora_drop:lora_drop", Batched, _mask_batches, "activations",
            "Zhou et al. 2025, arXiv:2402.07721"),
     Method("eva", "the LoRA rank that a module earns by the variance of its inputs",
-           HERE + "eva:eva", Batched, unknown_steps, "activations",
-           "Paischer et al. 2025, arXiv:2410.07170"),
+           HERE + "eva:eva", Batched, needs="activations",
+           source="Paischer et al. 2025, arXiv:2410.07170"),
     Method("plop", "how little a weight's features are aligned with its inputs",
            HERE + "plop:plop", Batched, _mask_batches, "activations",
            "Hayou et al. 2025, arXiv:2506.20629"),
     Method("spectrum", "signal-to-noise ratio of the base model's weights, within each projection",
-           HERE + "spectrum:spectrum", MethodOptions, unknown_steps, "nothing",
-           "Hartford et al. 2024, arXiv:2406.06623"),
+           HERE + "spectrum:spectrum", needs="nothing",
+           source="Hartford et al. 2024, arXiv:2406.06623"),
     Method("kappatune", "low condition number of the base model's weights",
-           HERE + "kappatune:kappatune", MethodOptions, unknown_steps, "nothing",
-           "PEFT's KappaTune"),
+           HERE + "kappatune:kappatune", needs="nothing", source="PEFT's KappaTune"),
     Method("block-influence", "how much a block of the base model turns the hidden state",
            HERE + "block_influence:block_influence", Batched, _mask_batches, "activations",
            "Men et al. 2024, arXiv:2403.03853"),
     Method("cka", "how much a block of the base model changes the geometry of a set of examples",
            HERE + "cka:cka", Batched, _mask_batches, "activations",
            "Ando Ogawa et al. 2026, arXiv:2602.05988"),
-    Method("first", "the first blocks",
-           HERE + "depth:first", MethodOptions, unknown_steps, "nothing", ""),
-    Method("last", "the last blocks",
-           HERE + "depth:last", MethodOptions, unknown_steps, "nothing", ""),
-    Method("middle", "the middle blocks",
-           HERE + "depth:middle", MethodOptions, unknown_steps, "nothing", ""),
+    Method("first", "the first blocks", HERE + "controls:first", needs="nothing"),
+    Method("last", "the last blocks", HERE + "controls:last", needs="nothing"),
+    Method("middle", "the middle blocks", HERE + "controls:middle", needs="nothing"),
     Method("random", "a random number: the control for every method",
-           HERE + "random_order:random_order", MethodOptions, unknown_steps, "nothing", ""),
+           HERE + "controls:random_order", needs="nothing"),
 )
 # fmt: on
 _METHODS = {method.name: method for method in BUILT_IN}
@@ -187,6 +179,16 @@ def methods() -> Mapping[str, Method]:
     """All methods by name: the built-in ones, then those of other packages."""
     _load_entry_points()
     return _METHODS
+
+
+def find_method(name: str) -> Method:
+    """The method of that name, or a ConfigError that lists all names."""
+    known = methods()
+    if name not in known:
+        raise ConfigError(
+            f"`method` must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}"
+        )
+    return known[name]
 
 
 def register_method(method: Method) -> None:
@@ -204,7 +206,7 @@ def register_method(method: Method) -> None:
 @cache
 def _load_entry_points() -> None:
     found = []
-    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
+    for entry in sorted(entry_points(group="keylayers.methods"), key=lambda entry: entry.name):
         try:
             method = entry.load()
         except (ImportError, AttributeError) as error:
@@ -229,33 +231,19 @@ def _add(method: Method) -> None:
         raise ConfigError(
             f"`options` of method {method.name} must be a dataclass, got {method.options!r}"
         )
+    owners = {option.name: other for other in _METHODS.values() for option in fields(other.options)}
     for option in fields(method.options):
         if option.default is MISSING or option.name in RESERVED:
             raise ConfigError(
                 f"every option of method {method.name} must have a default and another name than "
                 f"{' and '.join(RESERVED)}, got `{option.name}`"
             )
-        for other in _METHODS.values():  # one flag serves all methods that have it
-            for theirs in fields(other.options):
-                is_same = (theirs.type, theirs.default) == (option.type, option.default)
-                if theirs.name == option.name and not is_same:
-                    raise ConfigError(
-                        f"`{option.name}` of method {method.name} must have type and default of "
-                        f"{other.name}'s option, or another name; got {option.type}, default "
-                        f"{option.default!r}"
-                    )
+        owner = owners.get(option.name, method)
+        (theirs,) = (other for other in fields(owner.options) if other.name == option.name)
+        if (theirs.type, theirs.default) != (option.type, option.default):
+            raise ConfigError(  # one flag serves all methods that have the option
+                f"`{option.name}` of method {method.name} must have type and default of "
+                f"{owner.name}'s option, or another name; got {option.type}, default "
+                f"{option.default!r}"
+            )
     _METHODS[method.name] = method
-
-
-def find_method(name: str) -> Method:
-    """The method of that name.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    known = methods()
-    if name not in known:
-        raise ConfigError(
-            f"`method` must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}"
-        )
-    return known[name]

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
 from keylayers.errors import ConfigError, did_you_mean
-from keylayers.ranges import MAX_PRICE, MAX_SCORE, check_above_zero, check_at_least, check_fraction
+from keylayers.ranges import check_above_zero, check_at_least, check_fraction
 
 Granularity = Literal["module", "block", "projection"]
-MaskOptimizer = Literal["sgd", "adam"]
 Check = Callable[[str, Any], None]
 
 SMALLEST_ROUND = 4  # gates; a round with fewer is not split again
@@ -29,17 +28,14 @@ def at_least(lowest: int) -> Check:
     return lambda name, value: check_at_least(name, value, lowest)
 
 
-def _check_price(name: str, value: float) -> None:
-    if not 0 <= value <= MAX_PRICE:
-        raise ConfigError(f"`{name}` must be from 0 to {MAX_PRICE:g} nats, got {value}")
+def between(lowest: float, highest: float, why: str) -> Check:
+    """A check that refuses values outside a range; `why` follows the range in the message."""
 
+    def check(name: str, value: float) -> None:
+        if not lowest <= value <= highest:
+            raise ConfigError(f"`{name}` must be from {lowest:g} to {highest:g}{why}, got {value}")
 
-def _check_score(name: str, value: float) -> None:
-    if not abs(value) <= MAX_SCORE:
-        raise ConfigError(
-            f"`{name}` must be from -{MAX_SCORE} to {MAX_SCORE}, where its gate is open or closed "
-            f"to float32's precision, got {value}"
-        )
+    return check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +96,7 @@ class GroupedBatches(Batched, Grouped):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Repeatable(UntilStable, GroupedBatches):
-    """For methods that `until_stable` runs again on other batches."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EliminationOptions(Repeatable):
+class EliminationOptions(UntilStable, GroupedBatches):
     """Of `elimination`.
 
     Attributes:
@@ -123,7 +114,7 @@ class EliminationOptions(Repeatable):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PathOptions(Repeatable):
+class PathOptions(UntilStable, GroupedBatches):
     """Of `path`.
 
     Attributes:
@@ -155,15 +146,13 @@ class LearnedOptions(UntilStable, Grouped):
     """
 
     mask_steps: int = checked(60, at_least(1))
-    mask_optimizer: MaskOptimizer = "sgd"
+    mask_optimizer: Literal["sgd", "adam"] = "sgd"
     mask_learning_rate: float | None = checked(None, check_above_zero)
 
     @property
     def resolved_learning_rate(self) -> float:
         """The learning rate that is used; experiments/LOG.md has the runs behind the defaults."""
-        if self.mask_learning_rate is not None:
-            return self.mask_learning_rate
-        return {"sgd": 10.0, "adam": 0.05}[self.mask_optimizer]
+        return self.mask_learning_rate or {"sgd": 10.0, "adam": 0.05}[self.mask_optimizer]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +164,9 @@ class IlaOptions(LearnedOptions):
             0.73.
     """
 
-    initial_score: float = checked(1.0, _check_score)  # the paper tries 4, 2 and 1 (from memory)
+    initial_score: float = checked(  # the paper tries 4, 2 and 1 (from memory)
+        1.0, between(-20, 20, ", where its gate is open or closed to float32's precision")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +177,7 @@ class PriceOptions(LearnedOptions):
         price: Price of the mean gate, in nats.
     """
 
-    price: float = checked(2.0, _check_price)
+    price: float = checked(2.0, between(0, 1e6, " nats"))
 
 
 @dataclass(frozen=True, kw_only=True)

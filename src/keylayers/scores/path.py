@@ -18,22 +18,33 @@ Blind to: what happens off the diagonal, where some gates are open and others cl
     can replace each other share the credit.
 """
 
+from functools import cache
+
+import numpy as np
 import torch
 
-from keylayers.scores.module_scores import ModuleScores
 from keylayers.scores.options import PathOptions
-from keylayers.scores.path_integral import path_shares
-from keylayers.scores.task import Task, mean_and_error
+from keylayers.scores.task import ModuleScores, Task, mean_and_error
+from keylayers.trainers.batches import samples
 
 
 def path(task: Task, options: PathOptions) -> ModuleScores:
     """The share of each update's module in the loss reduction of the fine-tune, in nats."""
     with task.masked(options.mask_batches, granularity=options.granularity) as masked:
-        all_open = torch.ones(len(masked.gates))
-        shares = path_shares(masked, masked.batches, all_open, options.path_points)
+        shares = torch.zeros(len(masked.batches), len(masked.gates), dtype=torch.float64)
+        for row, batch in zip(shares, masked.batches, strict=True):
+            for point, weight in gauss_legendre(options.path_points):
+                row -= weight * masked.gradient(point, batch)
         mean, error = mean_and_error(shares)
         findings = {"sum_of_scores_nats": float(mean.sum())}
-        if masked.compares_losses:
+        if not samples(task.trainer):  # losses of two masks can be compared
             reduction = (masked.losses(0.0) - masked.losses(1.0)).mean()
             findings["loss_reduction_nats"] = float(reduction)
         return masked.result(mean, unit=masked.loss_unit, standard_errors=error, findings=findings)
+
+
+@cache
+def gauss_legendre(num_points: int) -> tuple[tuple[float, float], ...]:
+    """Points in (0, 1) and their weights; n of them are exact for polynomials of degree 2n - 1."""
+    points, weights = np.polynomial.legendre.leggauss(num_points)
+    return tuple(zip(((points + 1) / 2).tolist(), (weights / 2).tolist(), strict=True))

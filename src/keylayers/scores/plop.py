@@ -12,26 +12,25 @@ Cost: `mask_batches` forward passes of the base model.
 Blind to: the loss and the update.
 """
 
-from jaxtyping import Float
+from typing import Any
+
 from torch import Tensor
 
-from keylayers.scores.module_scores import ModuleScores
 from keylayers.scores.options import Batched
-from keylayers.scores.probe import input_values
-from keylayers.scores.task import Task
-from keylayers.updates import Update
+from keylayers.scores.probe import linear_layers, output_values, tokens_of
+from keylayers.scores.task import ModuleScores, Task
 from keylayers.updates.base_weight import base_weight
 
 
 def plop(task: Task, options: Batched) -> ModuleScores:
     """Minus the normalised feature norm of each update's module in the base model."""
+
+    def feature_norm(batch: Any, index: int, x: Tensor, _: Tensor) -> float:
+        weight, tokens = base_weight(task.updates[index].layer), tokens_of(batch, x)
+        unit = tokens / tokens.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+        by_chance = weight.norm() / weight.shape[1] ** 0.5
+        return float((unit @ weight.T).norm(dim=-1).mean() / by_chance)
+
     with task.masked(options.mask_batches, looks_inside=True) as masked:
-        norms = input_values(masked, task.updates, _feature_norm, gates=0.0)
+        norms = output_values(masked, linear_layers(task), feature_norm, gates=0.0)
         return masked.mean(-norms, unit="minus the feature norm")
-
-
-def _feature_norm(update: Update, tokens: Float[Tensor, "token d_in"]) -> float:
-    weight = base_weight(update.layer)
-    unit = tokens / tokens.norm(dim=-1, keepdim=True).clamp_min(1e-8)
-    by_chance = weight.norm() / weight.shape[1] ** 0.5
-    return float((unit @ weight.T).norm(dim=-1).mean() / by_chance)

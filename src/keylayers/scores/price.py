@@ -13,10 +13,9 @@ Blind to: the scale of the loss: `price` is in nats for the whole mask, so the s
     high for one data set and low for another.
 """
 
-from keylayers.scores.learning import learn_scores
-from keylayers.scores.module_scores import ModuleScores
+from keylayers.scores.ila import learn_scores
 from keylayers.scores.options import PriceOptions
-from keylayers.scores.task import Task
+from keylayers.scores.task import ModuleScores, Task
 
 HALF_OPEN = 0.0  # the score of a gate of one half
 

@@ -2,7 +2,7 @@
 """Inputs, outputs and gradients of modules and blocks, seen by hooks while a loss is computed."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,145 +12,109 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from keylayers.model.modules import blocks_of
-from keylayers.scores.task import MaskedModel
-from keylayers.updates import Update
+from keylayers.scores.task import MaskedModel, Task
 from keylayers.updates.adapter import towers_of
 from keylayers.updates.base_weight import check_linear
 
-Hook = Callable[..., None]
-SeeInput = Callable[[int, Tensor], None]
-SeePair = Callable[[int, Tensor, Tensor], None]
+
+def linear_layers(task: Task) -> list[nn.Module]:
+    """The layer of each update; refuses those that are not linear."""
+    for update in task.updates:
+        check_linear(update.layer)
+    return [update.layer for update in task.updates]
 
 
-def input_values(
+def block_layers(task: Task) -> Sequence[nn.Module]:
+    """The blocks of the model, in order."""
+    return blocks_of(task.trainer.model, towers_of(task.trainer.model))
+
+
+def output_values(
     masked: MaskedModel,
-    updates: Sequence[Update],
-    value: Callable[[Update, Float[Tensor, "token d_in"]], float],
+    layers: Sequence[nn.Module],
+    value: Callable[[Any, int, Tensor, Tensor], float],
     *,
     gates: float,
-) -> Float[Tensor, "batch module"]:
-    """`value(update, tokens)` of each module's inputs, without padding, gates at `gates`."""
+) -> Float[Tensor, "batch layer"]:
+    """`value(batch, index, input, output)` of each layer with the gates at `gates`."""
 
-    def see(row: Tensor, batch: Any, index: int, x: Tensor) -> None:
-        x = per_example(x, batch)
-        row[index] = value(updates[index], x[token_mask(batch, x)].float())
+    def see(row: Tensor, batch: Any, index: int, x: Tensor, y: Tensor) -> None:
+        row[index] = value(batch, index, x, y)
 
-    values = torch.zeros(len(masked.batches), len(updates))
+    values = torch.zeros(len(masked.batches), len(layers))
     for row, batch in zip(values, masked.batches, strict=True):
-        with observed_inputs(updates, partial(see, row, batch)):
+        with observed(layers, partial(see, row, batch)):
             masked.loss(gates, batch)
     return values
 
 
 def gradient_values(
-    masked: MaskedModel, updates: Sequence[Update], value: Callable[[Any, Tensor, Tensor], float]
+    masked: MaskedModel, task: Task, value: Callable[[Any, Tensor, Tensor], float]
 ) -> Float[Tensor, "batch module"]:
-    """`value(batch, x, grad_y)` of each module's input and ∂L/∂output in the base model."""
+    """`value(batch, x, grad_y)` of each module's input and ∂L/∂output in the base model.
 
-    def see(row: Tensor, batch: Any, index: int, x: Tensor, grad_y: Tensor) -> None:
-        row[index] = value(batch, x, grad_y)
+    The gradient of the module's weight is `grad_yᵀ x`, summed over batch and tokens, even if the
+    weight is frozen or quantised; only one such gradient exists at a time. The module's output has
+    a graph because of the gate on its update.
+    """
 
-    values = torch.zeros(len(masked.batches), len(updates))
+    def see(row: Tensor, batch: Any, index: int, x: Tensor, y: Tensor) -> None:
+        def see_gradient(grad_y: Tensor) -> None:
+            row[index] = value(batch, x, grad_y)
+
+        if y.requires_grad:
+            y.register_hook(see_gradient)
+
+    layers = linear_layers(task)
+    values = torch.zeros(len(masked.batches), len(layers))
     for row, batch in zip(values, masked.batches, strict=True):
-        with observed_gradients(updates, partial(see, row, batch)):
+        with observed(layers, partial(see, row, batch)):
             masked.gradient(0.0, batch)
     return values
 
 
 @contextlib.contextmanager
-def observed_inputs(updates: Sequence[Update], see: SeeInput) -> Iterator[None]:
-    """Inside the block, call `see(index, x)` with each module's input, (batch, token, d_in)."""
-
-    def observe(index: int, layer: nn.Module) -> Hook:
-        active = _active(layer)
-
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], __: dict[str, Any], ___: Any) -> None:
-            # TRL computes its reference in the same layers, with other adapters active or none.
-            if _active(layer) == active:
-                see(index, inputs[0].detach())
-
-        return hook
-
-    with _hooked(_linear_layers(updates), observe):
-        yield
-
-
-@contextlib.contextmanager
-def observed_gradients(updates: Sequence[Update], see: SeePair) -> Iterator[None]:
-    """Inside the block, call `see(index, x, grad_y)` with each module's input and ∂L/∂output.
-
-    The gradient of the module's weight is `grad_yᵀ x`, summed over batch and tokens, even if the
-    weight is frozen or quantised; only one such gradient exists at a time. The module's output must
-    have a graph, which a gate on its update gives it.
-    """
-
-    def observe(index: int, _: nn.Module) -> Hook:
-        def hook(
-            _: nn.Module, inputs: tuple[Tensor, ...], __: dict[str, Any], output: Tensor
-        ) -> None:
-            if output.requires_grad:
-                x = inputs[0].detach()
-                output.register_hook(lambda grad_y: see(index, x, grad_y))
-
-        return hook
-
-    with _hooked(_linear_layers(updates), observe):
-        yield
-
-
-@contextlib.contextmanager
-def observed_blocks(model: nn.Module, see: SeePair) -> Iterator[None]:
-    """Inside the block, call `see(block_index, input, output)`, both (batch, token, d_model)."""
-    tuned = next((layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)), model)
-    active = _active(tuned)
-
-    def observe(index: int, _: nn.Module) -> Hook:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-            if _active(tuned) != active:  # TRL's reference pass, as in `observed_inputs`
-                return
-            hidden = inputs[0] if inputs else named["hidden_states"]
-            after = output if isinstance(output, Tensor) else output[0]
-            see(index, hidden.detach(), after.detach())
-
-        return hook
-
-    with _hooked(blocks_of(model, towers_of(model)), observe):
-        yield
-
-
-@contextlib.contextmanager
-def _hooked(
-    layers: Iterable[nn.Module], observe: Callable[[int, nn.Module], Hook]
+def observed(
+    layers: Sequence[nn.Module], see: Callable[[int, Tensor, Tensor], None]
 ) -> Iterator[None]:
+    """Inside the block, call `see(index, input, output)`, both (batch, token, d), of each layer."""
+
+    def hook_of(index: int, layer: nn.Module) -> Callable[..., None]:
+        tuned = next((part for part in layer.modules() if isinstance(part, BaseTunerLayer)), None)
+        active = _active(tuned)
+
+        def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            # TRL computes its reference in the same layers, with other adapters active or none.
+            if _active(tuned) == active:
+                x = inputs[0] if inputs else named["hidden_states"]
+                see(index, x.detach(), output if isinstance(output, Tensor) else output[0])
+
+        return hook
+
     with contextlib.ExitStack() as stack:
         for index, layer in enumerate(layers):
-            hook = observe(index, layer)
+            hook = hook_of(index, layer)
             stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
         yield
 
 
-def _linear_layers(updates: Sequence[Update]) -> list[nn.Module]:
-    for update in updates:
-        check_linear(update.layer)
-    return [update.layer for update in updates]
-
-
-def _active(layer: nn.Module) -> list[str] | None:
+def _active(layer: BaseTunerLayer | None) -> list[str] | None:
     """Names of the active adapters; None if the layer has none or they are disabled."""
-    if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters:
-        return None
-    return list(layer.active_adapters)
+    return None if layer is None or layer.disable_adapters else list(layer.active_adapters)
 
 
-def token_mask(batch: Mapping[str, Any], hidden: Float[Tensor, "batch token d"]) -> Tensor:
-    """Which positions of `hidden` are tokens and not padding, (batch, token)."""
-    mask: Bool[Tensor, "batch token"] = torch.ones(
-        hidden.shape[:2], dtype=torch.bool, device=hidden.device
-    )
+def tokens_of(batch: Any, x: Float[Tensor, "..."]) -> Float[Tensor, "token d"]:
+    """A module's input without padding, as float32."""
+    x = per_example(x, batch)
+    return x[token_mask(batch, x)].float()
+
+
+def token_mask(batch: Any, hidden: Float[Tensor, "batch token d"]) -> Bool[Tensor, "batch token"]:
+    """Which positions of `hidden` are tokens and not padding."""
     given = batch.get("attention_mask")
-    if isinstance(given, Tensor) and given.shape == mask.shape:
-        mask = given.to(hidden.device).bool()
-    return mask
+    if isinstance(given, Tensor) and given.shape == hidden.shape[:2]:
+        return given.to(hidden.device).bool()
+    return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
 
 
 def per_example(flat: Float[Tensor, "... d"], batch: Any) -> Float[Tensor, "example token d"]:

@@ -13,12 +13,9 @@ from keylayers.scores.options import EliminationOptions, Granularity
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringOptions:
-    """A method, its options, and the seed of its batches; `scoring_options` makes it.
+    """A method, an instance of its options class, and the seed of its batches.
 
-    Attributes:
-        method: Name of the method.
-        options: An instance of the method's own options class.
-        mask_seed: Seed of the order of batches. Default: the training's seed.
+    Make it with `scoring_options`. Without a `mask_seed` the batches have the training's seed.
     """
 
     method: str = DEFAULT_METHOD
@@ -37,7 +34,7 @@ class ScoringOptions:
 
     @property
     def granularity(self) -> Granularity:
-        """Which modules share a gate: `module`, `block` or `projection`."""
+        """Which modules share a gate."""
         return getattr(self.options, "granularity", "module")
 
     def num_steps(self, num_gates: int) -> int | None:
@@ -54,21 +51,9 @@ class ScoringOptions:
 
 
 def scoring_options(
-    method: str | ScoringOptions = DEFAULT_METHOD,
-    *,
-    mask_seed: int | None = None,
-    **options: Any,
+    method: str | ScoringOptions = DEFAULT_METHOD, *, mask_seed: int | None = None, **options: Any
 ) -> ScoringOptions:
-    """A method with options by name; those that are not given have their defaults.
-
-    Args:
-        method: Name of the method, or scoring options that are ready.
-        mask_seed: Seed of the order of batches. Default: the training's seed.
-        **options: Options of the method.
-
-    Raises:
-        ConfigError: no such method or option, an option of another method, or a bad value.
-    """
+    """A method with options by name, or scoring options that are ready."""
     if isinstance(method, ScoringOptions):
         if options or mask_seed is not None:
             raise ConfigError("scoring options that are ready must come without further options")
@@ -83,14 +68,13 @@ def scoring_options(
 def scoring_from_flat(values: Mapping[str, Any]) -> ScoringOptions:
     """The method that flags or a record name, with the options of all methods side by side.
 
-    Raises:
-        ConfigError: an option of another method is not at its default.
+    Options of other methods must be at their defaults.
     """
     found = find_method(values.get("method", DEFAULT_METHOD))
-    for name, option in all_options().items():
-        if name in values and name not in found.option_names and values[name] != option.default:
-            raise ConfigError(_refusal(name, found))
     own = {name: values[name] for name in found.option_names if name in values}
+    for name, option in all_options().items():
+        if name in values and name not in own and values[name] != option.default:
+            raise ConfigError(_refusal(name, found))
     return scoring_options(found.name, mask_seed=values.get("mask_seed"), **own)
 
 

@@ -16,9 +16,8 @@ Blind to: nothing but its noise, which falls with the square root of the cost.
 
 import torch
 
-from keylayers.scores.module_scores import ModuleScores
 from keylayers.scores.options import ShapleyOptions
-from keylayers.scores.task import Task
+from keylayers.scores.task import ModuleScores, Task
 
 
 def shapley(task: Task, options: ShapleyOptions) -> ModuleScores:

@@ -21,9 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from keylayers.scores.module_scores import ModuleScores
 from keylayers.scores.options import MethodOptions
-from keylayers.scores.task import Task
+from keylayers.scores.task import ModuleScores, Task
 from keylayers.updates.base_weight import base_weight
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a scoring method is given: a trainer, the updates of its model, and how to look at them."""
+"""What a scoring method is given (a trainer, the updates of its model) and what it returns."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -12,13 +12,52 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import Trainer, set_seed
 
+from keylayers.errors import ModelError
 from keylayers.gates import Gates, gated
-from keylayers.progress import OnStep
-from keylayers.scores.module_scores import ModuleScores, to_modules
 from keylayers.scores.options import Granularity
-from keylayers.trainers.batches import counts_tokens, every_batch_everywhere, samples
+from keylayers.trainers.batches import counts_tokens, every_batch_everywhere
+from keylayers.trainers.log import TrainerLog
 from keylayers.trainers.loss import TrainerLoss
 from keylayers.updates import Update
+from keylayers.updates.gate import Link
+
+
+@dataclass(frozen=True)
+class ModuleScores:
+    """Scores of modules in model order; higher is more important.
+
+    Attributes:
+        module_names: Full names in the base model.
+        scores: One for each module; modules that share a gate share the score.
+        unit: What a score counts.
+        standard_errors: Standard error of each score, from the spread over batches; None if there
+            are too few.
+        losses: Loss of the masked model at each pass, in nats.
+        num_forward: Forward passes over a batch.
+        num_backward: Backward passes over a batch, for activations through frozen weights.
+        findings: What else the method found, JSON-able, for the record.
+        seconds: Wall time; `score_modules` measures it.
+    """
+
+    module_names: tuple[str, ...]
+    scores: tuple[float, ...]
+    _: KW_ONLY
+    unit: str
+    standard_errors: tuple[float, ...] | None = None
+    losses: tuple[float, ...] = field(default=(), repr=False)
+    num_forward: int = 0
+    num_backward: int = 0
+    findings: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def forward_equivalents(self) -> int:
+        """Cost in forward passes over a batch.
+
+        A backward pass through frozen weights counts as one: like a forward pass, it has one matrix
+        product per weight.
+        """
+        return self.num_forward + self.num_backward
 
 
 @dataclass(frozen=True)
@@ -29,18 +68,30 @@ class Task:
         trainer: Any transformers or TRL trainer; its model carries the updates.
         updates: From `adapter_updates` or `dense_updates` on that model.
         seed: Seed of the order of batches and of all that the method draws.
-        on_step: Called after each pass with its number, from 1, and its loss in nats.
+        log: Is told of each pass.
     """
 
     trainer: Trainer
     updates: Sequence[Update]
     seed: int
-    on_step: OnStep | None = None
+    log: TrainerLog
 
     @property
     def module_names(self) -> tuple[str, ...]:
         """Full names of the modules, in the order of the updates."""
         return tuple(update.module.name for update in self.updates)
+
+    def blocks(self) -> list[int]:
+        """The block of each update's module, for methods that score whole blocks."""
+        found = []
+        for module in (update.module for update in self.updates):
+            if module.block_index is None:
+                raise ModelError(
+                    f"a method that scores blocks needs every module in a block, but {module.name} "
+                    f"is in none; choose a method that scores modules, such as elimination"
+                )
+            found.append(module.block_index)
+        return found
 
     def result(self, scores: Sequence[float], *, unit: str, **more: Any) -> ModuleScores:
         """A score for each update in order, higher is more important; `more` as ModuleScores."""
@@ -48,62 +99,60 @@ class Task:
 
     @contextlib.contextmanager
     def masked(
-        self, num_batches: int, *, granularity: Granularity = "module", looks_inside: bool = False
+        self,
+        num_batches: int,
+        *,
+        granularity: Granularity = "module",
+        initial_score: float = 0.0,
+        link: Link = "identity",
+        looks_inside: bool = False,
     ) -> Iterator["MaskedModel"]:
-        """The model with gates on its updates, closed at first, and the first batches.
-
-        When the block ends, model and trainer are as before.
+        """The model with gates on its updates and the first batches; restored afterwards.
 
         Args:
-            num_batches: How many batches are drawn.
+            num_batches: How many batches are drawn at once; `MaskedModel.stream` has the next.
             granularity: One gate for each module, for each block, or for each projection.
+            initial_score: Value of each gate's parameter at first.
+            link: With `identity` the parameter is γ itself, 0 for the base model and 1 for the
+                fine-tuned one; with `sigmoid` γ is the sigmoid of it.
             looks_inside: Whether the method sees more than losses and gradients of gates. Only
                 these are averaged over processes, so each process then looks at every batch.
         """
-        trainer = self.trainer
-        source = TrainerLoss(trainer)
-        # γ itself is the parameter: 0 is the base model and 1 the fine-tuned one.
+        model, source = self.trainer.model, TrainerLoss(self.trainer)
         gates_in = gated(
-            trainer.model,
-            self.updates,
-            initial_score=0.0,
-            granularity=granularity,
-            link="identity",
+            model, self.updates, initial_score=initial_score, granularity=granularity, link=link
         )
+        alone = every_batch_everywhere(self.trainer) if looks_inside else contextlib.nullcontext()
         with gates_in as gates, source.quiet():
             set_seed(self.seed)
             source.is_alone = looks_inside
-            with every_batch_everywhere(trainer) if looks_inside else contextlib.nullcontext():
-                batches = list(islice(source.batches(self.seed), num_batches))
-            yield MaskedModel(self, source, gates, batches)
+            with alone:
+                stream = source.batches(self.seed)
+                batches = list(islice(stream, num_batches))
+            yield MaskedModel(gates, batches, stream, self, source)
 
 
+@dataclass(eq=False)
 class MaskedModel:
-    """Losses and gradients of the masked model on the same few batches, at any gates.
+    """Losses and gradients of the masked model at any gates, mostly on the same few batches.
 
     Attributes:
-        model: The model that the gates are in.
         gates: One for each module, or for each group of modules.
         batches: What the method looks at, drawn once.
+        stream: The batches after these, without end.
     """
 
-    def __init__(self, task: Task, source: TrainerLoss, gates: Gates, batches: list[Any]) -> None:
-        self.model = source.model
-        self.gates = gates
-        self.batches = batches
-        self._task = task
-        self._source = source
-        self._losses: list[float] = []
+    gates: Gates
+    batches: list[Any]
+    stream: Iterator[Any]
+    _task: Task
+    _source: TrainerLoss
+    _losses: list[float] = field(default_factory=list)
 
     @property
     def loss_unit(self) -> str:
         """Unit of a difference of losses: nats only if the loss is one of tokens."""
         return "nats per token" if counts_tokens(self.batches[0]) else "the trainer's loss"
-
-    @property
-    def compares_losses(self) -> bool:
-        """Whether losses at two masks can be compared: not if the trainer samples its data."""
-        return not samples(self._task.trainer)
 
     def loss(self, values: Float[Tensor, " gate"] | float, batch: Any) -> float:
         """Loss in nats on one batch with the gates at `values`."""
@@ -119,11 +168,15 @@ class MaskedModel:
     ) -> Float[Tensor, " gate"]:
         """∂L/∂γ of one batch, in nats, with the gates at `values`."""
         self._set_gates(values)
-        self._seen(self._source.backward(batch, step=len(self._losses) + 1))
-        gradient = self.gates.gradient()
+        gradient = self.backward(batch)
         for parameter in self.gates.parameters():
             parameter.grad = None
         return gradient
+
+    def backward(self, batch: Any) -> Float[Tensor, " gate"]:
+        """Add ∂L/∂parameter of one batch to the gates' parameters as they are; returns the sums."""
+        self._seen(self._source.backward(batch, step=len(self._losses) + 1))
+        return self.gates.gradient()  # a guard, too: raises unless every gate took part
 
     def mean(self, shares: Float[Tensor, "batch gate"], *, unit: str) -> ModuleScores:
         """The mean of the batches' scores, with its standard error."""
@@ -136,20 +189,23 @@ class MaskedModel:
         *,
         unit: str,
         standard_errors: Float[Tensor, " gate"] | None = None,
-        findings: dict[str, Any] | None = None,
+        findings: Mapping[str, Any] | None = None,
     ) -> ModuleScores:
         """The scores of the gates as scores of modules, with what they cost."""
-        updates = self._task.updates
-        errors = standard_errors
         return self._task.result(
-            to_modules(self.gates, scores, updates),
+            self._to_modules(scores),
             unit=unit,
-            standard_errors=None if errors is None else to_modules(self.gates, errors, updates),
+            standard_errors=None if standard_errors is None else self._to_modules(standard_errors),
             losses=tuple(self._losses),
             num_forward=self._source.num_forward,
             num_backward=self._source.num_backward,
             findings=findings or {},
         )
+
+    def _to_modules(self, values: Float[Tensor, " gate"]) -> tuple[float, ...]:
+        groups = zip(self.gates.groups.values(), values.tolist(), strict=True)
+        of_module = {module: value for modules, value in groups for module in modules}
+        return tuple(of_module[name] for name in self._task.module_names)
 
     def _set_gates(self, values: Float[Tensor, " gate"] | float) -> None:
         if isinstance(values, (int, float)):
@@ -158,8 +214,7 @@ class MaskedModel:
 
     def _seen(self, loss: float) -> float:
         self._losses.append(loss)
-        if self._task.on_step is not None:
-            self._task.on_step(len(self._losses), loss)
+        self._task.log.loss(len(self._losses), loss)
         return loss
 
 
@@ -167,6 +222,5 @@ def mean_and_error(
     shares: Float[Tensor, "batch gate"],
 ) -> tuple[Float[Tensor, " gate"], Float[Tensor, " gate"] | None]:
     """Mean over batches and its standard error; no error from a single batch."""
-    if len(shares) < 2:
-        return shares.mean(dim=0), None
-    return shares.mean(dim=0), shares.std(dim=0) / len(shares) ** 0.5
+    error = shares.std(dim=0) / len(shares) ** 0.5 if len(shares) > 1 else None
+    return shares.mean(dim=0), error

@@ -10,9 +10,8 @@ Cost: no pass; one product of B and A per module.
 Blind to: what the update does to the loss. Modules with larger inputs need smaller updates.
 """
 
-from keylayers.scores.module_scores import ModuleScores
 from keylayers.scores.options import MethodOptions
-from keylayers.scores.task import Task
+from keylayers.scores.task import ModuleScores, Task
 
 
 def update_norm(task: Task, options: MethodOptions) -> ModuleScores:

@@ -21,26 +21,20 @@ LOGGERS = tuple(INTEGRATION_TO_CALLBACK.values())
 
 
 class TrainerLog:
-    """Passes losses, scores and gates to the loggers of a trainer."""
+    """Passes losses, scores and gates to the loggers of a trainer, and losses to `on_step`."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, on_step: OnStep | None = None) -> None:
         self._trainer = trainer
+        self._on_step = on_step
         callbacks = trainer.callback_handler.callbacks
         self._loggers = [callback for callback in callbacks if isinstance(callback, LOGGERS)]
         self._is_ready = False
 
-    def losses(self, on_step: OnStep | None) -> OnStep | None:
-        """`on_step`, extended to log the loss of each pass."""
-        if not self._loggers:
-            return on_step
-
-        def tell(step: int, loss: float | None) -> None:
-            if loss is not None:
-                self._tell(step, {"mask_loss": loss})
-            if on_step is not None:
-                on_step(step, loss)
-
-        return tell
+    def loss(self, step: int, loss: float) -> None:
+        """Log the loss of a pass, and call `on_step`."""
+        self._tell(step, {"mask_loss": loss})
+        if self._on_step is not None:
+            self._on_step(step, loss)
 
     def gates(self, step: int, names: Mapping[str, object], scores: Float[Tensor, " gate"]) -> None:
         """Log the score of each gate after a step, and the gate's value."""
@@ -56,8 +50,7 @@ class TrainerLog:
 
     def modules(self, step: int, scores: Mapping[str, float]) -> None:
         """Log final scores once, for methods that do not learn them step by step."""
-        if self._loggers:
-            self._tell(step, {f"mask_score/{name}": value for name, value in scores.items()})
+        self._tell(step, {f"mask_score/{name}": value for name, value in scores.items()})
 
     def _tell(self, step: int, logs: Mapping[str, float]) -> None:
         trainer = self._trainer

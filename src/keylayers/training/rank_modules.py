@@ -14,9 +14,9 @@ from keylayers.model.weights import weights_sha256
 from keylayers.progress import OnStep
 from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import Ranking
-from keylayers.scores.module_scores import ModuleScores
 from keylayers.scores.score_modules import score_modules
 from keylayers.scores.scoring_options import ScoringOptions, scoring_options
+from keylayers.scores.task import ModuleScores
 from keylayers.trainers.data import prepared_for
 from keylayers.trainers.reference import reference_of
 from keylayers.updates import AdaLoraUpdate, Update, adapter_updates, dense_updates
