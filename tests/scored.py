@@ -2,15 +2,18 @@
 """Small trainers whose models carry updates, and their scores by any method."""
 
 import tempfile
+from functools import cache
+from itertools import islice
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 
 from keylayers.scores.methods import find_method
 from keylayers.scores.score_modules import score_modules
 from keylayers.scores.scoring_options import scoring_options
+from keylayers.trainers.loss import TrainerLoss
 from keylayers.updates import adapter_updates
 
 from tiny_models import tiny_llama
@@ -70,20 +73,56 @@ def trainer_of(model, **options):
     return Trainer(model=model, args=arguments(**options), train_dataset=data())
 
 
+@cache
+def noisy():
+    """A trainer for tests that leave it as it was."""
+    return trainer_of(noisy_model())
+
+
+@cache
+def planted():
+    """A trainer for tests that leave it as it was."""
+    return trainer_of(planted_model())
+
+
+def batches_of(trainer, count, seed=42):
+    """The batches that a method with that seed sees; by default the trainer's."""
+    source = TrainerLoss(trainer)
+    with source.quiet():
+        set_seed(seed)
+        return list(islice(source.batches(seed), count))
+
+
 def options_of(method, **values):
     """Options that make a method fast."""
-
-    own = find_method(method).option_names
-    fast = {name: value for name, value in FAST.items() if name in own}
+    fast = {name: FAST[name] for name in find_method(method).option_names if name in FAST}
     return scoring_options(method, **fast | values)
 
 
 def score(trainer, method, updates=None, on_step=None, **values):
     """The scores of a trainer's modules, in model order unless `updates` have another."""
-
     updates = updates or adapter_updates(trainer.model)
     return score_modules(trainer, updates, options_of(method, **values), on_step)
 
 
 def by_name(found):
     return dict(zip(found.module_names, found.scores, strict=True))
+
+
+def scores_of(trainer, method, **values):
+    """Module name -> score."""
+    return by_name(score(trainer, method, **values))
+
+
+def state_of(trainer):
+    """All that a run could change in a model, as values that `==` compares bit for bit."""
+    model = trainer.model
+    return {
+        "weights": {name: one.numpy().tobytes() for name, one in model.state_dict().items()},
+        "flags": [one.requires_grad for one in model.parameters()],
+        "gradients": [one.grad for one in model.parameters()],
+        "modes": [module.training for module in model.modules()],
+        "hooks": [name for name, one in model.named_modules() if one._forward_hooks],
+        "random state": torch.get_rng_state().tolist(),
+        "trainer": {name: str(value) for name, value in vars(trainer).items()},
+    }

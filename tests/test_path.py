@@ -1,73 +1,121 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Methods that integrate the gates' gradient: `path`, and the rounds of the default method."""
+
 import pytest
 import torch
-from transformers import set_seed
 
-import scored
 from keylayers.gates import gated
+from keylayers.scores.elimination import _best
+from keylayers.scores.options import EliminationOptions
 from keylayers.updates import adapter_updates
-from scored import PLANTED, noisy_model, planted_model, trainer_of
+from scored import (
+    PLANTED,
+    batches_of,
+    by_name,
+    data,
+    noisy,
+    planted,
+    planted_model,
+    score,
+    trainer_of,
+)
 
 
-def score(trainer, **values):
-    return scored.score(trainer, "path", **{"path_points": 8} | values)
+def identity_gates(model):
+    return gated(model, adapter_updates(model), initial_score=0.0, link="identity")
 
 
-def test_scores_sum_to_the_loss_reduction():
-    result = score(trainer_of(planted_model()), path_points=16)
-    findings = result.findings
-    assert findings["loss_reduction_nats"] > 0.05
-    assert sum(result.scores) == pytest.approx(findings["sum_of_scores_nats"], rel=1e-5)
-    assert sum(result.scores) == pytest.approx(findings["loss_reduction_nats"], rel=1e-3)
+def test_a_planted_module_carries_the_whole_loss_reduction():
+    found = score(planted(), "path", path_points=16)
+    reduction = found.findings["loss_reduction_nats"]
+    assert reduction > 0.05
+    assert sum(found.scores) == pytest.approx(found.findings["sum_of_scores_nats"], rel=1e-5)
+    assert by_name(found)[PLANTED] == pytest.approx(reduction, rel=1e-3)
 
 
 def test_more_points_leave_a_smaller_error():
     errors = []
     for points in (1, 2, 8):
-        found = score(trainer_of(planted_model()), path_points=points).findings
+        found = score(planted(), "path", path_points=points).findings
         errors.append(abs(found["sum_of_scores_nats"] - found["loss_reduction_nats"]))
     assert errors[0] > 3 * errors[1] > 3 * errors[2]
 
 
-def test_a_planted_module_carries_the_whole_reduction():
-    result = score(trainer_of(planted_model()))
-    by_name = dict(zip(result.module_names, result.scores, strict=True))
-    assert by_name.pop(PLANTED) == pytest.approx(result.findings["loss_reduction_nats"], rel=1e-2)
-    assert set(by_name.values()) == {0.0}
-
-
-def test_scores_agree_with_differences_of_losses():
+def test_path_agrees_with_differences_of_losses():
     """Independently: slopes on the diagonal by central differences, trapezoids over t."""
-
-    trainer = trainer_of(noisy_model(), seed=3)
-    result = score(trainer, mask_batches=1, path_points=64)
-    torch.manual_seed(0)
-
-    set_seed(3)
-    batch = next(iter(trainer.get_train_dataloader()))
-    model = trainer.model
-    model.train()
-    points = torch.linspace(0, 1, 41)
-    slopes = []
-    with gated(model, adapter_updates(model), initial_score=0.0, link="identity") as gates:
-        for point in points:
-            row = []
-            for index in range(4):  # the first four modules
-                losses = []
-                for step in (0.02, -0.02):
+    trainer = noisy()
+    found = score(trainer, "path", mask_batches=1, path_points=64, mask_seed=3)
+    assert found.standard_errors is None  # they need two batches
+    (batch,) = batches_of(trainer, 1, seed=3)
+    model, points, step = trainer.model.train(), torch.linspace(0, 1, 41), 0.02
+    slopes = torch.zeros(len(points), 4)  # of the first four modules
+    with identity_gates(model) as gates, torch.no_grad():
+        for row, point in zip(slopes, points, strict=True):
+            for index in range(4):
+                for sign in (1, -1):
                     values = torch.full((len(gates),), float(point))
-                    values[index] += step
+                    values[index] += sign * step
                     gates.set_scores(values)
-                    with torch.no_grad():
-                        losses.append(model(**batch).loss.double().item())
-                row.append((losses[0] - losses[1]) / 0.04)
-            slopes.append(row)
-    expected = -torch.trapezoid(torch.tensor(slopes), points, dim=0)
-    assert max(abs(value) for value in expected.tolist()) > 1e-3
-    assert list(result.scores[:4]) == pytest.approx(expected.tolist(), abs=3e-4)
+                    row[index] += sign * model(**batch).loss / (2 * step)
+    expected = -torch.trapezoid(slopes, points, dim=0)
+    assert expected.abs().max() > 1e-3
+    assert list(found.scores[:4]) == pytest.approx(expected.tolist(), abs=3e-4)
 
 
-def test_standard_errors_need_two_batches():
-    assert score(trainer_of(noisy_model()), mask_batches=1).standard_errors is None
-    errors = score(trainer_of(noisy_model()), mask_batches=4).standard_errors
-    assert all(error > 0 for error in errors)
+ROUND_SIZES = [
+    (56, 0.7, [56, 39, 27, 19, 13, 9, 6, 4]),
+    (56, 0.5, [56, 28, 14, 7, 4]),
+    (6, 0.99, [6, 5, 4]),  # every round drops at least one
+    (9, 0.01, [9, 1]),
+    (3, 0.7, [3]),
+]
+
+
+@pytest.mark.parametrize(("num_gates", "keep_fraction", "sizes"), ROUND_SIZES)
+def test_the_sizes_of_the_rounds_by_hand(num_gates, keep_fraction, sizes):
+    assert EliminationOptions(keep_fraction=keep_fraction).round_sizes(num_gates) == sizes
+
+
+def test_elimination_agrees_with_the_definition_written_out():
+    """Independently: slopes by autograd, rounds as in the formula."""
+    trainer = noisy()
+    found = score(trainer, "elimination", mask_batches=2, keep_fraction=0.5)
+    batches = batches_of(trainer, 6)
+    # Gauss-Legendre with two points on (0, 1)
+    points = [0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2]
+    alive, total = list(range(14)), torch.zeros(14)
+    with identity_gates(trainer.model) as gates:
+        for size, pair in zip((14, 7, 4), (batches[:2], batches[2:4], batches[4:]), strict=True):
+            if size < 14:
+                alive = sorted(alive, key=lambda gate: -shares[gate])[:size]
+            shares = torch.zeros(14)
+            for point, batch in zip(points, pair, strict=True):
+                values = torch.zeros(14)
+                values[alive] = point
+                gates.set_scores(values)
+                slopes = torch.autograd.grad(trainer.model(**batch).loss, gates.parameters())
+                shares[alive] -= torch.cat(slopes)[alive] / 2
+            total += shares / 3
+    assert list(found.scores) == pytest.approx(total.tolist(), abs=1e-6)
+    assert [one["num_modules"] for one in found.findings["rounds"]] == [14, 7, 4]
+
+
+def test_a_round_sums_to_what_its_modules_achieve_together():
+    trainer = trainer_of(planted_model())
+    trainer.train_dataset = data(4)  # one batch, so that every round and point sees the same
+    found = score(trainer, "elimination", mask_batches=12)
+    batch, model = next(iter(trainer.get_train_dataloader())), trainer.model
+    with torch.no_grad(), model.disable_adapter():
+        reduction = model(**batch).loss.item()
+    with torch.no_grad():
+        reduction -= model(**batch).loss.item()
+    sums = [one["loss_reduction_nats"] for one in found.findings["rounds"]]
+    assert [*sums, by_name(found)[PLANTED]] == pytest.approx([reduction] * 6, rel=1e-3)
+
+
+def test_of_two_modules_that_stand_in_for_each_other_one_is_kept_late():
+    """Twins share the credit of a path; elimination drops one and pays the other."""
+    scores = torch.tensor([0.5, 0.5, 0.4, 0.1])
+    assert _best(scores, torch.ones(4), 2).tolist() == [1, 1, 0, 0]
+    assert _best(scores, torch.tensor([1.0, 0, 1, 1]), 2).tolist() == [1, 0, 1, 0]
+    assert _best(scores, torch.ones(4), 1).tolist() == [1, 0, 0, 0]  # ties in the gates' order

@@ -2,111 +2,85 @@
 """The known rankings, each against a case worked out by hand or an independent implementation."""
 
 import math
-from itertools import islice
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.helpers import KappaTuneSelector
 from torch import nn
-from transformers import set_seed
 
 from keylayers.gates import gated
 from keylayers.scores.adalora import TARGET_RANK
 from keylayers.scores.cka import linear_cka
-from keylayers.scores.depth import first, last, middle
 from keylayers.scores.eva import MEAN_RANK
-from keylayers.scores.options import MethodOptions
 from keylayers.scores.probe import token_mask
 from keylayers.scores.spectrum import signal_to_noise
-from keylayers.scores.task import Task
-from keylayers.trainers.loss import TrainerLoss
 from keylayers.updates import adapter_updates
-from scored import by_name, noisy_model, score, trainer_of
+from scored import batches_of, noisy, noisy_model, score, scores_of, trainer_of
 
 from tiny_models import tiny_llama
 
 
-def batches_of(trainer, count):
-    """The batches that a method with the trainer's seed sees."""
-
-    set_seed(trainer.args.seed)
-    return list(islice(TrainerLoss(trainer).batches(trainer.args.seed), count))
-
-
 def test_random_order_is_a_shuffle_by_seed():
-    values = by_name(score(trainer_of(noisy_model()), "random"))
+    values = scores_of(noisy(), "random")
     assert all(0 <= value < 1 for value in values.values())
-    assert values == by_name(score(trainer_of(noisy_model()), "random"))
-    assert values != by_name(score(trainer_of(noisy_model()), "random", mask_seed=1))
+    assert values != scores_of(noisy(), "random", mask_seed=1)
 
 
 def test_depth_by_hand():
     model = get_peft_model(tiny_llama(num_blocks=4), LoraConfig(r=2, target_modules=["o_proj"]))
-    updates = adapter_updates(model)
-    task = Task(trainer_of(model), updates, seed=0)
-    found = [method(task, MethodOptions()).scores for method in (first, last, middle)]
+    trainer = trainer_of(model)
+    found = [score(trainer, method).scores for method in ("first", "last", "middle")]
     assert found == [(0.0, -1.0, -2.0, -3.0), (0.0, 1.0, 2.0, 3.0), (-1.5, -0.5, -0.5, -1.5)]
 
 
 def test_update_norm_is_that_of_the_merged_weight():
-    model = noisy_model()
-    values = by_name(score(trainer_of(model), "update-norm"))
-    base = tiny_llama()
-    merged = model.merge_and_unload()
-    for name, value in values.items():
-        moved = merged.get_submodule(name).weight - base.get_submodule(name).weight
-        assert value == pytest.approx(moved.norm().item(), rel=1e-4)
+    values = scores_of(noisy(), "update-norm")
+    base, merged = tiny_llama(), noisy_model().merge_and_unload()
+    moved = {
+        name: merged.get_submodule(name).weight - base.get_submodule(name).weight for name in values
+    }
+    assert values == pytest.approx({name: w.norm().item() for name, w in moved.items()}, rel=1e-4)
+
+
+def gradients(batch):
+    """Module name -> gradient of the base model's weight, by autograd."""
+    base = tiny_llama().train()
+    base(**batch).loss.backward()
+    return {name: base.get_submodule(name).weight.grad for name in scores_of(noisy(), "first")}
 
 
 def test_gradient_norms_are_those_of_autograd_on_the_base_model():
-    trainer = trainer_of(noisy_model())
-    values = by_name(score(trainer, "gradient-norm"))
-    base = tiny_llama().train()
-    norms = dict.fromkeys(values, 0.0)
-    for batch in batches_of(trainer, 2):
-        base.zero_grad()
-        base(**batch).loss.backward()
-        for name in norms:
-            norms[name] += base.get_submodule(name).weight.grad.norm().item() / 2
+    values = scores_of(noisy(), "gradient-norm")
+    first, second = map(gradients, batches_of(noisy(), 2))
+    norms = {name: (first[name].norm() + second[name].norm()).item() / 2 for name in first}
     assert values == pytest.approx(norms, rel=1e-4)
-
-
-def test_aletheia_adds_the_gradient_norms_of_a_block():
-    single = by_name(score(trainer_of(noisy_model()), "gradient-norm"))
-    values = by_name(score(trainer_of(noisy_model()), "aletheia"))
+    by_block = scores_of(noisy(), "aletheia")
     for block in (0, 1):
         names = [name for name in values if f"layers.{block}." in name]
-        total = sum(single[name] for name in names)
-        assert [values[name] for name in names] == pytest.approx([total] * 7, rel=1e-5)
+        total = sum(norms[name] for name in names)
+        assert [by_block[name] for name in names] == pytest.approx([total] * 7, rel=1e-4)
 
 
 def test_fisher_is_the_mean_squared_gradient_of_single_examples():
-    trainer = trainer_of(noisy_model())
-    values = by_name(score(trainer, "fisher", mask_batches=1))
-    (batch,) = batches_of(trainer, 1)
-    base = tiny_llama().train()
-    traces = dict.fromkeys(values, 0.0)
-    num_rows = len(batch["input_ids"])
-    for row in range(num_rows):
-        base.zero_grad()
-        base(**{key: value[row : row + 1] for key, value in batch.items()}).loss.backward()
-        for name in traces:
-            traces[name] += base.get_submodule(name).weight.grad.square().sum().item() / num_rows
+    values = scores_of(noisy(), "fisher", mask_batches=1)
+    (batch,) = batches_of(noisy(), 1)
+    rows = [
+        gradients({key: value[row : row + 1] for key, value in batch.items()}) for row in range(4)
+    ]
+    traces = {name: sum(row[name].square().sum().item() for row in rows) / 4 for name in values}
     assert values == pytest.approx(traces, rel=1e-4)  # rows of one length count alike
 
 
 def test_the_signal_to_noise_ratio_by_hand():
     # σ = 10, 4, 3, 2, 1: quartiles 2 and 4, noise 2 / 1.349 · (1 + 1) = 2.965; 10, 4, 3 are signal
-    assert signal_to_noise(torch.diag(torch.tensor([10.0, 4, 3, 2, 1]))) == pytest.approx(
-        17 / 3 / 10
-    )
+    found = signal_to_noise(torch.diag(torch.tensor([10.0, 4, 3, 2, 1])))
+    assert found == pytest.approx(17 / 3 / 10)
     assert signal_to_noise(torch.eye(4)) == math.inf  # nothing is below a threshold of zero
 
 
 def test_spectrum_ranks_inside_each_kind():
-    values = by_name(score(trainer_of(noisy_model()), "spectrum"))
-    base = tiny_llama()
+    values, base = scores_of(noisy(), "spectrum"), tiny_llama()
     for kind in ("q_proj", "down_proj"):
         pair = [name for name in values if name.endswith(kind)]
         ratios = [signal_to_noise(base.get_submodule(name).weight.detach()) for name in pair]
@@ -115,7 +89,7 @@ def test_spectrum_ranks_inside_each_kind():
 
 
 def test_kappatune_is_pefts():
-    values = by_name(score(trainer_of(noisy_model()), "kappatune"))
+    values = scores_of(noisy(), "kappatune")
     selector = KappaTuneSelector(tiny_llama(), show_progress=False)
     best = [name for name in selector.get_best_targets() if name in values]
     assert sorted(values, key=lambda name: -values[name]) == best
@@ -124,10 +98,9 @@ def test_kappatune_is_pefts():
 
 
 def test_lora_drop_is_the_mean_squared_output_of_each_lora():
-    trainer = trainer_of(noisy_model())
-    values = by_name(score(trainer, "lora-drop", mask_batches=1))
-    (batch,) = batches_of(trainer, 1)
-    model, outputs = trainer.model.train(), {}
+    values, outputs = scores_of(noisy(), "lora-drop", mask_batches=1), {}
+    (batch,) = batches_of(noisy(), 1)
+    model = noisy_model()
     for name in values:
         layer = model.get_base_model().get_submodule(name)
         layer.lora_B["default"].register_forward_hook(
@@ -140,10 +113,9 @@ def test_lora_drop_is_the_mean_squared_output_of_each_lora():
 
 
 def test_plop_compares_feature_norms_with_those_of_random_inputs():
-    trainer = trainer_of(noisy_model())
     name = "model.layers.1.mlp.down_proj"
-    value = by_name(score(trainer, "plop", mask_batches=1))[name]
-    (batch,) = batches_of(trainer, 1)
+    value = scores_of(noisy(), "plop", mask_batches=1)[name]
+    (batch,) = batches_of(noisy(), 1)
     base, seen = tiny_llama(), {}
     base.get_submodule(name).register_forward_hook(
         lambda _, x, __: seen.update(x=x[0].flatten(0, 1))
@@ -157,9 +129,8 @@ def test_plop_compares_feature_norms_with_those_of_random_inputs():
 
 
 def test_block_influence_from_hidden_states():
-    trainer = trainer_of(noisy_model())
-    values = by_name(score(trainer, "block-influence", mask_batches=1))
-    (batch,) = batches_of(trainer, 1)
+    values = scores_of(noisy(), "block-influence", mask_batches=1)
+    (batch,) = batches_of(noisy(), 1)
     states = tiny_llama()(**batch, output_hidden_states=True).hidden_states
     cosine = nn.functional.cosine_similarity(states[0], states[1], dim=-1).mean().item()
     assert values["model.layers.0.mlp.up_proj"] == pytest.approx(1 - cosine, rel=1e-4)
@@ -186,38 +157,30 @@ def test_linear_cka_against_centred_gram_matrices():
 
 
 def test_adalora_leaves_its_budget_and_eva_shares_out_its_own():
-    ranks = score(trainer_of(noisy_model()), "adalora").scores
+    ranks = score(noisy(), "adalora").scores
     assert sum(int(rank) for rank in ranks) == TARGET_RANK * 14
-    values = by_name(score(trainer_of(noisy_model()), "eva"))
+    values = scores_of(noisy(), "eva")
     assert sum(values.values()) == MEAN_RANK * 14
     block = "model.layers.0.self_attn."
     assert values[block + "q_proj"] == values[block + "k_proj"]  # the same inputs
 
 
 def test_leave_one_out_from_models_with_one_update_set_to_zero():
-    trainer = trainer_of(noisy_model())
-    values = by_name(score(trainer, "leave-one-out", mask_batches=1))
-    (batch,) = batches_of(trainer, 1)
-    model = trainer.model
-    whole = model(**batch).loss.item()
+    values = scores_of(noisy(), "leave-one-out", mask_batches=1)
+    (batch,) = batches_of(noisy(), 1)
+    whole = noisy_model()(**batch).loss.item()
     for name in list(values)[::5]:
-        weight = model.get_base_model().get_submodule(name).lora_B["default"].weight
-        kept = weight.detach().clone()
-        with torch.no_grad():
-            weight.zero_()
-            without = model(**batch).loss.item()
-            weight.copy_(kept)
-        assert values[name] == pytest.approx(without - whole, abs=1e-5)
+        without = noisy_model()
+        nn.init.zeros_(without.get_base_model().get_submodule(name).lora_B["default"].weight)
+        assert values[name] == pytest.approx(without(**batch).loss.item() - whole, abs=1e-5)
 
 
 def test_shapley_values_of_two_players_mix_their_two_orders():
-    trainer = trainer_of(noisy_model())
-    found = score(trainer, "shapley", granularity="block", mask_batches=1, permutations=20)
-    first, second = (by_name(found)[f"model.layers.{block}.mlp.up_proj"] for block in (0, 1))
+    trainer = noisy()
+    values = scores_of(trainer, "shapley", granularity="block", mask_batches=1, permutations=20)
+    first, second = (values[f"model.layers.{block}.mlp.up_proj"] for block in (0, 1))
     (batch,) = batches_of(trainer, 1)
-
-    losses = {}
-    updates = adapter_updates(trainer.model)
+    losses, updates = {}, adapter_updates(trainer.model)
     with gated(
         trainer.model, updates, initial_score=0.0, granularity="block", link="identity"
     ) as gates:

@@ -6,17 +6,19 @@ from functools import cache
 from types import SimpleNamespace
 
 import pytest
-import torch
 from datasets import Dataset
 
 from scored import (
     PLANTED,
     by_name,
     data,
+    noisy,
     noisy_model,
     options_of,
-    planted_model,
+    planted,
     score,
+    scores_of,
+    state_of,
     trainer_of,
 )
 
@@ -44,20 +46,6 @@ DOES_NOT_DEPEND_ON = {
     "size of batches": MEANS,
     "order of batches": [*MEANS, "gradient-norm", "aletheia"],
 }
-
-
-def state_of(trainer):
-    """All that a run could change in a model, as values that `==` compares bit for bit."""
-    model = trainer.model
-    return {
-        "weights": {name: one.numpy().tobytes() for name, one in model.state_dict().items()},
-        "flags": [one.requires_grad for one in model.parameters()],
-        "gradients": [one.grad for one in model.parameters()],
-        "modes": [module.training for module in model.modules()],
-        "hooks": [name for name, one in model.named_modules() if one._forward_hooks],
-        "random state": torch.get_rng_state().tolist(),
-        "trainer": {name: str(value) for name, value in vars(trainer).items()},
-    }
 
 
 @cache
@@ -167,16 +155,23 @@ def test_scores_do_not_depend_on(change, method):
         assert first.losses != second.losses  # the change was one
 
 
-@cache
-def planted_trainer():
-    return trainer_of(planted_model())
-
-
 @pytest.mark.parametrize("method", FINDS_THE_UPDATE)
 def test_the_module_with_the_only_useful_update_is_first(method):
-    values = by_name(score(planted_trainer(), method))
-    assert max(values, key=values.get) == PLANTED
-    assert sorted(values.values())[-2] < values[PLANTED]
+    values = scores_of(planted(), method)
+    best = values.pop(PLANTED)
+    assert len(set(values.values())) == 1  # updates of zero change no loss
+    assert best > max(values.values())
+
+
+GROUPED = [("elimination", "projection", 7), ("elimination", "block", 2), ("ila", "block", 2)]
+
+
+@pytest.mark.parametrize(("method", "granularity", "num_gates"), GROUPED)
+def test_modules_that_share_a_gate_share_its_score(method, granularity, num_gates):
+    values = scores_of(noisy(), method, granularity=granularity)
+    part = {"block": 2, "projection": -1}[granularity]  # of a module's name
+    found = {(name.split(".")[part], value) for name, value in values.items()}
+    assert len(found) == len(set(values.values())) == num_gates
 
 
 ROUNDS = [14, 10, 7, 5, 4]

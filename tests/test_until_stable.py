@@ -5,16 +5,11 @@ from statistics import fmean
 
 import pytest
 
-import scored
-from scored import noisy_model, planted_model, trainer_of
-
-
-def score(trainer, method="elimination", **values):
-    return scored.score(trainer, method, **values)
+from scored import noisy, planted, score
 
 
 def test_a_selection_is_stable_after_two_that_equal_the_one_before():
-    from keylayers.scores.stable_selection import StableSelection
+    from keylayers.scores.until_stable import StableSelection
 
     watch = StableSelection(0.5, patience=2)
     orders = [[4, 3, 2, 1], [4, 3, 2, 1], [1, 2, 3, 4], [2, 1, 4, 3], [2, 1, 3, 4]]
@@ -23,31 +18,30 @@ def test_a_selection_is_stable_after_two_that_equal_the_one_before():
 
 
 def test_learning_stops_before_its_cap_when_the_selection_stays():
-    found = score(trainer_of(planted_model()), method="ila", mask_steps=100, until_stable=0.05)
+    found = score(planted(), "ila", mask_steps=100, until_stable=0.05)
     assert len(found.losses) == 20  # the planted module leads from the first step
-    whole = score(trainer_of(planted_model()), method="ila", mask_steps=20)
-    assert found.scores == whole.scores
+    assert found.scores == score(planted(), "ila", mask_steps=20).scores
 
 
 @pytest.mark.parametrize("method", ["elimination", "path"])
 def test_a_method_is_repeated_on_other_batches_and_averaged(method):
-    trainer = trainer_of(noisy_model(), seed=4)
-    found = score(trainer, method=method, mask_batches=1, until_stable=0.2)
+    found = score(noisy(), method, mask_batches=1, mask_seed=4, until_stable=0.2)
     repeats = found.findings["num_repeats"]
     assert 3 <= repeats <= 10
     assert found.findings["is_settled"] == (repeats < 10) or repeats == 10
     single = [
-        score(trainer, method=method, mask_batches=1, mask_seed=4 + 1000 * index)
+        score(noisy(), method, mask_batches=1, mask_seed=4 + 1000 * index)
         for index in range(repeats)
     ]
     assert len({each.scores for each in single}) == repeats
     means = [fmean(scores) for scores in zip(*(each.scores for each in single), strict=True)]
     assert list(found.scores) == pytest.approx(means)
+    assert found.losses == sum((each.losses for each in single), ())
     assert found.forward_equivalents == sum(each.forward_equivalents for each in single)
 
 
 def test_repeats_stop_once_the_same_modules_lead():
-    found = score(trainer_of(planted_model()), mask_batches=2, until_stable=0.05)
+    found = score(planted(), "elimination", mask_batches=2, until_stable=0.05)
     assert found.findings["num_repeats"] == 3  # the first, and two that agree with it
     assert found.findings["is_settled"]
     assert all(error >= 0 for error in found.standard_errors)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from keylayers.scores.options import Batched
-from keylayers.scores.probe import block_layers, output_values, token_mask
+from keylayers.scores.probe import block_layers, layer_values, token_mask
 from keylayers.scores.task import ModuleScores, Task
 
 
@@ -28,5 +28,5 @@ def block_influence(task: Task, options: Batched) -> ModuleScores:
         return float(1 - nn.functional.cosine_similarity(*pair, dim=-1).mean())
 
     with task.masked(options.mask_batches, looks_inside=True) as masked:
-        by_block = output_values(masked, block_layers(task), influence, gates=0.0)
+        by_block = layer_values(masked, block_layers(task), influence)
         return masked.mean(by_block[:, task.blocks()], unit="1 - cosine")

@@ -7,12 +7,11 @@
     s_i = mean over rounds of s_i^r
 
 This keeps the hard budget on the mask, `‖γ‖ < H` in the definition of importance, and lowers it
-step by step. It separates modules that can replace each other: a round closes one of them for good,
-and the other then carries what both did. Each round's scores estimate, in nats, what the remaining
-modules achieve together; the record keeps these sums. Each batch is taken at its own point of the
-integral, so a sum has the noise of single batches, about 15 % in the demo: `keylayers verify`
-measures what the best modules carry. Each round draws new batches, from the same examples where
-these are few.
+step by step. A round closes one of two modules that can replace each other for good, and the other
+then carries what both did. The record keeps each round's sum of scores: an estimate, in nats, of
+what the remaining modules achieve together. Each batch is taken at its own point of the integral,
+so a sum has the noise of single batches, about 15 % in the demo; `keylayers verify` measures what
+the best modules carry.
 
 Source: keylayers. A round scores like `path`; the rounds are recursive feature elimination: Guyon,
     Weston, Barnhill, Vapnik: "Gene Selection for Cancer Classification using Support Vector

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from keylayers.errors import ConfigError
 from keylayers.scores.options import Batched
-from keylayers.scores.probe import gradient_values, per_example
+from keylayers.scores.probe import layer_values, linear_layers, per_example
 from keylayers.scores.task import ModuleScores, Task
 
 
 def fisher(task: Task, options: Batched) -> ModuleScores:
     """The mean squared gradient norm of single examples for each update's module."""
 
-    def trace(batch: Any, x: Tensor, grad_y: Tensor) -> float:
+    def trace(batch: Any, _: int, x: Tensor, grad_y: Tensor) -> float:
         if x.dim() == 3 and len(x) > task.trainer._train_batch_size:
             raise ConfigError(
                 "`method` fisher needs one row per example, but this trainer's examples have "
@@ -42,7 +42,7 @@ def fisher(task: Task, options: Batched) -> ModuleScores:
         return sum(squares) * len(x)
 
     with task.masked(options.mask_batches, looks_inside=True) as masked:
-        traces = gradient_values(masked, task, trace)
+        traces = layer_values(masked, linear_layers(task), trace, with_gradient=True)
         return masked.mean(traces, unit="squared norm of the gradient")
 
 

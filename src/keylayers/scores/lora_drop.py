@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from keylayers.scores.options import Batched
-from keylayers.scores.probe import linear_layers, output_values, tokens_of
+from keylayers.scores.probe import layer_values, linear_layers, tokens_of
 from keylayers.scores.task import ModuleScores, Task
 
 
@@ -28,5 +28,5 @@ def lora_drop(task: Task, options: Batched) -> ModuleScores:
         return float(output.square().sum(dim=-1).mean())
 
     with task.masked(options.mask_batches, looks_inside=True) as masked:
-        sizes = output_values(masked, linear_layers(task), size, gates=1.0)
+        sizes = layer_values(masked, linear_layers(task), size, gates=1.0)
         return masked.mean(sizes, unit="squared norm of the output")

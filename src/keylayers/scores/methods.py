@@ -70,11 +70,6 @@ class Method:
         """The names of the method's own options."""
         return tuple(option.name for option in fields(self.options))
 
-    @property
-    def learns_gates(self) -> bool:
-        """Whether scores are learned step by step, so that the losses form a learning curve."""
-        return issubclass(self.options, LearnedOptions)
-
     def load(self) -> Callable[..., Any]:
         """The function that scores."""
         if not isinstance(self.function, str):
@@ -92,33 +87,17 @@ def _mask_steps(options: LearnedOptions | AdaLoraOptions, num_gates: int) -> int
     return options.mask_steps
 
 
-def _elimination_steps(options: EliminationOptions, num_gates: int) -> int | None:
-    num_steps = options.mask_batches * len(options.round_sizes(num_gates))
-    return num_steps if options.until_stable is None else None
-
-
-def _path_steps(options: PathOptions, num_gates: int) -> int | None:
-    num_steps = options.mask_batches * (options.path_points + 2)
-    return num_steps if options.until_stable is None else None
-
-
-def _leave_one_out_steps(options: GroupedBatches, num_gates: int) -> int:
-    return options.mask_batches * (num_gates + 1)
-
-
-def _shapley_steps(options: ShapleyOptions, num_gates: int) -> int:
-    return options.permutations * (num_gates + 1)
-
-
 HERE = "keylayers.scores."
 # fmt: off
 BUILT_IN = (
     Method("elimination", "path-integrated gate gradients under a budget that shrinks in rounds",
-           HERE + "elimination:elimination", EliminationOptions, _elimination_steps, "gradient",
-           "keylayers; Guyon et al. 2002"),
+           HERE + "elimination:elimination", EliminationOptions,
+           lambda options, num_gates: options.mask_batches * len(options.round_sizes(num_gates)),
+           "gradient", "keylayers; Guyon et al. 2002"),
     Method("path", "what each update adds to the loss reduction of the fine-tune",
-           HERE + "path:path", PathOptions, _path_steps, "gradient",
-           "Sundararajan et al. 2017, arXiv:1703.01365"),
+           HERE + "path:path", PathOptions,
+           lambda options, num_gates: options.mask_batches * (options.path_points + 2),
+           "gradient", "Sundararajan et al. 2017, arXiv:1703.01365"),
     Method("price", "learned gates that must be worth their price",
            HERE + "price:price", PriceOptions, _mask_steps, "gradient",
            "keylayers; Shi et al. 2025, arXiv:2410.17875"),
@@ -126,10 +105,13 @@ BUILT_IN = (
            HERE + "ila:ila", IlaOptions, _mask_steps, "gradient",
            "Shi et al. 2025, arXiv:2410.17875"),
     Method("leave-one-out", "how much the loss rises when one update is removed",
-           HERE + "leave_one_out:leave_one_out", GroupedBatches, _leave_one_out_steps,
+           HERE + "leave_one_out:leave_one_out", GroupedBatches,
+           lambda options, num_gates: options.mask_batches * (num_gates + 1),
            source="Mozer, Smolensky 1988"),
     Method("shapley", "the mean gain of a module over random orders of adding it",
-           HERE + "shapley:shapley", ShapleyOptions, _shapley_steps, source="Castro et al. 2009"),
+           HERE + "shapley:shapley", ShapleyOptions,
+           lambda options, num_gates: options.permutations * (num_gates + 1),
+           source="Castro et al. 2009"),
     Method("update-norm", "how far the fine-tune moved a weight",
            HERE + "update_norm:update_norm", needs="nothing",
            source="Han et al. 2015, arXiv:1506.02626"),
@@ -140,7 +122,7 @@ BUILT_IN = (
            HERE + "fisher:fisher", Batched, _mask_batches, "gradient",
            "Sung et al. 2021, arXiv:2111.09839"),
     Method("aletheia", "gradient norm by block",
-           HERE + "aletheia:aletheia", Batched, _mask_batches, "gradient",
+           HERE + "gradient_norm:aletheia", Batched, _mask_batches, "gradient",
            "Saket 2026, arXiv:2604.15351"),
     Method("adalora", "the LoRA rank that AdaLoRA's own training leaves a module",
            HERE + "adalora:adalora", AdaLoraOptions, _mask_steps,

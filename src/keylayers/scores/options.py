@@ -165,7 +165,7 @@ class IlaOptions(LearnedOptions):
     """
 
     initial_score: float = checked(  # the paper tries 4, 2 and 1 (from memory)
-        1.0, between(-20, 20, ", where its gate is open or closed to float32's precision")
+        1.0, between(-20.0, 20.0, ", where its gate is open or closed to float32's precision")
     )
 
 
@@ -177,7 +177,7 @@ class PriceOptions(LearnedOptions):
         price: Price of the mean gate, in nats.
     """
 
-    price: float = checked(2.0, between(0, 1e6, " nats"))
+    price: float = checked(2.0, between(0.0, 1e6, " nats"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from keylayers.scores.options import Batched
-from keylayers.scores.probe import linear_layers, output_values, tokens_of
+from keylayers.scores.probe import layer_values, linear_layers, tokens_of
 from keylayers.scores.task import ModuleScores, Task
 from keylayers.updates.base_weight import base_weight
 
@@ -32,5 +32,5 @@ def plop(task: Task, options: Batched) -> ModuleScores:
         return float((unit @ weight.T).norm(dim=-1).mean() / by_chance)
 
     with task.masked(options.mask_batches, looks_inside=True) as masked:
-        norms = output_values(masked, linear_layers(task), feature_norm, gates=0.0)
+        norms = layer_values(masked, linear_layers(task), feature_norm)
         return masked.mean(-norms, unit="minus the feature norm")

@@ -29,47 +29,35 @@ def block_layers(task: Task) -> Sequence[nn.Module]:
     return blocks_of(task.trainer.model, towers_of(task.trainer.model))
 
 
-def output_values(
+def layer_values(
     masked: MaskedModel,
     layers: Sequence[nn.Module],
     value: Callable[[Any, int, Tensor, Tensor], float],
     *,
-    gates: float,
+    gates: float = 0.0,
+    with_gradient: bool = False,
 ) -> Float[Tensor, "batch layer"]:
-    """`value(batch, index, input, output)` of each layer with the gates at `gates`."""
+    """`value(batch, index, input, output)` of each layer with the gates at `gates`.
 
-    def see(row: Tensor, batch: Any, index: int, x: Tensor, y: Tensor) -> None:
-        row[index] = value(batch, index, x, y)
-
-    values = torch.zeros(len(masked.batches), len(layers))
-    for row, batch in zip(values, masked.batches, strict=True):
-        with observed(layers, partial(see, row, batch)):
-            masked.loss(gates, batch)
-    return values
-
-
-def gradient_values(
-    masked: MaskedModel, task: Task, value: Callable[[Any, Tensor, Tensor], float]
-) -> Float[Tensor, "batch module"]:
-    """`value(batch, x, grad_y)` of each module's input and ∂L/∂output in the base model.
-
-    The gradient of the module's weight is `grad_yᵀ x`, summed over batch and tokens, even if the
-    weight is frozen or quantised; only one such gradient exists at a time. The module's output has
-    a graph because of the gate on its update.
+    With gradient, it is given ∂L/∂output instead of the output. The gradient of a layer's weight is
+    `grad_yᵀ x`, summed over batch and tokens, even if the weight is frozen or quantised; only one
+    such gradient exists at a time. The output has a graph because of the gate on the update.
     """
 
     def see(row: Tensor, batch: Any, index: int, x: Tensor, y: Tensor) -> None:
-        def see_gradient(grad_y: Tensor) -> None:
-            row[index] = value(batch, x, grad_y)
+        def keep(y: Tensor) -> None:
+            row[index] = value(batch, index, x, y)
 
-        if y.requires_grad:
-            y.register_hook(see_gradient)
+        if not with_gradient:
+            keep(y)
+        elif y.requires_grad:
+            y.register_hook(keep)
 
-    layers = linear_layers(task)
+    run = masked.gradient if with_gradient else masked.loss
     values = torch.zeros(len(masked.batches), len(layers))
     for row, batch in zip(values, masked.batches, strict=True):
         with observed(layers, partial(see, row, batch)):
-            masked.gradient(0.0, batch)
+            run(gates, batch)
     return values
 
 

@@ -41,10 +41,7 @@ def score_modules(
     seed = trainer.args.seed if scoring.mask_seed is None else scoring.mask_seed
     log = TrainerLog(trainer, on_step)
     task, score = Task(trainer, updates, seed, log), method.load()
-    if method.learns_gates:  # it logs each step and stops by itself
-        found = score(task, options)
-    else:
-        is_repeated = getattr(options, "until_stable", None) is not None
-        found = repeated(score, task, options) if is_repeated else score(task, options)
+    found = repeated(score, task, options) if scoring.is_repeated else score(task, options)
+    if not scoring.learns_gates:
         log.modules(len(found.losses), dict(zip(found.module_names, found.scores, strict=True)))
     return replace(found, seconds=time.perf_counter() - start)

@@ -2,44 +2,45 @@
 """How modules are scored: a method with its own options. Needs no torch."""
 
 from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, fields
 from typing import Any
 
 from keylayers.errors import ConfigError, did_you_mean
 from keylayers.ranges import check_seed
-from keylayers.scores.methods import BUILT_IN, DEFAULT_METHOD, Method, find_method, methods
-from keylayers.scores.options import EliminationOptions, Granularity
+from keylayers.scores.methods import BUILT_IN, DEFAULT_METHOD, find_method, methods
+from keylayers.scores.options import Granularity, LearnedOptions
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ScoringOptions:
-    """A method, an instance of its options class, and the seed of its batches.
+    """A method, its options, and the seed of its batches; made by `scoring_options`.
 
-    Make it with `scoring_options`. Without a `mask_seed` the batches have the training's seed.
+    Without a `mask_seed` the batches have the training's seed.
     """
 
-    method: str = DEFAULT_METHOD
-    options: Any = field(default_factory=EliminationOptions)
-    mask_seed: int | None = None
-
-    def __post_init__(self) -> None:
-        expected = find_method(self.method).options
-        if type(self.options) is not expected:
-            raise ConfigError(
-                f"`options` of `method` {self.method} must be {expected.__name__}, got "
-                f"{type(self.options).__name__}; make them with scoring_options"
-            )
-        if self.mask_seed is not None:
-            check_seed("mask_seed", self.mask_seed)
+    method: str
+    options: Any
+    mask_seed: int | None
 
     @property
     def granularity(self) -> Granularity:
         """Which modules share a gate."""
         return getattr(self.options, "granularity", "module")
 
+    @property
+    def learns_gates(self) -> bool:
+        """Whether scores are learned step by step; such methods log and stop by themselves."""
+        return isinstance(self.options, LearnedOptions)
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether the method runs again on other batches until the selection is stable."""
+        return not self.learns_gates and getattr(self.options, "until_stable", None) is not None
+
     def num_steps(self, num_gates: int) -> int | None:
         """How many steps the method reports, for progress; None if not known beforehand."""
-        return find_method(self.method).num_steps(self.options, num_gates)
+        found = find_method(self.method)
+        return None if self.is_repeated else found.num_steps(self.options, num_gates)
 
     def flat(self) -> dict[str, Any]:
         """The options of all built-in methods and of this one by name, for the record.
@@ -59,37 +60,37 @@ def scoring_options(
             raise ConfigError("scoring options that are ready must come without further options")
         return method
     found = find_method(method)
+    own = found.option_names
     for name in options:
-        if name not in found.option_names:
-            raise ConfigError(_refusal(name, found))
-    return ScoringOptions(method=method, options=found.options(**options), mask_seed=mask_seed)
+        if name not in own and name in all_options():
+            raise ConfigError(
+                f"`{name}` must be left out with `method` {method}: it has no effect there"
+            )
+        if name not in own:
+            raise ConfigError(
+                f"`{name}` must be an option of `method` {method}, which has "
+                f"{', '.join(own) or 'none'}{did_you_mean(name, own)}"
+            )
+    if mask_seed is not None:
+        check_seed("mask_seed", mask_seed)
+    return ScoringOptions(method, found.options(**options), mask_seed)
 
 
 def scoring_from_flat(values: Mapping[str, Any]) -> ScoringOptions:
     """The method that flags or a record name, with the options of all methods side by side.
 
-    Options of other methods must be at their defaults.
+    Options of other methods are ignored at their defaults, and refused otherwise.
     """
     found = find_method(values.get("method", DEFAULT_METHOD))
-    own = {name: values[name] for name in found.option_names if name in values}
-    for name, option in all_options().items():
-        if name in values and name not in own and values[name] != option.default:
-            raise ConfigError(_refusal(name, found))
-    return scoring_options(found.name, mask_seed=values.get("mask_seed"), **own)
-
-
-def _refusal(name: str, method: Method) -> str:
-    if name in all_options():
-        return f"`{name}` must be left out with `method` {method.name}: it has no effect there"
-    own = ", ".join(method.option_names) or "none"
-    near = did_you_mean(name, method.option_names)
-    return f"`{name}` must be an option of `method` {method.name}, which has {own}{near}"
+    given = {
+        name: values[name]
+        for name, option in all_options().items()
+        if name in values and (name in found.option_names or values[name] != option.default)
+    }
+    return scoring_options(found.name, mask_seed=values.get("mask_seed"), **given)
 
 
 def all_options() -> dict[str, "Field[Any]"]:
     """The options of all methods by name, in the order of the table."""
-    found: dict[str, Field[Any]] = {}
-    for method in methods().values():
-        for option in fields(method.options):
-            found.setdefault(option.name, option)
-    return found
+    of_all = (option for method in methods().values() for option in fields(method.options))
+    return {option.name: option for option in of_all}  # those of one name have the same default
