@@ -30,16 +30,18 @@ def data(num_rows=24):
 
 def arguments(kind=TrainingArguments, **options):
     return kind(
-        output_dir=tempfile.mkdtemp(),  # trainers make their folder
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        per_device_train_batch_size=4,
-        dataloader_pin_memory=False,
-        activation_checkpointing=False,
-        **options,
+        **{
+            "output_dir": tempfile.mkdtemp(),  # trainers make their folder
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "per_device_train_batch_size": 4,
+            "dataloader_pin_memory": False,
+            "activation_checkpointing": False,
+        }
+        | options
     )
 
 

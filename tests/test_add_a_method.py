@@ -4,14 +4,16 @@
 import json
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from pathlib import Path
 
 import pytest
 
+import keylayers
 import preloaded
 from commands import QUICK
-from scored import noisy_model, trainer_of
+from keylayers.scores import methods
+from scored import noisy
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "add-a-method.md").read_text()
 FILE, IN_PYTHON = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -21,8 +23,6 @@ CODE = "import sys; from keylayers.cli import main; sys.exit(main(sys.argv[1:]))
 @pytest.fixture
 def table(monkeypatch):
     """The table of methods, as it was before once the test ends."""
-    from keylayers.scores import methods
-
     monkeypatch.setattr(methods, "_METHODS", dict(methods.methods()))
     return methods.methods
 
@@ -74,41 +74,30 @@ def test_the_command_line_ranks_by_a_method_of_another_package(package, tiny, tm
 
 
 def test_a_registered_method_ranks_in_python_and_inside_a_run(table, slope):
-    import keylayers
-
-    namespace = {"keylayers": keylayers, "SLOPE": slope, "trainer": trainer_of(noisy_model())}
+    namespace = {"keylayers": keylayers, "SLOPE": slope, "trainer": noisy()}
     exec(IN_PYTHON, namespace)
     ranking = namespace["ranking"]
     assert ranking.provenance["options"]["at_gate"] == 0.25
     assert ranking.provenance["options"]["price"] == 2.0  # as in every record
-    path = keylayers.rank_modules(trainer_of(noisy_model()), "path", path_points=1)
-    half = keylayers.rank_modules(trainer_of(noisy_model()), "slope")
+    path = keylayers.rank_modules(noisy(), "path", path_points=1)
+    half = keylayers.rank_modules(noisy(), "slope")
     assert [one.score for one in half.modules] == pytest.approx([one.score for one in path.modules])
     assert keylayers.FreezeUnimportant(method="slope", at_gate=0.1).decisive()
 
 
-def other(**options):
-    """A method with these options; `name` is its name."""
-    from keylayers import Method
-
-    name = options.pop("name", "other")
-    made = type("Options", (), {"__annotations__": dict.fromkeys(options, int), **options})
-    return Method(name, "other", lambda task, options: None, dataclass(frozen=True)(made))
+UNUSABLE = [
+    ("ila", {}, "'ila' is taken"),
+    ("other", {"mask_batches": 8}, "`mask_batches` of method other must have type and default"),
+    ("other", {"mask_seed": 0}, "got `mask_seed`"),
+]
 
 
-UNUSABLE = {
-    "'ila' is taken": {"name": "ila"},
-    "`mask_batches` of method other must have type and default": {"mask_batches": 8},
-    "got `mask_seed`": {"mask_seed": 0},
-}
-
-
-@pytest.mark.parametrize("message", UNUSABLE)
-def test_a_method_that_collides_with_another_is_refused(message, table):
-    import keylayers
-
+@pytest.mark.parametrize(("name", "options", "message"), UNUSABLE)
+def test_a_method_that_collides_with_another_is_refused(name, options, message, table):
+    fields = [(option, int, default) for option, default in options.items()]
+    method = keylayers.Method(name, "", "module:function", make_dataclass("Options", fields))
     with pytest.raises(keylayers.KeylayersError, match=message):
-        keylayers.register_method(other(**UNUSABLE[message]))
+        keylayers.register_method(method)
     assert "other" not in table()
 
 

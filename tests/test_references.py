@@ -4,7 +4,14 @@
 import math
 
 import pytest
+from trl.trainer.utils import add_fused_lm_head
 
+import keylayers
+from keylayers.errors import ConfigError
+from keylayers.gates import gated
+from keylayers.trainers.held_out import batch_losses
+from keylayers.trainers.loss import TrainerLoss
+from keylayers.updates import adapter_updates
 from trainers import base_model, build, with_noise
 
 UNMOVED = {"DPO": math.log(2), "KTO": 0.5}  # the loss of a model that is its own reference
@@ -19,19 +26,12 @@ def around_a_finished_adapter(kind, **options):
 
 
 def reference_model(kind):
-    from trl.trainer.utils import add_fused_lm_head
-
     model = base_model(kind)
     add_fused_lm_head(model)  # as the trainer does with one that it is built with
     return model
 
 
 def losses_at(trainer, gate):
-    from keylayers.gates import gated
-    from keylayers.trainers.held_out import batch_losses
-    from keylayers.trainers.loss import TrainerLoss
-    from keylayers.updates import adapter_updates
-
     source = TrainerLoss(trainer)
     updates = adapter_updates(trainer.model)
     with source.quiet(), gated(trainer.model, updates, initial_score=gate, link="identity"):
@@ -52,8 +52,6 @@ def test_a_finished_adapter_is_compared_with_the_base_model_and_not_with_itself(
 
 
 def test_a_record_says_what_the_reference_was():
-    import keylayers
-
     def reference(trainer):
         return keylayers.rank_modules(trainer, mask_batches=1).provenance["reference"]
 
@@ -68,9 +66,6 @@ def test_a_record_says_what_the_reference_was():
 
 
 def test_references_that_cannot_be_right_are_refused():
-    import keylayers
-    from keylayers.errors import ConfigError
-
     trainer = around_a_finished_adapter("DPO", precompute_ref_log_probs=True)
     with pytest.raises(ConfigError, match="computed with the finished adapter"):
         keylayers.rank_modules(trainer)

@@ -13,7 +13,6 @@ from keylayers.gates import gated
 from keylayers.scores.adalora import TARGET_RANK
 from keylayers.scores.cka import linear_cka
 from keylayers.scores.eva import MEAN_RANK
-from keylayers.scores.probe import token_mask
 from keylayers.scores.spectrum import signal_to_noise
 from keylayers.updates import adapter_updates
 from scored import batches_of, noisy, noisy_model, score, scores_of, trainer_of
@@ -134,13 +133,6 @@ def test_block_influence_from_hidden_states():
     states = tiny_llama()(**batch, output_hidden_states=True).hidden_states
     cosine = nn.functional.cosine_similarity(states[0], states[1], dim=-1).mean().item()
     assert values["model.layers.0.mlp.up_proj"] == pytest.approx(1 - cosine, rel=1e-4)
-
-
-def test_padding_does_not_count():
-    hidden = torch.zeros(2, 3, 4)
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    assert token_mask({"attention_mask": mask}, hidden).tolist() == mask.bool().tolist()
-    assert token_mask({}, hidden).all()
 
 
 def test_linear_cka_against_centred_gram_matrices():

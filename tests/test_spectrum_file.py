@@ -61,23 +61,20 @@ BAD = [
     (lambda rows: rows["model.norm"].update(snr=-1), "got -1"),
     (lambda rows: rows["model.norm"].update(snr="1"), "got '1'"),
     (lambda rows: rows.update(odd=3), "`odd` must be a mapping, got 3"),
+    *((text, "snr_results_tiny.json") for text in ("", "[]", "{", "3")),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), BAD)
 def test_a_bad_scan_is_refused(tiny, tmp_path, capsys, change, message):
-    scan, output = scan_of(tmp_path, change), tmp_path / "r.json"
+    scan, output = scan_of(tmp_path), tmp_path / "r.json"
+    if isinstance(change, str):
+        scan.write_text(change)
+    else:
+        scan_of(tmp_path, change)
     assert keylayers("import", scan, "--model", tiny / "model", "--output", output) == 2
     assert message in complaint(capsys)
     assert not output.exists()
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{", "3"])
-def test_what_is_no_scan_is_refused(tiny, tmp_path, capsys, text):
-    (tmp_path / "scan.json").write_text(text)
-    options = ("--model", tiny / "model", "--output", tmp_path / "r.json")
-    assert keylayers("import", tmp_path / "scan.json", *options) == 2
-    assert "scan.json" in complaint(capsys)
 
 
 def test_a_missing_scan_or_model_is_refused(tiny, tmp_path, capsys):
