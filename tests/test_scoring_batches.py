@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 import architectures
-from keylayers.apply.adapter import add_lora
+from keylayers.apply.trainable import add_lora
 from keylayers.errors import ConfigError
 from keylayers.model.modules import map_modules
 from keylayers.trainers.batches import _in_other_blocks
