@@ -28,6 +28,7 @@ PLAINLY = {  # types of pydantic's errors whose messages speak of Python
     "dataclass_type": "a mapping",
     "tuple_type": "a list",
     "is_instance_of": "text",  # of `Text`
+    "too_long": "shorter",
     "int_type": "a whole number",
     "bool_type": "true or false",
     "float_type": "a finite number",

@@ -30,20 +30,36 @@ UNITS: dict[Unit, int] = {"GiB": GIB, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
 
 
 @dataclass(frozen=True)
-class Fraction:
-    """A share of the modules."""
-
-    value: float
+class _Share:
+    fraction: float
+    suffix: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        _check(0 < self.value <= 1, "as a fraction must be above 0 and at most 1", self)
+        rule = f"as a fraction must be above 0{self.suffix} and at most 1{self.suffix}"
+        _check(0 < self.fraction <= 1, rule, self)
 
     def __str__(self) -> str:
-        return str(self.value)
+        return f"{_short(self.fraction)}{self.suffix}" if self.suffix else str(self.fraction)
+
+
+class Fraction(_Share):
+    """A share of the modules."""
 
     def num_modules(self, num_candidates: int) -> int:
         """The nearest count, a half rounded up; at least 1."""
-        return max(1, _rounded(self.value * num_candidates))
+        return max(1, _rounded(self.fraction * num_candidates))
+
+
+class Parameters(_Share):
+    """A share of the parameters of all modules."""
+
+    suffix = "x-params"
+
+
+class Time(_Share):
+    """A share of the cost of a training step that trains all modules."""
+
+    suffix = "x-time"
 
 
 @dataclass(frozen=True)
@@ -58,31 +74,6 @@ class Count:
 
     def __str__(self) -> str:
         return str(self.value)
-
-
-@dataclass(frozen=True)
-class _Share:
-    fraction: float
-    suffix: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        rule = f"as a fraction must be above 0{self.suffix} and at most 1{self.suffix}"
-        _check(0 < self.fraction <= 1, rule, self)
-
-    def __str__(self) -> str:
-        return f"{_short(self.fraction)}{self.suffix}"
-
-
-class Parameters(_Share):
-    """A share of the parameters of all modules."""
-
-    suffix = "x-params"
-
-
-class Time(_Share):
-    """A share of the cost of a training step that trains all modules."""
-
-    suffix = "x-time"
 
 
 @dataclass(frozen=True)
@@ -163,7 +154,7 @@ def parse_budget(written: WrittenBudget) -> Budget:
     return Count(int(amount)) if re.fullmatch(r"\s*[-+]?\d+\s*", amount) else Fraction(number)
 
 
-def _check(is_possible: bool, rule: str, budget: Budget | _Share) -> None:
+def _check(is_possible: bool, rule: str, budget: object) -> None:
     if not is_possible:
         raise ConfigError(f"`budget` {rule}, got {budget}")
 

@@ -42,47 +42,29 @@ class Agreement:
     from a normal distribution with its standard error, independently, except that modules which
     share a gate share the noise. Other seeds, other data and other fine-tunes are not covered. A
     drawn score holds the noise of the run twice, so an interval lies lower than its value where the
-    noise is large, and may even end below it.
-
-    Attributes:
-        first: Index of one ranking.
-        second: Index of the other.
-        kind: What sets the two runs apart.
-        num_modules: How many modules are compared.
-        num_scored: How many of them both rankings score.
-        jaccard: Modules in both selections, divided by modules in either.
-        jaccard_interval: Its interval at fixed sizes of the selections; None unless both rankings
-            have a standard error for every score.
-        chance_jaccard: The expected Jaccard of two random selections of the same sizes; of two
-            random orders of whole blocks or projections, where both rankings order only these.
-        is_chance_of_groups: Whether chance is that of whole blocks or projections, a mean of draws.
-        corrected: (jaccard - chance) / (1 - chance): 0 is chance, 1 the same set; None where
-            chance is 1.
-        tau: Kendall's tau-b of the modules that both score; None for fewer than two modules, or
-            if all are tied in one ranking.
-        tau_interval: Its interval; None as for Jaccard, or where tau is None.
-        top_weighted_tau: Tau with additive hyperbolic weights, 1 / rank of one module plus 1 / rank
-            of the other, so that disorder at the top counts most; the mean of weighing by either
-            ranking. None where tau is None.
-        is_by_depth: Whether the models differ and were matched by projection and relative depth.
-        left_out: Projections that only one of the rankings has; they are not compared.
+    noise is large, and may even end below it. There is an interval if both rankings have a standard
+    error for every score.
     """
 
-    first: int
+    first: int  # index of one ranking
     second: int
-    kind: Difference
-    num_modules: int
-    num_scored: int
-    jaccard: float
-    jaccard_interval: Interval | None
+    kind: Difference  # what sets the two runs apart
+    num_modules: int  # that are compared
+    num_scored: int  # that both rankings score
+    jaccard: float  # modules in both selections, divided by modules in either
+    jaccard_interval: Interval | None  # at fixed sizes of the selections
+    # Expected of two random selections of the same sizes. Where both rankings order only whole
+    # blocks or projections, of two random orders of these: the mean of some draws.
     chance_jaccard: float
     is_chance_of_groups: bool
-    corrected: float | None
-    tau: float | None
+    corrected: float | None  # (jaccard - chance) / (1 - chance); None where chance is 1
+    tau: float | None  # Kendall's tau-b of the modules that both score; None without an order
     tau_interval: Interval | None
+    # Tau with additive hyperbolic weights, 1 / rank of one module plus 1 / rank of the other, so
+    # that disorder at the top counts most; the mean of weighing by either ranking.
     top_weighted_tau: float | None
-    is_by_depth: bool
-    left_out: tuple[str, ...]
+    is_by_depth: bool  # the models differ and were matched by projection and relative depth
+    left_out: tuple[str, ...]  # projections that only one of the rankings has
 
 
 @dataclass(frozen=True)
@@ -103,8 +85,7 @@ def agreement(
 ) -> list[Agreement]:
     """The agreement of every pair of rankings at one budget, in order of their indices.
 
-    Rankings of different modules are matched by projection and relative depth. The random draws
-    of a ranking depend on nothing but its index.
+    Rankings of different modules are matched by projection and relative depth.
 
     Args:
         rankings: Two or more.
@@ -260,7 +241,10 @@ def _statistic(
 
 
 def _drawn_scores(ranking: Ranking, index: int) -> Draws | None:
-    """Scores plus normal noise of their standard errors; None where a score has no error."""
+    """Scores plus normal noise of their standard errors; None where a score has no error.
+
+    The draws depend on nothing but the index, so other rankings do not change an interval.
+    """
     scored = [module for module in ranking.modules if module.score is not None]
     if not scored or any(module.standard_error is None for module in scored):
         return None
@@ -308,5 +292,5 @@ def _interval(values: Sequence[float]) -> Interval | None:
     if not values:
         return None
     tail = (1 - COVERED_FRACTION) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return float(low), float(high)
+    low, high = np.quantile(values, [tail, 1 - tail]).tolist()
+    return low, high

@@ -19,12 +19,7 @@ PASSES = 3  # forward, backward for activations, gradient of the matrices
 
 
 class StepTime:
-    """Multiply-adds of a training step for one token.
-
-    Attributes:
-        own: What a trained module adds for its own gradient, or for its LoRA matrices.
-        whole: A step that trains all modules.
-    """
+    """Multiply-adds of a training step for one token."""
 
     def __init__(
         self,
@@ -39,10 +34,10 @@ class StepTime:
         self._forward = sum(sizes) + num_head_parameters
         from_the_head = list(accumulate(reversed(sizes), initial=num_head_parameters))
         self._backward = from_the_head[1:][::-1]  # down to each module, in model order
-        self.own = [
+        self.own = [  # what a trained module adds for its own gradient, or for its LoRA matrices
             float(size) if is_full else PASSES * 2 * lora_rank * size**0.5 for size in sizes
         ]
-        self.whole = self.of(range(len(sizes)))
+        self.whole = self.of(range(len(sizes)))  # a step that trains all modules
 
     def share(self, names: Collection[str]) -> float:
         """A step that trains the modules of these names, as a share of `whole`."""
@@ -60,8 +55,7 @@ def best_within_time(
     """Modules with a high sum of scores whose step costs at most the budget.
 
     For each module that could be the lowest trained one, modules above it are added in the order of
-    score per cost. Scores should add up, as those in nats do; modules with a score of zero or below
-    are never taken.
+    score per cost, but none with a score of zero or below. Scores should add up, as nats do.
     """
     limit = budget.fraction * time.whole
     scores = [module.score or 0.0 for module in modules]

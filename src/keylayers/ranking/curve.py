@@ -21,34 +21,22 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The smallest budget that is nearly as good as all modules, and how sure that is.
+    """The smallest budget that is nearly as good as all modules, and how sure that is."""
 
-    Attributes:
-        num_modules: How many of the best modules.
-        margin_nats: How much worse than all modules it may be.
-        difference_nats: Its held-out loss minus that of all modules.
-        upper_nats: The difference is below this with 95 % confidence, by resampling the held-out
-            batches in pairs. The confidence holds for a single budget chosen in advance.
-    """
-
-    num_modules: int
-    margin_nats: float
-    difference_nats: float
+    num_modules: int  # of the best modules
+    margin_nats: float  # how much worse than all modules it may be
+    difference_nats: float  # its held-out loss minus that of all modules
+    # The difference is below this with 95 % confidence, by resampling the held-out batches in
+    # pairs. The confidence holds for a single budget chosen in advance.
     upper_nats: float
 
 
 class MaskCurve(Part):
-    """Held-out loss against the number of modules that keep their update.
+    """Held-out loss against the number of modules that keep their update."""
 
-    Attributes:
-        counts: How many of the best modules are kept, rising from 0 to all.
-        losses: Held-out loss in nats for each count.
-        batch_losses: One row for each count: the loss of each held-out batch; empty if unknown.
-        batch_weights: The weight of each batch in the mean.
-    """
-
-    counts: ListOf[int]
-    losses: ListOf[float]
+    counts: ListOf[int]  # of the best modules that are kept, rising from 0 to all
+    losses: ListOf[float]  # in nats, for each count
+    # For each count, the loss of each held-out batch, and the batches' weights in the mean.
     batch_losses: ListOf[ListOf[float]] = Field(default=(), repr=False)
     batch_weights: ListOf[float] = Field(default=(), repr=False)
 

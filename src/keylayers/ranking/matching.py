@@ -34,19 +34,12 @@ DECIMALS = 12
 
 @dataclass(frozen=True)
 class Matched:
-    """What two rankings have in common.
+    """What two rankings have in common."""
 
-    Attributes:
-        modules: The common modules; by depth, those of the shallower model.
-        to_standings: For each ranking, turns scores in its own order into standings.
-        is_by_depth: Whether they were matched by relative depth instead of by name.
-        left_out: Projections that only one of the models has, in model order.
-    """
-
-    modules: tuple[RankedModule, ...]
-    to_standings: tuple[ToStandings, ToStandings]
+    modules: tuple[RankedModule, ...]  # by depth, those of the shallower model
+    to_standings: tuple[ToStandings, ToStandings]  # of scores in the order of either ranking
     is_by_depth: bool = False
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()  # projections that only one of the models has
 
 
 def match(first: Ranking, second: Ranking) -> Matched:

@@ -6,63 +6,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import AfterValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
+from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 
 from keylayers.validation import Text
 
 if TYPE_CHECKING:
     from keylayers.model.modules import ModuleInfo
 
-MAX_NAME_LENGTH = 1000  # far above any model's; figures and tables hold what is shorter
-
-
-def _checked_name(name: str) -> str:
-    if len(name) > MAX_NAME_LENGTH:
-        raise ValueError(f"text of at most {MAX_NAME_LENGTH} characters")
-    return name
-
-
-Name = Annotated[Text, AfterValidator(_checked_name)]
+# Far above any model's names; figures and tables hold what is shorter.
+Name = Annotated[Text, Field(max_length=1000)]
 
 
 @dataclass(frozen=True)
 class RankedModule:
-    """One module and its score. Its types are checked when it is read from a file.
-
-    Attributes:
-        name: Full name in the base model.
-        block_index: The block it is in, from 0; None outside the blocks (embeddings, head).
-        projection: Its kind, such as `q_proj`.
-        num_parameters: Weight and bias together.
-        score: Importance, higher is more; None if the method did not score it.
-        standard_error: Of the score, in its unit; None where it is not known.
-        is_stacked: It is one parameter that stacks the matrices of several experts.
-    """
+    """One module and its score. Its types are checked when it is read from a file."""
 
     __pydantic_config__ = ConfigDict(allow_inf_nan=False)
 
-    name: Name
-    block_index: StrictInt | None
-    projection: Name
-    num_parameters: Annotated[StrictInt, Field(ge=1)]
-    score: StrictFloat | None
-    standard_error: Annotated[StrictFloat, Field(ge=0)] | None = None
-    is_stacked: StrictBool = False
+    name: Name  # full name in the base model
+    block_index: StrictInt | None  # from 0; None outside the blocks (embeddings, head)
+    projection: Name  # its kind, such as `q_proj`
+    num_parameters: Annotated[StrictInt, Field(ge=1)]  # weight and bias together
+    score: StrictFloat | None  # higher is more important; None if the method did not score it
+    standard_error: Annotated[StrictFloat, Field(ge=0)] | None = None  # None if it is not known
+    is_stacked: StrictBool = False  # one parameter that stacks the matrices of several experts
 
     @staticmethod
     def of(
         module: "ModuleInfo", score: float | None, standard_error: float | None = None
     ) -> "RankedModule":
         """A module of a model with its score."""
-        return RankedModule(
-            name=module.name,
-            block_index=module.block_index,
-            projection=module.projection,
-            num_parameters=module.num_parameters,
-            score=score,
-            standard_error=standard_error,
-            is_stacked=module.is_stacked,
-        )
+        position = module.name, module.block_index, module.projection
+        numbers = module.num_parameters, score, standard_error
+        return RankedModule(*position, *numbers, is_stacked=module.is_stacked)
 
 
 def best_first(modules: Sequence[RankedModule]) -> list[RankedModule]:

@@ -223,10 +223,6 @@ class RunRecord(MadeBy):
 
 
 def read_run(path: Path) -> RunRecord:
-    """The record of a training or pruning.
-
-    Raises:
-        RankingError: it is missing or damaged; names the first value that is wrong.
-    """
+    """The record of a training or pruning."""
     content = read_json(path, "the record", "keylayers train")
     return validated(RunRecord, content, str(path), "keylayers train")

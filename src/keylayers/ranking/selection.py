@@ -55,8 +55,8 @@ class Selection:
     num_candidates: int
     num_candidate_parameters: int
     budget: str
-    num_tied_out: int = 0
-    is_of_mixture: bool = False
+    num_tied_out: int
+    is_of_mixture: bool
 
     @property
     def names(self) -> tuple[str, ...]:

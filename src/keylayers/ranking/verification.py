@@ -22,31 +22,21 @@ COMMAND = "keylayers verify"
 
 
 class Verification(Part):
-    """The mask curve of a ranking, and of what it must be better than.
-
-    Attributes:
-        ranking_sha256: Hash of the ranking file's content.
-        best_first: The ranking's own curve.
-        worst_first: The curve of the reverse order: a ranking can be good at one end only.
-        random: Curves of random orders, the control, at the same counts.
-        leave_one_out: The curve of the leave-one-out order, if it was asked for.
-        margin: What the recommended budget may lose, as a share of what the fine-tune gained.
-        provenance: Model, data, splits, options, seeds, versions, as JSON.
-        made_by: `provenance` as types.
-    """
+    """The mask curve of a ranking, and of what it must be better than."""
 
     schema_: Literal["keylayers/verification"] = Field(
         default="keylayers/verification", validation_alias="schema"
     )
     schema_version: Literal[1] = 1
-    ranking_sha256: Text
-    best_first: MaskCurve
-    worst_first: MaskCurve
-    random: ListOf[MaskCurve]
+    ranking_sha256: Text  # of the ranking file's content
+    best_first: MaskCurve  # the ranking's own order
+    worst_first: MaskCurve  # the reverse order: a ranking can be good at one end only
+    random: ListOf[MaskCurve]  # random orders, the control
     leave_one_out: MaskCurve | None = None
+    # What the recommended budget may lose, as a share of what the fine-tune gained.
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.05
     provenance: dict[Any, Any] = Field(default={})  # keys may hold half a character, unlike `str`
-    made_by: MadeBy = Field(default=MadeBy(), validation_alias="provenance")
+    made_by: MadeBy = Field(default=MadeBy(), validation_alias="provenance")  # the same as types
 
     @model_validator(mode="after")
     def _has_curves_at_the_same_counts(self) -> "Verification":
@@ -107,24 +97,13 @@ class Verification(Part):
 
     @staticmethod
     def load(path: Path) -> "Verification":
-        """Read the file.
-
-        Raises:
-            RankingError: it is missing, cut off or of another schema, or its parts do not belong
-                together.
-        """
+        """Read the file."""
         content = read_json(path, "the verification of the ranking", COMMAND)
         return validated(Verification, content, str(path), COMMAND)
 
 
 def auto_budget(ranking: Ranking, path: Path) -> Count:
-    """The count that `keylayers verify` recommended for `ranking`, in its verification file.
-
-    Raises:
-        RankingError: not verified yet, verified before the ranking changed, or with another model,
-            update or data than the ranking's own.
-        ConfigError: the fine-tune gained nothing, so no budget is recommended.
-    """
+    """The count that `keylayers verify` recommended for `ranking`, in its verification file."""
     found = Verification.load(path)
     if not found.is_of(ranking):
         raise RankingError(
