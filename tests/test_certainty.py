@@ -3,7 +3,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keylayers.errors import ConfigError, RankingError
 from keylayers.ranking.certainty import decisions, undecided
 from keylayers.report.terminal import certainty_line
 
@@ -50,14 +49,6 @@ def test_a_decision_is_unknown_without_an_interval():
     assert list(decisions(ranking, 1).values()) == [True, None, False, None]
     assert list(decisions(ranking, 1)) == [module.name for module in ranking.modules]
     assert list(decisions(ranking, 3).values()) == [True, None, True, None]
-
-
-def test_a_budget_that_cannot_be_is_refused():
-    ranking = noisy([(1, 0.1), (None, None)])
-    with pytest.raises(ConfigError, match="between 1 and 2"):
-        undecided(ranking, 3)
-    with pytest.raises(RankingError, match="it takes 2 and only 1 have one"):
-        undecided(ranking, 2)
 
 
 @given(MODULES, st.integers(-30, 30), st.data())

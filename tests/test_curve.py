@@ -49,26 +49,6 @@ def test_the_curve_of_a_planted_module_falls_when_it_enters():
     assert last.normalised_area == pytest.approx(13.5 / 14)
 
 
-def test_the_held_out_loss_is_a_mean_over_tokens_not_over_batches():
-    trainer = trainer_of(planted_model())
-    rows = data(6)["input_ids"]
-    labels = [row[:6] + [-100] * 6 for row in rows[:3]] + rows[3:]
-    mixed = Dataset.from_dict({"input_ids": rows, "labels": labels})
-    total = count = 0.0
-    trainer.model.eval()
-    for row, label in zip(rows, labels, strict=True):
-        with torch.no_grad():
-            logits = trainer.model(input_ids=torch.tensor([row])).logits[0, :-1]
-        target = torch.tensor(label[1:])
-        total += float(
-            torch.nn.functional.cross_entropy(logits, target, ignore_index=-100, reduction="sum")
-        )
-        count += int((target != -100).sum())
-    trainer.model.train()
-    assert held_out_loss(trainer, mixed) == pytest.approx(total / count, rel=1e-5)
-    assert trainer.model.training
-
-
 def paired_curve(differences, weights, num_modules=6):
     """A curve whose points exceed its end by given amounts in each batch, then the end itself."""
     end = np.linspace(1.0, 4.0, len(weights))  # differs far more between batches than points do
@@ -84,17 +64,6 @@ def paired_curve(differences, weights, num_modules=6):
 NOISY = (-0.9, 0.8, -0.7, 0.9, -0.8, 0.7, -0.6, 0.8)  # mean 0.025
 
 
-def test_all_modules_are_always_within_the_margin():
-    curve = paired_curve([NOISY, (0.5,) * 8], [1.0] * 8)
-    one = curve.smallest_within(0.0)
-    assert (one.num_modules, one.difference_nats, one.upper_nats) == (6, 0.0, 0.0)
-
-
-def test_no_module_is_no_budget_even_where_it_would_do():
-    one = curve_of((0, 3, 6), (1.0, 1.0, 1.0)).smallest_within(0.5)
-    assert one.num_modules == 3
-
-
 def test_the_smallest_budget_that_is_surely_within_the_margin_is_taken():
     # 2 modules are within the margin at the point only, 4 surely
     curve = paired_curve([NOISY, (0.125,) * 8], [1.0] * 8)
@@ -105,6 +74,10 @@ def test_the_smallest_budget_that_is_surely_within_the_margin_is_taken():
     wide = curve.smallest_within(2.0)  # not even the batch that differs most is above
     assert wide.num_modules == 2
     assert wide.upper_nats > wide.difference_nats + 0.1
+    everything = curve.smallest_within(0.0)
+    assert (everything.num_modules, everything.difference_nats, everything.upper_nats) == (6, 0, 0)
+    none_would_do = curve_of((0, 3, 6), (1.0, 1.0, 1.0))
+    assert none_would_do.smallest_within(0.5).num_modules == 3
 
 
 def test_the_upper_limit_is_that_of_an_independent_bootstrap_of_weighted_batches():
@@ -169,32 +142,42 @@ def test_the_area_of_a_straight_line_is_a_half(counts, start, gain):
     assert curve_of(places, losses).normalised_area == pytest.approx(0.5)
 
 
+def token_mean(model, rows, labels):
+    """The mean loss over all labelled tokens, one row at a time."""
+    with torch.no_grad():
+        logits = torch.cat([model(input_ids=torch.tensor([row])).logits[0, :-1] for row in rows])
+    targets = torch.tensor([label for row in labels for label in row[1:]])
+    return float(torch.nn.functional.cross_entropy(logits, targets))
+
+
 @pytest.mark.parametrize("counts", [(0, 14), (0, 4, 7, 10, 14)])
-def test_the_ends_of_the_curve_are_the_losses_with_gates_closed_and_open(counts):
+def test_the_ends_of_the_curve_are_the_mean_losses_with_gates_closed_and_open(counts):
     trainer = trainer_of(noisy_model())
     updates = adapter_updates(trainer.model)
+    names = [update.module.name for update in updates]
     rows = data(10)["input_ids"]
     labels = [row[:6] + [-100] * 6 for row in rows[:3]] + rows[3:]
     held_out = Dataset.from_dict({"input_ids": rows, "labels": labels})
-    names = [update.module.name for update in updates]
     seen = []
-    curve = mask_curve(
-        trainer,
-        updates,
-        names,
-        held_out,
-        num_points=len(counts),
-        on_step=lambda step, loss: seen.append((step, loss)),
-    )
+
+    def on_step(step, loss):
+        seen.append((step, loss))
+
+    num_points = len(counts)
+    curve = mask_curve(trainer, updates, names, held_out, num_points=num_points, on_step=on_step)
+    assert trainer.model.training
+    trainer.model.eval()
     for index, value in ((0, 0.0), (-1, 1.0)):
         with gated(trainer.model, updates, initial_score=value, link="identity"):
             assert curve.losses[index] == held_out_loss(trainer, held_out)
-    assert curve.losses[-1] == pytest.approx(held_out_loss(trainer, held_out), rel=1e-5)
+            assert curve.losses[index] == pytest.approx(
+                token_mean(trainer.model, rows, labels), rel=1e-5
+            )
+    assert curve.losses[-1] == pytest.approx(token_mean(trainer.model, rows, labels), rel=1e-5)
     assert curve.counts == counts
-    assert len(curve.losses) == len(curve.batch_losses) == len(counts)
+    assert len(curve.losses) == len(curve.batch_losses) == num_points
     assert seen == list(enumerate(curve.losses, start=1))
-    labelled = sum(label != -100 for row in labels for label in row[1:])
-    assert sum(curve.batch_weights) == labelled
+    assert sum(curve.batch_weights) == sum(label != -100 for row in labels for label in row[1:])
     assert len(set(curve.batch_weights)) > 1
     for loss, row in zip(curve.losses, curve.batch_losses, strict=True):
         assert loss == pytest.approx(np.average(row, weights=curve.batch_weights), rel=1e-6)
