@@ -126,7 +126,7 @@ WITHOUT = [
 
 @pytest.mark.parametrize(("values", "message"), WITHOUT)
 def test_a_selection_needs_one_ranking(values, message):
-    from keylayers.commands.selection import SelectionOptions
+    from keylayers.commands.options import SelectionOptions
     from keylayers.errors import ConfigError
 
     with pytest.raises(ConfigError, match=re.escape(message)):

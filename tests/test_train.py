@@ -91,7 +91,7 @@ def test_the_recorded_loss_is_that_of_the_saved_adapter(tiny, trained):
 
 
 def test_controls_are_as_large_as_the_selection_and_follow_their_names():
-    from keylayers.commands.train import control_modules
+    from keylayers.commands.run_train import control_modules
 
     from rankings import ranking_of
 

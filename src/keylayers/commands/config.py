@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where options come from: flags, then the YAML file, then the record of a ranking."""
 
-from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cyclopts import App, Group, Parameter
+from cyclopts import App
 from cyclopts.argument import Argument, ArgumentCollection
 from cyclopts.config import Dict
 
+from keylayers.data.options import DataOptions
 from keylayers.errors import ConfigError, did_you_mean
 from keylayers.files import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT
+from keylayers.model.options import ModelOptions
+from keylayers.training.options import TrainingOptions
 
 if TYPE_CHECKING:
     from cyclopts.help import HelpPanel
@@ -19,91 +21,29 @@ if TYPE_CHECKING:
 
     from keylayers.ranking.record import MadeBy
 
-# Titles of option groups in `--help`, in the order in which they are shown.
-GROUPS = (
-    "Selection",
-    "Model",
-    "Data",
-    "An update that exists already",
-    "Objective",
-    "Fine-tuning",
-    "When stage 1 ends",
-    "Scoring",
-    "Measuring",
-    "Compared",
-    "Benchmarks",
-    "Gain and forgetting",
-    "Running",
-)
-
-# Options that `train`, `verify` and `prune` take from the ranking's record if they are not given.
-# Not `trust_remote_code`: a file from elsewhere must not be able to switch it on.
-TAKEN_FROM_RANKING = (
-    "model",
-    "revision",
-    "towers",
-    "load_in_4bit",
-    "data",
-    "data_split",
-    "format",
-    "chat_template",
-    "max_length",
-    "max_examples",
-    "held_out",
-    "mask_data",
-    "split_seed",
-    "update",
-    "objective",
-    "beta",
-    "learning_rate",
-    "batch_size",
-    "gradient_accumulation",
-    "warmup_steps",
-    "lora_rank",
-    "lora_alpha",
-    "seed",
+# Options of a run that its ranking does not decide. A file from elsewhere must not be able to
+# switch on `trust_remote_code`.
+OF_THE_RUN = ("trust_remote_code", "dtype", "gradient_checkpointing", "report_to", "save_steps")
+TAKEN_FROM_RANKING = tuple(
+    option.name
+    for part in (ModelOptions, DataOptions, TrainingOptions)
+    for option in fields(part)
+    if option.name not in OF_THE_RUN
 )
 ALSO_TAKEN = {  # `verify` and `prune` open the ranked update again
     "train": ("steps",),
     "verify": ("dtype", "adapter", "tuned"),
     "prune": ("dtype", "adapter", "tuned"),
 }
-FLAT = Parameter(name="*")  # shows the fields of an options class as flags of their own
-
-
-def flat(title: str) -> Parameter:
-    """Show the fields of an options class as flags of their own, together under `title`."""
-    return Parameter(name="*", group=Group(title, sort_key=GROUPS.index(title)))
-
-
-def flat_values(options: Any, without: Collection[str] = ()) -> dict[str, Any]:
-    """The options of a command by the names of their flags, for the record.
-
-    Args:
-        options: An instance of the command's own options class.
-        without: Names of fields to leave out.
-    """
-    from keylayers.commands.scoring_flags import ScoringFlags  # slow, for `keylayers --help`
-
-    found: dict[str, Any] = {}
-    for name, part in vars(options).items():
-        if name not in without:
-            found |= part.scoring().flat() if isinstance(part, ScoringFlags) else asdict(part)
-    return found
 
 
 def taken_from_ranking(command: str) -> tuple[str, ...]:
     """The options of a command that default to those of the ranking's own run."""
-    also = ALSO_TAKEN.get(command)
-    return () if also is None else (*TAKEN_FROM_RANKING, *also)
+    return (*TAKEN_FROM_RANKING, *ALSO_TAKEN[command]) if command in ALSO_TAKEN else ()
 
 
 def from_config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Fill what no flag gives from the YAML file of `--config`.
-
-    Raises:
-        ConfigError: there is no such file, or it is not a mapping of this sub-command's options.
-    """
+    """Fill what no flag gives from the YAML file of `--config`."""
     path = _given(arguments, "config")
     if path is None:
         return
@@ -142,7 +82,7 @@ def from_ranking_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
 
 
 def refuse_grpo(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Raise a ConfigError for `--objective grpo`, which is for Python: it needs rewards."""
+    """Say that `--objective grpo` is for Python, because it needs rewards."""
     if _given(arguments, "objective") == "grpo":
         raise ConfigError(
             "`objective` must be sft, dpo, kto, orpo or reward on the command line, got grpo, "
@@ -162,21 +102,13 @@ def _update_of(path: Path, made_by: "MadeBy", arguments: ArgumentCollection) -> 
     return {option: str(folder / name)} if is_there else {}
 
 
-def read_yaml(path: Path, name: str) -> dict[str, Any]:
-    """The mapping that a YAML file holds; empty for an empty file.
-
-    Args:
-        path: The file.
-        name: The option that names the file, for error messages.
-
-    Raises:
-        ConfigError: the file cannot be read, or holds something else.
-    """
+def read_yaml(path: Path, option: str) -> dict[str, Any]:
+    """The mapping that the YAML file of an option holds; empty for an empty file."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"`{name}` must be a YAML file, but {str(path)!r} cannot be read: {error.strerror}"
+            f"`{option}` must be a YAML file, but {str(path)!r} cannot be read: {error.strerror}"
         ) from error
     except ValueError as error:
         reason = " ".join(str(error).split())
@@ -241,17 +173,6 @@ class FromRanking:
             for entry in panel.entries
         ]
         DefaultFormatter()(console, options, panel.copy(entries=entries))
-
-
-def flag_words(name: str, value: Any) -> list[str]:
-    """An option in the words of a command line."""
-    flag = "--" + name.replace("_", "-")
-    if isinstance(value, bool):
-        return [flag if value else f"--no-{flag[2:]}"]
-    parts = value if isinstance(value, (list, tuple)) else [value]
-    if any(str(part).startswith("-") for part in parts):  # or it could pass for another flag
-        return [f"{flag}={part}" for part in parts]
-    return [flag, *map(str, parts)] if parts else []
 
 
 def _shown_default(default: str | None) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -73,6 +73,13 @@ def print_json(content: Any) -> None:
     """Print JSON for machines on stdout."""
     json.dump(content, sys.stdout, indent=2, ensure_ascii=False)
     sys.stdout.write("\n")
+
+
+def print_result(report: RenderableType, where: str) -> None:
+    """Print what a run found, and where its files are."""
+    console = stdout()
+    console.print(report)
+    console.print(f"\n{where}", markup=False)
 
 
 def stdout() -> Console:

@@ -38,9 +38,10 @@ def demo(
         files_only: Only write the built-in model (`model`) and the three data sets, for any other
             command or a study.
     """
-    from keylayers.commands import rank, train
     from keylayers.commands.console import ConsoleProgress, stdout
-    from keylayers.commands.selection import SelectionOptions
+    from keylayers.commands.options import RankOptions, SelectionOptions, TrainOptions
+    from keylayers.commands.run_rank import run_rank
+    from keylayers.commands.run_train import run_train
     from keylayers.data.options import DataOptions
     from keylayers.demo.files import BASE, write_data, write_files
     from keylayers.demo.world import STYLES
@@ -66,19 +67,15 @@ def demo(
     rankings = {}
     for style in STYLES:
         progress.note(f"--- {style} answers ---")
-        options = rank.RankOptions(
-            model=model, data=data[style], training=training, stability=stability
-        )
-        rankings[style] = rank.run(options, output / style, progress)
+        options = RankOptions(model=model, data=data[style], training=training, stability=stability)
+        rankings[style] = run_rank(options, output / style, progress, output / style)
     first = STYLES[0]
     progress.note(f"--- training on {first} answers ---")
     selection = SelectionOptions(
         ranking=str(output / first), budget=str(BUDGET), steps=max_steps, controls=("all", "random")
     )
-    wanted = train.TrainOptions(
-        selection=selection, model=model, data=data[first], training=training
-    )
-    trained = train.run(wanted, output / f"{first}-best", progress)
+    wanted = TrainOptions(selection=selection, model=model, data=data[first], training=training)
+    trained = run_train(wanted, output / f"{first}-best", progress)
     for style, ranking in rankings.items():
         losses = next(line for line in provenance_lines(ranking) if line.startswith("held out"))
         console.print(f"\n[bold]{style} answers[/bold]: ranks, 1 is the most important; {losses}")

@@ -6,7 +6,8 @@ from typing import Annotated
 
 from cyclopts import App
 
-from keylayers.commands.config import flat
+from keylayers.commands.console import ConsoleProgress, print_result
+from keylayers.commands.options import Model, flat
 from keylayers.evaluation.options import (
     BenchmarkOptions,
     ComparedOptions,
@@ -14,7 +15,6 @@ from keylayers.evaluation.options import (
     EvalRunOptions,
     LossOptions,
 )
-from keylayers.model.options import ModelOptions
 
 EXAMPLES = """Examples:
 
@@ -32,7 +32,7 @@ app = App(help_epilogue=EXAMPLES, help_format="markdown")
 @app.default
 def eval(
     *,
-    model: Annotated[ModelOptions, flat("Model")],
+    model: Model,
     compared: Annotated[ComparedOptions, flat("Compared")] = ComparedOptions(),
     benchmarks: Annotated[BenchmarkOptions, flat("Benchmarks")] = BenchmarkOptions(),
     losses: Annotated[LossOptions, flat("Gain and forgetting")] = LossOptions(),
@@ -50,12 +50,9 @@ def eval(
         output: Folder of the evaluation.
         config: YAML file with any of these options. Flags take precedence.
     """
-    from keylayers.commands.console import ConsoleProgress, stdout
     from keylayers.evaluation.run import evaluate
     from keylayers.report.evaluation import evaluation_report
 
     options = EvalOptions(model, compared, benchmarks, losses, run)
     found = evaluate(options, output, ConsoleProgress())
-    console = stdout()
-    console.print(evaluation_report(found))
-    console.print(f"\nwritten to {output}", markup=False)
+    print_result(evaluation_report(found), f"written to {output}")

@@ -45,11 +45,11 @@ def export(
         output: Folder of the files.
     """
     from keylayers.commands.console import stdout
-    from keylayers.commands.selection import BudgetOptions, budget_of
+    from keylayers.commands.options import BudgetOptions
     from keylayers.export import export_selection
     from keylayers.ranking.ranking import Ranking
 
     loaded = Ranking.load(ranking)
-    wanted = BudgetOptions(ranking=str(ranking), budget=budget, freeze=freeze)
-    for path in export_selection(loaded, budget_of(wanted, loaded), to, output, kind=update):
+    wanted = BudgetOptions(ranking=str(ranking), budget=budget, freeze=freeze).budget_for(loaded)
+    for path in export_selection(loaded, wanted, to, output, kind=update):
         stdout().print(f"{path} written", markup=False)

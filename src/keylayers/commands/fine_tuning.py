@@ -11,8 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
 from keylayers.apply.trainable import prove_trainable, train_only
-from keylayers.commands.session import Session
-from keylayers.evaluation.loss import held_out_loss
+from keylayers.commands.session import Session, loss_of
 from keylayers.files import json_sha256
 from keylayers.model.loading import Checkpoint
 from keylayers.model.sharding import check_can_freeze_inside
@@ -128,12 +127,12 @@ class FineTuning:
     ) -> Trained:
         """Fine-tune exactly `names`, or the part of them that `callback` leaves trainable."""
         trainer = self.trainer(names, label.replace(" ", "-"))
-        model, examples = trainer.model, prepared_examples(trainer)
+        model = trainer.model
         if callback is not None:
             check_can_freeze_inside(trainer)  # before the base model is measured
-            callback.mask_dataset = examples.get("mask")
+            callback.mask_dataset = prepared_examples(trainer).get("mask")
         # A LoRA update is zero at first, so this is the loss of the base model.
-        base_loss = held_out_loss(trainer, examples["held_out"]) if measure_base else float("nan")
+        base_loss = loss_of(trainer) if measure_base else float("nan")
         if callback is not None:
             trainer.add_callback(callback)
         inputs = self.inputs_sha256(names, callback)
@@ -147,7 +146,7 @@ class FineTuning:
             label=label,
             num_modules=len(names),
             num_trained_parameters=_num_trained(model),
-            held_out_loss_nats=held_out_loss(trainer, examples["held_out"]),
+            held_out_loss_nats=loss_of(trainer),
             num_steps=result.num_steps,
         )
         return Trained(row, model, result, base_loss)

@@ -1,34 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`keylayers prune`: cut an existing update to the modules that a ranking and a budget select."""
+"""`keylayers prune`."""
 
-import math
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import App
 
-from keylayers.commands.config import FLAT, FromRanking, flat, flat_values
-from keylayers.commands.selection import BudgetOptions, budget_of, note_ties
-from keylayers.data.options import DataOptions
-from keylayers.errors import GuardError, OutputError
-from keylayers.model.options import ModelOptions, UpdateOptions
-from keylayers.progress import Progress, Silent
-from keylayers.training.options import LOSS_UNITS, ObjectiveOptions
+from keylayers.commands.config import FromRanking
+from keylayers.commands.console import ConsoleProgress, print_result
+from keylayers.commands.options import FLAT, PruneOptions
+from keylayers.commands.push import PushOptions
 
-if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
-
-    from peft import PeftModel
-    from transformers import PreTrainedModel, Trainer
-
-    from keylayers.commands.session import Session
-    from keylayers.ranking.ranking import Ranking
-    from keylayers.ranking.record import Pruned, Size
-    from keylayers.ranking.selection import Selection
-    from keylayers.updates.existing import TunedModel
-
-EVAL_BATCH_SIZE = 8
 EXAMPLES = """Examples:
 
 ```
@@ -37,18 +19,6 @@ keylayers prune --ranking r.json --adapter my-adapter --freeze 0.25 --output sma
 keylayers prune --ranking r.json --model base --tuned instruct --budget auto --data chats.jsonl
 ```
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruneOptions:
-    """All options of a pruning."""
-
-    selection: Annotated[BudgetOptions, flat("Selection")]
-    model: Annotated[ModelOptions, flat("Model")]
-    data: Annotated[DataOptions, flat("Data")]
-    update: Annotated[UpdateOptions, flat("An update that exists already")] = UpdateOptions()
-    objective: Annotated[ObjectiveOptions, flat("Objective")] = ObjectiveOptions()
-
 
 app = App(
     help_epilogue=EXAMPLES,
@@ -63,8 +33,7 @@ def prune(
     *,
     options: Annotated[PruneOptions, FLAT],
     output: Path = Path("pruned"),
-    push_to_hub: str | None = None,
-    private: bool = False,
+    hub: Annotated[PushOptions, FLAT] = PushOptions(),
     config: Path | None = None,
 ) -> None:
     """Cut an adapter, or a tuned checkpoint, to the modules that a ranking and a budget select.
@@ -75,215 +44,12 @@ def prune(
 
     Args:
         output: Folder of the adapter or checkpoint.
-        push_to_hub: Upload the folder with model card and record to this repository of the hub, for
-            example me/my-adapter.
-        private: Make that repository private, if it is new.
         config: YAML file with any of these options. Flags take precedence.
     """
-    from keylayers.commands.console import ConsoleProgress, stdout
-    from keylayers.commands.push import prepare_push, push
+    from keylayers.commands.run_prune import run_prune
     from keylayers.report.prune import pruning_report
 
-    prepare_push(push_to_hub, private)
-    found = run(options, output, ConsoleProgress())
-    console = stdout()
-    console.print(pruning_report(found.model_dump()))
-    console.print(f"\n{found.kind} written to {output}", markup=False)
-    push(output, push_to_hub)
-
-
-def run(options: PruneOptions, output: Path, progress: Progress | None = None) -> "Pruned":
-    """Write an adapter or a tuned checkpoint with only the selected modules, and prove it.
-
-    An error leaves nothing behind.
-    """
-    from keylayers.commands.repeat import how_it_was_made
-    from keylayers.commands.session import Session
-    from keylayers.files import (
-        CARD,
-        RECORD,
-        check_replaceable,
-        json_sha256,
-        output_folder,
-        replaced_folder,
-        unfinished,
-        write_json,
-        write_text,
-    )
-    from keylayers.ranking.ranking import Ranking
-    from keylayers.ranking.record import Pruned
-    from keylayers.report.model_card import model_card
-    from keylayers.updates.adapter import tuner_layers
-
-    progress = progress or Silent()
-    ranking = Ranking.load(options.selection.ranking)
-    selection = ranking.select(budget_of(options.selection, ranking))
-    check_replaceable(output)
-    _check_apart(options, output)
-    if len(selection.modules) == selection.num_candidates:
-        progress.note("the budget keeps every module, so nothing is pruned")
-    note_ties(selection, progress)
-    with output_folder(output), unfinished(output):
-        objective = options.objective.objective
-        session = Session(options.model, options.data, objective, progress, ranking=ranking)
-        tuned = session.open_update(options.update, ranking)
-        full_loss, masked_loss = _full_and_masked_loss(session, options, tuned, ranking, selection)
-        made = flat_values(options)
-        record = session.record | {"options": made, "loss_unit": LOSS_UNITS[objective]}
-        record |= tuned.record
-        pruned = [m.name for m in ranking.modules if m.name not in selection.names]
-        kept = tuner_layers(tuned.model).keys() - set(pruned)
-        with replaced_folder(output) as folder:
-            sizes = _write(session, options, tuned.model, selection, pruned, folder)
-            del tuned  # frees the memory of its model
-            title = "held-out loss of the base and the pruned model"
-            with session.progress.stage(title, 2) as on_step:
-                if options.update.adapter is None:
-                    base_loss, loss = _checkpoint_losses(session, options, folder)
-                else:
-                    base_loss, loss = _adapter_losses(session, options, kept, masked_loss, folder)
-                on_step(2, loss)
-            found = Pruned(
-                kind="checkpoint" if options.update.adapter is None else "adapter",
-                modules=selection.names,
-                full=sizes[0],
-                pruned=sizes[1],
-                base_loss_nats=base_loss,
-                full_loss_nats=full_loss,
-                pruned_loss_nats=loss,
-                num_held_out=len(session.data.held_out),
-                loss_unit=LOSS_UNITS[objective],
-            )
-            record |= {
-                "selection": selection.record(),
-                "ranking_sha256": json_sha256(ranking.to_json()),
-                "result": found.model_dump(),
-            }
-            card = model_card(record, ranking, how_it_was_made("prune", made, ranking))
-            write_text(folder / CARD, card)
-            write_json(folder / RECORD, record)
-    return found
-
-
-def _full_and_masked_loss(
-    session: "Session",
-    options: PruneOptions,
-    tuned: "TunedModel",
-    ranking: "Ranking",
-    selection: "Selection",
-) -> tuple[float, float]:
-    """Held-out losses with the whole update, and with the gates of the pruned modules closed."""
-    from keylayers.evaluation.mask_curve import subset_losses
-    from keylayers.training.objectives import prepared_examples
-
-    trainer = session.loss_trainer(tuned.model, options.objective, EVAL_BATCH_SIZE)
-    subsets = [[module.name for module in ranking.modules], selection.names]
-    held_out = prepared_examples(trainer)["held_out"]
-    with session.progress.stage("held-out loss of the full and the masked update", 2) as on_step:
-        full, masked = subset_losses(trainer, tuned.updates, subsets, held_out, on_step)
-    return full.mean, masked.mean
-
-
-def _write(
-    session: "Session",
-    options: PruneOptions,
-    model: "PreTrainedModel | PeftModel",
-    selection: "Selection",
-    pruned: "Sequence[str]",
-    folder: Path,
-) -> "list[Size]":
-    """Write the update without the modules `pruned` to `folder`; its sizes before and after."""
-    from peft import PeftModel
-
-    from keylayers.apply.prune import WEIGHTS, num_parameters, prune_adapter, prune_checkpoint
-    from keylayers.ranking.record import Size
-
-    if isinstance(model, PeftModel):
-        source = prune_adapter(str(options.update.adapter), folder, model, pruned)
-        weights = (source / WEIGHTS, folder / WEIGHTS)
-        parameters = [num_parameters(file) for file in weights]
-        num_bytes = [file.stat().st_size for file in weights]
-    else:
-        tuned, restored = prune_checkpoint(str(options.update.tuned), options.model, folder, pruned)
-        session.progress.note(f"wrote {len(tuned)} tensors, {len(restored)} of them from the base")
-        parameters = [selection.num_candidate_parameters, selection.num_parameters]
-        num_bytes = [sum(path.stat().st_size for path in set(tuned.files.values()))] * 2
-    counts = (selection.num_candidates, len(selection.modules))
-    return [
-        Size(num_modules=count, num_parameters=numbers, num_bytes=size)
-        for count, numbers, size in zip(counts, parameters, num_bytes, strict=True)
-    ]
-
-
-def _adapter_losses(
-    session: "Session",
-    options: PruneOptions,
-    kept: "Collection[str]",
-    masked_loss: float,
-    folder: Path,
-) -> tuple[float, float]:
-    """Losses of the base and of the adapter in `folder`, as plain PEFT loads it.
-
-    Proves that PEFT puts it on exactly the modules `kept`, and that it computes what the full one
-    does with the other gates closed.
-    """
-    import torch
-
-    from keylayers.model.loading import load_adapter
-    from keylayers.updates.adapter import tuner_layers
-
-    model = load_adapter(session.load(), str(folder))
-    odd = sorted(tuner_layers(model).keys() ^ set(kept))
-    if odd:
-        raise GuardError(
-            f"PEFT must put the pruned adapter on exactly the kept modules, but {len(odd)} "
-            f"differ, first {odd[0]}"
-        )
-    trainer = session.loss_trainer(model, options.objective, EVAL_BATCH_SIZE)
-    with model.disable_adapter():
-        base_loss = _held_out_loss(trainer)
-    loss = _held_out_loss(trainer)
-    tolerance = 1e-5 if model.dtype in (torch.float32, torch.float64) else 1e-3
-    if not math.isclose(loss, masked_loss, rel_tol=tolerance, abs_tol=tolerance):
-        raise GuardError(
-            f"the pruned adapter must compute what the full one does with the updates of the "
-            f"pruned modules off, but its held-out loss is {loss} instead of {masked_loss}"
-        )
-    return base_loss, loss
-
-
-def _checkpoint_losses(
-    session: "Session", options: PruneOptions, folder: Path
-) -> tuple[float, float]:
-    """Losses of the base and of the checkpoint in `folder`; only one is in memory at a time."""
-    from keylayers.model.loading import load_model
-
-    pruned = replace(session.source, model=str(folder), revision=None)
-    base_loss, loss = (
-        _held_out_loss(
-            session.loss_trainer(
-                load_model(source, session.objective), options.objective, EVAL_BATCH_SIZE
-            )
-        )
-        for source in (session.source, pruned)
-    )
-    return base_loss, loss
-
-
-def _held_out_loss(trainer: "Trainer") -> float:
-    from keylayers.evaluation.loss import held_out_loss
-    from keylayers.training.objectives import prepared_examples
-
-    return held_out_loss(trainer, prepared_examples(trainer)["held_out"])
-
-
-def _check_apart(options: PruneOptions, output: Path) -> None:
-    """Refuse an output that would replace what is read."""
-    for name, value in flat_values(options).items():
-        is_read = name in ("ranking", "adapter", "tuned", "model", "data") and value is not None
-        path = Path(str(value)).resolve()
-        if is_read and path.exists() and output.resolve() in (path, *path.parents):
-            raise OutputError(
-                f"the output must lie apart from what is read, but `{name}` {value!r} is in "
-                f"{str(output)!r}; choose another folder"
-            )
+    hub.prepare()
+    found = run_prune(options, output, ConsoleProgress())
+    print_result(pruning_report(found.model_dump()), f"{found.kind} written to {output}")
+    hub.push(output)

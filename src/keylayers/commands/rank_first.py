@@ -2,60 +2,52 @@
 """`keylayers train --rank-first`: train, rank and freeze in one run, the paper's algorithm."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from keylayers.commands.fine_tuning import Trained
-from keylayers.commands.selection import Control, SelectionOptions
-from keylayers.commands.train_job import TrainJob, base_row, compare, finished, save
-from keylayers.files import json_sha256
-from keylayers.ranking.ranking import FILE, Ranking
+from keylayers.commands.options import Control, SelectionOptions, TrainOptions
+from keylayers.commands.run_train import TrainJob, base_row, open_job
+from keylayers.progress import Progress
+from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import TrainedSet
 from keylayers.scores.scoring_options import ScoringOptions, scoring_options
 from keylayers.training.freeze import FreezeUnimportant
 from keylayers.training.options import FreezeAction, StabilityOptions
 
 
-@dataclass(frozen=True)
-class RankFirst:
-    """What decides a run with `rank_first`, apart from how it trains."""
-
-    selection: SelectionOptions
-    stability: StabilityOptions
-    scoring: ScoringOptions
-
-
-def train_and_freeze(job: TrainJob, options: RankFirst) -> list[TrainedSet]:
+def run_rank_first(options: TrainOptions, output: Path, progress: Progress) -> list[TrainedSet]:
     """Fine-tune all modules, freeze the lowest-ranked when the loss is stable, and continue.
 
-    Args:
-        job: Its output gets the adapter, its record and ranking.json.
-        options: When and what to freeze.
-
-    Returns:
-        Held-out losses: of the base model, the run, and the controls.
+    The output gets the adapter, its record and ranking.json. The rows are those of the base model,
+    the run, and the controls; resuming is as for `run_train`.
     """
-    callback = _callback(job, options, options.stability, options.scoring)
-    inputs = job.sets.inputs_sha256(job.session.names, callback)
-    record = finished(job, inputs, None) or _train(job, options, callback, inputs)
-    step = record["frozen"]["at_step"]
-    controls: dict[str, Callable[[], Trained]] = {}
-    for control in options.selection.controls:
-        label = _label(control, options.selection.action, step)
-        controls[label] = partial(_control, job, options, control, step)
-    return compare(job, record, Ranking.load(job.output), controls)
+    wanted = options.selection
+    with open_job(options, output, progress) as job:
+        callback = _callback(job, wanted, options.stability, options.scoring.scoring())
+        inputs = job.sets.inputs_sha256(job.session.names, callback)
+        record = job.finished(inputs, None)
+        if record is None:
+            trained = job.sets.train(job.session.names, "selected", callback, measure_base=True)
+            record = _save(job, trained, callback, inputs)
+        step = record["frozen"]["at_step"]
+        controls: dict[str, Callable[[], Trained]] = {}
+        for control in wanted.controls:
+            controls[_label(control, wanted.action, step)] = partial(
+                _control, job, wanted, control, step
+            )
+        return job.compare(record, Ranking.load(output), controls)
 
 
-def _train(
-    job: TrainJob, options: RankFirst, callback: FreezeUnimportant, inputs: str
+def _save(
+    job: TrainJob, trained: Trained, callback: FreezeUnimportant, inputs_sha256: str
 ) -> dict[str, Any]:
-    """Train with the callback and write the result; its record, which is written too."""
-    trained = job.sets.train(job.session.names, "selected", callback, measure_base=True)
+    """Write the result with the ranking that was made inside the run; its record."""
     assert callback.ranking is not None
     assert callback.selection is not None
     assert callback.frozen_at_step is not None
-    label = _label("selected", callback.action, callback.frozen_at_step)
     frozen = {
         "at_step": callback.frozen_at_step,
         "reason": callback.reason,
@@ -64,43 +56,39 @@ def _train(
     provenance = {
         **callback.ranking.provenance,
         **{name: job.record[name] for name in ("environment", "model", "data", "options")},
-        "inside_run": frozen | {"num_steps": options.selection.steps},
+        "inside_run": frozen | {"num_steps": job.sets.num_steps},
     }
-    ranking = replace(callback.ranking, provenance=provenance)
-    rows = [base_row(trained.base_loss_nats), trained.row.model_copy(update={"label": label})]
-    record = job.record | {
-        "inputs_sha256": inputs,
+    label = _label("selected", callback.action, callback.frozen_at_step)
+    rows = [base_row(trained), trained.row.model_copy(update={"label": label})]
+    record = {
+        "inputs_sha256": inputs_sha256,
         "selection": callback.selection.record(),
-        "ranking_sha256": json_sha256(ranking.to_json()),
         "frozen": frozen | {"modules": list(callback.frozen)},
-        "losses": list(trained.result.losses),
-        "seconds": trained.result.seconds,
         "results": [row.model_dump() for row in rows],
     }
-    save(job, trained.model, record, ranking, {FILE: ranking.to_json()})
-    return record
+    return job.save(trained, replace(callback.ranking, provenance=provenance), record)
 
 
-def _control(job: TrainJob, options: RankFirst, control: Control, step: int) -> Trained:
+def _control(job: TrainJob, wanted: SelectionOptions, control: Control, step: int) -> Trained:
     """A run without a freeze, or with a freeze of other modules after the same step."""
     if control == "all":
         return job.sets.train(job.session.names, "all")
     at_step = StabilityOptions(max_steps=step, epsilon=0.0)
-    callback = _callback(job, options, at_step, scoring_options(control))  # looks at no data
+    callback = _callback(job, wanted, at_step, scoring_options(control))  # looks at no data
     trained = job.sets.train(job.session.names, control, callback)
-    label = _label(control, callback.action, step)
+    label = _label(control, wanted.action, step)
     return replace(trained, row=trained.row.model_copy(update={"label": label}))
 
 
 def _callback(
-    job: TrainJob, options: RankFirst, stability: StabilityOptions, scoring: ScoringOptions
+    job: TrainJob, wanted: SelectionOptions, stability: StabilityOptions, scoring: ScoringOptions
 ) -> FreezeUnimportant:
     return FreezeUnimportant(
-        options.selection.resolved_freeze,
-        action=options.selection.action,
+        wanted.resolved_freeze,
+        action=wanted.action,
         **asdict(stability),
         method=scoring,
-        progress=job.progress,
+        progress=job.session.progress,
     )
 
 

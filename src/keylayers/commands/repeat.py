@@ -3,14 +3,16 @@
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
-from importlib import import_module
-from typing import Any, Literal, get_type_hints
+from dataclasses import MISSING
+from typing import Any, Literal
 
-from keylayers.commands.config import flag_words, taken_from_ranking
+from keylayers.commands.config import taken_from_ranking
+from keylayers.commands.options import PruneOptions, RankOptions, TrainOptions, option_fields
 from keylayers.ranking.ranking import Ranking
+from keylayers.report.model_card import model_card
 
 Command = Literal["rank", "train", "prune"]
+OPTIONS: dict[Command, type] = {"rank": RankOptions, "train": TrainOptions, "prune": PruneOptions}
 
 
 def command_line(
@@ -18,32 +20,29 @@ def command_line(
 ) -> str:
     """`keylayers ...` in the words of a shell, with every flag that the run needs.
 
-    Options at their default are left out, unless the ranking would set another value, and so are
-    options that the ranking sets to the same value.
-
-    Args:
-        command: Which sub-command.
-        options: By field name, as a record holds them.
-        ranked_with: The options that the ranking records, if they are known.
+    Options at their default are left out, unless the ranking (made `ranked_with` those options)
+    would set another value, and so are options that the ranking sets to the same value.
     """
     taken = taken_from_ranking(command) if options.get("ranking") is not None else ()
-    # Imported by name: the commands write model cards, which need this file.
-    file = import_module(f"keylayers.commands.{command}")
     words = ["keylayers", command]
-    for part in get_type_hints(getattr(file, f"{command.title()}Options")).values():
-        for option in fields(part):
-            name, value = option.name, options.get(option.name)
-            default = (ranked_with or {}).get(name, MISSING) if name in taken else option.default
-            if value is not None and not _is_same(value, default):
-                words += flag_words(name, value)
+    for name, option in option_fields(OPTIONS[command]).items():
+        value = options.get(name)
+        default = (ranked_with or {}).get(name, MISSING) if name in taken else option.default
+        value, default = (list(v) if isinstance(v, tuple) else v for v in (value, default))
+        if value is not None and value != default:
+            words += flag_words(name, value)
     return shlex.join(words)
 
 
-def _is_same(value: Any, default: Any) -> bool:
-    """Whether a value from JSON, which has lists for tuples, is the default."""
-    if isinstance(default, tuple):
-        return list(value) == list(default)
-    return default is not MISSING and bool(value == default)
+def flag_words(name: str, value: Any) -> list[str]:
+    """An option in the words of a command line."""
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    if any(str(part).startswith("-") for part in parts):  # or it could pass for another flag
+        return [f"{flag}={part}" for part in parts]
+    return [flag, *map(str, parts)] if parts else []
 
 
 def how_to_repeat(ranking: Ranking) -> str:
@@ -73,3 +72,8 @@ def how_it_was_made(command: Command, options: Mapping[str, Any], ranking: Ranki
         return command_line(command, options)
     own = command_line(command, options, ranking.made_by.options.given)
     return f"{how_to_repeat(ranking)}\n{own}"
+
+
+def card_of(command: Command, record: Mapping[str, Any], ranking: Ranking | None) -> str:
+    """The model card of a result, with the commands that lead to it."""
+    return model_card(record, ranking, how_it_was_made(command, record["options"], ranking))

@@ -12,6 +12,7 @@ from keylayers.data.options import DataOptions
 from keylayers.data.prepare import PreparedData, prepare
 from keylayers.environment import environment
 from keylayers.errors import RankingError
+from keylayers.evaluation.loss import held_out_loss
 from keylayers.model.loading import describe, load_model, load_tokenizer, max_positions
 from keylayers.model.modules import map_modules, outside_module
 from keylayers.model.options import ModelOptions, Objective, UpdateOptions
@@ -19,7 +20,8 @@ from keylayers.model.weights import weights_sha256
 from keylayers.progress import Progress
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import MadeBy
-from keylayers.ranking.selection import check_same_modules
+from keylayers.ranking.selection import Selection, check_same_modules
+from keylayers.training.objectives import prepared_examples
 from keylayers.training.options import ObjectiveOptions, TrainingOptions
 from keylayers.training.run import make_trainer
 from keylayers.updates.existing import TunedModel, existing_update
@@ -53,17 +55,8 @@ class Session:
     ) -> None:
         """Open model, tokenizer and data, and check them before any long work.
 
-        Args:
-            model: Which model.
-            data: Which data.
-            objective: What the model is trained or measured for.
-            progress: Gets notes about the data, and about what differs from the ranking's own run.
-            ranking: Must be of the model's modules.
-            is_full: The weights themselves are trained, which needs their float32 values.
-
-        Raises:
-            RankingError: the ranking is of other modules.
-            KeylayersError: a bad model or data set.
+        A ranking must be of the model's modules; `progress` gets a note of what else differs from
+        its own run. With `is_full` the weights themselves are trained, which needs float32.
         """
         self.source = replace(model, dtype="float32") if is_full else model
         self.objective = objective
@@ -97,12 +90,7 @@ class Session:
         return model or self.load()
 
     def open_update(self, options: UpdateOptions, ranking: Ranking) -> TunedModel:
-        """The model with the update that was ranked.
-
-        Raises:
-            RankingError: there is no update to open, or it is not of the ranked modules.
-            ModelError: a bad adapter or checkpoint.
-        """
+        """The model with the update that was ranked."""
         made_by = ranking.made_by
         if made_by.data.split_sha256 not in (None, self.record["data"]["split_sha256"]):
             self.progress.note(
@@ -124,12 +112,9 @@ class Session:
     def loss_trainer(
         self, model: PreTrainedModel | PeftModel, objective: ObjectiveOptions, batch_size: int
     ) -> Trainer:
-        """A trainer that measures losses and never trains.
+        """A trainer that measures losses of `model` and never trains.
 
-        Args:
-            model: Whose losses are measured.
-            objective: Which loss.
-            batch_size: Examples per batch, at most; fewer if there are few held-out examples.
+        A batch has `batch_size` examples at most, and fewer if there are few held-out examples.
         """
         if objective.objective != "kto":  # its loss compares the answers of a batch
             batch_size = max(1, min(batch_size, len(self.data.held_out) // ENOUGH_BATCHES))
@@ -161,6 +146,20 @@ class Session:
                 f"the ranking was made for objective {made_by.options.objective}, not for "
                 f"{self.objective}"
             )
+
+
+def loss_of(trainer: Trainer) -> float:
+    """The held-out loss of the model that a trainer measures."""
+    return held_out_loss(trainer, prepared_examples(trainer)["held_out"])
+
+
+def note_ties(selection: Selection, progress: Progress) -> None:
+    """Say how many modules were left out by their place in the model alone."""
+    if selection.num_tied_out:
+        progress.note(
+            f"{selection.num_tied_out} modules left out have the same score as the last one taken; "
+            f"ties go by the model's order"
+        )
 
 
 def _sizes(model: PreTrainedModel, ranking: Ranking) -> dict[str, int]:

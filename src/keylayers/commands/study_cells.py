@@ -15,7 +15,7 @@ from typing import Any
 from cyclopts import App
 
 from keylayers.cli import app as keylayers
-from keylayers.commands.config import flag_words
+from keylayers.commands.repeat import flag_words
 from keylayers.commands.study_grid import Study
 from keylayers.environment import environment
 from keylayers.errors import ConfigError, did_you_mean

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the commands that open a model: each field is a flag, a YAML key and a record's key.
+
+The options of a command are made of parts, which commands share and `--help` shows as groups. Needs
+no torch.
+"""
+
+from collections.abc import Collection
+from dataclasses import Field, asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+
+from cyclopts import Group, Parameter
+
+from keylayers.commands.scoring_flags import ScoringFlags
+from keylayers.data.options import DataOptions
+from keylayers.errors import ConfigError
+from keylayers.model.options import ModelOptions, UpdateOptions
+from keylayers.ranges import check_at_least
+from keylayers.ranking.budget import Auto, Budget, Freeze, parse_budget
+from keylayers.training.options import (
+    FreezeAction,
+    ObjectiveOptions,
+    StabilityOptions,
+    TrainingOptions,
+    check_kto_batch,
+)
+
+if TYPE_CHECKING:
+    from keylayers.ranking.ranking import Ranking
+
+Control = Literal["all", "random", "first", "last", "worst"]
+FLAT = Parameter(name="*")  # shows the fields of an options class as flags of their own
+
+
+def flat(title: str) -> Parameter:
+    """Show the fields of an options class as flags of their own, together under `title`."""
+    return Parameter(name="*", group=Group.create_ordered(title))
+
+
+def flat_values(options: Any, without: Collection[str] = ()) -> dict[str, Any]:
+    """The values of a command's options by the names of their flags; `without` names parts."""
+    found: dict[str, Any] = {}
+    for name, part in vars(options).items():
+        if name not in without:
+            found |= part.scoring().flat() if isinstance(part, ScoringFlags) else asdict(part)
+    return found
+
+
+def option_fields(options: type, without: Collection[str] = ()) -> dict[str, Field[Any]]:
+    """The fields of a command's options by the names of their flags; `without` names parts."""
+    parts = (part for name, part in get_type_hints(options).items() if name not in without)
+    return {option.name: option for part in parts for option in fields(part)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOptions:
+    """Which modules of a ranking are selected.
+
+    Attributes:
+        ranking: Ranking file, or the folder that holds ranking.json.
+        budget: How much to select. 0.3: 30 % of the modules. 17: 17 modules. 0.3x-params: modules
+            with 30 % of the parameters. 0.6x-time: modules chosen by score per cost, so that a
+            training step costs at most 60 % of a full one. auto: what `keylayers verify`
+            recommended. 12GiB, for `train` alone: as many of the best modules as a training step
+            can hold in this much memory.
+        freeze: Instead of a budget: select all but this share of the modules, for example 0.25.
+    """
+
+    ranking: str | None = None
+    budget: str | None = None
+    freeze: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.budget is not None:
+            parse_budget(self.budget)
+        if self.freeze is not None:
+            Freeze(self.freeze)
+
+    def check(self) -> None:
+        """Raise a ConfigError unless the options select one set of modules."""
+        if (self.budget is None) == (self.freeze is None):
+            given = "neither" if self.budget is None else "both"
+            raise ConfigError(
+                f"exactly one of `budget` (such as 0.3) and `freeze` (such as 0.25) must be given, "
+                f"got {given}"
+            )
+
+    def budget_for(self, ranking: "Ranking") -> Budget:
+        """The budget that is asked for; `auto` is what the ranking's verification recommends."""
+        self.check()
+        if self.freeze is not None:
+            return Freeze(self.freeze)
+        budget = parse_budget(self.budget or "")
+        if not isinstance(budget, Auto):
+            return budget
+        from keylayers.ranking.verification import auto_budget, verification_file
+
+        assert self.ranking is not None
+        return auto_budget(ranking, verification_file(self.ranking))
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptOptions(BudgetOptions):
+    """Which modules are kept."""
+
+    ranking: str = field()  # required; without `field()` it would inherit the default
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionOptions(BudgetOptions):
+    """Which modules are trained, and what they are compared with.
+
+    Attributes:
+        rank_first: Instead of a ranking: train all modules until the loss is stable, rank them,
+            stop training the lowest-ranked, and continue the same run. --freeze says how many stop;
+            the default is 0.25.
+        action: What happens to the lowest-ranked modules with --rank-first. freeze keeps what they
+            have learned, remove sets it to zero.
+        steps: Optimiser steps.
+        controls: Also train these sets in the same way and show their held-out loss. all: all
+            modules. random, first, last (in the network) or worst (in the ranking): as many modules
+            as are selected.
+    """
+
+    rank_first: bool = False
+    action: FreezeAction = "freeze"
+    steps: int = 300
+    controls: tuple[Control, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("steps", self.steps, 1)
+
+    def check(self) -> None:
+        """Raise a ConfigError unless the options select one set of modules."""
+        if (self.ranking is None) != self.rank_first:
+            given = "both" if self.rank_first else "neither"
+            raise ConfigError(
+                f"exactly one of `ranking` (a file) and `rank_first` (rank inside the run) must be "
+                f"given, got {given}"
+            )
+        if self.rank_first:
+            self._check_rank_first()
+            return
+        super().check()
+        if self.action != "freeze":
+            raise ConfigError(
+                f"`action` must be left out without `rank_first`, got {self.action}: modules that "
+                f"a ranking leaves out are never trained"
+            )
+
+    def _check_rank_first(self) -> None:
+        if self.budget is not None:
+            raise ConfigError(
+                f"`budget` must be left out with `rank_first`, got {self.budget}; give the share "
+                f"that is no longer trained as `freeze`, such as 0.25"
+            )
+        if self.steps < 2:
+            raise ConfigError(
+                f"`steps` must be at least 2 with `rank_first`, one before the ranking and one "
+                f"after it, got {self.steps}"
+            )
+        if "worst" in self.controls:
+            raise ConfigError(
+                "`controls` with `rank_first` must be of all, random, first and last, got worst; "
+                "train it on the ranking that this run writes"
+            )
+
+    @property
+    def resolved_freeze(self) -> float:
+        """The share that is no longer trained with `rank_first`; a quarter as in the paper."""
+        return 0.25 if self.freeze is None else self.freeze
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveOptions:
+    """How a ranking is verified.
+
+    Attributes:
+        points: Points on each mask curve, from no module to all modules.
+        random_orders: Number of random orders that serve as the control.
+        order_seed: Seed of the random orders.
+        leave_one_out: Also measure the leave-one-out order. It takes one forward pass per module
+            and batch, which is slow on large models.
+        margin: How much worse than all modules the recommended budget may be, as a share of the
+            reduction of the held-out loss by the fine-tune.
+        eval_batch_size: Largest number of held-out examples per batch.
+    """
+
+    points: int = 15
+    random_orders: int = 5
+    order_seed: int = 0
+    leave_one_out: bool = False
+    margin: float = 0.05
+    eval_batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        check_at_least("points", self.points, 2)
+        check_at_least("random_orders", self.random_orders, 1)
+        check_at_least("eval_batch_size", self.eval_batch_size, 1)
+        if not 0 <= self.margin < 1:
+            raise ConfigError(f"`margin` must be a share from 0 to below 1, got {self.margin}")
+
+
+# Titles of the groups in `--help`, in the order in which they are shown.
+Selection = Annotated[SelectionOptions, flat("Selection")]
+PruneSelection = Annotated[KeptOptions, flat("Selection")]
+Model = Annotated[ModelOptions, flat("Model")]
+Data = Annotated[DataOptions, flat("Data")]
+Update = Annotated[UpdateOptions, flat("An update that exists already")]
+Objective = Annotated[ObjectiveOptions, flat("Objective")]
+Training = Annotated[TrainingOptions, flat("Fine-tuning")]
+Stability = Annotated[StabilityOptions, flat("When stage 1 ends")]
+Scoring = Annotated[ScoringFlags, flat("Scoring")]
+Curve = Annotated[CurveOptions, flat("Measuring")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankOptions:
+    """All options of a ranking run."""
+
+    model: Model
+    data: Data
+    update: Update = UpdateOptions()
+    training: Training = TrainingOptions()
+    stability: Stability = StabilityOptions()
+    scoring: Scoring = ScoringFlags()
+
+    def __post_init__(self) -> None:
+        if self.has_stage_1:
+            self.training.check_weights(self.model)
+        elif self.update.tuned is not None and self.model.load_in_4bit:
+            raise ConfigError(
+                "`load_in_4bit` must be left out with `tuned`: the difference of two checkpoints "
+                "needs the base's own weights"
+            )
+
+    @property
+    def has_stage_1(self) -> bool:
+        """Whether the update is still to be made."""
+        return self.update == UpdateOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """All options of a training run; `stability` and `scoring` are for `rank_first`."""
+
+    selection: Selection = SelectionOptions()
+    model: Model
+    data: Data
+    training: Training = TrainingOptions()
+    stability: Stability = StabilityOptions()
+    scoring: Scoring = ScoringFlags()
+
+    def __post_init__(self) -> None:
+        self.selection.check()
+        self.training.check_weights(self.model)
+        if self.selection.rank_first:
+            if self.training.is_full:
+                raise ConfigError(
+                    "`update` must be an adapter with `rank_first`, got full: ranking needs the "
+                    "weights that a full fine-tune started from; make a ranking first with "
+                    "`keylayers rank`"
+                )
+            self.stability.cap_within(self.selection.steps)
+            return
+        for part in (self.stability, self.scoring):
+            for option in fields(part):
+                if getattr(part, option.name) != option.default:
+                    raise ConfigError(
+                        f"`{option.name}` must be left out without `rank_first`: the modules are "
+                        f"ranked already"
+                    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """All options of a verification."""
+
+    model: Model
+    data: Data
+    update: Update = UpdateOptions()
+    curve: Curve = CurveOptions()
+    objective: Objective = ObjectiveOptions()
+
+    def __post_init__(self) -> None:
+        check_kto_batch("eval_batch_size", self.curve.eval_batch_size, self.objective)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions:
+    """All options of a pruning."""
+
+    selection: PruneSelection
+    model: Model
+    data: Data
+    update: Update = UpdateOptions()
+    objective: Objective = ObjectiveOptions()

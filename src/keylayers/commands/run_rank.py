@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A ranking run: stage 1 fine-tunes all modules, stage 2 scores their updates."""
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+from keylayers.apply.saving import save_tuned
+from keylayers.commands.fine_tuning import FineTuning, Tuned, inputs_sha256
+from keylayers.commands.options import RankOptions, flat_values
+from keylayers.commands.repeat import card_of
+from keylayers.commands.session import Session, loss_of
+from keylayers.errors import RankingError
+from keylayers.files import (
+    RECORD,
+    STAGE_1_ADAPTER,
+    STAGE_1_CHECKPOINT,
+    check_replaceable,
+    output_folder,
+    remove_unfinished,
+    unfinished,
+)
+from keylayers.gates import gated, group_modules
+from keylayers.model.options import UpdateOptions
+from keylayers.model.sharding import is_sharded
+from keylayers.progress import Progress
+from keylayers.ranking.ranking import FILE, Ranking
+from keylayers.ranking.record import read_run
+from keylayers.scores.score_modules import score_modules
+from keylayers.training.options import LOSS_UNITS
+from keylayers.training.rank_modules import to_ranking
+from keylayers.updates import Update, adapter_updates
+from keylayers.updates.adalora import is_adalora
+from keylayers.updates.existing import TunedModel, existing_update
+
+
+def run_rank(options: RankOptions, output: Path, progress: Progress, stage_1_in: Path) -> Ranking:
+    """Run both stages, or stage 2 on an existing update, and write `output`/ranking.json.
+
+    The same call continues a run that was stopped in stage 1 from its last checkpoint; the result
+    is that of a run that was not stopped. An error leaves nothing behind. Stage 1's adapter or
+    checkpoint is written below `stage_1_in`.
+    """
+    start = time.perf_counter()
+    training, scoring = options.training, options.scoring.scoring()
+    with output_folder(output):
+        is_full = options.has_stage_1 and training.is_full
+        folder = stage_1_in / (STAGE_1_CHECKPOINT if training.is_full else STAGE_1_ADAPTER)
+        if options.has_stage_1:
+            check_replaceable(folder)
+        session = Session(
+            options.model, options.data, training.objective, progress, is_full=is_full
+        )
+        tuned = _find_update(session, options, folder)
+        trainer = session.scoring_trainer(tuned.model, training)
+        losses = _held_out_losses(trainer, tuned.updates)
+        modules = [update.module for update in tuned.updates]
+        num_gates = len(group_modules(modules, scoring.granularity))
+        num_steps = scoring.num_steps(num_gates)
+        with progress.stage("stage 2: scoring modules", num_steps) as on_step:
+            found = score_modules(trainer, tuned.updates, scoring, on_step)
+        provenance = {
+            **session.record,
+            "options": flat_values(options),
+            **tuned.record,
+            "loss_unit": LOSS_UNITS[training.objective],
+            "held_out_loss_nats": losses,
+            "seconds": {
+                "stage_1": tuned.record.get("stage_1", {}).get("seconds", 0.0),
+                "stage_2": found.seconds,
+                "total": time.perf_counter() - start,
+            },
+        }
+        ranking = to_ranking(tuned.updates, found, scoring, provenance)
+        ranking.save(output / FILE)
+    return ranking
+
+
+def _find_update(session: Session, options: RankOptions, folder: Path) -> TunedModel:
+    """The model with the update to rank: an existing one, or that of stage 1 in `folder`."""
+    towers, is_full = options.model.towers, options.training.is_full
+    if not options.has_stage_1:
+        return existing_update(session.fresh(), options.update, session.progress, towers)
+    tuned, stage_1 = _stage_1(session, options, folder)
+    if tuned is not None and not (is_full or is_adalora(tuned) or is_sharded(tuned)):
+        return TunedModel(tuned, adapter_updates(tuned), {"stage_1": stage_1})
+    del tuned  # frees its memory
+    # Load the update again: a full fine-tune changed the base, AdaLoRA's file lacks the ranks that
+    # it cut, and a trainer cannot be built on weights that are spread over processes.
+    where = UpdateOptions(tuned=str(folder)) if is_full else UpdateOptions(adapter=str(folder))
+    found = existing_update(session.fresh(), where, session.progress, towers)
+    if not is_full:
+        stage_1 |= {"adapter_sha256": found.record["adapter"]["weights_sha256"]}
+    return TunedModel(found.model, found.updates, {"stage_1": stage_1})
+
+
+def _stage_1(
+    session: Session, options: RankOptions, folder: Path
+) -> tuple[Tuned | None, dict[str, Any]]:
+    """Train all modules and write them to `folder`, unless a run of the same inputs has.
+
+    The tuned model, if it was trained, and the record of stage 1.
+    """
+    training = options.training
+    inputs = inputs_sha256(session, training, stability=asdict(options.stability))
+    with suppress(RankingError):
+        found = read_run(folder / RECORD)
+        if found.inputs_sha256 == inputs and found.stage_1 is not None:
+            remove_unfinished(folder)
+            session.progress.note(f"stage 1 of the same inputs is taken from {folder}")
+            return None, found.content["stage_1"]
+    with unfinished(folder) as before:
+        fine_tuning = FineTuning(session, training, options.stability.stage_1_cap, before)
+        tuned, stage_1 = fine_tuning.train_all(options.stability, inputs)
+        made = flat_values(options)
+        record = {"inputs_sha256": inputs, "options": made, "stage_1": stage_1}
+        card = card_of("rank", session.record | record, None)
+        save_tuned(tuned, session.tokenizer, folder, record, card)
+    return tuned, stage_1
+
+
+def _held_out_losses(trainer: Trainer, updates: Sequence[Update]) -> dict[str, float]:
+    """Held-out loss with all gates closed (the base model) and with all open (the tuned model)."""
+    losses = {}
+    for name, value in (("base", 0.0), ("tuned", 1.0)):
+        with gated(trainer.model, updates, initial_score=value, link="identity"):
+            losses[name] = loss_of(trainer)
+    return losses

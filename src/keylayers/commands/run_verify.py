@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A verification: the mask curve of a ranking, compared with random and reversed orders."""
+
+import random
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from transformers import Trainer
+
+from keylayers.commands.options import VerifyOptions, flat_values
+from keylayers.commands.session import Session
+from keylayers.evaluation.mask_curve import mask_curve
+from keylayers.files import json_sha256, output_folder
+from keylayers.progress import Progress
+from keylayers.ranking.curve import MaskCurve
+from keylayers.ranking.ranking import FILE, Ranking
+from keylayers.ranking.verification import Verification, verification_file
+from keylayers.scores.score_modules import score_modules
+from keylayers.scores.scoring_options import scoring_options
+from keylayers.training.objectives import prepared_examples
+from keylayers.training.options import LOSS_UNITS
+from keylayers.updates import Update
+
+NUM_LEAVE_ONE_OUT_EXAMPLES = 64
+
+
+def run_verify(
+    ranking: Path, options: VerifyOptions, progress: Progress, output: Path | None = None
+) -> Verification:
+    """Measure the mask curve of a ranking, and write verification.json.
+
+    With the options of the ranking's own run, which the command line takes over, neither stage 1
+    nor the scores saw the held-out examples. An error leaves nothing behind.
+    """
+    loaded = Ranking.load(ranking)
+    with nullcontext() if output is None else output_folder(output):
+        found = _verification(loaded, options, progress)
+        if output is not None:
+            loaded.save(output / FILE)
+        found.save(verification_file(output or ranking))
+    return found
+
+
+def _verification(ranking: Ranking, options: VerifyOptions, progress: Progress) -> Verification:
+    objective, wanted = options.objective, options.curve
+    session = Session(options.model, options.data, objective.objective, progress, ranking=ranking)
+    tuned = session.open_update(options.update, ranking)
+    trainer = session.loss_trainer(tuned.model, objective, wanted.eval_batch_size)
+    held_out = prepared_examples(trainer)["held_out"]
+    num_points = min(wanted.points, len(tuned.updates) + 1)
+
+    def measure(title: str, order: Sequence[str]) -> MaskCurve:
+        with progress.stage(f"mask curve: {title}", num_points) as on_step:
+            return mask_curve(
+                trainer, tuned.updates, order, held_out, num_points=num_points, on_step=on_step
+            )
+
+    best_first = [module.name for module in ranking.ordered()]
+    names = [module.name for module in ranking.modules]  # the same orders for every ranking
+    return Verification(
+        ranking_sha256=json_sha256(ranking.to_json()),
+        best_first=measure("best first", best_first),
+        worst_first=measure("worst first", best_first[::-1]),
+        random=tuple(
+            measure(
+                f"random order {index + 1}",
+                random.Random(f"{wanted.order_seed} {index}").sample(names, len(names)),
+            )
+            for index in range(wanted.random_orders)
+        ),
+        leave_one_out=(
+            measure("leave-one-out", _leave_one_out_order(trainer, tuned.updates, progress))
+            if wanted.leave_one_out
+            else None
+        ),
+        margin=wanted.margin,
+        provenance={
+            **session.record,
+            **tuned.record,
+            "options": flat_values(options),
+            "loss_unit": LOSS_UNITS[objective.objective],
+        },
+    )
+
+
+def _leave_one_out_order(
+    trainer: Trainer, updates: Sequence[Update], progress: Progress
+) -> list[str]:
+    """The modules, best first, by leave-one-out on a few batches of the mask's examples."""
+    num_batches = -(-NUM_LEAVE_ONE_OUT_EXAMPLES // trainer.args.per_device_train_batch_size)
+    options = scoring_options("leave-one-out", mask_batches=num_batches)
+    num_passes = (len(updates) + 1) * num_batches
+    with progress.stage("scoring: leave-one-out", num_passes) as on_step:
+        found = score_modules(trainer, updates, options, on_step)
+    by_name = dict(zip(found.module_names, found.scores, strict=True))
+    return sorted(by_name, key=lambda name: -by_name[name])
