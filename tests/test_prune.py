@@ -267,7 +267,7 @@ FAILURES = [
 def test_an_adapter_that_fails_its_proof_leaves_the_earlier_one(
     ranked, prune, monkeypatch, damage, code, message
 ):
-    from keylayers.apply import prune as module
+    from keylayers.commands import run_prune as module
 
     earlier = prune(ranked, "--budget", "2")
     before = listing(earlier.folder.parent)
