@@ -90,3 +90,15 @@ TASKS = ["--task-folder", "tasks", "--tasks", "foods,written", "rolling"]
 LOSSES = ["--data", "data.jsonl", "--forgetting-data", "known.txt", "--max-length", "32"]
 ALL = [*MODELS, *TASKS, *LOSSES]
 NAMES = ["base model", "adapter", "other", "tuned"]
+
+
+def evaluation_of(folder):
+    """The evaluation that a folder, or a file, holds."""
+    from pydantic import TypeAdapter
+
+    from keylayers.evaluation.record import FORMAT, Evaluation
+
+    path = folder / "evaluation.json" if folder.is_dir() else folder
+    content = json.loads(path.read_text())
+    assert content.pop("format") == FORMAT
+    return TypeAdapter(Evaluation).validate_python(content)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from commands import keylayers
-from eval_files import ALL, NAMES, write_place
+from eval_files import ALL, NAMES, evaluation_of, write_place
 from tiny_files import tiny_tokenizer
 
 
@@ -18,13 +18,11 @@ def evaluated(eval_folder, tmp_path_factory):
     from contextlib import chdir, redirect_stderr, redirect_stdout
     from io import StringIO
 
-    from keylayers.evaluation.record import Evaluation
-
     out, err, folder = StringIO(), StringIO(), tmp_path_factory.mktemp("evaluated")
     with chdir(eval_folder), redirect_stdout(out), redirect_stderr(err):
         assert keylayers("eval", *ALL, "--output", folder) == 0, err.getvalue()
     assert "it/s" not in err.getvalue()  # bars of the harness
-    return Evaluation.load(folder), out.getvalue(), folder
+    return evaluation_of(folder), out.getvalue(), folder
 
 
 def measure(found, task, metric):
@@ -173,7 +171,6 @@ def test_what_is_recorded_says_how_it_came_about(evaluated):
 
 def test_the_same_again_measures_nothing(evaluated, place, monkeypatch, capsys):
     from keylayers.evaluation import benchmarks, texts
-    from keylayers.evaluation.record import Evaluation
 
     def refuse(self, model, on_step):
         raise AssertionError(f"{self.name} is measured again")
@@ -185,7 +182,7 @@ def test_the_same_again_measures_nothing(evaluated, place, monkeypatch, capsys):
     assert keylayers("eval", *ALL, "--output", folder) == 0
     assert "tuned: all measured before" in capsys.readouterr().err
     assert (folder / "documents.parquet").read_bytes() == before
-    assert Evaluation.load(folder).measures == found.measures
+    assert evaluation_of(folder).measures == found.measures
 
 
 class Stop:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from commands import keylayers
+from eval_files import evaluation_of
 
 DOCS = (Path(__file__).resolve().parents[1] / "docs" / "evaluation.md").read_text()
 NUM_DOCUMENTS = 5  # of each subject
@@ -49,14 +50,12 @@ def mmlu(shared, tmp_path_factory):
 def test_two_adapters_on_six_subjects_of_mmlu_are_near_chance_and_the_table_says_so(
     mmlu, monkeypatch, capsys
 ):
-    from keylayers.evaluation.record import Evaluation
-
     monkeypatch.chdir(mmlu)
     arguments = ["--model", "english-2m", "--adapter", "one", "two", "--task-folder", "tasks"]
     arguments += ["--tasks", "mmlu_six", "--limit", str(NUM_DOCUMENTS), "--output", "out"]
     assert keylayers("eval", *arguments) == 0
     shown = capsys.readouterr().out
-    group, *subjects = Evaluation.load("out").measures
+    group, *subjects = evaluation_of(Path("out")).measures
     assert (group.task, group.metric) == ("mmlu_six", "acc")
     assert group.num_documents == 6 * NUM_DOCUMENTS
     assert group.chance == pytest.approx(0.25)

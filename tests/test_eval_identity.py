@@ -6,14 +6,14 @@ import json
 import pytest
 
 from commands import keylayers
-from eval_files import write_place
+from eval_files import evaluation_of, write_place
 from tiny_files import tiny_model, tiny_tokenizer
 
 
 def hashed(model, tokenizer):
-    from keylayers.evaluation.identity import config_sha256
+    from keylayers.evaluation.subjects import config_sha256
 
-    return config_sha256(model.config.to_dict(), model.generation_config.to_dict(), tokenizer)
+    return config_sha256(model, tokenizer)
 
 
 @pytest.fixture
@@ -93,9 +93,7 @@ def place(tiny, tmp_path, monkeypatch):
 
 
 def losses(place):
-    from keylayers.evaluation.record import Evaluation
-
-    (measure,) = Evaluation.load(place / "out").measures
+    (measure,) = evaluation_of(place / "out").measures
     return [one.value for one in measure.results]
 
 

@@ -75,7 +75,7 @@ def test_training_in_another_chat_template_is_said(place, tmp_path, capsys, trai
 
 def test_the_base_model_is_the_same_after_each_adapter(place):
     from keylayers.evaluation.options import ComparedOptions
-    from keylayers.evaluation.subjects import each_model, subjects_of
+    from keylayers.evaluation.subjects import each_model
     from keylayers.model.loading import load_model
     from keylayers.model.options import ModelOptions
     from keylayers.model.weights import weights_sha256
@@ -83,8 +83,8 @@ def test_the_base_model_is_the_same_after_each_adapter(place):
     source = ModelOptions(model=str(place / "model"))
     compared = ComparedOptions(adapter=(str(place / "other"), str(place / "adapter")))
     hashes = []
-    for loaded in each_model(subjects_of(source, compared), source, None):
-        if loaded.subject.kind == "base":
+    for loaded in each_model(source, compared, None):
+        if loaded.kind == "base":
             model, names = loaded.model, [name for name, _ in loaded.model.named_modules()]
         hashes.append(loaded.identity)
     assert weights_sha256(model) == weights_sha256(load_model(source))
@@ -95,13 +95,10 @@ def test_the_base_model_is_the_same_after_each_adapter(place):
 
 def test_names_tell_models_apart_and_none_takes_that_of_the_base():
     from keylayers.errors import ConfigError
-    from keylayers.evaluation.options import ComparedOptions
-    from keylayers.evaluation.subjects import subjects_of
-    from keylayers.model.options import ModelOptions
+    from keylayers.evaluation.subjects import unique_names
 
     def names(*sources):
-        found = subjects_of(ModelOptions(model="m"), ComparedOptions(adapter=sources))
-        return [subject.name for subject in found]
+        return ["base model", *unique_names(sources).values()]
 
     assert names("runs/a", "runs/b") == ["base model", "a", "b"]
     assert names("a/out", "b/out") == ["base model", "a/out", "b/out"]

@@ -10,6 +10,8 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
+from eval_files import evaluation_of
+
 RECORD = Path(__file__).resolve().parents[1] / "experiments"
 
 
@@ -23,9 +25,7 @@ def rendered(found, width):
 
 
 def recorded():
-    from keylayers.evaluation.record import Evaluation
-
-    return Evaluation.load(RECORD / "records" / "evaluation_english_2m_mmlu.json")
+    return evaluation_of(RECORD / "records" / "evaluation_english_2m_mmlu.json")
 
 
 def measured(name, metric, values):
@@ -111,11 +111,9 @@ def test_a_narrow_terminal_breaks_no_interval():
 
 
 def test_names_are_no_markup(tmp_path):
-    from keylayers.evaluation.record import Evaluation
-
     record = RECORD / "records" / "evaluation_english_2m_mmlu.json"
     text = record.read_text().replace("alpaca-all", "[red]x[/y]")
     (tmp_path / "evaluation.json").write_text(text)
-    lines = rendered(Evaluation.load(tmp_path), 140)
+    lines = rendered(evaluation_of(tmp_path), 140)
     assert any("against [red]x[/y]" in line for line in lines)
     assert any(line.startswith("  [red]x[/y]") for line in lines)

@@ -71,13 +71,14 @@ def test_every_prompt_that_is_cut_is_counted(place, capsys):
 def test_no_function_is_known_by_its_place_in_memory():
     from functools import partial
 
-    from keylayers.evaluation.benchmarks import _said
+    from keylayers.evaluation.benchmarks import source_of
 
     class Callable:
         def __call__(self):
             """Nothing."""
 
-    found = _said({"own": [write_task, partial(write_task, name="x"), len, Callable()], "n": 1})
+    found = {"own": [write_task, partial(write_task, name="x"), len, Callable()], "n": 1}
+    found = json.loads(json.dumps(found, default=source_of))
     assert " at 0x" not in str(found)
     assert "def write_task" in found["own"][0]
     assert found["own"][1][2] == {"name": "x"}

@@ -130,7 +130,6 @@ LIGHT = [
     "import keylayers.ranking.ranking, keylayers.ranking.selection, keylayers.ranking.compare",
     "import keylayers.report.terminal",
     "import keylayers.evaluation.record, keylayers.report.evaluation",
-    "import keylayers.evaluation.identity",
     "import keylayers.ranking.certainty, keylayers.ranking.consensus",
     "import keylayers.export",
 ]

@@ -8,11 +8,16 @@ document. Needs the extra `eval`; this file is imported only if benchmarks are a
 import contextlib
 import functools
 import inspect
+import itertools
+import json
 import logging
 import math
 import random
+import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from logging.handlers import BufferingHandler
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -30,20 +35,18 @@ from yaml import YAMLError
 
 from keylayers.data.reading import quiet_datasets
 from keylayers.errors import ConfigError, DataError, did_you_mean
-from keylayers.evaluation.documents import Measured
+from keylayers.evaluation.documents import COLUMNS, Measured
 from keylayers.evaluation.measures import Part, metric_name
 from keylayers.evaluation.options import BenchmarkOptions
 from keylayers.evaluation.subjects import Loaded
 from keylayers.files import json_sha256
+from keylayers.model.modules import base_model_of
 from keylayers.model.preserve import to_evaluation
 from keylayers.progress import OnStep
 
-# What decides how an answer is scored; the prompts and documents are hashed as they are.
-SCORING = (
-    *("output_type", "metric_list", "filter_list", "process_results", "generation_kwargs"),
-    *("doc_to_target", "doc_to_choice", "repeats", "num_fewshot"),
-)
 OF_CHOICES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")  # a guess is right 1 in n times
+CUT = re.compile("[Tt]runcat")  # in the harness's warning of a prompt that loses its beginning
+MANY_TASKS = 10  # the table leaves out the tasks of groups that have more
 # What a task with a bad file, or with data out of reach, raises when it is built.
 FROM_A_BAD_TASK = (
     *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError),
@@ -51,72 +54,58 @@ FROM_A_BAD_TASK = (
 )
 
 
-MANY_TASKS = 10  # the table leaves out the tasks of groups that have more
-
-
-def load_benchmarks(options: BenchmarkOptions, seed: int) -> tuple[list["Benchmark"], list[Part]]:
+def load_benchmarks(
+    options: BenchmarkOptions, batch_size: int, seed: int
+) -> tuple[list["Benchmark"], list[Part]]:
     """The tasks that the options name, with their documents, and the measures they make.
-
-    The harness's own tasks, which are thousands, are searched only if a name is not in the folder.
 
     Raises:
         ConfigError: there is no such task, or it cannot be run.
         DataError: a task cannot be built, or its documents cannot be reached.
     """
-    manager = _manager(options)
-    try:
-        with quiet_datasets(), _Warnings():
-            loaded = manager.load(list(options.tasks))
-    except FROM_A_BAD_TASK as error:
-        raise DataError(
-            f"the tasks {', '.join(options.tasks)} must be valid and their documents available, "
-            f"but the harness said: {_reason(error)}"
-        ) from error
+    names = ", ".join(options.tasks)
+    with _logged():
+        manager = _manager(options)
+    with _built(f"the tasks {names} must be valid and their documents available"):
+        loaded = manager.load(list(options.tasks))
     tasks = loaded["tasks"]
     for name, task in tasks.items():
-        _check(name, task, options)
+        if getattr(task, "UNSAFE_CODE", False) and not options.run_generated_code:
+            raise ConfigError(
+                f"the task {name!r} runs code that the model writes; do so in a place where it can "
+                f"do no harm, and say `--run-generated-code`"
+            )
+        if getattr(task, "MULTIMODAL", False):
+            raise ConfigError(
+                f"tasks must be of text alone, but {name!r} shows images or plays sound"
+            )
         # The harness's own rule: a task that sets 0 keeps it.
         fixed = task.get_config("num_fewshot")
         if fixed is None or (options.num_fewshot is not None and fixed != 0):
             task.set_config(key="num_fewshot", value=options.num_fewshot or 0)
-    benchmarks = [Benchmark(name, task, options, seed) for name, task in tasks.items()]
-    return benchmarks, _parts(tasks, loaded.get("groups", {}))
+    benchmarks = [Benchmark(name, task, options, batch_size, seed) for name, task in tasks.items()]
+    groups = loaded.get("groups", {})
+    inner = {member for group in groups.values() for member in group.child_names}
+    parts = [part for name in groups if name not in inner for part in _group_parts(name, groups, 0)]
+    in_groups = {part.name for part in parts}
+    return benchmarks, [*parts, *(Part(name, (name,)) for name in tasks if name not in in_groups)]
 
 
-def _parts(tasks: Mapping[str, Any], groups: Mapping[str, Any]) -> list[Part]:
-    """Groups with their members below them, then the tasks that are in no group."""
-    by_name = {group.name: group for group in groups.values()}
-    inner = {member for group in by_name.values() for member in group.child_names}
-    outer = [group for name, group in by_name.items() if name not in inner]
-    parts = [part for group in outer for part in _group_parts(group, by_name, 0)]
-    alone = set(tasks) - {part.name for part in parts}
-    return [*parts, *(Part(name, (name,)) for name in tasks if name in alone)]
-
-
-def _group_parts(group: Any, by_name: Mapping[str, Any], depth: int) -> Iterator[Part]:
+def _group_parts(name: str, groups: Mapping[str, Any], depth: int) -> Iterator[Part]:
+    """A group, and its members below it."""
+    group = groups[name]
     leaves = tuple(task.task_name for task in group.get_all_tasks())
     averaged = group.aggregate_metric_list or ()
-    for metric in averaged:
-        yield Part(
-            group.name,
-            leaves,
-            is_by_size=bool(metric.weight_by_size),
-            metric=metric.metric,
-            filters=None if metric.filter_list is None else tuple(metric.filter_list),
-            depth=depth,
-            is_group=True,
-        )
+    for own in averaged:
+        by_size = bool(own.weight_by_size)
+        yield Part(name, leaves, own.metric, own.filter_list, by_size, is_group=True, depth=depth)
     inner = depth + bool(averaged)
     for member in group.child_names:
-        if member in by_name:
-            yield from _group_parts(by_name[member], by_name, inner)
+        if member in groups:
+            yield from _group_parts(member, groups, inner)
         else:
             is_in_table = not averaged or len(leaves) <= MANY_TASKS
             yield Part(member, (member,), depth=inner, is_in_table=is_in_table)
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__} {' '.join(str(error).split())[:300]}".strip()
 
 
 def _manager(options: BenchmarkOptions) -> Any:
@@ -127,10 +116,9 @@ def _manager(options: BenchmarkOptions) -> Any:
                 f"`task_folder` must be a folder of task files (YAML), but there is no {folder!r}"
             )
         manager = TaskManager(include_path=folder, include_defaults=False)
-        if set(options.tasks) <= set(manager.all_tasks):
+        if set(options.tasks) <= set(manager.all_tasks):  # else search thousands of files, too
             return manager
-    with _Warnings():
-        manager = TaskManager(include_path=folder)
+    manager = TaskManager(include_path=folder)
     for name in options.tasks:
         if name not in manager.all_tasks:
             also = f" or in {folder!r}" if folder is not None else "; give `task_folder` for others"
@@ -141,36 +129,29 @@ def _manager(options: BenchmarkOptions) -> Any:
     return manager
 
 
-def _check(name: str, task: Any, options: BenchmarkOptions) -> None:
-    if getattr(task, "UNSAFE_CODE", False) and not options.run_generated_code:
-        raise ConfigError(
-            f"the task {name!r} runs code that the model writes; do so in a place where it can do "
-            f"no harm, and say `--run-generated-code`"
-        )
-    if getattr(task, "MULTIMODAL", False):
-        raise ConfigError(f"tasks must be of text alone, but {name!r} shows images or plays sound")
-
-
 class HarnessModel(HFLM):
-    """A model as the harness takes it; counts passes and prompts that lose their beginning."""
+    """A model as the harness takes it; counts prompts that lose their beginning."""
 
     def __init__(self, loaded: Loaded, batch_size: int) -> None:
-        with _Warnings():
+        with _logged():
             super().__init__(
                 pretrained=loaded.model,
-                tokenizer=loaded.chat_tokenizer(),
+                tokenizer=loaded.tokenizer,
                 batch_size=batch_size,
                 max_batch_size=batch_size,
+                chat_template_args={"chat_template": loaded.template.text},
             )
         to_evaluation(loaded.model)  # again, after the harness's own way
-        self.on_step: OnStep = lambda step, loss: None
-        self.num_passes = 0
         self.num_cut = 0
 
     # The harness draws its own bars on top of ours, whatever TQDM_DISABLE says.
     loglikelihood = functools.partialmethod(HFLM.loglikelihood, disable_tqdm=True)
     loglikelihood_rolling = functools.partialmethod(HFLM.loglikelihood_rolling, disable_tqdm=True)
     generate_until = functools.partialmethod(HFLM.generate_until, disable_tqdm=True)
+
+    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
+        # lm_eval 0.4.13 asks for a bar here in `loglikelihood_rolling`
+        return super()._loglikelihood_tokens(requests, **(kwargs | {"disable_tqdm": True}))
 
     def tok_batch_encode(
         self,
@@ -181,26 +162,9 @@ class HarnessModel(HFLM):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode a batch, and count the prompts that are cut: the harness warns once a batch."""
         tokens, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
-        if left_truncate_len:
-            self.num_cut += int((mask.sum(dim=1) > left_truncate_len).sum())
-            tokens, mask = tokens[:, -left_truncate_len:], mask[:, -left_truncate_len:]
-        return tokens, mask
-
-    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
-        # lm_eval 0.4.13 asks for a bar here in `loglikelihood_rolling`
-        return super()._loglikelihood_tokens(requests, **(kwargs | {"disable_tqdm": True}))
-
-    def _model_call(self, *args: Any, **kwargs: Any) -> Any:
-        self._count()
-        return super()._model_call(*args, **kwargs)
-
-    def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
-        self._count()
-        return super()._model_generate(*args, **kwargs)
-
-    def _count(self) -> None:
-        self.num_passes += 1
-        self.on_step(self.num_passes, None)
+        longest = left_truncate_len or mask.shape[1]
+        self.num_cut += int((mask.sum(dim=1) > longest).sum())
+        return tokens[:, -longest:], mask[:, -longest:]
 
 
 @dataclass(frozen=True)
@@ -210,50 +174,51 @@ class Benchmark:
     name: str
     task: Any
     options: BenchmarkOptions
+    batch_size: int
     seed: int
+
+    num_steps = None  # the harness decides how many passes there are
 
     def record(self) -> dict[str, Any]:
         """The version that the task file states."""
         about = self.task.get_config("metadata") or {}
         return {"kind": "benchmark", "version": about.get("version")}
 
-    def inputs_sha256(self, model: HarnessModel) -> str:
+    def inputs_sha256(self, loaded: Loaded) -> str:
         """The hash of all that decides the result except the model.
 
         Raises:
             DataError: the task file does not fit its documents.
         """
         self._set_seeds()
-        options, task = self.options, self.task
-        template = model.apply_chat_template if options.apply_chat_template else None
-        try:
-            with _Warnings():
-                task.build_all_requests(
-                    limit=options.limit,
-                    rank=0,
-                    world_size=1,
-                    apply_chat_template=options.apply_chat_template,
-                    fewshot_as_multiturn=options.apply_chat_template,
-                    chat_template=template,
-                    tokenizer_name=model.tokenizer_name if template else "",
-                )
-        except FROM_A_BAD_TASK as error:
-            raise DataError(
-                f"the task {self.name!r} must give a prompt for each of its documents, but the "
-                f"harness said: {_reason(error)}"
-            ) from error
-        config = {key: _said(value) for key, value in task.dump_config().items() if key in SCORING}
+        task, limit, is_chat = self.task, self.options.limit, self.options.apply_chat_template
+        model = HarnessModel(loaded, self.batch_size)
+        with _built(f"the task {self.name!r} must give a prompt for each of its documents"):
+            task.build_all_requests(
+                limit=limit,
+                apply_chat_template=is_chat,
+                fewshot_as_multiturn=is_chat,
+                chat_template=model.apply_chat_template if is_chat else None,
+            )
+        config = task.config.to_dict(keep_callable=True)
+        config.pop("dataset_kwargs", None)  # may say where the documents are, which are hashed
         requests = [[request.doc_id, request.idx, str(request.args)] for request in task.instances]
-        documents = [str(doc) for _, doc in task.doc_iterator(limit=options.limit)]
-        return json_sha256([lm_eval.__version__, str(config), requests, documents])
+        documents = [str(doc) for _, doc in task.doc_iterator(limit=limit)]
+        settings = json.dumps(config, default=source_of)
+        return json_sha256([lm_eval.__version__, settings, requests, documents])
 
-    def measured(self, model: HarnessModel, on_step: OnStep) -> Measured:
+    def measured(self, loaded: Loaded, on_step: OnStep) -> Measured:
         """One model on this task."""
         self._set_seeds()
         options, name = self.options, self.name
-        model.num_cut, model.num_passes, model.on_step = 0, 0, on_step
-        warnings = _Warnings()
-        with warnings, quiet_datasets(), torch.no_grad():
+        model, passes = HarnessModel(loaded, self.batch_size), itertools.count(1)
+        hooked = base_model_of(loaded.model)
+        with (
+            hooked.register_forward_hook(lambda *_: on_step(next(passes), None)),
+            _logged() as logged,
+            quiet_datasets(),
+            torch.no_grad(),
+        ):
             found = lm_eval.evaluate(
                 lm=model,
                 task_dict={"tasks": {name: self.task}, "groups": {}},
@@ -263,28 +228,27 @@ class Benchmark:
                 fewshot_as_multiturn=options.apply_chat_template,
                 confirm_run_unsafe_code=options.run_generated_code,
             )
-        all_totals = {
+        said = [" ".join(record.getMessage().split())[:200] for record in logged]
+        warnings = list(dict.fromkeys(text for text in said if not CUT.search(text)))
+        totals = {
             metric_name(*key.split(",", 1)): float(value)
             for key, value in found["results"][name].items()
             if "," in key and "_stderr," not in key and isinstance(value, Real)
         }
-        totals = {metric: value for metric, value in all_totals.items() if math.isfinite(value)}
-        said = [
-            f"{metric} is not finite, and left out" for metric in all_totals if metric not in totals
-        ]
+        for metric in [metric for metric, value in totals.items() if not math.isfinite(value)]:
+            del totals[metric]
+            warnings.append(f"{metric} is not finite, and left out")
         num_fewshot = self.task.get_config("num_fewshot")
         if options.num_fewshot not in (None, num_fewshot):
-            said.append(f"{num_fewshot} examples in each prompt: the task file fixes the number")
+            warnings.append(
+                f"{num_fewshot} examples in each prompt: the task file fixes the number"
+            )
         rows = pd.DataFrame(
             [row for sample in found["samples"][name] for row in self._rows(sample)],
-            columns=["task", "metric", "document", "document_sha256", "value", "size", "chance"],
+            columns=[*COLUMNS][2:],
         )
-        means = rows.groupby("metric", sort=False)["value"].mean()
-        is_mean = [
-            metric
-            for metric in totals
-            if metric in means and math.isclose(means[metric], totals[metric])
-        ]
+        means = rows.groupby("metric")["value"].mean()
+        is_mean = [own for own in totals if math.isclose(means.get(own, math.nan), totals[own])]
         directions = found["higher_is_better"].get(name, {})
         return Measured(
             task=name,
@@ -293,8 +257,8 @@ class Benchmark:
             higher_is_better={metric: directions.get(metric.split(" (")[0]) for metric in totals},
             facts={
                 "num_fewshot": num_fewshot,
-                "num_cut_prompts": model.num_cut + warnings.num_cut,
-                "warnings": [*warnings.others, *said],
+                "num_cut_prompts": model.num_cut + sum(bool(CUT.search(text)) for text in said),
+                "warnings": warnings,
             },
         )
 
@@ -320,22 +284,6 @@ class Benchmark:
             }
 
 
-def _said(value: Any) -> Any:
-    """The value with each function replaced by its source: `str` gives an address in memory."""
-    if isinstance(value, dict):
-        return {key: _said(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_said(part) for part in value]
-    if isinstance(value, functools.partial):
-        return [_said(value.func), _said(value.args), _said(value.keywords)]
-    if not callable(value):
-        return value
-    try:
-        return inspect.getsource(value)
-    except (TypeError, OSError):  # built in, or made by a call
-        return f"{type(value).__module__}.{getattr(value, '__qualname__', type(value).__name__)}"
-
-
 def _chance(task: Any, metric: str, sample: dict[str, Any]) -> float:
     """How often a guess is right; NaN where that is not known."""
     if getattr(task, "OUTPUT_TYPE", None) != "multiple_choice" or metric not in OF_CHOICES:
@@ -345,29 +293,38 @@ def _chance(task: Any, metric: str, sample: dict[str, Any]) -> float:
     return num_right / len(task.doc_to_choice(sample["doc"]))
 
 
-class _Warnings(logging.Handler, contextlib.AbstractContextManager["_Warnings"]):
-    """Collects what the harness logs: a count of cut prompts, and the other warnings."""
+def source_of(value: Any) -> Any:
+    """What JSON cannot hold: a function by its source, because `str` gives its address."""
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if not callable(value):
+        return str(value)
+    try:
+        return inspect.getsource(value)
+    except (TypeError, OSError):  # built in, or made by a call
+        return f"{type(value).__module__}.{getattr(value, '__qualname__', type(value).__name__)}"
 
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.num_cut = 0
-        self.others: list[str] = []
-        self._logger = logging.getLogger("lm_eval")
 
-    def emit(self, record: logging.LogRecord) -> None:
-        text = " ".join(record.getMessage().split())[:200]
-        if "runcat" in text:
-            self.num_cut += 1
-        elif text not in self.others:
-            self.others.append(text)
+@contextlib.contextmanager
+def _built(must: str) -> Iterator[None]:
+    """Report in one line what a task raises in the block."""
+    try:
+        with _logged(), quiet_datasets():
+            yield
+    except FROM_A_BAD_TASK as error:
+        reason = f"{type(error).__name__} {' '.join(str(error).split())[:300]}".strip()
+        raise DataError(f"{must}, but the harness said: {reason}") from error
 
-    def __enter__(self) -> "_Warnings":
-        self._state = (self._logger.level, self._logger.propagate, self._logger.handlers[:])
-        self._logger.handlers[:] = [self]
-        self._logger.setLevel(logging.WARNING)
-        self._logger.propagate = False
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        level, self._logger.propagate, self._logger.handlers[:] = self._state
-        self._logger.setLevel(level)
+@contextlib.contextmanager
+def _logged() -> Iterator[list[logging.LogRecord]]:
+    """Collect the harness's warnings instead of printing them."""
+    logger, handler = logging.getLogger("lm_eval"), BufferingHandler(sys.maxsize)
+    before = logger.level, logger.propagate, logger.handlers[:]
+    logger.setLevel(logging.WARNING)
+    logger.propagate, logger.handlers[:] = False, [handler]
+    try:
+        yield handler.buffer
+    finally:
+        level, logger.propagate, logger.handlers[:] = before
+        logger.setLevel(level)

@@ -2,11 +2,13 @@
 """Loss on data that neither training nor mask learning has seen, over all or example by example."""
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, Trainer
 
 from keylayers.data.chat import IGNORED
@@ -15,6 +17,8 @@ from keylayers.trainers.batches import every_batch_everywhere
 from keylayers.trainers.data import prepared_for
 from keylayers.trainers.held_out import batch_losses
 from keylayers.trainers.loss import TrainerLoss
+
+Tokens: TypeAlias = tuple[list[int], list[int]]  # `input_ids` and `labels`, not shifted
 
 
 def held_out_loss(trainer: Trainer, dataset: Dataset) -> float:
@@ -31,7 +35,7 @@ def held_out_loss(trainer: Trainer, dataset: Dataset) -> float:
 
 def example_losses(
     model: PreTrainedModel | PeftModel,
-    examples: Sequence[tuple[list[int], list[int]]],
+    examples: Sequence[Tokens],
     *,
     batch_size: int,
     on_step: OnStep,
@@ -39,12 +43,6 @@ def example_losses(
     """The loss of each example in nats, summed over its labelled tokens, and the number of these.
 
     The model runs as it is; it should be in evaluation mode.
-
-    Args:
-        model: A causal language model.
-        examples: `input_ids` and `labels` of each, not shifted.
-        batch_size: Examples at once.
-        on_step: Called after each batch with its mean loss.
     """
     # The longest first: what does not fit into memory shows at once, and little is padding.
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index][0]))
@@ -60,16 +58,15 @@ def example_losses(
 
 @torch.no_grad()
 def _batch(
-    examples: Sequence[tuple[list[int], list[int]]], model: PreTrainedModel | PeftModel
+    examples: Sequence[Tokens], model: PreTrainedModel | PeftModel
 ) -> list[tuple[float, int]]:
-    longest = max(len(ids) for ids, _ in examples)
-    ids = torch.zeros(len(examples), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, IGNORED)
-    for row, (tokens, label) in enumerate(examples):  # padded on the right, where nothing looks
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        mask[row, : len(tokens)] = 1
-        labels[row, : len(label)] = torch.tensor(label)
+    # Padded on the right, where nothing looks.
+    rows = [torch.tensor(tokens) for tokens, _ in examples]
+    ids = pad_sequence(rows, batch_first=True)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    labels = pad_sequence(
+        [torch.tensor(label) for _, label in examples], batch_first=True, padding_value=IGNORED
+    )
     logits = model(
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
     ).logits[:, :-1]

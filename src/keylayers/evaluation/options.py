@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `keylayers eval` measures, on which models."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -8,6 +9,15 @@ from keylayers.data.options import DataOptions, ReadingOptions
 from keylayers.errors import ConfigError
 from keylayers.model.options import ModelOptions
 from keylayers.ranges import check_at_least, check_seed
+
+
+def _check_left_out(
+    options: "BenchmarkOptions | LossOptions", names: Sequence[str], without: str
+) -> None:
+    """Refuse options that have no effect without another one."""
+    for option in fields(options):
+        if option.name in names and getattr(options, option.name) != option.default:
+            raise ConfigError(f"`{option.name}` must be left out without `{without}`")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +37,9 @@ class ComparedOptions:
 
     def __post_init__(self) -> None:
         given = (*self.adapter, *self.checkpoint)
-        if twice := [name for index, name in enumerate(given) if name in given[:index]]:
-            raise ConfigError(f"every model must be given once, got {twice[0]!r} twice")
+        for name in given:
+            if given.count(name) > 1:
+                raise ConfigError(f"every model must be given once, got {name!r} twice")
         if self.reference is not None and self.reference not in given:
             raise ConfigError(
                 f"`reference` must be one of the adapters and checkpoints, as it is given there "
@@ -66,9 +77,7 @@ class BenchmarkOptions:
         if self.limit is not None:
             check_at_least("limit", self.limit, 1)
         if not self.tasks:
-            for option in fields(self):
-                if getattr(self, option.name) != option.default:
-                    raise ConfigError(f"`{option.name}` must be left out without `tasks`")
+            _check_left_out(self, [option.name for option in fields(self)], "tasks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,18 +99,12 @@ class LossOptions(ReadingOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least("forgetting_examples", self.forgetting_examples, 2)
-        needs = {}  # option -> the option without which it has no effect
         if self.data is None:
-            needs = dict.fromkeys(("format", "max_examples", "held_out", "split_seed"), "data")
+            _check_left_out(self, ("format", "max_examples", "held_out", "split_seed"), "data")
         if self.forgetting_data is None:
-            needs["forgetting_examples"] = "forgetting_data"
-            if self.data is None:
-                needs |= dict.fromkeys(("data_split", "max_length"), "data")
-        for option in fields(self):
-            if option.name in needs and getattr(self, option.name) != option.default:
-                raise ConfigError(
-                    f"`{option.name}` must be left out without `{needs[option.name]}`"
-                )
+            _check_left_out(self, ("forgetting_examples",), "forgetting_data")
+        if self.data is None and self.forgetting_data is None:
+            _check_left_out(self, ("data_split", "max_length"), "data")
 
     def data_options(self, data: str) -> DataOptions:
         """How `data` is read and split, as `rank` and `train` do it."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluate a base model, adapters and checkpoints on the same documents, from options to files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -16,37 +16,29 @@ from keylayers.evaluation.documents import DOCUMENTS, Measured, Store
 from keylayers.evaluation.measures import Part, corrected, measures_of
 from keylayers.evaluation.options import EvalOptions
 from keylayers.evaluation.record import EVALUATION, Evaluation
-from keylayers.evaluation.subjects import Loaded, Subject, each_model, subjects_of
+from keylayers.evaluation.subjects import Loaded, each_model
 from keylayers.evaluation.texts import GAIN, Examples, examples_of
 from keylayers.files import RECORD, json_sha256, output_folder, unfinished
 from keylayers.progress import Progress, Silent
 from keylayers.ranking.record import read_run
 
 if TYPE_CHECKING:
-    from keylayers.evaluation.benchmarks import Benchmark, HarnessModel
+    from keylayers.evaluation.benchmarks import Benchmark
 
 LIBRARIES = ("lm_eval", "scipy", "numpy")
 # What decides which examples are held out, as far as records of trained models contain it.
 OF_SPLIT = ("content_sha256", "max_examples", "held_out", "split_seed", "max_length_asked")
 
 
-def evaluate(
-    options: EvalOptions, output: str | Path, progress: Progress | None = None
-) -> Evaluation:
+def evaluate(options: EvalOptions, output: Path, progress: Progress | None = None) -> Evaluation:
     """Measure every model on everything that the options name, and write it to a folder.
 
     evaluation.json has all numbers, documents.parquet the values of each document. A model is not
     measured again on inputs that it was measured on before; a hash of both decides.
 
-    Args:
-        options: Which models, and what is measured.
-        output: Folder of the evaluation.
-        progress: Where to report progress.
-
     Raises:
         KeylayersError: a bad option, model, task or data set; finished results stay.
     """
-    output = Path(output)
     if num_launched() > 1:
         raise ConfigError(
             f"an evaluation runs in one process, but a launcher started {num_launched()}; start "
@@ -56,14 +48,13 @@ def evaluate(
         raise ConfigError(
             "`tasks` need lm_eval, which is not installed; `pip install 'keylayers[eval]'`"
         )
-    subjects = subjects_of(options.model, options.compared)
     with output_folder(output), unfinished(output / EVALUATION) as folder:
         run = _Run(options, Store(output, folder), progress or Silent())
-        for loaded in each_model(subjects, options.model, options.losses.chat_template):
+        for loaded in each_model(options.model, options.compared, options.losses.chat_template):
             run.measure(loaded)
             del loaded  # or it would stay in memory next to the following model
         found = run.evaluation()
-        run.store.finish(run.names)
+        run.store.finish(run.names())
         found.save(output / EVALUATION)
     return found
 
@@ -77,66 +68,69 @@ class _Run:
     progress: Progress
     jobs: list["Examples | Benchmark"] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
-    names: dict[str, list[str]] = field(default_factory=dict)  # key -> models, equal ones share it
-    measured: dict[str, dict[str, Measured]] = field(default_factory=dict)
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
-    pairs: list[dict[str, Any]] = field(default_factory=list)
+    pairs: list[dict[str, Any]] = field(default_factory=list)  # every model on every job
     notes: list[str] = field(default_factory=list)
 
     def measure(self, loaded: Loaded) -> None:
         """Measure one model on everything that it was not measured on before."""
         if not self.jobs:  # this is the base model, whose tokens losses are measured in
             self._plan(loaded)
-        name, harness = loaded.subject.name, self._harness_model(loaded)
+        name, num_known = loaded.name, 0
         own = next((job.record() for job in self.jobs if job.name == GAIN), None)
         self.notes += _other_training(loaded, own, self.options.benchmarks.apply_chat_template)
-        found = self.measured.setdefault(name, {})
-        num_known = 0
         for job in self.jobs:
-            model: Any = loaded if isinstance(job, Examples) else harness
-            inputs = job.inputs_sha256(model)
+            inputs = job.inputs_sha256(loaded)
             key = json_sha256([loaded.identity, job.name, inputs])
-            known = self.store.get(key)
-            if known is None:
-                total = job.num_batches if isinstance(job, Examples) else None
-                with self.progress.stage(f"{name}: {job.name}", total) as on_step:
-                    known = job.measured(model, on_step)
-                self.store.put(key, known)
-            else:
+            if key in self.store.pairs:
                 num_known += 1
-            found[job.name] = known
-            self.names.setdefault(key, []).append(name)
+            else:
+                with self.progress.stage(f"{name}: {job.name}", job.num_steps) as on_step:
+                    self.store.put(key, job.measured(loaded, on_step))
+            found = self.store.pairs[key]
             about = {"pair": key, "model": name, "inputs_sha256": inputs}
-            self.pairs.append({**about, **known.about()})
-            self.notes += _notes(name, known)
+            self.pairs.append(about | found.about())
+            notes = list(found.facts.get("warnings", ()))
+            if num_cut := found.facts.get("num_cut_prompts", 0):
+                notes.insert(
+                    0, f"{num_cut:,} requests lost the beginning of their prompt to fit the model"
+                )
+            self.notes += [f"{name}, {job.name}: {text}" for text in notes]
         if num_known:
             num_all = len(self.jobs)
             share = "all" if num_known == num_all else f"{num_known} of {num_all}"
             self.progress.note(f"{name}: {share} measured before")
-        self.models[name] = {"kind": loaded.subject.kind, **loaded.record}
+        self.models[name] = {"kind": loaded.kind, **loaded.record}
+
+    def names(self) -> dict[str, list[str]]:
+        """Key of a pair -> names of its model; equal models share a pair."""
+        keys = dict.fromkeys(pair["pair"] for pair in self.pairs)
+        return {key: [pair["model"] for pair in self.pairs if pair["pair"] == key] for key in keys}
 
     def evaluation(self) -> Evaluation:
         """All measures of what was measured."""
-        options = self.options
-        others = [name for name, about in self.models.items() if about["kind"] != "base"]
-        given = (*options.compared.adapter, *options.compared.checkpoint)
-        reference = None
-        if len(others) > 1:
-            reference = others[given.index(options.compared.reference or given[0])]
-        seed = options.run.seed
+        compared, seed = self.options.compared, self.options.run.seed
+        names = dict(
+            zip((*compared.adapter, *compared.checkpoint), list(self.models)[1:], strict=True)
+        )
+        reference = names[compared.reference or next(iter(names))] if len(names) > 1 else None
+        measured: dict[str, dict[str, Measured]] = {name: {} for name in self.models}
+        for pair in self.pairs:
+            measured[pair["model"]][pair["task"]] = self.store.pairs[pair["pair"]]
         measures = [
             measure
             for part in self.parts
-            for measure in measures_of(part, self.measured, reference, seed)
+            for measure in measures_of(part, measured, reference, seed)
         ]
+        versions = {name: metadata.version(name) for name in LIBRARIES if find_spec(name)}
         return Evaluation(
             measures=tuple(corrected(measures)),
             models=self.models,
             reference=reference,
             notes=tuple(dict.fromkeys(self.notes)),
             provenance={
-                "options": options.flat(),
-                "environment": environment() | {"evaluation_libraries": _versions()},
+                "options": self.options.flat(),
+                "environment": environment() | {"evaluation_libraries": versions},
                 "inputs": {job.name: job.record() for job in self.jobs},
                 "pairs": self.pairs,
                 "documents": DOCUMENTS,
@@ -145,63 +139,49 @@ class _Run:
 
     def _plan(self, base: Loaded) -> None:
         """What is measured, in the order of the table."""
-        options = self.options
-        examples = examples_of(options.losses, base, options.run.batch_size)
-        self.jobs += examples
-        self.parts += [Part(own.name, (own.name,)) for own in examples]
-        for own in examples:
-            self.notes.append(own.note)
-            self.progress.note(own.note)
-        if options.benchmarks.tasks:
+        asked, batch_size = self.options.benchmarks, self.options.run.batch_size
+        for examples in examples_of(self.options.losses, base, batch_size):
+            self.jobs.append(examples)
+            self.parts.append(Part(examples.name, (examples.name,)))
+            self.notes.append(examples.note)
+            self.progress.note(examples.note)
+        if asked.tasks:
             from keylayers.evaluation.benchmarks import load_benchmarks
 
-            benchmarks, parts = load_benchmarks(options.benchmarks, options.run.seed)
+            benchmarks, parts = load_benchmarks(asked, batch_size, self.options.run.seed)
+            for name in {job.name for job in self.jobs} & {job.name for job in benchmarks}:
+                raise ConfigError(
+                    f"tasks must have other names than the losses, but there are two {name!r}; "
+                    f"rename the task"
+                )
             self.jobs += benchmarks
             self.parts += parts
-        names = [job.name for job in self.jobs]
-        if twice := [name for index, name in enumerate(names) if name in names[:index]]:
-            raise ConfigError(
-                f"tasks must have other names than the losses, but there are two {twice[0]!r}; "
-                f"rename the task"
-            )
-
-    def _harness_model(self, loaded: Loaded) -> "HarnessModel | None":
-        if not self.options.benchmarks.tasks:
-            return None
-        from keylayers.evaluation.benchmarks import HarnessModel
-
-        return HarnessModel(loaded, self.options.run.batch_size)
 
 
 def _other_training(
     loaded: Loaded, held_out: dict[str, Any] | None, are_tasks_chats: bool
 ) -> Iterator[str]:
     """Notes on a model that keylayers trained on another split or in another chat template."""
-    name, trained = loaded.subject.name, _trained_on(loaded.subject)
+    if loaded.kind == "base":
+        return
+    try:
+        content = read_run(Path(loaded.source) / RECORD).content
+    except RankingError:
+        return  # there is none, or it is not ours
+    trained = dict(content.get("data") or content.get("options", {}))
     if held_out and any(key in trained and trained[key] != held_out[key] for key in OF_SPLIT):
         yield (
-            f"{name} was trained on other data or another split of it: its training may have seen "
-            f"examples that count as held out here"
+            f"{loaded.name} was trained on other data or another split of it: its training may "
+            f"have seen examples that count as held out here"
         )
     used = [held_out["chat_template"]] if held_out and held_out["chat_template"] else []
     used += [asdict(loaded.template)] if are_tasks_chats else []
     own = _template_of(trained, loaded)
     if own and (others := [template["name"] for template in used if template["text"] != own[1]]):
         yield (
-            f"{name} was trained in the chat template {own[0]!r}, but is measured in "
+            f"{loaded.name} was trained in the chat template {own[0]!r}, but is measured in "
             f"{others[0]!r}; give `--chat-template` as in training"
         )
-
-
-def _trained_on(subject: Subject) -> dict[str, Any]:
-    """What the record in a model's folder says about its training data; empty without a record."""
-    if subject.kind == "base":
-        return {}
-    try:
-        content = read_run(Path(subject.source) / RECORD).content
-    except RankingError:
-        return {}  # there is none, or it is not ours
-    return dict(content.get("data") or content.get("options", {}))
 
 
 def _template_of(trained: dict[str, Any], loaded: Loaded) -> tuple[str, str] | None:
@@ -214,15 +194,3 @@ def _template_of(trained: dict[str, Any], loaded: Loaded) -> tuple[str, str] | N
             found = resolve_template(loaded.tokenizer, said)
             return found.name, found.text
     return None
-
-
-def _versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in LIBRARIES if find_spec(name) is not None}
-
-
-def _notes(model: str, measured: Measured) -> Sequence[str]:
-    """What a reader must know about one model on one task."""
-    notes = list(measured.facts.get("warnings", ()))
-    if number := measured.facts.get("num_cut_prompts", 0):
-        notes.insert(0, f"{number:,} requests lost the beginning of their prompt to fit the model")
-    return [f"{model}, {measured.task}: {text}" for text in notes]

@@ -17,7 +17,7 @@ Blind to: documents that depend on each other, such as several questions about o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -31,19 +31,12 @@ MAX_DRAWN = 10_000_000  # numbers in memory at once
 
 @dataclass(frozen=True)
 class Documents:
-    """One measure of one model, document by document.
+    """One measure of one model, document by document."""
 
-    Attributes:
-        values: What is summed.
-        sizes: What the sum is divided by: 1 for each document, or its number of tokens.
-        strata: Index of the stratum of each document.
-        weights: Weights of the strata; they sum to 1.
-    """
-
-    values: Float[ndarray, " document"]
-    sizes: Float[ndarray, " document"]
-    strata: Int[ndarray, " document"]
-    weights: Float[ndarray, " stratum"]
+    values: Float[ndarray, " document"]  # what is summed
+    sizes: Float[ndarray, " document"]  # what the sum is divided by: 1 each, or tokens
+    strata: Int[ndarray, " document"]  # index of the stratum
+    weights: Float[ndarray, " stratum"]  # they sum to 1
 
     def mean(self) -> float:
         """The measure."""
@@ -51,13 +44,7 @@ class Documents:
 
     def less(self, other: "Documents") -> "Documents":
         """The difference to `other`, measured on the same documents."""
-        assert np.array_equal(self.sizes, other.sizes)
-        assert np.array_equal(self.strata, other.strata)
-        return Documents(self.values - other.values, self.sizes, self.strata, self.weights)
-
-    def members(self) -> list[Int[ndarray, " member"]]:
-        """The indices of the documents of each stratum."""
-        return [np.flatnonzero(self.strata == index) for index in range(len(self.weights))]
+        return replace(self, values=self.values - other.values)
 
     def parts(self) -> Float[ndarray, " document"]:
         """What each document contributes to the measure, as summands."""
@@ -90,32 +77,29 @@ def interval(documents: Documents, seed: int = 0) -> Interval | None:
 
 def difference_interval(documents: Documents, seed: int = 0) -> Interval | None:
     """The interval of a difference: always by bootstrap, because a difference is not a share."""
-    members = documents.members()
-    if min(len(own) for own in members) < 2:
+    values, sizes, weights = documents.values, documents.sizes, documents.weights
+    members = [np.flatnonzero(documents.strata == stratum) for stratum in range(len(weights))]
+    if min(map(len, members)) < 2:
         return None
-    mean = documents.mean()
-    if all(np.ptp(documents.values[own]) == 0 == np.ptp(documents.sizes[own]) for own in members):
-        return Interval(mean, mean, "bootstrap")  # every draw of the documents gives the same
+    if all(np.ptp(values[own]) == 0 == np.ptp(sizes[own]) for own in members):
+        mean = documents.mean()  # of every draw of the documents
+        return Interval(mean, mean, "bootstrap")
+
+    def means(*drawn: ndarray, axis: int) -> ndarray:
+        parts = [values[own].sum(axis) / sizes[own].sum(axis) for own in drawn]
+        return np.asarray(sum(weight * part for weight, part in zip(weights, parts, strict=True)))
+
     found = stats.bootstrap(
         members,
-        lambda *drawn, axis: _mean(documents, drawn),
+        means,
         n_resamples=NUM_RESAMPLES,
-        batch=max(1, MAX_DRAWN // len(documents.values)),
+        batch=max(1, MAX_DRAWN // len(values)),
         vectorized=True,
         confidence_level=LEVEL,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return Interval(float(found.low), float(found.high), "bootstrap")
-
-
-def _mean(documents: Documents, drawn: Sequence[ndarray]) -> ndarray:
-    """The measure of the documents drawn from each stratum, along the last axis."""
-    total = np.zeros(drawn[0].shape[:-1])
-    for weight, chosen in zip(documents.weights, drawn, strict=True):
-        sums = documents.values[chosen].sum(axis=-1)
-        total = total + weight * sums / documents.sizes[chosen].sum(axis=-1)
-    return np.asarray(total)
 
 
 def sign_flip_p(documents: Documents, seed: int = 0) -> float:
@@ -146,9 +130,7 @@ def sign_flip_p(documents: Documents, seed: int = 0) -> float:
 def holm(p_values: Sequence[float]) -> list[float]:
     """The p-values corrected for their number (Holm 1979), in the order given."""
     order = np.argsort(p_values, kind="stable")
+    factors = np.arange(len(p_values), 0, -1)
     corrected = np.empty(len(p_values))
-    highest = 0.0
-    for place, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
-        corrected[index] = highest
+    corrected[order] = np.maximum.accumulate(factors * np.asarray(p_values)[order]).clip(max=1)
     return corrected.tolist()

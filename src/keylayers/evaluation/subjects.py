@@ -6,8 +6,7 @@ compared afterwards. One checkpoint at a time is in memory, if the caller drops 
 asks for the next.
 """
 
-import contextlib
-import copy
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,196 +17,138 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keylayers.data.chat import ChatTemplate, resolve_template
-from keylayers.errors import ConfigError, GuardError
-from keylayers.evaluation.identity import config_sha256
+from keylayers.errors import ConfigError
 from keylayers.evaluation.options import ComparedOptions
 from keylayers.files import json_sha256
-from keylayers.model.loading import (
-    describe,
-    load_adapter,
-    load_model,
-    load_tokenizer,
-    max_positions,
-)
+from keylayers.model.loading import describe, load_adapter, load_model, load_tokenizer
 from keylayers.model.options import ModelOptions
-from keylayers.model.preserve import to_evaluation
-from keylayers.model.weights import fingerprint, tensors_sha256, weights_sha256
+from keylayers.model.preserve import preserved, to_evaluation
+from keylayers.model.weights import tensors_sha256, weights_sha256
 
 BASE = "base model"
 Kind = Literal["base", "adapter", "checkpoint"]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One model of an evaluation.
-
-    Attributes:
-        name: Unique name in tables.
-        kind: Base model, adapter or checkpoint.
-        source: Folder or name on the hub, as given.
-    """
-
-    name: str
-    kind: Kind
-    source: str
+# Where a config comes from; it decides nothing.
+WITHOUT_EFFECT = {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version"}
+OF_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode"}
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A loaded model in evaluation mode.
+    """A model in evaluation mode."""
 
-    Attributes:
-        subject: Which model it is.
-        model: The model, with its adapter if it has one.
-        tokenizer: Its tokenizer; the base model's for an adapter.
-        template: Its chat template.
-        identity: Hash of what decides its results: weights of base and adapter, dtype, config,
-            generation config and tokenizer.
-        record: What the record of the evaluation says about it.
-    """
-
-    subject: Subject
+    name: str  # unique, in tables
+    kind: Kind
+    source: str  # folder or name on the hub, as given
     model: PreTrainedModel | PeftModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase  # the base model's for an adapter
     template: ChatTemplate
-    identity: str
-    record: dict[str, Any]
-
-    def chat_tokenizer(self) -> PreTrainedTokenizerBase:
-        """A copy of the tokenizer that renders chats with `template`."""
-        tokenizer = copy.deepcopy(self.tokenizer)
-        tokenizer.chat_template = self.template.text
-        return tokenizer
-
-    @property
-    def max_positions(self) -> int | None:
-        """The longest sequence of the model, in tokens, if its config says so."""
-        return max_positions(self.model)
+    identity: str  # hash of weights, adapter, dtype, configs and tokenizer: of all that decides
+    record: dict[str, Any]  # what the record of the evaluation says about it
 
 
-def subjects_of(model: ModelOptions, compared: ComparedOptions) -> list[Subject]:
-    """The base model, then the adapters, then the checkpoints, each with a unique name.
+def each_model(
+    source: ModelOptions, compared: ComparedOptions, template: str | None
+) -> Iterator[Loaded]:
+    """The base model, the adapters, the checkpoints. Drop each before you ask for the next.
 
     Raises:
-        ConfigError: two have the same name.
+        KeylayersError: a model, adapter or tokenizer is missing or does not fit, or two have the
+            same name.
     """
-    sources = (*compared.adapter, *compared.checkpoint)
-    kinds: list[Kind] = ["adapter"] * len(compared.adapter)
-    kinds += ["checkpoint"] * len(compared.checkpoint)
-    found = [Subject(BASE, "base", model.model)]
-    for name, kind, source in zip(_names(sources), kinds, sources, strict=True):
-        if name in [other.name for other in found]:
-            raise ConfigError(
-                f"every model must have a name of its own in the table, but {source!r} has that of "
-                f"another, {name!r}; rename its folder"
-            )
-        found.append(Subject(name, kind, source))
-    return found
+    names = unique_names((*compared.adapter, *compared.checkpoint))
+    yield from _base_and_adapters(source, {own: names[own] for own in compared.adapter}, template)
+    for own in compared.checkpoint:  # the revision is that of the base model
+        checkpoint = replace(source, model=own, revision=None)
+        yield _load(names[own], "checkpoint", checkpoint, template)
 
 
-def _names(sources: Sequence[str]) -> list[str]:
-    """The shortest ends of the paths that differ from each other and from the base model's name."""
+def unique_names(sources: Sequence[str]) -> dict[str, str]:
+    """Names of models in tables: the shortest ends of their paths that differ, also from `BASE`."""
     parts = [
-        [part for part in Path(source).parts if part not in ("/", ".")] or [source]
-        for source in sources
+        [part for part in Path(own).parts if part not in ("/", ".")] or [own] for own in sources
     ]
     for length in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(own[-length:]) for own in parts]
         if len({*names, BASE}) == len(names) + 1:
-            return names
-    return list(sources)
-
-
-def each_model(
-    subjects: Sequence[Subject], source: ModelOptions, template: str | None
-) -> Iterator[Loaded]:
-    """Load every model in turn. The previous model must not be used after asking for the next.
-
-    Args:
-        subjects: From `subjects_of`.
-        source: The base model, and how all models are loaded.
-        template: Name of the chat template, also for checkpoints.
-
-    Raises:
-        KeylayersError: a model, adapter or tokenizer is missing or does not fit.
-    """
-    yield from _base_and_adapters(
-        [subject for subject in subjects if subject.kind != "checkpoint"], source, template
-    )
-    for subject in subjects:
-        if subject.kind == "checkpoint":  # the revision is that of the base model
-            yield _load(subject, replace(source, model=subject.source, revision=None), template)
+            return dict(zip(sources, names, strict=True))
+    if BASE in sources:
+        raise ConfigError(
+            f"every model must have a name of its own in the table, but {BASE!r} has that of "
+            f"another; rename its folder"
+        )
+    return {own: own for own in sources}
 
 
 def _base_and_adapters(
-    subjects: Sequence[Subject], source: ModelOptions, template: str | None
+    source: ModelOptions, names: dict[str, str], template: str | None
 ) -> Iterator[Loaded]:
-    base = _load(subjects[0], source, template)
-    model = base.model
-    assert isinstance(model, PreTrainedModel)
+    base = _load(BASE, "base", source, template)
+    assert isinstance(base.model, PreTrainedModel)
     yield base
-    for subject in subjects[1:]:
-        with lent(model):
-            tuned = load_adapter(model, subject.source)
+    for adapter, name in names.items():
+        # Not `PeftModel.unload`: that of peft 0.21 leaves `modules_to_save` in the base model.
+        with preserved(base.model):
+            tuned = load_adapter(base.model, adapter)
             to_evaluation(tuned)
             weights = get_peft_model_state_dict(tuned, save_embedding_layers=False)
-            config = {
-                name: sorted(value) if isinstance(value, set) else str(value)
-                for name, value in tuned.peft_config["default"].to_dict().items()
-                if name not in ("base_model_name_or_path", "revision", "inference_mode")
-            }
-            adapter = tensors_sha256(sorted(weights.items()))
-            yield Loaded(
-                subject,
-                tuned,
-                base.tokenizer,
-                base.template,
-                identity=json_sha256([base.identity, adapter, config]),
-                record={"name": subject.source, "adapter_sha256": adapter},
+            sha256 = tensors_sha256(sorted(weights.items()))
+            config = _text(tuned.peft_config["default"].to_dict(), OF_ADAPTER)
+            yield replace(
+                base,
+                name=name,
+                kind="adapter",
+                source=adapter,
+                model=tuned,
+                identity=json_sha256([base.identity, sha256, config]),
+                record={"name": adapter, "adapter_sha256": sha256},
             )
 
 
-def _load(subject: Subject, source: ModelOptions, template: str | None) -> Loaded:
+def _load(name: str, kind: Kind, source: ModelOptions, template: str | None) -> Loaded:
     tokenizer = load_tokenizer(source)
     model = load_model(source)
     # `current_accelerator` alone names a device that is absent, in builds of PyTorch for CUDA.
     if torch.accelerator.is_available() and not source.load_in_4bit:  # 4-bit: moved when loaded
         model = model.to(torch.accelerator.current_accelerator())
     to_evaluation(model)
-    generation_config = model.generation_config.to_dict() if model.can_generate() else {}
     hashes = {
         "weights_sha256": weights_sha256(model),
-        "config_sha256": config_sha256(model.config.to_dict(), generation_config, tokenizer),
+        "config_sha256": config_sha256(model, tokenizer),
     }
     record = describe(source, model) | hashes
     identity = json_sha256([hashes, record["dtype"], source.load_in_4bit])
     chat = resolve_template(tokenizer, template)
-    return Loaded(subject, model, tokenizer, chat, identity, record)
+    return Loaded(name, kind, source.model, model, tokenizer, chat, identity, record)
 
 
-@contextlib.contextmanager
-def lent(model: PreTrainedModel) -> Iterator[None]:
-    """Let PEFT replace parts of a model, and restore them afterwards.
+def config_sha256(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The hash of config, generation config and tokenizer, without where they come from.
 
-    `PeftModel.unload` of peft 0.21 leaves modules of `modules_to_save` in the base model.
-
-    Raises:
-        GuardError: a weight of the model changed.
+    Nor is the chat template part of it: prompts are hashed as they are rendered.
     """
-    before = fingerprint(model.state_dict().items())
-    modules = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes, parts in modules:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._modules.clear()
-            module._modules.update(parts)
-    after = fingerprint(model.state_dict().items())
-    if after != before:
-        changed = sorted(name for name in before if before[name] != after.get(name))
-        raise GuardError(
-            f"an adapter must leave the base model as it is, but {len(changed)} of its tensors "
-            f"changed, first {changed[0] if changed else 'in number'}"
-        )
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # a tokenizer in pure Python
+        rules = {"kind": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
+    else:  # truncation and padding are those of its last call
+        rules = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+    about = {
+        "config": model.config.to_dict(),
+        "generation_config": model.generation_config.to_dict() if model.can_generate() else None,
+        "tokenizer": rules,
+        "special_tokens": tokenizer.special_tokens_map,
+        "clean_up_tokenization_spaces": getattr(tokenizer, "clean_up_tokenization_spaces", None),
+    }
+    return json_sha256(_text(about, WITHOUT_EFFECT))
+
+
+def _text(content: dict[str, Any], left_out: set[str]) -> str:
+    """Canonical JSON without some keys; infinite numbers are allowed, unlike in `json_sha256`."""
+
+    def plain(value: Any) -> Any:
+        return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
+
+    def relevant(part: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in part.items() if name not in left_out}
+
+    parsed = json.loads(json.dumps(content, default=plain), object_hook=relevant)
+    return json.dumps(parsed, sort_keys=True)
