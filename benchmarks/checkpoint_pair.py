@@ -17,7 +17,8 @@ from datasets import Dataset
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from benchmarks.sides import last_line_of, random_llama
-from keylayers.model.loading import Checkpoint, load_model
+from keylayers.model.checkpoint import Checkpoint
+from keylayers.model.loading import load_model
 from keylayers.model.options import ModelOptions
 from keylayers.scores.score_modules import score_modules
 from keylayers.scores.scoring_options import scoring_options

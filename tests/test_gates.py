@@ -249,11 +249,9 @@ def test_a_weight_that_changes_while_gates_are_in_is_reported():
 
 def test_a_gate_that_takes_no_part_is_reported():
     model, updates = updates_of("lora")
-    with gated(model, updates, initial_score=2.0) as gates:
-        with pytest.raises(GuardError, match=r"every gate must be used .* 14 of 14 were not"):
-            gates.check_fired()
-        with pytest.raises(GuardError, match="every gate must take part in the loss"):
-            gates.gradient()
+    silent = pytest.raises(GuardError, match=r"must take part in the loss, but 14 of 14 did not")
+    with gated(model, updates, initial_score=2.0) as gates, silent:
+        gates.gradient()
 
 
 REFUSED = [

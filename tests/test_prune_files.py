@@ -199,7 +199,7 @@ def checkpoints(folder, base=torch.float32, shard="2KB"):
 def restore(folder):
     """The tuned checkpoint with the base's values in PRUNED; written, base, tuned."""
     from keylayers.apply.prune import prune_checkpoint
-    from keylayers.model.loading import Checkpoint
+    from keylayers.model.checkpoint import Checkpoint
     from keylayers.model.options import ModelOptions
 
     (folder / "cut").mkdir()

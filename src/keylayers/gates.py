@@ -23,18 +23,14 @@ from keylayers.updates.gate import Gate, Link
 class Gates:
     """The gates in a model as one vector in a fixed order.
 
-    Attributes:
-        groups: Gate name -> the modules it scales, in model order.
+    `groups` has, for each gate's name, the modules that the gate scales, in model order.
     """
 
     def __init__(
-        self,
-        gates: Mapping[str, Gate],
-        groups: Mapping[str, tuple[str, ...]],
-        model: nn.Module,
+        self, gates: Mapping[str, Gate], groups: Mapping[str, tuple[str, ...]], model: nn.Module
     ) -> None:
-        self.groups = dict(groups)
-        self._gates = dict(gates)
+        self.groups = groups
+        self._gates = gates
         self._model = model
         self._is_checked = False
 
@@ -47,20 +43,19 @@ class Gates:
 
     def scores(self) -> Float[Tensor, " gate"]:
         """A copy of all scores, on the CPU."""
-        return torch.cat([gate.score.detach() for gate in self._gates.values()]).cpu()
+        return torch.cat([score.detach() for score in self.parameters()]).cpu()
 
     def set_scores(self, scores: Float[Tensor, " gate"]) -> None:
         """Set the score of every gate, in order."""
         with torch.no_grad():
-            for gate, score in zip(self._gates.values(), scores, strict=True):
-                gate.score.fill_(float(score))
+            for parameter, score in zip(self.parameters(), scores, strict=True):
+                parameter.fill_(float(score))
 
     def gradient(self) -> Float[Tensor, " gate"]:
         """A copy of ∂L/∂score of all gates, on the CPU.
 
-        Raises:
-            GuardError: a gate took no part in the last loss, or something other than gates did in
-                the first one; the message names the first modules.
+        Raises a GuardError if a gate took no part in the last loss, or if something other than
+        gates did in the first one.
         """
         if not self._is_checked:  # once here and once at the end, since it visits all parameters
             self.check_alone()
@@ -73,15 +68,6 @@ class Gates:
                 f"first {', '.join(silent[:3])}; fused kernels or merged weights bypass them"
             )
         return torch.cat([grad for grad in grads.values() if grad is not None]).detach().cpu()
-
-    def check_fired(self) -> None:
-        """Raise a GuardError unless every gate was used by the forward passes so far."""
-        idle = [name for name, gate in self._gates.items() if gate.num_calls == 0]
-        if idle:
-            raise GuardError(
-                f"every gate must be used by the forward pass, but {len(idle)} of {len(self)} were "
-                f"not, first {', '.join(idle[:3])}; fused kernels or merged weights bypass them"
-            )
 
     def check_alone(self) -> None:
         """Raise a GuardError if anything but the gates is trainable, or if gates were cast.
@@ -122,6 +108,9 @@ def gated(
 ) -> Iterator[Gates]:
     """Gates on `updates` as the only trainable parameters of `model`, for the length of the block.
 
+    When the block ends, hooks, `requires_grad` flags, gradients, train and eval modes and random
+    state are as they were.
+
     Args:
         model: The model that the updates belong to.
         updates: What to gate, from `adapter_updates` or `dense_updates`.
@@ -129,22 +118,19 @@ def gated(
             text).
         granularity: One gate for each module, for each block, or for each projection.
         link: `sigmoid` for γ = sigmoid(score) as in the paper, `identity` for γ = score.
-
-    Yields:
-        The gates. When the block ends, hooks, `requires_grad` flags, gradients, train and eval
-        modes and random state are as they were.
     """
     groups = group_modules([update.module for update in updates], granularity)
     group_of = {module: name for name, modules in groups.items() for module in modules}
-    weight = next(model.parameters())
-    is_double = weight.dtype == torch.float64
+    is_double = next(model.parameters()).dtype == torch.float64
     dtype = torch.float64 if is_double else torch.float32
     gates = {name: Gate(initial_score, link, dtype) for name in groups}
-    with preserved(model), kept_frozen(model), contextlib.ExitStack() as stack:
+    with preserved(model), kept_frozen(model):
         for update in updates:
             gate = gates[group_of[update.module.name]]
             gate.to(next(linear_of(update.layer).parameters()).device)
-            stack.enter_context(update.gated(gate))
+            # A child of the layer, so that the gate is one of the model's parameters.
+            update.layer.add_module(f"keygate_{update.module.last_name}", gate)
+            update.connect(gate)
         inside = Gates(gates, groups, model)
         yield inside
         inside.check_alone()

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from keylayers.errors import GuardError, ModelError
-from keylayers.model.loading import (
+from keylayers.model.checkpoint import (
     ADAPTER_FILES,
     CONFIG_FILES,
     TOKENIZER_FILES,

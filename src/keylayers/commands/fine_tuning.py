@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer
 from keylayers.apply.trainable import prove_trainable, train_only
 from keylayers.commands.session import Session, loss_of
 from keylayers.files import json_sha256
-from keylayers.model.loading import Checkpoint
+from keylayers.model.checkpoint import Checkpoint
 from keylayers.model.sharding import check_can_freeze_inside
 from keylayers.model.weights import adapter_sha256, weights_sha256
 from keylayers.ranking.record import TrainedSet

@@ -130,7 +130,7 @@ def _empty_model(source: ModelOptions) -> "PreTrainedModel":
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from keylayers.model.loading import check_folder
+    from keylayers.model.checkpoint import check_folder
 
     check_folder(source.model, "config.json", "a model")
     try:

@@ -28,7 +28,7 @@ from keylayers.files import (
     write_json,
     write_text,
 )
-from keylayers.model.loading import Checkpoint
+from keylayers.model.checkpoint import Checkpoint
 from keylayers.processes import from_first
 from keylayers.progress import Progress
 from keylayers.ranking.budget import GIB, Budget, Memory

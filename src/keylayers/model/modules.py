@@ -4,18 +4,17 @@
 Found by structure (a `ModuleList` of blocks that hold linear layers or stacked experts), never by
 the model's name. A module is what the paper calls a layer: one weight matrix, by its full name in
 the base model, so that the name is the same whether or not PEFT has wrapped the model. The experts
-of a mixture are one three-dimensional parameter a kind and block, and one module.
+of a mixture are one three-dimensional parameter per kind and block, and one module.
 
-A model with several stacks of blocks: an encoder and a decoder both count, and the decoder's blocks
-are numbered on from the encoder's. Towers for images or sound, which do not hold the embeddings of
-the text, count only where asked for.
+If a model has several stacks of blocks, an encoder and a decoder both count, and the decoder's
+block numbers continue the encoder's. Towers for images or sound, which do not hold the embeddings
+of the text, count only if you ask for them.
 
-Names of axes in shapes, here and elsewhere: `module` one entry a module in model order; `gate` one
-entry a gate; `batch`, `token`, `d_in`, `d_out` and `r` (LoRA rank) as usual.
+Names of axes in shapes, here and elsewhere: `module` has one entry per module in model order;
+`gate` one per gate; `batch`, `token`, `d_in`, `d_out` and `r` (LoRA rank) as usual.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from peft import PeftModel
@@ -48,6 +47,11 @@ class ModuleInfo:
     num_parameters: int
 
     @property
+    def last_name(self) -> str:
+        """The end of the name; of experts, their parameter's name in its layer."""
+        return self.name.rpartition(".")[2]
+
+    @property
     def is_stacked(self) -> bool:
         """Whether it is one parameter that stacks the matrices of several experts."""
         return len(self.shape) == 3
@@ -61,46 +65,35 @@ def base_model_of(model: nn.Module) -> nn.Module:
 def map_modules(model: nn.Module, towers: Towers = "language") -> tuple[ModuleInfo, ...]:
     """All linear layers and stacked experts inside the model's blocks, in model order.
 
-    Embeddings, norms and the output head are not among them, as in the paper; nor are layers that
-    are read and not called, on which LoRA has no effect.
-
-    Args:
-        model: A transformers model, wrapped by PEFT or not.
-        towers: The blocks of the language model alone, or those of images and sound too.
-
-    Raises:
-        ModelError: no stack of blocks, or several of which none is seen to be the language model.
+    Embeddings, norms and the output head are not among them, as in the paper. Nor are layers that
+    are only read and never called, on which LoRA has no effect.
     """
     base = base_model_of(model)
-    weights = list(_weights(base))
-    found: list[tuple[str, int, str, nn.Module]] = []
+    weights = _weights(base)
+    found: list[tuple[str, int, str]] = []
     offset = 0
     for stack in _block_stacks(base, towers):
         pattern = re.compile(re.escape(stack) + r"\.(\d+)\.(.+)")
-        for name, holder in weights:
+        for name in weights:
             match = pattern.fullmatch(name)
-            if match and not _is_read(base, name):
-                found.append((name, offset + int(match[1]), match[2], holder))
+            if match and not _is_only_read(base, name):
+                found.append((name, offset + int(match[1]), match[2]))
         offset += len(base.get_submodule(stack))  # type: ignore[arg-type]
-    kinds = _kinds([(block, path) for _, block, path, _ in found])
+    kinds = _kinds([(block, path) for _, block, path in found])
     return tuple(
-        ModuleInfo(name, block, kinds[path], *_size(holder, name))
-        for name, block, path, holder in found
+        ModuleInfo(name, block, kinds[path], *_size(weights[name], name))
+        for name, block, path in found
     )
 
 
 def outside_module(model: nn.Module, name: str) -> ModuleInfo:
     """A module that is in no block, such as the embeddings, by its name in the base model."""
-    layer = linear_of(module_by_name(model, name))
+    layer = linear_of(base_model_of(model).get_submodule(name))
     return ModuleInfo(name, None, name.rpartition(".")[2], *_size(layer, name))
 
 
 def blocks_of(model: nn.Module, towers: Towers = "language") -> list[nn.Module]:
-    """The model's blocks, in the order of `block_index`.
-
-    Raises:
-        ModelError: no stack of blocks, or several of which none is seen to be the language model.
-    """
+    """The model's blocks, in the order of `block_index`."""
     base = base_model_of(model)
     stacks = _block_stacks(base, towers)
     return [block for stack in stacks for block in base.get_submodule(stack).children()]
@@ -111,20 +104,15 @@ def is_in_stack(model: nn.Module, name: str) -> bool:
     return any(name.startswith(stack + ".") for stack in _block_stacks(base_model_of(model), "all"))
 
 
-def module_by_name(model: nn.Module, name: str) -> nn.Module:
-    """The module `name` of the base model; a PEFT layer where PEFT has put one."""
-    return base_model_of(model).get_submodule(name)
-
-
 def linear_of(module: nn.Module) -> nn.Module:
     """The layer inside a PEFT layer, or the module itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def experts_of(layer: nn.Module) -> list[str]:
-    """Names of the parameters of `layer` that stack experts' matrices: three-dimensional ones.
+def _experts_of(layer: nn.Module) -> list[str]:
+    """Names of the three-dimensional parameters of `layer`: experts' matrices, stacked.
 
-    Torch's own layers have such weights too (convolutions), and are not meant.
+    Torch's own layers with such weights are convolutions.
     """
     if type(layer).__module__.startswith("torch.") or isinstance(layer, BaseTunerLayer):
         return []
@@ -132,16 +120,16 @@ def experts_of(layer: nn.Module) -> list[str]:
     return [name for name, value in parameters if value.dim() == 3 and min(value.shape) > 1]
 
 
-def _weights(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every linear layer and every experts' parameter by its name in the base model, once.
+def _weights(base: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer and every experts' parameter by its name in the base model -> its layer.
 
     PEFT's own matrices inside a wrapped layer are not among them.
     """
-    seen: set[str] = set()
-    wrapped: tuple[str, ...] = ()
+    found: dict[str, nn.Module] = {}
+    wrapped: list[str] = []
     for full_name, module in base.named_modules():
         if isinstance(module, BaseTunerLayer):
-            wrapped = (*wrapped, full_name + ".")
+            wrapped.append(full_name + ".")
         if any(
             full_name.startswith(outer) and not full_name.startswith(outer + "base_layer")
             for outer in wrapped
@@ -149,17 +137,15 @@ def _weights(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         layer = linear_of(module)
         name = full_name.replace(".base_layer", "")
-        names = [f"{name}.{parameter}" for parameter in experts_of(layer)]
+        for parameter in _experts_of(layer):
+            found.setdefault(f"{name}.{parameter}", layer)
         if isinstance(layer, (nn.Linear, Conv1D)):
-            names.append(name)
-        for weight in names:
-            if weight not in seen:
-                seen.add(weight)
-                yield weight, layer
+            found.setdefault(name, layer)
+    return found
 
 
-def _is_read(base: nn.Module, name: str) -> bool:
-    """Whether a linear layer's weight is read and the layer never called, so that LoRA is idle.
+def _is_only_read(base: nn.Module, name: str) -> bool:
+    """Whether a linear layer's weight is read but the layer never called, so that LoRA is idle.
 
     In a state-space mixer, known by its `A_log`, the step projection enters the scan as a matrix
     (and PEFT refuses the output projection, which fused kernels read in the same way).
@@ -171,11 +157,11 @@ def _is_read(base: nn.Module, name: str) -> bool:
 
 def _block_stacks(base: nn.Module, towers: Towers) -> list[str]:
     """Names of the outermost `ModuleList`s whose members hold weights, in model order."""
-    names = [name for name, _ in _weights(base)]
+    weights = _weights(base)
     stacks: list[str] = []
     for name, module in base.named_modules():
         is_nested = any(name.startswith(stack + ".") for stack in stacks)
-        holds_weights = any(weight.startswith(name + ".") for weight in names)
+        holds_weights = any(weight.startswith(name + ".") for weight in weights)
         if isinstance(module, nn.ModuleList) and holds_weights and not is_nested:
             stacks.append(name)
     kind = type(base).__name__
@@ -198,10 +184,10 @@ def _block_stacks(base: nn.Module, towers: Towers) -> list[str]:
 def _nearest_to_embeddings(base: nn.Module, stacks: list[str]) -> list[str]:
     """The stacks in the smallest part of the model that holds text embeddings and a stack.
 
-    Of these the ones fewest levels down: a tower for images may sit beside the blocks.
+    Only those fewest levels down: a tower for images may sit next to the blocks.
     """
-    get_embeddings = getattr(base, "get_input_embeddings", None)
-    embeddings = get_embeddings() if get_embeddings is not None else None
+    get_embeddings = getattr(base, "get_input_embeddings", lambda: None)
+    embeddings = get_embeddings()
     name = next((name for name, module in base.named_modules() if module is embeddings), None)
     while name:
         name = name.rpartition(".")[0]
@@ -214,30 +200,27 @@ def _nearest_to_embeddings(base: nn.Module, stacks: list[str]) -> list[str]:
 
 
 def _kinds(found: list[tuple[int, str]]) -> dict[str, str]:
-    """Each path inside a block -> its kind; numbers on the way are left out where they can be."""
+    """Each path inside a block -> its kind: the shortest ending that no other path has.
+
+    Numbers on the way are left out if the paths of a block still differ.
+    """
     plain = {path: re.sub(r"\.\d+(?=\.)|^\d+\.", "", path) for _, path in found}
     places = [(block, plain[path]) for block, path in found]
     if len(set(places)) < len(places):  # such as one linear layer for each expert
         plain = {path: path for path in plain}
-    short = _short_names(list(dict.fromkeys(plain.values())))
-    return {path: short[inside] for path, inside in plain.items()}
-
-
-def _short_names(paths: list[str]) -> dict[str, str]:
-    """Each path inside a block -> its shortest ending that no other path has."""
-    short = {}
-    for path in paths:
+    kinds = {}
+    for path in set(plain.values()):
         parts = path.split(".")
         endings = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
-        others = ["." + other for other in paths if other != path]
-        short[path] = next(
+        others = ["." + other for other in plain.values() if other != path]
+        kinds[path] = next(
             (end for end in endings if not any(other.endswith("." + end) for other in others)), path
         )
-    return short
+    return {path: kinds[inside] for path, inside in plain.items()}
 
 
 def _size(layer: nn.Module, name: str) -> tuple[tuple[int, ...], int]:
-    """Shape and number of parameters; asked of the layer, because a quantised weight is packed."""
+    """Shape and number of parameters, from the layer: a quantised weight is packed."""
     if isinstance(layer, nn.Linear):
         shape: tuple[int, ...] = (layer.out_features, layer.in_features)
     elif isinstance(layer, Conv1D):

@@ -4,7 +4,6 @@
 import contextlib
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,80 +30,70 @@ def to_evaluation(model: nn.Module) -> None:
 def preserved(model: nn.Module) -> Iterator[None]:
     """Freeze all parameters inside the block, then restore the model and the random state.
 
-    Restores flags, gradients, modes and every other attribute of every module: hooks, active
-    adapters, gradient checkpointing. Weights and saved buffers must not change inside the block.
-
-    Raises:
-        GuardError: a weight or saved buffer changed inside the block; the message names the first
-            ones.
+    Restores flags, gradients, modes and every other attribute of every module: hooks, children,
+    methods, active adapters, gradient checkpointing. Raises a GuardError if a weight or a saved
+    buffer changed inside the block.
     """
-    reshard(model)
-    random_state = _random_state()
-    parameters = list(model.named_parameters(remove_duplicate=False))
-    flags = [(parameter, parameter.requires_grad, parameter.grad) for _, parameter in parameters]
-    attributes = [_Attributes(module) for module in model.modules()]
-    before = fingerprint(model.state_dict().items())
-    for parameter, _, _ in flags:
-        parameter.requires_grad_(False)
-        parameter.grad = None
-    try:
-        try:
+    with _same_random_state():
+        reshard(model)
+        before = fingerprint(model.state_dict().items())
+        with _same_attributes(model), _frozen(model):
             yield
-        finally:
-            reshard(model)
-            for module_attributes in attributes:
-                module_attributes.restore()
-            for parameter, requires_grad, grad in flags:
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = grad
         # After the restoration: in the block, PEFT may have put modules around others.
-        _check_unchanged(before, fingerprint(model.state_dict().items()))
+        after = fingerprint(model.state_dict().items())
+        changed = [name for name in before if after.get(name) != before[name]]
+        if changed:
+            raise GuardError(
+                f"the weights of a model must not change while it is scored or measured, but "
+                f"{len(changed)} tensors did, first {', '.join(changed[:3])}; something else trains "
+                f"it at the same time"
+            )
+
+
+@contextlib.contextmanager
+def _same_attributes(model: nn.Module) -> Iterator[None]:
+    """Restore the attributes of every module after the block.
+
+    Hooks, buffers and children are in dictionaries. A hook's handle refers to the dictionary
+    itself, so we refill dictionaries and do not replace them.
+    """
+    dictionaries = [vars(module) for module in model.modules()]
+    dictionaries += [
+        value for held in dictionaries for value in held.values() if isinstance(value, dict)
+    ]
+    copies = [dict(dictionary) for dictionary in dictionaries]
+    try:
+        yield
     finally:
-        _set_random_state(random_state)
-
-
-class _Attributes:
-    """A copy of a module's attributes, because trainers switch modes and add and remove hooks."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._attributes = vars(module)
-        self._values = dict(self._attributes)
-        # Hooks, buffers and submodules. A hook's handle refers to the dictionary itself, so the
-        # dictionaries are refilled and not replaced.
-        dictionaries = (value for value in self._values.values() if isinstance(value, dict))
-        self._copies = [(dictionary, dict(dictionary)) for dictionary in dictionaries]
-
-    def restore(self) -> None:
-        """Give the module its attributes back."""
-        self._attributes.clear()
-        self._attributes.update(self._values)
-        for dictionary, copy in self._copies:
+        for dictionary, copy in zip(dictionaries, copies, strict=True):
             dictionary.clear()
             dictionary.update(copy)
 
 
-def _check_unchanged(before: dict[str, int], after: dict[str, int]) -> None:
-    changed = [name for name in before if after.get(name) != before[name]]
-    if changed:
-        names = ", ".join(changed[:3])
-        raise GuardError(
-            f"the weights of a model must not change while it is scored or measured, but "
-            f"{len(changed)} tensors did, first {names}; something else trains it at the same time"
-        )
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    parameters = list(model.parameters())
+    states = [(parameter.requires_grad, parameter.grad) for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        reshard(model)
+        for parameter, (requires_grad, grad) in zip(parameters, states, strict=True):
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
 
 
-def _random_state() -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),  # the global state that trainers seed
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+@contextlib.contextmanager
+def _same_random_state() -> Iterator[None]:
+    """Restore the random states of Python, torch and numpy (the global one: trainers seed it)."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices, device_type="cuda"):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

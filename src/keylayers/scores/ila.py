@@ -39,8 +39,8 @@ def learn_scores(
 ) -> ModuleScores:
     """The scores that gradient descent gives the gates; `price` is that of the mean gate, in nats.
 
-    Guards: only gates are trainable; every gate fires and has a gradient; the model and the random
-    state are given back as they were.
+    Guards: only gates are trainable; every gate has a gradient; the model and the random state are
+    given back as they were.
     """
     watch = None
     if options.until_stable is not None:
@@ -62,7 +62,6 @@ def learn_scores(
             task.log.gates(step, gates.groups, path[step])
             if watch is not None and watch.see(path[step].tolist()) and step >= 2 * PATIENCE_STEPS:
                 break
-        gates.check_fired()
         return masked.result(
             gates.scores(),
             unit="logit of the gate",

@@ -6,26 +6,8 @@ adapters, sorted out in `adapter`) and `dense` (the difference of two checkpoint
 """
 
 from keylayers.updates.adalora import AdaLoraUpdate
-from keylayers.updates.adapter import AdapterUpdate, adapter_updates
-from keylayers.updates.dense import DenseUpdate, dense_updates
-from keylayers.updates.dense_experts import DenseExpertsUpdate
-from keylayers.updates.dora import DoraUpdate
-from keylayers.updates.embedding import EmbeddingUpdate
-from keylayers.updates.experts import ParameterUpdate
-from keylayers.updates.lora import LoraUpdate
+from keylayers.updates.adapter import adapter_updates
+from keylayers.updates.dense import dense_updates
+from keylayers.updates.gate import AdapterUpdate, Update
 
-Update = AdapterUpdate | DenseUpdate | DenseExpertsUpdate
-
-__all__ = [
-    "AdaLoraUpdate",
-    "AdapterUpdate",
-    "DenseExpertsUpdate",
-    "DenseUpdate",
-    "DoraUpdate",
-    "EmbeddingUpdate",
-    "LoraUpdate",
-    "ParameterUpdate",
-    "Update",
-    "adapter_updates",
-    "dense_updates",
-]
+__all__ = ["AdaLoraUpdate", "AdapterUpdate", "Update", "adapter_updates", "dense_updates"]

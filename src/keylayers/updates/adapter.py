@@ -24,16 +24,14 @@ from keylayers.updates.adalora import AdaLoraUpdate, is_adalora
 from keylayers.updates.dora import DoraUpdate
 from keylayers.updates.embedding import EmbeddingUpdate
 from keylayers.updates.experts import ParameterUpdate
+from keylayers.updates.gate import AdapterUpdate
 from keylayers.updates.lora import LoraUpdate
-
-AdapterUpdate = LoraUpdate | DoraUpdate | AdaLoraUpdate | EmbeddingUpdate | ParameterUpdate
 
 
 def adapter_updates(model: nn.Module) -> list[AdapterUpdate]:
     """All updates of the active adapter: outside the blocks first, then in the blocks' order.
 
-    Raises:
-        ModelError: no adapter, several active adapters, or an update that no gate scales exactly.
+    Refuses several active adapters, and an update that no gate scales exactly.
     """
     if not isinstance(model, PeftModel):
         raise ModelError(
@@ -114,48 +112,41 @@ def towers_of(model: nn.Module) -> Towers:
 
 
 def _update(info: ModuleInfo, layer: BaseTunerLayer) -> AdapterUpdate:
-    """The update of one PEFT layer, or a ModelError that says what a gate cannot scale."""
     if len(layer.active_adapters) != 1:
         raise ModelError(
             f"exactly one adapter must be active, but {info.name} has {layer.active_adapters}; "
             f"choose one with model.set_adapter(name)"
         )
     adapter = layer.active_adapters[0]
-    reason = _why_not(layer, adapter)
-    if reason is not None:
+    found = _kind(layer, adapter)
+    if isinstance(found, str):
         raise ModelError(
-            f"a gate must scale the whole update, which it cannot for {info.name}: {reason}"
+            f"a gate must scale the whole update, which it cannot for {info.name}: {found}"
         )
-    assert isinstance(layer, LoraLayer)
-    if isinstance(layer, AdaLoraLayer):
-        return AdaLoraUpdate(info, layer, adapter)
-    if isinstance(layer, ParamWrapper):
-        return ParameterUpdate(info, layer, adapter)
-    if isinstance(linear_of(layer), nn.Embedding):
-        return EmbeddingUpdate(info, layer, adapter)
-    if layer.use_dora.get(adapter, False):
-        return DoraUpdate(info, layer, adapter)
-    return LoraUpdate(info, layer, adapter)
+    return found(info, layer, adapter)
 
 
-def _why_not(layer: BaseTunerLayer, adapter: str) -> str | None:
-    """Why no gate scales this layer's whole update, or None if one does."""
-    kind = type(layer).__name__
-    base = linear_of(layer)
+def _kind(layer: BaseTunerLayer, adapter: str) -> type[AdapterUpdate] | str:
+    """The kind of this layer's update, or why no gate scales the whole of it."""
+    name, base = type(layer).__name__, linear_of(layer)
     if not isinstance(layer, LoraLayer):
-        return f"a {kind} is not a LoRA layer"
+        return f"a {name} is not a LoRA layer"
     if layer.merged:
         return "it is merged into the base weights; call model.unmerge_adapter() first"
     if layer.lora_bias.get(adapter, False):
         return "`lora_bias=True` adds a bias that a gate on A does not scale"
     is_dora = layer.use_dora.get(adapter, False)
+    if isinstance(layer, AdaLoraLayer):
+        return AdaLoraUpdate
+    if isinstance(layer, ParamWrapper):
+        return ParameterUpdate
     if isinstance(base, nn.Embedding):
-        return "DoRA on embeddings has no single place to gate" if is_dora else None
-    if isinstance(layer, (ParamWrapper, AdaLoraLayer)):
-        return None
+        return "DoRA on embeddings has no single place to gate" if is_dora else EmbeddingUpdate
     if not isinstance(base, (nn.Linear, Conv1D)):
-        return f"a {kind} on a {type(base).__name__} merges its weights or is not a matrix product"
-    if adapter in layer.lora_variant and not is_dora:
+        return f"a {name} on a {type(base).__name__} merges its weights or is not a matrix product"
+    if is_dora:
+        return DoraUpdate
+    if adapter in layer.lora_variant:
         variant = type(layer.lora_variant[adapter]).__name__
         return f"the variant {variant} of LoRA is not known to be linear in A's output"
-    return None
+    return LoraUpdate

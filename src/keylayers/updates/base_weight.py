@@ -13,14 +13,14 @@ from keylayers.model.sharding import whole
 
 def base_weight(layer: nn.Module) -> Float[Tensor, "d_out d_in"]:
     """θ_0 of a module in float32 as (d_out, d_in), also if quantised or a `Conv1D`."""
-    linear = linear_of(layer)
     check_linear(layer)
+    linear = linear_of(layer)
     weight = linear.weight
     assert isinstance(weight, Tensor)
     if not weight.is_floating_point():
         weight = dequantize_module_weight(linear)
-    weight = whole(weight)
-    return weight.float() if isinstance(linear, nn.Linear) else weight.T.float()
+    weight = whole(weight).float()
+    return weight if isinstance(linear, nn.Linear) else weight.T
 
 
 def check_linear(layer: nn.Module) -> None:

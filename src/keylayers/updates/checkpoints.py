@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from keylayers.errors import ModelError
-from keylayers.model.modules import ModuleInfo, experts_of, map_modules
+from keylayers.model.modules import ModuleInfo, map_modules
 from keylayers.model.options import Towers
 
 
@@ -31,16 +31,7 @@ def module_weights(
 def back_at_base(
     model: nn.Module, base: Mapping[str, Tensor], towers: Towers = "language"
 ) -> Iterator[dict[str, Tensor]]:
-    """Inside the block the modules hold θ_0 again; yields what they held, θ_t, on the CPU.
-
-    Args:
-        model: The tuned model; it holds θ_t again, bit for bit, when the block ends.
-        base: θ_0 by name, from `module_weights`; values are read one at a time.
-        towers: Which stacks of blocks.
-
-    Raises:
-        ModelError: a module is missing in `base` or has another shape there.
-    """
+    """Inside the block the modules hold θ_0 again; yields what they held, θ_t, on the CPU."""
     tuned = module_weights(model, towers)
     parameters = {name: weight for name, weight in model.named_parameters() if name in tuned}
     try:
@@ -54,39 +45,31 @@ def back_at_base(
                 weight.copy_(tuned[name])
 
 
+@torch.no_grad()
 def take_other_weights(
     model: nn.Module, tuned: Mapping[str, Tensor], towers: Towers = "language"
 ) -> list[str]:
     """Copy the tuned values of everything that is not gated into `model`: embeddings, norms, head.
 
-    Then the model with all gates open is the tuned model. Modules in the blocks keep θ_0.
-
-    Returns:
-        Names of the parameters whose values differed.
-
-    Raises:
-        ModelError: a parameter is missing in `tuned` or has another shape there.
+    Then the model with all gates open is the tuned model. Modules in the blocks keep θ_0. Returns
+    the names of the parameters whose values differed.
     """
     infos = map_modules(model, towers)
     gated = {name for info in infos for name, _ in parameters_of(model, info)}
     changed = []
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name not in gated:
-                value = value_like(tuned, name, parameter)
-                if not torch.equal(value, parameter):
-                    changed.append(name)
-                    parameter.copy_(value)
+    for name, parameter in model.named_parameters():
+        value = None if name in gated else value_like(tuned, name, parameter)
+        if value is not None and not torch.equal(value, parameter):
+            changed.append(name)
+            parameter.copy_(value)
     return changed
 
 
 def parameters_of(model: nn.Module, info: ModuleInfo) -> list[tuple[str, Tensor]]:
     """The parameters of one module by name: the experts' own, or weight and bias."""
-    holder, _, last = info.name.rpartition(".")
-    if last in experts_of(model.get_submodule(holder)):
+    if info.is_stacked:
         return [(info.name, model.get_parameter(info.name))]
-    layer = model.get_submodule(info.name)
-    own = layer.named_parameters(recurse=False)
+    own = model.get_submodule(info.name).named_parameters(recurse=False)
     return [(f"{info.name}.{name}", weight) for name, weight in own]
 
 

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dense updates: the difference of two checkpoints, `Δθ = θ_t - θ_0`.
 
-The model holds θ_0, and inside the block a module computes `θ_0 x + γ Δθ x`. θ_t is read one module
-at a time when it is needed, from memory or from disk, so that a pair of checkpoints needs no more
+The model holds θ_0, and with a gate a module computes `θ_0 x + γ Δθ x`. θ_t is read one module at
+a time when it is needed, from memory or from disk, so that a pair of checkpoints needs no more
 memory than one model and its largest module. The gate's gradient is `⟨∂L/∂W, Δθ⟩ = Σ_tokens
 ⟨∂L/∂y, Δθ x⟩`; a custom autograd function computes it from `x` alone, so that neither Δθ nor `Δθ x`
 is kept for the backward pass. It adds the two products instead of mixing the two weights, because
 in bfloat16 half of a small Δθ would round away in a mixed weight.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +19,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from keylayers.errors import ModelError
-from keylayers.model.modules import ModuleInfo, experts_of, map_modules
+from keylayers.model.modules import map_modules
 from keylayers.model.options import Towers
 from keylayers.updates.checkpoints import difference_of, parameters_of, value_like
-from keylayers.updates.dense_experts import DenseExpertsUpdate
-from keylayers.updates.gate import GATE_CHILD, Gate
+from keylayers.updates.gate import Gate, Update, around_forward
 
 
 class Workspace:
@@ -37,27 +35,24 @@ class Workspace:
         """`value - base`; the next call overwrites it."""
         held, size = self._buffer, base.numel()
         if (held.dtype, held.device) != (base.dtype, base.device) or held.numel() < size:
-            self._buffer = torch.empty(base.numel(), dtype=base.dtype, device=base.device)
-        out = self._buffer[:size].view(base.shape)
-        return torch.sub(value, base.detach(), out=out)
+            self._buffer = torch.empty(size, dtype=base.dtype, device=base.device)
+        return torch.sub(value, base.detach(), out=self._buffer[:size].view(base.shape))
 
 
 @dataclass(frozen=True)
-class DenseUpdate:
+class DenseUpdate(Update):
     """What full fine-tuning added to one linear layer's weight, and to its bias if it has one."""
 
-    module: ModuleInfo
     layer: nn.Linear | Conv1D
     tuned: Mapping[str, Tensor]
     workspace: Workspace
 
     def delta(self) -> Float[Tensor, "d_out d_in"]:
-        """The whole update of the weight, Δθ, in float32."""
+        """The update of the weight in float32."""
         return self._delta_weight().to(torch.float32, copy=True)
 
-    @contextlib.contextmanager
-    def gated(self, gate: Gate) -> Iterator[None]:
-        """Let the module, which holds θ_0, compute with `θ_0 + γ Δθ` inside the block."""
+    def connect(self, gate: Gate) -> None:
+        """Let the module, which holds θ_0, compute with `θ_0 + γ Δθ`."""
         is_transposed = not isinstance(self.layer, nn.Linear)  # Conv1D keeps (d_in, d_out)
 
         def forward(x: Tensor) -> Tensor:
@@ -70,13 +65,7 @@ class DenseUpdate:
             bias = self.layer.bias + value.to(delta.device) * delta
             return y + bias.to(y.dtype)
 
-        self.layer.add_module(GATE_CHILD, gate)
         self.layer.forward = forward  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            del self.layer.forward  # uncovers the class's own method
-            delattr(self.layer, GATE_CHILD)
 
     def _delta_weight(self) -> Float[Tensor, "d_out d_in"]:
         base = self.layer.weight
@@ -114,9 +103,40 @@ class _GatedLinear(torch.autograd.Function):
         return grad_x, grad_gate, None, None
 
 
+@dataclass(frozen=True)
+class DenseExpertsUpdate(Update):
+    """What full fine-tuning added to one parameter that stacks the experts of a mixture.
+
+    Architectures use the parameter in different ways, so the mixed weight replaces it during the
+    forward pass. Autograd keeps the mixed weight: a second copy of the experts in memory.
+    """
+
+    tuned: Mapping[str, Tensor]
+
+    def delta(self) -> Float[Tensor, "..."]:
+        """The update of the parameter in its own shape, in float32."""
+        return difference_of(self.tuned, self.module.name, self._parameter()).float()
+
+    def connect(self, gate: Gate) -> None:
+        """Let the experts, which hold θ_0, compute with `θ_0 + γ Δθ`."""
+        name, attributes = self.module.last_name, self.layer.__dict__
+
+        def mix() -> None:
+            base = self._parameter()
+            attributes[name] = base + gate(difference_of(self.tuned, self.module.name, base))
+
+        def restore() -> None:
+            attributes.pop(name, None)  # uncovers the parameter
+
+        around_forward(self.layer, mix, restore)
+
+    def _parameter(self) -> nn.Parameter:
+        return self.layer.get_parameter(self.module.last_name)
+
+
 def dense_updates(
     model: nn.Module, tuned: Mapping[str, Tensor], towers: Towers = "language"
-) -> list[DenseUpdate | DenseExpertsUpdate]:
+) -> list[Update]:
     """The difference between `tuned` and `model` for each module of the blocks, in model order.
 
     Args:
@@ -128,13 +148,13 @@ def dense_updates(
     Raises:
         ModelError: a module is missing in `tuned`, has another shape there, or nothing differs.
     """
-    updates: list[DenseUpdate | DenseExpertsUpdate] = []
+    updates: list[Update] = []
     workspace = Workspace()
     has_difference = False
     for info in map_modules(model, towers):
-        holder, _, parameter = info.name.rpartition(".")
-        if parameter in experts_of(model.get_submodule(holder)):
-            updates.append(DenseExpertsUpdate(info, model.get_submodule(holder), tuned))
+        if info.is_stacked:
+            holder = model.get_submodule(info.name.rpartition(".")[0])
+            updates.append(DenseExpertsUpdate(info, holder, tuned))
         else:
             layer = model.get_submodule(info.name)
             assert isinstance(layer, (nn.Linear, Conv1D))

@@ -6,44 +6,25 @@ computes what DoRA adds to the base layer's output, so the gate scales that. Thi
 gate and magnitude, but keeps activations of width d_out.
 """
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 from jaxtyping import Float
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from keylayers.model.modules import ModuleInfo
 from keylayers.model.sharding import whole
 from keylayers.updates.base_weight import base_weight
-from keylayers.updates.gate import Gate
-from keylayers.updates.lora import gate_output, without_dropout
+from keylayers.updates.gate import AdapterUpdate, Gate
+from keylayers.updates.lora import scale_output, scaled_product
 
 
-@dataclass(frozen=True)
-class DoraUpdate:
-    """LoRA matrices and magnitude of one linear layer, as PEFT holds them."""
-
-    module: ModuleInfo
-    layer: LoraLayer
-    adapter: str
+class DoraUpdate(AdapterUpdate):
+    """LoRA matrices and magnitude of one linear layer, without dropout as in `LoraUpdate`."""
 
     def delta(self) -> Float[Tensor, "d_out d_in"]:
-        """The whole update of the weight, Δθ, in float32."""
-        a = whole(self.layer.lora_A[self.adapter].weight).float()
-        b = whole(self.layer.lora_B[self.adapter].weight).float()
+        """The formula above in float32."""
         base = base_weight(self.layer)
-        direction = base + self.layer.scaling[self.adapter] * (b @ a)
+        direction = base + scaled_product(self)
         magnitude = whole(self.layer.lora_magnitude_vector[self.adapter].weight).float()
         return (magnitude / direction.norm(dim=1))[:, None] * direction - base
 
-    @contextlib.contextmanager
-    def gated(self, gate: Gate) -> Iterator[None]:
-        """Scale this update by `gate` inside the block; DoRA's dropout is off there."""
-        magnitude = self.layer.lora_magnitude_vector[self.adapter]
-        with (
-            without_dropout(self.layer, self.adapter),
-            gate_output(self.layer, magnitude, gate),
-        ):
-            yield
+    def connect(self, gate: Gate) -> None:
+        """Scale what the magnitude module computes."""
+        scale_output(self, self.layer.lora_magnitude_vector[self.adapter], gate)

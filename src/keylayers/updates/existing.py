@@ -8,7 +8,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from keylayers.model.loading import Checkpoint, load_adapter
+from keylayers.model.checkpoint import Checkpoint
+from keylayers.model.loading import load_adapter
 from keylayers.model.options import ModelOptions, Towers, UpdateOptions
 from keylayers.model.weights import adapter_sha256, tensors_sha256
 from keylayers.progress import Progress
@@ -32,33 +33,21 @@ def existing_update(
     progress: Progress,
     towers: Towers = "language",
 ) -> TunedModel:
-    """The model with the update of an adapter or a second checkpoint.
+    """`model` with the adapter, or with the difference to the checkpoint, that `options` name.
 
-    Args:
-        model: The base model; it carries the adapter afterwards.
-        options: With `adapter` or `tuned` given.
-        progress: Receives a note about weights that are not gated.
-        towers: The stacks of blocks in which checkpoints are compared.
+    `progress` gets a note about weights that are not gated.
     """
+    record: dict[str, Any]
     if options.adapter is not None:
-        return _from_adapter(model, options.adapter, progress)
+        adapted = load_adapter(model, options.adapter)
+        outside = always_on(adapted)
+        if outside:
+            progress.note(f"not ranked, always on: the adapter's own {', '.join(outside)}")
+        record = {"name": options.adapter, "weights_sha256": adapter_sha256(adapted)}
+        record["always_on"] = outside
+        return TunedModel(adapted, adapter_updates(adapted), {"adapter": record})
     assert options.tuned is not None
-    return _from_checkpoint(model, options.tuned, progress, towers)
-
-
-def _from_adapter(model: PreTrainedModel, adapter: str, progress: Progress) -> TunedModel:
-    tuned = load_adapter(model, adapter)
-    outside = always_on(tuned)
-    if outside:
-        progress.note(f"not ranked, always on: the adapter's own {', '.join(outside)}")
-    record = {"name": adapter, "weights_sha256": adapter_sha256(tuned), "always_on": outside}
-    return TunedModel(tuned, adapter_updates(tuned), {"adapter": record})
-
-
-def _from_checkpoint(
-    model: PreTrainedModel, tuned: str, progress: Progress, towers: Towers
-) -> TunedModel:
-    checkpoint = Checkpoint.open(ModelOptions(model=tuned))
+    checkpoint = Checkpoint.open(ModelOptions(model=options.tuned))
     updates = dense_updates(model, checkpoint, towers)
     others = take_other_weights(model, checkpoint, towers)
     if others:
@@ -66,11 +55,7 @@ def _from_checkpoint(
             f"not ranked, taken from the tuned checkpoint: {len(others)} other weights that differ "
             f"({', '.join(others[:2])}{', ...' if len(others) > 2 else ''})"
         )
-    record = {
-        "name": tuned,
-        "weights_sha256": tensors_sha256(
-            (name, checkpoint[name]) for name, _ in model.named_parameters()
-        ),
-        "other_weights_that_differ": others,
-    }
+    names = (name for name, _ in model.named_parameters())
+    sha256 = tensors_sha256((name, checkpoint[name]) for name in names)
+    record = {"name": options.tuned, "weights_sha256": sha256, "other_weights_that_differ": others}
     return TunedModel(model, updates, {"tuned": record})

@@ -6,48 +6,30 @@ A and B instead of calling them, so hooks on them do not fire. We wrap the metho
 (PEFT 0.21); the gate scales one rank-r factor, not the whole stack.
 """
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 from jaxtyping import Float
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
-from keylayers.model.modules import ModuleInfo
 from keylayers.model.sharding import whole
-from keylayers.updates.gate import GATE_CHILD, Gate
+from keylayers.updates.gate import AdapterUpdate, Gate
 
 
-@dataclass(frozen=True)
-class ParameterUpdate:
-    """The LoRA matrices of one parameter, as PEFT holds them."""
-
-    module: ModuleInfo
-    layer: ParamWrapper
-    adapter: str
+class ParameterUpdate(AdapterUpdate):
+    """The LoRA matrices of one parameter."""
 
     def delta(self) -> Float[Tensor, "..."]:
-        """The whole update of the parameter, Δθ, in its own shape, in float32."""
+        """The whole update of the parameter in its own shape, in float32."""
         return whole(self.layer.get_delta_weight(self.adapter)).float()
 
-    @contextlib.contextmanager
-    def gated(self, gate: Gate) -> Iterator[None]:
-        """Scale this update by `gate` inside the block."""
-        factors, whole = self.layer.get_delta_factors, self.layer.get_delta_weight
+    def connect(self, gate: Gate) -> None:
+        """Scale one factor, or the product where PEFT asks for that."""
+        factors, product = self.layer.get_delta_factors, self.layer.get_delta_weight
 
         def gated_factors(adapter: str) -> tuple[Tensor, Tensor, float]:
             left, right, scaling = factors(adapter)
             return left, gate(right) if adapter == self.adapter else right, scaling
 
-        def gated_whole(adapter: str) -> Tensor:
-            return gate(whole(adapter)) if adapter == self.adapter else whole(adapter)
+        def gated_product(adapter: str) -> Tensor:
+            return gate(product(adapter)) if adapter == self.adapter else product(adapter)
 
-        self.layer.add_module(GATE_CHILD, gate)
         self.layer.get_delta_factors = gated_factors
-        self.layer.get_delta_weight = gated_whole
-        try:
-            yield
-        finally:
-            del self.layer.get_delta_factors, self.layer.get_delta_weight
-            delattr(self.layer, GATE_CHILD)
+        self.layer.get_delta_weight = gated_product

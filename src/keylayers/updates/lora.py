@@ -7,64 +7,34 @@ memory over a frozen model. It holds for LoRA and rsLoRA, on linear layers, on `
 quantised ones.
 """
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
-
 from jaxtyping import Float
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from keylayers.model.modules import ModuleInfo
 from keylayers.model.sharding import whole
-from keylayers.updates.gate import GATE_CHILD, Gate
+from keylayers.updates.gate import AdapterUpdate, Gate
 
 
-@dataclass(frozen=True)
-class LoraUpdate:
-    """The LoRA matrices of one linear layer, as PEFT holds them."""
-
-    module: ModuleInfo
-    layer: LoraLayer
-    adapter: str
+class LoraUpdate(AdapterUpdate):
+    """The LoRA matrices of one linear layer. LoRA's dropout is off while a gate is connected."""
 
     def delta(self) -> Float[Tensor, "d_out d_in"]:
-        """The whole update of the weight, Δθ, in float32."""
-        a = whole(self.layer.lora_A[self.adapter].weight).float()
-        b = whole(self.layer.lora_B[self.adapter].weight).float()
-        return self.layer.scaling[self.adapter] * (b @ a)
+        """`scaling * B A` in float32."""
+        return scaled_product(self)
 
-    @contextlib.contextmanager
-    def gated(self, gate: Gate) -> Iterator[None]:
-        """Scale this update by `gate` inside the block; LoRA's dropout is off there."""
-        a = self.layer.lora_A[self.adapter]
-        with without_dropout(self.layer, self.adapter), gate_output(self.layer, a, gate):
-            yield
+    def connect(self, gate: Gate) -> None:
+        """Scale the output of A."""
+        scale_output(self, self.layer.lora_A[self.adapter], gate)
 
 
-@contextlib.contextmanager
-def without_dropout(layer: LoraLayer, adapter: str) -> Iterator[None]:
-    """Inside the block the adapter drops none of its inputs."""
-    dropout = layer.lora_dropout[adapter]
-    layer.lora_dropout[adapter] = nn.Identity()
-    try:
-        yield
-    finally:
-        layer.lora_dropout[adapter] = dropout
+def scaled_product(update: AdapterUpdate) -> Float[Tensor, "d_out d_in"]:
+    """`scaling * B A` in float32."""
+    layer, adapter = update.layer, update.adapter
+    a = whole(layer.lora_A[adapter].weight).float()
+    b = whole(layer.lora_B[adapter].weight).float()
+    return layer.scaling[adapter] * (b @ a)
 
 
-def _scale(gate: Gate, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return gate(output)
-
-
-@contextlib.contextmanager
-def gate_output(layer: nn.Module, scaled: nn.Module, gate: Gate) -> Iterator[None]:
-    """Inside the block `gate`, a child of `layer`, scales what `scaled` computes."""
-    layer.add_module(GATE_CHILD, gate)
-    handle = scaled.register_forward_hook(partial(_scale, gate))
-    try:
-        yield
-    finally:
-        handle.remove()
-        delattr(layer, GATE_CHILD)
+def scale_output(update: AdapterUpdate, part: nn.Module, gate: Gate) -> None:
+    """Scale what `part` of the update's layer computes, without dropout on its inputs."""
+    update.layer.lora_dropout[update.adapter] = nn.Identity()
+    part.register_forward_hook(lambda _, __, output: gate(output))

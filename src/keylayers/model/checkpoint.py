@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders and hub repositories of models and adapters, and the tensors in them.
+
+Only safetensors are read, never pickle.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils.hub import cached_file
+
+from keylayers.errors import ModelError
+from keylayers.model.options import ModelOptions
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+CONFIG_FILES = ("config.json", "generation_config.json", "*.py")  # next to the weights
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+# What a folder without the files, a bad name or the hub raise; JSONDecodeError is a ValueError.
+NOT_FOUND = (OSError, ValueError, SafetensorError, HfHubHTTPError)
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """The tensors of a safetensors checkpoint by name, each read from disk when it is asked for.
+
+    `files` has the file that holds each tensor.
+    """
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self.files = files
+
+    @staticmethod
+    def open(source: ModelOptions) -> "Checkpoint":
+        """The checkpoint at `source`; only its headers are read."""
+        check_folder(source.model, "config.json", "a model")
+        files: dict[str, Path] = {}
+        try:
+            for path in _safetensors_files(source):
+                with safe_open(path, framework="pt") as file:
+                    files |= dict.fromkeys(file.keys(), path)
+        except NOT_FOUND as error:
+            raise ModelError(
+                f"{source.model!r} must hold its weights as safetensors: {first_line(error)}"
+            ) from error
+        return Checkpoint(files)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def dtype(self) -> torch.dtype:
+        """The dtype of most weights on disk."""
+        counts: Counter[torch.dtype] = Counter()
+        for path in dict.fromkeys(self.files.values()):
+            with safe_open(path, framework="pt") as file:
+                stored = [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118 - not a mapping
+            counts.update(STORED_DTYPES.get(dtype, torch.float32) for dtype in stored)
+        return counts.most_common(1)[0][0]
+
+
+def _safetensors_files(source: ModelOptions) -> list[Path]:
+    """The weight files of a checkpoint, whole or sharded, fetched from the hub where needed."""
+
+    def find(name: str) -> Path:
+        return Path(cached_file(source.model, name, revision=source.revision))
+
+    index = cached_file(
+        source.model,
+        "model.safetensors.index.json",
+        revision=source.revision,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    if index is None:
+        return [find("model.safetensors")]
+    shards = json.loads(Path(index).read_text())["weight_map"].values()
+    return [find(shard) for shard in dict.fromkeys(shards)]
+
+
+def local_folder(name: str, patterns: Sequence[str], kind: str) -> Path:
+    """The folder `name`, or a copy of the files of the hub repository that match `patterns`."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except NOT_FOUND as error:
+        raise ModelError(f"{name!r} must be {kind}: {first_line(error)}") from error
+
+
+def check_folder(name: str, wanted: str, kind: str) -> None:
+    """Refuse a path that does not exist, or a folder that lacks the file `wanted`."""
+    path = Path(name)
+    if path.is_dir():
+        if not (path / wanted).is_file():
+            raise ModelError(f"{name!r} must be {kind}, but the folder holds no {wanted}")
+    elif path.exists():
+        raise ModelError(
+            f"{name!r} must be {kind}: a folder or a name on the hub, but it is a file"
+        )
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
+        raise ModelError(f"{name!r} must be {kind}, but there is no such folder")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, or that the hub cannot be reached."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, LocalEntryNotFoundError):
+            return "there is no such folder, and the hub cannot be reached to look for it there"
+        cause = cause.__cause__
+    return str(error).strip().partition("\n")[0].strip() or type(error).__name__
