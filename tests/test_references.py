@@ -9,7 +9,6 @@ from trl.trainer.utils import add_fused_lm_head
 import keylayers
 from keylayers.errors import ConfigError
 from keylayers.gates import gated
-from keylayers.trainers.held_out import batch_losses
 from keylayers.trainers.loss import TrainerLoss
 from keylayers.updates import adapter_updates
 from trainers import base_model, build, with_noise
@@ -35,7 +34,7 @@ def losses_at(trainer, gate):
     source = TrainerLoss(trainer)
     updates = adapter_updates(trainer.model)
     with source.quiet(), gated(trainer.model, updates, initial_score=gate, link="identity"):
-        return batch_losses(source, list(trainer.get_eval_dataloader(trainer.train_dataset))).losses
+        return source.held_out(list(trainer.get_eval_dataloader(trainer.train_dataset))).losses
 
 
 @pytest.mark.parametrize("kind", UNMOVED)

@@ -13,9 +13,7 @@ from transformers import PreTrainedModel, Trainer
 
 from keylayers.data.chat import IGNORED
 from keylayers.progress import OnStep
-from keylayers.trainers.batches import every_batch_everywhere
 from keylayers.trainers.data import prepared_for
-from keylayers.trainers.held_out import batch_losses
 from keylayers.trainers.loss import TrainerLoss
 
 Tokens: TypeAlias = tuple[list[int], list[int]]  # `input_ids` and `labels`, not shifted
@@ -27,10 +25,10 @@ def held_out_loss(trainer: Trainer, dataset: Dataset) -> float:
     A loss of rows or pairs (DPO, KTO, reward) is averaged over all of these instead. The model runs
     in evaluation mode and gets its mode back; the trainer keeps its metrics.
     """
-    source = TrainerLoss(trainer)
+    source = TrainerLoss(trainer, sees_every_batch=True)
     dataset = prepared_for(trainer, dataset)
-    with source.quiet(), every_batch_everywhere(trainer):
-        return batch_losses(source, list(trainer.get_eval_dataloader(dataset))).mean
+    with source.quiet():
+        return source.held_out(list(trainer.get_eval_dataloader(dataset))).mean
 
 
 def example_losses(

@@ -10,10 +10,8 @@ from transformers import Trainer
 from keylayers.gates import gated
 from keylayers.progress import OnStep
 from keylayers.ranking.curve import MaskCurve
-from keylayers.trainers.batches import every_batch_everywhere
 from keylayers.trainers.data import prepared_for
-from keylayers.trainers.held_out import BatchLosses, batch_losses
-from keylayers.trainers.loss import TrainerLoss
+from keylayers.trainers.loss import BatchLosses, TrainerLoss
 from keylayers.updates import Update
 
 
@@ -61,17 +59,17 @@ def subset_losses(
     on_step: OnStep | None = None,
 ) -> list[BatchLosses]:
     """Held-out losses in nats with only the updates of each subset of modules kept."""
-    source = TrainerLoss(trainer)
+    source = TrainerLoss(trainer, sees_every_batch=True)
     held_out = prepared_for(trainer, held_out)
     measured = []
-    with source.quiet(), every_batch_everywhere(trainer):
+    with source.quiet():
         batches = list(trainer.get_eval_dataloader(held_out))
         with gated(trainer.model, updates, initial_score=1.0, link="identity") as gates:
             names = [modules[0] for modules in gates.groups.values()]
             for step, subset in enumerate(subsets, start=1):
                 kept = set(subset)
                 gates.set_scores(torch.tensor([float(name in kept) for name in names]))
-                measured.append(batch_losses(source, batches))
+                measured.append(source.held_out(batches))
                 if on_step is not None:
                     on_step(step, measured[-1].mean)
     return measured

@@ -15,7 +15,7 @@ from transformers import Trainer, set_seed
 from keylayers.errors import ModelError
 from keylayers.gates import Gates, gated
 from keylayers.scores.options import Granularity
-from keylayers.trainers.batches import counts_tokens, every_batch_everywhere
+from keylayers.trainers.batches import counts_tokens
 from keylayers.trainers.log import TrainerLog
 from keylayers.trainers.loss import TrainerLoss
 from keylayers.updates import Update
@@ -118,17 +118,15 @@ class Task:
             looks_inside: Whether the method sees more than losses and gradients of gates. Only
                 these are averaged over processes, so each process then looks at every batch.
         """
-        model, source = self.trainer.model, TrainerLoss(self.trainer)
+        model = self.trainer.model
+        source = TrainerLoss(self.trainer, sees_every_batch=looks_inside)
         gates_in = gated(
             model, self.updates, initial_score=initial_score, granularity=granularity, link=link
         )
-        alone = every_batch_everywhere(self.trainer) if looks_inside else contextlib.nullcontext()
         with gates_in as gates, source.quiet():
             set_seed(self.seed)
-            source.is_alone = looks_inside
-            with alone:
-                stream = source.batches(self.seed)
-                batches = list(islice(stream, num_batches))
+            stream = source.batches(self.seed)
+            batches = list(islice(stream, num_batches))
             yield MaskedModel(gates, batches, stream, self, source)
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training batches of anyone's trainer, in an order that a seed decides."""
 
-import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -21,23 +20,19 @@ from keylayers.errors import DataError
 def training_batches(trainer: Trainer, seed: int) -> Iterator[Any]:
     """Training batches without end, shuffled in each epoch by the trainer's own sampler.
 
-    Each process gets its own batches, unless `every_batch_everywhere`.
-
     A trainer that keeps its data in order gets whole batches in another order, because KTO pairs
-    each prompt with the answer of its neighbour in the batch.
-
-    Args:
-        trainer: Its `args` are replaced; call this inside `TrainerLoss.quiet`.
-        seed: Seed of the order, instead of the trainer's.
-
-    Raises:
-        DataError: the trainer has no training data.
+    each prompt with the answer of its neighbour in the batch. Replaces `trainer.args`: call this
+    inside `TrainerLoss.quiet`.
     """
     if trainer.train_dataset is None:
         raise DataError(
             "the trainer must have a `train_dataset` to learn a mask on, but it has none"
         )
-    _reseed(trainer, seed)
+    # Samplers draw by this seed, whether accelerate seeds them or the trainer does.
+    trainer.args = copy.copy(trainer.args)
+    trainer.args.seed = trainer.args.data_seed = seed
+    accelerator = trainer.accelerator
+    accelerator.dataloader_config = replace(accelerator.dataloader_config, data_seed=seed)
     generator = torch.Generator().manual_seed(seed)
     loader = _loader(trainer, generator)
     epoch = 0
@@ -52,14 +47,6 @@ def training_batches(trainer: Trainer, seed: int) -> Iterator[Any]:
             raise DataError("the trainer's data must give at least one batch, but it gives none")
         epoch += 1
         loader = _loader(trainer, generator) if _is_in_order(trainer) else loader
-
-
-def _reseed(trainer: Trainer, seed: int) -> None:
-    """Let samplers draw by `seed`, whether accelerate seeds them or the trainer does."""
-    trainer.args = copy.copy(trainer.args)
-    trainer.args.seed = trainer.args.data_seed = seed
-    accelerator = trainer.accelerator
-    accelerator.dataloader_config = replace(accelerator.dataloader_config, data_seed=seed)
 
 
 def _loader(trainer: Trainer, generator: torch.Generator) -> DataLoader[Any]:
@@ -112,14 +99,12 @@ def own_copy(batch: Any) -> Any:
     return [own_copy(example) for example in batch] if isinstance(batch, list) else batch
 
 
-@contextlib.contextmanager
-def every_batch_everywhere(trainer: Trainer) -> Iterator[None]:
-    """Inside the block, data loaders give every process all batches, as if it were the only one."""
+def give_every_batch(trainer: Trainer) -> None:
+    """Let new data loaders give every process all batches, as if it were the only one.
+
+    Sets an attribute of the accelerator, which `unchanged_trainer` restores.
+    """
     accelerator = trainer.accelerator
-    if accelerator.num_processes == 1:
-        yield
-        return
-    before = dict(vars(accelerator))
 
     def prepare(loader: DataLoader[Any], *_: Any, **__: Any) -> Any:
         return prepare_data_loader(
@@ -133,14 +118,8 @@ def every_batch_everywhere(trainer: Trainer) -> Iterator[None]:
             data_seed=accelerator.dataloader_config.data_seed,
         )
 
-    accelerator.prepare_data_loader = prepare
-    try:
-        yield
-    finally:
-        if "prepare_data_loader" in before:
-            accelerator.prepare_data_loader = before["prepare_data_loader"]
-        else:
-            del accelerator.prepare_data_loader
+    if accelerator.num_processes > 1:
+        accelerator.prepare_data_loader = prepare
 
 
 def counts_tokens(inputs: Any) -> bool:

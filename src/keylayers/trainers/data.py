@@ -20,37 +20,18 @@ REFERENCE = "ref_"  # prefix of the columns that TRL computes with the reference
 
 
 def prepared_for(trainer: Trainer, dataset: Dataset) -> Dataset:
-    """`dataset` with the columns that the trainer reads; unchanged if it has all of them.
-
-    Raises:
-        DataError: the trainer cannot make a missing column from the others, or drops all rows.
-    """
-    made = dataset
+    """`dataset` with the columns that the trainer reads; unchanged if it has all of them."""
     with unchanged_trainer(trainer):
         missing = _missing(trainer, dataset)
         if missing:
-            made = _made(trainer, dataset, missing)
-            missing = _missing(trainer, made)
-    if missing or len(made) == 0:
-        kind = type(trainer).__name__
+            dataset = _prepared(trainer, dataset, missing)
+            missing = _missing(trainer, dataset)
+    if missing or len(dataset) == 0:
         what = f"it lacks {', '.join(missing)}" if missing else "no row of it is left"
         raise DataError(
-            f"the examples must hold what {kind} reads, but {what}; take rows of "
+            f"the examples must hold what {type(trainer).__name__} reads, but {what}; take rows of "
             f"`trainer.train_dataset`, or prepare other examples in the same way"
         )
-    return made
-
-
-def _made(trainer: Trainer, dataset: Dataset, missing: list[str]) -> Dataset:
-    """`dataset` after the trainer's own preparation, which may lack columns still."""
-    arguments = _arguments(trainer)
-    has_reference = any(name.startswith(REFERENCE) for name in missing)
-    with preserved(trainer.model):  # the reference is computed by switching adapters
-        to_evaluation(trainer.model)
-        if arguments is not None and any(not name.startswith(REFERENCE) for name in missing):
-            dataset = _tokenised(trainer, dataset, arguments)
-        if has_reference and len(dataset) > 0:
-            dataset = _with_reference(trainer, dataset)
     return dataset
 
 
@@ -59,11 +40,31 @@ def _missing(trainer: Trainer, dataset: Dataset) -> list[str]:
     own = getattr(trainer.train_dataset, "column_names", None)
     if own is None or dataset.column_names is None:
         return []  # the columns of a stream are unknown until it is read
-    read = own
     if trainer.args.remove_unused_columns:
         trainer._set_signature_columns_if_needed()
-        read = [name for name in own if name in trainer._signature_columns]
-    return [name for name in read if name not in dataset.column_names]
+        own = [name for name in own if name in trainer._signature_columns]
+    return [name for name in own if name not in dataset.column_names]
+
+
+def _prepared(trainer: Trainer, dataset: Dataset, missing: list[str]) -> Dataset:
+    """`dataset` after the trainer's own preparation, which may lack columns still."""
+    tokens = [name for name in missing if not name.startswith(REFERENCE)]
+    arguments = _arguments(trainer) if tokens else None
+    with preserved(trainer.model), torch.no_grad():  # a reference switches adapters
+        to_evaluation(trainer.model)
+        if arguments is not None:
+            try:
+                dataset = trainer._prepare_dataset(dataset, **arguments)
+            except KeyError as error:  # TRL reads columns without checking that they exist
+                raise DataError(
+                    f"the examples must have the columns that {type(trainer).__name__} was given, "
+                    f"but it lacks {error}; it has {', '.join(dataset.column_names)}"
+                ) from error
+        needs_reference = len(tokens) < len(missing) and len(dataset) > 0
+        if needs_reference and hasattr(trainer, "_precompute_ref_logps"):
+            size = trainer.args.per_device_train_batch_size
+            dataset = trainer._precompute_ref_logps(dataset, "mask", size)
+    return dataset
 
 
 def _arguments(trainer: Trainer) -> dict[str, Any] | None:
@@ -79,23 +80,3 @@ def _arguments(trainer: Trainer) -> dict[str, Any] | None:
     }
     asked = list(inspect.signature(trainer._prepare_dataset).parameters)[1:]
     return {name: known[name] for name in asked} if set(asked) <= set(known) else None
-
-
-def _tokenised(trainer: Trainer, dataset: Dataset, arguments: dict[str, Any]) -> Dataset:
-    try:
-        return trainer._prepare_dataset(dataset, **arguments)
-    except KeyError as error:  # TRL reads columns without checking that they exist
-        raise DataError(
-            f"the examples must have the columns that {type(trainer).__name__} was given, but "
-            f"it lacks {error}; it has {', '.join(dataset.column_names)}"
-        ) from error
-
-
-def _with_reference(trainer: Trainer, dataset: Dataset) -> Dataset:
-    """`dataset` with the log-probabilities that TRL precomputes with the reference model."""
-    if not hasattr(trainer, "_precompute_ref_logps"):
-        return dataset
-    with torch.no_grad():
-        return trainer._precompute_ref_logps(
-            dataset, "mask", trainer.args.per_device_train_batch_size
-        )

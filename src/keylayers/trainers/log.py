@@ -7,7 +7,7 @@ gate `mask_score/NAME` and `mask_gate/NAME`.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -26,9 +26,12 @@ class TrainerLog:
     def __init__(self, trainer: Trainer, on_step: OnStep | None = None) -> None:
         self._trainer = trainer
         self._on_step = on_step
+        self._state, self._control = copy.copy(trainer.state), copy.copy(trainer.control)
         callbacks = trainer.callback_handler.callbacks
         self._loggers = [callback for callback in callbacks if isinstance(callback, LOGGERS)]
-        self._is_ready = False
+        if trainer.state.global_step == 0:  # loggers that `train` has not set up yet
+            for logger in self._loggers:
+                logger.on_train_begin(trainer.args, self._state, self._control, model=trainer.model)
 
     def loss(self, step: int, loss: float) -> None:
         """Log the loss of a pass, and call `on_step`."""
@@ -36,29 +39,20 @@ class TrainerLog:
         if self._on_step is not None:
             self._on_step(step, loss)
 
-    def gates(self, step: int, names: Mapping[str, object], scores: Float[Tensor, " gate"]) -> None:
+    def gates(self, step: int, names: Iterable[str], scores: Float[Tensor, " gate"]) -> None:
         """Log the score of each gate after a step, and the gate's value."""
-        if not self._loggers:
-            return
-        values = dict(zip(names, scores.tolist(), strict=True))
-        opened = dict(zip(names, torch.sigmoid(scores).tolist(), strict=True))
-        self._tell(
-            step,
-            {f"mask_score/{name}": value for name, value in values.items()}
-            | {f"mask_gate/{name}": value for name, value in opened.items()},
-        )
+        logs = {}
+        gates = torch.sigmoid(scores).tolist()
+        for name, score, gate in zip(names, scores.tolist(), gates, strict=True):
+            logs |= {f"mask_score/{name}": score, f"mask_gate/{name}": gate}
+        self._tell(step, logs)
 
     def modules(self, step: int, scores: Mapping[str, float]) -> None:
         """Log final scores once, for methods that do not learn them step by step."""
         self._tell(step, {f"mask_score/{name}": value for name, value in scores.items()})
 
     def _tell(self, step: int, logs: Mapping[str, float]) -> None:
-        trainer = self._trainer
-        state, control = copy.copy(trainer.state), copy.copy(trainer.control)
+        args, model = self._trainer.args, self._trainer.model
+        self._state.global_step = step
         for logger in self._loggers:
-            # transformers' loggers are set up by `on_train_begin`, which only `train` calls.
-            if not self._is_ready and trainer.state.global_step == 0:
-                logger.on_train_begin(trainer.args, state, control, model=trainer.model)
-            state.global_step = step
-            logger.on_log(trainer.args, state, control, model=trainer.model, logs=dict(logs))
-        self._is_ready = True
+            logger.on_log(args, self._state, self._control, model=model, logs=dict(logs))

@@ -7,7 +7,8 @@ No code here knows the objective: every `transformers.Trainer`, TRL trainer or s
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +18,30 @@ from transformers import Trainer
 from keylayers.errors import ConfigError, LossError
 from keylayers.model.preserve import to_evaluation
 from keylayers.processes import is_one_of_many, summed
-from keylayers.trainers.batches import num_labels, own_copy, samples, training_batches
+from keylayers.trainers.batches import (
+    give_every_batch,
+    num_labels,
+    own_copy,
+    samples,
+    training_batches,
+)
 from keylayers.trainers.reference import without_own_copy
 from keylayers.trainers.state import unchanged_trainer
 from keylayers.updates.adalora import without_penalty
+
+
+@dataclass(frozen=True)
+class BatchLosses:
+    """The mean loss of each of several batches in nats, and its labelled tokens (or its rows)."""
+
+    losses: tuple[float, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Weighted mean in nats: over all labelled tokens of all batches."""
+        products = (loss * weight for loss, weight in zip(self.losses, self.weights, strict=True))
+        return sum(products) / sum(self.weights)
 
 
 class TrainerLoss:
@@ -30,11 +51,15 @@ class TrainerLoss:
         model: The model whose loss it is: the trainer's own by default.
         num_forward: Forward passes over a batch so far.
         num_backward: Backward passes over a batch so far.
-        is_alone: Whether every process has every batch (`every_batch_everywhere`), so that its
-            loss is complete; otherwise losses are combined over processes.
     """
 
-    def __init__(self, trainer: Trainer, model: nn.Module | None = None) -> None:
+    def __init__(
+        self, trainer: Trainer, model: nn.Module | None = None, *, sees_every_batch: bool = False
+    ) -> None:
+        """With `sees_every_batch`, every process computes the loss of all batches by itself.
+
+        Otherwise each process has its own batches, and losses are combined over processes.
+        """
         if getattr(trainer, "use_vllm", False):
             raise ConfigError(
                 "completions must be sampled from the masked model, but vLLM holds a copy without "
@@ -44,7 +69,18 @@ class TrainerLoss:
         self.model = trainer.model if model is None else model
         self.num_forward = 0
         self.num_backward = 0
-        self.is_alone = False
+        self._sees_every_batch = sees_every_batch
+        self._is_shared = is_one_of_many() and not sees_every_batch
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Restore the trainer afterwards; inside, its reference is not the update itself."""
+        with unchanged_trainer(self.trainer), without_own_copy(self.trainer):
+            # transformers 5.23 sets this only in `train`, but some trainers divide the loss by it.
+            self.trainer.current_gradient_accumulation_steps = 1
+            if self._sees_every_batch:
+                give_every_batch(self.trainer)
+            yield
 
     def batches(self, seed: int) -> Iterator[Any]:
         """Training batches without end, in an order by `seed`; inside `quiet` alone."""
@@ -69,16 +105,15 @@ class TrainerLoss:
 
         The model runs in evaluation mode: losses at different gates must not differ by dropout.
         """
-        _without_chance(self.model)
-        with self.trainer.compute_loss_context_manager(), without_penalty(self.model):
-            return self.trainer.compute_loss(self.model, own_copy(part))
+        to_evaluation(self.model)
+        # transformers 5.23 checkpoints activations only in modules that are in training mode.
+        for module in self.model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True
+        return self._compute(own_copy(part))
 
     def backward(self, batch: Any, *, step: int) -> float:
-        """Add the gradient of the loss on `batch` to the gates; returns the loss in nats.
-
-        Raises:
-            LossError: the loss is NaN or infinite; says at which step.
-        """
+        """Add the gradient of the loss on `batch` to the gates; returns the loss in nats."""
         parts = self.parts(batch)
         self.num_forward += 1
         self.num_backward += 1
@@ -91,20 +126,38 @@ class TrainerLoss:
         return finite(self._over_processes(total), f"mask step {step}")
 
     def value(self, batch: Any, *, step: int) -> float:
-        """The loss on `batch` in nats, without a graph.
-
-        Raises:
-            LossError: the loss is NaN or infinite; says at which step.
-        """
+        """The loss on `batch` in nats, without a graph."""
         self.num_forward += 1
         with torch.no_grad():
             parts = self.parts(batch)
             total = sum(float(self.loss(part)) for part in parts) / len(parts)
         return finite(self._over_processes(self._share(parts) * total), f"mask step {step}")
 
-    @property
-    def _is_shared(self) -> bool:
-        return is_one_of_many() and not self.is_alone
+    def held_out(self, batches: Sequence[Any]) -> BatchLosses:
+        """The loss of each batch, with the model in evaluation mode; its modes are restored."""
+        if samples(self.trainer):
+            raise ConfigError(
+                f"a held-out loss must be a function of the data, but "
+                f"{type(self.trainer).__name__} samples completions and its loss is near zero "
+                f"whatever the model; compare mean rewards"
+            )
+        modes = [(module, module.training) for module in self.model.modules()]
+        to_evaluation(self.model)
+        losses, weights = [], []
+        try:
+            for number, batch in enumerate(batches, start=1):
+                inputs = self.trainer._prepare_inputs(own_copy(batch))
+                weights.append(num_labels(inputs))
+                with torch.no_grad():
+                    losses.append(finite(float(self._compute(inputs)), f"batch {number}"))
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        return BatchLosses(tuple(losses), tuple(weights))
+
+    def _compute(self, inputs: Any) -> Tensor:
+        with self.trainer.compute_loss_context_manager(), without_penalty(self.model):
+            return self.trainer.compute_loss(self.model, inputs)
 
     def _share(self, parts: list[Any]) -> float:
         """The weight of this process's batch among those of all: labelled tokens, or rows."""
@@ -118,23 +171,6 @@ class TrainerLoss:
         if not self._is_shared:
             return loss
         return float(summed(torch.tensor(loss, dtype=torch.float64)))
-
-    @contextlib.contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Restore the trainer afterwards; inside, its reference is not the update itself."""
-        with unchanged_trainer(self.trainer), without_own_copy(self.trainer):
-            # transformers 5.23 sets this only in `train`, but some trainers divide the loss by it.
-            self.trainer.current_gradient_accumulation_steps = 1
-            yield
-
-
-def _without_chance(model: nn.Module) -> None:
-    """Put the model into evaluation mode, except for blocks that recompute activations."""
-    to_evaluation(model)
-    # transformers 5.23 checkpoints activations only in modules that are in training mode.
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module.training = True
 
 
 @contextlib.contextmanager

@@ -25,12 +25,15 @@ REFERENCE_ADAPTER = "ref"  # TRL's name for it
 def without_own_copy(trainer: Trainer) -> Iterator[None]:
     """Inside the block, use the base model as the reference if "ref" equals the update.
 
-    Raises:
-        ConfigError: the reference is the model that is ranked, or its log probabilities were
-            computed with the update.
+    Refuses a `ref_model` that shares weights: PEFT adds adapters to a model in place.
     """
-    model = trainer.model
-    _refuse_shared(model, getattr(trainer, "ref_model", None))
+    model, reference = trainer.model, getattr(trainer, "ref_model", None)
+    own = {id(parameter) for parameter in model.parameters()}
+    if isinstance(reference, nn.Module) and any(id(p) in own for p in reference.parameters()):
+        raise ConfigError(
+            "`ref_model` must be another copy of the model, but it shares weights and adapter with "
+            "the model that is ranked; load a second copy, or leave it out"
+        )
     if not _is_own_copy(model):
         yield
         return
@@ -68,22 +71,11 @@ def _is_own_copy(model: nn.Module) -> bool:
     if active == REFERENCE_ADAPTER:
         return False
     tensors = dict(model.named_parameters(remove_duplicate=False))
-    mark = f".{active}."
-    pairs = [
-        (tensor, tensors.get(name.replace(mark, f".{REFERENCE_ADAPTER}.")))
-        for name, tensor in tensors.items()
-        if mark in name
-    ]
-    return all(copy is not None and torch.equal(tensor, copy) for tensor, copy in pairs)
-
-
-def _refuse_shared(model: nn.Module, reference: object) -> None:
-    """Refuse a `ref_model` that shares weights: PEFT adds adapters to a model in place."""
-    if not isinstance(reference, nn.Module):
-        return
-    own = {id(parameter) for parameter in model.parameters()}
-    if any(id(parameter) in own for parameter in reference.parameters()):
-        raise ConfigError(
-            "`ref_model` must be another copy of the model, but it shares weights and adapter with "
-            "the model that is ranked; load a second copy, or leave it out"
-        )
+    copies = {
+        name: tensors.get(name.replace(f".{active}.", f".{REFERENCE_ADAPTER}."))
+        for name in tensors
+        if f".{active}." in name
+    }
+    return all(
+        copy is not None and torch.equal(tensors[name], copy) for name, copy in copies.items()
+    )

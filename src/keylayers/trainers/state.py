@@ -19,23 +19,15 @@ def unchanged_trainer(trainer: Trainer) -> Iterator[None]:
     """Restore the trainer's state after the block, in which it may compute losses."""
     # The accelerator is included because it keeps a list of all data loaders it has prepared.
     owners = (trainer, trainer.state, trainer.accelerator, trainer.accelerator.gradient_state)
-    with contextlib.ExitStack() as stack:
-        for owner in owners:
-            stack.enter_context(_unchanged_attributes(owner))
-        yield
-
-
-@contextlib.contextmanager
-def _unchanged_attributes(owner: object) -> Iterator[None]:
-    attributes = vars(owner)
-    before = dict(attributes)
-    for name, value in before.items():
-        attributes[name] = _copied(value)
+    before = [(vars(owner), dict(vars(owner))) for owner in owners]
+    for attributes, values in before:
+        attributes.update({name: _copied(value) for name, value in values.items()})
     try:
         yield
     finally:
-        attributes.clear()
-        attributes.update(before)
+        for attributes, values in before:
+            attributes.clear()
+            attributes.update(values)
 
 
 def _copied(value: object) -> object:
@@ -43,14 +35,12 @@ def _copied(value: object) -> object:
 
     Exact types only, because a subclass may have more state than its items.
     """
-    if type(value) in (dict, defaultdict, OrderedDict):
-        assert isinstance(value, dict)
-        copied = copy.copy(value)
-        for key, held in value.items():
-            copied[key] = _copied(held)
-        return copied
-    if type(value) in (list, deque):
-        assert isinstance(value, (list, deque))
-        held = [_copied(item) for item in value]
-        return deque(held, value.maxlen) if isinstance(value, deque) else held
-    return set(value) if type(value) is set else value
+    if type(value) not in (dict, defaultdict, OrderedDict, list, deque, set):
+        return value
+    copied = copy.copy(value)
+    if isinstance(copied, dict):
+        copied.update({key: _copied(held) for key, held in copied.items()})
+    elif isinstance(copied, (list, deque)):
+        for index, held in enumerate(copied):
+            copied[index] = _copied(held)
+    return copied
