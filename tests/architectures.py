@@ -1,54 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Architectures built from a config with random weights, and the whole way from LoRA to reload.
+"""Architectures built from a config with random weights, and what training changes in them.
 
 python tests/architectures.py        # the table in docs/architectures.md
 """
 
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
 from torch import Tensor, nn
 
-VOCABULARY = 64
-BLOCKS = 2
-TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": BLOCKS,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    **TOKENS,
-}
+from keylayers.model.modules import ModuleInfo, map_modules
+from keylayers.updates.adapter import own_parameters, tuner_layers
+from scored import arguments
+
+from tiny_models import GPT2_SIZES, SIZES, VOCABULARY, some_tokens
+
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 8}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to build a tiny model of one kind, and what it is fed.
-
-    Attributes:
-        title: Name for people.
-        config: Makes its configuration.
-        model: Class that takes the configuration.
-        task: PEFT's word for what the model does.
-        towers: Which stacks of blocks are ranked.
-        batch: Inputs with labels.
-    """
+    """How to build a tiny model of one kind, and a batch for it, with labels."""
 
     title: str
     config: Callable[[], hf.PreTrainedConfig]
     model: Any = hf.AutoModelForCausalLM
-    task: str = "CAUSAL_LM"
+    task: str = "CAUSAL_LM"  # in PEFT's words
     towers: str = "language"
     batch: Callable[[], dict[str, Tensor]] = lambda: text_batch()
 
@@ -58,21 +40,16 @@ class Architecture:
         return make(self.config()).eval()
 
 
-def tokens(num_rows: int = 4, length: int = 12) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(3, VOCABULARY - 1, (num_rows, length), generator=generator)
-
-
 def text_batch() -> dict[str, Tensor]:
-    return {"input_ids": tokens(), "labels": tokens()}
+    return {"input_ids": some_tokens(4, 12), "labels": some_tokens(4, 12)}
 
 
 def labelled_batch() -> dict[str, Tensor]:
-    return {"input_ids": tokens(), "labels": torch.tensor([0, 1, 1, 0])}
+    return {"input_ids": some_tokens(4, 12), "labels": torch.tensor([0, 1, 1, 0])}
 
 
 def image_batch() -> dict[str, Tensor]:
-    ids = tokens()
+    ids = some_tokens(4, 12).clamp(max=VOCABULARY - 2)
     ids[:, :4] = VOCABULARY - 1  # places of the image's four patches
     pixels = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     return {"input_ids": ids, "pixel_values": pixels, "labels": ids}
@@ -107,7 +84,7 @@ def t5() -> hf.PreTrainedConfig:
         d_model=16,
         d_kv=8,
         d_ff=24,
-        num_layers=BLOCKS,
+        num_layers=2,
         num_heads=2,
         feed_forward_proj="gated-gelu",
         decoder_start_token_id=0,
@@ -125,15 +102,10 @@ ARCHITECTURES = (
     Architecture("Gemma 2", sized(hf.Gemma2Config, head_dim=8)),
     Architecture("Gemma 3", sized(hf.Gemma3TextConfig, head_dim=8)),
     Architecture("Phi-3", sized(hf.Phi3Config)),
-    Architecture(
-        "GPT-2",
-        lambda: hf.GPT2Config(
-            vocab_size=VOCABULARY, n_positions=64, n_embd=16, n_layer=BLOCKS, n_head=2, **TOKENS
-        ),
-    ),
+    Architecture("GPT-2", lambda: hf.GPT2Config(**GPT2_SIZES)),
     Architecture("GPT-NeoX", sized(hf.GPTNeoXConfig)),
     Architecture("OPT", sized(hf.OPTConfig, ffn_dim=24, word_embed_proj_dim=16)),
-    Architecture("BLOOM", sized(hf.BloomConfig, n_layer=BLOCKS, n_head=2)),
+    Architecture("BLOOM", sized(hf.BloomConfig, n_layer=2, n_head=2)),
     Architecture("Falcon", sized(hf.FalconConfig)),
     Architecture("StableLM", sized(hf.StableLmConfig)),
     Architecture("OLMo", sized(hf.OlmoConfig)),
@@ -179,66 +151,16 @@ ARCHITECTURES = (
 )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What the whole way showed.
-
-    Attributes:
-        projections: Kinds of modules, in model order.
-        num_modules: Modules that were ranked.
-        num_blocks: Blocks that hold them.
-        open_error, closed_error: Loss with all gates open against the tuned model's, and closed
-            against the base model's, in nats.
-        selected, changed: Modules asked for, and those whose weights training changed.
-        reload_error: Largest difference of a logit between the trained and the reloaded model.
-    """
-
-    projections: tuple[str, ...]
-    num_modules: int
-    num_blocks: int
-    open_error: float
-    closed_error: float
-    selected: frozenset[str]
-    changed: frozenset[str]
-    reload_error: float
+def modules_of(architecture: Architecture) -> list[ModuleInfo]:
+    return list(map_modules(architecture.build(), architecture.towers))
 
 
-def whole_way(architecture: Architecture) -> Outcome:
-    """LoRA on all modules, rank, select, train the selection from scratch, save, reload."""
-    from keylayers import rank_modules
-    from keylayers.apply.trainable import add_lora
-    from keylayers.model.modules import map_modules
-
-    base = architecture.build()
-    infos = map_modules(base, architecture.towers)
-    options = {"r": 2, "lora_alpha": 8, "task_type": architecture.task}
-    trainer = trainer_of(add_lora(base, [info.name for info in infos], **options), architecture)
-    trainer.train()
-    ranking = rank_modules(trainer, method="path", mask_batches=1, path_points=2)
-    assert {one.name for one in ranking.modules} == {info.name for info in infos}
-    selection = ranking.select(0.3)
-    open_error, closed_error = gate_errors(trainer, architecture)
-    fresh = hf_peft().get_peft_model(
-        architecture.build(),
-        selection.lora_config(r=2, lora_alpha=8, task_type=architecture.task),
-    )
-    changed = changed_modules(trainer_of(fresh, architecture))
-    return Outcome(
-        projections=tuple(dict.fromkeys(info.projection for info in infos)),
-        num_modules=len(infos),
-        num_blocks=len({info.block_index for info in infos}),
-        open_error=open_error,
-        closed_error=closed_error,
-        selected=frozenset(selection.names),
-        changed=changed,
-        reload_error=reload_error(fresh, architecture),
-    )
-
-
-def hf_peft() -> Any:
-    import peft
-
-    return peft
+def table_row(architecture: Architecture) -> str:
+    """The row of docs/architectures.md."""
+    modules = modules_of(architecture)
+    num_blocks = len({module.block_index for module in modules})
+    kinds = ", ".join(f"`{kind}`" for kind in dict.fromkeys(m.projection for m in modules))
+    return f"| {architecture.title} | {num_blocks} | {len(modules)} | {kinds} |"
 
 
 def trainer_of(model: nn.Module, architecture: Architecture) -> hf.Trainer:
@@ -247,82 +169,32 @@ def trainer_of(model: nn.Module, architecture: Architecture) -> hf.Trainer:
     examples = [
         {name: values[row] for name, values in rows.items()} for row in range(len(rows["labels"]))
     ]
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = hf.TrainingArguments(
-            output_dir=scratch,
-            max_steps=3,
-            learning_rate=0.05,
-            per_device_train_batch_size=4,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            logging_strategy="no",
-            use_cpu=True,
-        )
-    trainer = hf.Trainer(model=model, args=arguments, train_dataset=examples)
+    steps = arguments(max_steps=3, learning_rate=0.05, logging_strategy="no")
+    trainer = hf.Trainer(model=model, args=steps, train_dataset=examples)
     trainer.remove_callback(hf.PrinterCallback)
     return trainer
 
 
-def gate_errors(trainer: hf.Trainer, architecture: Architecture) -> tuple[float, float]:
-    """Losses with gates all open and all closed against the tuned and the base model's."""
-    from keylayers.gates import gated
-    from keylayers.updates import adapter_updates
-
-    model, batch = trainer.model.eval(), architecture.batch()
-    with torch.no_grad():
-        tuned = float(model(**batch).loss)
-        with model.disable_adapter():
-            base = float(model(**batch).loss)
-        found = []
-        for value in (1.0, 0.0):
-            updates = adapter_updates(model)
-            with gated(model, updates, initial_score=value, link="identity"):
-                found.append(float(model(**batch).loss))
-    if architecture.task == "SEQ_CLS":  # closed gates leave the trained head on
-        base = found[1]
-    assert abs(tuned - base) > 1e-3 or architecture.task == "SEQ_CLS"
-    return abs(found[0] - tuned), abs(found[1] - base)
-
-
-def changed_modules(trainer: hf.Trainer) -> frozenset[str]:
-    """Train, and name the modules of which a weight changed; a head is always trained."""
-    from keylayers.updates.adapter import own_parameters, tuner_layers
-
+def changed_modules(
+    trainer: hf.Trainer, train: Callable[[hf.Trainer], Any] = hf.Trainer.train
+) -> set[str]:
+    """Train, and name the modules of which a weight changed; a saved head is always trained."""
     model = trainer.model
-    before = {name: one.detach().clone() for name, one in model.named_parameters()}
-    trainer.train()
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    train(trainer)
     owners = {
-        id(one): name
+        id(value): name
         for name, layer in tuner_layers(model).items()
-        for one in own_parameters(layer)
+        for value in own_parameters(layer)
     }
-    return frozenset(
-        owners.get(id(one), name)
-        for name, one in model.named_parameters()
-        if not torch.equal(one, before[name]) and ".modules_to_save." not in name
-    )
-
-
-def reload_error(model: nn.Module, architecture: Architecture) -> float:
-    """Save the adapter, load it on a fresh base with plain PEFT, compare the logits."""
-    batch: Mapping[str, Tensor] = architecture.batch()
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        assert (Path(folder) / "adapter_model.safetensors").is_file()
-        loaded = hf_peft().PeftModel.from_pretrained(architecture.build(), folder)
-    with torch.no_grad():
-        mine, other = model.eval()(**batch).logits, loaded.eval()(**batch).logits
-    return float((mine - other).abs().max())
-
-
-def table_row(architecture: Architecture, outcome: Outcome) -> str:
-    """The row of docs/architectures.md."""
-    kinds = ", ".join(f"`{one}`" for one in outcome.projections)
-    return f"| {architecture.title} | {outcome.num_blocks} | {outcome.num_modules} | {kinds} |"
+    return {
+        owners.get(id(value), name.removesuffix(".weight"))
+        for name, value in model.named_parameters()
+        if not torch.equal(value, before[name]) and ".modules_to_save." not in name
+    }
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    for one in ARCHITECTURES:
-        sys.stdout.write(table_row(one, whole_way(one)) + "\n")
+    for each in ARCHITECTURES:
+        sys.stdout.write(table_row(each) + "\n")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Examples that a trainer did not see when it was built, and means over batches of any kind."""
 
+import math
+
 import pytest
 import torch
 from datasets import Dataset
@@ -11,7 +13,9 @@ from keylayers.errors import DataError
 from keylayers.evaluation.loss import held_out_loss
 from keylayers.trainers.data import prepared_for
 from keylayers.updates import adapter_updates
-from trainers import COMMON, DATA, FROM_TRL, TOKENIZER, build
+from trainers import COMMON, DATA, FROM_TRL, build
+
+from tiny_models import SIZES, VOCABULARY
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
 PREPARED_BY_TRAINER = ["SFT", "DPO", "KTO", "Reward", "GRPO"]
@@ -26,11 +30,11 @@ def scores_of(trainer, mask_dataset=None):
 def test_raw_examples_are_prepared_as_the_trainer_prepared_its_own(kind):
     trainer = build(kind, "config", is_trained=False)
     train = trainer.train_dataset
-    flags = [one.requires_grad for one in trainer.model.parameters()]
+    flags = [weight.requires_grad for weight in trainer.model.parameters()]
     assert scores_of(trainer, DATA[kind]()) == scores_of(trainer)
     assert scores_of(trainer, DATA[kind](first=8)) != scores_of(trainer)
     assert trainer.train_dataset is train
-    assert flags == [one.requires_grad for one in trainer.model.parameters()]
+    assert flags == [weight.requires_grad for weight in trainer.model.parameters()]
 
 
 @pytest.mark.parametrize("kind", FROM_TRL)
@@ -44,7 +48,6 @@ def test_rows_of_the_trainers_own_data_are_used_as_they_are(kind):
 @pytest.mark.parametrize("way", ["config", "model"])
 def test_precomputed_references_are_computed_for_new_examples_with_the_trainers_own(kind, way):
     """In `__init__` nothing was trained yet; now the adapter is, and must not be its reference."""
-
     raw = DATA[kind](first=8)
     later = build(kind, way, precompute_ref_log_probs=True)
     at_first = build(kind, way, precompute_ref_log_probs=True, is_trained=False, data=raw)
@@ -58,28 +61,25 @@ def test_precomputed_references_are_computed_for_new_examples_with_the_trainers_
     assert prepared_for(later, without)[columns[0]][:] == made[columns[0]][:]
 
 
-def test_examples_that_the_trainer_cannot_prepare_are_refused_in_one_line():
-    cases = [
-        (
-            "ORPO",
-            DATA["ORPO"](),
-            "must hold what ORPOTrainer reads, but it lacks chosen_input_ids, chosen",
-        ),
-        ("plain", DATA["SFT"](), "must hold what Trainer reads, but it lacks input_ids, labels"),
-        ("DPO", DATA["SFT"](), "must have the columns that DPOTrainer was given, but it lacks"),
-        ("Reward", DATA["SFT"](), "must have the columns that RewardTrainer was given"),
-        ("GRPO", DATA["plain"](), "must hold what GRPOTrainer reads, but it lacks prompt"),
-    ]
-    for kind, dataset, message in cases:
-        trainer = build(kind, "model", is_trained=False)
-        with pytest.raises(DataError, match=message) as refused:
-            scores_of(trainer, dataset)
-        assert "\n" not in str(refused.value)
+UNPREPARED = [
+    ("ORPO", "ORPO", "must hold what ORPOTrainer reads, but it lacks chosen_input_ids, chosen"),
+    ("plain", "SFT", "must hold what Trainer reads, but it lacks input_ids, labels"),
+    ("DPO", "SFT", "must have the columns that DPOTrainer was given, but it lacks"),
+    ("Reward", "SFT", "must have the columns that RewardTrainer was given"),
+    ("GRPO", "plain", "must hold what GRPOTrainer reads, but it lacks prompt"),
+]
+
+
+@pytest.mark.parametrize(("kind", "given", "message"), UNPREPARED)
+def test_examples_that_the_trainer_cannot_prepare_are_refused_in_one_line(kind, given, message):
+    trainer = build(kind, "model", is_trained=False)
+    with pytest.raises(DataError, match=message) as refused:
+        scores_of(trainer, DATA[given]())
+    assert "\n" not in str(refused.value)
 
 
 def one_by_one(trainer, dataset):
     """The mean over rows of the loss of each alone."""
-
     losses = [held_out_loss(trainer, dataset.select([row])) for row in range(len(dataset))]
     return sum(losses) / len(losses)
 
@@ -97,19 +97,9 @@ def test_a_held_out_loss_is_the_mean_over_pairs_or_rows_whatever_the_batches(kin
 
 def test_a_held_out_loss_of_classes_counts_every_row():
     """Labels without an axis of tokens: the last, smaller batch must not weigh too little."""
-
-    config = LlamaConfig(
-        vocab_size=len(TOKENIZER),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_labels=3,
-        pad_token_id=0,
-    )
     torch.manual_seed(0)
-    model = LlamaForSequenceClassification(config)
-    rows = torch.randint(3, 99, (7, 5)).tolist()
+    model = LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=3))
+    rows = torch.randint(3, VOCABULARY, (7, 5)).tolist()
     held_out = Dataset.from_dict({"input_ids": rows, "labels": [0, 1, 2, 0, 1, 2, 0]})
     arguments = TrainingArguments(output_dir="unused", per_device_eval_batch_size=3, **COMMON)
     trainer = Trainer(model=model, args=arguments, train_dataset=held_out)
@@ -120,11 +110,10 @@ def test_a_held_out_loss_of_classes_counts_every_row():
 
 def test_the_mask_curve_of_a_preference_trainer_starts_at_its_reference():
     """All gates closed, DPO's model is its reference: each margin is zero and the loss is ln 2."""
-
     trainer = build("DPO", "config")
     ranking = rank_modules(trainer, method="update-norm")
     order = [module.name for module in ranking.modules]
     updates = adapter_updates(trainer.model)
     curve = mask_curve(trainer, updates, order, DATA["DPO"](first=8), num_points=3)
-    assert curve.losses[0] == pytest.approx(torch.log(torch.tensor(2.0)).item(), rel=1e-6)
+    assert curve.losses[0] == pytest.approx(math.log(2), rel=1e-6)
     assert abs(curve.losses[-1] - curve.losses[0]) > 1e-3

@@ -4,9 +4,7 @@
 import contextlib
 import itertools
 import math
-import re
 
-import numpy as np
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,10 +17,13 @@ from keylayers import rank_modules
 from keylayers.errors import ConfigError, GuardError
 from keylayers.evaluation.loss import held_out_loss
 from keylayers.gates import gated
+from keylayers.model.preserve import preserved
 from keylayers.trainers.loss import TrainerLoss
 from keylayers.updates import adapter_updates
 from tiny_files import NUM_MODULES
 from trainers import CASES, DATA, TOKENIZER, WithOwnLoss, build, lora
+
+from tiny_models import assert_same, state_of
 
 IDS = ["-".join(case).replace(" ", "-") for case in CASES]
 # trl 1.16 asks transformers 5.23 for names that transformers renamed; gone when trl follows
@@ -43,10 +44,9 @@ def trainer_of():
 
 
 def rank(trainer, method="elimination", mask_dataset=None, **values):
-    few = {"elimination": {"mask_batches": 2}, "path": {"mask_batches": 2}}
+    few = {"elimination": {"mask_batches": 2}, "path": {"mask_batches": 2, "path_points": 2}}
     few |= {"ila": {"mask_steps": 3}, "price": {"mask_steps": 3}}
-    options = few.get(method, {}) | values
-    return rank_modules(trainer, method, mask_dataset=mask_dataset, **options)
+    return rank_modules(trainer, method, mask_dataset=mask_dataset, **few.get(method, {}) | values)
 
 
 def scores_of(trainer, method="elimination", **values):
@@ -71,21 +71,10 @@ def everything(trainer):
     model = trainer.model
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     owners = (trainer, trainer.state, trainer.accelerator, trainer.accelerator.gradient_state)
-    return {
-        "weights": {name: p.tolist() for name, p in model.state_dict().items()},
-        "flags": {name: p.requires_grad for name, p in model.named_parameters()},
-        "gradients": {name: frozen(p.grad) for name, p in model.named_parameters()},
-        "modes": {name: p.training for name, p in model.named_modules()},
-        "attributes": {name: sorted(vars(m)) for name, m in model.named_modules()},
-        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
-        "dropouts": [
-            id(layer.lora_dropout[name]) for layer in layers for name in layer.lora_dropout
-        ],
+    return state_of(model) | {
         "active": [(layer.active_adapters, layer.disable_adapters) for layer in layers],
         "adapters": (model.active_adapter, sorted(model.peft_config)),
         "state": [frozen(vars(owner)) for owner in owners],
-        # not Python's own: the shape checks of these tests draw from it
-        "random": frozen([np.random.get_state()[1].tolist(), torch.get_rng_state()]),
     }
 
 
@@ -101,13 +90,9 @@ def masked(trainer, at):
         yield gates, source
 
 
-def assert_same(before, after):
-    for part, value in before.items():
-        assert after[part] == value, part
-
-
 LEARNED = [("SFT", "config"), ("DPO", "model"), ("KTO", "config"), ("GRPO", "model")]
-SCORED = [(*case, "elimination") for case in CASES] + [(*case, "ila") for case in LEARNED]
+SCORED = [(*case, "path") for case in CASES] + [(*case, "ila") for case in LEARNED]
+SCORED += [("SFT", "model", "elimination"), ("GRPO", "config", "elimination")]
 
 
 @pytest.mark.parametrize(("kind", "way", "method"), SCORED)
@@ -209,46 +194,43 @@ def test_a_trainer_whose_loss_thaws_weights_or_casts_gates_is_stopped(meddle, me
 
 def reference_log_probabilities(trainer, gate):
     """What DPO compares with, on the first batch, with all gates at `gate`."""
-
+    torch.manual_seed(0)
+    batch = next(iter(trainer.get_train_dataloader()))
     with masked(trainer, gate):
-        batch = next(iter(trainer.get_train_dataloader()))
         return torch.cat(trainer.compute_ref_log_probs(trainer.model, batch))
 
 
-def test_the_reference_is_the_base_or_where_the_user_began_at_every_gate(trainer_of):
-    for way, adapter in (("config", None), ("model", "ref")):
-        trainer = trainer_of("DPO", way)
-        torch.manual_seed(0)
-        closed, half, opened = (reference_log_probabilities(trainer, at) for at in (0.0, 0.5, 1.0))
-        assert torch.equal(closed, half)
-        assert torch.equal(closed, opened)
-        torch.manual_seed(0)
-        batch = next(iter(trainer.get_train_dataloader()))
-        flags = [p.requires_grad for p in trainer.model.parameters()]
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+def log_probabilities(model, batch):
+    """Of the completions, independently."""
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    losses = nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none"
+    )
+    return -losses.sum(dim=1)
 
-        def log_probabilities(model, inputs=batch, labels=labels):
-            with torch.no_grad():
-                logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-            losses = nn.functional.cross_entropy(
-                logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none"
-            )
-            return -losses.sum(dim=1)
 
+@pytest.mark.parametrize(("way", "adapter"), [("config", None), ("model", "ref")])
+def test_the_reference_is_the_base_or_where_the_user_began_at_every_gate(trainer_of, way, adapter):
+    trainer = trainer_of("DPO", way)
+    closed, half, opened = (reference_log_probabilities(trainer, at) for at in (0.0, 0.5, 1.0))
+    assert torch.equal(closed, half)
+    assert torch.equal(closed, opened)
+    torch.manual_seed(0)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with preserved(trainer.model), torch.no_grad():
+        tuned = log_probabilities(trainer.model, batch)
         with use_adapter(trainer.model, adapter):
-            own = log_probabilities(trainer.model)
-        tuned = log_probabilities(trainer.model)
-        for p, flag in zip(trainer.model.parameters(), flags, strict=True):
-            p.requires_grad_(flag)
-        assert torch.allclose(own, closed, atol=1e-3)
-        assert not torch.allclose(tuned, closed, atol=0.1)
+            own = log_probabilities(trainer.model, batch)
+    assert torch.allclose(own, closed, atol=1e-3)
+    assert not torch.allclose(tuned, closed, atol=0.1)
 
 
-def test_grpo_generates_with_the_masked_model_and_anew_for_each_mask(trainer_of):
+def test_grpo_generates_with_the_masked_model_and_again_for_each_mask(trainer_of, monkeypatch):
     trainer = trainer_of("GRPO", "config")
     old = trainer._buffered_inputs
     assert old is not None
-    trainer.generation_config.do_sample, sampled = False, trainer.generation_config.do_sample
+    monkeypatch.setattr(trainer.generation_config, "do_sample", False)
 
     def completions(gates, value):
         gates.set_scores(torch.full((len(gates),), value))
@@ -269,21 +251,15 @@ def test_grpo_generates_with_the_masked_model_and_anew_for_each_mask(trainer_of)
         length = prompts["input_ids"].shape[1]
         return sorted((row[:length].tolist(), row[length:].tolist()) for row in made)
 
-    try:
-        with masked(trainer, 1.0) as (gates, source):
-            batch = next(source.batches(0))
-            closed, opened = completions(gates, 0.0), completions(gates, 1.0)
+    with masked(trainer, 1.0) as (gates, source):
+        batch = next(source.batches(0))
+        closed, opened = completions(gates, 0.0), completions(gates, 1.0)
+    with preserved(trainer.model):
         trainer.model.eval()
-        flags = [p.requires_grad for p in trainer.model.parameters()]
         assert opened == greedy(trainer.model)
         with trainer.model.disable_adapter():
             assert closed == greedy(trainer.model)
-        for p, flag in zip(trainer.model.parameters(), flags, strict=True):
-            p.requires_grad_(flag)
-        assert closed != opened
-    finally:
-        trainer.generation_config.do_sample = sampled
-        trainer.model.train()
+    assert closed != opened
     assert trainer._buffered_inputs is old
 
 
@@ -298,13 +274,32 @@ def test_grpo_sees_each_prompt_once_an_epoch(trainer_of):
     assert len(prompts) == 8 * trainer.num_generations
 
 
-@pytest.mark.parametrize("method", ["leave-one-out", "shapley", "lora-drop", "eva", "cka"])
-def test_a_method_that_compares_losses_is_refused_where_losses_mean_nothing(trainer_of, method):
-    with pytest.raises(ConfigError, match=f"{method} needs a loss.+GRPO.+elimination, path, price"):
-        rank(trainer_of("GRPO", "model"), method)
+COMPARE_LOSSES = ("leave-one-out", "shapley", "lora-drop", "eva", "cka")
+REFUSED = [
+    *(
+        ("GRPO", method, rf"{method} needs a loss.+GRPO.+elimination, path, price")
+        for method in COMPARE_LOSSES
+    ),
+    ("GRPO", None, r"held-out loss must be a function of the data.+rewards"),
+    ("ORPO", "eva", r"eva needs batches.+ORPO.+chosen_input"),
+]
 
 
-@pytest.mark.parametrize("method", ["path", "price", "fisher", "update-norm"])
+@pytest.mark.parametrize(("kind", "method", "message"), REFUSED)
+def test_what_a_trainers_loss_or_batches_cannot_give_is_refused(trainer_of, kind, method, message):
+    trainer = trainer_of(kind, "model")
+    with pytest.raises(ConfigError, match=message):
+        held_out_loss(trainer, DATA[kind]()) if method is None else rank(trainer, method)
+
+
+def test_a_copy_of_the_model_that_gates_cannot_reach_is_refused(trainer_of, monkeypatch):
+    trainer = trainer_of("GRPO", "model")
+    monkeypatch.setattr(trainer, "use_vllm", True)
+    with pytest.raises(ConfigError, match="use_vllm=False"):
+        rank(trainer)
+
+
+@pytest.mark.parametrize("method", ["price", "fisher", "update-norm"])
 def test_grpo_is_scored_by_methods_that_use_its_gradient_or_no_data(trainer_of, method):
     trainer = trainer_of("GRPO", "model")
     before = everything(trainer)
@@ -312,26 +307,6 @@ def test_grpo_is_scored_by_methods_that_use_its_gradient_or_no_data(trainer_of, 
     assert_same(before, everything(trainer))
     assert all(math.isfinite(module.score) for module in ranking.modules)
     assert "loss_reduction_nats" not in ranking.provenance["mask"]
-
-
-def test_a_copy_of_the_model_that_gates_cannot_reach_is_refused(trainer_of):
-    trainer = trainer_of("GRPO", "model")
-    trainer.use_vllm = True
-    try:
-        with pytest.raises(ConfigError, match=re.escape("use_vllm=False")):
-            rank(trainer)
-    finally:
-        trainer.use_vllm = False
-
-
-def test_a_held_out_loss_of_sampled_completions_is_refused(trainer_of):
-    with pytest.raises(ConfigError, match=r"held-out loss must be a function of the data.+rewards"):
-        held_out_loss(trainer_of("GRPO", "model"), DATA["GRPO"]())
-
-
-def test_a_method_that_reads_tokens_is_refused_where_batches_have_other_columns(trainer_of):
-    with pytest.raises(ConfigError, match=r"eva needs batches.+ORPO.+chosen_input"):
-        rank(trainer_of("ORPO", "model"), "eva")
 
 
 def test_adalora_is_trained_as_a_reward_model_too(trainer_of):
@@ -343,9 +318,7 @@ def test_lora_drop_looks_at_the_model_and_not_at_its_reference(trainer_of, kind)
     """Independently: the inputs of the trained model's layers, without the trainer's loss."""
     trainer = trainer_of(kind, "config")
     scores = {m.name: m.score for m in rank(trainer, "lora-drop", mask_batches=1).modules}
-
     updates = adapter_updates(trainer.model)
-
     set_seed(trainer.args.seed)
     batch = next(iter(trainer.get_train_dataloader()))
     inputs = {}

@@ -2,45 +2,44 @@
 """Tiny models built from a config with random weights: the real code path, no download."""
 
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 64
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    **TOKENS,
+}
+GPT2_SIZES = {
+    "vocab_size": VOCABULARY,
+    "n_positions": 64,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    **TOKENS,
+}
 
 
 def tiny_llama(num_blocks: int = 2, *, attention_bias: bool = False) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=num_blocks,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        attention_bias=attention_bias,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config).eval()
+    options = SIZES | {"num_hidden_layers": num_blocks, "attention_bias": attention_bias}
+    return LlamaForCausalLM(LlamaConfig(**options)).eval()
 
 
-def tiny_gpt2(num_blocks: int = 2) -> GPT2LMHeadModel:
+def tiny_gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=64,
-        n_embd=16,
-        n_layer=num_blocks,
-        n_head=2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return GPT2LMHeadModel(config).eval()
+    return GPT2LMHeadModel(GPT2Config(**GPT2_SIZES)).eval()
 
 
 class TinyExperts(nn.Module):
@@ -100,3 +99,25 @@ def token_loss(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
 def some_tokens(num_rows: int = 3, length: int = 10, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (num_rows, length), generator=generator)
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """All that work on a model could leave changed, with the random state, part by part.
+
+    Not Python's own random state: the shape checks of these tests draw from it.
+    """
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {
+        "weights": {name: value.tolist() for name, value in model.state_dict().items()},
+        "flags": {name: p.requires_grad for name, p in model.named_parameters()},
+        "gradients": {name: None if g is None else g.tolist() for name, g in gradients.items()},
+        "modules": {name: (id(m), m.training) for name, m in model.named_modules()},
+        "attributes": {name: sorted(vars(m)) for name, m in model.named_modules()},
+        "hooks": [(list(m._forward_hooks), list(m._forward_pre_hooks)) for m in model.modules()],
+        "random": (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()),
+    }
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    for part, value in before.items():
+        assert after[part] == value, part

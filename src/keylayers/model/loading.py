@@ -5,10 +5,9 @@ Only safetensors are read, never pickle; code that comes with a model runs only 
 `trust_remote_code`.
 """
 
-import contextlib
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import is_bitsandbytes_available, logging
+from transformers.utils import is_bitsandbytes_available
 
 from keylayers.errors import ModelError
 from keylayers.model.checkpoint import (
@@ -42,7 +41,7 @@ FROM_A_BAD_ADAPTER = (
 )
 
 
-def torch_dtype(dtype: Dtype) -> torch.dtype:
+def _torch_dtype(dtype: Dtype) -> torch.dtype:
     """The dtype that weights are loaded in."""
     if dtype == "auto":
         return torch.bfloat16 if torch.accelerator.is_available() else torch.float32
@@ -60,16 +59,15 @@ def load_model(source: ModelOptions, objective: Objective = "sft") -> PreTrained
     kind = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
     more = _quantisation(source) | ({"num_labels": 1} if is_reward else {})
     try:
-        with _quiet(hides_report=is_reward):
-            model, info = kind.from_pretrained(
-                source.model,
-                revision=source.revision,
-                dtype=torch_dtype(source.dtype),
-                trust_remote_code=source.trust_remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
-                **more,
-            )
+        model, info = kind.from_pretrained(
+            source.model,
+            revision=source.revision,
+            dtype=_torch_dtype(source.dtype),
+            trust_remote_code=source.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **more,
+        )
     except NOT_FOUND as error:
         raise ModelError(
             f"{source.model!r} must be a causal language model: {first_line(error)}"
@@ -100,7 +98,7 @@ def _quantisation(source: ModelOptions) -> dict[str, Any]:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch_dtype(source.dtype),
+        bnb_4bit_compute_dtype=_torch_dtype(source.dtype),
     )
     return {"quantization_config": config}
 
@@ -192,18 +190,3 @@ def describe(source: ModelOptions, model: PreTrainedModel) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "trust_remote_code": source.trust_remote_code,
     }
-
-
-@contextlib.contextmanager
-def _quiet(*, hides_report: bool) -> Iterator[None]:
-    """Keep transformers from drawing its progress bar, and from reporting that a head is new."""
-    has_bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    if hides_report:
-        logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_bar:
-            logging.enable_progress_bar()

@@ -15,20 +15,13 @@ from transformers import Trainer
 from keylayers.environment import wrapper
 from keylayers.errors import ConfigError
 
-ZERO_PARAMETERS = 3  # the ZeRO stage that shards the weights themselves
-
 
 def place_model(trainer: Trainer) -> None:
     """Shard or move a trainer's model, so that it can compute losses before training.
 
-    Shards it under FSDP2 and moves it to the accelerator under DeepSpeed. Other trainers have done
-    so already, but these two wait until training starts.
-
-    Raises:
-        ConfigError: weights cannot be scaled under this wrapper, or the launcher asked for one
-            that does not work on this device.
+    Only FSDP2 and DeepSpeed wait with this until training starts.
     """
-    check_wrapper(trainer)
+    _check_wrapper(trainer)
     if trainer.is_deepspeed_enabled:
         trainer.model.to(trainer.args.device)
     if not trainer.is_fsdp_enabled or is_sharded(trainer.model):
@@ -36,12 +29,8 @@ def place_model(trainer: Trainer) -> None:
     trainer.model = trainer.model_wrapped = fsdp2_prepare_model(trainer.accelerator, trainer.model)
 
 
-def check_wrapper(trainer: Trainer) -> None:
-    """Refuse a wrapper under which weights cannot be read or scaled.
-
-    Raises:
-        ConfigError: names the wrappers that work.
-    """
+def _check_wrapper(trainer: Trainer) -> None:
+    """Refuse a wrapper under which weights cannot be read or scaled."""
     asked = wrapper()
     enabled = {"FSDP": trainer.is_fsdp_enabled, "DEEPSPEED": trainer.is_deepspeed_enabled}
     if asked is not None and not enabled[asked]:
@@ -62,23 +51,17 @@ def check_wrapper(trainer: Trainer) -> None:
                 "turn checkpointing on by `--gradient-checkpointing` (in a script: "
                 "`gradient_checkpointing=True`) instead"
             )
-    if trainer.is_deepspeed_enabled:
-        stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
-        if stage == ZERO_PARAMETERS:
-            raise ConfigError(
-                f"DeepSpeed's ZeRO must be of stage 0 to 2, got {stage}, which takes weights apart "
-                f"where no gate can scale them; use FSDP2, which spreads them too, or `keylayers "
-                f"export` a selection to train it with another tool"
-            )
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        raise ConfigError(
+            "DeepSpeed's ZeRO must be of stage 0 to 2, got 3, which takes weights apart where no "
+            "gate can scale them; use FSDP2, which spreads them too, or `keylayers export` a "
+            "selection to train it with another tool"
+        )
 
 
 def check_can_freeze_inside(trainer: Trainer) -> None:
-    """Refuse an optimiser that updates weights without a gradient.
-
-    Raises:
-        ConfigError: it is DeepSpeed's, which flattens all weights into one tensor.
-    """
-    check_wrapper(trainer)
+    """Refuse DeepSpeed's optimiser, which updates weights that have no gradient."""
+    _check_wrapper(trainer)
     if trainer.is_deepspeed_enabled:
         raise ConfigError(
             "modules must stay as they are once they are frozen, but DeepSpeed's optimiser holds "

@@ -53,13 +53,13 @@ def is_added(name: str) -> bool:
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
     """Tensor name -> 64-bit sum of its bit patterns, computed on the tensor's device.
 
-    Sums piece by piece, because torch first copies what it sums to 64 bits. Any ordinary change
-    of values changes the sum; a permutation of a tensor's entries does not. For a sharded tensor,
-    the sum covers this process's part.
+    Any ordinary change of values changes the sum; a permutation of a tensor's entries does not. For
+    a sharded tensor, the sum covers this process's part.
     """
     sums = {}
     for name, tensor in tensors:
         bits = own_part(tensor).contiguous().view(_SAME_WIDTH_INT[tensor.element_size()])
-        pieces = bits.reshape(-1).split(_PIECE)
-        sums[name] = sum((piece.sum(dtype=torch.int64) for piece in pieces), torch.zeros(()).long())
+        # Piece by piece, because torch copies what it sums to 64 bits. Read from the device last.
+        pieces = [piece.sum(dtype=torch.int64) for piece in bits.reshape(-1).split(_PIECE)]
+        sums[name] = torch.stack(pieces).sum()
     return {name: int(total) for name, total in sums.items()}
