@@ -31,8 +31,8 @@ def preferences(first=0, num_rows=8):
     part = rows()[first : first + num_rows]
     return Dataset.from_list(
         [
-            {"prompt": one["prompt"], "chosen": one["completion"], "rejected": other["completion"]}
-            for one, other in zip(part, [*part[1:], part[0]], strict=True)
+            {"prompt": row["prompt"], "chosen": row["completion"], "rejected": other["completion"]}
+            for row, other in zip(part, [*part[1:], part[0]], strict=True)
         ]
     )
 
@@ -53,13 +53,13 @@ def prompts(first=0, num_rows=8):
 
 def tokens(first=0, num_rows=8):
     made = TOKENIZER([row["prompt"] + row["completion"] for row in rows()[first:][:num_rows]])
-    ids = [one[:12] for one in made["input_ids"]]
+    ids = [row[:12] for row in made["input_ids"]]
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
 
 def length_reward(completions, **_):
     """How many different letters a completion has: some reward that completions differ in."""
-    return [float(len(set(one))) for one in completions]
+    return [float(len(set(text))) for text in completions]
 
 
 class WithOwnLoss(Trainer):
