@@ -41,7 +41,7 @@ class TrainerLog:
 
     def gates(self, step: int, names: Iterable[str], scores: Float[Tensor, " gate"]) -> None:
         """Log the score of each gate after a step, and the gate's value."""
-        logs = {}
+        logs: dict[str, float] = {}
         gates = torch.sigmoid(scores).tolist()
         for name, score, gate in zip(names, scores.tolist(), gates, strict=True):
             logs |= {f"mask_score/{name}": score, f"mask_gate/{name}": gate}
