@@ -45,15 +45,15 @@ def test_a_fraction_of_parameters_takes_the_best_while_they_fit():
     assert ranking.select("1x-params").num_parameters == 100
 
 
-NUMBERS = [0.0, "1.5", "nan", "inf", "0x-params", "2x-params", "1.5x-time", "-1x-time"]
+SHARES = [0.0, "1.5", "nan", "inf", "0x-params", "2x-params", "1.5x-time", "-1x-time"]
 REFUSED = [
     *((text, rf"must be a fraction such as .* got '{text}'") for text in ("abc", "", "x-time")),
     *(
-        (number, rf"as a fraction must be above 0.* and at most 1.*, got {number}")
-        for number in NUMBERS
+        (share, rf"as a fraction must be above 0.* and at most 1.*, got {share}")
+        for share in SHARES
     ),
-    ("0", r"as a count must be at least 1 \(a fraction needs a decimal point\), got 0"),
-    ("-1", r"as a count must be at least 1 .*, got -1"),
+    ("0", r"as a count must be at least 1, got 0; a fraction needs a decimal point"),
+    ("-1", r"as a count must be at least 1, got -1"),
 ]
 
 

@@ -69,11 +69,16 @@ class Count:
     value: int
 
     def __post_init__(self) -> None:
-        rule = "as a count must be at least 1 (a fraction needs a decimal point)"
-        _check(self.value >= 1, rule, self)
+        _check(self.value >= 1, "as a count must be at least 1", self)
 
     def __str__(self) -> str:
         return str(self.value)
+
+    def num_modules(self, num_candidates: int) -> int:
+        """The count, if there are so many modules."""
+        rule = f"as a count must be between 1 and {num_candidates}, the ranking's modules"
+        _check(self.value <= num_candidates, rule, self)
+        return self.value
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,8 @@ def parse_budget(written: WrittenBudget) -> Budget:
 
 def _check(is_possible: bool, rule: str, budget: object) -> None:
     if not is_possible:
-        raise ConfigError(f"`budget` {rule}, got {budget}")
+        hint = "; a fraction needs a decimal point" if isinstance(budget, Count) else ""
+        raise ConfigError(f"`budget` {rule}, got {budget}{hint}")
 
 
 def _short(number: float) -> str:

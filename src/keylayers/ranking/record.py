@@ -156,11 +156,10 @@ class MadeBy(Part):
     @property
     def update_sha256s(self) -> set[str]:
         """Hashes that identify the update: of an adapter, or of a tuned checkpoint."""
-        updates: tuple[UpdateSource | Stage1 | None, ...] = (self.adapter, self.tuned, self.stage_1)
-        hashes = {update.weights_sha256 for update in updates if update is not None}
+        hashes = [update.weights_sha256 for update in (self.adapter, self.tuned) if update]
         if self.stage_1 is not None:
-            hashes.add(self.stage_1.adapter_sha256)
-        return {sha256 for sha256 in hashes if sha256 is not None}
+            hashes += [self.stage_1.adapter_sha256, self.stage_1.weights_sha256]
+        return set(filter(None, hashes))
 
 
 class Selected(Part):

@@ -8,17 +8,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from keylayers.errors import ConfigError, RankingError
-from keylayers.ranking.budget import (
-    GIB,
-    Auto,
-    Budget,
-    Count,
-    Fraction,
-    Freeze,
-    Memory,
-    Parameters,
-    Time,
-)
+from keylayers.ranking.budget import GIB, Auto, Budget, Memory, Parameters, Time
 from keylayers.ranking.cost import StepTime, best_within_time
 from keylayers.ranking.ranked_module import RankedModule, best_first
 from keylayers.ranking.targets import lora_targets
@@ -110,15 +100,18 @@ def select(
     elif isinstance(budget, Memory):
         taken = _within_memory(ordered, budget, memory)
     else:
-        taken = ordered[: _count(ordered, budget)]
-        worst = taken[-1].score
+        if isinstance(budget, Parameters):
+            count = _count_within_parameters(ordered, budget)
+        else:
+            count = budget.num_modules(len(ordered))
+        taken, worst = ordered[:count], ordered[count - 1].score
         if worst is None:
             num_scored = sum(module.score is not None for module in ordered)
             raise RankingError(
-                f"the budget must stay within the modules that have a score, but it takes "
-                f"{len(taken)} and only {num_scored} have one; lower the budget"
+                f"the budget must stay within the modules that have a score, but it takes {count} "
+                f"and only {num_scored} have one; lower the budget"
             )
-        num_tied_out = sum(module.score == worst for module in ordered[len(taken) :])
+        num_tied_out = sum(module.score == worst for module in ordered[count:])
     names = {module.name for module in taken}
     return Selection(
         modules=tuple(module for module in modules if module.name in names),
@@ -128,20 +121,6 @@ def select(
         num_tied_out=num_tied_out,
         is_of_mixture=any(module.is_stacked for module in modules),
     )
-
-
-def _count(ordered: Sequence[RankedModule], budget: Fraction | Count | Parameters | Freeze) -> int:
-    """How many modules of `ordered` the budget buys."""
-    if isinstance(budget, Parameters):
-        return _count_within_parameters(ordered, budget)
-    if isinstance(budget, Fraction | Freeze):
-        return budget.num_modules(len(ordered))
-    if budget.value > len(ordered):
-        raise ConfigError(
-            f"`budget` as a count must be between 1 and {len(ordered)}, the ranking's modules, "
-            f"got {budget}; a fraction needs a decimal point"
-        )
-    return budget.value
 
 
 def _count_within_parameters(ordered: Sequence[RankedModule], budget: Parameters) -> int:

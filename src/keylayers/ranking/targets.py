@@ -12,8 +12,8 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+# Last names of modules that PEFT rewrites in the mixtures of experts that it knows.
 REWRITTEN = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-"""Last names of modules that PEFT rewrites in the mixtures of experts that it knows."""
 
 
 def lora_targets(names: Sequence[str], stacked: Collection[str] | None) -> dict[str, Any]:
@@ -39,13 +39,12 @@ def target_regex(names: Iterable[str]) -> str:
     """
     by_prefix: dict[str, list[str]] = {}
     for (prefix, suffix), indices in by_block(names).items():
-        numbers = indices[0] if len(indices) == 1 else f"(?:{'|'.join(indices)})"
-        by_prefix.setdefault(re.escape(prefix), []).append(numbers + re.escape(suffix))
-    parts = [
-        prefix + (tails[0] if len(tails) == 1 else f"(?:{'|'.join(tails)})")
-        for prefix, tails in by_prefix.items()
-    ]
-    return parts[0] if len(parts) == 1 else f"(?:{'|'.join(parts)})"
+        by_prefix.setdefault(re.escape(prefix), []).append(_any_of(indices) + re.escape(suffix))
+    return _any_of([prefix + _any_of(tails) for prefix, tails in by_prefix.items()])
+
+
+def _any_of(expressions: Sequence[str]) -> str:
+    return expressions[0] if len(expressions) == 1 else f"(?:{'|'.join(expressions)})"
 
 
 def by_block(names: Iterable[str]) -> dict[tuple[str, str], list[str]]:
