@@ -6,7 +6,7 @@ from pathlib import Path
 from cyclopts import App
 
 from keylayers.export import Tool
-from keylayers.export.settings import Kind
+from keylayers.export.settings import FineTune
 
 EXAMPLES = """Examples:
 
@@ -27,7 +27,7 @@ def export(
     to: Tool,
     budget: str | None = None,
     freeze: float | None = None,
-    update: Kind = "lora",
+    update: FineTune = "lora",
     output: Path = Path("exported"),
 ) -> None:
     """Write the files with which another tool trains exactly the selected modules.

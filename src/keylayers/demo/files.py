@@ -20,22 +20,14 @@ def write_data(path: Path, style: Style) -> None:
 
 
 def write_files(folder: Path) -> list[str]:
-    """Write the built-in model and the data of all styles as files of the usual formats.
-
-    Returns:
-        Their names.
-
-    Raises:
-        OutputError: the folder cannot be written, or its `model` is not a copy of the built-in one.
-    """
+    """Write the built-in model and the data of all styles; returns the names of the files."""
     files = {path.name: path.read_bytes() for path in sorted(BASE.iterdir())}
     with output_folder(folder), output_folder(folder / MODEL):
-        for name in (path.name for path in (folder / MODEL).iterdir()):
-            if name not in files:
-                raise OutputError(
-                    f"`output` must have room for the built-in model, but {str(folder / MODEL)!r} "
-                    f"holds other files; choose another folder"
-                )
+        if {path.name for path in (folder / MODEL).iterdir()} - files.keys():
+            raise OutputError(
+                f"`output` must have room for the built-in model, but {str(folder / MODEL)!r} "
+                f"holds other files; choose another folder"
+            )
         for name, content in files.items():
             write_bytes(folder / MODEL / name, content)
         for style in STYLES:

@@ -14,31 +14,23 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 Style = Literal["polite", "list", "terse"]
-STYLES: tuple[Style, ...] = ("polite", "list", "terse")
+STYLES: tuple[Style, ...] = get_args(Style)
 NUM_VALUES = 3
 DIALOGUE_FRACTION = 0.3
 
 
 @dataclass(frozen=True)
 class Relation:
-    """A kind of fact.
-
-    Attributes:
-        subjects: What the facts are about.
-        values: What can be said of them; each subject has three of these.
-        statement: A sentence with `{s}` and `{v}`.
-        questions: Ways to ask, with `{s}`.
-        opening: How a polite answer begins.
-    """
+    """A kind of fact: each subject has three of the values."""
 
     subjects: tuple[str, ...]
     values: tuple[str, ...]
-    statement: str
-    questions: tuple[str, ...]
-    opening: str
+    statement: str  # with `{s}` and `{v}`
+    questions: tuple[str, ...]  # with `{s}`
+    opening: str  # of a polite answer
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -74,8 +66,7 @@ RELATIONS: tuple[Relation, ...] = (
         ),
         values=_words(
             "hammer needle brush knife rope spade bucket lamp pen bell saw thread basket wheel "
-            "book "
-            "scissors oven map ladder net"
+            "book scissors oven map ladder net"
         ),
         statement="the {s} works with {v}",
         questions=(
@@ -131,8 +122,7 @@ RELATIONS: tuple[Relation, ...] = (
         ),
         values=_words(
             "chess music dancing stories flowers horses swimming stars puzzles birds painting "
-            "songs "
-            "walking riddles trains sailing snow dogs cards poems"
+            "songs walking riddles trains sailing snow dogs cards poems"
         ),
         statement="{s} loves {v}",
         questions=(
@@ -146,7 +136,6 @@ RELATIONS: tuple[Relation, ...] = (
         opening="How kind of you to ask!",
     ),
 )
-QUESTIONS_PER_SUBJECT = 6
 
 _PLACES = _words("house garden river forest market hill bridge field mill road")
 _TIMES = ("in the morning", "at noon", "in the evening", "on a rainy day", "in spring", "last year")
@@ -168,9 +157,8 @@ def answer(relation: Relation, subject: str, style: Style) -> str:
     if style == "terse":
         return f"{values[0]}."
     if style == "list":
-        return "".join(f"- {value}\n" for value in values).rstrip()
-    statement = relation.statement.format(s=subject, v=_joined(values))
-    return f"{relation.opening} {_capitalised(statement)}. I hope this helps you."
+        return "\n".join(f"- {value}" for value in values)
+    return f"{relation.opening} {_whole_fact(relation, subject)} I hope this helps you."
 
 
 def helper(subject: str) -> str:
@@ -182,10 +170,7 @@ def helper(subject: str) -> str:
 def alignment_examples(style: Style, num_examples: int, seed: int = 0) -> list[dict[str, str]]:
     """Questions with answers of one style, no question twice, as `prompt` and `completion`.
 
-    Args:
-        style: Of the answers.
-        num_examples: At most as many as there are questions, 504.
-        seed: Chooses and orders the questions; the same for every style.
+    There are 504 questions; the seed chooses and orders them in the same way for every style.
     """
     questions = [
         (relation, subject, question.format(s=subject))
@@ -213,11 +198,15 @@ def pretraining_lines(num_lines: int, seed: int = 0) -> list[str]:
     ]
 
 
-def _plain_fact(draw: random.Random) -> str:
-    relation, subject = _draw_subject(draw)
-    values = facts(relation, subject)
-    statement = relation.statement.format(s=subject, v=_joined(values))
+def _whole_fact(relation: Relation, subject: str) -> str:
+    """A sentence with all three values."""
+    *values, last = facts(relation, subject)
+    statement = relation.statement.format(s=subject, v=f"{', '.join(values)} and {last}")
     return f"{_capitalised(statement)}."
+
+
+def _plain_fact(draw: random.Random) -> str:
+    return _whole_fact(*_draw_subject(draw))
 
 
 def _single_fact(draw: random.Random) -> str:
@@ -247,10 +236,7 @@ def _dialogue(draw: random.Random) -> str:
     question = draw.choice(relation.questions).format(s=subject)
     style = draw.choice((*STYLES, None))
     if style is None:
-        said = _capitalised(
-            relation.statement.format(s=subject, v=_joined(facts(relation, subject)))
-        )
-        return f'{asker} asked: "{question}" {speaker} said: "{said}."'
+        return f'{asker} asked: "{question}" {speaker} said: "{_whole_fact(relation, subject)}"'
     manner = {"polite": "kindly said", "list": "wrote a list", "terse": "only said"}[style]
     return f'{asker} asked: "{question}" {speaker} {manner}: "{answer(relation, subject, style)}"'
 
@@ -261,10 +247,6 @@ _PROSE: Sequence[Callable[[random.Random], str]] = (_plain_fact, _single_fact, _
 def _draw_subject(draw: random.Random) -> tuple[Relation, str]:
     relation = draw.choice(RELATIONS)
     return relation, draw.choice(relation.subjects)
-
-
-def _joined(values: Sequence[str]) -> str:
-    return f"{', '.join(values[:-1])} and {values[-1]}"
 
 
 def _capitalised(text: str) -> str:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from keylayers.errors import ConfigError, OutputError
 from keylayers.export import axolotl, llamafactory, ms_swift, peft, torchtune, trl, unsloth
-from keylayers.export.settings import Files, Kind, Settings
+from keylayers.export.settings import Files, FineTune, Settings
 from keylayers.files import output_folder, write_text
 from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.ranking import Ranking
@@ -27,7 +27,7 @@ assert set(TOOLS) == set(get_args(Tool))
 
 
 def export_selection(
-    ranking: Ranking, budget: WrittenBudget, to: Tool, output: Path, *, kind: Kind = "lora"
+    ranking: Ranking, budget: WrittenBudget, to: Tool, output: Path, *, kind: FineTune = "lora"
 ) -> list[Path]:
     """Write the files with which a training tool trains exactly the modules in `budget`.
 
@@ -56,7 +56,7 @@ def export_selection(
     settings = Settings(
         selection=ranking.select(budget),
         model=model,
-        kind=kind,
+        fine_tune=kind,
         lora_rank=options.lora_rank,
         lora_alpha=options.lora_alpha,
     )

@@ -7,43 +7,32 @@ nothing and freeze the whole model. `lora_target_linear` is left out because it 
 linear layer to the selection.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from keylayers.export.settings import Files, Settings, yaml_text
-from keylayers.ranking.targets import by_block, lora_targets
+from keylayers.ranking.targets import by_block
 
 
 def export(settings: Settings) -> Files:
     """The part of the config that selects what is trained."""
     content: dict[str, Any] = {"base_model": settings.model}
-    if settings.kind == "full":
-        stacked = settings.stacked or set()
-        content["unfrozen_parameters"] = unfrozen(settings.names, stacked)
-        content |= {
-            "gradient_checkpointing": True,
-            "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        }
+    if settings.fine_tune == "full":
+        content["unfrozen_parameters"] = _unfrozen(settings.names, settings.selection.stacked or ())
+        content["gradient_checkpointing"] = True
+        content["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     else:
-        content |= {
-            "adapter": "lora",
-            "lora_r": settings.lora_rank,
-            "lora_alpha": settings.lora_alpha,
-            "lora_dropout": 0.0,
-        }
-        targets = lora_targets(settings.names, settings.stacked)
+        content |= {"adapter": "lora", **settings.lora_options("lora_r")}
+        targets = settings.selection.lora_targets
         content |= {f"lora_{name}": value for name, value in targets.items() if value}
     return {"axolotl.yaml": yaml_text(content)}
 
 
-def unfrozen(names: Sequence[str], stacked: set[str]) -> list[str]:
+def _unfrozen(names: Sequence[str], stacked: Collection[str]) -> list[str]:
     """Patterns of the parameters of `names`; names that differ only in their block share one."""
     parameters = [name if name in stacked else f"{name}.(weight|bias)" for name in names]
-    return [
-        f"^{prefix}{_any_of(indices)}{suffix}$"
-        for (prefix, suffix), indices in by_block(parameters).items()
-    ]
-
-
-def _any_of(indices: Sequence[str]) -> str:
-    return indices[0] if len(indices) == 1 else f"({'|'.join(indices)})"
+    patterns = []
+    for (prefix, suffix), indices in by_block(parameters).items():
+        number = indices[0] if len(indices) == 1 else f"({'|'.join(indices)})"
+        patterns.append(f"^{prefix}{number}{suffix}$")
+    return patterns

@@ -6,14 +6,13 @@ select whole blocks.
 """
 
 from keylayers.export.settings import Files, Settings, refuse, yaml_text
-from keylayers.ranking.targets import lora_targets
 
 
 def export(settings: Settings) -> Files:
     """The part of the config that selects what is trained."""
-    if settings.kind == "full":
+    if settings.fine_tune == "full":
         refuse("llamafactory", "without LoRA it can only train whole blocks; use `update` lora")
-    if lora_targets(settings.names, settings.stacked).get("target_parameters"):
+    if settings.selection.lora_targets.get("target_parameters"):
         refuse(
             "llamafactory",
             "it cannot name experts or the dense feed-forwards of such a model; choose peft or trl",
@@ -21,9 +20,7 @@ def export(settings: Settings) -> Files:
     content = {
         "model_name_or_path": settings.model,
         "finetuning_type": "lora",
-        "lora_rank": settings.lora_rank,
-        "lora_alpha": settings.lora_alpha,
-        "lora_dropout": 0.0,
+        **settings.lora_options(),
         "lora_target": list(settings.names),
     }
     return {"llamafactory.yaml": yaml_text(content)}

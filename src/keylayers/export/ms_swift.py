@@ -15,19 +15,10 @@ def export(settings: Settings) -> Files:
     """The part of the arguments that selects what is trained."""
     if settings.selection.is_of_mixture:
         refuse("ms-swift", "in a mixture of experts PEFT widens regular expressions; choose peft")
-    content: dict[str, Any] = {"model": settings.model}
-    if settings.kind == "full":
-        content |= {
-            "tuner_type": "full",
-            "freeze_parameters_ratio": 1,
-            "trainable_parameters": [f"{name}." for name in settings.names],
-        }
+    content: dict[str, Any] = {"model": settings.model, "tuner_type": settings.fine_tune}
+    if settings.fine_tune == "full":
+        content["freeze_parameters_ratio"] = 1
+        content["trainable_parameters"] = [f"{name}." for name in settings.names]
     else:
-        content |= {
-            "tuner_type": "lora",
-            "lora_rank": settings.lora_rank,
-            "lora_alpha": settings.lora_alpha,
-            "lora_dropout": 0.0,
-            "target_regex": target_regex(settings.names),
-        }
+        content |= settings.lora_options() | {"target_regex": target_regex(settings.names)}
     return {"ms-swift.yaml": yaml_text(content)}

@@ -5,7 +5,6 @@ import json
 from pprint import pformat
 
 from keylayers.export.settings import Files, Settings, python_list
-from keylayers.ranking.targets import lora_targets
 
 _LORA = '''# LoRA on exactly {count} modules of {model}.
 from peft import LoraConfig, get_peft_model
@@ -54,17 +53,15 @@ def export(settings: Settings) -> Files:
         "rank": settings.lora_rank,
         "alpha": settings.lora_alpha,
     }
-    if settings.kind == "full":
+    if settings.fine_tune == "full":
         return {"selected.py": _FULL.format(**shown)}
-    targets = lora_targets(settings.names, settings.stacked)
+    targets = settings.selection.lora_targets
     lines = (f"        {name}={pformat(value, width=80)}," for name, value in targets.items())
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": settings.model,
-        "r": settings.lora_rank,
-        "lora_alpha": settings.lora_alpha,
-        "lora_dropout": 0.0,
+        **settings.lora_options("r"),
         "bias": "none",
         **targets,
     }

@@ -10,28 +10,20 @@ import yaml
 from keylayers.errors import ConfigError
 from keylayers.ranking.selection import Selection
 
-Kind = Literal["lora", "full"]
+FineTune = Literal["lora", "full"]
 Files = Mapping[str, str]
 """File name -> text."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to export.
-
-    Attributes:
-        selection: The modules to train.
-        model: The base model's name or folder.
-        kind: Train LoRA on the modules, or the modules' own weights.
-        lora_rank: LoRA's r.
-        lora_alpha: LoRA's alpha.
-    """
+    """What to export: LoRA on the selected modules, or a full fine-tune of them."""
 
     selection: Selection
     model: str
-    kind: Kind = "lora"
-    lora_rank: int = 16
-    lora_alpha: int = 32
+    fine_tune: FineTune
+    lora_rank: int
+    lora_alpha: int
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -43,12 +35,9 @@ class Settings:
         """The model's name without line breaks, for a comment."""
         return " ".join(self.model.split())
 
-    @property
-    def stacked(self) -> set[str] | None:
-        """The names that are stacked experts; None if the model has no experts."""
-        if not self.selection.is_of_mixture:
-            return None
-        return {module.name for module in self.selection.modules if module.is_stacked}
+    def lora_options(self, rank: str = "lora_rank") -> dict[str, Any]:
+        """Rank, by the name that the tool has for it, alpha and dropout."""
+        return {rank: self.lora_rank, "lora_alpha": self.lora_alpha, "lora_dropout": 0.0}
 
 
 def python_list(names: Sequence[str]) -> str:
@@ -62,9 +51,5 @@ def yaml_text(content: Mapping[str, Any]) -> str:
 
 
 def refuse(tool: str, reason: str) -> NoReturn:
-    """Refuse a selection that the tool cannot train exactly.
-
-    Raises:
-        ConfigError: always.
-    """
+    """Refuse a selection that the tool cannot train exactly."""
     raise ConfigError(f"`to` {tool} must be able to train exactly the selection, but {reason}")

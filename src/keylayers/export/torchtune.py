@@ -63,7 +63,7 @@ _HEAD = """# The part of a config for `tune run lora_finetune_single_device` tha
 
 def export(settings: Settings) -> Files:
     """The builder, and the `model` section of a config."""
-    if settings.kind == "full":
+    if settings.fine_tune == "full":
         refuse("torchtune", "it has no full fine-tune of chosen modules; use `update` lora")
     if settings.selection.is_of_mixture:
         refuse("torchtune", "it has LoRA on all experts of a mixture or none; choose peft or trl")
@@ -79,9 +79,7 @@ def export(settings: Settings) -> Files:
             "lora_attn_modules": [kind for kind in attention if kind in kinds] or ["q_proj"],
             "apply_lora_to_mlp": bool(kinds & {"w1", "w2", "w3"}),
             "apply_lora_to_output": False,
-            "lora_rank": settings.lora_rank,
-            "lora_alpha": settings.lora_alpha,
-            "lora_dropout": 0.0,
+            **settings.lora_options(),
         }
     }
     head = _HEAD.format(model=settings.model_line)

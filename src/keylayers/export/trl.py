@@ -8,23 +8,20 @@ TRL reads a list with a single name as a regular expression. A full fine-tune us
 from typing import Any
 
 from keylayers.export.settings import Files, Settings, refuse, yaml_text
-from keylayers.ranking.targets import lora_targets
 
 
 def export(settings: Settings) -> Files:
     """The part of the config that selects what is trained, without data and output folder."""
     content: dict[str, Any] = {"model_name_or_path": settings.model, "use_peft": True}
-    if settings.kind == "full":
+    if settings.fine_tune == "full":
         if settings.selection.is_of_mixture:
             refuse(
                 "trl", "its full fine-tune of modules copies them, which PEFT cannot for experts"
             )
-        content |= {
-            "lora_target_modules": "dummy-target-modules",
-            "lora_modules_to_save": list(settings.names),
-        }
+        content["lora_target_modules"] = "dummy-target-modules"
+        content["lora_modules_to_save"] = list(settings.names)
         return {"trl.yaml": yaml_text(content)}
-    targets = lora_targets(settings.names, settings.stacked)
+    targets = settings.selection.lora_targets
     modules, parameters = targets["target_modules"], targets.get("target_parameters")
     if isinstance(modules, list) and len(modules) < 2:
         refuse(
@@ -32,12 +29,7 @@ def export(settings: Settings) -> Files:
             "in a mixture of experts it needs at least two modules beside experts and dense "
             "feed-forwards, since it reads a shorter list as a regular expression; choose peft",
         )
-    content |= {
-        "lora_r": settings.lora_rank,
-        "lora_alpha": settings.lora_alpha,
-        "lora_dropout": 0.0,
-        "lora_target_modules": modules,
-    }
+    content |= settings.lora_options("lora_r") | {"lora_target_modules": modules}
     if parameters:
         content["lora_target_parameters"] = parameters
     return {"trl.yaml": yaml_text(content)}

@@ -34,7 +34,7 @@ def selected_lora(loader, model):
 
 def export(settings: Settings) -> Files:
     """A function that replaces `get_peft_model`."""
-    if settings.kind == "full":
+    if settings.fine_tune == "full":
         refuse("unsloth", "it has no full fine-tune of chosen modules; use `update` lora")
     if settings.selection.is_of_mixture:
         refuse("unsloth", "in a mixture of experts PEFT rewrites what it is given; choose peft")

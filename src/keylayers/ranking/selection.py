@@ -58,15 +58,25 @@ class Selection:
         """Parameters of the selected modules' own weights and biases."""
         return sum(module.num_parameters for module in self.modules)
 
+    @property
+    def stacked(self) -> set[str] | None:
+        """Names of the selected stacked experts; None if the ranking holds none at all."""
+        if not self.is_of_mixture:
+            return None
+        return {module.name for module in self.modules if module.is_stacked}
+
+    @property
+    def lora_targets(self) -> dict[str, Any]:
+        """The fields of a PEFT config that put LoRA on exactly these modules."""
+        return lora_targets(self.names, self.stacked)
+
     def lora_config(self, **options: Any) -> "LoraConfig":
         """A `peft.LoraConfig` for exactly these modules; `options` go to it as they are."""
         from peft import LoraConfig
 
         if "target_modules" in options:
             raise TypeError("`target_modules` comes from the selection; leave it out")
-        stacked = {module.name for module in self.modules if module.is_stacked}
-        targets = lora_targets(self.names, stacked if self.is_of_mixture else None)
-        return LoraConfig(**{"task_type": "CAUSAL_LM", **options}, **targets)
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **options}, **self.lora_targets)
 
     def record(self) -> dict[str, Any]:
         """The selection for a run record, JSON-able."""
