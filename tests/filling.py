@@ -15,20 +15,16 @@ what was printed while the disk was full.
 
 import ctypes
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
-from killing import begin, ended
-
 ROOM = "256m"
 PAGE = 4096  # what tmpfs counts in
-
-
 NEW_MOUNTS, NEW_USER = 0x20000, 0x10000000  # flags of unshare(2); os.unshare is new in Python 3.12
 
 
@@ -39,8 +35,11 @@ def own_mounts():
     if libc.unshare(NEW_MOUNTS | (NEW_USER if user else 0)):
         raise OSError(ctypes.get_errno(), "no mount namespace")
     if user:  # be root in it
-        for name, content in (("setgroups", "deny"), ("uid_map", user), ("gid_map", group)):
-            content = content if name == "setgroups" else f"0 {content} 1"
+        for name, content in (
+            ("setgroups", "deny"),
+            ("uid_map", f"0 {user} 1"),
+            ("gid_map", f"0 {group} 1"),
+        ):
             Path(f"/proc/self/{name}").write_text(content)
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
 
@@ -50,27 +49,34 @@ def mount(disk, size, *more):
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], check=True)
 
 
-def used(disk):
-    counts = os.statvfs(disk)
-    return (counts.f_blocks - counts.f_bfree) * counts.f_frsize
+def unmount(disk, copy):
+    shutil.copytree(disk, copy)
+    subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-def most_used(disk, words):
-    """The exit code of a run, and the most bytes that it held at once."""
-    most, is_over = [0], threading.Event()
+def command(place, words, log):
+    import torch
 
-    def watch():
-        while not is_over.is_set():
-            most[0] = max(most[0], used(disk))
-            time.sleep(0.005)
+    from keylayers.cli import main
 
-    child = begin(disk, words, disk.with_name("log.txt"))
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    code = ended(child)
-    is_over.set()
-    watcher.join()
-    return code, most[0]
+    torch.set_num_threads(1)  # a fork replaces torch's thread pool, safely from one thread only
+    os.chdir(place)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(main(words))
+
+
+def run(disk, words, log):
+    """The exit code of a command that runs on the disk, and the most bytes that it held at once."""
+    child = multiprocessing.get_context("fork").Process(target=command, args=(disk, words, log))
+    child.start()
+    most = 0
+    while child.is_alive():
+        counts = os.statvfs(disk)
+        most = max(most, (counts.f_blocks - counts.f_bfree) * counts.f_frsize)
+        time.sleep(0.005)
+    return child.exitcode, most
 
 
 def main():
@@ -83,23 +89,20 @@ def main():
     import keylayers.training.rank_modules  # noqa: F401  all before the first fork
 
     mount(disk, ROOM)
-    code, most = most_used(disk, words)
+    code, most = run(disk, words, log)
     assert code == 0, log.read_text()
-    shutil.copytree(disk, folder / "whole")
-    subprocess.run(["umount", "--lazy", disk], check=True)
+    unmount(disk, folder / "whole")
     told = []
     for number, share in enumerate(map(float, shares.split(",")), 1):
         mount(disk, max(1, int(share * most / PAGE)) * PAGE)
-        log.unlink()
-        first = ended(begin(disk, words, log))
+        first, _ = run(disk, words, log)
         printed = log.read_text()
         shutil.copytree(disk, folder / f"full-{number}")
         mount(disk, ROOM, "remount")
-        second = ended(begin(disk, words, log))
-        shutil.copytree(disk, folder / str(number))
-        subprocess.run(["umount", "--lazy", disk], check=True)
+        second, _ = run(disk, words, log)
+        unmount(disk, folder / str(number))
         told.append({"share": share, "codes": [first, second], "printed": printed})
-    sys.stdout.write(json.dumps({"bytes": most, "runs": told}) + "\n")
+    sys.stdout.write(json.dumps(told) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ every one, which is there too): random moments seldom meet the milliseconds betw
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,36 +19,37 @@ import pytest
 import preloaded
 from outputs import contents, differences
 
+pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
 KILLS = int(os.environ.get("KILLS", "3"))
 CHANGES = int(os.environ.get("CHANGES", "6"))
 SMALL = ("--batch-size", "4", "--lora-rank", "4", "--save-steps", "2", "--learning-rate", "0.02")
-IGNORED = "log.txt"  # what the runs printed
 
 
-def kill(how, num_kills, folder, tiny, words, seed=0):
-    """Check that killed runs leave what an unbroken one leaves; how many kills, in how many places.
-
-    Nothing is left beside the output.
-    """
+def command_on(tiny, words):
     inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", "out")
-    words = (*words, *SMALL, *inputs)
-    script = Path(__file__).with_name("killing.py")
-    command = [preloaded.python(), "-W", "ignore", script, how, folder, num_kills, seed, *words]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, env=environment
+    return [str(word) for word in (*words, *SMALL, *inputs)]
+
+
+def run(place, words, how="change", at=0):
+    """Run the command in `place`, in a process that is killed unless `at` is 0."""
+    place.mkdir(exist_ok=True)
+    script = str(Path(__file__).with_name("killing.py"))
+    return subprocess.run(
+        [preloaded.python(), "-W", "ignore", script, how, str(at), *words],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
+
+
+def finished(place, words):
+    """What a run that is not killed leaves in `place`, and what it tells."""
+    done = run(place, words)
     assert done.returncode == 0, done.stderr[-2000:]
-    count = json.loads(done.stdout)
-    whole = visible(folder / "whole")
-    assert {Path(path).parts[0] for path in whole} == {"out"}
-    for number in range(1, count["places"] + 1):
-        assert differences(whole, visible(folder / str(number))) == [], number
-    return count["kills"], count["places"]
-
-
-def visible(place):
-    return {name: held for name, held in contents(place).items() if name != IGNORED}
+    left = contents(place)
+    assert {Path(path).parts[0] for path in left} == {"out"}
+    return left, json.loads(done.stdout.splitlines()[-1])
 
 
 COMMANDS = {
@@ -55,12 +58,19 @@ COMMANDS = {
 }
 
 
-@pytest.mark.long
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_killed_run_ends_as_if_it_had_not_been(tiny, tmp_path, name):
-    kills, _ = kill("moments", KILLS, tmp_path, tiny, COMMANDS[name])
-    assert kills == KILLS
+    words = command_on(tiny, COMMANDS[name])
+    whole, told = finished(tmp_path / "whole", words)
+    draw, kills, number = random.Random(0), 0, 0
+    while kills < KILLS:
+        number += 1
+        place = tmp_path / str(number)
+        for _ in range(1 + number % 2):  # every other time the run that goes on is killed too
+            code = run(place, words, "moment", draw.uniform(0.001, told["seconds"])).returncode
+            assert code in (0, -signal.SIGALRM)
+            kills += code != 0
+        assert differences(whole, finished(place, words)[0]) == [], number
 
 
 FEWER_STEPS = {
@@ -70,9 +80,13 @@ FEWER_STEPS = {
 }
 
 
-@pytest.mark.long
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", FEWER_STEPS)
 def test_so_does_one_that_is_killed_before_a_change_of_the_disk(tiny, tmp_path, name):
-    kills, places = kill("changes", CHANGES, tmp_path, tiny, FEWER_STEPS[name])
-    assert kills == places >= (CHANGES or 50)
+    words = command_on(tiny, FEWER_STEPS[name])
+    whole, told = finished(tmp_path / "whole", words)
+    assert told["changes"] >= 50
+    num_kills = CHANGES or told["changes"]
+    for number in range(1, num_kills + 1):
+        place, at = tmp_path / str(number), round(number * told["changes"] / num_kills)
+        assert run(place, words, "change", at).returncode == -signal.SIGKILL
+        assert differences(whole, finished(place, words)[0]) == [], at
