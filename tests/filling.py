@@ -86,7 +86,7 @@ def main():
     disk.mkdir(parents=True)
     own_mounts()
     import keylayers.commands.rank_first
-    import keylayers.training.rank_modules  # noqa: F401  all before the first fork
+    import keylayers.commands.run_rank  # noqa: F401  all before the first fork
 
     mount(disk, ROOM)
     code, most = run(disk, words, log)

@@ -38,7 +38,7 @@ def watch_changes(kill_before):
 def main():
     how, at, *words = sys.argv[1:]
     import keylayers.commands.rank_first
-    import keylayers.training.rank_modules  # all imports before the clock starts
+    import keylayers.commands.run_rank  # all imports before the clock starts
     from keylayers.cli import main as keylayers
 
     start = time.perf_counter()
