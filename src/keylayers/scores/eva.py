@@ -27,8 +27,8 @@ from torch import nn
 from keylayers.errors import ConfigError
 from keylayers.model.modules import base_model_of
 from keylayers.scores.options import Batched
+from keylayers.scores.probe import linear_layers
 from keylayers.scores.task import ModuleScores, Task
-from keylayers.updates.base_weight import check_linear
 
 MEAN_RANK = 4
 RHO = 4.0
@@ -36,8 +36,7 @@ RHO = 4.0
 
 def eva(task: Task, options: Batched) -> ModuleScores:
     """The rank that EVA gives each update's module."""
-    for update in task.updates:
-        check_linear(update.layer)
+    linear_layers(task)
     trainer = task.trainer
     taken = inspect.signature(base_model_of(trainer.model).forward).parameters
     num_passes = 0
@@ -73,18 +72,14 @@ def eva(task: Task, options: Batched) -> ModuleScores:
 
 
 def _check_batches(batches: Sequence[Mapping[str, Any]], trainer: str) -> None:
-    """Refuse batches without tokens, or with too few: PEFT 0.21 skips those and loops forever.
-
-    Raises:
-        ConfigError: no `input_ids`, or no batch has as many labelled tokens as components.
-    """
+    """Refuse batches without tokens, or with too few: PEFT 0.21 skips those and loops forever."""
     if "input_ids" not in batches[0]:
         raise ConfigError(
             f"`method` eva needs batches with `input_ids`, but those of {trainer} have "
             f"{', '.join(batches[0])}; choose elimination"
         )
     needed = int(MEAN_RANK * RHO)
-    lengths = (int((batch["labels"] != -100).sum()) for batch in batches if "labels" in batch)
+    lengths = [int((batch["labels"] != -100).sum()) for batch in batches if "labels" in batch]
     longest = max(lengths, default=needed)
     if longest < needed:
         raise ConfigError(

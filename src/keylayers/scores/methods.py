@@ -9,8 +9,8 @@ entry point in the group `keylayers.methods`; docs/add-a-method.md shows how. Ne
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
-from importlib import import_module
 from importlib.metadata import entry_points
+from pkgutil import resolve_name
 from typing import Any, Literal
 
 from keylayers.errors import ConfigError, did_you_mean
@@ -72,11 +72,10 @@ class Method:
 
     def load(self) -> Callable[..., Any]:
         """The function that scores."""
-        if not isinstance(self.function, str):
-            return self.function
-        module, _, name = self.function.partition(":")
-        function: Callable[..., Any] = getattr(import_module(module), name)
-        return function
+        if isinstance(self.function, str):
+            function: Callable[..., Any] = resolve_name(self.function)
+            return function
+        return self.function
 
 
 def _mask_batches(options: Batched, num_gates: int) -> int:

@@ -18,7 +18,7 @@ from keylayers.updates.base_weight import check_linear
 
 
 def linear_layers(task: Task) -> list[nn.Module]:
-    """The layer of each update; refuses those that are not linear."""
+    """The layer of each update; raises a ModelError unless all are linear."""
     for update in task.updates:
         check_linear(update.layer)
     return [update.layer for update in task.updates]

@@ -17,6 +17,7 @@ Blind to: data and update.
 import math
 from collections.abc import Sequence
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -35,13 +36,7 @@ def spectrum(task: Task, options: MethodOptions) -> ModuleScores:
 
 def shares_of_kind(ratios: Sequence[float], projections: Sequence[str]) -> list[float]:
     """For each module the share of its projection's modules with a ratio of at most its own."""
-    groups: dict[str, list[float]] = {}
-    for ratio, projection in zip(ratios, projections, strict=True):
-        groups.setdefault(projection, []).append(ratio)
-    return [
-        sum(other <= ratio for other in groups[projection]) / len(groups[projection])
-        for ratio, projection in zip(ratios, projections, strict=True)
-    ]
+    return list(pd.Series(ratios).groupby(list(projections)).rank(method="max", pct=True))
 
 
 def signal_to_noise(weight: Float[Tensor, "d_out d_in"]) -> float:
