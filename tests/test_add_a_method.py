@@ -28,14 +28,6 @@ def table(monkeypatch):
 
 
 @pytest.fixture
-def slope():
-    """What the page's file defines."""
-    namespace = {}
-    exec(FILE, namespace)
-    return namespace["SLOPE"]
-
-
-@pytest.fixture
 def package(tmp_path):
     """A folder with the page's file as an installed package."""
     info = tmp_path / "site" / "slope-1.0.dist-info"
@@ -73,9 +65,9 @@ def test_the_command_line_ranks_by_a_method_of_another_package(package, tiny, tm
     assert "slope, one gate per module" in without.stdout
 
 
-def test_a_registered_method_ranks_in_python_and_inside_a_run(table, slope):
-    namespace = {"keylayers": keylayers, "SLOPE": slope, "trainer": noisy()}
-    exec(IN_PYTHON, namespace)
+def test_a_registered_method_ranks_in_python_and_inside_a_run(table):
+    namespace = {"keylayers": keylayers, "trainer": noisy()}
+    exec(FILE + IN_PYTHON, namespace)
     ranking = namespace["ranking"]
     assert ranking.provenance["options"]["at_gate"] == 0.25
     assert ranking.provenance["options"]["price"] == 2.0  # as in every record

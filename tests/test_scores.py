@@ -3,11 +3,14 @@
 
 import math
 from functools import cache
-from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
 
+from keylayers.errors import ConfigError
+from keylayers.scores.methods import methods
+from keylayers.scores.scoring_options import scoring_options
+from keylayers.updates import adapter_updates
 from scored import (
     PLANTED,
     by_name,
@@ -49,66 +52,49 @@ DOES_NOT_DEPEND_ON = {
 
 
 @cache
-def run_of(method):
-    """One run on eight rows: its trainer, scores and steps, and the state before and after."""
-    trainer, steps = trainer_of(noisy_model()), []
+def eight_rows():
+    trainer = trainer_of(noisy_model())
     trainer.train_dataset = data(8)
-    before = state_of(trainer)
-    found = score(trainer, method, on_step=lambda step, loss: steps.append(step))
-    return SimpleNamespace(
-        trainer=trainer, found=found, steps=steps, before=before, after=state_of(trainer)
-    )
+    return trainer
+
+
+@cache
+def found_by(method):
+    return score(eight_rows(), method)
 
 
 def test_the_table_names_every_method_once():
-    from keylayers.scores.methods import methods
-
     assert list(methods()) == NAMES
 
 
 @pytest.mark.parametrize("method", NAMES)
-def test_each_module_gets_a_finite_score_and_nothing_is_left_changed(method):
-    run = run_of(method)
-    assert len(run.found.scores) == len(run.found.module_names) == 14
-    assert run.found.module_names[0] == "model.layers.0.self_attn.q_proj"
-    assert all(math.isfinite(value) for value in run.found.scores)
-    assert run.found.unit
-    for name, value in run.before.items():
-        assert run.after[name] == value, name
+def test_every_module_is_scored_steps_are_reported_and_nothing_is_left_changed(method):
+    trainer, steps = eight_rows(), []
+    before = state_of(trainer)
+    found = score(trainer, method, on_step=lambda step, loss: steps.append(step))
+    for name, value in state_of(trainer).items():
+        assert value == before[name], name
 
+    assert len(found.scores) == len(found.module_names) == 14
+    assert found.module_names[0] == "model.layers.0.self_attn.q_proj"
+    assert all(map(math.isfinite, found.scores))
+    assert found.unit
+    again = found_by(method)
+    assert (again.scores, again.losses) == (found.scores, found.losses)
 
-@pytest.mark.parametrize("method", NAMES)
-def test_a_second_run_on_the_same_trainer_gives_the_same_bits(method):
-    run = run_of(method)
-    again = score(run.trainer, method)
-    assert (again.scores, again.losses) == (run.found.scores, run.found.losses)
-
-
-@pytest.mark.parametrize("method", NAMES)
-def test_progress_knows_how_many_steps_a_method_reports(method):
-    steps = run_of(method).steps
     assert steps == list(range(1, len(steps) + 1))
-    expected = options_of(method).num_steps(14)
-    assert expected in (len(steps), None)
-    assert (expected is None) == (not steps)
+    assert options_of(method).num_steps(14) == (len(steps) or None)
 
-
-@pytest.mark.parametrize("method", NAMES)
-def test_standard_errors_come_from_the_spread_of_batches(method):
-    errors = run_of(method).found.standard_errors
+    errors = found.standard_errors
     assert (errors is not None) == (method in HAS_ERRORS)
     if errors is not None:
         assert len(errors) == 14
-        assert min(errors) >= 0
-        assert max(errors) > 0
+        assert 0 <= min(errors) < max(errors)
 
 
 @pytest.mark.parametrize("method", BY_BLOCK)
 def test_methods_for_blocks_give_their_modules_one_score(method):
-    values = by_name(run_of(method).found)
-    first, second = (
-        {value for name, value in values.items() if f"layers.{block}." in name} for block in (0, 1)
-    )
+    first, second = (set(found_by(method).scores[start:][:7]) for start in (0, 7))
     assert len(first) == len(second) == 1
     assert (first == second) == (method == "middle")
 
@@ -123,33 +109,23 @@ def padded(rows, num_tokens):
     )
 
 
-def both(change, method):
-    """The scores of one method before and after a change."""
-    trainer = run_of(method).trainer
-    rows, size = trainer.train_dataset, trainer._train_batch_size
-    if change == "order of modules":
-        from keylayers.updates import adapter_updates
-
-        return run_of(method).found, score(trainer, method, adapter_updates(trainer.model)[::-1])
-    try:
-        if change == "padding":
-            trainer.train_dataset = padded(rows, 7)
-            return run_of(method).found, score(trainer, method)
-        if change == "size of batches":
-            trainer._train_batch_size = 2
-            return run_of(method).found, score(trainer, method, mask_batches=4)
-        trainer._train_batch_size = 1
-        return tuple(score(trainer, method, mask_batches=8, mask_seed=seed) for seed in (0, 1))
-    finally:
-        trainer.train_dataset, trainer._train_batch_size = rows, size
-
-
 @pytest.mark.parametrize(
     ("change", "method"),
     [(change, method) for change, methods in DOES_NOT_DEPEND_ON.items() for method in methods],
 )
-def test_scores_do_not_depend_on(change, method):
-    first, second = both(change, method)
+def test_scores_do_not_depend_on(change, method, monkeypatch):
+    trainer, first = eight_rows(), found_by(method)
+    if change == "order of modules":
+        second = score(trainer, method, adapter_updates(trainer.model)[::-1])
+    elif change == "padding":
+        monkeypatch.setattr(trainer, "train_dataset", padded(trainer.train_dataset, 7))
+        second = score(trainer, method)
+    elif change == "size of batches":
+        monkeypatch.setattr(trainer, "_train_batch_size", 2)
+        second = score(trainer, method, mask_batches=4)
+    else:
+        monkeypatch.setattr(trainer, "_train_batch_size", 1)
+        first, second = (score(trainer, method, mask_batches=8, mask_seed=seed) for seed in (0, 1))
     assert by_name(first) == pytest.approx(by_name(second), rel=1e-4, abs=1e-6)
     if change in ("size of batches", "order of batches") and first.losses:
         assert first.losses != second.losses  # the change was one
@@ -187,7 +163,7 @@ PASSES = {
 
 @pytest.mark.parametrize("method", PASSES)
 def test_passes_are_counted(method):
-    found = run_of(method).found
+    found = found_by(method)
     assert (found.num_forward, found.num_backward) == PASSES[method]
     assert found.forward_equivalents == sum(PASSES[method])
 
@@ -218,8 +194,5 @@ REFUSED = [
 
 @pytest.mark.parametrize(("method", "values", "message"), REFUSED)
 def test_an_option_without_effect_or_out_of_range_is_refused(method, values, message):
-    from keylayers.errors import ConfigError
-    from keylayers.scores.scoring_options import scoring_options
-
     with pytest.raises(ConfigError, match=message):
         scoring_options(method, **values)
