@@ -44,6 +44,11 @@ class Part(BaseModel):
 AnyPart = TypeVar("AnyPart", bound=BaseModel)
 
 
+def read_part(part: type[AnyPart], path: Path, what: str, command: str) -> AnyPart:
+    """A JSON file as a `part`; messages call the file `what` and say that `command` writes it."""
+    return validated(part, read_json(path, what, command), str(path), command)
+
+
 def read_json(path: Path, what: str, command: str) -> Any:
     """The parsed JSON of a file, which messages call `what` and which `command` writes.
 

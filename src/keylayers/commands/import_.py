@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, RootModel
 
 from keylayers.errors import ModelError, OutputError, RankingError
 from keylayers.model.options import ModelOptions
-from keylayers.validation import Part, Text, read_json, validated
+from keylayers.validation import Part, Text, read_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,7 +118,7 @@ class _Scan(RootModel[dict[Text, _Row]]):
 
 def _ratios(path: Path) -> dict[str, float]:
     """Name -> signal-to-noise ratio."""
-    scan = validated(_Scan, read_json(path, "the scan", COMMAND), str(path), COMMAND)
+    scan = read_part(_Scan, path, "the scan", COMMAND)
     ratios = {name: row.snr for name, row in scan.root.items()}
     if not ratios:
         raise RankingError(f"{str(path)!r} must be a scan of a model's weights, but it is empty")

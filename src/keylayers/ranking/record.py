@@ -13,15 +13,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, model_validator
 
-from keylayers.validation import (
-    CountFromOne,
-    CountFromZero,
-    ListOf,
-    Part,
-    Text,
-    read_json,
-    validated,
-)
+from keylayers.validation import CountFromOne, CountFromZero, ListOf, Part, Text, read_part
 
 
 class Environment(Part):
@@ -223,5 +215,4 @@ class RunRecord(MadeBy):
 
 def read_run(path: Path) -> RunRecord:
     """The record of a training or pruning."""
-    content = read_json(path, "the record", "keylayers train")
-    return validated(RunRecord, content, str(path), "keylayers train")
+    return read_part(RunRecord, path, "the record", "keylayers train")

@@ -15,10 +15,9 @@ from keylayers.ranking.differences import are_same
 from keylayers.ranking.ranking import FILE as RANKING
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import MadeBy
-from keylayers.validation import ListOf, Part, Text, read_json, validated
+from keylayers.validation import ListOf, Part, Text, read_part
 
 FILE = "verification.json"
-COMMAND = "keylayers verify"
 
 
 class Verification(Part):
@@ -98,8 +97,8 @@ class Verification(Part):
     @staticmethod
     def load(path: Path) -> "Verification":
         """Read the file."""
-        content = read_json(path, "the verification of the ranking", COMMAND)
-        return validated(Verification, content, str(path), COMMAND)
+        what = "the verification of the ranking"
+        return read_part(Verification, path, what, "keylayers verify")
 
 
 def auto_budget(ranking: Ranking, path: Path) -> Count:
