@@ -3,6 +3,10 @@
 
 import json
 
+from peft import LoraConfig, get_peft_model
+from pydantic import TypeAdapter
+
+from keylayers.evaluation.record import FORMAT, Evaluation
 from tiny_files import ANIMALS, FOODS, tiny_model, tiny_tokenizer
 
 CHOICE = """
@@ -69,8 +73,6 @@ def write_tasks(folder):
 
 def write_place(tiny, folder):
     """All that is evaluated: model, two adapters, a checkpoint, tasks, data."""
-    from peft import LoraConfig, get_peft_model
-
     for name in ("model", "tuned", "adapter", "data.jsonl"):
         (folder / name).symlink_to(tiny / name)
     tiny_tokenizer().save_pretrained(folder / "tuned")
@@ -94,10 +96,6 @@ NAMES = ["base model", "adapter", "other", "tuned"]
 
 def evaluation_of(folder):
     """The evaluation that a folder, or a file, holds."""
-    from pydantic import TypeAdapter
-
-    from keylayers.evaluation.record import FORMAT, Evaluation
-
     path = folder / "evaluation.json" if folder.is_dir() else folder
     content = json.loads(path.read_text())
     assert content.pop("format") == FORMAT

@@ -3,26 +3,36 @@
 
 import json
 import shutil
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from io import StringIO
 
 import pandas as pd
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from commands import keylayers
 from eval_files import ALL, NAMES, evaluation_of, write_place
+from keylayers.data.options import DataOptions
+from keylayers.data.prepare import prepare
+from keylayers.evaluation.documents import Store
 from tiny_files import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def evaluated(eval_folder, tmp_path_factory):
     """The whole evaluation, what it printed, and its folder."""
-    from contextlib import chdir, redirect_stderr, redirect_stdout
-    from io import StringIO
-
     out, err, folder = StringIO(), StringIO(), tmp_path_factory.mktemp("evaluated")
     with chdir(eval_folder), redirect_stdout(out), redirect_stderr(err):
         assert keylayers("eval", *ALL, "--output", folder) == 0, err.getvalue()
     assert "it/s" not in err.getvalue()  # bars of the harness
     return evaluation_of(folder), out.getvalue(), folder
+
+
+@pytest.fixture(scope="module")
+def table(evaluated):
+    return pd.read_parquet(evaluated[2] / "documents.parquet")
 
 
 def measure(found, task, metric):
@@ -77,13 +87,6 @@ def test_every_number_is_that_of_the_harness(evaluated, by_the_harness):
 
 def test_a_loss_is_that_of_transformers_on_each_model_by_itself(evaluated, place):
     """On the base after both adapters were on it, too: it is measured first and hashed after."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    from keylayers.data.options import DataOptions
-    from keylayers.data.prepare import prepare
-
     data = DataOptions(data=str(place / "data.jsonl"), max_length=32)
     held_out = prepare(data, tiny_tokenizer(), 64).held_out  # as `rank` and `train` split it
     found = values(evaluated[0], "held-out data", "loss")
@@ -102,53 +105,49 @@ def test_a_loss_is_that_of_transformers_on_each_model_by_itself(evaluated, place
         assert found[name] == pytest.approx(total / num, rel=1e-5), name
 
 
-def test_differences_are_taken_document_by_document(evaluated):
-    found, _, _ = evaluated
-    table = pd.read_parquet(evaluated[2] / "documents.parquet")
+def test_differences_are_taken_document_by_document(evaluated, table):
     rows = table[(table["task"] == "forgetting") & (table["metric"] == "loss")]
     wide = rows.pivot(index="document", columns="model", values="value")
-    sizes = rows[rows["model"] == "base model"].set_index("document")["size"]
-    for result in measure(found, "forgetting", "loss").results[1:]:
-        against = [one.against for one in result.differences]
-        assert against == (
-            ["base model"] if result.model == "adapter" else ["base model", "adapter"]
-        )
+    num_tokens = rows[rows["model"] == "base model"]["size"].sum()
+    compared = {}
+    for result in measure(evaluated[0], "forgetting", "loss").results:
+        compared[result.model] = [one.against for one in result.differences]
         for one in result.differences:
-            own = (wide[result.model] - wide[one.against]).sum() / sizes.sum()
+            own = (wide[result.model] - wide[one.against]).sum() / num_tokens
             assert one.value == pytest.approx(own)
             assert one.interval.low <= one.value <= one.interval.high
-    known = {"held-out data", "forgetting", "three", "five", "written"}
-    assert set(table["task"]) == known
+    both = ["base model", "adapter"]
+    assert compared == dict(zip(NAMES, ([], both[:1], both, both), strict=True))
+    assert set(table["task"]) == {"held-out data", "forgetting", "three", "five", "written"}
     assert set(table["model"]) == set(NAMES)
 
 
+CHANCE = {
+    ("three", "acc"): 1 / 3,
+    ("foods", "acc"): (9 / 3 + 6 / 5) / 15,
+    ("foods", "acc_norm"): (1 / 3 + 1 / 5) / 2,
+    ("written", "exact_match"): None,
+    ("rolling", "word_perplexity"): None,
+}
+
+
 def test_chance_is_known_document_by_document(evaluated):
-    found, _, _ = evaluated
-    assert measure(found, "three", "acc").chance == pytest.approx(1 / 3)
-    assert measure(found, "foods", "acc").chance == pytest.approx((9 / 3 + 6 / 5) / 15)
-    assert measure(found, "foods", "acc_norm").chance == pytest.approx((1 / 3 + 1 / 5) / 2)
-    assert measure(found, "written", "exact_match").chance is None
-    assert measure(found, "rolling", "word_perplexity").chance is None
+    found = {name: measure(evaluated[0], *name).chance for name in CHANCE}
+    assert found == pytest.approx(CHANCE)
 
 
-def test_the_table_says_what_is_noise(evaluated):
-    _, shown, _ = evaluated
-    assert "foods, acc" in shown
-    assert "15 documents, chance 0.280" in shown
-    assert "not above chance" in shown
-    assert "no difference shown" in shown
-    assert "against base model" in shown
-    assert "against adapter" in shown
-    assert "no interval" in shown  # of the perplexity, which is no mean over documents
-    assert "by chance alone" in shown
-    assert "Holm's correction" in shown
-    assert "fewer than 30 documents" in shown
+SHOWN = [
+    *("held-out data, nats per token", "forgetting, nats per token", "foods, acc"),  # in this order
+    *("15 documents, chance 0.280", "not above chance", "no difference shown"),
+    *("against base model", "against adapter", "by chance alone", "Holm's correction"),
+    *("no interval", "fewer than 30 documents"),  # of the perplexity, which is no mean
+]
 
 
-def test_gain_stands_beside_forgetting(evaluated):
-    _, shown, _ = evaluated
-    gain = shown.index("held-out data, nats per token")
-    assert gain < shown.index("forgetting, nats per token") < shown.index("foods, acc")
+def test_the_table_says_what_is_noise_and_shows_gain_beside_forgetting(evaluated):
+    places = [evaluated[1].find(text) for text in SHOWN]
+    assert -1 not in places
+    assert places[:3] == sorted(places[:3])
 
 
 def test_what_is_recorded_says_how_it_came_about(evaluated):
@@ -158,11 +157,9 @@ def test_what_is_recorded_says_how_it_came_about(evaluated):
     assert made["environment"]["evaluation_libraries"]["lm_eval"]
     assert list(found.models) == NAMES
     assert found.reference == "adapter"
-    assert (
-        len({one["weights_sha256"] for one in (found.models[n] for n in ("base model", "tuned"))})
-        == 2
-    )
-    assert found.models["adapter"]["adapter_sha256"] != found.models["other"]["adapter_sha256"]
+    about = found.models
+    assert about["base model"]["weights_sha256"] != about["tuned"]["weights_sha256"]
+    assert about["adapter"]["adapter_sha256"] != about["other"]["adapter_sha256"]
     assert len(made["pairs"]) == 4 * 6
     assert len({one["pair"] for one in made["pairs"]}) == 24
     assert {one["inputs_sha256"] for one in made["pairs"] if one["task"] == "three"}
@@ -189,8 +186,6 @@ class Stop:
     """Raises what Ctrl-C raises when pair number `at` is to be measured; counts those before."""
 
     def __init__(self, monkeypatch, at=None):
-        from keylayers.evaluation.documents import Store
-
         self.kept = []
         put = Store.put
 
@@ -203,7 +198,7 @@ class Stop:
         monkeypatch.setattr(Store, "put", counted)
 
 
-def test_a_run_that_was_stopped_goes_on(evaluated, place, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_goes_on(evaluated, table, place, tmp_path, monkeypatch):
     """At several places; nothing that was finished is measured twice, and the end is the same."""
     out = tmp_path / "out"
     kept = []
@@ -215,8 +210,7 @@ def test_a_run_that_was_stopped_goes_on(evaluated, place, tmp_path, monkeypatch)
         assert at is None or not (out / "evaluation.json").exists()
         kept += stop.kept
     assert len(kept) == len(set(kept)) == 24
-    tables = [pd.read_parquet(one / "documents.parquet") for one in (evaluated[2], out)]
-    pd.testing.assert_frame_equal(*tables)
+    pd.testing.assert_frame_equal(table, pd.read_parquet(out / "documents.parquet"))
     records = [json.loads((one / "evaluation.json").read_text()) for one in (evaluated[2], out)]
     for one in records:
         del one["provenance"]["environment"]  # the commit may change while tests run
@@ -225,7 +219,7 @@ def test_a_run_that_was_stopped_goes_on(evaluated, place, tmp_path, monkeypatch)
     assert not list(out.glob(".*"))
 
 
-def test_only_what_changes_is_measured_again(evaluated, tiny, tmp_path, monkeypatch):
+def test_only_what_changes_is_measured_again(evaluated, table, tiny, tmp_path, monkeypatch):
     place, out = tmp_path / "place", tmp_path / "out"
     place.mkdir()
     write_place(tiny, place)
@@ -239,7 +233,6 @@ def test_only_what_changes_is_measured_again(evaluated, tiny, tmp_path, monkeypa
     record = json.loads((out / "evaluation.json").read_text())
     again = {one["pair"]: one["task"] for one in record["provenance"]["pairs"]}
     assert sorted(again[key] for key in stop.kept) == sorted([*changed] * 4)
-    table = pd.read_parquet(out / "documents.parquet")  # has what was measured before, too
-    before = pd.read_parquet(evaluated[2] / "documents.parquet")
-    assert set(before["pair"]) < set(table["pair"])
-    assert set(table["model"]) == set(NAMES)
+    later = pd.read_parquet(out / "documents.parquet")  # has what was measured before, too
+    assert set(table["pair"]) < set(later["pair"])
+    assert set(later["model"]) == set(NAMES)

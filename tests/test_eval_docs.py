@@ -7,6 +7,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from commands import keylayers
 from eval_files import evaluation_of
@@ -23,10 +26,6 @@ def block(language):
 @pytest.fixture(scope="module")
 def mmlu(shared, tmp_path_factory):
     """A folder with the small real model, two adapters of it, and the task folder of the docs."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
     place = tmp_path_factory.mktemp("mmlu")
     with zipfile.ZipFile(shared / "data" / "bench" / "mmlu.zip") as file:
         file.extractall(place)

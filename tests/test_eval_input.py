@@ -1,37 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `keylayers eval` takes, and what it refuses in one line."""
+"""What `keylayers eval` takes: tasks and prompts; and what it refuses in one line."""
+
+import json
+import os
+from functools import partial
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from commands import keylayers
-from eval_files import MODELS
+from commands import complaint, keylayers
+from eval_files import MODELS, WRITTEN
 from tiny_files import tiny_tokenizer
-
-
-def test_a_chat_template_and_examples_are_part_of_the_prompt(place, tmp_path, monkeypatch, capsys):
-    """The prompts that the harness logs, as the model is asked."""
-    seen = []
-    from keylayers.evaluation import benchmarks
-
-    evaluate = benchmarks.lm_eval.evaluate
-
-    def spy(**kwargs):
-        found = evaluate(**kwargs)
-        (samples,) = found["samples"].values()
-        seen.append(samples[0]["arguments"][0][0])
-        return found
-
-    monkeypatch.setattr(benchmarks.lm_eval, "evaluate", spy)
-    tasks = ["--task-folder", "tasks", "--tasks", "three", "fixed", "--limit", "2"]
-    arguments = ["--model", "model", *tasks]
-    arguments += ["--num-fewshot", "1", "--apply-chat-template", "--chat-template", "alpaca"]
-    assert keylayers("eval", *arguments, "--output", tmp_path / "out") == 0
-    assert seen[0].count("### Instruction:") == 2
-    assert seen[0].endswith("### Response:\n")
-    assert seen[1].count("### Instruction:") == 1
-    shown = capsys.readouterr().out
-    assert "base model, fixed: 0 examples in each prompt: the task file fixes" in shown
-
 
 ONE = ["--model", "model"]
 BAD = [
@@ -48,19 +28,16 @@ BAD = [
     ([*ONE, "--forgetting-data", "known.txt", "--chat-template", "x"], "that is no plain text"),
     ([*ONE, "--forgetting-data", "known.txt", "--held-out", "3"], "`held_out` must be left out"),
     ([*MODELS, "--tasks", "x", "--reference", "base"], "`reference` must be one of the adapters"),
-    (["--model", "model", "--adapter", "a", "a", "--tasks", "x"], "'a' twice"),
-    (["--model", "model", "--adapter", "none/here/x", "--data", "data.jsonl"], "no such folder"),
+    ([*ONE, "--adapter", "a", "a", "--tasks", "x"], "'a' twice"),
+    ([*ONE, "--adapter", "none/here/x", "--data", "data.jsonl"], "no such folder"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)
 def test_bad_input_is_one_line(place, tmp_path, capsys, arguments, message):
-    out = tmp_path / "out"
-    assert keylayers("eval", *arguments, "--output", out) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("keylayers: ")
-    assert message in error
-    assert not (out / "evaluation.json").exists()
+    assert keylayers("eval", *arguments, "--output", tmp_path / "out") == 2
+    assert message in complaint(capsys)
+    assert not (tmp_path / "out" / "evaluation.json").exists()
 
 
 def test_a_missing_library_is_one_line(place, tmp_path, monkeypatch, capsys):
@@ -69,13 +46,10 @@ def test_a_missing_library_is_one_line(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "find_spec", lambda name: None)
     arguments = [*ONE, "--task-folder", "tasks", "--tasks", "three", "--output", tmp_path / "out"]
     assert keylayers("eval", *arguments) == 2
-    assert "pip install 'keylayers[eval]'" in capsys.readouterr().err
+    assert "pip install 'keylayers[eval]'" in complaint(capsys)
 
 
 def test_a_model_that_gives_nan_is_one_line(place, tmp_path, capsys):
-    import torch
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
     with torch.no_grad():
         model.lm_head.weight[3] = torch.nan
@@ -83,12 +57,95 @@ def test_a_model_that_gives_nan_is_one_line(place, tmp_path, capsys):
     tiny_tokenizer().save_pretrained(tmp_path / "broken")
     arguments = ["--model", tmp_path / "broken", "--forgetting-data", "known.txt"]
     assert keylayers("eval", *arguments, "--output", tmp_path / "out") == 2
-    assert "gives NaN or infinity on forgetting" in capsys.readouterr().err
+    assert "gives NaN or infinity on forgetting" in complaint(capsys)
 
 
 def test_a_damaged_file_of_results_is_one_line(place, tmp_path, capsys):
     (tmp_path / "documents.parquet").write_text("not a table")
     arguments = [*ONE, "--forgetting-data", "known.txt", "--output", tmp_path]
     assert keylayers("eval", *arguments) == 2
-    assert "must be a file that `keylayers eval` wrote" in capsys.readouterr().err
+    assert "must be a file that `keylayers eval` wrote" in complaint(capsys)
     assert (tmp_path / "documents.parquet").read_text() == "not a table"
+
+
+def test_a_chat_template_and_examples_are_part_of_the_prompt(place, tmp_path, monkeypatch, capsys):
+    """The prompts that the harness logs, as the model is asked."""
+    from keylayers.evaluation import benchmarks
+
+    seen, evaluate = [], benchmarks.lm_eval.evaluate
+
+    def spy(**kwargs):
+        found = evaluate(**kwargs)
+        (samples,) = found["samples"].values()
+        seen.append(samples[0]["arguments"][0][0])
+        return found
+
+    monkeypatch.setattr(benchmarks.lm_eval, "evaluate", spy)
+    arguments = [*ONE, "--task-folder", "tasks", "--tasks", "three", "fixed", "--limit", "2"]
+    arguments += ["--num-fewshot", "1", "--apply-chat-template", "--chat-template", "alpaca"]
+    assert keylayers("eval", *arguments, "--output", tmp_path / "out") == 0
+    assert seen[0].count("### Instruction:") == 2
+    assert seen[0].endswith("### Response:\n")
+    assert seen[1].count("### Instruction:") == 1
+    shown = capsys.readouterr().out
+    assert "base model, fixed: 0 examples in each prompt: the task file fixes" in shown
+
+
+def write_task(folder, name, questions, more=""):
+    """A task of the kind of `written`."""
+    folder.mkdir()
+    data = folder / f"{name}.jsonl"
+    rows = [{"question": one, "choices": ["corn", "mice"], "right": 0} for one in questions]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+    text = WRITTEN.replace("task: written", f"task: {name}")
+    (folder / f"{name}.yaml").write_text(text + more + files)
+    return ["eval", *ONE, "--task-folder", folder, "--tasks", name]
+
+
+FILTERED = """
+filter_list:
+  - name: own
+    filter:
+      - {function: custom, filter_fn: !function own.last}
+      - {function: take_first}
+"""
+FILTER = '"""A filter."""\n\n\ndef last(answers, documents):\n    return answers  # {}\n'
+
+
+def test_a_task_with_a_filter_of_its_own_is_known_again(place, tmp_path, capsys):
+    folder = tmp_path / "tasks"
+    command = write_task(folder, "filtered", ["The fox eats", "The owl eats"], FILTERED)
+    said = []
+    for step in range(3):
+        # The harness imports it again, to another place in memory, as another process would.
+        (folder / "own.py").write_text(FILTER.format("as it is" if step < 2 else "in other words"))
+        os.utime(folder / "own.py", ns=(step, step))
+        assert keylayers(*command, "--output", tmp_path / "out") == 0
+        said.append("measured before" in capsys.readouterr().err)
+    assert said == [False, True, False]
+
+
+def test_every_prompt_that_is_cut_is_counted(place, tmp_path, capsys):
+    questions = [f"{number} {'The fox eats corn and ' * 30}" for number in range(5)]
+    command = write_task(tmp_path / "tasks", "long", [*questions, "The fox eats"])
+    for batch_size in (1, 4):
+        out = tmp_path / f"out-{batch_size}"
+        assert keylayers(*command, "--batch-size", batch_size, "--output", out) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "long: 5 requests lost the beginning of their prompt" in shown
+
+
+def test_no_function_is_known_by_its_place_in_memory():
+    from keylayers.evaluation.benchmarks import source_of
+
+    class Callable:
+        def __call__(self):
+            """Nothing."""
+
+    given = [write_task, partial(write_task, name="x"), len, Callable()]
+    function, bound, built_in, called = json.loads(json.dumps(given, default=source_of))
+    assert function.startswith("def write_task")
+    assert bound == [function, [], {"name": "x"}]
+    assert "len" in built_in
+    assert called.endswith("Callable")

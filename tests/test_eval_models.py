@@ -1,25 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models of `keylayers eval`: one in memory at a time, equal ones, their names and training."""
+"""The models of `keylayers eval`: what tells them apart, their memory, and how they were trained."""
 
 import gc
+import json
+import shutil
 import weakref
 
 import pandas as pd
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commands import keylayers
-from eval_files import LOSSES, TASKS
-from tiny_files import ANIMALS, FOODS
+from eval_files import LOSSES, TASKS, evaluation_of
+from keylayers.errors import ConfigError
+from keylayers.evaluation import subjects
+from keylayers.evaluation.options import ComparedOptions
+from keylayers.model.loading import load_model
+from keylayers.model.options import ModelOptions
+from keylayers.model.weights import weights_sha256
+from tiny_files import ANIMALS, FOODS, tiny_model, tiny_tokenizer
+
+FORGETTING = ["--forgetting-data", "known.txt", "--max-length", "32"]
 
 
 def test_each_model_is_gone_from_memory_before_the_next_is_loaded(place, tmp_path, monkeypatch):
-    from keylayers.evaluation import subjects
-
-    load, models, num_alive = subjects.load_model, [], []
+    models, num_alive = [], []
 
     def watched(source):
         num_alive.append(sum(one() is not None for one in models))
-        model = load(source)
+        model = load_model(source)
         models.append(weakref.ref(model))
         return model
 
@@ -45,91 +54,145 @@ def test_equal_models_have_rows_each(place, tmp_path):
         assert (wide["base model"] == wide["model"]).all()
 
 
+def test_the_base_model_is_the_same_after_each_adapter(place):
+    compared = ComparedOptions(adapter=(str(place / "other"), str(place / "adapter")))
+    source, identities = ModelOptions(model=str(place / "model")), set()
+    for loaded in subjects.each_model(source, compared, None):
+        if loaded.kind == "base":
+            model, names = loaded.model, [name for name, _ in loaded.model.named_modules()]
+        identities.add(loaded.identity)
+    assert weights_sha256(model) == weights_sha256(load_model(source))
+    assert [name for name, _ in model.named_modules()] == names
+    assert not hasattr(model, "peft_config")
+    assert len(identities) == 3
+
+
+NAMES = {
+    ("runs/a", "runs/b"): ["a", "b"],
+    ("a/out", "b/out"): ["a/out", "b/out"],
+    ("owner/model", "x/base model"): ["owner/model", "x/base model"],
+}
+
+
+def test_names_tell_models_apart_and_none_takes_that_of_the_base():
+    for sources, names in NAMES.items():
+        assert list(subjects.unique_names(sources).values()) == names
+    with pytest.raises(ConfigError, match="'base model' has that of another"):
+        subjects.unique_names(["base model"])
+
+
+@pytest.fixture
+def copy(place, tmp_path):
+    """A copy of the model, to be changed."""
+    return shutil.copytree(place / "model", tmp_path / "copy")
+
+
+def edit(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_a_copy_elsewhere_has_the_same_hash_and_so_has_a_tokenizer_in_use(place, copy):
+    found = set()
+    for folder in (place / "model", copy):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        found.add(subjects.config_sha256(model, tokenizer))
+        tokenizer(["one", "one two"], padding=True, truncation=True, max_length=9)
+        found.add(subjects.config_sha256(model, tokenizer))
+    assert len(found) == 1
+
+
+CHANGES = {  # of a model's or its tokenizer's attributes
+    "rope": lambda model, _: model.config.rope_parameters.update(rope_theta=5.0),
+    "infinite": lambda model, _: setattr(model.config, "time_step_limit", (0.0, float("inf"))),
+    "generation": lambda model, _: setattr(model.generation_config, "no_repeat_ngram_size", 2),
+    "end": lambda model, _: setattr(model.generation_config, "eos_token_id", [2, 7]),
+    "vocabulary": lambda _, tokenizer: tokenizer.add_tokens(["new"]),
+    "special": lambda _, tokenizer: setattr(tokenizer, "eos_token", "<s>"),
+}
+
+
+def test_what_changes_results_changes_the_hash():
+    found = set()
+    for change in (lambda *_: None, *CHANGES.values()):
+        model, tokenizer = tiny_model(len(tiny_tokenizer())), tiny_tokenizer()
+        change(model, tokenizer)
+        found.add(subjects.config_sha256(model, tokenizer))
+        assert subjects.config_sha256(model, tokenizer) in found
+    assert len(found) == 1 + len(CHANGES)
+
+
+def test_models_that_differ_in_their_config_alone_are_two_models(copy, tmp_path):
+    edit(copy / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 2})
+
+    def losses(*models):
+        assert keylayers("eval", *models, *FORGETTING, "--output", tmp_path / "out") == 0
+        (measure,) = evaluation_of(tmp_path / "out").measures
+        return [one.value for one in measure.results]
+
+    (alone,) = losses("--model", copy)
+    base, again = losses("--model", "model", "--checkpoint", copy)
+    assert again == alone
+    assert abs(again - base) > 1e-3
+
+
+def test_other_settings_of_generation_are_another_model(copy, tmp_path, capsys):
+    arguments = ["--model", copy, "--task-folder", "tasks", "--tasks", "written"]
+    said = []
+    for end in ([2], [2], [2, 9]):
+        edit(copy / "generation_config.json", eos_token_id=end)
+        assert keylayers("eval", *arguments, "--output", tmp_path / "out") == 0
+        said.append("all measured before" in capsys.readouterr().err)
+    assert said == [False, True, False]
+
+
+def test_a_model_with_another_tokenizer_is_not_compared_by_losses(copy, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    tokenizer.add_tokens([f"{one[-1]} eat" for one in (*ANIMALS, *FOODS)])
+    tokenizer.save_pretrained(copy)
+    arguments = ["--model", "model", "--checkpoint", copy, "--data", "data.jsonl"]
+    assert keylayers("eval", *arguments, "--output", tmp_path / "out") == 2
+    assert "only between models of one tokenizer" in capsys.readouterr().err
+
+
+SMALL = ["--max-steps", "2", "--batch-size", "4", "--mask-batches", "1"]
+
+
+@pytest.fixture
+def said(tmp_path, capsys):
+    """What an evaluation of an adapter prints."""
+
+    def run(adapter, *more):
+        capsys.readouterr()
+        assert keylayers("eval", "--adapter", adapter, *more, "--output", tmp_path / "out") == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    return run
+
+
 @pytest.mark.parametrize(("trained", "template"), [("trained", "model"), ("stage 1", "chatml")])
-def test_training_in_another_chat_template_is_said(place, tmp_path, capsys, trained, template):
+def test_training_on_another_split_or_in_another_chat_template_is_said(
+    place, tmp_path, said, trained, template
+):
     given = [] if template == "model" else ["--chat-template", template]
     data = ["--model", "model", "--data", "data.jsonl", "--max-length", "64", "--held-out", "5"]
-    small = ["--max-steps", "2", "--batch-size", "4", "--mask-batches", "1"]
-    assert keylayers("rank", *data, *given, *small, "--output", tmp_path / "rank") == 0
+    assert keylayers("rank", *data, *given, *SMALL, "--output", tmp_path / "rank") == 0
     source = tmp_path / "rank" / "adapter"
     if trained == "trained":
         source = tmp_path / "adapter"
         train = ["--ranking", tmp_path / "rank" / "ranking.json", "--budget", "3", "--steps", "1"]
         assert keylayers("train", *train, "--output", source) == 0
-
-    def said(name, *more):
-        capsys.readouterr()
-        assert keylayers("eval", "--adapter", source, *more, "--output", tmp_path / name) == 0
-        return " ".join(capsys.readouterr().out.split())
-
     other = "alpaca" if template == "model" else "model"
     text = f"adapter was trained in the chat template {template!r}, but is measured in {other!r}"
     elsewhere = ["--chat-template", "alpaca"] if template == "model" else []
-    asked = ["--model", "model", "--task-folder", "tasks", "--tasks", "three", "--limit", "2"]
-    for name, measured in (("loss", data), ("tasks", [*asked, "--apply-chat-template"])):
-        assert text in said(f"{name}-other", *measured, *elsewhere)
-        assert "chat template" not in said(f"{name}-same", *measured, *given)
-    known = ["--model", "model", "--forgetting-data", "known.txt", "--max-length", "32"]
-    assert "chat template" not in said("none", *known)
-
-
-def test_the_base_model_is_the_same_after_each_adapter(place):
-    from keylayers.evaluation.options import ComparedOptions
-    from keylayers.evaluation.subjects import each_model
-    from keylayers.model.loading import load_model
-    from keylayers.model.options import ModelOptions
-    from keylayers.model.weights import weights_sha256
-
-    source = ModelOptions(model=str(place / "model"))
-    compared = ComparedOptions(adapter=(str(place / "other"), str(place / "adapter")))
-    hashes = []
-    for loaded in each_model(source, compared, None):
-        if loaded.kind == "base":
-            model, names = loaded.model, [name for name, _ in loaded.model.named_modules()]
-        hashes.append(loaded.identity)
-    assert weights_sha256(model) == weights_sha256(load_model(source))
-    assert [name for name, _ in model.named_modules()] == names
-    assert not hasattr(model, "peft_config")
-    assert len(set(hashes)) == 3
-
-
-def test_names_tell_models_apart_and_none_takes_that_of_the_base():
-    from keylayers.errors import ConfigError
-    from keylayers.evaluation.subjects import unique_names
-
-    def names(*sources):
-        return ["base model", *unique_names(sources).values()]
-
-    assert names("runs/a", "runs/b") == ["base model", "a", "b"]
-    assert names("a/out", "b/out") == ["base model", "a/out", "b/out"]
-    assert names("owner/model", "x/base model") == ["base model", "owner/model", "x/base model"]
-    with pytest.raises(ConfigError, match="'base model' has that of another"):
-        names("base model")
-
-
-def test_a_model_with_another_tokenizer_is_not_compared_by_losses(place, tmp_path, capsys):
-    from transformers import AutoTokenizer
-
-    (tmp_path / "tuned").mkdir()
-    for path in (place / "tuned").iterdir():
-        (tmp_path / "tuned" / path.name).write_bytes(path.read_bytes())
-    tokenizer = AutoTokenizer.from_pretrained(place / "tuned")
-    tokenizer.add_tokens([f"{one[-1]} eat" for one in (*ANIMALS, *FOODS)])
-    tokenizer.save_pretrained(tmp_path / "tuned")
-    arguments = ["--model", "model", "--checkpoint", tmp_path / "tuned", "--data", "data.jsonl"]
-    assert keylayers("eval", *arguments, "--output", tmp_path / "out") == 2
-    assert "only between models of one tokenizer" in capsys.readouterr().err
-
-
-def test_training_on_another_split_is_said(place, tmp_path, capsys):
-    """Then the adapter may have seen what counts as held out here."""
-    out = tmp_path / "rank"
-    data = ["--model", "model", "--data", "data.jsonl", "--max-length", "32", "--held-out", "5"]
-    small = ["--max-steps", "2", "--batch-size", "4", "--mask-batches", "1"]
-    assert keylayers("rank", *data, *small, "--output", out) == 0
-    arguments = ["--adapter", out / "adapter", "--output", tmp_path / "one"]
-    assert keylayers("eval", *data, *arguments) == 0
-    assert "another split" not in capsys.readouterr().out
-    arguments[-1] = tmp_path / "two"
-    assert keylayers("eval", *data[:-1], "7", *arguments) == 0
-    assert "adapter was trained on other data or another split" in capsys.readouterr().out
+    tasks = ["--model", "model", "--task-folder", "tasks", "--tasks", "three", "--limit", "2"]
+    for measured in (data, [*tasks, "--apply-chat-template"]):
+        assert text in said(source, *measured, *elsewhere)
+        same = said(source, *measured, *given)
+        assert "chat template" not in same
+        assert "another split" not in same
+    assert "chat template" not in said(source, "--model", "model", *FORGETTING)
+    # Then the adapter may have seen what counts as held out here.
+    assert "adapter was trained on other data or another split" in said(
+        source, *data[:-1], "7", *given
+    )

@@ -8,64 +8,56 @@ from io import StringIO
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from rich.console import Console
 
 from eval_files import evaluation_of
+from keylayers.evaluation.documents import Measured
+from keylayers.evaluation.measures import Part, corrected, measures_of
+from keylayers.evaluation.record import Difference, Measure, Result
+from keylayers.evaluation.statistics import Interval
+from keylayers.report.evaluation import (
+    chance_words,
+    difference_words,
+    evaluation_report,
+    reading,
+)
 
-RECORD = Path(__file__).resolve().parents[1] / "experiments"
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+RECORD = EXPERIMENTS / "records" / "evaluation_english_2m_mmlu.json"
 
 
 def rendered(found, width):
     """The lines of the report as a terminal of this width shows them."""
-    from keylayers.report.evaluation import evaluation_report
-
     console = Console(file=StringIO(), width=width)
     console.print(evaluation_report(found))
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
 
-def recorded():
-    return evaluation_of(RECORD / "records" / "evaluation_english_2m_mmlu.json")
-
-
 def measured(name, metric, values):
-    from keylayers.evaluation.documents import Measured
-
-    rows = pd.DataFrame(
-        {
-            "task": name,
-            "metric": metric,
-            "document": range(len(values)),
-            "document_sha256": "x",
-            "value": values,
-            "size": 1.0,
-            "chance": math.nan,
-        }
-    )
-    return Measured(name, rows, {metric: sum(values) / len(values)}, {metric: True})
+    rows = {"task": name, "metric": metric, "document": range(len(values)), "document_sha256": "x"}
+    rows |= {"value": values, "size": 1.0, "chance": math.nan}
+    totals = {metric: sum(values) / len(values)}
+    return Measured(name, pd.DataFrame(rows), totals, {metric: True})
 
 
 def test_documents_that_only_some_models_have_give_no_interval():
     """As where a task leaves out answers that it cannot score."""
-    from keylayers.evaluation.measures import Part, measures_of
 
-    def models(num):
-        found = {"base model": 9, "a": num}
-        return {name: {"t": measured("t", "f1", [0.5] * num)} for name, num in found.items()}
+    def measures(num, is_group=False):
+        sizes = {"base model": 9, "a": num}
+        found = {name: {"t": measured("t", "f1", [0.5] * size)} for name, size in sizes.items()}
+        return list(measures_of(Part("t", ("t",), is_group=is_group), found, None, 0))
 
-    (same,) = measures_of(Part("t", ("t",)), models(9), None, 0)
+    (same,), (other,) = measures(9), measures(8)
     assert same.num_documents == 9
     assert same.results[1].differences[0].interval is not None
-    (other,) = measures_of(Part("t", ("t",)), models(8), None, 0)
     assert other.results[1].differences[0].interval is None
-    assert not list(measures_of(Part("g", ("t",), is_group=True), models(8), None, 0))
+    assert measures(8, is_group=True) == []
 
 
 def test_what_has_no_interval_is_no_comparison():
     """One document has no interval, so its difference is none of those that Holm corrects."""
-    from keylayers.evaluation.measures import Part, corrected, measures_of
-    from keylayers.report.evaluation import reading
-
     sizes = {"one": 1} | {f"many {number}": 40 for number in range(5)}
     models = {
         model: {name: measured(name, "acc", [value] * size) for name, size in sizes.items()}
@@ -76,15 +68,24 @@ def test_what_has_no_interval_is_no_comparison():
     one, *many = [measure.results[1].differences[0] for measure in found]
     assert one.interval is one.p is one.p_holm is None
     assert [each.p_holm for each in many] == [5 * each.p for each in many]
-    shown = reading(replace(recorded(), measures=tuple(found)))
+    shown = reading(replace(evaluation_of(RECORD), measures=tuple(found)))
     assert any("Holm's correction for 5 comparisons" in line for line in shown)
 
 
-def test_a_rate_of_no_spread_is_said_to_be_the_same():
-    from keylayers.evaluation.record import Difference, Measure, Result
-    from keylayers.evaluation.statistics import Interval
-    from keylayers.report.evaluation import chance_words, difference_words
+TAKEN = [
+    (Part("g", ()), {"acc", "acc (strict)", "acc_norm", "f1"}),
+    (Part("g", (), "acc"), {"acc", "acc (strict)"}),
+    (Part("g", (), "acc", ["none"]), {"acc"}),
+    (Part("g", (), "acc", ["strict"]), {"acc (strict)"}),
+]
 
+
+@pytest.mark.parametrize(("part", "names"), TAKEN)
+def test_a_group_averages_one_metric_with_some_filters(part, names):
+    assert set(filter(part.takes, ("acc", "acc (strict)", "acc_norm", "f1"))) == names
+
+
+def test_a_rate_of_no_spread_is_said_to_be_the_same():
     same = Difference("base model", 0.0, Interval(0.0, 0.0, "bootstrap"), 1.0, 1.0)
     result = Result("a", 0.1, Interval(0.02, 0.2, "exact"), (same,))
     one = Measure("t", "acc", 50, 0.25, True, (result,))
@@ -92,28 +93,27 @@ def test_a_rate_of_no_spread_is_said_to_be_the_same():
     assert chance_words(one, result) == "below chance"
     worse = Difference("base model", -0.1, Interval(-0.2, -0.05, "bootstrap"), 0.01, 0.01)
     assert difference_words(one, worse) == "worse"
-    loss = Measure("t", "loss", 50, None, False, (result,))
-    assert difference_words(loss, worse) == "better"
+    assert difference_words(replace(one, higher_is_better=False), worse) == "better"
 
 
 def test_the_log_shows_what_the_record_holds():
-    entry = (RECORD / "LOG.md").read_text().split("## 2026-11-25: two adapters of the 2 M model")[1]
+    log = (EXPERIMENTS / "LOG.md").read_text()
+    entry = log.split("## 2026-11-25: two adapters of the 2 M model")[1]
     shown = entry.split("```")[1].strip("\n").splitlines()
     assert len(shown) > 30
-    assert set(shown) <= set(rendered(recorded(), 120))
+    assert set(shown) <= set(rendered(evaluation_of(RECORD), 120))
 
 
 def test_a_narrow_terminal_breaks_no_interval():
-    wide, narrow = ("\n".join(rendered(recorded(), width)) for width in (120, 80))
+    wide, narrow = ("\n".join(rendered(evaluation_of(RECORD), width)) for width in (120, 80))
     intervals = re.compile(r"\[[-+]?\d\.\d+, [-+]?\d\.\d+\]")
     assert len(intervals.findall(wide)) > 40
     assert sorted(intervals.findall(narrow)) == sorted(intervals.findall(wide))
 
 
 def test_names_are_no_markup(tmp_path):
-    record = RECORD / "records" / "evaluation_english_2m_mmlu.json"
-    text = record.read_text().replace("alpaca-all", "[red]x[/y]")
-    (tmp_path / "evaluation.json").write_text(text)
-    lines = rendered(evaluation_of(tmp_path), 140)
+    path = tmp_path / "evaluation.json"
+    path.write_text(RECORD.read_text().replace("alpaca-all", "[red]x[/y]"))
+    lines = rendered(evaluation_of(path), 140)
     assert any("against [red]x[/y]" in line for line in lines)
     assert any(line.startswith("  [red]x[/y]") for line in lines)

@@ -7,33 +7,38 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from keylayers.evaluation.record import Difference
+from keylayers.evaluation.statistics import (
+    Documents,
+    difference_interval,
+    holm,
+    interval,
+    sign_flip_p,
+)
 
-def documents(values, sizes=None, strata=None, weights=None):
-    from keylayers.evaluation.statistics import Documents
 
+def documents(values, sizes=None, strata=None, weights=(1.0,)):
     values = np.asarray(values, float)
-    return Documents(
-        values,
-        np.ones(len(values)) if sizes is None else np.asarray(sizes, float),
-        np.zeros(len(values), int) if strata is None else np.asarray(strata),
-        np.ones(1) if weights is None else np.asarray(weights, float),
-    )
+    sizes = np.ones(len(values)) if sizes is None else np.asarray(sizes, float)
+    strata = np.zeros(len(values), int) if strata is None else np.asarray(strata)
+    return Documents(values, sizes, strata, np.asarray(weights, float))
 
 
-def test_the_mean_is_worked_out_by_hand():
-    tokens = documents([6.0, 2.0], sizes=[3, 1])
-    assert tokens.mean() == 8 / 4  # nats of all over tokens of all, not the mean of 2 and 2
-    two_tasks = documents([1, 0, 0, 1, 1], strata=[0, 0, 0, 1, 1], weights=[0.5, 0.5])
-    assert two_tasks.mean() == pytest.approx((1 / 3 + 1) / 2)
-    by_size = documents([1, 0, 0, 1, 1], strata=[0, 0, 0, 1, 1], weights=[0.6, 0.4])
-    assert by_size.mean() == pytest.approx(3 / 5)
-    for one in (tokens, two_tasks, by_size):
-        assert one.parts().sum() == pytest.approx(one.mean())
+MEANS = {
+    "nats of all over tokens of all, not the mean of 2 and 2": (([6, 2], [3, 1]), 8 / 4),
+    "tasks": (([1, 0, 0, 1, 1], None, [0, 0, 0, 1, 1], [0.5, 0.5]), (1 / 3 + 1) / 2),
+    "documents": (([1, 0, 0, 1, 1], None, [0, 0, 0, 1, 1], [0.6, 0.4]), 3 / 5),
+}
+
+
+@pytest.mark.parametrize(("given", "mean"), MEANS.values(), ids=MEANS)
+def test_the_mean_is_worked_out_by_hand(given, mean):
+    found = documents(*given)
+    assert found.mean() == pytest.approx(mean)
+    assert found.parts().sum() == pytest.approx(mean)
 
 
 def test_a_share_has_the_exact_interval_of_the_binomial():
-    from keylayers.evaluation.statistics import interval
-
     found = interval(documents([1] * 7 + [0] * 13))
     assert found.method == "exact"
     # Clopper and Pearson's by quantiles of the beta distribution
@@ -42,8 +47,6 @@ def test_a_share_has_the_exact_interval_of_the_binomial():
 
 
 def test_other_means_have_the_interval_of_a_bootstrap_within_each_stratum():
-    from keylayers.evaluation.statistics import interval
-
     draw = np.random.default_rng(0)
     values, sizes = draw.normal(3, 1, 60), draw.integers(1, 9, 60)
     strata = np.repeat([0, 1], 30)
@@ -56,15 +59,11 @@ def test_other_means_have_the_interval_of_a_bootstrap_within_each_stratum():
             total += weight * values[chosen].sum() / sizes[chosen].sum()
         own.append(total)
     low, high = np.quantile(own, [0.025, 0.975])
-    width = high - low
     assert found.method == "bootstrap"
-    assert found.low == pytest.approx(low, abs=0.1 * width)
-    assert found.high == pytest.approx(high, abs=0.1 * width)
+    assert [found.low, found.high] == pytest.approx([low, high], abs=0.1 * (high - low))
 
 
 def test_one_document_has_no_interval_and_equal_ones_have_no_width():
-    from keylayers.evaluation.statistics import difference_interval, interval
-
     assert interval(documents([1.0])) is None
     assert interval(documents([1, 0, 1], strata=[0, 0, 1], weights=[0.5, 0.5])) is None
     same = difference_interval(documents([0.0] * 9))
@@ -73,8 +72,6 @@ def test_one_document_has_no_interval_and_equal_ones_have_no_width():
 
 @pytest.mark.parametrize("values", [[1, 1, 1, 1, 0, 0], [0.5, -0.25, 0.125, 0, 1.0, 0.3]])
 def test_the_sign_flip_test_counts_all_flips(values):
-    from keylayers.evaluation.statistics import sign_flip_p
-
     total = abs(sum(values))
     flips = [abs(np.dot(signs, values)) for signs in product((-1, 1), repeat=len(values))]
     share = np.mean([one >= total - 1e-12 for one in flips])
@@ -83,8 +80,6 @@ def test_the_sign_flip_test_counts_all_flips(values):
 
 def test_the_sign_flip_test_is_the_same_in_any_unit():
     """A loss is divided by the tokens of all examples, so its parts may be as small as these."""
-    from keylayers.evaluation.statistics import sign_flip_p
-
     values = np.array([0.5, -0.25, 0.125, 0, 1.0, 0.3, 0.4])
     found = sign_flip_p(documents(values))
     assert found == sign_flip_p(documents(values, sizes=[1e9] * 7))
@@ -93,44 +88,32 @@ def test_the_sign_flip_test_is_the_same_in_any_unit():
 
 
 def test_of_right_and_wrong_answers_it_is_mcnemars_test():
-    from keylayers.evaluation.statistics import sign_flip_p
-
     values = [1] * 9 + [-1] * 2 + [0] * 100
     assert sign_flip_p(documents(values)) == pytest.approx(stats.binomtest(2, 11).pvalue)
     assert sign_flip_p(documents([0.0] * 5)) == 1.0
 
 
+def difference(values, seed=0):
+    found = documents(values)
+    return Difference("base", found.mean(), difference_interval(found, seed), sign_flip_p(found))
+
+
 def test_four_documents_of_three_hundred_show_no_difference():
     """All go one way, so the bootstrap's interval leaves out 0; four coins often do so too."""
-    from keylayers.evaluation.record import Difference
-    from keylayers.evaluation.statistics import difference_interval, sign_flip_p
-
-    few = documents([1.0] * 4 + [0.0] * 296)
-    found = difference_interval(few)
-    assert found.low > 0
-    one = Difference("base", few.mean(), found, sign_flip_p(few))
-    assert one.p == 0.125
-    assert not one.is_shown
-    more = documents([1.0] * 8 + [0.0] * 292)
-    assert Difference("base", 0.0, difference_interval(more), sign_flip_p(more)).is_shown
+    few = difference([1.0] * 4 + [0.0] * 296)
+    assert few.interval.low > 0
+    assert few.p == 0.125
+    assert not few.is_shown
+    assert difference([1.0] * 8 + [0.0] * 292).is_shown
 
 
 def test_models_that_are_alike_are_seldom_shown_to_differ():
-    from keylayers.evaluation.record import Difference
-    from keylayers.evaluation.statistics import difference_interval, sign_flip_p
-
     draw = np.random.default_rng(0)
-    shown = 0
-    for run in range(100):
-        one = documents(draw.choice([-1, 0, 1], 60, p=[0.05, 0.9, 0.05]))
-        found = difference_interval(one, run)
-        shown += Difference("base", one.mean(), found, sign_flip_p(one)).is_shown
-    assert shown / 100 <= 0.05
+    drawn = [draw.choice([-1, 0, 1], 60, p=[0.05, 0.9, 0.05]) for _ in range(100)]
+    assert sum(difference(values, seed).is_shown for seed, values in enumerate(drawn)) <= 5
 
 
 def test_holms_correction_is_worked_out_by_hand():
-    from keylayers.evaluation.statistics import holm
-
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
     assert holm([]) == []

@@ -57,12 +57,7 @@ FROM_A_BAD_TASK = (
 def load_benchmarks(
     options: BenchmarkOptions, batch_size: int, seed: int
 ) -> tuple[list["Benchmark"], list[Part]]:
-    """The tasks that the options name, with their documents, and the measures they make.
-
-    Raises:
-        ConfigError: there is no such task, or it cannot be run.
-        DataError: a task cannot be built, or its documents cannot be reached.
-    """
+    """The tasks that the options name, with their documents, and the measures they make."""
     names = ", ".join(options.tasks)
     with _logged():
         manager = _manager(options)
@@ -185,11 +180,7 @@ class Benchmark:
         return {"kind": "benchmark", "version": about.get("version")}
 
     def inputs_sha256(self, loaded: Loaded) -> str:
-        """The hash of all that decides the result except the model.
-
-        Raises:
-            DataError: the task file does not fit its documents.
-        """
+        """The hash of all that decides the result except the model."""
         self._set_seeds()
         task, limit, is_chat = self.task, self.options.limit, self.options.apply_chat_template
         model = HarnessModel(loaded, self.batch_size)
@@ -229,7 +220,10 @@ class Benchmark:
                 confirm_run_unsafe_code=options.run_generated_code,
             )
         said = [" ".join(record.getMessage().split())[:200] for record in logged]
-        warnings = list(dict.fromkeys(text for text in said if not CUT.search(text)))
+        num_cut = model.num_cut + sum(bool(CUT.search(text)) for text in said)
+        lost = f"{num_cut:,} requests lost the beginning of their prompt to fit the model"
+        others = dict.fromkeys(text for text in said if not CUT.search(text))
+        warnings = [*([lost] if num_cut else []), *others]
         totals = {
             metric_name(*key.split(",", 1)): float(value)
             for key, value in found["results"][name].items()
@@ -257,7 +251,7 @@ class Benchmark:
             higher_is_better={metric: directions.get(metric.split(" (")[0]) for metric in totals},
             facts={
                 "num_fewshot": num_fewshot,
-                "num_cut_prompts": model.num_cut + sum(bool(CUT.search(text)) for text in said),
+                "num_cut_prompts": num_cut,
                 "warnings": warnings,
             },
         )

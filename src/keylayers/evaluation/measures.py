@@ -55,13 +55,8 @@ def measures_of(
 ) -> Iterator[Measure]:
     """The measures of one part, for all models.
 
-    Left out is what a model has no number for, and what is no mean but should be averaged.
-
-    Args:
-        part: Which tasks.
-        measured: All others are compared with the first model.
-        reference: A second model to compare with.
-        seed: Seed of the bootstrap.
+    They are compared with the first model, and with `reference`. Left out is what a model has no
+    number for, and what is no mean but should be averaged.
     """
     base = next(iter(measured.values()))
     names = dict.fromkeys(name for task in part.tasks for name in base[task].totals)

@@ -36,7 +36,7 @@ class ComparedOptions:
     reference: str | None = None
 
     def __post_init__(self) -> None:
-        given = (*self.adapter, *self.checkpoint)
+        given = self.sources
         for name in given:
             if given.count(name) > 1:
                 raise ConfigError(f"every model must be given once, got {name!r} twice")
@@ -45,6 +45,11 @@ class ComparedOptions:
                 f"`reference` must be one of the adapters and checkpoints, as it is given there "
                 f"({', '.join(given) or 'none is'}), got {self.reference!r}"
             )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All of them, in the order of the table."""
+        return (*self.adapter, *self.checkpoint)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from keylayers.evaluation.documents import DOCUMENTS, Measured, Store
 from keylayers.evaluation.measures import Part, corrected, measures_of
 from keylayers.evaluation.options import EvalOptions
 from keylayers.evaluation.record import EVALUATION, Evaluation
-from keylayers.evaluation.subjects import Loaded, each_model
+from keylayers.evaluation.subjects import Loaded, each_model, unique_names
 from keylayers.evaluation.texts import GAIN, Examples, examples_of
 from keylayers.files import RECORD, json_sha256, output_folder, unfinished
 from keylayers.progress import Progress, Silent
@@ -33,11 +33,7 @@ OF_SPLIT = ("content_sha256", "max_examples", "held_out", "split_seed", "max_len
 def evaluate(options: EvalOptions, output: Path, progress: Progress | None = None) -> Evaluation:
     """Measure every model on everything that the options name, and write it to a folder.
 
-    evaluation.json has all numbers, documents.parquet the values of each document. A model is not
-    measured again on inputs that it was measured on before; a hash of both decides.
-
-    Raises:
-        KeylayersError: a bad option, model, task or data set; finished results stay.
+    A model is not measured again on inputs that it was measured on before; a hash of both decides.
     """
     if num_launched() > 1:
         raise ConfigError(
@@ -54,7 +50,7 @@ def evaluate(options: EvalOptions, output: Path, progress: Progress | None = Non
             run.measure(loaded)
             del loaded  # or it would stay in memory next to the following model
         found = run.evaluation()
-        run.store.finish(run.names())
+        run.store.finish(run.names)
         found.save(output / EVALUATION)
     return found
 
@@ -69,16 +65,20 @@ class _Run:
     jobs: list["Examples | Benchmark"] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
-    pairs: list[dict[str, Any]] = field(default_factory=list)  # every model on every job
+    measured: dict[str, dict[str, Measured]] = field(default_factory=dict)  # by model and job
+    pairs: list[dict[str, Any]] = field(default_factory=list)  # the same, for the record
+    names: dict[str, list[str]] = field(default_factory=dict)  # key -> models, equal ones share it
     notes: list[str] = field(default_factory=list)
 
     def measure(self, loaded: Loaded) -> None:
         """Measure one model on everything that it was not measured on before."""
         if not self.jobs:  # this is the base model, whose tokens losses are measured in
             self._plan(loaded)
-        name, num_known = loaded.name, 0
+        name, num_jobs, num_known = loaded.name, len(self.jobs), 0
         own = next((job.record() for job in self.jobs if job.name == GAIN), None)
         self.notes += _other_training(loaded, own, self.options.benchmarks.apply_chat_template)
+        self.models[name] = {"kind": loaded.kind, **loaded.record}
+        self.measured[name] = {}
         for job in self.jobs:
             inputs = job.inputs_sha256(loaded)
             key = json_sha256([loaded.identity, job.name, inputs])
@@ -87,40 +87,27 @@ class _Run:
             else:
                 with self.progress.stage(f"{name}: {job.name}", job.num_steps) as on_step:
                     self.store.put(key, job.measured(loaded, on_step))
-            found = self.store.pairs[key]
+            self.measured[name][job.name] = found = self.store.pairs[key]
+            self.names.setdefault(key, []).append(name)
             about = {"pair": key, "model": name, "inputs_sha256": inputs}
             self.pairs.append(about | found.about())
-            notes = list(found.facts.get("warnings", ()))
-            if num_cut := found.facts.get("num_cut_prompts", 0):
-                notes.insert(
-                    0, f"{num_cut:,} requests lost the beginning of their prompt to fit the model"
-                )
-            self.notes += [f"{name}, {job.name}: {text}" for text in notes]
+            warnings = found.facts.get("warnings", ())
+            self.notes += [f"{name}, {job.name}: {text}" for text in warnings]
         if num_known:
-            num_all = len(self.jobs)
-            share = "all" if num_known == num_all else f"{num_known} of {num_all}"
+            share = "all" if num_known == num_jobs else f"{num_known} of {num_jobs}"
             self.progress.note(f"{name}: {share} measured before")
-        self.models[name] = {"kind": loaded.kind, **loaded.record}
-
-    def names(self) -> dict[str, list[str]]:
-        """Key of a pair -> names of its model; equal models share a pair."""
-        keys = dict.fromkeys(pair["pair"] for pair in self.pairs)
-        return {key: [pair["model"] for pair in self.pairs if pair["pair"] == key] for key in keys}
 
     def evaluation(self) -> Evaluation:
         """All measures of what was measured."""
         compared, seed = self.options.compared, self.options.run.seed
-        names = dict(
-            zip((*compared.adapter, *compared.checkpoint), list(self.models)[1:], strict=True)
-        )
-        reference = names[compared.reference or next(iter(names))] if len(names) > 1 else None
-        measured: dict[str, dict[str, Measured]] = {name: {} for name in self.models}
-        for pair in self.pairs:
-            measured[pair["model"]][pair["task"]] = self.store.pairs[pair["pair"]]
+        names = unique_names(compared.sources)
+        reference = None
+        if len(names) > 1:
+            reference = names[compared.reference or compared.sources[0]]
         measures = [
             measure
             for part in self.parts
-            for measure in measures_of(part, measured, reference, seed)
+            for measure in measures_of(part, self.measured, reference, seed)
         ]
         versions = {name: metadata.version(name) for name in LIBRARIES if find_spec(name)}
         return Evaluation(
@@ -143,8 +130,10 @@ class _Run:
         for examples in examples_of(self.options.losses, base, batch_size):
             self.jobs.append(examples)
             self.parts.append(Part(examples.name, (examples.name,)))
-            self.notes.append(examples.note)
-            self.progress.note(examples.note)
+            source = examples.source.get("data") or examples.source["name"]
+            note = f"{examples.name}: {len(examples.tokens)} examples of {source!r}"
+            self.notes.append(note)
+            self.progress.note(note)
         if asked.tasks:
             from keylayers.evaluation.benchmarks import load_benchmarks
 

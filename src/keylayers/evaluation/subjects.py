@@ -49,13 +49,8 @@ class Loaded:
 def each_model(
     source: ModelOptions, compared: ComparedOptions, template: str | None
 ) -> Iterator[Loaded]:
-    """The base model, the adapters, the checkpoints. Drop each before you ask for the next.
-
-    Raises:
-        KeylayersError: a model, adapter or tokenizer is missing or does not fit, or two have the
-            same name.
-    """
-    names = unique_names((*compared.adapter, *compared.checkpoint))
+    """The base model, the adapters, the checkpoints. Drop each before you ask for the next."""
+    names = unique_names(compared.sources)
     yield from _base_and_adapters(source, {own: names[own] for own in compared.adapter}, template)
     for own in compared.checkpoint:  # the revision is that of the base model
         checkpoint = replace(source, model=own, revision=None)

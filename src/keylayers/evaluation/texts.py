@@ -40,12 +40,6 @@ class Examples:
     batch_size: int
 
     @property
-    def note(self) -> str:
-        """How many examples there are."""
-        source = self.source.get("data") or self.source["name"]
-        return f"{self.name}: {len(self.tokens)} examples of {source!r}"
-
-    @property
     def num_steps(self) -> int:
         """Batches of one pass."""
         return -(-len(self.tokens) // self.batch_size)
@@ -55,11 +49,7 @@ class Examples:
         return {"kind": "loss", **self.source}
 
     def inputs_sha256(self, loaded: Loaded) -> str:
-        """The hash of all tokens and labels.
-
-        Raises:
-            ModelError: the model's tokenizer gives other tokens than the base model's.
-        """
+        """The hash of all tokens and labels, which must be those of the model's tokenizer, too."""
         for ids, _ in self.tokens[:NUM_COMPARED]:
             text = self.tokenizer.decode(ids)
             own, base = (
@@ -75,11 +65,7 @@ class Examples:
         return json_sha256([self.name, self.tokens])
 
     def measured(self, loaded: Loaded, on_step: OnStep) -> Measured:
-        """The loss of a model, example by example.
-
-        Raises:
-            LossError: it is not finite.
-        """
+        """The loss of a model, example by example."""
         found = example_losses(
             loaded.model, self.tokens, batch_size=self.batch_size, on_step=on_step
         )
@@ -104,11 +90,7 @@ class Examples:
 
 
 def examples_of(options: LossOptions, base: Loaded, batch_size: int) -> Iterator[Examples]:
-    """The data sets that the options name, in tokens of the base model.
-
-    Raises:
-        KeylayersError: data cannot be read, or hold nothing to measure.
-    """
+    """The data sets that the options name, in tokens of the base model."""
     tokenizer, longest = base.tokenizer, max_positions(base.model)
     if options.data is not None:
         prepared = prepare(options.data_options(options.data), tokenizer, longest)
