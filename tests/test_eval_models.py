@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models of `keylayers eval`: what tells them apart, their memory, and how they were trained."""
+"""The models of `keylayers eval`: what tells them apart, their memory, how they were trained."""
 
 import gc
 import json
