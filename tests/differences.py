@@ -1,36 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slopes of a loss that is computed in float32, and how far its rounding puts them off."""
+"""The gradient of the gates against slopes of the loss, which is computed in float32."""
+
+import contextlib
 
 import torch
+
+from keylayers.gates import gated
+from keylayers.trainers.loss import TrainerLoss
+from keylayers.updates import adapter_updates
 
 STEP = 2**-6  # of the gates
 
 
-def slopes_of(gates, at, value):
-    """Central differences of six points for each gate, exact up to the sixth power of the step.
-
-    Args:
-        gates: All gates of a model; they stay where the last difference put them.
-        at: Where the slopes are wanted.
-        value: Gives the loss at the gates as they are.
-    """
-
-    def slope(direction):
-        values = {}
-        for steps in (-3, -2, -1, 1, 2, 3):
-            gates.set_scores(at + steps * STEP * direction)
-            values[steps] = value()
-        near, middle, far = (values[steps] - values[-steps] for steps in (1, 2, 3))
-        return (45 * near - 9 * middle + far) / (60 * STEP)
-
-    return torch.tensor([slope(direction) for direction in torch.eye(len(gates))])
+@contextlib.contextmanager
+def masked(trainer, at):
+    """Gates at a value in the trainer's model, and the trainer's loss."""
+    source, updates = TrainerLoss(trainer), adapter_updates(trainer.model)
+    with (
+        gated(trainer.model, updates, initial_score=at, link="identity") as gates,
+        source.quiet(),
+    ):
+        yield gates, source
 
 
-def noise_of(loss):
-    """What float32's rounding of the losses can make of a slope.
+def check_gradient(gates, source, batch):
+    """The gradient is the slope of the loss, within float32's rounding of the losses.
 
     A loss L comes with an error of some roundings, 2**-24 L each and never below those of the
-    numbers near 1 that it is made of. Measured are up to three; eight are allowed. Six losses
-    enter, with weights that sum to 11 / 6 / STEP.
+    numbers near 1 that it is made of. Measured are up to three; eight are allowed. Four losses
+    enter a slope, with weights that sum to 1.5 / STEP.
     """
-    return 8 * 2**-24 * max(1.0, abs(loss)) * 11 / 6 / STEP
+    at = 0.3 + 0.6 * torch.rand(len(gates), generator=torch.Generator().manual_seed(1))
+    gates.set_scores(at)
+    held = source.parts(batch)
+    source.parts = lambda _: held  # GRPO: the same completions at every gate
+    loss = source.backward(batch, step=1)
+    gradient = gates.gradient()
+
+    def slope(direction):
+        """Central differences of four points, exact up to the fourth power of the step."""
+        values = {}
+        for steps in (-2, -1, 1, 2):
+            gates.set_scores(at + steps * STEP * direction)
+            values[steps] = source.value(batch, step=1)
+        return (8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * STEP)
+
+    slopes = torch.tensor([slope(direction) for direction in torch.eye(len(gates))])
+    noise = 8 * 2**-24 * max(1.0, abs(loss)) * 1.5 / STEP
+    assert (slopes - gradient).abs().max() < noise
+    assert gradient.abs().median() > 10 * noise  # the noise could not hide a wrong gradient

@@ -7,19 +7,16 @@ The whole way on the command line is in test_updates.py.
 import pytest
 import torch
 
-from differences import noise_of, slopes_of
+from differences import check_gradient, masked
 from keylayers import rank_modules
 from keylayers.data.options import DataOptions
 from keylayers.data.prepare import prepare
 from keylayers.evaluation.loss import held_out_loss
-from keylayers.gates import gated
 from keylayers.model.loading import load_model, load_tokenizer
 from keylayers.model.modules import map_modules
 from keylayers.model.options import ModelOptions
-from keylayers.trainers.loss import TrainerLoss
 from keylayers.training.options import TrainingOptions
 from keylayers.training.run import fine_tune, make_trainer, new_adapter
-from keylayers.updates import adapter_updates
 
 pytest.importorskip("bitsandbytes", reason="4-bit bases need bitsandbytes (keylayers[qlora])")
 
@@ -39,19 +36,8 @@ def trainer(tiny):
 
 
 def test_the_gradient_of_the_gates_is_the_slope_of_the_loss(trainer):
-    """In float32, in which bitsandbytes computes: within some roundings of the losses."""
-    source = TrainerLoss(trainer)
-    updates = adapter_updates(trainer.model)
-    with gated(trainer.model, updates, initial_score=0.0, link="identity") as gates, source.quiet():
-        batch = next(source.batches(0))
-        at = 0.3 + 0.6 * torch.rand(len(gates), generator=torch.Generator().manual_seed(1))
-        gates.set_scores(at)
-        loss = source.backward(batch, step=1)
-        gradient = gates.gradient()
-        slopes = slopes_of(gates, at, lambda: source.value(batch, step=1))
-    noise = noise_of(loss)
-    assert (slopes - gradient).abs().max() < noise
-    assert gradient.abs().max() > 100 * noise  # the noise could not hide a wrong gradient
+    with masked(trainer, 0.0) as (gates, source):
+        check_gradient(gates, source, next(source.batches(0)))
 
 
 def test_evaluation_leaves_the_packed_weights_alone(trainer):

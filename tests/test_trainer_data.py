@@ -6,14 +6,15 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer
 
 from keylayers import mask_curve, rank_modules
 from keylayers.errors import DataError
 from keylayers.evaluation.loss import held_out_loss
 from keylayers.trainers.data import prepared_for
 from keylayers.updates import adapter_updates
-from trainers import COMMON, DATA, FROM_TRL, build
+from scored import arguments
+from trainers import DATA, FROM_TRL, build
 
 from tiny_models import SIZES, VOCABULARY
 
@@ -22,7 +23,9 @@ PREPARED_BY_TRAINER = ["SFT", "DPO", "KTO", "Reward", "GRPO"]
 
 
 def scores_of(trainer, mask_dataset=None):
-    ranking = rank_modules(trainer, mask_batches=2, mask_dataset=mask_dataset)
+    ranking = rank_modules(
+        trainer, "path", mask_batches=2, path_points=2, mask_dataset=mask_dataset
+    )
     return [module.score for module in ranking.modules]
 
 
@@ -101,8 +104,8 @@ def test_a_held_out_loss_of_classes_counts_every_row():
     model = LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=3))
     rows = torch.randint(3, VOCABULARY, (7, 5)).tolist()
     held_out = Dataset.from_dict({"input_ids": rows, "labels": [0, 1, 2, 0, 1, 2, 0]})
-    arguments = TrainingArguments(output_dir="unused", per_device_eval_batch_size=3, **COMMON)
-    trainer = Trainer(model=model, args=arguments, train_dataset=held_out)
+    args = arguments(per_device_eval_batch_size=3)
+    trainer = Trainer(model=model, args=args, train_dataset=held_out)
     assert held_out_loss(trainer, held_out) == pytest.approx(
         one_by_one(trainer, held_out), rel=1e-5
     )

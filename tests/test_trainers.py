@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores for trainers that users build: each objective, each way of giving it an adapter."""
 
-import contextlib
 import itertools
 import math
 
@@ -12,7 +11,7 @@ from torch import nn
 from transformers import set_seed
 from trl.trainer.utils import use_adapter
 
-from differences import noise_of, slopes_of
+from differences import check_gradient, masked
 from keylayers import rank_modules
 from keylayers.errors import ConfigError, GuardError
 from keylayers.evaluation.loss import held_out_loss
@@ -78,18 +77,6 @@ def everything(trainer):
     }
 
 
-@contextlib.contextmanager
-def masked(trainer, at):
-    """Gates at a value in the trainer's model, and the trainer's loss."""
-    source = TrainerLoss(trainer)
-    updates = adapter_updates(trainer.model)
-    with (
-        gated(trainer.model, updates, initial_score=at, link="identity") as gates,
-        source.quiet(),
-    ):
-        yield gates, source
-
-
 LEARNED = [("SFT", "config"), ("DPO", "model"), ("KTO", "config"), ("GRPO", "model")]
 SCORED = [(*case, "path") for case in CASES] + [(*case, "ila") for case in LEARNED]
 SCORED += [("SFT", "model", "elimination"), ("GRPO", "config", "elimination")]
@@ -123,18 +110,9 @@ def test_the_gradient_of_the_gates_is_the_slope_of_the_trainers_own_loss(trainer
     trainer = trainer_of(kind, way)
     with masked(trainer, 0.0) as (gates, source):
         batch = next(source.batches(0))
-        at = 0.3 + 0.6 * torch.rand(len(gates), generator=torch.Generator().manual_seed(1))
-        gates.set_scores(at)
         hold_what_has_no_gradient(trainer, source, batch)
         torch.manual_seed(0)
-        held = source.parts(batch)
-        source.parts = lambda _: held  # GRPO: the same completions at every gate
-        loss = source.backward(batch, step=1)
-        gradient = gates.gradient()
-        slopes = slopes_of(gates, at, lambda: source.value(batch, step=1))
-    noise = noise_of(loss)
-    assert (slopes - gradient).abs().max() < noise
-    assert gradient.abs().median() > 10 * noise  # the noise could not hide a wrong gradient
+        check_gradient(gates, source, batch)
 
 
 @pytest.mark.parametrize("kind", ["DPO", "KTO", "GRPO"])

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trainers as users build them, on tiny models: every objective, an adapter in both ways."""
 
-import tempfile
 import warnings
 
 import torch
@@ -9,21 +8,10 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForSequenceClassification, Trainer, TrainingArguments
 
+from scored import arguments
 from tiny_files import rows, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
-COMMON = {
-    "use_cpu": True,
-    "bf16": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_strategy": "no",
-    "disable_tqdm": True,
-    "per_device_train_batch_size": 4,
-    "dataloader_pin_memory": False,
-    "max_steps": 2,
-    "learning_rate": 0.01,
-}
 
 
 def preferences(first=0, num_rows=8):
@@ -72,14 +60,16 @@ class WithOwnLoss(Trainer):
         return (each + 0.1).pow(1 / 3).mean()
 
 
-def _trl(name):
+def classes_of(kind):
+    """The trainer and its configuration."""
+    if kind not in FROM_TRL:
+        return WithOwnLoss if kind == "own loss" else Trainer, TrainingArguments
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations of third parties at import
-        if name == "ORPO":
-            from trl.experimental import orpo as trl
-        else:
-            import trl
-        return getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
+        import trl
+        from trl.experimental import orpo
+    place = orpo if kind == "ORPO" else trl
+    return getattr(place, f"{kind}Trainer"), getattr(place, f"{kind}Config")
 
 
 DATA = {
@@ -112,16 +102,10 @@ OPTIONS = {
 
 
 def lora(kind, **options):
-    is_reward = kind == "Reward"
-    return LoraConfig(
-        **{
-            "r": 2,
-            "target_modules": "all-linear",
-            "task_type": "SEQ_CLS" if is_reward else "CAUSAL_LM",
-            "modules_to_save": ["score"] if is_reward else None,
-        }
-        | options
-    )
+    own = {"task_type": "CAUSAL_LM"}
+    if kind == "Reward":
+        own = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    return LoraConfig(**{"r": 2, "target_modules": "all-linear"} | own | options)
 
 
 def base_model(kind):
@@ -156,29 +140,24 @@ def build(
     **options,
 ):
     """A trainer of one kind, given its adapter as `peft_config` or as a ready `PeftModel`."""
-    own_class = trainer_class
-    model = base_model(kind)
-    peft = peft or lora(kind)
-    named = {}
-    if kind in FROM_TRL:
-        trainer_class, config_class = _trl(kind)
-        named["processing_class"] = TOKENIZER
-    else:
-        trainer_class = WithOwnLoss if kind == "own loss" else Trainer
-        config_class = TrainingArguments
+    usual_class, config_class = classes_of(kind)
+    named = {"processing_class": TOKENIZER} if kind in FROM_TRL else {}
+    if kind == "GRPO":
+        named["reward_funcs"] = length_reward
+    model, peft = base_model(kind), peft or lora(kind)
     if way == "config":
         named["peft_config"] = peft
     else:
         model = with_noise(get_peft_model(model, peft))
-    if kind == "GRPO":
-        named["reward_funcs"] = length_reward
-    trainer_class = own_class or trainer_class
-    train = DATA[kind]() if data is None else data
-    own = COMMON | OPTIONS.get(kind, {}) | options
+    own = {"max_steps": 2, "learning_rate": 0.01} | OPTIONS.get(kind, {}) | options
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what TRL says of its own defaults
-        arguments = config_class(output_dir=tempfile.mkdtemp(), **own)
-        trainer = trainer_class(model=model, args=arguments, train_dataset=train, **named)
+        trainer = (trainer_class or usual_class)(
+            model=model,
+            args=arguments(config_class, **own),
+            train_dataset=DATA[kind]() if data is None else data,
+            **named,
+        )
         if is_trained:
             trainer.train()
     if is_moved:

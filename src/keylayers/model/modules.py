@@ -99,11 +99,6 @@ def blocks_of(model: nn.Module, towers: Towers = "language") -> list[nn.Module]:
     return [block for stack in stacks for block in base.get_submodule(stack).children()]
 
 
-def is_in_stack(model: nn.Module, name: str) -> bool:
-    """Whether a module lies in any stack of blocks, of whichever tower."""
-    return any(name.startswith(stack + ".") for stack in _block_stacks(base_model_of(model), "all"))
-
-
 def linear_of(module: nn.Module) -> nn.Module:
     """The layer inside a PEFT layer, or the module itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

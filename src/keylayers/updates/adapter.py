@@ -14,7 +14,6 @@ from keylayers.errors import ModelError
 from keylayers.model.modules import (
     ModuleInfo,
     base_model_of,
-    is_in_stack,
     linear_of,
     map_modules,
     outside_module,
@@ -107,8 +106,8 @@ def own_parameters(layer: BaseTunerLayer) -> list[nn.Parameter]:
 def towers_of(model: nn.Module) -> Towers:
     """`all` if the adapter also updates blocks outside the language model, else `language`."""
     language = {info.name for info in map_modules(model)}
-    others = (name for name in tuner_layers(model) if name not in language)
-    return "all" if any(is_in_stack(model, name) for name in others) else "language"
+    others = {info.name for info in map_modules(model, "all")} - language
+    return "all" if others & tuner_layers(model).keys() else "language"
 
 
 def _update(info: ModuleInfo, layer: BaseTunerLayer) -> AdapterUpdate:
