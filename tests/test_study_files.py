@@ -73,10 +73,10 @@ def test_other_software_makes_other_cells(monkeypatch):
 
 
 def test_the_options_of_stage_1_are_those_before_any_score():
-    """They are read from the groups of `keylayers rank --help`."""
-    from keylayers.commands.study_cells import SCORING, UPDATE, defaults_of
+    """They are those of other parts than the scoring."""
+    from keylayers.commands.study_cells import defaults_of
 
-    own = defaults_of("rank", (UPDATE, SCORING))
+    own = defaults_of("rank", ("update", "scoring"))
     assert {"model", "data", "update", "lora_rank", "seed", "max_steps", "epsilon"} <= set(own)
     others = set(defaults_of("rank")) - set(own)
     assert {"method", "mask_batches", "initial_score", "mask_seed", "adapter", "tuned"} <= others

@@ -50,16 +50,9 @@ class Study:
 
 
 def read_study(content: Mapping[str, Any], source: str, settings: Sequence[str] = ()) -> Study:
-    """A study from the mapping that its YAML file holds.
+    """A study from the mapping that the YAML file `source` holds.
 
-    Args:
-        content: The mapping.
-        source: What error messages call the file.
-        settings: `name=value`, as `--set` takes them: they replace an option, or the entries of an
-            axis.
-
-    Raises:
-        ConfigError: a part is unknown or of the wrong type, or a setting has no effect.
+    `settings` are `name=value`, as `--set` takes them.
     """
     for name, part in content.items():
         if name not in PARTS:
@@ -74,12 +67,12 @@ def read_study(content: Mapping[str, Any], source: str, settings: Sequence[str] 
             )
     parts = (_normalised(content.get(name) or {}) for name in ("options", "grid", "evaluate"))
     options, grid, evaluate = parts
+    axes = {axis: _entries(axis, values) for axis, values in grid.items()}
     for setting in settings:
-        _apply(setting, options, grid)
+        _apply(setting, options, axes)
     compare = content.get("compare") or []
     if not all(isinstance(fraction, float) and 0 < fraction < 1 for fraction in compare):
         raise ConfigError(f"`compare` of a study must be like [0.3, 0.75], got {compare!r}")
-    axes = {axis: _entries(axis, values) for axis, values in grid.items()}
     if (count := math.prod(map(len, axes.values()))) > MAX_COMBINATIONS:
         raise ConfigError(
             f"the grid of a study must have at most {MAX_COMBINATIONS:,} combinations, but that of "
@@ -88,21 +81,22 @@ def read_study(content: Mapping[str, Any], source: str, settings: Sequence[str] 
     return Study(options, axes, content.get("verify") is not False, compare, evaluate)
 
 
-def _apply(setting: str, options: dict[str, Any], grid: dict[str, Any]) -> None:
-    """Do what `--set` says."""
+def _apply(
+    setting: str, options: dict[str, Any], axes: dict[str, dict[str, Mapping[str, Any]]]
+) -> None:
+    """Let `name=value` replace an option, or the entries of an axis."""
     name, equals, text = setting.partition("=")
     if not equals or not name:
         raise ConfigError(f"`set` must be name=value, such as seed=3, got {setting!r}")
     name = name.replace("-", "_")
     value = yaml_value(text, f"the value of `set` for {name}")
-    for axis, values in grid.items():
-        entries = values if isinstance(values, list) and axis != name else []
-        if any(name in _normalised(entry) for entry in entries if isinstance(entry, dict)):
+    for axis, entries in axes.items():
+        if axis != name and any(name in own for own in entries.values()):
             raise ConfigError(
                 f"`set` must replace all of axis {axis!r}, which sets {name!r} itself"
             )
-    if name in grid:
-        grid[name] = value if isinstance(value, list) else [value]
+    if name in axes:
+        axes[name] = _entries(name, value if isinstance(value, list) else [value])
     else:
         options[name] = value
 
@@ -121,6 +115,7 @@ def _entries(axis: str, values: Any) -> dict[str, Mapping[str, Any]]:
 
 
 def _entry(axis: str, value: Any) -> tuple[str, Mapping[str, Any]]:
+    """Label and options of an entry: a value of the axis's own option, or several options."""
     if not isinstance(value, dict):
         is_path = isinstance(value, str) and axis in PATHS
         return printable(Path(value).name if is_path else value), {axis: value}

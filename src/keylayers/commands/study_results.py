@@ -24,7 +24,7 @@ from scipy import stats
 
 from keylayers.commands.study_cells import CELLS, Cell
 from keylayers.commands.study_grid import Study
-from keylayers.commands.study_workers import RESULTS, State
+from keylayers.commands.study_workers import State
 from keylayers.environment import environment
 from keylayers.files import write_bytes, write_json
 from keylayers.ranking.compare import agreement
@@ -79,7 +79,7 @@ def results_table(
         state = states[cell.name]
         measures: list[tuple[Any, ...]] = [()]
         if state.status == "finished":
-            content = json.loads((root / CELLS / cell.name / RESULTS[cell.kind]).read_text("utf-8"))
+            content = json.loads((root / CELLS / cell.name / cell.result).read_text("utf-8"))
             measures = [("wall_time", state.seconds, "seconds"), *_measures(cell.kind, content)]
         fixed = zip(FIXED, (cell.name, cell.kind, state.status, state.error or None), strict=True)
         row = dict(fixed)

@@ -18,17 +18,11 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from keylayers.commands.study_cells import CELLS, TUNED, Cell
+from keylayers.commands.study_cells import CELLS, Cell
 from keylayers.commands.study_grid import printable
 from keylayers.errors import ConfigError, OutputError
 from keylayers.files import WHAT_TO_DO, says_full, write_json
 
-RESULTS = {  # kind of a cell -> the file that its command writes last
-    **dict.fromkeys(("stage-1", "ranking"), "ranking.json"),
-    "verification": "verification.json",
-    "training": f"{TUNED}/keylayers.json",
-    "evaluation": "evaluation.json",
-}
 ERROR = "keylayers: "  # begins the line that says why a command failed
 HEAVY = ["torch", "transformers", "trl", "peft", "datasets"]  # what the commands import
 CONNECT_SECONDS = 10.0
@@ -51,17 +45,13 @@ def state_of(root: Path, cell: Cell) -> State:
     folder = root / CELLS / cell.name
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         state = State(**json.loads((folder / "cell.json").read_text(encoding="utf-8"))["state"])
-        if state.status == "failed" or (folder / RESULTS[cell.kind]).is_file():
+        if state.status == "failed" or (folder / cell.result).is_file():
             return state
     return State()
 
 
 def run_cells(root: Path, cells: Sequence[Cell], submit: Submit) -> dict[str, State]:
-    """Run every cell that is not finished, after the cells that it needs; how each ended.
-
-    Raises:
-        OutputError: the disk is full.
-    """
+    """Run every cell that is not finished, after the cells that it needs; how each ended."""
     states = {cell.name: state_of(root, cell) for cell in cells}
     waiting = [cell for cell in cells if states[cell.name].status != "finished"]
     states |= {cell.name: State() for cell in waiting}
@@ -177,11 +167,7 @@ def _exit_with_parent() -> None:
 
 @contextlib.contextmanager
 def on_ray(address: str) -> Iterator[Submit]:
-    """Run cells on a Ray cluster whose machines see the same files, with a GPU each if it has any.
-
-    Raises:
-        ConfigError: Ray is not installed, or no cluster answers.
-    """
+    """Run cells on a Ray cluster whose machines see the same files, with a GPU each if there are."""
     try:
         import ray
     except ImportError as error:
