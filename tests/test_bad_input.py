@@ -5,9 +5,11 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import preloaded
 from commands import QUICK, complaint, complaint_in, keylayers, listing
@@ -66,6 +68,7 @@ def here(tiny, ranked, tmp_path_factory):
     torch.save({}, folder / "pickled" / "adapter_model.bin")
     (folder / "pickled" / "adapter_model.safetensors").unlink()
     write_partial_adapter(tiny, folder / "fewer", ["q_proj", "v_proj"])
+    _write_broken_models(tiny, folder)
     shutil.copytree(ranked, folder / "own")
     text = (folder / "own" / "ranking.json").read_text()
     (folder / "own" / "half.json").write_text(text[: len(text) // 2])
@@ -77,233 +80,156 @@ def here(tiny, ranked, tmp_path_factory):
     return folder
 
 
-# command, what is wrong, options that differ from the good ones, what the line says
-CASES = [
-    ("rank", "a missing model", {"model": "{here}/nowhere"}, "there is no such folder"),
-    ("rank", "no model", {"model": "{here}/no_model"}, "the folder holds no config.json"),
-    ("rank", "a name that no system takes", {"model": "x" * 300}, "begins with 'xxxxxxxxxx"),
-    ("rank", "a file as model", {"model": "{here}/empty.jsonl"}, "but it is a file"),
-    (
-        "rank",
-        "missing data",
-        {"data": "{here}/nowhere.jsonl"},
-        "must be a file, a folder or a hub data set",
-    ),
-    ("rank", "empty data", {"data": "{here}/empty.jsonl"}, "must have rows, got none"),
-    ("rank", "broken data", {"data": "{here}/broken.json"}, "must be readable as a table"),
-    ("rank", "unknown columns", {"data": "{here}/columns.jsonl"}, "antwort"),
-    (
-        "rank",
-        "only long prompts",
-        {"data": "{here}/long.jsonl"},
-        "leave room for an answer in 64 tokens",
-    ),
-    ("rank", "an empty template", {"chat-template": "{here}/nothing.jinja"}, "nothing"),
-    ("rank", "a template without answers", {"chat-template": "{here}/no_answer.jinja"}, "answer"),
-    ("rank", "a broken template", {"chat-template": "{here}/broken.jinja"}, "broken.jinja"),
-    ("rank", "an unknown template", {"chat-template": "chatmll"}, "did you mean 'chatml'"),
-    (
-        "rank",
-        "a typo in the YAML",
-        {"config": "{here}/typo.yaml"},
-        "'mask_stps', did you mean 'mask_steps'?",
-    ),
-    (
-        "rank",
-        "a YAML list",
-        {"config": "{here}/list.yaml"},
-        "must map options to values, got a list",
-    ),
-    ("rank", "a bad YAML value", {"config": "{here}/value.yaml"}, "many"),
-    ("rank", "an unknown option", {"mask-stps": "3"}, "--mask-steps"),
-    ("rank", "a bad choice", {"mask-optimizer": "lion"}, "sgd"),
-    ("rank", "a bad number", {"learning-rate": "0"}, "`learning_rate` must be above 0"),
-    (
-        "rank",
-        "an infinite number",
-        {"learning-rate": "inf"},
-        "`learning_rate` must be above 0 and finite",
-    ),
-    (
-        "rank",
-        "a seed too large",
-        {"mask-seed": "99999999999"},
-        "`mask_seed` must be from 0 to 4294967295",
-    ),
-    ("rank", "a seed below 0", {"seed": "-1"}, "`seed` must be from 0 to 4294967295, got -1"),
-    (
-        "rank",
-        "adapter and checkpoint",
-        {"adapter": "{tiny}/adapter", "tuned": "{tiny}/tuned"},
-        "got both",
-    ),
-    ("rank", "no adapter", {"adapter": "{here}/no_model"}, "holds no adapter_config.json"),
-    (
-        "rank",
-        "a pickled adapter",
-        {"adapter": "{here}/pickled"},
-        "must hold adapter_model.safetensors",
-    ),
-    (
-        "rank",
-        "another base",
-        {"model": "{tiny}/wide", "adapter": "{tiny}/adapter"},
-        "for this base model",
-    ),
-    (
-        "rank",
-        "other shapes",
-        {"model": "{tiny}/wide", "tuned": "{tiny}/tuned"},
-        "must have the same shapes",
-    ),
-    ("rank", "equal checkpoints", {"tuned": "{tiny}/model"}, "must differ from the base"),
-    ("rank", "a loss that explodes", {"learning-rate": "1e30"}, "at training step"),
-    ("rank", "an output below a file", {"output": "{here}/typo.yaml/out"}, "can be written"),
-    ("train", "a budget of 0", {"budget": "0"}, "must be at least 1, got 0"),
-    ("train", "a budget of 0.0", {"budget": "0.0"}, "above 0 and at most 1, got 0.0"),
-    ("train", "a budget above 1", {"budget": "1.5"}, "above 0 and at most 1, got 1.5"),
-    ("train", "a budget that is no number", {"budget": "abc"}, "got 'abc'"),
-    ("train", "no budget", {"budget": None}, "got neither"),
-    ("train", "budget and freeze", {"freeze": "0.25"}, "got both"),
-    ("train", "half a ranking", {"ranking": "{here}/own/half.json"}, "damaged or cut off"),
-    ("train", "no ranking", {"ranking": "{here}/own/none.json"}, "must exist"),
-    ("train", "auto without verify", {"budget": "auto"}, "make it with `keylayers verify`"),
-    (
-        "train",
-        "another model",
-        {"model": "{tiny}/wide"},
-        "first model.layers.0.self_attn.q_proj (1,024 par",
-    ),
-    (
-        "train",
-        "a dtype with full",
-        {"update": "full", "dtype": "bfloat16"},
-        "`dtype` must be left out",
-    ),
-    ("train", "an unknown control", {"controls": "middle"}, "random"),
-    ("verify", "half a ranking", {"ranking": "{here}/own/half.json"}, "damaged or cut off"),
-    ("verify", "no ranking", {"ranking": "{here}/own/none.json"}, "must exist"),
-    (
-        "verify",
-        "another model",
-        {"model": "{tiny}/wide"},
-        "must be of this model, but 21 of 21 modules",
-    ),
-    ("verify", "the base as checkpoint", {"tuned": "{tiny}/model"}, "must differ"),
-    ("verify", "no adapter", {"adapter": "{here}/own/none"}, "none"),
-    ("verify", "one point", {"points": "1"}, "`points` must be at least 2, got 1"),
-    (
-        "verify",
-        "no random order",
-        {"random-orders": "0"},
-        "`random_orders` must be at least 1, got 0",
-    ),
-    (
-        "verify",
-        "a batch of none",
-        {"eval-batch-size": "0"},
-        "`eval_batch_size` must be at least 1, got 0",
-    ),
-    (
-        "verify",
-        "a margin of all",
-        {"margin": "1"},
-        "`margin` must be a share from 0 to below 1, got 1.0",
-    ),
-    (
-        "verify",
-        "a margin below 0",
-        {"margin": "-0.1"},
-        "`margin` must be a share from 0 to below 1",
-    ),
-    ("verify", "a margin that is no number", {"margin": "nan"}, "`margin` must be a share from 0"),
-    ("verify", "an unknown option", {"point": "3"}, "--points"),
-    ("verify", "an option of train", {"budget": "0.3"}, "--budget"),
-    ("verify", "no adapter of its own", {"ranking": "{here}/alone.json"}, "give `adapter` or"),
-    ("verify", "other sizes", {"ranking": "{here}/own/resized.json"}, "but 1 of 21 modules"),
-    ("verify", "an unranked update", {"ranking": "{here}/own/few.json"}, "must hold every module"),
-    ("verify", "adapter and checkpoint", {"adapter": "a", "tuned": "b"}, "got both"),
-    ("verify", "missing data", {"data": "{here}/gone.jsonl"}, "must be a file, a folder or"),
-    ("prune", "other names", {"ranking": "{here}/own/renamed.json"}, "be of this model, but 9"),
-    ("prune", "an unranked update", {"ranking": "{here}/own/few.json"}, "of the update, but 9"),
-    ("prune", "an adapter on fewer modules", {"adapter": "{here}/fewer"}, "but 15 of 21 are not"),
-    ("prune", "another model", {"model": "{tiny}/wide"}, "the ranking must be of this model"),
-    ("prune", "none kept", {"budget": "0.001x-params"}, "must allow at least the best module"),
-    ("prune", "a budget of 0", {"budget": "0"}, "`budget` as a count must be at least 1"),
-    ("prune", "budget and freeze", {"freeze": "0.5"}, "got both"),
-    ("prune", "adapter and checkpoint", {"adapter": "a", "tuned": "b"}, "got both"),
-    ("prune", "no data", {"ranking": "{here}/own/no_options.json", "model": "m"}, "--data"),
-    ("prune", "no update", {"ranking": "{here}/own/no_stage_1.json"}, "give `adapter` or `tuned`"),
-    ("prune", "data that are gone", {"data": "{here}/gone.jsonl"}, "must be a file, a folder or"),
-    ("prune", "the same checkpoint", {"tuned": "{tiny}/model"}, "must differ from the base"),
-    ("prune", "a file as output", {"output": "{here}/typo.yaml"}, "the output must be a folder"),
-    ("prune", "other files there", {"output": "{tiny}"}, "holds other files"),
-    ("prune", "its source as output", {"output": "{here}/own/adapter"}, "must lie apart from what"),
-]
+def _write_broken_models(tiny, folder):
+    """Code that comes with a model, weights in a pickle, and weights of which one is missing."""
+    evil, pickled, lacking = (
+        Path(shutil.copytree(tiny / "model", folder / name))
+        for name in ("evil", "pickled_model", "lacking")
+    )
+    config = json.loads((evil / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoModelForCausalLM": "evil.Evil"}}
+    (evil / "config.json").write_text(json.dumps(config))
+    (evil / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
+    (pickled / "model.safetensors").unlink()
+    torch.save({}, pickled / "pytorch_model.bin")
+    weights = load_file(lacking / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, lacking / "model.safetensors", metadata={"format": "pt"})
+
+
+# Command -> options that differ from good ones, and what is said of them
+CASES = {
+    "rank": [
+        ({"model": "{here}/nowhere"}, "there is no such folder"),
+        ({"model": "{here}/no_model"}, "the folder holds no config.json"),
+        ({"model": "x" * 300}, "begins with 'xxxxxxxxxx"),
+        ({"model": "{here}/empty.jsonl"}, "but it is a file"),
+        ({"model": "{here}/evil"}, "must be a causal language model"),  # its code writes a file
+        ({"model": "{here}/pickled_model"}, "safetensors"),
+        ({"model": "{here}/lacking"}, "lacks 1, first model.layers.1.mlp.up_proj.weight"),
+        ({"data": "{here}/nowhere.jsonl"}, "must be a file, a folder or a hub data set"),
+        ({"data": "{here}/empty.jsonl"}, "must have rows, got none"),
+        ({"data": "{here}/broken.json"}, "must be readable as a table"),
+        ({"data": "{here}/columns.jsonl"}, "antwort"),
+        ({"data": "{here}/long.jsonl"}, "leave room for an answer in 64 tokens"),
+        ({"chat-template": "{here}/nothing.jinja"}, "nothing"),
+        ({"chat-template": "{here}/no_answer.jinja"}, "answer"),
+        ({"chat-template": "{here}/broken.jinja"}, "broken.jinja"),
+        ({"chat-template": "chatmll"}, "did you mean 'chatml'"),
+        ({"config": "{here}/typo.yaml"}, "'mask_stps', did you mean 'mask_steps'?"),
+        ({"config": "{here}/list.yaml"}, "must map options to values, got a list"),
+        ({"config": "{here}/value.yaml"}, "many"),
+        ({"mask-stps": "3"}, "--mask-steps"),
+        ({"mask-optimizer": "lion"}, "sgd"),
+        ({"learning-rate": "0"}, "`learning_rate` must be above 0"),
+        ({"learning-rate": "inf"}, "`learning_rate` must be above 0 and finite"),
+        ({"mask-seed": "99999999999"}, "`mask_seed` must be from 0 to 4294967295"),
+        ({"seed": "-1"}, "`seed` must be from 0 to 4294967295, got -1"),
+        ({"adapter": "{tiny}/adapter", "tuned": "{tiny}/tuned"}, "got both"),
+        ({"adapter": "{here}/no_model"}, "holds no adapter_config.json"),
+        ({"adapter": "{here}/pickled"}, "must hold adapter_model.safetensors"),
+        ({"model": "{tiny}/wide", "adapter": "{tiny}/adapter"}, "for this base model"),
+        ({"model": "{tiny}/wide", "tuned": "{tiny}/tuned"}, "must have the same shapes"),
+        ({"tuned": "{tiny}/model"}, "must differ from the base"),
+        ({"learning-rate": "1e30"}, "at training step"),
+        ({"output": "{here}/typo.yaml/out"}, "can be written"),
+    ],
+    "train": [
+        ({"budget": "0"}, "`budget` as a count must be at least 1"),
+        ({"budget": "0.0"}, "above 0 and at most 1, got 0.0"),
+        ({"budget": "1.5"}, "above 0 and at most 1, got 1.5"),
+        ({"budget": "abc"}, "got 'abc'"),
+        ({"budget": None}, "got neither"),
+        ({"freeze": "0.25"}, "got both"),
+        ({"ranking": "{here}/own/half.json"}, "damaged or cut off"),
+        ({"ranking": "{here}/own/none.json"}, "must exist"),
+        ({"budget": "auto"}, "make it with `keylayers verify`"),
+        ({"model": "{tiny}/wide"}, "first model.layers.0.self_attn.q_proj (1,024 par"),
+        ({"update": "full", "dtype": "bfloat16"}, "`dtype` must be left out"),
+        ({"controls": "middle"}, "random"),
+        ({"ranking": None, "model": "m", "data": "d"}, "exactly one of `ranking` (a file) and"),
+        ({"action": "remove"}, "`action` must be left out without"),
+        ({"window": "3"}, "`window` must be left out without `rank_first`"),
+        ({"method": "ila"}, "`method` must be left out without `rank_first`"),
+    ],
+    "train --rank-first": [
+        ({"ranking": "{tiny}"}, "must exist"),
+        ({"budget": "0.3"}, "`budget` must be left out with `rank_first`, got 0.3"),
+        ({"freeze": "1.5"}, "`freeze` must be above 0 and below 1, got 1.5"),
+        ({"freeze": "0.01"}, "must be at least one of the adapter's 21 modules, got 0.01"),
+        ({"update": "full"}, "`update` must be an adapter with `rank_first`, got full"),
+        ({"controls": "worst"}, "must be of all, random, first and last, got worst"),
+        ({"steps": "1"}, "`steps` must be at least 2 with `rank_first`"),
+        ({"max-steps": "300"}, "must be below the run's 300 steps, got 300"),
+        ({"method": "path", "price": "1"}, "`price` must be left out with `method` path"),
+    ],
+    "verify": [
+        ({"ranking": "{here}/own/half.json"}, "damaged or cut off"),
+        ({"ranking": "{here}/own/none.json"}, "must exist"),
+        ({"model": "{tiny}/wide"}, "must be of this model, but 21 of 21 modules"),
+        ({"tuned": "{tiny}/model"}, "must differ"),
+        ({"adapter": "{here}/own/none"}, "none"),
+        ({"points": "1"}, "`points` must be at least 2, got 1"),
+        ({"random-orders": "0"}, "`random_orders` must be at least 1, got 0"),
+        ({"eval-batch-size": "0"}, "`eval_batch_size` must be at least 1, got 0"),
+        ({"margin": "1"}, "`margin` must be a share from 0 to below 1, got 1.0"),
+        ({"margin": "-0.1"}, "`margin` must be a share from 0 to below 1"),
+        ({"margin": "nan"}, "`margin` must be a share from 0"),
+        ({"point": "3"}, "--points"),
+        ({"budget": "0.3"}, "--budget"),
+        ({"ranking": "{here}/alone.json"}, "give `adapter` or"),
+        ({"ranking": "{here}/own/resized.json"}, "but 1 of 21 modules"),
+        ({"ranking": "{here}/own/few.json"}, "must hold every module"),
+        ({"adapter": "a", "tuned": "b"}, "got both"),
+        ({"data": "{here}/gone.jsonl"}, "must be a file, a folder or"),
+    ],
+    "prune": [
+        ({"ranking": "{here}/own/renamed.json"}, "be of this model, but 9"),
+        ({"ranking": "{here}/own/few.json"}, "of the update, but 9"),
+        ({"adapter": "{here}/fewer"}, "but 15 of 21 are not"),
+        ({"model": "{tiny}/wide"}, "the ranking must be of this model"),
+        ({"budget": "0.001x-params"}, "must allow at least the best module"),
+        ({"budget": "0"}, "`budget` as a count must be at least 1"),
+        ({"freeze": "0.5"}, "got both"),
+        ({"adapter": "a", "tuned": "b"}, "got both"),
+        ({"ranking": "{here}/own/no_options.json", "model": "m"}, "--data"),
+        ({"ranking": "{here}/own/no_stage_1.json"}, "give `adapter` or `tuned`"),
+        ({"data": "{here}/gone.jsonl"}, "must be a file, a folder or"),
+        ({"tuned": "{tiny}/model"}, "must differ from the base"),
+        ({"output": "{here}/typo.yaml"}, "the output must be a folder"),
+        ({"output": "{tiny}"}, "holds other files"),
+        ({"output": "{here}/own/adapter"}, "must lie apart from what"),
+    ],
+}
 
 
 @pytest.mark.parametrize(
     ("command", "changes", "message"),
-    [(command, *case) for command, _, *case in CASES],
-    ids=[f"{command}: {what}" for command, what, *_ in CASES],
+    [(command, *case) for command, cases in CASES.items() for case in cases],
+    ids=lambda part: str(part)[:40],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
     tiny, here, tmp_path, capsys, command, changes, message
 ):
-    output = tmp_path / "deep" / "out"
-    options = {"ranking": here / "own", "budget": "0.3", "output": output}
-    if command == "rank":
-        options = {"model": tiny / "model", "data": tiny / "data.jsonl", "output": output}
-    elif command == "verify":
+    options = {"model": tiny / "model", "data": tiny / "data.jsonl"}
+    if command in ("train", "verify", "prune"):
         options = {"ranking": here / "own"}
+    if command in ("train", "prune"):
+        options["budget"] = "0.3"
+    if command != "verify":
+        options["output"] = tmp_path / "deep" / "out"
     options |= {
         name: value and value.format(tiny=tiny, here=here) for name, value in changes.items()
     }
     given = [part for name, value in options.items() if value for part in (f"--{name}", value)]
     before = listing(here)
     capsys.readouterr()
-    assert keylayers(command, *given, *(QUICK if command == "rank" else ())) == 2
+    assert keylayers(*command.split(), *given, *(QUICK if command == "rank" else ())) == 2
     said = capsys.readouterr()
     assert message in complaint_in(said.err)
     assert said.out == ""
     assert list(tmp_path.iterdir()) == []
     assert listing(here) == before
-
-
-def test_code_that_comes_with_a_model_is_not_run(tiny, tmp_path, capsys):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny / "model", folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "evil", "auto_map": {"AutoModelForCausalLM": "evil.Evil"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    arguments = ("--model", folder, "--data", tiny / "data.jsonl", "--output", tmp_path / "out")
-    assert keylayers("rank", *arguments) == 2
-    assert "keylayers: " in complaint(capsys)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_pickled_weights_of_a_model_are_not_loaded(tiny, tmp_path, capsys):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny / "model", folder)
-    (folder / "model.safetensors").unlink()
-    torch.save({}, folder / "pytorch_model.bin")
-    arguments = ("--model", folder, "--data", tiny / "data.jsonl", "--output", tmp_path / "out")
-    assert keylayers("rank", *arguments) == 2
-    assert "safetensors" in complaint(capsys)
-
-
-def test_a_checkpoint_that_lacks_weights_is_refused(tiny, tmp_path, capsys):
-    from safetensors.torch import load_file, save_file
-
-    folder = tmp_path / "model"
-    shutil.copytree(tiny / "model", folder)
-    weights = load_file(folder / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    arguments = ("--model", folder, "--data", tiny / "data.jsonl", "--output", tmp_path / "out")
-    assert keylayers("rank", *arguments) == 2
-    assert "lacks 1, first model.layers.1.mlp.up_proj.weight" in complaint(capsys)
 
 
 def test_ctrl_c_leaves_no_half_written_file(tiny, tmp_path, capsys, monkeypatch):

@@ -1,14 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`keylayers train --rank-first`: one run that ranks inside itself, from flags to files."""
 
-import re
-
-import pytest
-
 from commands import (
     PLAIN_PEFT,
     best,
-    complaint,
     fresh_process,
     keylayers,
     read,
@@ -16,8 +11,6 @@ from commands import (
     updated_modules,
 )
 from tiny_files import NUM_MODULES
-
-from rankings import ranking_of
 
 QUICK = ["--steps", "8", "--mask-batches", "2", "--batch-size", "4", "--lora-rank", "4"]
 
@@ -91,52 +84,3 @@ def test_a_ranking_made_inside_a_run_is_one_to_train_on(tiny, tmp_path):
     more = ("--budget", "5", "--steps", "1", "--output", tmp_path / "again")
     assert keylayers("train", "--ranking", tmp_path / "t", *more) == 0
     assert len(fresh_process(PLAIN_PEFT, tmp_path / "again")) == 5
-
-
-REFUSED = [
-    (["--ranking", "{tiny}"], "must exist"),
-    (["--budget", "0.3"], "`budget` must be left out with `rank_first`, got 0.3"),
-    (["--freeze", "1.5"], "`freeze` must be above 0 and below 1, got 1.5"),
-    (["--freeze", "0.01"], "must be at least one of the adapter's 21 modules, got 0.01"),
-    (["--update", "full"], "`update` must be an adapter with `rank_first`, got full"),
-    (["--controls", "worst"], "must be of all, random, first and last, got worst"),
-    (["--steps", "1"], "`steps` must be at least 2 with `rank_first`"),
-    (["--max-steps", "8"], "must be below the run's 8 steps, got 8"),
-    (["--method", "path", "--price", "1"], "`price` must be left out with `method` path"),
-]
-
-
-@pytest.mark.parametrize(("more", "message"), REFUSED, ids=lambda one: str(one)[:30])
-def test_options_that_contradict_are_refused(tiny, tmp_path, capsys, more, message):
-    output = tmp_path / "t"
-    more = [part.format(tiny=tiny) for part in more]
-    own = [one for one in QUICK if one not in ("--steps", "8") or "--steps" not in more]
-    options = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", output)
-    assert keylayers("train", "--rank-first", *options, *own, *more) == 2
-    assert message in complaint(capsys)
-    assert not output.exists()
-
-
-WITHOUT = [
-    ({}, "exactly one of `ranking` (a file) and `rank_first` (rank inside the run)"),
-    ({"ranking": "r", "rank_first": True}, "must be given, got both"),
-    ({"ranking": "r", "budget": "0.3", "action": "remove"}, "`action` must be left out without"),
-]
-
-
-@pytest.mark.parametrize(("values", "message"), WITHOUT)
-def test_a_selection_needs_one_ranking(values, message):
-    from keylayers.commands.options import SelectionOptions
-    from keylayers.errors import ConfigError
-
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        SelectionOptions(**values).check()
-
-
-@pytest.mark.parametrize("option", ["window", "method"])
-def test_options_of_scoring_are_refused_with_a_ranking(tmp_path, capsys, option):
-    value = {"window": "3", "method": "ila"}[option]
-    options = ("--ranking", tmp_path, "--budget", "0.3", "--model", "m", "--data", "d")
-    ranking_of([1.0]).save(tmp_path / "ranking.json")
-    assert keylayers("train", *options, f"--{option}", value) == 2
-    assert f"`{option}` must be left out without `rank_first`" in complaint(capsys)
