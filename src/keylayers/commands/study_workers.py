@@ -167,7 +167,7 @@ def _exit_with_parent() -> None:
 
 @contextlib.contextmanager
 def on_ray(address: str) -> Iterator[Submit]:
-    """Run cells on a Ray cluster whose machines see the same files, with a GPU each if there are."""
+    """Run cells on a Ray cluster whose machines see the same files, one GPU each if it has any."""
     try:
         import ray
     except ImportError as error:
