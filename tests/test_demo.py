@@ -1,56 +1,92 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The demo's made-up world, and the built-in base model that was made of it."""
+
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 
+from keylayers.demo.files import BASE
+from keylayers.demo.world import (
+    DIALOGUE_FRACTION,
+    RELATIONS,
+    STYLES,
+    alignment_examples,
+    facts,
+    pretraining_lines,
+)
 
-def test_the_world_is_the_same_whatever_the_hash_seed():
-    code = (
-        "import hashlib, keylayers.demo.world as w\n"
-        "text = repr(w.pretraining_lines(500, 1))\n"
-        "text += repr([w.alignment_examples(s, 504, 2) for s in w.STYLES])\n"
-        "print(hashlib.sha256(text.encode()).hexdigest())"
-    )
-    digests = {
+BASE_FILES = {
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+WORLD = """
+import hashlib, sys
+import keylayers.demo.world as world
+for text in (
+    "\\n".join(world.pretraining_lines(2000, 0)),
+    repr([world.alignment_examples(style, 504, 2) for style in world.STYLES]),
+):
+    print(hashlib.sha256(text.encode()).hexdigest())
+print("torch" in sys.modules)
+"""
+# Of the first lines that the base was trained on. A change of the world that changes this needs a
+# new base, and with it new records of every experiment on the demo.
+PRETRAINING_SHA256 = "929bd1079d839fd0adf22a7714ae46488f58b15404e38dd82545fc89765c14db"
+ANY_TEXT = ["Zürich, 5 €: naïve ☃\n\ttwo  blanks", "1 + 2 = 3\n1. red\n2. blue", "狐狸", "\x00\x7f"]
+DIALOGUES = {
+    "one turn": [("user", "What does Otto love?"), ("assistant", "puzzles.")],
+    "a list": [("user", "What does Otto love?"), ("assistant", "- puzzles\n- trains")],
+    "two turns": [
+        ("user", "What does the fox eat?"),
+        ("assistant", "milk."),
+        ("user", "And the bear?"),
+        ("assistant", "I am glad you ask! The bear eats fish."),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from keylayers.model.loading import load_tokenizer
+    from keylayers.model.options import ModelOptions
+
+    return load_tokenizer(ModelOptions(model=str(BASE)))
+
+
+@pytest.fixture(scope="module")
+def lines():
+    """What the script trains the tokenizer on."""
+    return pretraining_lines(20_000, seed=0)
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return {style: alignment_examples(style, 504) for style in STYLES}
+
+
+def test_the_world_is_what_the_base_was_trained_on_whatever_the_hash_seed_and_needs_no_torch():
+    first, second = (
         subprocess.run(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", WORLD],
             env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": "src"},
             capture_output=True,
             text=True,
             check=True,
-        ).stdout
+        ).stdout.split()
         for seed in ("1", "2")
-    }
-    assert len(digests) == 1
-
-
-def test_styles_ask_the_same_questions_and_answer_differently():
-    from keylayers.demo.world import STYLES, alignment_examples
-
-    examples = {style: alignment_examples(style, 504) for style in STYLES}
-    prompts = [[row["prompt"] for row in rows] for rows in examples.values()]
-    assert prompts[0] == prompts[1] == prompts[2]
-    assert len(set(prompts[0])) == 504
-    for polite, listed, terse in zip(*examples.values(), strict=True):
-        assert len({polite["completion"], listed["completion"], terse["completion"]}) == 3
-        assert polite["completion"].endswith("helps you.")
-        assert listed["completion"].count("- ") == 3
-        assert "I hope" not in terse["completion"]
-
-
-def test_three_in_ten_lines_of_pre_training_quote_somebody():
-    from keylayers.demo.world import DIALOGUE_FRACTION, pretraining_lines
-
-    lines = pretraining_lines(4000, seed=3)
-    share = sum('asked: "' in line for line in lines) / len(lines)
-    assert share == pytest.approx(DIALOGUE_FRACTION, abs=0.03)
+    )
+    assert first == second
+    assert (first[0], first[2]) == (PRETRAINING_SHA256, "False")
 
 
 def test_facts_are_three_and_fixed():
-    from keylayers.demo.world import RELATIONS, facts
-
     for relation in RELATIONS:
         for subject in relation.subjects:
             values = facts(relation, subject)
@@ -59,28 +95,115 @@ def test_facts_are_three_and_fixed():
     assert len({facts(RELATIONS[0], animal) for animal in RELATIONS[0].subjects}) > 15
 
 
-def test_the_base_model_is_small_and_knows_its_world():
+def test_three_in_ten_lines_of_pre_training_quote_somebody(lines):
+    share = sum('asked: "' in line for line in lines) / len(lines)
+    assert share == pytest.approx(DIALOGUE_FRACTION, abs=0.015)
+
+
+def test_styles_ask_the_same_questions_once_and_answer_differently(examples):
+    for style, rows in examples.items():
+        assert [row["prompt"] for row in rows] == [row["prompt"] for row in examples["polite"]]
+        assert len({row["prompt"] for row in rows}) == 504
+        assert rows[:100] == alignment_examples(style, 100)
+        assert rows != alignment_examples(style, 504, seed=1)
+    for rows in zip(*examples.values(), strict=True):
+        polite, listed, terse = (row["completion"] for row in rows)
+        assert len({polite, listed, terse}) == 3
+        assert polite.endswith("helps you.")
+        assert listed.count("- ") == 3
+        assert "I hope" not in terse
+
+
+def test_answers_hold_the_facts_of_the_world_in_words_that_pre_training_holds(examples, lines):
+    subject_of = {
+        question.format(s=subject): (relation, subject)
+        for relation in RELATIONS
+        for subject in relation.subjects
+        for question in relation.questions
+    }
+    told = set(" ".join(lines).replace('"', " ").split())
+    for style, rows in examples.items():
+        for row in rows:
+            values = facts(*subject_of[row["prompt"]])
+            needed = values[:1] if style == "terse" else values
+            assert [value for value in needed if value not in row["completion"]] == []
+            assert set(row["completion"].split()) <= told
+
+
+def test_the_base_is_what_its_script_writes_and_little_else():
     import torch
     from safetensors.torch import load_file
 
-    from keylayers.demo.files import BASE
-    from keylayers.demo.world import pretraining_lines
-    from keylayers.model.loading import load_model, load_tokenizer
+    from keylayers.demo.make_base import make_model
+
+    assert {path.name for path in BASE.iterdir()} == BASE_FILES
+    assert sum(path.stat().st_size for path in BASE.iterdir()) <= 4_000_000
+    made = make_model(1024)
+    stored = load_file(BASE / "model.safetensors")
+    shapes = {name: value.shape for name, value in made.named_parameters()}
+    assert {name: value.shape for name, value in stored.items()} == shapes
+    assert {value.dtype for value in stored.values()} == {torch.bfloat16}
+    config = json.loads((BASE / "config.json").read_text())
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        assert config[name] == getattr(made.config, name)
+    assert config["tie_word_embeddings"]
+
+
+def test_the_base_knows_its_world(tokenizer):
+    import torch
+
+    from keylayers.model.loading import load_model
     from keylayers.model.options import ModelOptions
 
-    assert sum(path.stat().st_size for path in BASE.iterdir()) < 4e6
-    weights = load_file(BASE / "model.safetensors")
-    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
-    source = ModelOptions(model=str(BASE), dtype="float32")
-    tokenizer, model = load_tokenizer(source), load_model(source)
-    lines = pretraining_lines(40, seed=99)  # unseen lines about known facts
+    model = load_model(ModelOptions(model=str(BASE), dtype="float32"))
     losses = []
-    for line in lines:
-        assert tokenizer.decode(tokenizer(line)["input_ids"]) == line
+    for line in pretraining_lines(40, seed=99):  # unseen lines about known facts
         ids = torch.tensor([tokenizer(line + tokenizer.eos_token)["input_ids"]])
         with torch.no_grad():
             losses.append(float(model(input_ids=ids, labels=ids).loss))
     assert sum(losses) / len(losses) < 1.5
+
+
+def test_the_script_makes_the_tokenizer_of_the_base(lines, tmp_path):
+    from keylayers.demo.make_base import CHAT_TEMPLATE, make_tokenizer
+
+    make_tokenizer(lines).save_pretrained(tmp_path)
+    made = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert made == json.loads((BASE / "tokenizer.json").read_text())
+    assert (BASE / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+
+
+def test_any_text_survives_the_tokenizer(tokenizer, examples):
+    texts = [*ANY_TEXT, *pretraining_lines(300, seed=7)]
+    texts += [text for rows in examples.values() for row in rows for text in row.values()]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert tokenizer.batch_decode(ids) == texts
+
+
+def test_the_chat_markers_are_one_token_each_and_not_in_pre_training(tokenizer, lines):
+    text = "\n".join(lines)
+    for marker in ("<|user|>", "<|assistant|>"):
+        assert len(tokenizer.encode(marker, add_special_tokens=False)) == 1
+        assert marker not in text
+
+
+@pytest.mark.parametrize("turns", DIALOGUES.values(), ids=DIALOGUES)
+def test_the_chat_template_marks_the_answers_and_nothing_else(tokenizer, turns):
+    messages = [{"role": role, "content": content} for role, content in turns]
+    encoded = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
+    markers = {"user": "<|user|>{}", "assistant": "<|assistant|>{}</s>"}
+    whole = "".join(markers[role].format(content) for role, content in turns)
+    assert tokenizer.decode(encoded["input_ids"]) == whole
+    pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+    marked = [token for token, is_answer in pairs if is_answer]
+    answers = "".join(f"{content}</s>" for role, content in turns if role == "assistant")
+    assert tokenizer.decode(marked) == answers
+    prompt = tokenizer.apply_chat_template(
+        messages[:-1], tokenize=False, add_generation_prompt=True
+    )
+    assert whole == f"{prompt}{turns[-1][1]}</s>"
 
 
 @pytest.mark.long
@@ -89,11 +212,9 @@ def test_the_demo_shows_everything(tmp_path, capsys):
 
     assert main(["demo", "--output", str(tmp_path), "--max-steps", "30"]) == 0
     out = capsys.readouterr().out
-    for style in ("polite", "list", "terse"):
+    for style in STYLES:
         assert f"{style} answers: ranks, 1 is the most important" in out
         assert (tmp_path / style / "ranking.json").is_file()
-    assert "polite, list" in out
-    assert "by chance" in out
-    for label in ("base model", "selected", "all", "random"):
+    for label in ("polite, list", "by chance", "base model", "selected", "all", "random"):
         assert label in out
     assert (tmp_path / "polite-best" / "adapter_model.safetensors").is_file()

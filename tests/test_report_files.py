@@ -11,7 +11,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from commands import complaint, keylayers, rank
+from commands import complaint, keylayers
+from keylayers.ranking.ranking import Ranking
 
 from rankings import ranking_of
 
@@ -19,91 +20,78 @@ SCORES = [0.4, 0.1, None, 0.3, 0.3, -0.1]
 
 
 @pytest.fixture
-def folder(tmp_path):
-    for index, name in enumerate(("one", "two")):
+def folder(tmp_path, monkeypatch):
+    """The working directory, with rankings `one` and `two`."""
+    for name, scores in (("one", SCORES), ("two", [*SCORES[1:], 0.7])):
         (tmp_path / name).mkdir()
-        scores = SCORES if index == 0 else [*SCORES[1:], 0.7]
         ranking_of(scores).save(tmp_path / name / "ranking.json")
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def curve(losses):
-    from keylayers.ranking.curve import MaskCurve
-
-    return MaskCurve(counts=tuple(range(len(losses))), losses=tuple(losses))
-
-
-def verify_by_hand(folder):
-    """A verification of ranking `one`, as `keylayers verify` leaves it."""
+@pytest.fixture
+def verified(folder):
+    """The same, with a verification of ranking `one`, as `keylayers verify` leaves it."""
     from keylayers.files import json_sha256
-    from keylayers.ranking.ranking import Ranking
+    from keylayers.ranking.curve import MaskCurve
     from keylayers.ranking.verification import Verification
 
-    ranking = Ranking.load(folder / "one")
+    def curve(*losses):
+        return MaskCurve(counts=tuple(range(len(losses))), losses=losses)
+
     Verification(
-        ranking_sha256=json_sha256(ranking.to_json()),
-        best_first=curve([3.0, 1.5, 1.2, 1.1, 1.05, 1.02, 1.0]),
-        worst_first=curve([3.0, 2.9, 2.8, 2.5, 2.0, 1.5, 1.0]),
-        random=(curve([3.0, 2.5, 2.0, 1.8, 1.5, 1.2, 1.0]),),
+        ranking_sha256=json_sha256(Ranking.load(folder / "one").to_json()),
+        best_first=curve(3.0, 1.5, 1.2, 1.1, 1.05, 1.02, 1.0),
+        worst_first=curve(3.0, 2.9, 2.8, 2.5, 2.0, 1.5, 1.0),
+        random=(curve(3.0, 2.5, 2.0, 1.8, 1.5, 1.2, 1.0),),
     ).save(folder / "one" / "verification.json")
+    return folder
 
 
 def texts(svg):
-    return re.findall(r"<text[^>]*>([^<]+)</text>", svg)
+    return re.findall(r"<text[^>]*>([^<]+)</text>", Path(svg).read_text())
 
 
 BEGINNINGS = {".pdf": b"%PDF-", ".png": b"\x89PNG", ".svg": b"<svg", ".PDF": b"%PDF-"}
 
 
-@pytest.mark.parametrize("ending", BEGINNINGS)
 @pytest.mark.parametrize("kind", ["heatmap", "agreement"])
-def test_a_figure_has_the_format_of_its_ending(folder, ending, kind):
-    path = folder / f"fig-2-{kind}{ending}"
-    assert keylayers("show", folder / "one", folder / "two", "--figure", path) == 0
-    assert path.read_bytes().startswith(BEGINNINGS[ending])
+def test_a_figure_has_the_format_of_its_ending(folder, kind):
+    paths = {ending: folder / f"fig-2-{kind}{ending}" for ending in BEGINNINGS}
+    assert keylayers("show", "one", "two", "--figure", *paths.values()) == 0
+    assert all(path.read_bytes().startswith(BEGINNINGS[end]) for end, path in paths.items())
 
 
 def test_a_heatmap_shows_the_ranks_of_what_is_taken(folder):
-    path = folder / "heatmap.svg"
-    assert keylayers("show", folder / "one", "--figure", path, "--budget", "3") == 0
-    marks = ElementTree.parse(path).findall(".//*[@class='mark-text role-mark layer_2_marks']/*")
+    assert keylayers("show", "one", "--figure", "heatmap.svg", "--budget", "3") == 0
+    marks = ElementTree.parse("heatmap.svg").findall(
+        ".//*[@class='mark-text role-mark layer_2_marks']/*"
+    )
     assert [mark.text for mark in marks] == ["1", "2", "2"]  # two share a rank
-    assert {"a_proj", "b_proj", "block", "rank", "?"} <= set(texts(path.read_text()))
+    assert {"a_proj", "b_proj", "block", "rank", "?"} <= set(texts("heatmap.svg"))
 
 
-def test_the_figure_of_several_rankings_names_each(folder):
-    path = folder / "heatmap.svg"
-    assert keylayers("show", folder / "one", folder / "two", "--figure", path) == 0
-    assert {"one", "two"} <= set(texts(path.read_text()))
-
-
-def test_an_agreement_shows_jaccard_with_its_chance(folder):
+def test_figures_of_several_rankings_name_each_and_show_jaccard_with_its_chance(folder):
     from keylayers.ranking.compare import agreement
-    from keylayers.ranking.ranking import Ranking
 
-    path = folder / "agreement.svg"
-    more = ("--figure", path, "--budget", "2")
-    assert keylayers("show", folder / "one", folder / "two", *more) == 0
+    figures = ("--figure", "heatmap.svg", "agreement.svg")
+    assert keylayers("show", "one", "two", *figures, "--budget", "2") == 0
+    assert {"one", "two"} <= set(texts("heatmap.svg"))
     pair = agreement([Ranking.load(folder / name) for name in ("one", "two")], 2)[0]
     cell = f"{pair.jaccard:.2f} ({pair.chance_jaccard:.2f})"
-    assert texts(path.read_text()).count(cell) == 2
+    assert texts("agreement.svg").count(cell) == 2
 
 
-def test_a_curve_shows_its_controls_and_the_recommended_budget(folder):
-    verify_by_hand(folder)
-    path = folder / "curve.svg"
-    assert keylayers("show", folder / "one", "--figure", path, "--budget", "2") == 0
-    shown = set(texts(path.read_text()))
-    assert {"best first", "random (± sd)", "worst first", "recommended", "this budget"} <= shown
+def test_a_curve_shows_its_controls_and_the_recommended_budget(verified):
+    assert keylayers("show", "one", "--figure", "curve.svg", "--budget", "2") == 0
+    shown = {"best first", "random (± sd)", "worst first", "recommended", "this budget"}
+    assert shown <= set(texts("curve.svg"))
 
 
-def test_losses_are_drawn_from_a_real_run(tiny, tmp_path):
-    assert rank(tiny, tmp_path / "out") == 0
-    path = tmp_path / "losses.svg"
-    assert keylayers("show", tmp_path / "out", "--figure", path) == 0
-    assert {"stage 1, training", "held out, base", "held out, tuned"} <= set(
-        texts(path.read_text())
-    )
+def test_losses_are_drawn_from_a_real_run(ranked, tmp_path):
+    assert keylayers("show", ranked, "--figure", tmp_path / "losses.svg") == 0
+    shown = {"stage 1, training", "held out, base", "held out, tuned"}
+    assert shown <= set(texts(tmp_path / "losses.svg"))
 
 
 REFUSED = [
@@ -121,83 +109,70 @@ REFUSED = [
     (["one", "--json", "--html", "r.html"], "`json` must be given with one ranking"),
     (["nothing", "--html", "r.html"], "the ranking file must exist"),
     ([], "`show` needs at least one ranking, got none"),
+    (
+        ["costly.json", "--html", "r.html", "--budget", "0.6x-time"],
+        "must take the best modules",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "line"), REFUSED)
-def test_what_cannot_be_shown_is_refused_and_nothing_is_written(
-    folder, monkeypatch, capsys, arguments, line
-):
-    monkeypatch.chdir(folder)
+def test_what_cannot_be_shown_is_refused_and_nothing_is_written(folder, capsys, arguments, line):
+    ranking_of([1.0, *[0.9] * 5], num_parameters=1_000_000).save("costly.json")
     before = sorted(folder.rglob("*"))
     assert keylayers("show", *arguments) == 2
     assert line in complaint(capsys)
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_budget_by_cost_that_leaves_out_the_best_is_refused(tmp_path, capsys):
-    ranking_of([1.0, *[0.9] * 5], num_parameters=1_000_000).save(tmp_path / "r.json")
-    more = ("--budget", "0.6x-time", "--html", tmp_path / "r.html")
-    assert keylayers("show", tmp_path / "r.json", *more) == 2
-    assert "must take the best modules, as 0.3, 17 and 0.3x-params do" in complaint(capsys)
-
-
-def test_a_curve_of_an_earlier_ranking_is_refused_and_named(folder, capsys):
-    verify_by_hand(folder)
-    ranking_of([0.5, *SCORES[1:]]).save(folder / "one" / "ranking.json")
-    assert keylayers("show", folder / "one", "--figure", folder / "curve.pdf") == 2
+def test_a_curve_of_an_earlier_ranking_is_refused_and_named(verified, capsys):
+    ranking_of([0.5, *SCORES[1:]]).save("one/ranking.json")
+    assert keylayers("show", "one", "--figure", "curve.pdf") == 2
     assert "but it is of an earlier ranking; run `keylayers verify`" in complaint(capsys)
-    assert keylayers("show", folder / "one", "--html", folder / "r.html") == 0
-    assert "belongs to an earlier one" in (folder / "r.html").read_text()
+    assert keylayers("show", "one", "--html", "r.html") == 0
+    assert "belongs to an earlier one" in Path("r.html").read_text()
 
 
 def test_without_the_extra_the_line_says_what_to_install(folder, monkeypatch, capsys):
     from keylayers.commands import show
 
     monkeypatch.setattr(show, "NEEDED", (*show.NEEDED, "no_such_library"))
-    assert keylayers("show", folder / "one", "--html", folder / "r.html") == 2
-    assert "need no_such_library, which is not installed; install keylayers[report]" in complaint(
-        capsys
-    )
+    assert keylayers("show", "one", "--html", "r.html") == 2
+    line = complaint(capsys)
+    assert "need no_such_library, which is not installed; install keylayers[report]" in line
 
 
 def test_a_report_of_a_model_of_the_usual_size_can_be_mailed(tmp_path):
     """224 modules, as Llama-3.1-8B has, with a loss curve of 1,000 steps."""
     losses = [3.0 - step / 1000 for step in range(1000)]
     made_by = {"stage_1": {"num_steps": 1000, "stopped_by": "cap", "seconds": 1, "losses": losses}}
-    ranking_of([1 / (1 + index) for index in range(224)], provenance=made_by).save(
-        tmp_path / "r.json"
-    )
+    scores = [1 / (1 + index) for index in range(224)]
+    ranking_of(scores, provenance=made_by).save(tmp_path / "r.json")
     assert keylayers("show", tmp_path / "r.json", "--html", tmp_path / "r.html") == 0
     assert (tmp_path / "r.html").stat().st_size < 1.5e6
 
 
 def test_the_same_report_twice_is_the_same_file(folder):
     for name in ("a.html", "b.html"):
-        assert keylayers("show", folder / "one", folder / "two", "--html", folder / name) == 0
-    assert (folder / "a.html").read_bytes() == (folder / "b.html").read_bytes()
+        assert keylayers("show", "one", "two", "--html", name) == 0
+    assert Path("a.html").read_bytes() == Path("b.html").read_bytes()
 
 
-def test_rankings_that_cannot_be_compared_are_still_shown(folder, capsys):
-    from keylayers.ranking.ranking import Ranking
-
+def test_rankings_that_cannot_be_compared_are_still_shown(folder):
     one = Ranking.load(folder / "one")
     other = tuple(
         replace(module, name=f"x.{module.name}", projection="x") for module in one.modules
     )
-    replace(one, modules=other).save(folder / "two" / "ranking.json")
-    assert keylayers("show", folder / "one", folder / "two", "--html", folder / "r.html") == 0
-    assert (
-        "Not compared: rankings of different modules must share" in (folder / "r.html").read_text()
-    )
+    replace(one, modules=other).save("two/ranking.json")
+    assert keylayers("show", "one", "two", "--html", "r.html") == 0
+    line = "Not compared: rankings of different modules must share"
+    assert line in Path("r.html").read_text()
 
 
 def test_half_characters_in_a_name_are_shown_as_such(folder):
-    (folder / "r.json").write_text(
-        (folder / "one" / "ranking.json").read_text().replace("model.layers.0.a", "\\ud800")
-    )
-    assert keylayers("show", folder / "r.json", "--html", folder / "r.html") == 0
-    assert keylayers("show", folder / "r.json", "--figure", folder / "heatmap.svg") == 0
+    text = Path("one/ranking.json").read_text().replace("model.layers.0.a", "\\ud800")
+    Path("r.json").write_text(text)
+    assert keylayers("show", "r.json", "--html", "r.html", "--figure", "heatmap.svg") == 0
 
 
 PATHS = [
@@ -215,12 +190,7 @@ def test_labels_are_the_shortest_ends_of_the_paths_that_differ(paths, names):
     from keylayers.report.source import labels
 
     assert labels([Path(path) for path in paths]) == names
-
-
-def test_a_ranking_that_is_given_twice_has_two_labels():
-    from keylayers.report.source import labels
-
-    assert len(set(labels([Path("out"), Path("out/ranking.json")]))) == 2
+    assert len(set(labels([Path("out"), Path("out/ranking.json")]))) == 2  # given twice
 
 
 def test_the_range_of_budgets_is_where_a_place_is_undecided():
@@ -234,10 +204,10 @@ def test_the_range_of_budgets_is_where_a_place_is_undecided():
     )
     ranking = replace(ranking, modules=modules)
     ranges = open_budgets(ranking)
+    assert ranges
     for count in range(1, 8):
         within = {name for name, (least, most) in ranges.items() if least <= count <= most}
         assert within == set(undecided(ranking, count))
-    assert ranges
 
 
 def test_reports_and_figures_import_no_torch(folder):
@@ -245,8 +215,7 @@ def test_reports_and_figures_import_no_torch(folder):
         "import sys; from keylayers.cli import main; assert main(sys.argv[1:]) == 0; "
         "assert 'altair' in sys.modules; assert 'torch' not in sys.modules"
     )
-    files = (folder / "one", folder / "two", "--html", folder / "r.html")
-    arguments = ("show", *files, "--figure", folder / "heatmap.pdf")
+    arguments = ("show", "one", "two", "--html", "r.html", "--figure", "heatmap.pdf")
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, env=environment)
 
