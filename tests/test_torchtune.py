@@ -8,14 +8,16 @@ TORCHTUNE=FOLDER.
 
 import json
 import os
-import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
 
-from test_export import MODELS, SHARES, ranking_of_model
+from keylayers import export_selection
+from keylayers.errors import ConfigError
+from test_export import SHARES, ranking_of_model
 
 FOLDER = os.environ.get("TORCHTUNE")
 needs_torchtune = pytest.mark.skipif(
@@ -59,10 +61,8 @@ print(json.dumps({"peft": sorted(peft), "changed": changed, "adapter": sorted(ad
 @pytest.mark.parametrize("share", SHARES)
 def test_torchtune_trains_exactly_the_selection(share, tmp_path):
     """By torchtune's own map of names to PEFT's, of what its own recipe would save."""
-    import keylayers
-
-    ranking = ranking_of_model(MODELS["Llama"].build())
-    keylayers.export_selection(ranking, share, "torchtune", tmp_path)
+    ranking = ranking_of_model("Llama")
+    export_selection(ranking, share, "torchtune", tmp_path)
     num_blocks = len({one.block_index for one in ranking.modules})
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", TRAINED, FOLDER, str(tmp_path), str(num_blocks)],
@@ -77,47 +77,30 @@ def test_torchtune_trains_exactly_the_selection(share, tmp_path):
     assert found["changed"] == found["adapter"]
 
 
-def test_the_config_names_each_module_as_torchtune_does(tmp_path):
-    import keylayers
+def exported(ranking, budget, folder):
+    export_selection(ranking, budget, "torchtune", folder)
+    return yaml.safe_load((folder / "torchtune.yaml").read_text())["model"]
 
-    ranking = ranking_of_model(MODELS["Llama"].build())
-    keylayers.export_selection(ranking, 1.0, "torchtune", tmp_path)
-    model = yaml.safe_load((tmp_path / "torchtune.yaml").read_text())["model"]
+
+def test_the_config_names_each_module_as_torchtune_does(tmp_path):
+    ranking = ranking_of_model("Llama")
+    model = exported(ranking, 1.0, tmp_path)
     assert len(model["keep"]) == len(set(model["keep"])) == len(ranking.modules)
     assert model["keep"][:4] == [f"layers.0.attn.{kind}" for kind in model["lora_attn_modules"]]
     assert (model["lora_rank"], model["lora_alpha"]) == (2, 4)
 
 
 def test_only_what_is_needed_is_adapted_at_first(tmp_path):
-    from dataclasses import replace
-
-    import keylayers
-
-    ranking = ranking_of_model(MODELS["Llama"].build())
+    ranking = ranking_of_model("Llama")
     best = next(one for one in ranking.modules if one.projection == "v_proj")
     scored = tuple(replace(one, score=float(one == best)) for one in ranking.modules)
-    keylayers.export_selection(replace(ranking, modules=scored), 1, "torchtune", tmp_path)
-    model = yaml.safe_load((tmp_path / "torchtune.yaml").read_text())["model"]
+    model = exported(replace(ranking, modules=scored), 1, tmp_path)
     assert model["lora_attn_modules"] == ["v_proj"]
     assert model["apply_lora_to_mlp"] is False
 
 
 @pytest.mark.parametrize("title", ["GPT-2", "Mixtral", "Qwen3-MoE", "DeepSeek-V3"])
 def test_models_that_torchtune_has_not_in_this_form_are_refused(title, tmp_path):
-    import keylayers
-    from keylayers.errors import ConfigError
-
-    share = random.Random(0).choice(SHARES)
-    ranking = ranking_of_model(MODELS[title].build())
     with pytest.raises(ConfigError, match="`to` torchtune must be able to train exactly the"):
-        keylayers.export_selection(ranking, share, "torchtune", tmp_path / "out")
+        export_selection(ranking_of_model(title), 0.3, "torchtune", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_full_fine_tune_is_refused(tmp_path):
-    import keylayers
-    from keylayers.errors import ConfigError
-
-    ranking = ranking_of_model(MODELS["Llama"].build())
-    with pytest.raises(ConfigError, match="no full fine-tune of chosen modules"):
-        keylayers.export_selection(ranking, 0.3, "torchtune", tmp_path, kind="full")
