@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """README.md of what keylayers trains or prunes: the hub's form, the record's numbers."""
 
-import json
 import re
 import shlex
 from dataclasses import replace
@@ -10,17 +9,15 @@ import pytest
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
 
-from commands import STEPS, keylayers
+from commands import STEPS, keylayers, record_of
+from keylayers.commands.repeat import how_it_was_made
+from keylayers.report.model_card import model_card
 
 from rankings import ranking_of
 
 
 def card_of(folder):
     return ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
-
-
-def record_of(folder):
-    return json.loads((folder / "keylayers.json").read_text())
 
 
 def table(card, heading):
@@ -49,8 +46,8 @@ def test_a_trained_adapter_says_how_it_was_made_and_how_good_it_is(ranked, train
     assert bold(card) == [1, 2, 3]
     losses = {row[0]: row[1:] for row in table(card, "Losses")}
     for row in record["results"]:
-        expected = [str(row["num_modules"]), f"{row['num_trained_parameters']:,}"]
-        assert losses[row["label"]] == [*expected, f"{row['held_out_loss_nats']:.4f}"]
+        size, loss = f"{row['num_trained_parameters']:,}", f"{row['held_out_loss_nats']:.4f}"
+        assert losses[row["label"]] == [str(row["num_modules"]), size, loss]
     assert "random" in losses  # the control, trained after the adapter was written
     assert record["ranking_sha256"] in card.text
     assert "More Information Needed" not in card.text
@@ -75,24 +72,16 @@ def test_stage_1_says_that_all_modules_were_tuned(ranked):
     assert "## Modules" not in card.text
 
 
-def test_a_pruned_adapter_shows_what_it_loses(ranked, tmp_path):
-    assert keylayers("prune", "--ranking", ranked, "--budget", "5", "--output", tmp_path / "p") == 0
-    card, found = card_of(tmp_path / "p"), record_of(tmp_path / "p")["result"]
+def test_a_pruned_adapter_shows_what_it_loses(pruned):
+    card, found = card_of(pruned), record_of(pruned)["result"]
     assert bold(card) == [1, 2, 3, 4, 5]
+    rows = [("base model", 0, 0, found["base_loss_nats"])]
+    rows += [
+        (label, number, found[key]["num_parameters"], found[f"{key}_loss_nats"])
+        for label, number, key in (("all modules", 21, "full"), ("this one", 5, "pruned"))
+    ]
     assert table(card, "Losses") == [
-        ["base model", "0", "0", f"{found['base_loss_nats']:.4f}"],
-        [
-            "all modules",
-            "21",
-            f"{found['full']['num_parameters']:,}",
-            f"{found['full_loss_nats']:.4f}",
-        ],
-        [
-            "this one",
-            "5",
-            f"{found['pruned']['num_parameters']:,}",
-            f"{found['pruned_loss_nats']:.4f}",
-        ],
+        [label, str(number), f"{size:,}", f"{loss:.4f}"] for label, number, size, loss in rows
     ]
     assert "was pruned to 5 of 21 weight matrices" in card.text
 
@@ -121,8 +110,8 @@ def test_ranking_inside_the_run_is_one_command(tiny, tmp_path):
 def test_peft_loads_and_saves_the_adapter_with_its_own_card(trained, tmp_path):
     """What `push_to_hub` of PEFT does before it uploads."""
     model = AutoPeftModelForCausalLM.from_pretrained(trained)
-    model.save_pretrained(trained.parent / "again")
-    assert card_of(trained.parent / "again").data.library_name == "peft"
+    model.save_pretrained(tmp_path / "again")
+    assert card_of(tmp_path / "again").data.library_name == "peft"
 
 
 RECORD = {
@@ -134,38 +123,28 @@ RECORD = {
 }
 
 
-def written(folder, ranking, record):
-    from keylayers.commands.repeat import how_it_was_made
-    from keylayers.report.model_card import model_card
-
+def written(ranking, record):
     commands = how_it_was_made("train", record["options"], ranking)
-    selection = ranking.select(1).record()
-    (folder / "README.md").write_text(
-        model_card(record | {"selection": selection}, ranking, commands)
-    )
-    return card_of(folder)
+    record = record | {"selection": ranking.select(1).record()}
+    return ModelCard(model_card(record, ranking, commands))
 
 
-def test_names_of_the_hub_are_metadata(tmp_path):
-    card = written(tmp_path, ranking_of([1.0, 0.5]), RECORD)
+def test_names_of_the_hub_are_metadata():
+    card = written(ranking_of([1.0, 0.5]), RECORD)
     assert card.data.base_model == "org/base"
     assert card.data.datasets == ["org/data"]
 
 
-def test_foreign_names_are_text(tmp_path):
+def test_foreign_names_are_text():
     bad = "<script>alert(1)</script>|[x](javascript:1)`***\n## x"
     ranking = ranking_of([1.0, 0.5], provenance={"options": {"model": "```\nrm", "data": "d"}})
     modules = tuple(
         replace(one, projection=f"{bad}{index}") for index, one in enumerate(ranking.modules)
     )
-    ranking = replace(ranking, modules=modules, method=bad)
     record = RECORD | {"model": {"name": bad, "weights_sha256": "0"}}
-    card = written(tmp_path, ranking, record)
+    card = written(replace(ranking, modules=modules, method=bad), record)
     assert "<script>" not in card.text
     assert "[x](javascript" not in card.text
-    assert [line for line in card.text.splitlines() if line.startswith("## ")] == [
-        "## Modules",
-        "## How it was made",
-        "## Use",
-    ]
+    headings = [line for line in card.text.splitlines() if line.startswith("## ")]
+    assert headings == ["## Modules", "## How it was made", "## Use"]
     assert "\n````sh\n" in card.text  # a longer fence than what is in it
