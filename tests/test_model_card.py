@@ -10,8 +10,7 @@ from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
 
 from commands import STEPS, keylayers, record_of
-from keylayers.commands.repeat import how_it_was_made
-from keylayers.report.model_card import model_card
+from keylayers.commands.repeat import card_of as made_card
 
 from rankings import ranking_of
 
@@ -124,9 +123,8 @@ RECORD = {
 
 
 def written(ranking, record):
-    commands = how_it_was_made("train", record["options"], ranking)
     record = record | {"selection": ranking.select(1).record()}
-    return ModelCard(model_card(record, ranking, commands))
+    return ModelCard(made_card("train", record, ranking))
 
 
 def test_names_of_the_hub_are_metadata():

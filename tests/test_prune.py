@@ -220,16 +220,20 @@ READINGS = [
 
 @pytest.mark.parametrize(("losses", "kept", "said"), READINGS)
 def test_it_says_plainly_what_is_better(losses, kept, said):
+    from keylayers.ranking.record import Pruned, Size
     from keylayers.report.prune import reading
 
-    names = ("base_loss_nats", "full_loss_nats", "pruned_loss_nats")
-    found = dict(zip(names, losses, strict=True)) | {
-        "kind": "adapter",
-        "modules": ["x"] * kept,
-        "full": {"num_modules": 10},
-        "num_held_out": 7,
-        "loss_unit": "nats per token",
-    }
+    base, full, pruned = losses
+    size = Size(num_modules=10, num_parameters=1)
+    found = Pruned(
+        modules=("x",) * kept,
+        full=size,
+        pruned=size,
+        base_loss_nats=base,
+        full_loss_nats=full,
+        pruned_loss_nats=pruned,
+        num_held_out=7,
+    )
     lines = reading(found)
     assert len(lines) == len(said)
     assert all(part in line for part, line in zip(said, lines, strict=True))

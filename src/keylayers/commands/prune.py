@@ -51,5 +51,5 @@ def prune(
 
     hub.prepare()
     found = run_prune(options, output, ConsoleProgress())
-    print_result(pruning_report(found.model_dump()), f"{found.kind} written to {output}")
+    print_result(pruning_report(found), f"{found.kind} written to {output}")
     hub.push(output)
