@@ -12,7 +12,6 @@ import itertools
 import json
 import logging
 import math
-import random
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -24,13 +23,13 @@ from typing import Any
 
 import datasets
 import lm_eval
-import numpy as np
 import pandas as pd
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from jinja2 import TemplateError
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import set_seed
 from yaml import YAMLError
 
 from keylayers.data.reading import quiet_datasets
@@ -258,9 +257,7 @@ class Benchmark:
 
     def _set_seeds(self) -> None:
         """Seed every generator that a task may use, as `lm_eval.simple_evaluate` does."""
-        random.seed(self.seed)
-        np.random.seed(self.seed)
-        torch.manual_seed(self.seed)
+        set_seed(self.seed)
         self.task.set_fewshot_seed(seed=self.seed)
 
     def _rows(self, sample: dict[str, Any]) -> Iterator[dict[str, Any]]:

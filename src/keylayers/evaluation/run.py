@@ -163,23 +163,16 @@ def _other_training(
             f"{loaded.name} was trained on other data or another split of it: its training may "
             f"have seen examples that count as held out here"
         )
+    template = trained.get("chat_template")
+    if isinstance(template, str):  # an option; without it we do not know whether it had chats
+        with suppress(ConfigError):  # a file that no longer exists
+            template = asdict(resolve_template(loaded.tokenizer, template))
+    if not isinstance(template, dict):
+        return
     used = [held_out["chat_template"]] if held_out and held_out["chat_template"] else []
     used += [asdict(loaded.template)] if are_tasks_chats else []
-    own = _template_of(trained, loaded)
-    if own and (others := [template["name"] for template in used if template["text"] != own[1]]):
+    if others := [own["name"] for own in used if own["text"] != template["text"]]:
         yield (
-            f"{loaded.name} was trained in the chat template {own[0]!r}, but is measured in "
-            f"{others[0]!r}; give `--chat-template` as in training"
+            f"{loaded.name} was trained in the chat template {template['name']!r}, but is measured "
+            f"in {others[0]!r}; give `--chat-template` as in training"
         )
-
-
-def _template_of(trained: dict[str, Any], loaded: Loaded) -> tuple[str, str] | None:
-    """Name and text of the chat template that a model was trained in, if its record says so."""
-    said = trained.get("chat_template")
-    with suppress(KeyError, ConfigError):  # ConfigError: a file that no longer exists
-        if isinstance(said, dict):
-            return str(said["name"]), str(said["text"])
-        if isinstance(said, str):  # an option; without it we do not know whether it had chats
-            found = resolve_template(loaded.tokenizer, said)
-            return found.name, found.text
-    return None
