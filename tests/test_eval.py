@@ -44,45 +44,31 @@ def values(found, task, metric):
     return {one.model: one.value for one in measure(found, task, metric).results}
 
 
-@pytest.fixture(scope="module")
-def by_the_harness(eval_folder):
-    """What lm-evaluation-harness itself says of two models, loaded in its own way."""
+HARNESS = [
+    *(("foods", "acc"), ("foods", "acc_norm"), ("three", "acc"), ("five", "acc_norm")),
+    *(("written", "exact_match"), ("rolling", "word_perplexity")),
+]
+
+
+@pytest.mark.parametrize(("name", "peft"), [("base model", ""), ("other", ",peft=other")])
+def test_every_number_is_that_of_the_harness(evaluated, place, name, peft):
+    """Which loads model and adapter in its own way."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(eval_folder / "tasks"), include_defaults=False)
-    sources = {
-        "base model": f"pretrained={eval_folder}/model",
-        "other": f"pretrained={eval_folder}/model,peft={eval_folder}/other",
-    }
-    return {
-        name: lm_eval.simple_evaluate(
-            model="hf",
-            model_args=f"{arguments},dtype=float32",
-            tasks=["foods", "written", "rolling"],
-            task_manager=manager,
-            device="cpu",
-            batch_size=3,
-            bootstrap_iters=0,
-        )["results"]
-        for name, arguments in sources.items()
-    }
-
-
-def test_every_number_is_that_of_the_harness(evaluated, by_the_harness):
-    found, _, _ = evaluated
-    compared = 0
-    for task, metric in (
-        *(("foods", "acc"), ("foods", "acc_norm"), ("three", "acc"), ("five", "acc_norm")),
-        *(("written", "exact_match"), ("rolling", "word_perplexity")),
-    ):
-        found_values = values(found, task, metric)
-        for model, results in by_the_harness.items():
-            own = results[task][f"{metric},none"]
-            assert found_values[model] == pytest.approx(own, rel=1e-4), (task, metric, model)
-            compared += 1
-    assert compared == 12
-    assert len(set(values(found, "rolling", "word_perplexity").values())) == 4
+    found = lm_eval.simple_evaluate(
+        model="hf",
+        model_args=f"pretrained=model,dtype=float32{peft}",
+        tasks=["foods", "written", "rolling"],
+        task_manager=TaskManager(include_path="tasks", include_defaults=False),
+        device="cpu",
+        batch_size=3,
+        bootstrap_iters=0,
+    )["results"]
+    theirs = {key: found[key[0]][f"{key[1]},none"] for key in HARNESS}
+    ours = {key: values(evaluated[0], *key)[name] for key in HARNESS}
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert len(set(values(evaluated[0], "rolling", "word_perplexity").values())) == 4
 
 
 def test_a_loss_is_that_of_transformers_on_each_model_by_itself(evaluated, place):
@@ -166,22 +152,6 @@ def test_what_is_recorded_says_how_it_came_about(evaluated):
     assert made["inputs"]["held-out data"]["content_sha256"]
 
 
-def test_the_same_again_measures_nothing(evaluated, place, monkeypatch, capsys):
-    from keylayers.evaluation import benchmarks, texts
-
-    def refuse(self, model, on_step):
-        raise AssertionError(f"{self.name} is measured again")
-
-    for kind in (benchmarks.Benchmark, texts.Examples):
-        monkeypatch.setattr(kind, "measured", refuse)
-    found, _, folder = evaluated
-    before = (folder / "documents.parquet").read_bytes()
-    assert keylayers("eval", *ALL, "--output", folder) == 0
-    assert "tuned: all measured before" in capsys.readouterr().err
-    assert (folder / "documents.parquet").read_bytes() == before
-    assert evaluation_of(folder).measures == found.measures
-
-
 class Stop:
     """Raises what Ctrl-C raises when pair number `at` is to be measured; counts those before."""
 
@@ -198,25 +168,29 @@ class Stop:
         monkeypatch.setattr(Store, "put", counted)
 
 
-def test_a_run_that_was_stopped_goes_on(evaluated, table, place, tmp_path, monkeypatch):
-    """At several places; nothing that was finished is measured twice, and the end is the same."""
-    out = tmp_path / "out"
-    kept = []
-    for at in (4, 11, None):
+def test_a_run_that_was_stopped_goes_on(evaluated, table, place, tmp_path, monkeypatch, capsys):
+    """At several places; nothing that was finished is measured again, and the end is the same."""
+    out, kept = tmp_path / "out", []
+    for at, code in ((4, 130), (11, 130), (None, 0)):
         with monkeypatch.context() as patched:
             stop = Stop(patched, at)
-            code = keylayers("eval", *ALL, "--output", out)
-        assert code == (0 if at is None else 130)
-        assert at is None or not (out / "evaluation.json").exists()
+            assert keylayers("eval", *ALL, "--output", out) == code
+        assert (out / "evaluation.json").exists() == (code == 0)
         kept += stop.kept
     assert len(kept) == len(set(kept)) == 24
+    whole = (out / "documents.parquet").read_bytes()
     pd.testing.assert_frame_equal(table, pd.read_parquet(out / "documents.parquet"))
     records = [json.loads((one / "evaluation.json").read_text()) for one in (evaluated[2], out)]
     for one in records:
         del one["provenance"]["environment"]  # the commit may change while tests run
     assert records[0] == records[1]
-    assert not list(tmp_path.glob(".*"))
-    assert not list(out.glob(".*"))
+    again = Stop(monkeypatch)
+    assert keylayers("eval", *ALL, "--output", out) == 0
+    assert again.kept == []
+    assert "tuned: all measured before" in capsys.readouterr().err
+    assert (out / "documents.parquet").read_bytes() == whole
+    assert evaluation_of(out).measures == evaluated[0].measures
+    assert not [*tmp_path.glob(".*"), *out.glob(".*")]
 
 
 def test_only_what_changes_is_measured_again(evaluated, table, tiny, tmp_path, monkeypatch):

@@ -200,28 +200,28 @@ def served(tiny, tmp_path_factory):
 
 @pytest.mark.long
 def test_a_served_model_is_asked_and_graded_by_the_command_line(served, tiny, tmp_path):
-    """As the recipe's README says; the tiny model rates nothing, so its ratings are unreadable."""
+    """As docs/inspect.md says; the tiny model rates nothing, so its ratings are unreadable."""
+
+    def inspect(*arguments):
+        done = subprocess.run(
+            [Path(INSPECT).with_name("inspect"), *map(str, arguments)],
+            env=os.environ | {"LOCAL_BASE_URL": f"{served}/v1", "LOCAL_API_KEY": "none"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
     questions = lines(tmp_path / "q.jsonl", QUESTIONS)
     model = f"openai-api/local/{tiny / 'model'}"
-    command = [Path(INSPECT).with_name("inspect"), "eval", RECIPES / "mt_bench.py@rating"]
-    command += ["-T", f"questions={questions}", "--model", model, "--model-role", f"grader={model}"]
-    command += ["--max-tokens", "8", "--log-dir", tmp_path / "logs", "--display", "plain"]
-    settings = {"LOCAL_BASE_URL": f"{served}/v1", "LOCAL_API_KEY": "none"}
-    done = subprocess.run(
-        [*map(str, command)],
-        env={**os.environ, **settings},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (log,) = (tmp_path / "logs").iterdir()
-    code = "import sys, json; from inspect_ai.log import read_eval_log as read\n"
-    code += "log = read(sys.argv[1])\n"
-    code += "print(json.dumps([log.status, [one.metadata['answers'] for one in log.samples]]))"
-    shown = subprocess.run([INSPECT, "-c", code, log], capture_output=True, text=True, check=True)
-    status, answers = json.loads(shown.stdout)
-    assert status == "success"
-    assert [len(one) for one in answers] == [2, 2]
-    assert any(text for one in answers for text in one)
+    command = ["eval", RECIPES / "mt_bench.py@rating", "-T", f"questions={questions}"]
+    command += ["--model", model, "--model-role", f"grader={model}", "--max-tokens", "8"]
+    inspect(*command, "--log-dir", tmp_path / "logs", "--display", "plain")
+    (path,) = (tmp_path / "logs").iterdir()
+    log = json.loads(inspect("log", "dump", path))
+    assert log["status"] == "success"
+    answers = [sample["metadata"]["answers"] for sample in log["samples"]]
+    assert [len(each) for each in answers] == [2, 2]
+    assert any(text for each in answers for text in each)
