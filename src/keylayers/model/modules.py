@@ -70,19 +70,16 @@ def map_modules(model: nn.Module, towers: Towers = "language") -> tuple[ModuleIn
     """
     base = base_model_of(model)
     weights = _weights(base)
-    found: list[tuple[str, int, str]] = []
-    offset = 0
-    for stack in _block_stacks(base, towers):
-        pattern = re.compile(re.escape(stack) + r"\.(\d+)\.(.+)")
-        for name in weights:
-            match = pattern.fullmatch(name)
-            if match and not _is_only_read(base, name):
-                found.append((name, offset + int(match[1]), match[2]))
-        offset += len(base.get_submodule(stack))  # type: ignore[arg-type]
-    kinds = _kinds([(block, path) for _, block, path in found])
+    found = [
+        (name, index, name.removeprefix(block))
+        for index, block in enumerate(f"{name}." for name in _block_names(base, towers))
+        for name in weights
+        if name.startswith(block) and not _is_only_read(base, name)
+    ]
+    kinds = _kinds([(index, path) for _, index, path in found])
     return tuple(
-        ModuleInfo(name, block, kinds[path], *_size(weights[name], name))
-        for name, block, path in found
+        ModuleInfo(name, index, kinds[path], *_size(weights[name], name))
+        for name, index, path in found
     )
 
 
@@ -95,8 +92,7 @@ def outside_module(model: nn.Module, name: str) -> ModuleInfo:
 def blocks_of(model: nn.Module, towers: Towers = "language") -> list[nn.Module]:
     """The model's blocks, in the order of `block_index`."""
     base = base_model_of(model)
-    stacks = _block_stacks(base, towers)
-    return [block for stack in stacks for block in base.get_submodule(stack).children()]
+    return [base.get_submodule(name) for name in _block_names(base, towers)]
 
 
 def linear_of(module: nn.Module) -> nn.Module:
@@ -150,14 +146,23 @@ def _is_only_read(base: nn.Module, name: str) -> bool:
     return is_mixer and last in ("dt_proj", "out_proj")
 
 
-def _block_stacks(base: nn.Module, towers: Towers) -> list[str]:
+def _block_names(base: nn.Module, towers: Towers) -> list[str]:
+    """Names of all blocks: members of the stacks, in model order."""
+    return [
+        f"{stack}.{index}"
+        for stack in _stacks(base, towers)
+        for index in range(len(base.get_submodule(stack)))  # type: ignore[arg-type]
+    ]
+
+
+def _stacks(base: nn.Module, towers: Towers) -> list[str]:
     """Names of the outermost `ModuleList`s whose members hold weights, in model order."""
     weights = _weights(base)
     stacks: list[str] = []
     for name, module in base.named_modules():
-        is_nested = any(name.startswith(stack + ".") for stack in stacks)
-        holds_weights = any(weight.startswith(name + ".") for weight in weights)
-        if isinstance(module, nn.ModuleList) and holds_weights and not is_nested:
+        if not isinstance(module, nn.ModuleList) or name.startswith(tuple(f"{s}." for s in stacks)):
+            continue
+        if any(weight.startswith(f"{name}.") for weight in weights):
             stacks.append(name)
     kind = type(base).__name__
     if not stacks:
@@ -181,8 +186,7 @@ def _nearest_to_embeddings(base: nn.Module, stacks: list[str]) -> list[str]:
 
     Only those fewest levels down: a tower for images may sit next to the blocks.
     """
-    get_embeddings = getattr(base, "get_input_embeddings", lambda: None)
-    embeddings = get_embeddings()
+    embeddings = getattr(base, "get_input_embeddings", lambda: None)()
     name = next((name for name, module in base.named_modules() if module is embeddings), None)
     while name:
         name = name.rpartition(".")[0]
