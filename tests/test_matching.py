@@ -12,33 +12,27 @@ from keylayers.ranking.matching import match, scores_of
 
 from rankings import grid_of
 
-# two models of different shape, and a budget, at which they agree fully
+# two models of different shape, a budget at which they agree fully, modules compared and scored
 THE_SAME = {
-    "at another depth": (
-        grid_of({"q": [8.0, 6.0, 4.0, 2.0], "v": [7.0, 5.0, 3.0, 1.0]}, errors=0.0),
-        grid_of({"q": [80.0 - 10 * b for b in range(8)], "v": [75.0 - 10 * b for b in range(8)]}),
-        (8, 8),
+    "another depth": (
+        {"q": [8.0, 6.0, 4.0, 2.0], "v": [7.0, 5.0, 3.0, 1.0]},
+        {"q": [80.0 - 10 * b for b in range(8)], "v": [75.0 - 10 * b for b in range(8)]},
+        *(0.5, 8, 8),
     ),
-    "one without a score": (
-        grid_of({"q": [3.0, None, 1.0]}),
-        grid_of({"q": [5.0, 4.0, 3.0, 2.0, 1.0]}),
-        (3, 2),
-    ),
-    "one block": (
-        grid_of({"q": [2.0], "v": [1.0]}),
-        grid_of({"q": [4.0, 1.0], "v": [3.0, 2.0]}),
-        (2, 2),
-    ),
+    "no score": ({"q": [3.0, None, 1.0]}, {"q": [5.0, 4.0, 3.0, 2.0, 1.0]}, 1, 3, 2),
+    "one block": ({"q": [2.0], "v": [1.0]}, {"q": [4.0, 1.0], "v": [3.0, 2.0]}, 0.5, 2, 2),
 }
 
 
 @pytest.mark.parametrize("name", THE_SAME)
 def test_the_same_profile_in_another_shape_agrees_fully(name):
-    shallow, deep, counts = THE_SAME[name]
-    for pair in (*agreement([shallow, deep], 1), *agreement([deep, shallow], 1)):
-        assert (pair.is_by_depth, pair.num_modules, pair.num_scored) == (True, *counts)
-        assert (pair.jaccard, pair.left_out) == (1.0, ())
-        assert (pair.tau, pair.top_weighted_tau) == pytest.approx((1, 1))
+    *columns, budget, num_modules, num_scored = THE_SAME[name]
+    shallow, deep = (grid_of(own, errors=0.0) for own in columns)
+    for pair in (*agreement([shallow, deep], budget), *agreement([deep, shallow], budget)):
+        assert (pair.is_by_depth, pair.left_out) == (True, ())
+        assert (pair.num_modules, pair.num_scored) == (num_modules, num_scored)
+        assert (pair.jaccard, pair.tau, pair.top_weighted_tau) == pytest.approx((1, 1, 1))
+        assert (*pair.jaccard_interval, *pair.tau_interval) == pytest.approx((1, 1, 1, 1))
 
 
 def test_ranks_between_blocks_are_interpolated_by_hand():
@@ -59,14 +53,6 @@ def test_blocks_without_the_projection_or_a_score_are_bridged():
     # ranks 2 and 1 of 2, held constant to the first and the last block
     assert matched.to_standings[1](scores_of(deep)) == pytest.approx([-1, -1 / 2])
     assert matched.left_out == ("v",)
-
-
-def test_models_of_different_shape_have_intervals_too():
-    shallow = grid_of({"q": [3.0, 2.0, 1.0]}, errors=0.0)
-    deep = grid_of({"q": [5.0, 4.0, 3.0, 2.0, 1.0]}, errors=0.0)
-    (pair,) = agreement([shallow, deep], 0.5)
-    assert pair.tau_interval == pytest.approx((1, 1))
-    assert pair.jaccard_interval == pytest.approx((1, 1))
 
 
 def test_models_without_a_common_projection_are_refused():
