@@ -13,26 +13,22 @@ from itertools import accumulate
 from keylayers.errors import ConfigError
 from keylayers.ranking.budget import Time
 from keylayers.ranking.ranked_module import RankedModule
+from keylayers.ranking.record import MadeBy
 
 # A pass through both LoRA matrices of a square weight with N parameters is 2 r sqrt(N).
 PASSES = 3  # forward, backward for activations, gradient of the matrices
 
 
 class StepTime:
-    """Multiply-adds of a training step for one token."""
+    """Multiply-adds for one token of a training step, trained as in the run that is recorded."""
 
-    def __init__(
-        self,
-        modules: Sequence[RankedModule],
-        *,
-        is_full: bool,
-        lora_rank: int,
-        num_head_parameters: int,
-    ) -> None:
+    def __init__(self, modules: Sequence[RankedModule], made_by: MadeBy) -> None:
         sizes = [module.num_parameters for module in modules]
+        head, lora_rank = made_by.model.num_head_parameters, made_by.options.lora_rank
+        is_full = made_by.options.update == "full" or made_by.tuned is not None
         self._names = [module.name for module in modules]
-        self._forward = sum(sizes) + num_head_parameters
-        from_the_head = list(accumulate(reversed(sizes), initial=num_head_parameters))
+        self._forward = sum(sizes) + head
+        from_the_head = list(accumulate(reversed(sizes), initial=head))
         self._backward = from_the_head[1:][::-1]  # down to each module, in model order
         self.own = [  # what a trained module adds for its own gradient, or for its LoRA matrices
             float(size) if is_full else PASSES * 2 * lora_rank * size**0.5 for size in sizes

@@ -104,12 +104,7 @@ class Ranking:
     @property
     def step_time(self) -> StepTime:
         """What a training step of the run that made the ranking costs."""
-        return StepTime(
-            self.modules,
-            is_full=self.made_by.options.update == "full" or self.made_by.tuned is not None,
-            lora_rank=self.made_by.options.lora_rank,
-            num_head_parameters=self.made_by.model.num_head_parameters,
-        )
+        return StepTime(self.modules, self.made_by)
 
     def to_json(self) -> dict[str, Any]:
         """The ranking file's content."""
