@@ -42,21 +42,18 @@ values = st.one_of(
     st.text(max_size=12),
     st.recursive(
         st.none() | st.integers() | st.text(max_size=4),
-        lambda one: (
-            st.lists(one, max_size=3) | st.dictionaries(st.text(max_size=4), one, max_size=3)
-        ),
+        lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text(), part, max_size=3),
         max_leaves=6,
     ),
 )
 
 
-def _nodes(content, place=()):
-    """Every place in a JSON value, as keys and indices from the top."""
-    yield place
-    parts = content.items() if isinstance(content, dict) else ()
-    parts = enumerate(content) if isinstance(content, list) else parts
-    for key, value in parts:
-        yield from _nodes(value, (*place, key))
+def _places(content):
+    """Every place in a JSON value, as a list or dict and its index or key."""
+    if isinstance(content, (dict, list)):
+        for key in content if isinstance(content, dict) else range(len(content)):
+            yield content, key
+            yield from _places(content[key])
 
 
 @st.composite
@@ -64,29 +61,20 @@ def changed(draw, content):
     """The value with one to three parts replaced, left out, repeated or renamed."""
     content = copy.deepcopy(content)
     for _ in range(draw(st.integers(1, 3))):
-        places = [place for place in _nodes(content) if place]
+        places = list(_places(content))
         if not places:
             return draw(values)
-        *way, last = draw(st.sampled_from(places))
-        holder = content
-        for key in way:
-            holder = holder[key]
+        holder, key = draw(st.sampled_from(places))
         act = draw(st.sampled_from(("replace", "replace", "replace", "drop", "repeat", "rename")))
         if act == "replace":
-            holder[last] = draw(values)
+            holder[key] = draw(values)
         elif act == "drop":
-            del holder[last]
+            del holder[key]
         elif isinstance(holder, list):
-            holder.append(copy.deepcopy(holder[last]))
+            holder.append(copy.deepcopy(holder[key]))
         elif act == "rename":
-            holder[draw(st.text(max_size=8))] = holder.pop(last)
+            holder[draw(st.text(max_size=8))] = holder.pop(key)
     return content
-
-
-def damaged_text(text):
-    """The bytes of a file that held `text`: as below, or in another encoding."""
-    others = (b"\xef\xbb\xbf" + text.encode(), text.encode("utf-16"))
-    return st.one_of(damaged_bytes(text.encode()), st.sampled_from(others))
 
 
 def damaged_bytes(whole):
@@ -94,11 +82,9 @@ def damaged_bytes(whole):
     places = st.integers(0, len(whole))
     return st.one_of(
         places.map(lambda end: whole[:end]),
-        st.tuples(places, st.binary(max_size=6)).map(
-            lambda one: whole[: one[0]] + one[1] + whole[one[0] :]
-        ),
-        st.tuples(places, st.binary(min_size=1, max_size=6)).map(
-            lambda one: whole[: one[0]] + one[1] + whole[one[0] + len(one[1]) :]
+        st.builds(
+            lambda place, new, is_over: whole[:place] + new + whole[place + is_over * len(new) :],
+            *(places, st.binary(max_size=6), st.booleans()),
         ),
         st.binary(max_size=60),
         st.sampled_from([b"", b"\xff\xfe", b"\x00" * 100]),
@@ -106,15 +92,20 @@ def damaged_bytes(whole):
     )
 
 
+def damaged_text(text):
+    """The bytes of a file that held `text`: as above, or in another encoding."""
+    others = (b"\xef\xbb\xbf" + text.encode(), text.encode("utf-16"))
+    return st.one_of(damaged_bytes(text.encode()), st.sampled_from(others))
+
+
 def damaged_json(content):
     """The bytes of a JSON file that held `content`."""
-    sound = json.dumps(content)
     return st.one_of(
-        changed(content).map(lambda one: json.dumps(one).encode("utf-8", "surrogatepass")),
+        changed(content).map(lambda value: json.dumps(value).encode()),
         changed(content).map(
-            lambda one: json.dumps(one, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            lambda value: json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
         ),
-        damaged_text(sound),
+        damaged_text(json.dumps(content)),
     )
 
 

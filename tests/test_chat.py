@@ -7,19 +7,21 @@ from itertools import groupby
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+
+from keylayers.data import chat
+from keylayers.data.chat import ChatTemplate, resolve_template
+from keylayers.data.formats import FORMATS, Conversation
+from keylayers.errors import DataError
+from tiny_files import CHAT_TEMPLATE as MARKED
+from tiny_files import tiny_tokenizer
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. What is it? It is a fox!",
     "### Instruction:\nWrite a poem.\n\n### Response:\nRoses are red,\n\nviolets are blue.  Two.",
     "User: hello there\nBot: good day\n[INST] one two three [/INST] four </x>\n\n\n",
 ]
-SPECIAL = ["<s>", "</s>", "<|user|>", "<|bot|>"]
-
-MARKED = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}<|bot|>{% generation %}"
-    "{{ m['content'] }}</s>{% endgeneration %}{% else %}<|user|>{{ m['content'] }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}"
-)
 BARE = (
     "{% for m in messages %}{{ 'Bot:' if m['role'] == 'assistant' else 'User:' }}"
     "{{ m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}Bot:{% endif %}"
@@ -79,52 +81,35 @@ BROKEN = {
 
 
 def build_tokenizer(*, trim_offsets=True, start=False, eos="</s>"):
-    """A byte-level BPE tokenizer of a few hundred tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    options = {"special_tokens": SPECIAL, "initial_alphabet": alphabet, "show_progress": False}
-    inner.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, **options))
+    tokenizer = tiny_tokenizer(CORPUS)
+    tokenizer.chat_template, tokenizer.eos_token = None, eos
     processor = processors.ByteLevel(trim_offsets=trim_offsets)
     if start:
-        processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))]
-        )
-    inner.post_processor = processor
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token=eos)
-    tokenizer.add_special_tokens({"extra_special_tokens": SPECIAL[2:]})
+        first = ("<s>", tokenizer.bos_token_id)
+        processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[first])
+    tokenizer.backend_tokenizer.post_processor = processor
     return tokenizer
 
 
-def template_of(text, tokenizer):
-    from keylayers.data import chat
-
-    if text in chat.BUILT_IN:
-        return chat.resolve_template(tokenizer, text)
-    return chat.ChatTemplate("t", text, "file")
+def messages(turns):
+    return [{"role": role, "content": content} for role, content in turns]
 
 
-def encode_all(many, tokenizer, template, max_length=10_000):
-    from keylayers.data import chat
-    from keylayers.data.formats import Conversation, Message
-
-    found = (Conversation(tuple(Message(*turn) for turn in turns)) for turns in many)
-    return list(chat.encode_all(found, tokenizer, template_of(template, tokenizer), max_length))
-
-
-def encode(turns, *options, **named):
-    return encode_all([turns], *options, **named)[0]
+def encode(turns, tokenizer, template, max_length=10_000):
+    if template in chat.BUILT_IN:
+        template = resolve_template(tokenizer, template)
+    elif isinstance(template, str):
+        template = ChatTemplate("t", template, "file")
+    conversation = turns if isinstance(turns, Conversation) else Conversation(messages(turns))
+    [found] = chat.encode_all([conversation], tokenizer, template, max_length)
+    return found
 
 
 def labelled_runs(encoded, tokenizer):
     """What the loss counts, as the text of every unbroken run of labelled tokens."""
-    pairs = zip(encoded.labels, encoded.input_ids, strict=True)
-    assert all(label in (-100, token) for label, token in pairs)
-    runs = (list(run) for _, run in groupby(encoded.labels, lambda label: label == -100))
+    ids, labels = encoded.row["input_ids"], encoded.row["labels"]
+    assert all(label in (-100, token) for label, token in zip(labels, ids, strict=True))
+    runs = (list(run) for _, run in groupby(labels, lambda label: label == -100))
     return [
         tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs if run[0] != -100
     ]
@@ -142,28 +127,23 @@ def check_answers(tokenizer, case):
     assert labelled_runs(encoded, tokenizer) == expected
     assert not encoded.is_last_answer_only
     assert not encoded.is_truncated
+    return encoded
 
 
 @pytest.mark.parametrize("case", TEMPLATES)
 def test_the_loss_counts_every_answer_with_its_closing_tokens(tokenizer, case):
-    check_answers(tokenizer, case)
+    encoded = check_answers(tokenizer, case)
+    if case in ("marked", "unmarked", "built-in alpaca", "built-in chatml"):  # all end with a stop
+        text = chat.BUILT_IN.get(TEMPLATES[case][0], TEMPLATES[case][0])
+        in_use = tokenizer.apply_chat_template(messages(TURNS), chat_template=text)
+        assert encoded.row["input_ids"] == in_use["input_ids"]
 
 
 @pytest.mark.parametrize("case", ["marked", "unmarked", "built-in alpaca"])
 def test_a_tokenizer_without_offsets_counts_the_same_answers(case):
-    from transformers import ByT5Tokenizer
-
     tokenizer = ByT5Tokenizer()
     assert not tokenizer.is_fast
     check_answers(tokenizer, case)
-
-
-@pytest.mark.parametrize("case", ["marked", "unmarked", "built-in alpaca", "built-in chatml"])
-def test_the_tokens_are_those_of_the_model_in_use(tokenizer, case):
-    template = template_of(TEMPLATES[case][0], tokenizer)
-    messages = [{"role": role, "content": content} for role, content in TURNS]
-    in_use = tokenizer.apply_chat_template(messages, chat_template=template.text)["input_ids"]
-    assert encode(TURNS, tokenizer, TEMPLATES[case][0]).input_ids == in_use
 
 
 TEXT = st.text(st.sampled_from("ab c\n\t.é🦊ß'1"), min_size=1, max_size=12)
@@ -175,15 +155,11 @@ def test_any_text_is_labelled_to_the_character(tokenizer, template, pairs):
     turns = [turn for asked, said in pairs for turn in (("user", asked), ("assistant", said))]
     encoded = encode(turns, tokenizer, template)
     assert labelled_runs(encoded, tokenizer) == [said + "</s>" for _, said in pairs]
-    assert len(encoded.input_ids) == len(encoded.labels) == encoded.num_tokens
 
 
 def test_words_without_blanks_in_any_token_are_labelled_like_any_other():
     """The closing line end is in no token; transformers' own mask then runs on to the end."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["[UNK]", "</s>", "<|user|>", "<|bot|>", "q", "a", "r", "b"]
+    words = ["[UNK]", "</s>", "<|user|>", "<|assistant|>", "q", "a", "r", "b"]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -191,16 +167,13 @@ def test_words_without_blanks_in_any_token_are_labelled_like_any_other():
     )
     turns = [("user", "q"), ("assistant", "a a"), ("user", "r"), ("assistant", "b")]
     encoded = encode(turns, tokenizer, TEMPLATES["line end inside the markers"][0])
-    counted = [words[label] if label >= 0 else "-" for label in encoded.labels]
+    counted = [words[label] if label >= 0 else "-" for label in encoded.row["labels"]]
     assert counted == ["-", "-", "-", "a", "a", "</s>", "-", "-", "-", "b", "</s>"]
 
 
 def test_a_template_that_rewrites_earlier_answers_leaves_the_last_one_to_learn(tokenizer):
-    thinking = (
-        "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}"
-        "{% else %}<|bot|>{{ 'hm ' if loop.last }}{{ m['content'] }}</s>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<|bot|>{% endif %}"
-    )
+    answer = "{{ m['content'] }}</s>"
+    thinking = unmarked(MARKED).replace(answer, "{{ 'hm ' if loop.last }}" + answer)
     encoded = encode(TURNS, tokenizer, thinking)
     assert labelled_runs(encoded, tokenizer) == ["hm " + TURNS[3][1] + "</s>"]
     assert encoded.is_last_answer_only
@@ -226,7 +199,7 @@ def test_a_conversation_may_begin_with_an_answer(tokenizer):
 )
 def test_built_in_templates_read_as_documented(tokenizer, template, expected):
     encoded = encode([("system", "Be brief."), *TURNS[2:]], tokenizer, template)
-    text = tokenizer.decode(encoded.input_ids, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(encoded.row["input_ids"], clean_up_tokenization_spaces=False)
     assert text == expected
 
 
@@ -234,7 +207,7 @@ def test_a_built_in_template_starts_and_ends_as_the_tokenizer_does():
     for start in (True, False):
         tokenizer = build_tokenizer(start=start)
         encoded = encode(TURNS, tokenizer, "alpaca")
-        assert encoded.input_ids.count(tokenizer.bos_token_id) == start
+        assert encoded.row["input_ids"].count(tokenizer.bos_token_id) == start
     tokenizer = build_tokenizer(eos="<|im_end|>")  # which does not end a ChatML answer twice
     encoded = encode(TURNS, tokenizer, "chatml")
     assert labelled_runs(encoded, tokenizer)[-1] == TURNS[3][1] + "<|im_end|>"
@@ -243,7 +216,7 @@ def test_a_built_in_template_starts_and_ends_as_the_tokenizer_does():
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_template_that_cannot_be_used_is_refused_in_one_line(tokenizer, case):
     template, message = BROKEN[case]
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         encode(TURNS, tokenizer, template)
     assert "\n" not in str(caught.value)
 
@@ -254,42 +227,36 @@ def test_an_answer_that_cannot_be_ended_is_refused():
 
 
 def test_truncation_keeps_the_start_and_is_seen(tokenizer):
-    whole = encode(TURNS, tokenizer, MARKED)
-    cut = encode(TURNS, tokenizer, MARKED, max_length=9)
-    assert cut.input_ids == whole.input_ids[:9]
-    assert cut.labels == whole.labels[:9]
-    assert cut.is_truncated
-    assert cut.num_tokens == len(whole.input_ids)
-    first = next(i for i, label in enumerate(whole.labels) if label >= 0)
+    whole, cut = (encode(TURNS, tokenizer, MARKED, length) for length in (10_000, 9))
+    ids, labels = whole.row["input_ids"], whole.row["labels"]
+    assert cut.row == {"input_ids": ids[:9], "labels": labels[:9]}
+    assert (cut.is_truncated, cut.num_used_tokens, whole.num_used_tokens) == (True, 9, len(ids))
+    first = next(i for i, label in enumerate(labels) if label >= 0)
     assert cut.num_prompt_tokens == whole.num_prompt_tokens == first
-    assert encode(TURNS, tokenizer, MARKED, max_length=3).num_label_tokens == 0
+    short = encode(TURNS, tokenizer, MARKED, max_length=3)
+    assert (short.num_label_tokens, short.is_usable) == (0, False)
 
 
-def test_plain_text_counts_whole_and_ends(tokenizer):
-    from keylayers.data import chat
-    from keylayers.data.formats import Conversation
-
+def test_plain_text_counts_whole_and_ends():
     for start in (True, False):
         tokenizer = build_tokenizer(start=start)
-        [encoded] = chat.encode_all([Conversation(text="The fox.")], tokenizer, None, 100)
-        assert tokenizer.decode(encoded.input_ids) == "<s>" * start + "The fox.</s>"
-        assert encoded.labels == encoded.input_ids
-        # nothing predicts the first token
-        assert encoded.num_label_tokens == len(encoded.input_ids) - 1
+        encoded = encode(Conversation([], text="The fox."), tokenizer, None)
+        ids = encoded.row["input_ids"]
+        assert tokenizer.decode(ids) == "<s>" * start + "The fox.</s>"
+        assert encoded.row["labels"] == ids
+        assert encoded.num_label_tokens == len(ids) - 1  # nothing predicts the first token
 
 
 def test_batches_change_nothing(tokenizer, monkeypatch):
-    from keylayers.data import chat
-
     many = [[("user", "q"), ("assistant", "a" * i)] for i in range(1, 6)]
     alone = [encode(turns, tokenizer, MARKED) for turns in many]
     monkeypatch.setattr(chat, "_BATCH_SIZE", 2)
-    assert encode_all(many, tokenizer, MARKED) == alone
+    found = (Conversation(messages(turns)) for turns in many)
+    template = ChatTemplate("t", MARKED, "file")
+    assert list(chat.encode_all(found, tokenizer, template, 10_000)) == alone
 
 
 def test_the_models_own_template_is_used_unless_another_is_chosen(tmp_path):
-    from keylayers.data.chat import ChatTemplate, resolve_template
-
     own = build_tokenizer()
     assert resolve_template(own, None).name == "alpaca"
     own.chat_template = MARKED
@@ -308,21 +275,19 @@ def test_the_models_own_template_is_used_unless_another_is_chosen(tmp_path):
 
 
 def test_a_real_model_and_real_answers_agree_with_transformers_own_mask(shared):
-    from transformers import AutoTokenizer
-
-    from keylayers.data import chat, formats
-
     tokenizer = AutoTokenizer.from_pretrained(shared / "models/english-2m")
     rows = json.loads((shared / "data/sft/alpaca_gpt4_999.json").read_text(encoding="utf-8"))
-    found, _ = formats.conversations(rows[:200], "alpaca")
-    own = chat.resolve_template(tokenizer, None)
-    bare = chat.ChatTemplate("bare", unmarked(own.text), "file")
-    marked = list(chat.encode_all(found, tokenizer, own, 10_000))
-    assert marked == list(chat.encode_all(found, tokenizer, bare, 10_000))
-    for conversation, encoded in zip(found, marked, strict=True):
-        messages = [{"role": m.role, "content": m.content} for m in conversation.messages]
-        theirs = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True)
-        assert encoded.input_ids == theirs["input_ids"]
-        assert [int(label >= 0) for label in encoded.labels] == theirs["assistant_masks"]
-        answer = conversation.messages[-1].content + "</s>"
+    own = resolve_template(tokenizer, None)
+    bare = ChatTemplate("bare", unmarked(own.text), "file")
+    for row in rows[:200]:
+        [conversation] = FORMATS["alpaca"][1](row)
+        encoded = encode(conversation, tokenizer, own)
+        assert encoded == encode(conversation, tokenizer, bare)
+        theirs = tokenizer.apply_chat_template(
+            conversation.messages, return_assistant_tokens_mask=True
+        )
+        assert encoded.row["input_ids"] == theirs["input_ids"]
+        counted = [int(label >= 0) for label in encoded.row["labels"]]
+        assert counted == theirs["assistant_masks"]
+        answer = conversation.messages[-1]["content"] + "</s>"
         assert labelled_runs(encoded, tokenizer) == [answer]

@@ -1,58 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a file to tokenised examples: reading, splitting, counting, recording."""
+"""From a file to examples: reading, splitting, counting, recording."""
 
 import csv
 import gzip
 import json
 import re
+import tempfile
+from pathlib import Path
 
+import datasets
 import pytest
+from datasets import Dataset, DatasetDict
+from transformers import AutoTokenizer, ByT5Tokenizer
 
+from keylayers.data.options import DataOptions
+from keylayers.data.prepare import prepare as prepare_data
+from keylayers.data.reading import _check_json
+from keylayers.errors import DataError, KeylayersError
+
+TOKENIZER = ByT5Tokenizer()  # needs no files: one token per byte
 ROWS = [{"instruction": f"Say {i}.", "input": "", "output": f"It is {i}."} for i in range(20)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
-
-# Content of a file, and the message about it.
-UNREADABLE = {
-    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', r"readable as a table.*JSON parse error"),
-    "empty.jsonl": (b"", r"must have rows, got none"),
-    "empty.json": (b"[]", r"got: Instruction \"train\" corresponds to no data"),
-    "empty.csv": (b"", r"got: No columns to parse from file"),
-    "mixed.jsonl": (b'{"text": "a"}\n{"text": ["b"]}\n', r"`text` must be text, got list in row 2"),
-    "latin.jsonl": ('{"text": "é"}'.encode("latin-1"), r"must be UTF-8 text, got: 'utf-8' codec"),
-    "broken.parquet": (b"nothing", r"readable as a table.*Parquet"),
-    "notes.docx": (b"x", r"Data files must be of one type \(.json, .jsonl, .csv, .parquet"),
-    "columns.jsonl": (b'{"body": "a"}\n', r"must fit a known format, got body"),
-    "silent.jsonl": (
-        b'{"text": ""}\n',
-        r"answers to learn, got 1 rows without one in the .*'text'",
-    ),
-    "single.jsonl": (b'{"text": "abc"}\n', r"after 1 held out, got 1 usable"),
-}
+PAIRS = [{"prompt": f"Say {i}.", "chosen": "Good.", "rejected": "Bad."} for i in range(20)]
+RATED = [{"prompt": f"Say {i}.", "completion": "Good.", "label": i % 2 == 0} for i in range(20)]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    """Needs no files: one token per byte."""
-    from transformers import ByT5Tokenizer
-
-    return ByT5Tokenizer()
-
-
-@pytest.fixture(scope="module")
-def prepare(tokenizer):
-    from keylayers.data.options import DataOptions
-    from keylayers.data.prepare import prepare
-
-    def run(data, max_positions=None, **options):
-        options = DataOptions(data=str(data), **{"mask_data": "train"} | options)
-        return prepare(options, tokenizer, max_positions)
-
-    return run
-
-
-@pytest.fixture
-def alpaca(tmp_path):
-    return write(tmp_path / "alpaca.jsonl", ROWS)
+def prepare(data, max_positions=None, objective="sft", **options):
+    options = DataOptions(data=str(data), **{"mask_data": "train"} | options)
+    return prepare_data(options, TOKENIZER, max_positions, objective)
 
 
 def write(path, rows):
@@ -60,12 +35,20 @@ def write(path, rows):
     return path
 
 
-def texts(dataset, tokenizer):
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in dataset["input_ids"]]
+@pytest.fixture
+def alpaca(tmp_path):
+    return write(tmp_path / "alpaca.jsonl", ROWS)
 
 
-def numbers(dataset, tokenizer):
-    return [int(re.search(r"Say (\d+)", text).group(1)) for text in texts(dataset, tokenizer)]
+def texts(examples):
+    """What each example says, whatever its columns are."""
+    if "input_ids" in examples.column_names:
+        return [TOKENIZER.decode(ids, skip_special_tokens=True) for ids in examples["input_ids"]]
+    return [turns[0]["content"] for turns in examples["prompt"]]
+
+
+def numbers(examples):
+    return [int(re.search(r"Say (\d+)", text).group(1)) for text in texts(examples)]
 
 
 def write_csv(path):
@@ -83,35 +66,32 @@ def write_folder(path):
     (path / "notes.txt").write_text("not data", encoding="utf-8")
 
 
-def dataset():
-    from datasets import Dataset
-
-    return Dataset.from_list(ROWS)
+def write_mixed(path):
+    path.mkdir()
+    write(path / "a.jsonl", ROWS)
+    write_csv(path / "b.csv")
 
 
 def write_saved_splits(path):
-    from datasets import DatasetDict
+    every = Dataset.from_list(ROWS)
+    DatasetDict({"train": every, "test": every.select([0])}).save_to_disk(path)
 
-    DatasetDict({"train": dataset(), "test": dataset().select([0])}).save_to_disk(path)
 
-
-WRITERS = {
+SOUND = {
     "a.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
     "a.jsonl": lambda path: path.write_text(LINES),
     "a.csv": write_csv,
-    "a.parquet": lambda path: dataset().to_parquet(path),
+    "a.parquet": lambda path: Dataset.from_list(ROWS).to_parquet(path),
     "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES.encode())),
     "folder": write_folder,
-    "saved": lambda path: dataset().save_to_disk(path),
+    "saved": lambda path: Dataset.from_list(ROWS).save_to_disk(path),
     "saved splits": write_saved_splits,
 }
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_the_same_rows_give_the_same_examples_from_any_place(
-    prepare, alpaca, tmp_path, name, capfd
-):
-    WRITERS[name](tmp_path / name)
+@pytest.mark.parametrize("name", SOUND)
+def test_the_same_rows_give_the_same_examples_from_any_place(alpaca, tmp_path, name, capfd):
+    SOUND[name](tmp_path / name)
     capfd.readouterr()
     expected, found = prepare(alpaca), prepare(tmp_path / name)
     assert capfd.readouterr() == ("", "")
@@ -121,30 +101,52 @@ def test_the_same_rows_give_the_same_examples_from_any_place(
     assert found.held_out.to_list() == expected.held_out.to_list()
 
 
-def test_the_examples_are_what_trl_takes_as_it_is(prepare, alpaca, tokenizer):
+@pytest.mark.parametrize(("objective", "rows"), [("dpo", PAIRS), ("kto", RATED)])
+def test_preferences_are_read_from_tables_too(tmp_path, objective, rows):
+    table = Dataset.from_list(rows)
+    table.to_csv(tmp_path / "a.csv", index=False)
+    table.to_parquet(tmp_path / "a.parquet")
+    expected = prepare(write(tmp_path / "a.jsonl", rows), objective=objective).content_sha256
+    for name in ("a.csv", "a.parquet"):
+        assert prepare(tmp_path / name, objective=objective).content_sha256 == expected
+
+
+def test_the_examples_are_what_trl_takes_as_it_is(alpaca):
     prepared = prepare(alpaca, held_out=4.0)
     assert prepared.train.column_names == prepared.held_out.column_names == ["input_ids", "labels"]
-    for example, number in zip(prepared.train, numbers(prepared.train, tokenizer), strict=True):
-        whole = tokenizer.decode(example["input_ids"])
+    for example, number in zip(prepared.train, numbers(prepared.train), strict=True):
+        whole = TOKENIZER.decode(example["input_ids"])
         assert whole == f"### Instruction:\nSay {number}.\n\n### Response:\nIt is {number}.</s>"
         counted = [label for label in example["labels"] if label != -100]
-        assert tokenizer.decode(counted) == f"It is {number}.</s>"
+        assert TOKENIZER.decode(counted) == f"It is {number}.</s>"
 
 
+@pytest.mark.parametrize(
+    ("objective", "rows", "columns"),
+    [
+        ("sft", ROWS, ["input_ids", "labels"]),
+        ("dpo", PAIRS, ["prompt", "chosen", "rejected"]),
+        ("kto", RATED, ["prompt", "completion", "label"]),
+    ],
+)
 def test_the_splits_are_complete_never_mix_and_depend_on_content_and_seed_only(
-    prepare, alpaca, tmp_path, tokenizer
+    tmp_path, objective, rows, columns
 ):
-    two = prepare(alpaca, held_out=0.25)
-    train, held_out = numbers(two.train, tokenizer), numbers(two.held_out, tokenizer)
+    path = write(tmp_path / "a.jsonl", rows)
+    two = prepare(path, objective=objective, held_out=0.25)
+    assert two.train.column_names == two.held_out.column_names == columns
+    train, held_out = numbers(two.train), numbers(two.held_out)
     assert (len(held_out), sorted(train + held_out)) == (5, list(range(20)))
     assert train == sorted(train)
     assert (two.mask, two.counts.num_mask) == (None, 0)
-    reordered = prepare(write(tmp_path / "reordered.jsonl", ROWS[::-1]), held_out=5.0)
-    assert set(numbers(reordered.held_out, tokenizer)) == set(held_out)
-    other = prepare(alpaca, held_out=5.0, split_seed=1)
-    assert set(numbers(other.held_out, tokenizer)) != set(held_out)
-    three = prepare(alpaca, held_out=0.25, mask_data="held-out")
-    splits = [numbers(split, tokenizer) for split in (three.train, three.mask, three.held_out)]
+    reordered = write(tmp_path / "reordered.jsonl", rows[::-1])
+    again = prepare(reordered, objective=objective, held_out=5.0)
+    assert set(numbers(again.held_out)) == set(held_out)
+    assert again.content_sha256 != two.content_sha256
+    other = prepare(path, objective=objective, held_out=5.0, split_seed=1)
+    assert set(numbers(other.held_out)) != set(held_out)
+    three = prepare(path, objective=objective, held_out=0.25, mask_data="held-out")
+    splits = [numbers(split) for split in (three.train, three.mask, three.held_out)]
     assert [len(split) for split in splits] == [10, 5, 5]
     assert sorted([*splits[0], *splits[1], *splits[2]]) == list(range(20))
     assert splits[2] == held_out
@@ -152,30 +154,22 @@ def test_the_splits_are_complete_never_mix_and_depend_on_content_and_seed_only(
     assert three.record()["split_sha256"] != two.record()["split_sha256"]
 
 
-def test_duplicates_count_once_and_never_reach_both_sides_of_the_split(
-    prepare, tmp_path, tokenizer
-):
+def test_duplicates_count_once_and_never_reach_both_sides_of_the_split(tmp_path):
     path = write(tmp_path / "twice.jsonl", [ROWS[0], *ROWS, *ROWS])
     prepared = prepare(path, held_out=0.5)
     assert prepared.counts.num_duplicates == 21
     assert prepared.counts.num_train == prepared.counts.num_held_out == 10
-    both = numbers(prepared.train, tokenizer) + numbers(prepared.held_out, tokenizer)
-    assert sorted(both) == list(range(20))
+    assert sorted(numbers(prepared.train) + numbers(prepared.held_out)) == list(range(20))
     first = prepare(path, max_examples=6, held_out=1.0)
     assert (first.counts.num_examples, first.counts.num_train) == (6, 5)
     whole = prepare(write(tmp_path / "six.jsonl", ROWS[:6]), held_out=1.0)
     assert first.content_sha256 == whole.content_sha256
     assert prepare(path, max_examples=50).content_sha256 == prepare(path).content_sha256
+    pairs = prepare(write(tmp_path / "pairs.jsonl", [*PAIRS, *PAIRS[:3]]), objective="dpo")
+    assert pairs.counts.num_duplicates == 3
 
 
-def test_an_edited_file_is_read_again_and_nothing_is_left_behind(
-    prepare, alpaca, tmp_path, monkeypatch
-):
-    import tempfile
-    from pathlib import Path
-
-    import datasets
-
+def test_an_edited_file_is_read_again_and_nothing_is_left_behind(alpaca, tmp_path, monkeypatch):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
@@ -187,88 +181,109 @@ def test_an_edited_file_is_read_again_and_nothing_is_left_behind(
     assert [sorted(place.rglob("*")) for place in places if place.is_dir()] == before
 
 
-def test_datasets_prints_as_before_afterwards(prepare, alpaca, tmp_path):
-    import datasets
-
+def test_datasets_prints_as_before_afterwards(alpaca, tmp_path):
     datasets.enable_progress_bars()
     verbosity = datasets.logging.get_verbosity()
     prepare(alpaca)
-    with pytest.raises(ValueError, match="must have rows"):
+    with pytest.raises(DataError, match="must have rows"):
         prepare(write(tmp_path / "empty.jsonl", []))
     assert not datasets.are_progress_bars_disabled()
     assert datasets.logging.get_verbosity() == verbosity
 
 
-def test_the_counts_tell_what_became_of_every_row(prepare, tmp_path):
+def test_counts_record_and_summary_say_what_was_used_and_left_out(tmp_path):
     rows = [
-        *ROWS,
-        ROWS[3],
+        *(*ROWS, ROWS[3]),
         {"instruction": "q", "output": ""},
         {"instruction": "cut", "output": "x" * 100},
         {"instruction": "y" * 100, "output": "away"},
     ]
-    prepared = prepare(write(tmp_path / "a.jsonl", rows), max_length=80, held_out=2.0)
-    counts = prepared.counts
-    assert (counts.num_dropped_empty, counts.num_duplicates) == (1, 1)
-    assert (counts.num_examples, counts.num_train, counts.num_held_out) == (22, 19, 2)
-    assert (counts.num_truncated, counts.num_truncated_away) == (1, 1)
-    train = prepared.train.to_list()
-    assert counts.num_train_tokens == sum(len(example["input_ids"]) for example in train)
-    labels = [label for example in train for label in example["labels"]]
-    assert counts.num_label_tokens == sum(label != -100 for label in labels)
-
-
-def test_the_record_and_the_summary_say_what_was_used_and_left_out(prepare, tmp_path):
-    path = write(tmp_path / "a.jsonl", [*ROWS, ROWS[0], {"instruction": "q", "output": ""}])
-    prepared = prepare(path, max_positions=49, split_seed=3)
+    path = write(tmp_path / "a.jsonl", rows)
+    prepared = prepare(path, max_positions=80, held_out=2.0, split_seed=3)
     record = json.loads(json.dumps(prepared.record()))
-    assert (record["format"], record["split_seed"], record["num_train"]) == ("alpaca", 3, 18)
-    assert (record["max_length"], record["max_length_asked"]) == (49, 1024)
+    assert (record["num_dropped_empty"], record["num_duplicates"]) == (1, 1)
+    assert (record["num_examples"], record["num_train"], record["num_held_out"]) == (22, 19, 2)
+    assert (record["num_truncated"], record["num_truncated_away"]) == (1, 1)
+    train = prepared.train.to_list()
+    assert record["num_train_tokens"] == sum(len(example["input_ids"]) for example in train)
+    num_labels = sum(label != -100 for example in train for label in example["labels"])
+    assert record["num_label_tokens"] == num_labels
+    assert max(len(example["input_ids"]) for example in train) == 80
+    assert (record["max_length"], record["max_length_asked"]) == (80, 1024)
+    assert (record["format"], record["split_seed"]) == ("alpaca", 3)
     assert record["chat_template"]["name"] == "alpaca"
     assert re.fullmatch("[0-9a-f]{64}", record["content_sha256"])
-    assert max(len(ids) for ids in prepared.train["input_ids"]) == 49
-    first, left_out, length = prepared.summary()
-    assert first.startswith(
-        "18 examples to train and 2 held out (format 'alpaca', chat template 'alpaca', up to 49"
-    )
-    assert left_out == "of the data: 1 without an answer, 1 duplicates, 10 cut at the end"
-    assert length == "max_length 1024 lowered to the 49 positions that the model has"
+    assert prepared.summary() == [
+        "19 examples to train and 2 held out (format 'alpaca', chat template 'alpaca', up to 80 "
+        f"tokens, the loss on {num_labels} of {record['num_train_tokens']})",
+        "of the data: 1 without an answer, 1 duplicates, 1 cut at the end, 1 too long for any "
+        "answer",
+        "max_length 1024 lowered to the 80 positions that the model has",
+    ]
     plain = prepare(write(path, ROWS), max_positions=4000)
     assert (len(plain.summary()), plain.max_length) == (1, 1024)
 
 
-def test_plain_text_has_no_template_and_counts_every_token(prepare, tmp_path):
-    path = write(tmp_path / "text.jsonl", [{"text": f"Text {i}"} for i in range(4)])
-    prepared = prepare(path)
+@pytest.mark.parametrize(("objective", "num_away", "num_cut"), [("dpo", 1, 1), ("reward", 2, 0)])
+def test_pairs_are_counted_as_the_trainer_cuts_them(tmp_path, objective, num_away, num_cut):
+    long = "honey " * 20
+    rows = [*PAIRS, PAIRS[0] | {"prompt": long}, PAIRS[0] | {"chosen": long}]
+    path = write(tmp_path / "a.jsonl", rows)
+    counts = prepare(path, objective=objective, max_length=80).counts
+    assert (counts.num_truncated_away, counts.num_truncated) == (num_away, num_cut)
+    counts = prepare(write(path, PAIRS), objective=objective, held_out=2.0).counts
+    assert counts.num_label_tokens == 18 * (6 + 5)  # bytes, and an end of sequence
+
+
+def test_plain_text_has_no_template_and_counts_every_token(tmp_path):
+    prepared = prepare(write(tmp_path / "text.jsonl", [{"text": f"Text {i}"} for i in range(4)]))
     assert prepared.chat_template is None
     assert all(example["labels"] == example["input_ids"] for example in prepared.train)
-    with pytest.raises(ValueError, match="works on conversations, got plain text"):
-        prepare(path, chat_template="alpaca")
 
 
-def test_cells_of_csv_stay_text(prepare, tmp_path, tokenizer):
+def test_cells_of_csv_stay_text(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("question,answer\nwho,007\nwhat,NA\nx,1.50\ny,\n", encoding="utf-8")
     prepared = prepare(path, held_out=1.0)
-    found = texts(prepared.train, tokenizer) + texts(prepared.held_out, tokenizer)
+    found = texts(prepared.train) + texts(prepared.held_out)
     assert sorted(text.split("### Response:\n")[1] for text in found) == ["007", "1.50", "NA"]
     assert prepared.counts.num_dropped_empty == 1
 
 
-@pytest.mark.parametrize("name", UNREADABLE)
-def test_a_file_that_cannot_be_used_is_refused_in_one_line(prepare, tmp_path, name):
-    from keylayers.errors import DataError
-
-    content, message = UNREADABLE[name]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message) as caught:
-        prepare(tmp_path / name)
-    assert "\n" not in str(caught.value)
-
-
-# Data, options, and the message.
-UNFIT = [
+FILES = {
+    "alpaca.jsonl": LINES.encode(),
+    "pairs.jsonl": "".join(json.dumps(row) + "\n" for row in PAIRS).encode(),
+    "good.jsonl": "".join(json.dumps(row | {"label": True}) + "\n" for row in RATED).encode(),
+    "text.jsonl": b'{"text": "a"}\n{"text": "b"}\n',
+    "broken.jsonl": b'{"text": "a"}\n{"text": \n',
+    "empty.jsonl": b"",
+    "empty.json": b"[]",
+    "empty.csv": b"",
+    "mixed.jsonl": b'{"text": "a"}\n{"text": ["b"]}\n',
+    "latin.jsonl": '{"text": "é"}'.encode("latin-1"),
+    "broken.parquet": b"nothing",
+    "notes.docx": b"x",
+    "columns.jsonl": b'{"body": "a"}\n',
+    "silent.jsonl": b'{"text": ""}\n',
+    "single.jsonl": b'{"text": "abc"}\n',
+    "mixed": write_mixed,
+    "saved splits": write_saved_splits,
+}
+# The data, options, and the message.
+REFUSED = [
+    ("broken.jsonl", {}, r"readable as a table.*JSON parse error"),
+    ("empty.jsonl", {}, r"must have rows, got none"),
+    ("empty.json", {}, r"got: Instruction \"train\" corresponds to no data"),
+    ("empty.csv", {}, r"got: No columns to parse from file"),
+    ("mixed.jsonl", {}, r"Row 2: `text` must be text, got list"),
+    ("latin.jsonl", {}, r"must be UTF-8 text, got: 'utf-8' codec"),
+    ("broken.parquet", {}, r"readable as a table.*Parquet"),
+    ("notes.docx", {}, r"Data files must be of one type \(.json, .jsonl, .csv, .parquet"),
+    ("columns.jsonl", {}, r"must fit a known format, got body"),
+    ("silent.jsonl", {}, r"answers to learn, got 1 examples without one in the format 'text'"),
+    ("single.jsonl", {}, r"after 1 held out, got 1 usable"),
     ("alpaca.jsonl", {"held_out": 2.5}, "got 2.5; 0.1 keeps a tenth"),
+    ("alpaca.jsonl", {"held_out": 0.0}, "a share above 0 and below 1, or a whole number .*, got 0"),
     ("alpaca.jsonl", {"held_out": 20.0}, "left to train after 20 held out, got 20 usable"),
     (
         "alpaca.jsonl",
@@ -277,55 +292,54 @@ UNFIT = [
     ),
     ("alpaca.jsonl", {"max_length": 10}, "in 10 tokens, got only .* too long, .* up to 40 tokens"),
     ("alpaca.jsonl", {"data_split": "nowhere"}, "nowhere"),
+    ("saved splits", {"data_split": "nowhere"}, r"split \"nowhere\".*'train', 'test'"),
     ("alpacca.jsonl", {}, r"none of them, did you mean 'alpaca.jsonl'\?"),
     ("data/train.jsonl", {}, "got 'data/train.jsonl', which is none of them"),  # no hub name
     ("mixed", {}, r"of one type .* got \.csv and \.jsonl in"),
-    ("saved splits", {"data_split": "nowhere"}, "one of train, test .* got 'nowhere'"),
+    ("text.jsonl", {"chat_template": "alpaca"}, "works on conversations, got plain text"),
+    (
+        "pairs.jsonl",
+        {"objective": "dpo", "format": "alpaca"},
+        "`format` must be left out with `objective` dpo",
+    ),
+    ("pairs.jsonl", {"objective": "dpo", "max_length": 4}, "room for an answer in 4 tokens"),
+    ("good.jsonl", {"objective": "kto"}, "Rated answers must be good and bad"),
+    ("pairs.jsonl", {}, "choose an objective for preferences with `--objective`"),
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "message"), UNFIT)
-def test_data_that_are_not_there_or_do_not_fit_the_options_are_refused(
-    prepare, alpaca, monkeypatch, tmp_path, name, options, message
+@pytest.mark.parametrize(("name", "options", "message"), REFUSED)
+def test_data_that_cannot_be_used_are_refused_in_one_line(
+    monkeypatch, tmp_path, name, options, message
 ):
     monkeypatch.chdir(tmp_path)
-    if name == "saved splits":
-        write_saved_splits(tmp_path / name)
-    (tmp_path / "mixed").mkdir()
-    write(tmp_path / "mixed" / "a.jsonl", ROWS)
-    write_csv(tmp_path / "mixed" / "b.csv")
-    with pytest.raises(ValueError, match=message):
+    for file in {"alpaca.jsonl", name} & FILES.keys():
+        content, path = FILES[file], tmp_path / file
+        content(path) if callable(content) else path.write_bytes(content)
+    with pytest.raises(KeylayersError, match=message) as caught:
         prepare(name, **options)
+    assert "\n" not in str(caught.value)
 
 
-def test_a_hub_name_is_read_with_its_configuration(prepare, monkeypatch):
-    import datasets
-
+def test_a_hub_name_is_read_with_its_configuration_or_says_why_not(monkeypatch):
     asked = []
 
-    def load(*arguments, **options):
-        asked.append((arguments, options))
-        return datasets.Dataset.from_list(ROWS)
+    def load(**arguments):
+        asked.append(arguments)
+        if arguments["name"] == "nothing":
+            raise datasets.exceptions.DatasetNotFoundError("'owner/name' doesn't exist\non it")
+        return Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     prepare("owner/name:main", data_split="train[:50%]")
     prepare("owner/name")
     assert asked == [
-        (("owner/name", "main"), {"split": "train[:50%]"}),
-        (("owner/name", None), {"split": "train"}),
+        {"path": "owner/name", "name": "main", "split": "train[:50%]"},
+        {"path": "owner/name", "name": None, "split": "train"},
     ]
-
-
-def test_an_unreachable_hub_name_says_why_in_one_line(prepare, monkeypatch):
-    import datasets
-
-    def load(*arguments, **options):
-        raise datasets.exceptions.DatasetNotFoundError("Dataset 'owner/name' doesn't exist\non it")
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    message = r"no such file, and the hub said: Dataset 'owner/name' doesn't exist on it. Check"
-    with pytest.raises(ValueError, match=message):
-        prepare("owner/name")
+    message = r"no such file, and the hub said: 'owner/name' doesn't exist on it. Check"
+    with pytest.raises(DataError, match=message):
+        prepare("owner/name:nothing")
 
 
 @pytest.mark.parametrize(
@@ -336,13 +350,8 @@ def test_an_unreachable_hub_name_says_why_in_one_line(prepare, monkeypatch):
     ],
 )
 def test_real_data_is_prepared_for_a_real_model(shared, name, format, counts):
-    from transformers import AutoTokenizer
-
-    from keylayers.data.options import DataOptions
-    from keylayers.data.prepare import prepare
-
     tokenizer = AutoTokenizer.from_pretrained(shared / "models/english-2m")
-    prepared = prepare(DataOptions(data=str(shared / "data" / name)), tokenizer, 512)
+    prepared = prepare_data(DataOptions(data=str(shared / "data" / name)), tokenizer, 512)
     assert prepared.format == format
     assert (prepared.counts.num_examples, prepared.counts.num_duplicates) == counts
     assert prepared.chat_template.source == "model"
@@ -376,9 +385,6 @@ DEADLY_JSON = {
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.json.gz"])
 def test_json_that_would_crash_arrow_is_refused_by_line(tmp_path, name):
-    from keylayers.data.reading import _check_json
-    from keylayers.errors import DataError
-
     def check(text):
         content = text.encode()
         (tmp_path / name).write_bytes(gzip.compress(content) if ".gz" in name else content)
@@ -391,9 +397,9 @@ def test_json_that_would_crash_arrow_is_refused_by_line(tmp_path, name):
             check(text)
 
 
-def test_json_in_folders_is_checked_too(prepare, tmp_path):
+def test_json_in_folders_is_checked_too(tmp_path):
     write(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "b.jsonl").write_text("null\n")
-    with pytest.raises(ValueError, match=r"line 1 of .*b\.jsonl"):
+    with pytest.raises(DataError, match=r"line 1 of .*b\.jsonl"):
         prepare(tmp_path)

@@ -1,262 +1,271 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which format rows have, and which conversation each row holds."""
-
-import json
-import re
-import subprocess
-import sys
+"""Which format rows have, and which conversation or preference each row holds."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-S, Q, A = ("system", "s"), ("user", "q"), ("assistant", "a")
+from keylayers.data.formats import FORMATS, Conversation, read_format
+from keylayers.data.preferences import FORMAT_OF, PREFERENCES, Preference, require_columns
+from keylayers.data.reading import convert_rows
+from keylayers.errors import DataError
+
+ROLES = {"S": "system", "U": "user", "A": "assistant"}
+HUMAN = {"S": "system", "U": "human", "A": "gpt"}
 
 
-def new(*turns):
-    return [{"role": role, "content": content} for role, content in turns]
+def new(turns):
+    """Turns as role and content, from "U: a question | A: its answer"."""
+    split = [turn.split(": ", 1) for turn in turns.split(" | ")]
+    return [{"role": ROLES[role], "content": content} for role, content in split]
 
 
-def old(*turns):
-    return [{"from": role, "value": content} for role, content in turns]
+def old(turns):
+    """The same as `from` and `value`, with ShareGPT's roles."""
+    split = [turn.split(": ", 1) for turn in turns.split(" | ")]
+    return [{"from": HUMAN[role], "value": content} for role, content in split]
 
 
-# Name: its format, the conversations it holds as (role, content), and the row.
+def read(*rows, format=None):
+    """The format, the conversations as turns, and how many have no answer."""
+    format = read_format(rows[0], format)
+    found, num_dropped = convert_rows(rows, format, FORMATS[format][1])
+    return format, [each.messages for each in found], num_dropped
+
+
+# Name: its format, the conversations it holds, and the row.
 CASES = {
     "alpaca": (
         "alpaca",
-        [[("user", "Add.\n\n1 2"), ("assistant", "3")]],
+        ["U: Add.\n\n1 2 | A: 3"],
         {"instruction": "Add.", "input": "1 2", "output": "3", "text": "joined"},
     ),
-    "alpaca without input": (
-        "alpaca",
-        [[Q, A]],
-        {"instruction": "q", "input": None, "output": "a"},
-    ),
+    "no input": ("alpaca", ["U: q | A: a"], {"instruction": "q", "input": None, "output": "a"}),
     "alpaca of LLaMA-Factory": (
         "alpaca",
-        [[S, ("user", "b"), ("assistant", "1"), Q, A]],
+        ["S: s | U: b | A: 1 | U: q | A: a"],
         {"instruction": "q", "output": "a", "system": "s", "history": [["b", "1"]]},
     ),
     "sharegpt": (
         "sharegpt",
-        [[S, Q, A]],
-        {"conversations": old(S, ("human", "q"), ("gpt", "a"), ("human", "never answered"))},
+        ["S: s | U: q | A: a"],
+        {"conversations": old("S: s | U: q | A: a | U: never answered")},
     ),
     "sharegpt stored by field": (
         "sharegpt",
-        [[Q, A]],
+        ["U: q | A: a"],
         {"conversations": {"from": ["user", "bard"], "value": ["q", "a"]}},
     ),
-    "messages next to a prompt": ("messages", [[Q, A]], {"prompt": "q", "messages": new(Q, A)}),
+    "messages next to a prompt": (
+        "messages",
+        ["S: s | U: q | A: a"],
+        {"prompt": "q", "messages": new("U: q | A: a"), "system": "s"},
+    ),
     "messages in parts": (
         "messages",
-        [[Q, ("assistant", "ab")]],
+        ["U: q | A: ab"],
         {
-            "messages": new(
-                ("user", [{"type": "text", "text": "q"}]),
-                ("assistant", [{"text": "a"}, {"text": "b"}]),
-            )
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "q"}]},
+                {"role": "assistant", "content": [{"text": "a"}, {"text": "b"}]},
+            ]
         },
     ),
-    "prompt and completion": ("prompt-completion", [[Q, A]], {"prompt": "q", "completion": "a"}),
-    "prompt and completion as messages": (
+    "pair": ("prompt-completion", ["U: q | A: a"], {"prompt": "q", "completion": "a"}),
+    "pair of messages": (
         "prompt-completion",
-        [[S, Q, A]],
-        {"prompt": new(S, Q), "completion": new(A)},
+        ["S: s | U: q | A: a"],
+        {"prompt": new("S: s | U: q"), "completion": new("A: a")},
     ),
     "s1K-1.1 trains the reasoning and the answer after it": (
         "prompt-completion",
-        [[Q, ("assistant", "One and one.\n\nIt is 2.")]],
+        ["U: q | A: 1 and 1.\n\nIt is 2."],
         {
-            "question": "q",
-            "solution": "2",
-            "deepseek_thinking_trajectory": "One and one.",
-            "deepseek_attempt": "It is 2.",
+            **{"question": "q", "solution": "2"},
+            **{"deepseek_thinking_trajectory": "1 and 1.", "deepseek_attempt": "It is 2."},
         },
     ),
     "LIMO trains the worked solution": (
         "prompt-completion",
-        [[Q, A]],
+        ["U: q | A: a"],
         {"question": "q", "solution": "a", "answer": "2"},
     ),
     "OpenOrca": (
         "prompt-completion",
-        [[S, Q, A]],
+        ["S: s | U: q | A: a"],
         {"system_prompt": "s", "question": "q", "response": "a"},
     ),
     "Dolly": (
         "prompt-completion",
-        [[("user", "q\n\nc"), A]],
+        ["U: q\n\nc | A: a"],
         {"instruction": "q", "context": "c", "response": "a"},
     ),
-    "numbers": ("prompt-completion", [[Q, ("assistant", "2")]], {"question": "q", "answer": 2}),
+    "numbers": ("prompt-completion", ["U: q | A: 2"], {"question": "q", "answer": 2}),
     "lima": (
         "lima",
-        [[Q, A, ("user", "r"), ("assistant", "b")]],
+        ["U: q | A: a | U: r | A: b"],
         {"conversations": ["q", "a", "r", "b", "s"], "source": "x"},
     ),
     "self-instruct": (
         "self-instruct",
-        [[("user", "q\n\na"), ("assistant", "A")], [Q, A]],
+        ["U: q\n\na | A: A", "U: q | A: a"],
         {
             "instruction": "q",
             "instances": [{"input": "a", "output": "A"}, {"input": "", "output": "a"}],
         },
     ),
 }
-EMPTY = [
-    {"instruction": "q", "output": " \n"},
-    {"instruction": "q", "output": None},
-    {"conversations": ["only a question"]},
-    {"conversations": []},
-    {"messages": new(Q)},
-    {"messages": new(("assistant", ""), Q)},
-    {"messages": None},
-    {"text": ""},
-]
-CALL = [{"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]
-# The format that is forced, a row, and the message.
-REFUSED = [
-    ("sharegpt", {"conversations": old(("narrator", "x"))}, r"one of system.*got 'narrator' in"),
-    ("messages", {"messages": new(("tool", "x"))}, r"a tool's \(role 'tool'\) in row 1: few chat"),
-    ("messages", {"messages": CALL}, r"got a tool's \(role 'assistant'\) in row 1"),
-    ("messages", {"messages": ["hi"]}, r"content \(or from and value\), got 'hi' in row 1"),
-    ("messages", {"messages": "hello"}, r"`messages` must be a list.*str in row 1"),
-    ("lima", {"conversations": "q"}, r"must be a list of texts, got str"),
-    ("text", {"text": 1.5}, r"`text` must be text, got float in row 1"),
-    ("text", {"text": True}, r"`text` must be text, got bool in row 1"),
-    (
-        "alpaca",
-        {"instruction": "q", "output": "a", "history": ["x"]},
-        r"`history` must be a list of \[question, answer\], got 'x' in row 1",
-    ),
-    (
-        "self-instruct",
-        {"instruction": "q", "instances": ["x"]},
-        r"`instances` must be a list of input and output.*in row 1",
-    ),
-]
-
-
-def turns(conversation):
-    return [(message.role, message.content) for message in conversation.messages]
-
-
-@pytest.fixture(scope="module")
-def formats():
-    from keylayers.data import formats
-
-    return formats
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_row_is_recognised_and_converted(formats, case):
+def test_a_row_is_recognised_and_converted(case):
     format, expected, row = CASES[case]
-    assert formats.recognise(list(row), row) == format
-    assert formats.require_columns(format, list(row)) == format
-    found, num_dropped = formats.conversations([row], format)
-    assert [turns(conversation) for conversation in found] == expected
-    assert num_dropped == 0
+    assert read(row) == (format, [new(turns) for turns in expected], 0)
+    assert read_format(row, format) == format
 
 
-def test_plain_text_stays_as_it_is_and_differs_from_a_message(formats):
-    row = {"text": " Once. "}
-    assert formats.recognise(["text"], row) == "text"
-    text = formats.Conversation(text=" Once. ")
-    assert formats.conversations([row], "text") == ([text], 0)
-    message = formats.Conversation((formats.Message("assistant", " Once. "),))
-    assert text.digest() != message.digest()
+def test_digests_tell_conversations_apart():
+    assert list(FORMATS["text"][1]({"text": " Once. "})) == [Conversation([], text=" Once. ")]
+    found = (
+        *(Conversation(new(turns)) for turns in ("U: ab", "U: a | U: b", "A: ab")),
+        *(Conversation([], text=text) for text in ("ab", "", None)),
+        Preference(new("U: ab"), (new("A: c"),), is_good=True),
+        Preference(new("U: ab"), (new("A: c"),), is_good=False),
+        Preference(new("U: ab"), (new("A: c"), [])),
+        Preference(new("U: ab | A: c"), ([], [])),
+    )
+    assert len({each.digest() for each in found}) == len(found)
 
 
-@pytest.mark.parametrize("row", EMPTY, ids=str)
-def test_a_row_without_an_answer_is_dropped_and_counted(formats, row):
-    format = formats.recognise(list(row), row)
-    assert formats.conversations([row, row], format) == ([], 2)
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "q", "output": " \n"},
+        {"instruction": "q", "output": None},
+        {"conversations": ["only a question"]},
+        {"conversations": []},
+        {"messages": new("U: q")},
+        {"messages": new("A:  | U: q")},
+        {"messages": None},
+        {"text": ""},
+    ],
+    ids=str,
+)
+def test_a_row_without_an_answer_has_nothing_to_learn(row):
+    with pytest.raises(ValueError, match="answers to learn, got 2 examples without one"):
+        read(row, row)
+
+
+def test_rows_without_an_answer_are_dropped_and_counted():
+    assert read({"text": ""}, {"text": "a"}, {"text": " "})[1:] == ([[]], 2)
+    rows = [{"prompt": "Hi?", "chosen": "Good.", "rejected": " "}, {"prompt": ""} | TEXT]
+    found, num_dropped = convert_rows([*rows, PAIRS["text"][0]], "pairs", PREFERENCES["pairs"])
+    assert (len(found), num_dropped) == (1, 2)
+
+
+# Name: the row, and its prompt; the answers are "Good." and "Bad.".
+TEXT = {"chosen": "Good.", "rejected": "Bad."}
+OLD_PAIR = {"chosen": old("A: Good.")[0], "rejected": old("A: Bad.")[0]}
+WHOLE = {"chosen": new("U: Hi? | A: Good."), "rejected": new("U: Hi? | A: Bad.")}
+TURNS = {"prompt": new("U: Hi?"), "chosen": new("A: Good."), "rejected": new("A: Bad.")}
+SEVERAL = "U: Hi? | A: Yes. | U: Hi?"
+PAIRS = {
+    "text": ({"prompt": "Hi?"} | TEXT, "U: Hi?"),
+    "system column": ({"system": "Be brief.", "prompt": "Hi?"} | TEXT, "S: Be brief. | U: Hi?"),
+    "messages": (TURNS, "U: Hi?"),
+    "whole conversations": (WHOLE, "U: Hi?"),
+    "whole conversations next to a prompt": ({"prompt": "Hi?"} | WHOLE, "U: Hi?"),
+    "ShareGPT pairs": ({"conversations": old("U: Hi?")} | OLD_PAIR, "U: Hi?"),
+    "several turns": ({"conversations": old(SEVERAL)} | OLD_PAIR, SEVERAL),
+    "instruction": ({"instruction": "Hi?", "input": ""} | TEXT, "U: Hi?"),
+}
+# Name: the row with the question "Hi?" and the answer "Good.", and its rating.
+PARTS = {"prompt": new("U: Hi?"), "completion": new("A: Good.")}
+RATED = {
+    "text": ({"prompt": "Hi?", "completion": "Good.", "label": True}, True),
+    "messages": ({"messages": new("U: Hi? | A: Good."), "label": False}, False),
+    "parts as messages": (PARTS | {"label": True}, True),
+    "ShareGPT": ({"conversations": old("U: Hi? | A: Good."), "kto_tag": True}, True),
+    "numbers": ({"prompt": "Hi?", "response": "Good.", "label": 0}, False),
+    "more turns": ({"messages": new("U: Hi? | A: Good. | U: More?"), "label": True}, True),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_pairs_of_all_formats_are_the_same_pairs(case):
+    row, prompt = PAIRS[case]
+    expected = Preference(new(prompt), (new("A: Good."), new("A: Bad.")))
+    assert list(PREFERENCES[require_columns("dpo", row)](row)) == [expected]
+
+
+@pytest.mark.parametrize("case", RATED)
+def test_rated_answers_of_all_formats_are_the_same(case):
+    row, rating = RATED[case]
+    expected = Preference(new("U: Hi?"), (new("A: Good."),), rating)
+    assert list(PREFERENCES[require_columns("kto", row)](row)) == [expected]
+
+
+# The format or the objective, the columns, and the message.
+UNFIT = [
+    (None, ["body", "title"], r"got body, title; known are messages \(messages\); .*`--format`"),
+    (None, ["prompt", "chosen", "rejected"], "got preference data"),
+    (None, {"prompt": "q", "completion": "a", "label": True}, "got preference data"),
+    ("alpaca", ["instruction", "x"], "'alpaca' needs.*; output missing from instruction, x"),
+    ("prompt-completion", ["prompt"], "; completion missing from prompt"),
+    ("dpo", ["prompt", "completion"], r"dpo needs the columns chosen\+rejected"),
+    ("reward", ["messages", "label"], r"these are rated .*: choose `--objective` kto"),
+    ("kto", ["prompt", "chosen", "rejected"], r"label .* are pairs: choose .* dpo"),
+    ("kto", ["label", "text"], r"got label, text; rename the columns"),
+]
+
+
+@pytest.mark.parametrize(("wanted", "columns", "message"), UNFIT)
+def test_columns_that_do_not_fit_are_refused_with_what_would(wanted, columns, message):
+    row = columns if isinstance(columns, dict) else dict.fromkeys(columns)
+    with pytest.raises(ValueError, match=message):
+        require_columns(wanted, row) if wanted in FORMAT_OF else read_format(row, wanted)
+
+
+CALL = [{"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]
+QUESTION = {"instruction": "q", "output": "a"}
+# The format, the cells, and the message.
+REFUSED = [
+    ("sharegpt", {"conversations": [{"from": "narrator"}]}, "one of system.*got 'narrator'; rena"),
+    ("messages", {"messages": [{"role": "tool"}]}, r"a tool's \(role 'tool'\): few chat"),
+    ("messages", {"messages": CALL}, r"got a tool's \(role 'assistant'\)"),
+    ("messages", {"messages": ["hi"]}, r"content \(or from and value\), got 'hi'; rewrite"),
+    ("messages", {"messages": "hello"}, "`messages` must be a list of turns, got 'hello'"),
+    ("lima", {"conversations": "q"}, "`conversations` must be a list of texts, got 'q'"),
+    ("text", {"text": 1.5}, "`text` must be text, got float"),
+    ("text", {"text": True}, "`text` must be text, got bool"),
+    ("alpaca", QUESTION | {"history": ["x"]}, r"a list of \[question, answer\], got \['x'\]"),
+    ("self-instruct", {"instruction": "q", "instances": ["x"]}, "must be a list of input and outp"),
+    ("rated", {"prompt": "q", "completion": "a", "label": "yes"}, "must be true or false"),
+    ("rated", {"prompt": "q", "completion": "a", "label": 3}, "must be true or false, got 3"),
+    ("pairs", {"chosen": "a", "rejected": "b"}, "A pair must have a prompt"),
+    ("pairs", {"prompt": "q", "chosen": 1.5, "rejected": "b"}, "`chosen` must be text"),
+    ("pairs", {"prompt": [{"role": "x"}], "chosen": "a", "rejected": "b"}, "got 'x'"),
+]
 
 
 @pytest.mark.parametrize(("format", "row", "message"), REFUSED)
-def test_what_cannot_be_trained_is_refused_with_its_row(formats, format, row, message):
-    from keylayers.errors import DataError
-
-    with pytest.raises(DataError, match=message) as caught:
-        formats.conversations([row], format)
+def test_what_cannot_be_trained_is_refused_in_one_line(format, row, message):
+    convert = PREFERENCES[format] if format in PREFERENCES else FORMATS[format][1]
+    with pytest.raises(DataError, match=f"^Row 1: .*{message}") as caught:
+        convert_rows([row], format, convert)
     assert "\n" not in str(caught.value)
 
 
-def test_rows_are_counted_from_one(formats):
-    with pytest.raises(ValueError, match="in row 3"):
-        formats.conversations([{"text": "a"}, {"text": "b"}, {"text": 0.5}], "text")
+def test_rows_are_counted_from_one():
+    with pytest.raises(DataError, match=r"^Row 3: "):
+        read({"text": "a"}, {"text": "b"}, {"text": 0.5})
 
 
-def test_unknown_columns_are_listed_with_all_formats(formats):
-    with pytest.raises(ValueError, match="got body, title; known are") as caught:
-        formats.recognise(["body", "title"], {})
-    for name in ("`--format`", *(f"{format} (" for format in formats.FORMATS)):
-        assert name in str(caught.value)
-
-
-def test_preference_data_is_not_mistaken_for_answers(formats):
-    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
-    for row in (pair, {"prompt": "q", "completion": "a", "label": True}):
-        with pytest.raises(ValueError, match="got preference data"):
-            formats.recognise(list(row), row)
-
-
-@pytest.mark.parametrize(
-    ("format", "columns", "message"),
-    [
-        ("alpaca", ["instruction", "x"], "'alpaca' needs.*; output missing from instruction"),
-        ("prompt-completion", ["prompt"], "; completion missing from prompt"),
-        ("text", [], "; text missing from no columns"),
-        ("sharegtp", ["conversations"], re.escape("did you mean 'sharegpt'?")),
-    ],
-)
-def test_a_forced_format_that_does_not_fit_is_refused(formats, format, columns, message):
-    with pytest.raises(ValueError, match=message):
-        formats.require_columns(format, columns)
-
-
-@given(st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), st.text()), max_size=6))
-def test_spellings_agree_and_every_conversation_ends_with_an_answer(found):
-    from keylayers.data import formats
-
-    usable, num_dropped = formats.conversations([{"messages": new(*found)}], "messages")
-    sharegpt = [{"conversations": old(*found)}]
-    assert formats.conversations(sharegpt, "sharegpt") == (usable, num_dropped)
-    assert len(usable) + num_dropped == 1
-    for conversation in usable:
-        assert conversation.messages[-1].role == "assistant"
-        assert conversation.messages[-1].content.strip()
-        assert turns(conversation) == found[: len(conversation.messages)]
-
-
-@given(st.lists(st.text(), min_size=2, max_size=5), st.lists(st.text(), min_size=2, max_size=5))
-def test_digests_are_equal_exactly_for_equal_conversations(left, right):
-    from keylayers.data.formats import Conversation, Message
-
-    first, second = (
-        Conversation(tuple(Message("user", text) for text in texts)).digest()
-        for texts in (left, right)
-    )
-    assert (first == second) == (left == right)
-
-
-@pytest.mark.parametrize(
-    ("name", "format", "count"),
-    [("alpaca_gpt4_999.json", "alpaca", 999), ("user_oriented_252.jsonl", "self-instruct", 252)],
-)
-def test_real_data_is_recognised(formats, shared, name, format, count):
-    text = (shared / "data/sft" / name).read_text(encoding="utf-8")
-    rows = json.loads(text) if name.endswith(".json") else list(map(json.loads, text.splitlines()))
-    assert formats.recognise(list(rows[0]), rows[0]) == format
-    assert len(formats.conversations(rows, format)[0]) == count
-
-
-def test_data_imports_neither_torch_nor_datasets():
-    code = (
-        "import sys, keylayers.data.prepare;"
-        "print(sorted({'torch', 'transformers', 'datasets', 'jinja2'} & set(sys.modules)))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+@given(st.lists(st.tuples(st.sampled_from("SUA"), st.text()), max_size=6))
+def test_spellings_agree_and_every_conversation_ends_with_an_answer(turns):
+    messages = [{"role": ROLES[role], "content": text} for role, text in turns]
+    sharegpt = [{"from": HUMAN[role], "value": text} for role, text in turns]
+    [found] = FORMATS["messages"][1]({"messages": messages})
+    assert [found] == list(FORMATS["sharegpt"][1]({"conversations": sharegpt}))
+    length = max((end for end, (role, _) in enumerate(turns, 1) if role == "A"), default=0)
+    assert found.messages == messages[:length]

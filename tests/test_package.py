@@ -132,6 +132,7 @@ LIGHT = [
     "import keylayers.evaluation.record, keylayers.report.evaluation",
     "import keylayers.ranking.certainty, keylayers.ranking.consensus",
     "import keylayers.export",
+    "import keylayers.data.prepare",
 ]
 
 

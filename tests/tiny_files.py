@@ -31,7 +31,8 @@ def rows():
     ]
 
 
-def tiny_tokenizer():
+def tiny_tokenizer(corpus=None):
+    corpus = corpus or [" ".join(row.values()) for row in rows()]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -41,7 +42,7 @@ def tiny_tokenizer():
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([" ".join(row.values()) for row in rows()], trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
@@ -68,27 +69,41 @@ def tiny_model(num_tokens, hidden_size=32):
     return LlamaForCausalLM(config)
 
 
+def add_noise(model, scale, *parts):
+    """Add normal noise to every parameter whose name has one of the parts."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in parts):
+                parameter += scale * torch.randn_like(parameter)
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def write_tiny_files(folder):
     """model, tuned, wide (another model) and adapter folders, and data.jsonl."""
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    write_rows(folder / "data.jsonl", rows())
     tokenizer = tiny_tokenizer()
     for name, hidden_size in (("model", 32), ("wide", 64)):
         tiny_model(len(tokenizer), hidden_size).to(torch.bfloat16).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     model = tiny_model(len(tokenizer)).to(torch.bfloat16)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "layers" in name or "norm" in name:
-                parameter += 0.02 * torch.randn_like(parameter)
+    add_noise(model, 0.02, "layers", "norm")
     model.save_pretrained(folder / "tuned")
-    adapted = get_peft_model(
-        tiny_model(len(tokenizer)), LoraConfig(r=2, target_modules="all-linear")
-    )
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter += 0.05 * torch.randn_like(parameter)
+    config = LoraConfig(r=2, target_modules="all-linear")
+    adapted = get_peft_model(tiny_model(len(tokenizer)), config)
+    add_noise(adapted, 0.05, "lora_B")
     adapted.save_pretrained(folder / "adapter")
+
+
+def write_partial_adapter(tiny, folder, names):
+    """An adapter for the tiny model on some of its modules."""
+    config = LoraConfig(r=2, target_modules=names)
+    adapted = get_peft_model(tiny_model(len(tiny_tokenizer())), config)
+    adapted.peft_config["default"].base_model_name_or_path = str(tiny / "model")
+    add_noise(adapted, 0.02, "lora_")
+    adapted.save_pretrained(folder)
 
 
 def write_preferences(folder):
@@ -101,20 +116,5 @@ def write_preferences(folder):
             pairs.append({"prompt": prompt, "chosen": good, "rejected": bad})
             rated.append({"prompt": prompt, "completion": good, "label": True})
             rated.append({"prompt": prompt, "completion": bad, "label": False})
-    for name, rows in (("pairs", pairs), ("rated", rated)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_partial_adapter(tiny, folder, names):
-    """An adapter for the tiny model on some of its modules."""
-    from peft import LoraConfig, get_peft_model
-
-    adapted = get_peft_model(
-        tiny_model(len(tiny_tokenizer())), LoraConfig(r=2, target_modules=names)
-    )
-    adapted.peft_config["default"].base_model_name_or_path = str(tiny / "model")
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter += 0.02 * torch.randn_like(parameter)
-    adapted.save_pretrained(folder)
+    write_rows(folder / "pairs.jsonl", pairs)
+    write_rows(folder / "rated.jsonl", rated)

@@ -9,17 +9,21 @@ answers; without markers, rendering turn by turn does. Offsets carry that over t
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from keylayers.data.formats import Conversation, Message
+from keylayers.data.formats import Conversation
+from keylayers.data.preferences import Preference
+from keylayers.data.turns import Message
 from keylayers.errors import ConfigError, DataError, did_you_mean
+from keylayers.model.options import Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that cross-entropy skips
+ADDED_TOKENS = 2  # ORPO's trainer (TRL 1.16) adds a start and an end token where they are missing
 _BATCH_SIZE = 512  # conversations; bounds the memory that offsets take
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -50,7 +54,6 @@ BUILT_IN = {
     ),
 }
 
-_ERRORS = (AttributeError, TypeError, ValueError)
 _Span = tuple[int, int]  # first character, and the one after the last
 
 
@@ -69,58 +72,20 @@ class ChatTemplate:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One example for a causal language model, cut to the allowed length.
+class Example:
+    """What a trainer gets of one example, and what the cut to `max_length` tokens leaves of it."""
 
-    Attributes:
-        input_ids: Its tokens.
-        labels: The token itself where the loss counts it, -100 elsewhere; not shifted.
-        num_tokens: Length before the cut.
-        num_prompt_tokens: Tokens before the first one that the loss counts, before the cut.
-        is_last_answer_only: The template hides earlier answers, so the loss leaves them out.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    num_tokens: int
-    num_prompt_tokens: int
-    is_last_answer_only: bool
-
-    @property
-    def num_used_tokens(self) -> int:
-        """Tokens after the cut."""
-        return len(self.input_ids)
-
-    @property
-    def num_label_tokens(self) -> int:
-        """Tokens that the loss counts; never the first, which nothing predicts."""
-        return sum(label != IGNORED for label in self.labels[1:])
-
-    @property
-    def is_truncated(self) -> bool:
-        """Whether the end was cut off."""
-        return self.num_tokens > len(self.input_ids)
-
-    @property
-    def is_usable(self) -> bool:
-        """Whether anything is left to learn."""
-        return self.num_label_tokens > 0
-
-    def row(self) -> dict[str, object]:
-        """The columns that TRL's trainer takes as they are."""
-        return {"input_ids": self.input_ids, "labels": self.labels}
+    row: dict[str, Any]  # the columns that the objective's trainer in TRL takes
+    num_prompt_tokens: int  # before the first one that the loss counts, before the cut
+    num_used_tokens: int  # after the cut; a pair has two sequences
+    num_label_tokens: int  # that the loss counts, after the cut
+    is_truncated: bool  # the end was cut off
+    is_usable: bool  # something is left to learn
+    is_last_answer_only: bool = False  # the template hides earlier answers, so the loss does too
 
 
 def resolve_template(tokenizer: "PreTrainedTokenizerBase", choice: str | None) -> ChatTemplate:
-    """The template to use.
-
-    Args:
-        tokenizer: Its own template is the default; if it has none, "alpaca" is.
-        choice: "alpaca", "chatml" or the path of a Jinja file.
-
-    Raises:
-        ConfigError: the choice is neither a built-in template nor a file.
-    """
+    """A built-in template or a Jinja file; by default the tokenizer's own, or else "alpaca"."""
     if choice is None and tokenizer.chat_template:
         try:
             return ChatTemplate("model", tokenizer.get_chat_template(), "model")
@@ -146,57 +111,142 @@ def resolve_template(tokenizer: "PreTrainedTokenizerBase", choice: str | None) -
         ) from error
 
 
+@dataclass(frozen=True)
+class _Renderer:
+    """A template with the tokenizer whose special tokens it writes."""
+
+    template: ChatTemplate
+    tokenizer: "PreTrainedTokenizerBase"
+
+    def render(self, messages: list[Message], *, prompt: bool = False) -> tuple[str, list[_Span]]:
+        """The text that `apply_chat_template` makes, and the spans inside generation markers."""
+        # transformers 5.23: `apply_chat_template` returns the marked spans as tokens, and loses or
+        # overruns spans that begin or end with a character outside all tokens. The function below,
+        # which it calls, returns characters.
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        # A template is a program, so it can also fail with the errors of Python's operators.
+        python_errors = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+        try:
+            texts, spans = render_jinja_template(
+                [messages],
+                chat_template=self.template.text,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=self.template.has_markers,
+                **self.tokenizer.special_tokens_map,
+            )
+        except (TemplateError, *python_errors) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise self.error(f"render every conversation, it failed with: {reason}") from error
+        return texts[0], [tuple(span) for span in spans[0]] if spans else []
+
+    def answers(self, messages: list[Message]) -> tuple[str, list[_Span]]:
+        """The rendered conversation and the spans of its answers, at least that of the last one."""
+        text, spans = self.render(messages)
+        answer = messages[-1]["content"].strip()
+        if not text.strip():
+            raise self.error("render every conversation, it rendered nothing")
+        if answer not in text:
+            raise self.error(f"render the whole answer, it lost {answer[:60]!r}")
+        if not self.template.has_markers:
+            spans = self._spans_by_turns(messages, text)
+        if not spans or answer not in text[slice(*spans[-1])]:
+            raise self.error(
+                f"show where the answer {answer[:60]!r} is, by `{{% generation %}}` markers around "
+                "it or by rendering the turns before it the same with and without it"
+            )
+        return text, spans
+
+    def _spans_by_turns(self, messages: list[Message], text: str) -> list[_Span]:
+        """The spans of all answers; only the last if later turns change how others are rendered."""
+
+        def span(end: int) -> _Span | None:
+            try:
+                before, _ = self.render(messages[: end - 1], prompt=True)
+                after = text if end == len(messages) else self.render(messages[:end])[0]
+            except DataError:  # the template renders the whole conversation but refuses this part
+                return None
+            is_prefix = after.startswith(before) and text.startswith(after)
+            return (len(before), len(after)) if is_prefix else None
+
+        ends = [end for end, turn in enumerate(messages, 1) if turn["role"] == "assistant"]
+        spans = [span(end) for end in ends]
+        return [found for found in (spans[-1:] if None in spans else spans) if found is not None]
+
+    def error(self, must: str) -> DataError:
+        """The error about a conversation that the template does not render as it must."""
+        return DataError(
+            f"The chat template {self.template.name!r} must {must}; fix the template or choose "
+            "another `--chat-template`."
+        )
+
+
 def encode_all(
     conversations: Iterable[Conversation],
     tokenizer: "PreTrainedTokenizerBase",
     template: ChatTemplate | None,
     max_length: int,
-) -> Iterator[Encoded]:
+) -> Iterator[Example]:
     """The tokens and labels of each conversation, in order.
 
-    The loss counts every answer with the tokens that close it, and nothing else. If the template
-    closes the last answer with no special token, the end-of-sequence token is added, or the tuned
-    model would never learn to stop. Plain text counts as a whole.
-
-    Args:
-        conversations: All with messages, or all plain text.
-        tokenizer: A fast tokenizer has offsets and is exact. With others the pieces of a
-            conversation are tokenised separately, which can change boundaries where they meet.
-        template: None for plain text.
-        max_length: In tokens; longer conversations lose their end.
-
-    Raises:
-        DataError: the template fails, loses the answer, or hides where it is.
+    The loss counts every answer with the tokens that close it, and nothing else. Without a template
+    it counts plain text as a whole.
     """
-    special = _special_tokens(tokenizer)
     remaining = iter(conversations)
     while batch := list(islice(remaining, _BATCH_SIZE)):
         if template is None:
-            yield from _encode_texts(batch, tokenizer, max_length)
-            continue
-        rendered = [_locate(conversation.messages, tokenizer, template) for conversation in batch]
-        closed = [_close(text, spans, tokenizer, special) for text, spans in rendered]
-        tokenised = _tokenise(closed, tokenizer)
-        for conversation, (_, spans), (ids, labels) in zip(batch, closed, tokenised, strict=True):
-            num_answers = sum(message.role == "assistant" for message in conversation.messages)
-            yield _cut(ids, labels, max_length, len(spans) < num_answers)
+            tokens = _encode_texts(batch, tokenizer)
+        else:
+            tokens = _encode_chats(batch, tokenizer, template)
+        for ids, labels, is_last_answer_only in tokens:
+            is_label = [label != IGNORED for label in labels]
+            num_label_tokens = sum(is_label[1:max_length])  # nothing predicts the first token
+            yield Example(
+                row={"input_ids": ids[:max_length], "labels": labels[:max_length]},
+                num_prompt_tokens=is_label.index(True) if any(is_label) else len(ids),
+                num_used_tokens=min(len(ids), max_length),
+                num_label_tokens=num_label_tokens,
+                is_truncated=len(ids) > max_length,
+                is_usable=num_label_tokens > 0,
+                is_last_answer_only=is_last_answer_only,
+            )
 
 
-def _cut(ids: list[int], labels: list[int], max_length: int, is_last_answer_only: bool) -> Encoded:
-    num_prompt_tokens = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
-    parts = ids[:max_length], labels[:max_length]
-    return Encoded(*parts, len(ids), num_prompt_tokens, is_last_answer_only)
+_Tokens = Iterator[tuple[list[int], list[int], bool]]  # ids, labels, is_last_answer_only
 
 
-def _encode_texts(
-    batch: Sequence[Conversation], tokenizer: "PreTrainedTokenizerBase", max_length: int
-) -> Iterator[Encoded]:
+def _encode_texts(batch: Sequence[Conversation], tokenizer: "PreTrainedTokenizerBase") -> _Tokens:
     """Plain text as the tokenizer takes it, plus the end-of-sequence token if there is one."""
     texts = [conversation.text or "" for conversation in batch]
     eos = tokenizer.eos_token_id
     for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
         whole = ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
-        yield _cut(whole, list(whole), max_length, is_last_answer_only=False)
+        yield whole, list(whole), False
+
+
+def _encode_chats(
+    batch: Sequence[Conversation], tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate
+) -> _Tokens:
+    renderer, special = _Renderer(template, tokenizer), _special_tokens(tokenizer)
+    rendered = [renderer.answers(conversation.messages) for conversation in batch]
+    closed = [_close(text, spans, tokenizer, special) for text, spans in rendered]
+    # The rendered text has all special tokens already; adding them would double the first.
+    if tokenizer.is_fast:
+        encoded = tokenizer(
+            [text for text, _ in closed],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        both = zip(encoded["input_ids"], encoded["offset_mapping"], closed, strict=True)
+        tokenised = [(ids, _label(ids, offsets, *found)) for ids, offsets, found in both]
+    else:
+        tokenised = [_tokenise_pieces(text, spans, tokenizer) for text, spans in closed]
+    for conversation, (_, spans), (ids, labels) in zip(batch, closed, tokenised, strict=True):
+        roles = [message["role"] for message in conversation.messages]
+        yield ids, labels, len(spans) < roles.count("assistant")
 
 
 def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -206,91 +256,13 @@ def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> str:
     return "|".join(re.escape(token) for token in found) or "(?!)"
 
 
-def render(
-    messages: Sequence[Message],
-    tokenizer: "PreTrainedTokenizerBase",
-    template: ChatTemplate,
-    *,
-    prompt: bool = False,
-) -> tuple[str, list[_Span]]:
-    """The text that `apply_chat_template` makes, and the spans inside generation markers."""
-    # transformers 5.23: `apply_chat_template` returns the marked spans as tokens, and loses or
-    # overruns spans that begin or end with a character outside all tokens. The function below,
-    # which it calls, returns characters.
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    try:
-        texts, spans = render_jinja_template(
-            [[{"role": message.role, "content": message.content} for message in messages]],
-            chat_template=template.text,
-            add_generation_prompt=prompt,
-            return_assistant_tokens_mask=template.has_markers,
-            **tokenizer.special_tokens_map,
-        )
-    # A template is a program, so it can also fail with the errors of Python's operators.
-    except (TemplateError, ArithmeticError, LookupError, *_ERRORS) as error:
-        reason = " ".join(str(error).split())[:200]
-        must = f"render every conversation, it failed with: {reason}"
-        raise _wrong(template, must) from error
-    return texts[0], [tuple(span) for span in spans[0]] if spans else []
-
-
-def _locate(
-    messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate
-) -> tuple[str, list[_Span]]:
-    """The rendered conversation and the spans of its answers, at least that of the last one."""
-    text, spans = render(messages, tokenizer, template)
-    answer = messages[-1].content.strip()
-    if not text.strip():
-        raise _wrong(template, "render every conversation, it rendered nothing")
-    if answer not in text:
-        raise _wrong(template, f"render the whole answer, it lost {answer[:60]!r}")
-    if not template.has_markers:
-        spans = _prefix_spans(messages, tokenizer, template, text)
-    if not spans or answer not in text[slice(*spans[-1])]:
-        raise _wrong(
-            template,
-            f"show where the answer {answer[:60]!r} is, by `{{% generation %}}` markers around it "
-            "or by rendering the turns before it the same with and without it",
-        )
-    return text, spans
-
-
-def _wrong(template: ChatTemplate, must: str) -> DataError:
-    return DataError(
-        f"The chat template {template.name!r} must {must}; fix the template or choose another "
-        "`--chat-template`."
-    )
-
-
-def _prefix_spans(
-    messages: Sequence[Message],
-    tokenizer: "PreTrainedTokenizerBase",
-    template: ChatTemplate,
-    text: str,
-) -> list[_Span]:
-    """The spans of all answers; only the last if later turns change how others are rendered."""
-
-    def span(end: int) -> _Span | None:
-        try:
-            before, _ = render(messages[: end - 1], tokenizer, template, prompt=True)
-            is_last = end == len(messages)
-            after = text if is_last else render(messages[:end], tokenizer, template)[0]
-        except DataError:  # the template renders the whole conversation but refuses this part
-            return None
-        is_prefix = after.startswith(before) and text.startswith(after)
-        return (len(before), len(after)) if is_prefix else None
-
-    ends = [end for end, message in enumerate(messages, 1) if message.role == "assistant"]
-    spans = [span(end) for end in ends]
-    return [found for found in (spans[-1:] if None in spans else spans) if found is not None]
-
-
 def _close(
     text: str, spans: list[_Span], tokenizer: "PreTrainedTokenizerBase", special: str
 ) -> tuple[str, list[_Span]]:
-    """The text and spans, changed if needed so that the last answer ends with a stop token."""
+    """The text and spans, changed if needed so that the last answer ends with a stop token.
+
+    Otherwise the tuned model would never learn to stop.
+    """
     start, end = spans[-1]
     if re.search(rf"(?:{special})\s*\Z", text[start:end]):
         return text, spans
@@ -307,54 +279,63 @@ def _close(
     return text[:end] + eos, [*spans[:-1], (start, end + len(eos))]
 
 
-def _tokenise(
-    closed: Sequence[tuple[str, list[_Span]]], tokenizer: "PreTrainedTokenizerBase"
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Token ids and labels of every text, given the spans of its answers."""
-    if not tokenizer.is_fast:
-        for text, spans in closed:
-            yield _tokenise_pieces(text, spans, tokenizer)
-        return
-    # The rendered text has all special tokens already; adding them would double the first.
-    encoded = tokenizer(
-        [text for text, _ in closed],
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    for (_, spans), ids, offsets in zip(
-        closed, encoded["input_ids"], encoded["offset_mapping"], strict=True
-    ):
-        yield ids, _label(ids, offsets, spans)
-
-
-def _label(ids: list[int], offsets: Sequence[_Span], spans: Sequence[_Span]) -> list[int]:
-    """Labels for tokens that hold at least one character of a span.
-
-    A token whose offsets are equal holds the blank just before them: tokenizers like GPT-2's leave
-    blanks out of offsets.
-    """
-    labels = [IGNORED] * len(ids)
-    k = 0
-    for i, (start, end) in enumerate(offsets):
-        while k < len(spans) and spans[k][1] <= start and spans[k][1] < end:
-            k += 1
-        if k < len(spans) and end > spans[k][0]:
-            labels[i] = ids[i]
-    return labels
+def _label(
+    ids: Sequence[int], offsets: Sequence[_Span], text: str, spans: Sequence[_Span]
+) -> list[int]:
+    """Labels for the tokens that hold at least one character of an answer."""
+    is_answer = bytearray(len(text))
+    for start, end in spans:
+        is_answer[start:end] = b"\1" * (end - start)
+    # A token whose offsets are equal holds the blank just before them: tokenizers like GPT-2's
+    # leave blanks out of offsets.
+    held = (is_answer[max(0, min(start, end - 1)) : end] for start, end in offsets)
+    return [token if any(part) else IGNORED for token, part in zip(ids, held, strict=True)]
 
 
 def _tokenise_pieces(
     text: str, spans: Sequence[_Span], tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[list[int], list[int]]:
+    """Without offsets, answers are tokenised apart, which can change boundaries where they meet."""
     ids: list[int] = []
     labels: list[int] = []
-    position = 0
-    for start, end in [*spans, (len(text), len(text))]:
-        for piece, counts in ((text[position:start], False), (text[start:end], True)):
-            part = tokenizer.encode(piece, add_special_tokens=False) if piece else []
-            ids += part
-            labels += part if counts else [IGNORED] * len(part)
-        position = end
+    bounds = pairwise([0, *chain.from_iterable(spans), len(text)])
+    for number, (start, end) in enumerate(bounds):
+        piece = tokenizer.encode(text[start:end], add_special_tokens=False)
+        ids += piece
+        labels += piece if number % 2 else [IGNORED] * len(piece)
     return ids, labels
+
+
+def measure_all(
+    preferences: Iterable[Preference],
+    objective: Objective,
+    tokenizer: "PreTrainedTokenizerBase",
+    template: ChatTemplate,
+    max_length: int,
+) -> Iterator[Example]:
+    """Each preference with its lengths in tokens.
+
+    TRL's trainers tokenise the messages. We measure them to leave out and count the examples that
+    a trainer would drop or cut until no answer is left.
+    """
+    renderer = _Renderer(template, tokenizer)
+
+    def length(messages: list[Message], *, prompt: bool = False) -> int:
+        text, _ = renderer.render(messages, prompt=prompt)
+        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    for preference in preferences:
+        num_prompt_tokens = length(preference.prompt, prompt=True)
+        whole = [length(preference.prompt + answer) for answer in preference.answers]
+        cut = [min(num_tokens, max_length) for num_tokens in whole]
+        is_truncated = cut != whole
+        has_room = num_prompt_tokens + ADDED_TOKENS <= max_length
+        yield Example(
+            row=preference.row(),
+            num_prompt_tokens=num_prompt_tokens,
+            num_used_tokens=sum(cut),
+            num_label_tokens=sum(max(0, num - num_prompt_tokens) for num in cut),
+            is_truncated=is_truncated,
+            # A reward model must see both answers whole.
+            is_usable=not is_truncated if objective == "reward" else has_room,
+        )

@@ -44,9 +44,11 @@ class ReadingOptions:
         check_at_least("max_length", self.max_length, 2)
         if self.max_examples is not None:
             check_at_least("max_examples", self.max_examples, 2)
-        if not self.held_out > 0:
+        is_count = self.held_out >= 1 and self.held_out % 1 == 0
+        if not (0 < self.held_out < 1 or is_count):
             raise ConfigError(
-                f"`held_out` must be a share above 0 or a number of examples, got {self.held_out}"
+                "`held_out` must be a share above 0 and below 1, or a whole number of examples, "
+                f"got {self.held_out:g}; 0.1 keeps a tenth."
             )
 
 

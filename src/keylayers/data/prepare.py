@@ -8,14 +8,14 @@ order in the file, nor whether others are set aside for the mask.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-from keylayers.data.chat import ChatTemplate, Encoded, encode_all, resolve_template
+from keylayers.data.chat import ChatTemplate, Example, encode_all, measure_all, resolve_template
 from keylayers.data.formats import Conversation
 from keylayers.data.options import DataOptions
-from keylayers.data.preferences import MeasuredPreference, Preference, measure
+from keylayers.data.preferences import Preference
 from keylayers.data.reading import read_conversations, read_preferences
 from keylayers.errors import ConfigError, DataError
 from keylayers.files import json_sha256
@@ -24,8 +24,6 @@ from keylayers.model.options import Objective
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
-
-Example: TypeAlias = Encoded | MeasuredPreference
 
 
 @dataclass(frozen=True)
@@ -47,30 +45,16 @@ class DataCounts:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Examples to train, to score and to measure on, and where they come from.
-
-    Their columns are those that the objective's trainer takes.
-
-    Attributes:
-        train: Training examples.
-        mask: Examples to learn the mask on; None if it is learned on `train`.
-        held_out: Examples that neither training nor scoring sees.
-        options: What was asked for.
-        format: How the rows were read.
-        chat_template: None for plain text.
-        max_length: In tokens: `options.max_length`, or the model's own limit.
-        content_sha256: Hash of the examples that were used, in order.
-        counts: What became of the rows.
-    """
+    """Examples in the columns that the objective's trainer takes, and where they come from."""
 
     train: "datasets.Dataset"
-    mask: "datasets.Dataset | None"
-    held_out: "datasets.Dataset"
+    mask: "datasets.Dataset | None"  # None if the mask is learned on `train`
+    held_out: "datasets.Dataset"  # neither training nor scoring sees them
     options: DataOptions
     format: str
-    chat_template: ChatTemplate | None
-    max_length: int
-    content_sha256: str
+    chat_template: ChatTemplate | None  # None for plain text
+    max_length: int  # in tokens: `options.max_length`, or the model's own limit
+    content_sha256: str  # of the examples that were used, in order
     counts: DataCounts
 
     def record(self) -> dict[str, object]:
@@ -132,38 +116,39 @@ def prepare(
     max_positions: int | None = None,
     objective: Objective = "sft",
 ) -> PreparedData:
-    """The examples, split, and tokenised unless the objective's trainer does that.
-
-    Args:
-        options: What to read, and how.
-        tokenizer: Of the model that is trained; it is not changed.
-        max_positions: The longest sequence that the model takes, in tokens.
-        objective: What the examples will train.
-
-    Raises:
-        DataError: the data cannot be read, recognised, rendered or split, or does not fit the
-            objective.
-        ConfigError: an option cannot be used, or has no effect on this data.
-    """
-    format: str
-    found: Sequence[Conversation | Preference]
-    if objective == "sft":
-        format, found, num_dropped_empty = read_conversations(options)
-    else:
-        format, found, num_dropped_empty = read_preferences(options, objective)
+    """The examples for an objective, split; `max_positions` is the model's limit in tokens."""
+    read: tuple[str, Sequence[Conversation | Preference], int] = (
+        read_conversations(options) if objective == "sft" else read_preferences(options, objective)
+    )
+    format, found, num_dropped_empty = read
     if format == "text" and options.chat_template is not None:
         raise ConfigError(
             "`chat_template` works on conversations, got plain text; leave the option out."
         )
     template = None if format == "text" else resolve_template(tokenizer, options.chat_template)
     max_length = min(options.max_length, max_positions or options.max_length)
-    by_digest = {example.digest(): example for example in found}
+    by_digest = {each.digest(): each for each in found}
     chosen = dict(list(by_digest.items())[: options.max_examples])
-    usable = _usable(chosen, objective, tokenizer, template, max_length)
+    conversations = (each for each in chosen.values() if isinstance(each, Conversation))
+    preferences = (each for each in chosen.values() if isinstance(each, Preference))
+    examples = list(encode_all(conversations, tokenizer, template, max_length))
+    if template is not None:
+        examples += measure_all(preferences, objective, tokenizer, template, max_length)
+    usable = {key: each for key, each in zip(chosen, examples, strict=True) if each.is_usable}
+    if not usable:
+        longest = max(example.num_prompt_tokens for example in examples)
+        raise DataError(
+            f"Prompts must leave room for an answer in {max_length} tokens, got only examples that "
+            f"are too long, with prompts of up to {longest} tokens; raise `--max-length`, or use a "
+            "model with more positions."
+        )
     held_out, mask = _hold_out(list(usable), options)
-    elsewhere = held_out | mask
-    train = [usable[key] for key in usable if key not in elsewhere]
-    _check_labels(train)
+    train = [example for key, example in usable.items() if key not in held_out | mask]
+    if {example.row.get("label") for example in train} in ({True}, {False}):
+        raise DataError(
+            "Rated answers must be good and bad, got only good or only bad ones to train on; check "
+            "the labels, or give more data."
+        )
     return PreparedData(
         train=_to_dataset(train),
         mask=_to_dataset(usable[key] for key in usable if key in mask) if mask else None,
@@ -189,41 +174,9 @@ def prepare(
     )
 
 
-def _usable(
-    chosen: Mapping[bytes, Conversation | Preference],
-    objective: Objective,
-    tokenizer: "PreTrainedTokenizerBase",
-    template: ChatTemplate | None,
-    max_length: int,
-) -> dict[bytes, Example]:
-    """The examples that have anything to learn within `max_length`, by digest."""
-    examples: list[Example] = []
-    if objective == "sft":
-        texts = (text for text in chosen.values() if isinstance(text, Conversation))
-        examples += encode_all(texts, tokenizer, template, max_length)
-    elif template is not None:
-        pairs = (pair for pair in chosen.values() if isinstance(pair, Preference))
-        examples += (measure(pair, objective, tokenizer, template, max_length) for pair in pairs)
-    by_digest = zip(chosen, examples, strict=True)
-    usable = {key: example for key, example in by_digest if example.is_usable}
-    if not usable:
-        longest = max(example.num_prompt_tokens for example in examples)
-        raise DataError(
-            f"Prompts must leave room for an answer in {max_length} tokens, got only examples that "
-            f"are too long, with prompts of up to {longest} tokens; raise `--max-length`, or use a "
-            "model with more positions."
-        )
-    return usable
-
-
 def _hold_out(keys: Sequence[bytes], options: DataOptions) -> tuple[set[bytes], set[bytes]]:
     """The keys of the held-out examples, and of as many for the mask if it gets its own."""
     asked = options.held_out
-    if asked >= 1 and asked != int(asked):
-        raise ConfigError(
-            "`held_out` must be a share below 1 or a whole number of examples, "
-            f"got {asked:g}; 0.1 keeps a tenth."
-        )
     count = int(asked) if asked >= 1 else max(1, round(asked * len(keys)))
     num_for_mask = count if options.mask_data == "held-out" else 0
     if count + num_for_mask >= len(keys):
@@ -238,16 +191,7 @@ def _hold_out(keys: Sequence[bytes], options: DataOptions) -> tuple[set[bytes], 
     return set(drawn[:count]), set(drawn[count : count + num_for_mask])
 
 
-def _check_labels(train: Sequence[Example]) -> None:
-    rated = [each.preference.is_good for each in train if isinstance(each, MeasuredPreference)]
-    if set(rated) in ({True}, {False}):
-        raise DataError(
-            "Rated answers must be good and bad, got only good or only bad ones to train on; check "
-            "the labels, or give more data."
-        )
-
-
 def _to_dataset(examples: Iterable[Example]) -> "datasets.Dataset":
     from datasets import Dataset
 
-    return Dataset.from_list([example.row() for example in examples])
+    return Dataset.from_list([example.row for example in examples])

@@ -6,37 +6,35 @@ import logging
 import re
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from keylayers.data.formats import (
-    TEXT_COLUMNS,
-    Conversation,
-    Row,
-    conversations,
-    recognise,
-    require_columns,
-)
+from keylayers.data.formats import FORMATS, Conversation, read_format
 from keylayers.data.options import DataFormat, DataOptions
-from keylayers.data.preferences import (
-    FORMAT_OF,
-    Preference,
-    PreferenceFormat,
-    preferences,
-    require_preferences,
-)
+from keylayers.data.preferences import PREFERENCES, Preference, PreferenceFormat, require_columns
+from keylayers.data.turns import DOCUMENT_COLUMNS, SYSTEM_COLUMNS, Row
 from keylayers.errors import ConfigError, DataError, did_you_mean
 from keylayers.model.options import Objective
 
 if TYPE_CHECKING:
     import datasets
 
+_Example = TypeVar("_Example", Conversation, Preference)
+
 # File endings, and the reader of `datasets` with its options. datasets 5 rewrites JSON that looks
 # like a coding agent's trace unless told not to. CSV cells stay text: "007" and "NA" are answers.
+_TEXT_COLUMNS = (
+    *(name for choices, _ in FORMATS.values() for names in choices for name in names),
+    *SYSTEM_COLUMNS,
+    *DOCUMENT_COLUMNS,
+    "chosen",
+    "rejected",
+)
 _JSON: dict[str, object] = {"parse_agent_traces": False}
-_CSV = {"converters": dict.fromkeys(TEXT_COLUMNS, str), "keep_default_na": False}
+_CSV = {"converters": dict.fromkeys(_TEXT_COLUMNS, str), "keep_default_na": False}
 _READERS: dict[str, tuple[str, dict[str, object]]] = {
     ".json": ("json", _JSON),
     ".jsonl": ("json", _JSON),
@@ -44,80 +42,73 @@ _READERS: dict[str, tuple[str, dict[str, object]]] = {
     ".parquet": ("parquet", {}),
 }
 _HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
-_READ_ROWS = 1000  # rows turned into Python objects at a time
+_READ_ROWS = 1000  # rows turned into Python objects at a time; singly takes several times as long
 _DEEPEST = 500  # levels of JSON; conversations have four
 _JSON_PARTS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]|\bnull\b')
 
 
-@contextmanager
-def opened(options: DataOptions) -> Iterator["datasets.Dataset"]:
-    """The data, with at least one row, for the length of the block.
-
-    Raises:
-        DataError: the data cannot be found or read, or has no rows.
-    """
-    # The user's cache would hide edits of a file from the next run, and keep a copy of the data.
-    with tempfile.TemporaryDirectory(prefix="keylayers-data-") as cache, quiet_datasets():
-        found = _open(options, cache)
-        try:
-            if next(rows_of(found), None) is None:
-                raise DataError(_empty(options))
-            yield found
-        except UnicodeDecodeError as error:  # from reading a row
-            raise DataError(f"Data must be UTF-8 text, got: {error}; convert the file.") from error
-
-
-def rows_of(found: "datasets.Dataset") -> Iterator[Row]:
-    """Every row, in batches: reading rows singly takes several times as long."""
-    for batch in found.iter(batch_size=_READ_ROWS):
-        for values in zip(*batch.values(), strict=True):
-            yield dict(zip(batch, values, strict=True))
-
-
 def read_conversations(options: DataOptions) -> tuple[DataFormat, list[Conversation], int]:
-    """The format of the data, the usable conversations in order, and the number of empty ones.
-
-    Raises:
-        DataError: the data cannot be read or recognised, or holds no answer.
-    """
-    with opened(options) as data:
-        if options.format is None:
-            format = recognise(data.column_names, next(rows_of(data)))
-        else:
-            format = require_columns(options.format, data.column_names)
-        found, num_dropped_empty = conversations(rows_of(data), format)
-    if not found:
-        raise DataError(
-            f"The data must hold answers to learn, got {num_dropped_empty} rows without one in the "
-            f"format {format!r}; check the columns or force another `--format`."
-        )
-    return format, found, num_dropped_empty
+    """The format of the data, the conversations with an answer, and how many have none."""
+    with _opened(options) as (first_row, rows):
+        format = read_format(first_row, options.format)
+        return format, *convert_rows(rows, format, FORMATS[format][1])
 
 
 def read_preferences(
     options: DataOptions, objective: Objective
 ) -> tuple[PreferenceFormat, list[Preference], int]:
-    """The format that the objective needs, the usable preferences, and the number of empty ones.
-
-    Raises:
-        ConfigError: a format is given, which has no effect.
-        DataError: the data cannot be read, does not fit the objective, or holds no answer.
-    """
+    """The format that the objective needs, the whole preferences, and how many lack a part."""
     if options.format is not None:
         raise ConfigError(
             f"`format` must be left out with `objective` {objective}, whose columns decide, got "
             f"{options.format!r}"
         )
-    format = FORMAT_OF[objective]
-    with opened(options) as data:
-        require_preferences(format, objective, data.column_names)
-        found, num_dropped_empty = preferences(rows_of(data), format)
-    if not found:
+    with _opened(options) as (first_row, rows):
+        format = require_columns(objective, first_row)
+        return format, *convert_rows(rows, format, PREFERENCES[format])
+
+
+def convert_rows(
+    rows: Iterable[Row], format: str, convert: Callable[[Row], Iterable[_Example]]
+) -> tuple[list[_Example], int]:
+    """The examples with an answer to learn, and how many have none."""
+    found: list[_Example] = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            found += convert(row)
+        except DataError as error:
+            raise DataError(f"Row {number}: {error}") from error
+    usable = [example for example in found if example.has_answer]
+    if not usable:
         raise DataError(
-            f"The data must hold prompts with answers, got {num_dropped_empty} rows without; check "
-            "the columns."
+            f"The data must hold answers to learn, got {len(found)} examples without one in the "
+            f"format {format!r}; check the columns, `--format` and `--objective`."
         )
-    return format, found, num_dropped_empty
+    return usable, len(found) - len(usable)
+
+
+@contextmanager
+def _opened(options: DataOptions) -> Iterator[tuple[Row, Iterator[Row]]]:
+    """The first row of the data, which must have one, and all rows, for the length of the block."""
+    # The user's cache would hide edits of a file from the next run, and keep a copy of the data.
+    with tempfile.TemporaryDirectory(prefix="keylayers-data-") as cache, quiet_datasets():
+        data = _load(options, cache)
+        try:
+            first_row = next(_rows_of(data), None)
+            if first_row is None:
+                raise DataError(
+                    f"The data must have rows, got none in {options.data!r}; check it, or "
+                    "`--data-split`."
+                )
+            yield first_row, _rows_of(data)
+        except UnicodeDecodeError as error:  # from reading a row
+            raise DataError(f"Data must be UTF-8 text, got: {error}; convert the file.") from error
+
+
+def _rows_of(data: "datasets.Dataset") -> Iterator[Row]:
+    for batch in data.iter(batch_size=_READ_ROWS):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
 
 
 @contextmanager
@@ -137,57 +128,66 @@ def quiet_datasets() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _open(options: DataOptions, cache: str) -> "datasets.Dataset":
-    import datasets
+def _load(options: DataOptions, cache: str) -> "datasets.Dataset":
+    from datasets import Dataset, load_dataset
+    from datasets.exceptions import DatasetsError
 
     path = Path(options.data).expanduser()
-    hub = _HUB_NAME.fullmatch(options.data)
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        load = partial(_load_saved, path)
+    elif path.exists():
+        load = partial(load_dataset, **_local(path, cache))
+    else:
+        load = partial(load_dataset, **_on_hub(options.data))
     try:
-        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return _open_saved(path, options.data_split)
-        if path.exists():
-            reader, more = _reader(path)
-            files = {"data_files": str(path)} if path.is_file() else {}
-            if reader == "json":
-                for file in [path] if path.is_file() else sorted(path.rglob("*.json*")):
-                    _check_json(file)
-            return datasets.load_dataset(
-                path=reader if path.is_file() else str(path),
-                split=options.data_split,
-                cache_dir=cache,
-                **files,
-                **more,
-            )
-        if hub is None or _suffix(path) in _READERS:
-            raise DataError(_missing(path))
-        return datasets.load_dataset(hub["name"], hub["config"], split=options.data_split)
-    except DataError:
-        raise
-    except StopIteration as error:  # how datasets 5 reacts to an empty JSON file
-        raise DataError(_empty(options)) from error
+        return load(split=options.data_split)
+    except StopIteration:  # how datasets 5 reacts to an empty JSON file
+        return Dataset.from_list([])
     # What the readers raise for broken, mixed or missing data, including Arrow's errors.
-    except (
-        datasets.exceptions.DatasetsError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except (DatasetsError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(_unreadable(options, error, is_hub=not path.exists())) from error
 
 
-def _open_saved(path: Path, split: str) -> "datasets.Dataset":
+def _load_saved(path: Path, split: str) -> "datasets.Dataset":
     """A folder that `save_to_disk` wrote."""
     from datasets import DatasetDict, load_from_disk
 
     saved = load_from_disk(str(path))
-    splits = list(saved) if isinstance(saved, DatasetDict) else ["train"]
-    if split not in splits:
+    splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
+    if split not in splits:  # in the words of `load_dataset`
+        raise ValueError(f'Unknown split "{split}". Should be one of {list(splits)}.')
+    return splits[split]
+
+
+def _local(path: Path, cache: str) -> dict[str, object]:
+    """Arguments of `load_dataset` for a file, or for a folder of data files of a single type."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    files = sorted(file for file in files if _suffix(file) in _READERS)
+    readers = {_suffix(file): _READERS[_suffix(file)] for file in files}
+    if len({reader for reader, _ in readers.values()}) != 1:
         raise DataError(
-            f"`data_split` must be one of {', '.join(splits)} in {str(path)!r}, got {split!r}"
-            f"{did_you_mean(split, splits)}"
+            f"Data files must be of one type ({', '.join(_READERS)}, optionally with .gz), got "
+            f"{' and '.join(sorted(readers)) or 'none of these'} in {str(path)!r}; convert, or "
+            "give one file."
         )
-    return saved[split] if isinstance(saved, DatasetDict) else saved
+    reader, more = readers.popitem()[1]
+    for file in files if reader == "json" else ():
+        _check_json(file)
+    found = {"path": reader, "data_files": str(path)} if path.is_file() else {"path": str(path)}
+    return {**found, "cache_dir": cache, **more}
+
+
+def _on_hub(data: str) -> dict[str, object]:
+    """Arguments of `load_dataset` for a name on the hub."""
+    path, hub = Path(data), _HUB_NAME.fullmatch(data)
+    if hub is None or _suffix(path) in _READERS:
+        folder = path.expanduser().parent
+        siblings = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+        raise DataError(
+            "`data` must be a file, a folder or a hub data set as owner/name, "
+            f"got {data!r}, which is none of them{did_you_mean(path.name, siblings)}"
+        )
+    return {"path": hub["name"], "name": hub["config"]}
 
 
 def _check_json(path: Path) -> None:
@@ -217,36 +217,10 @@ def _suffix(path: Path) -> str:
     return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
 
 
-def _reader(path: Path) -> tuple[str, dict[str, object]]:
-    """The reader for a file, or for the single type of data files in a folder."""
-    files = [path] if path.is_file() else path.rglob("*")
-    found = sorted({_suffix(file) for file in files if file.is_file()} & _READERS.keys())
-    if len({_READERS[suffix][0] for suffix in found}) != 1:
-        raise DataError(
-            f"Data files must be of one type ({', '.join(_READERS)}, optionally with .gz), got "
-            f"{' and '.join(found) or 'none of these'} in {str(path)!r}; convert, or give one file."
-        )
-    return _READERS[found[0]]
-
-
-def _empty(options: DataOptions) -> str:
-    return f"The data must have rows, got none in {options.data!r}; check it, or `--data-split`."
-
-
-def _missing(path: Path) -> str:
-    siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-    return (
-        "`data` must be a file, a folder or a hub data set as owner/name, "
-        f"got {str(path)!r}, which is none of them{did_you_mean(path.name, siblings)}"
-    )
-
-
 def _unreadable(options: DataOptions, error: BaseException, *, is_hub: bool) -> str:
-    """One line with the innermost cause, which names the place in the file."""
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    reason = " ".join((str(error) if is_hub else str(cause)).split())[:200] or type(cause).__name__
+    while error.__cause__ is not None and not is_hub:  # the innermost names the place in the file
+        error = error.__cause__
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
     if is_hub:
         return (
             f"{options.data!r} must be a file, a folder or a reachable hub data set; there is no "

@@ -120,7 +120,7 @@ def _conversations(
     template = resolve_template(tokenizer, options.chat_template) if is_chat else None
     for own in encode_all(chosen[: options.forgetting_examples], tokenizer, template, length):
         if own.is_usable:
-            yield own.input_ids, own.labels
+            yield own.row["input_ids"], own.row["labels"]
 
 
 def _pieces(
