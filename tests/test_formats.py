@@ -33,93 +33,49 @@ def read(*rows, format=None):
     return format, [each.messages for each in found], num_dropped
 
 
-# Name: its format, the conversations it holds, and the row.
+IN_PARTS = [
+    {"role": "user", "content": [{"type": "text", "text": "q"}]},
+    {"role": "assistant", "content": [{"text": "a"}, {"text": "b"}]},
+]
+S1K = {"deepseek_thinking_trajectory": "1 and 1.", "deepseek_attempt": "It is 2."}
+TWO = [{"input": "a", "output": "A"}, {"input": "", "output": "a"}]
+# A format, and rows with the conversations that they hold.
 CASES = {
-    "alpaca": (
-        "alpaca",
-        ["U: Add.\n\n1 2 | A: 3"],
-        {"instruction": "Add.", "input": "1 2", "output": "3", "text": "joined"},
-    ),
-    "no input": ("alpaca", ["U: q | A: a"], {"instruction": "q", "input": None, "output": "a"}),
-    "alpaca of LLaMA-Factory": (
-        "alpaca",
-        ["S: s | U: b | A: 1 | U: q | A: a"],
-        {"instruction": "q", "output": "a", "system": "s", "history": [["b", "1"]]},
-    ),
-    "sharegpt": (
-        "sharegpt",
-        ["S: s | U: q | A: a"],
-        {"conversations": old("S: s | U: q | A: a | U: never answered")},
-    ),
-    "sharegpt stored by field": (
-        "sharegpt",
-        ["U: q | A: a"],
-        {"conversations": {"from": ["user", "bard"], "value": ["q", "a"]}},
-    ),
-    "messages next to a prompt": (
-        "messages",
-        ["S: s | U: q | A: a"],
-        {"prompt": "q", "messages": new("U: q | A: a"), "system": "s"},
-    ),
-    "messages in parts": (
-        "messages",
-        ["U: q | A: ab"],
-        {
-            "messages": [
-                {"role": "user", "content": [{"type": "text", "text": "q"}]},
-                {"role": "assistant", "content": [{"text": "a"}, {"text": "b"}]},
-            ]
-        },
-    ),
-    "pair": ("prompt-completion", ["U: q | A: a"], {"prompt": "q", "completion": "a"}),
-    "pair of messages": (
-        "prompt-completion",
-        ["S: s | U: q | A: a"],
-        {"prompt": new("S: s | U: q"), "completion": new("A: a")},
-    ),
-    "s1K-1.1 trains the reasoning and the answer after it": (
-        "prompt-completion",
-        ["U: q | A: 1 and 1.\n\nIt is 2."],
-        {
-            **{"question": "q", "solution": "2"},
-            **{"deepseek_thinking_trajectory": "1 and 1.", "deepseek_attempt": "It is 2."},
-        },
-    ),
-    "LIMO trains the worked solution": (
-        "prompt-completion",
-        ["U: q | A: a"],
-        {"question": "q", "solution": "a", "answer": "2"},
-    ),
-    "OpenOrca": (
-        "prompt-completion",
-        ["S: s | U: q | A: a"],
-        {"system_prompt": "s", "question": "q", "response": "a"},
-    ),
-    "Dolly": (
-        "prompt-completion",
-        ["U: q\n\nc | A: a"],
-        {"instruction": "q", "context": "c", "response": "a"},
-    ),
-    "numbers": ("prompt-completion", ["U: q | A: 2"], {"question": "q", "answer": 2}),
-    "lima": (
-        "lima",
-        ["U: q | A: a | U: r | A: b"],
-        {"conversations": ["q", "a", "r", "b", "s"], "source": "x"},
-    ),
-    "self-instruct": (
-        "self-instruct",
-        ["U: q\n\na | A: A", "U: q | A: a"],
-        {
-            "instruction": "q",
-            "instances": [{"input": "a", "output": "A"}, {"input": "", "output": "a"}],
-        },
-    ),
+    "alpaca": [
+        ({"instruction": "q", "input": "1 2", "output": "3", "text": "both"}, "U: q\n\n1 2 | A: 3"),
+        ({"instruction": "q", "input": None, "output": "a"}, "U: q | A: a"),
+        (  # LLaMA-Factory
+            {"instruction": "q", "output": "a", "system": "s", "history": [["b", "1"]]},
+            "S: s | U: b | A: 1 | U: q | A: a",
+        ),
+    ],
+    "sharegpt": [
+        ({"conversations": old("S: s | U: q | A: a | U: never answered")}, "S: s | U: q | A: a"),
+        ({"conversations": {"from": ["user", "bard"], "value": ["q", "a"]}}, "U: q | A: a"),
+    ],
+    "messages": [
+        ({"messages": new("U: q | A: a"), "prompt": "q", "system": "s"}, "S: s | U: q | A: a"),
+        ({"messages": IN_PARTS}, "U: q | A: ab"),
+    ],
+    "prompt-completion": [
+        ({"prompt": "q", "completion": "a"}, "U: q | A: a"),
+        ({"prompt": new("S: s | U: q"), "completion": new("A: a")}, "S: s | U: q | A: a"),
+        ({"question": "q", "answer": 2}, "U: q | A: 2"),
+        ({"question": "q", "solution": "a", "answer": "2"}, "U: q | A: a"),  # LIMO
+        ({"question": "q", "solution": "2"} | S1K, "U: q | A: 1 and 1.\n\nIt is 2."),
+        ({"system_prompt": "s", "question": "q", "response": "a"}, "S: s | U: q | A: a"),
+        ({"instruction": "q", "context": "c", "response": "a"}, "U: q\n\nc | A: a"),  # Dolly
+    ],
+    "lima": [({"conversations": ["q", "a", "r", "b", "s"]}, "U: q | A: a | U: r | A: b")],
+    "self-instruct": [
+        ({"instruction": "q", "instances": TWO}, "U: q\n\na | A: A", "U: q | A: a"),
+    ],
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [(name, *row) for name, rows in CASES.items() for row in rows])
 def test_a_row_is_recognised_and_converted(case):
-    format, expected, row = CASES[case]
+    format, row, *expected = case
     assert read(row) == (format, [new(turns) for turns in expected], 0)
     assert read_format(row, format) == format
 
@@ -158,51 +114,43 @@ def test_a_row_without_an_answer_has_nothing_to_learn(row):
 
 def test_rows_without_an_answer_are_dropped_and_counted():
     assert read({"text": ""}, {"text": "a"}, {"text": " "})[1:] == ([[]], 2)
-    rows = [{"prompt": "Hi?", "chosen": "Good.", "rejected": " "}, {"prompt": ""} | TEXT]
-    found, num_dropped = convert_rows([*rows, PAIRS["text"][0]], "pairs", PREFERENCES["pairs"])
+    asked = {"prompt": "Hi?"}
+    rows = [asked | {"chosen": "Good.", "rejected": " "}, {"prompt": ""} | TEXT, asked | TEXT]
+    found, num_dropped = convert_rows(rows, "pairs", PREFERENCES["pairs"])
     assert (len(found), num_dropped) == (1, 2)
 
 
-# Name: the row, and its prompt; the answers are "Good." and "Bad.".
 TEXT = {"chosen": "Good.", "rejected": "Bad."}
 OLD_PAIR = {"chosen": old("A: Good.")[0], "rejected": old("A: Bad.")[0]}
 WHOLE = {"chosen": new("U: Hi? | A: Good."), "rejected": new("U: Hi? | A: Bad.")}
 TURNS = {"prompt": new("U: Hi?"), "chosen": new("A: Good."), "rejected": new("A: Bad.")}
 SEVERAL = "U: Hi? | A: Yes. | U: Hi?"
-PAIRS = {
-    "text": ({"prompt": "Hi?"} | TEXT, "U: Hi?"),
-    "system column": ({"system": "Be brief.", "prompt": "Hi?"} | TEXT, "S: Be brief. | U: Hi?"),
-    "messages": (TURNS, "U: Hi?"),
-    "whole conversations": (WHOLE, "U: Hi?"),
-    "whole conversations next to a prompt": ({"prompt": "Hi?"} | WHOLE, "U: Hi?"),
-    "ShareGPT pairs": ({"conversations": old("U: Hi?")} | OLD_PAIR, "U: Hi?"),
-    "several turns": ({"conversations": old(SEVERAL)} | OLD_PAIR, SEVERAL),
-    "instruction": ({"instruction": "Hi?", "input": ""} | TEXT, "U: Hi?"),
-}
-# Name: the row with the question "Hi?" and the answer "Good.", and its rating.
 PARTS = {"prompt": new("U: Hi?"), "completion": new("A: Good.")}
-RATED = {
-    "text": ({"prompt": "Hi?", "completion": "Good.", "label": True}, True),
-    "messages": ({"messages": new("U: Hi? | A: Good."), "label": False}, False),
-    "parts as messages": (PARTS | {"label": True}, True),
-    "ShareGPT": ({"conversations": old("U: Hi? | A: Good."), "kto_tag": True}, True),
-    "numbers": ({"prompt": "Hi?", "response": "Good.", "label": 0}, False),
-    "more turns": ({"messages": new("U: Hi? | A: Good. | U: More?"), "label": True}, True),
-}
+# A row with the answers "Good." and "Bad.", or with "Good." alone; its prompt, and the rating.
+PREFERRED = [
+    ({"prompt": "Hi?"} | TEXT, "U: Hi?", None),
+    ({"system": "Be brief.", "prompt": "Hi?"} | TEXT, "S: Be brief. | U: Hi?", None),
+    ({"instruction": "Hi?", "input": ""} | TEXT, "U: Hi?", None),
+    (TURNS, "U: Hi?", None),
+    (WHOLE, "U: Hi?", None),
+    ({"prompt": "Hi?"} | WHOLE, "U: Hi?", None),
+    ({"conversations": old("U: Hi?")} | OLD_PAIR, "U: Hi?", None),
+    ({"conversations": old(SEVERAL)} | OLD_PAIR, SEVERAL, None),
+    ({"prompt": "Hi?", "completion": "Good.", "label": True}, "U: Hi?", True),
+    ({"prompt": "Hi?", "response": "Good.", "label": 0}, "U: Hi?", False),
+    (PARTS | {"label": True}, "U: Hi?", True),
+    ({"messages": new("U: Hi? | A: Good."), "label": False}, "U: Hi?", False),
+    ({"messages": new("U: Hi? | A: Good. | U: More?"), "label": True}, "U: Hi?", True),
+    ({"conversations": old("U: Hi? | A: Good."), "kto_tag": True}, "U: Hi?", True),
+]
 
 
-@pytest.mark.parametrize("case", PAIRS)
-def test_pairs_of_all_formats_are_the_same_pairs(case):
-    row, prompt = PAIRS[case]
-    expected = Preference(new(prompt), (new("A: Good."), new("A: Bad.")))
-    assert list(PREFERENCES[require_columns("dpo", row)](row)) == [expected]
-
-
-@pytest.mark.parametrize("case", RATED)
-def test_rated_answers_of_all_formats_are_the_same(case):
-    row, rating = RATED[case]
-    expected = Preference(new("U: Hi?"), (new("A: Good."),), rating)
-    assert list(PREFERENCES[require_columns("kto", row)](row)) == [expected]
+@pytest.mark.parametrize(("row", "prompt", "rating"), PREFERRED)
+def test_preferences_of_all_formats_are_the_same(row, prompt, rating):
+    format = require_columns("dpo" if rating is None else "kto", row)
+    bad = [new("A: Bad.")] if rating is None else []
+    expected = Preference(new(prompt), (new("A: Good."), *bad), rating)
+    assert list(PREFERENCES[format](row)) == [expected]
 
 
 # The format or the objective, the columns, and the message.

@@ -288,8 +288,8 @@ def _label(
         is_answer[start:end] = b"\1" * (end - start)
     # A token whose offsets are equal holds the blank just before them: tokenizers like GPT-2's
     # leave blanks out of offsets.
-    held = (is_answer[max(0, min(start, end - 1)) : end] for start, end in offsets)
-    return [token if any(part) else IGNORED for token, part in zip(ids, held, strict=True)]
+    held = [is_answer[start - (start == end) : end] for start, end in offsets]
+    return [token if 1 in part else IGNORED for token, part in zip(ids, held, strict=True)]
 
 
 def _tokenise_pieces(
