@@ -92,12 +92,12 @@ class UntilStable(MethodOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedBatches(Batched, Grouped):
-    """Of `leave-one-out`."""
+    """Options of `leave-one-out`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EliminationOptions(UntilStable, GroupedBatches):
-    """Of `elimination`.
+    """Options of `elimination`.
 
     Attributes:
         keep_fraction: Share of the modules that a round keeps for the next.
@@ -115,7 +115,7 @@ class EliminationOptions(UntilStable, GroupedBatches):
 
 @dataclass(frozen=True, kw_only=True)
 class PathOptions(UntilStable, GroupedBatches):
-    """Of `path`.
+    """Options of `path`.
 
     Attributes:
         path_points: Points of the integral from no update to all.
@@ -126,7 +126,7 @@ class PathOptions(UntilStable, GroupedBatches):
 
 @dataclass(frozen=True, kw_only=True)
 class ShapleyOptions(GroupedBatches):
-    """Of `shapley`.
+    """Options of `shapley`.
 
     Attributes:
         permutations: Random orders that the values are averaged over.
@@ -157,7 +157,7 @@ class LearnedOptions(UntilStable, Grouped):
 
 @dataclass(frozen=True, kw_only=True)
 class IlaOptions(LearnedOptions):
-    """Of `ila`.
+    """Options of `ila`.
 
     Attributes:
         initial_score: Score of every module at first; the gate is its sigmoid, so 1 is a gate of
@@ -171,7 +171,7 @@ class IlaOptions(LearnedOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PriceOptions(LearnedOptions):
-    """Of `price`.
+    """Options of `price`.
 
     Attributes:
         price: Price of the mean gate, in nats.
@@ -182,7 +182,7 @@ class PriceOptions(LearnedOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLoraOptions(MethodOptions):
-    """Of `adalora`.
+    """Options of `adalora`.
 
     Attributes:
         mask_steps: Steps of its training; the budget falls between two of them.
