@@ -35,10 +35,6 @@ RESERVED = ("method", "mask_seed")  # options of every method
 Needs = Literal["nothing", "gradient", "activations", "loss"]
 
 
-def unknown_steps(options: Any, num_gates: int) -> None:
-    """For methods that report no steps, or a number that is not known beforehand."""
-
-
 @dataclass(frozen=True)
 class Method:
     """One scoring method.
@@ -50,8 +46,8 @@ class Method:
             itself. It is called with a `scores.task.Task` and the method's options and returns
             `ModuleScores`.
         options: Frozen dataclass of the method's own options, each with a default.
-        num_steps: Steps that the method reports, from its options and the number of gates; None if
-            that is not known beforehand.
+        num_steps: Steps that the method reports, from its options and the number of gates. None if
+            there are none, or if their number is not known beforehand.
         needs: What the method looks at; only `nothing` and `gradient` work with a trainer that
             samples its data.
         source: Where the method was published.
@@ -61,7 +57,7 @@ class Method:
     title: str
     function: str | Callable[..., Any]
     options: type = MethodOptions
-    num_steps: Callable[[Any, int], int | None] = unknown_steps
+    num_steps: Callable[[Any, int], int | None] | None = None
     needs: Needs = "loss"
     source: str = ""
 

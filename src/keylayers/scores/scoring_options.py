@@ -39,8 +39,8 @@ class ScoringOptions:
 
     def num_steps(self, num_gates: int) -> int | None:
         """How many steps the method reports, for progress; None if not known beforehand."""
-        found = find_method(self.method)
-        return None if self.is_repeated else found.num_steps(self.options, num_gates)
+        count = find_method(self.method).num_steps
+        return None if count is None or self.is_repeated else count(self.options, num_gates)
 
     def flat(self) -> dict[str, Any]:
         """The options of all built-in methods and of this one by name, for the record.
