@@ -102,25 +102,22 @@ def _group_parts(name: str, groups: Mapping[str, Any], depth: int) -> Iterator[P
             yield Part(member, (member,), depth=inner, is_in_table=is_in_table)
 
 
-def _manager(options: BenchmarkOptions) -> Any:
+def _manager(options: BenchmarkOptions) -> TaskManager:
     folder = options.task_folder
-    if folder is not None:
-        if not Path(folder).is_dir():
-            raise ConfigError(
-                f"`task_folder` must be a folder of task files (YAML), but there is no {folder!r}"
-            )
-        manager = TaskManager(include_path=folder, include_defaults=False)
-        if set(options.tasks) <= set(manager.all_tasks):  # else search thousands of files, too
+    if folder is not None and not Path(folder).is_dir():
+        raise ConfigError(
+            f"`task_folder` must be a folder of task files (YAML), but there is no {folder!r}"
+        )
+    for with_own in (False, True):  # the harness's own tasks are thousands of files
+        manager = TaskManager(include_path=folder, include_defaults=with_own)
+        unknown = [name for name in options.tasks if name not in manager.all_tasks]
+        if not unknown:
             return manager
-    manager = TaskManager(include_path=folder)
-    for name in options.tasks:
-        if name not in manager.all_tasks:
-            also = f" or in {folder!r}" if folder is not None else "; give `task_folder` for others"
-            raise ConfigError(
-                f"every task must be one of lm-evaluation-harness{also}, got {name!r}"
-                f"{did_you_mean(name, manager.all_tasks)}"
-            )
-    return manager
+    also = f" or in {folder!r}" if folder is not None else "; give `task_folder` for others"
+    raise ConfigError(
+        f"every task must be one of lm-evaluation-harness{also}, got {unknown[0]!r}"
+        f"{did_you_mean(unknown[0], manager.all_tasks)}"
+    )
 
 
 class HarnessModel(HFLM):
@@ -135,16 +132,16 @@ class HarnessModel(HFLM):
                 max_batch_size=batch_size,
                 chat_template_args={"chat_template": loaded.template.text},
             )
-        to_evaluation(loaded.model)  # again, after the harness's own way
+        to_evaluation(loaded.model)  # HFLM puts 4-bit layers in evaluation mode, too
         self.num_cut = 0
 
-    # The harness draws its own bars on top of ours, whatever TQDM_DISABLE says.
+    # lm_eval 0.4.13 passes `disable` to tqdm, which overrides TQDM_DISABLE: its bars would be drawn
+    # over ours. `loglikelihood_rolling` even asks `_loglikelihood_tokens` for a bar.
     loglikelihood = functools.partialmethod(HFLM.loglikelihood, disable_tqdm=True)
     loglikelihood_rolling = functools.partialmethod(HFLM.loglikelihood_rolling, disable_tqdm=True)
     generate_until = functools.partialmethod(HFLM.generate_until, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
-        # lm_eval 0.4.13 asks for a bar here in `loglikelihood_rolling`
         return super()._loglikelihood_tokens(requests, **(kwargs | {"disable_tqdm": True}))
 
     def tok_batch_encode(
@@ -154,7 +151,7 @@ class HarnessModel(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode a batch, and count the prompts that are cut: the harness warns once a batch."""
+        """Encode a batch, and count the prompts that are cut: the harness warns once per batch."""
         tokens, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
         longest = left_truncate_len or mask.shape[1]
         self.num_cut += int((mask.sum(dim=1) > longest).sum())
@@ -202,9 +199,9 @@ class Benchmark:
         self._set_seeds()
         options, name = self.options, self.name
         model, passes = HarnessModel(loaded, self.batch_size), itertools.count(1)
-        hooked = base_model_of(loaded.model)
+        base = base_model_of(loaded.model)  # which `PeftModel.generate` calls directly
         with (
-            hooked.register_forward_hook(lambda *_: on_step(next(passes), None)),
+            base.register_forward_hook(lambda *_: on_step(next(passes), None)),
             _logged() as logged,
             quiet_datasets(),
             torch.no_grad(),

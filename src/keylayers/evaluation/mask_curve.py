@@ -34,7 +34,8 @@ def mask_curve(
         num_points: Points on the curve, evenly spaced; every count if not given.
         on_step: Called after each point with its number, from 1, and its loss in nats.
     """
-    counts = curve_counts(len(order), num_points)
+    steps = len(order) if num_points is None else min(len(order), num_points - 1)
+    counts = [round(len(order) * step / steps) for step in range(steps + 1)]
     subsets = [order[:count] for count in counts]
     measured = subset_losses(trainer, updates, subsets, held_out, on_step)
     return MaskCurve(
@@ -43,12 +44,6 @@ def mask_curve(
         batch_losses=tuple(point.losses for point in measured),
         batch_weights=measured[0].weights,
     )
-
-
-def curve_counts(num_modules: int, num_points: int | None) -> list[int]:
-    """How many modules each point keeps, from none to all."""
-    steps = num_modules if num_points is None else min(num_modules, num_points - 1)
-    return [round(num_modules * step / steps) for step in range(steps + 1)]
 
 
 def subset_losses(
