@@ -45,8 +45,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
         if changed:
             raise GuardError(
                 f"the weights of a model must not change while it is scored or measured, but "
-                f"{len(changed)} tensors did, first {', '.join(changed[:3])}; something else "
-                f"trains it at the same time"
+                f"{len(changed)} tensors did, first {', '.join(changed[:3])}; an adapter or "
+                f"another training changed them"
             )
 
 
