@@ -200,7 +200,7 @@ def served(tiny, tmp_path_factory):
 
 @pytest.mark.long
 def test_a_served_model_is_asked_and_graded_by_the_command_line(served, tiny, tmp_path):
-    """As recipes/inspect/README.md says; the tiny model rates nothing, so its ratings are unreadable."""
+    """As the recipe's README says; the tiny model rates nothing, so its ratings are unreadable."""
 
     def inspect(*arguments):
         done = subprocess.run(
