@@ -28,34 +28,31 @@ BARE = (
 )
 
 
+END = "{% endgeneration %}"
+
+
 def unmarked(template):
-    return template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    return template.replace("{% generation %}", "").replace(END, "")
 
 
-# A template, what closes an earlier answer, and what closes the last one.
+# A template, and an answer with what closes it; the last one also ends with a stop token.
 TEMPLATES = {
-    "marked": (MARKED, "{}</s>", "{}</s>"),
-    "unmarked": (unmarked(MARKED), "{}</s>", "{}</s>"),
-    "closing token outside the markers": (
+    "marked": (MARKED, "{}</s>"),
+    "unmarked": (unmarked(MARKED), "{}</s>"),
+    "stop outside": (
         MARKED.replace("</s>{% endgeneration %}", "{% endgeneration %}</s>"),
         "{}</s>",
-        "{}</s>",
     ),
-    "line end inside the markers": (
-        MARKED.replace("</s>{% endg", "{{ '</s>\n' }}{% endg"),
-        "{}</s>\n",
-        "{}</s>\n",
-    ),
-    "marked without a closing token": (MARKED.replace("</s>", "{{ '\n' }}"), "{}\n", "{}\n</s>"),
-    "plain words without markers": (BARE, "{}\n", "{}\n</s>"),
+    "line end inside": (MARKED.replace("</s>", "{{ '</s>\n' }}"), "{}</s>\n"),
+    "marked without a stop": (MARKED.replace("</s>", "{{ '\n' }}"), "{}\n"),
+    "plain words without markers": (BARE, "{}\n"),
     "no prompt for generation (Llama-2)": (
         "{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST] {{ m['content'] }} [/INST]"
         "{% else %} {{ m['content'] }} </s>{% endif %}{% endfor %}",
         " {} </s>",
-        " {} </s>",
     ),
-    "built-in alpaca": ("alpaca", "{}</s>", "{}</s>"),
-    "built-in chatml": ("chatml", "{}<|im_end|></s>", "{}<|im_end|></s>"),
+    "built-in alpaca": ("alpaca", "{}</s>"),
+    "built-in chatml": ("chatml", "{}<|im_end|></s>"),
 }
 TURNS = [
     ("user", "What is it?"),
@@ -121,9 +118,10 @@ def tokenizer(request):
 
 
 def check_answers(tokenizer, case):
-    template, earlier, last = TEMPLATES[case]
+    template, closed = TEMPLATES[case]
     encoded = encode(TURNS, tokenizer, template)
-    expected = [earlier.format(TURNS[1][1]), last.format(TURNS[3][1])]
+    stop = "" if "</s>" in closed else "</s>"
+    expected = [closed.format(TURNS[1][1]), closed.format(TURNS[3][1]) + stop]
     assert labelled_runs(encoded, tokenizer) == expected
     assert not encoded.is_last_answer_only
     assert not encoded.is_truncated
@@ -166,7 +164,7 @@ def test_words_without_blanks_in_any_token_are_labelled_like_any_other():
         tokenizer_object=inner, eos_token="</s>", unk_token="[UNK]", extra_special_tokens=words[2:4]
     )
     turns = [("user", "q"), ("assistant", "a a"), ("user", "r"), ("assistant", "b")]
-    encoded = encode(turns, tokenizer, TEMPLATES["line end inside the markers"][0])
+    encoded = encode(turns, tokenizer, TEMPLATES["line end inside"][0])
     counted = [words[label] if label >= 0 else "-" for label in encoded.row["labels"]]
     assert counted == ["-", "-", "-", "a", "a", "</s>", "-", "-", "-", "b", "</s>"]
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 
 from keylayers.data.options import DataOptions
 from keylayers.data.prepare import prepare as prepare_data
-from keylayers.data.reading import _check_json
+from keylayers.data.reading import _local
 from keylayers.errors import DataError, KeylayersError
 
 TOKENIZER = ByT5Tokenizer()  # needs no files: one token per byte
@@ -64,12 +64,6 @@ def write_folder(path):
     write(path / "train-00001.jsonl", ROWS[8:])
     write(path / "test.jsonl", ROWS[:1])
     (path / "notes.txt").write_text("not data", encoding="utf-8")
-
-
-def write_mixed(path):
-    path.mkdir()
-    write(path / "a.jsonl", ROWS)
-    write_csv(path / "b.csv")
 
 
 def write_saved_splits(path):
@@ -250,72 +244,68 @@ def test_cells_of_csv_stay_text(tmp_path):
     assert prepared.counts.num_dropped_empty == 1
 
 
-FILES = {
-    "alpaca.jsonl": LINES.encode(),
-    "pairs.jsonl": "".join(json.dumps(row) + "\n" for row in PAIRS).encode(),
-    "good.jsonl": "".join(json.dumps(row | {"label": True}) + "\n" for row in RATED).encode(),
-    "text.jsonl": b'{"text": "a"}\n{"text": "b"}\n',
-    "broken.jsonl": b'{"text": "a"}\n{"text": \n',
-    "empty.jsonl": b"",
-    "empty.json": b"[]",
-    "empty.csv": b"",
-    "mixed.jsonl": b'{"text": "a"}\n{"text": ["b"]}\n',
-    "latin.jsonl": '{"text": "é"}'.encode("latin-1"),
-    "broken.parquet": b"nothing",
-    "notes.docx": b"x",
-    "columns.jsonl": b'{"body": "a"}\n',
-    "silent.jsonl": b'{"text": ""}\n',
-    "single.jsonl": b'{"text": "abc"}\n',
-    "mixed": write_mixed,
-    "saved splits": write_saved_splits,
+# Name: the content of a file, and the message about it.
+UNREADABLE = {
+    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "readable as a table.*JSON parse error"),
+    "empty.jsonl": (b"", "must have rows, got none"),
+    "empty.json": (b"[]", 'got: Instruction "train" corresponds to no data'),
+    "empty.csv": (b"", "got: No columns to parse from file"),
+    "mixed.jsonl": (b'{"text": "a"}\n{"text": ["b"]}\n', "Row 2: `text` must be text, got list"),
+    "latin.jsonl": ('{"text": "é"}'.encode("latin-1"), "must be UTF-8 text, got: 'utf-8' codec"),
+    "broken.parquet": (b"nothing", "readable as a table.*Parquet"),
+    "notes.docx": (b"x", r"Data files must be of one type \(.json, .jsonl, .csv, .parquet"),
+    "columns.jsonl": (b'{"body": "a"}\n', "must fit a known format, got body"),
+    "silent.jsonl": (b'{"text": ""}\n', "got 1 examples without one in the format 'text'; check"),
+    "single.jsonl": (b'{"text": "abc"}\n', "after 1 held out, got 1 usable"),
 }
-# The data, options, and the message.
-REFUSED = [
-    ("broken.jsonl", {}, r"readable as a table.*JSON parse error"),
-    ("empty.jsonl", {}, r"must have rows, got none"),
-    ("empty.json", {}, r"got: Instruction \"train\" corresponds to no data"),
-    ("empty.csv", {}, r"got: No columns to parse from file"),
-    ("mixed.jsonl", {}, r"Row 2: `text` must be text, got list"),
-    ("latin.jsonl", {}, r"must be UTF-8 text, got: 'utf-8' codec"),
-    ("broken.parquet", {}, r"readable as a table.*Parquet"),
-    ("notes.docx", {}, r"Data files must be of one type \(.json, .jsonl, .csv, .parquet"),
-    ("columns.jsonl", {}, r"must fit a known format, got body"),
-    ("silent.jsonl", {}, r"answers to learn, got 1 examples without one in the format 'text'"),
-    ("single.jsonl", {}, r"after 1 held out, got 1 usable"),
+ROWS_OF = {
+    "alpaca.jsonl": ROWS,
+    "pairs.jsonl": PAIRS,
+    "good.jsonl": [row | {"label": True} for row in RATED],
+    "text.jsonl": [{"text": "a"}, {"text": "b"}],
+}
+FOR_MASK = {"held_out": 10.0, "mask_data": "held-out"}
+DPO = {"objective": "dpo"}
+# Data, options, and the message.
+UNFIT = [
     ("alpaca.jsonl", {"held_out": 2.5}, "got 2.5; 0.1 keeps a tenth"),
     ("alpaca.jsonl", {"held_out": 0.0}, "a share above 0 and below 1, or a whole number .*, got 0"),
     ("alpaca.jsonl", {"held_out": 20.0}, "left to train after 20 held out, got 20 usable"),
-    (
-        "alpaca.jsonl",
-        {"held_out": 10.0, "mask_data": "held-out"},
-        "after 10 held out and 10 set aside for the mask, got 20",
-    ),
+    ("alpaca.jsonl", FOR_MASK, "after 10 held out and 10 set aside for the mask, got 20"),
     ("alpaca.jsonl", {"max_length": 10}, "in 10 tokens, got only .* too long, .* up to 40 tokens"),
     ("alpaca.jsonl", {"data_split": "nowhere"}, "nowhere"),
-    ("saved splits", {"data_split": "nowhere"}, r"split \"nowhere\".*'train', 'test'"),
+    ("saved splits", {"data_split": "nowhere"}, "split \"nowhere\".*'train', 'test'"),
     ("alpacca.jsonl", {}, r"none of them, did you mean 'alpaca.jsonl'\?"),
     ("data/train.jsonl", {}, "got 'data/train.jsonl', which is none of them"),  # no hub name
     ("mixed", {}, r"of one type .* got \.csv and \.jsonl in"),
     ("text.jsonl", {"chat_template": "alpaca"}, "works on conversations, got plain text"),
-    (
-        "pairs.jsonl",
-        {"objective": "dpo", "format": "alpaca"},
-        "`format` must be left out with `objective` dpo",
-    ),
-    ("pairs.jsonl", {"objective": "dpo", "max_length": 4}, "room for an answer in 4 tokens"),
-    ("good.jsonl", {"objective": "kto"}, "Rated answers must be good and bad"),
+    ("pairs.jsonl", DPO | {"format": "alpaca"}, "`format` must be left out with `objective` dpo"),
+    ("pairs.jsonl", DPO | {"max_length": 4}, "must leave room for an answer in 4 tokens"),
     ("pairs.jsonl", {}, "choose an objective for preferences with `--objective`"),
+    ("good.jsonl", {"objective": "kto"}, "Rated answers must be good and bad"),
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "message"), REFUSED)
-def test_data_that_cannot_be_used_are_refused_in_one_line(
-    monkeypatch, tmp_path, name, options, message
-):
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The working directory, with data that can be read."""
+    for name, rows in ROWS_OF.items():
+        write(tmp_path / name, rows)
+    write_saved_splits(tmp_path / "saved splits")
+    (tmp_path / "mixed").mkdir()
+    write(tmp_path / "mixed" / "a.jsonl", ROWS)
+    write_csv(tmp_path / "mixed" / "b.csv")
     monkeypatch.chdir(tmp_path)
-    for file in {"alpaca.jsonl", name} & FILES.keys():
-        content, path = FILES[file], tmp_path / file
-        content(path) if callable(content) else path.write_bytes(content)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [*((name, {}, message) for name, (_, message) in UNREADABLE.items()), *UNFIT],
+)
+def test_data_that_cannot_be_used_are_refused_in_one_line(place, name, options, message):
+    if name in UNREADABLE:
+        (place / name).write_bytes(UNREADABLE[name][0])
     with pytest.raises(KeylayersError, match=message) as caught:
         prepare(name, **options)
     assert "\n" not in str(caught.value)
@@ -362,44 +352,39 @@ def test_real_data_is_prepared_for_a_real_model(shared, name, format, counts):
 
 # Brackets and null inside texts and rows count for nothing.
 ODD_ROW = {"prompt": 'a [[[ { \\ " ] null b', "completion": ":-[ \\\\", "c": None}
-SOUND_JSON = {
-    "lines": "".join(json.dumps(ODD_ROW) + "\n" for _ in range(600)),
-    "a list": json.dumps([ODD_ROW] * 600),
-    "a list over lines": json.dumps([ODD_ROW] * 600, indent=2),
-    "an object over lines": json.dumps({"data": [ODD_ROW, None]}, indent=2),
-    "nulls inside rows": '{"a": null, "b": [null, {"c": 1}]}\n' * 3,
-    "500 levels": "[" * 500 + "]" * 500,
-    "a byte order mark": "\ufeff" + '{"a": "b"}\n',
-    "nothing": "",
-}
-DEADLY_JSON = {
-    "null first": ('null\n{"a": "b"}\n', 1),
-    "null after a byte order mark": ('\ufeffnull\n{"a": "b"}\n', 1),
-    "null in a list": ('[null, {"a": "b"}]', 1),
-    "null in a list over lines": ('[\n{"a": "b"},\nnull\n]', 3),
-    "null at the start of a block": (json.dumps({"a": "x" * 400_000}) + "\nnull\n", 2),
-    "deep over lines": ("[\n" * 501, 501),
-    "deep objects": ('{"a":' * 600 + "1" + "}" * 600, 1),
-}
+SOUND_JSON = [
+    "".join(json.dumps(ODD_ROW) + "\n" for _ in range(600)),
+    json.dumps([ODD_ROW] * 600),
+    json.dumps([ODD_ROW] * 600, indent=2),
+    json.dumps({"data": [ODD_ROW, None]}, indent=2),
+    '{"a": null, "b": [null, {"c": 1}]}\n' * 3,
+    "[" * 500 + "]" * 500,
+    '\ufeff{"a": "b"}\n',  # a byte order mark
+    "",
+]
+# JSON, and the line that is refused.
+DEADLY_JSON = [
+    ('null\n{"a": "b"}\n', 1),
+    ('\ufeffnull\n{"a": "b"}\n', 1),
+    ('[null, {"a": "b"}]', 1),
+    ('[\n{"a": "b"},\nnull\n]', 3),
+    (json.dumps({"a": "x" * 400_000}) + "\nnull\n", 2),  # at the start of a block
+    ("[\n" * 501, 501),
+    ('{"a":' * 600 + "1" + "}" * 600, 1),
+]
 
 
-@pytest.mark.parametrize("name", ["data.jsonl", "data.json.gz"])
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json.gz", "deep/data.jsonl"])
 def test_json_that_would_crash_arrow_is_refused_by_line(tmp_path, name):
-    def check(text):
-        content = text.encode()
-        (tmp_path / name).write_bytes(gzip.compress(content) if ".gz" in name else content)
-        _check_json(tmp_path / name)
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
 
-    for text in SOUND_JSON.values():
+    def check(text):
+        path.write_bytes(gzip.compress(text.encode()) if ".gz" in name else text.encode())
+        _local(path.parent if "deep" in name else path, str(tmp_path))
+
+    for text in SOUND_JSON:
         check(text)
-    for text, line in DEADLY_JSON.values():
+    for text, line in DEADLY_JSON:
         with pytest.raises(DataError, match=f"nested at most 500 levels deep, but line {line} of"):
             check(text)
-
-
-def test_json_in_folders_is_checked_too(tmp_path):
-    write(tmp_path / "a.jsonl", ROWS)
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "b.jsonl").write_text("null\n")
-    with pytest.raises(DataError, match=r"line 1 of .*b\.jsonl"):
-        prepare(tmp_path)
