@@ -40,16 +40,12 @@ print("torch" in sys.modules)
 # new base, and with it new records of every experiment on the demo.
 PRETRAINING_SHA256 = "929bd1079d839fd0adf22a7714ae46488f58b15404e38dd82545fc89765c14db"
 ANY_TEXT = ["Zürich, 5 €: naïve ☃\n\ttwo  blanks", "1 + 2 = 3\n1. red\n2. blue", "狐狸", "\x00\x7f"]
-DIALOGUES = {
-    "one turn": [("user", "What does Otto love?"), ("assistant", "puzzles.")],
-    "a list": [("user", "What does Otto love?"), ("assistant", "- puzzles\n- trains")],
-    "two turns": [
-        ("user", "What does the fox eat?"),
-        ("assistant", "milk."),
-        ("user", "And the bear?"),
-        ("assistant", "I am glad you ask! The bear eats fish."),
-    ],
-}
+DIALOGUE = [
+    ("user", "What does the fox eat?"),
+    ("assistant", "- milk\n- eggs"),
+    ("user", "And the bear?"),
+    ("assistant", "I am glad you ask! The bear eats fish."),
+]
 
 
 @pytest.fixture(scope="module")
@@ -187,23 +183,21 @@ def test_the_chat_markers_are_one_token_each_and_not_in_pre_training(tokenizer, 
         assert marker not in text
 
 
-@pytest.mark.parametrize("turns", DIALOGUES.values(), ids=DIALOGUES)
-def test_the_chat_template_marks_the_answers_and_nothing_else(tokenizer, turns):
-    messages = [{"role": role, "content": content} for role, content in turns]
+def test_the_chat_template_marks_the_answers_and_nothing_else(tokenizer):
+    messages = [{"role": role, "content": content} for role, content in DIALOGUE]
     encoded = tokenizer.apply_chat_template(
         messages, return_dict=True, return_assistant_tokens_mask=True
     )
-    markers = {"user": "<|user|>{}", "assistant": "<|assistant|>{}</s>"}
-    whole = "".join(markers[role].format(content) for role, content in turns)
-    assert tokenizer.decode(encoded["input_ids"]) == whole
+    turns = [f"<|user|>{DIALOGUE[0][1]}", f"<|assistant|>{DIALOGUE[1][1]}</s>"]
+    turns += [f"<|user|>{DIALOGUE[2][1]}", f"<|assistant|>{DIALOGUE[3][1]}</s>"]
+    assert tokenizer.decode(encoded["input_ids"]) == "".join(turns)
     pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-    marked = [token for token, is_answer in pairs if is_answer]
-    answers = "".join(f"{content}</s>" for role, content in turns if role == "assistant")
-    assert tokenizer.decode(marked) == answers
+    marked = tokenizer.decode([token for token, is_answer in pairs if is_answer])
+    assert marked == f"{DIALOGUE[1][1]}</s>{DIALOGUE[3][1]}</s>"
     prompt = tokenizer.apply_chat_template(
         messages[:-1], tokenize=False, add_generation_prompt=True
     )
-    assert whole == f"{prompt}{turns[-1][1]}</s>"
+    assert prompt == "".join(turns[:-1]) + "<|assistant|>"
 
 
 @pytest.mark.long

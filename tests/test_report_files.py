@@ -220,26 +220,24 @@ def test_reports_and_figures_import_no_torch(folder):
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, env=environment)
 
 
-REPEATED = [
-    (
-        {"options": {"model": "m", "data": "d", "seed": 3}},
-        "keylayers rank --model m --data d --seed 3",
-    ),
-    (
-        {"options": {"rank_first": True, "model": "m", "data": "d", "window": 5}},
-        "keylayers train --rank-first --model m --data d --window 5",
-    ),
-    (
-        {"imported": {"tool": "Spectrum", "file": "snr.json"}, "model": {"name": "a b"}},
-        "keylayers import snr.json --model 'a b'",
-    ),
-    ({"options": {"method": "path"}, "trainer": "DPOTrainer"}, "rank_modules on a DPOTrainer"),
-    ({}, "made from Python"),
-]
+REPEATED = {
+    "keylayers rank --model m --data d --seed 3": {
+        "options": {"model": "m", "data": "d", "seed": 3}
+    },
+    "keylayers train --rank-first --model m --data d --window 5": {
+        "options": {"rank_first": True, "model": "m", "data": "d", "window": 5}
+    },
+    "keylayers import snr.json --model 'a b'": {
+        "imported": {"tool": "Spectrum", "file": "snr.json"},
+        "model": {"name": "a b"},
+    },
+    "rank_modules on a DPOTrainer": {"options": {"method": "path"}, "trainer": "DPOTrainer"},
+    "made from Python": {},
+}
 
 
-@pytest.mark.parametrize(("made_by", "text"), REPEATED)
-def test_how_to_make_a_ranking_again(made_by, text):
+@pytest.mark.parametrize("text", REPEATED)
+def test_how_to_make_a_ranking_again(text):
     from keylayers.commands.repeat import how_to_repeat
 
-    assert text in how_to_repeat(ranking_of([1.0], provenance=made_by))
+    assert text in how_to_repeat(ranking_of([1.0], provenance=REPEATED[text]))

@@ -16,13 +16,14 @@ import altair as alt
 from playwright.sync_api import sync_playwright
 from rich.console import Console
 
+from keylayers.commands.repeat import how_to_repeat
 from keylayers.ranking.ranking import Ranking
 from keylayers.report.figures import drawn_chart
 from keylayers.report.html import render_report
 from keylayers.report.source import load_sources
 from keylayers.report.terminal import heatmap
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 VIEW = {"width": 800, "height": 1000}
 
 
@@ -40,7 +41,7 @@ def draw_report(folder: Path) -> None:
     """A report in a browser, from its slider to the end of the mask curve."""
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
         page_file = Path(scratch, "report.html")
-        page_file.write_bytes(render_report(load_sources([folder])))
+        page_file.write_bytes(render_report(load_sources([folder]), 0.3, how_to_repeat))
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
@@ -59,7 +60,7 @@ def draw_report(folder: Path) -> None:
 
 def draw_memory() -> None:
     """Memory of a process over many steps, and of its control."""
-    record = HERE.parents[1] / "benchmarks" / "long_run.json"
+    record = HERE.parents[1] / "experiments" / "records" / "long_run.json"
     found = json.loads(record.read_text(encoding="utf-8"))
     rows = [
         {"process": side, "step": number * found["every_steps"], "MiB": mib}

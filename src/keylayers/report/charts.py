@@ -226,9 +226,7 @@ def losses_chart(ranking: Ranking) -> Chart | None:
         x=alt.X("step:Q", title="step"),
         y=loss,
         color=alt.Color(
-            "stage:N",
-            scale=alt.Scale(domain=stages, range=[BLUE, GREEN][: len(stages)]),
-            legend=LEGEND_ON_TOP,
+            "stage:N", scale=alt.Scale(domain=stages, range=[BLUE, GREEN]), legend=LEGEND_ON_TOP
         ),
         tooltip=["stage:N", "step:Q", alt.Tooltip("loss:Q", format=".4f")],
     )
@@ -248,10 +246,8 @@ def losses_chart(ranking: Ranking) -> Chart | None:
 def means_chart(title: str, runs: "pd.DataFrame", means: "pd.DataFrame") -> Chart:
     """Runs as dots, their means as ticks and references as grey ticks, one row per group.
 
-    Args:
-        title: Axis title of the values.
-        runs: One row per run: its `value`, and the columns that name its group.
-        means: One row per group: its columns, then `mean`; the last column is the reference.
+    `runs` has one row per run: its `value` and the columns that name its group. `means` has one
+    row per group: these columns, then `mean`; the last column is the reference.
     """
     groups = list(means.columns[: means.columns.get_loc("mean")])
 

@@ -24,12 +24,9 @@ ON_THE_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 
 
 def model_card(record: Mapping[str, Any], ranking: Ranking | None, commands: str) -> str:
-    """README.md of an adapter or a checkpoint.
+    """README.md of an adapter or a checkpoint, from what is written to its keylayers.json.
 
-    Args:
-        record: Its record, as written to keylayers.json.
-        ranking: The ranking that selected its modules; None for stage 1, which trains all.
-        commands: The commands that repeat the run.
+    The ranking is None for stage 1, which trains all modules. `commands` repeat the run.
     """
     made = RunRecord.model_validate(record)
     is_checkpoint = made.options.tuned is not None or made.options.update == "full"
@@ -48,7 +45,6 @@ def model_card(record: Mapping[str, Any], ranking: Ranking | None, commands: str
         name=Path(str(made.model.name)).name,
         kind="checkpoint" if is_checkpoint else "adapter",
         selection=made.selection,
-        losses=_losses(made),
         in_nats=in_nats(made.loss_unit),
         ranking=ranking,
         grid=grid(ranking) if ranking else {},
@@ -67,22 +63,6 @@ def _plain(value: object) -> str:
         return value
     escaped = html.escape(" ".join(str(value).split()), quote=False)
     return re.sub(r"([\\`*\[\]|#~])", r"\\\1", escaped)
-
-
-def _losses(record: RunRecord) -> list[tuple[str, int, int, float]]:
-    """Label, modules, parameters and held-out loss, as the command printed them."""
-    found = record.result
-    if found is None:
-        return [
-            (row.label, row.num_modules, row.num_trained_parameters, row.held_out_loss_nats)
-            for row in record.results
-        ]
-    full, pruned = found.full, found.pruned
-    return [
-        ("base model", 0, 0, found.base_loss_nats),
-        ("all modules", full.num_modules, full.num_parameters, found.full_loss_nats),
-        ("this one", pruned.num_modules, pruned.num_parameters, found.pruned_loss_nats),
-    ]
 
 
 def _metadata(record: RunRecord, is_checkpoint: bool) -> ModelCardData:
