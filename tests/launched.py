@@ -51,9 +51,7 @@ def spread_by_deepspeed():
     PartialState.__init__ = init
     settings = keylayers.training.run._settings
     # `use_cpu` turns DeepSpeed off without a word
-    keylayers.training.run._settings = lambda *one, **two: (
-        settings(*one, **two) | {"use_cpu": False}
-    )
+    keylayers.training.run._settings = lambda *given: settings(*given) | {"use_cpu": False}
 
 
 def stop_at(step):

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Budgets in GiB: real steps of a trainer are measured; the best modules that fit are chosen."""
 
-import json
-
 import pytest
 import torch
 
-from commands import complaint, keylayers
+from commands import complaint, keylayers, read, record_of
 from trainers import build
 
 from rankings import ranking_of
@@ -130,14 +128,13 @@ def test_training_within_memory(ranked, tmp_path, capsys, update):
     common = ["--ranking", ranked, "--steps", "2", "--update", update]
     assert keylayers("train", *common, "--budget", "1GiB", "--output", tmp_path / "a") == 0
     assert "modules holds" in " ".join(capsys.readouterr().err.split())
-    record = json.loads((tmp_path / "a" / "keylayers.json").read_text())
-    scores = json.loads((ranked / "ranking.json").read_text())["modules"]
-    assert record["selection"]["modules"] == [module["name"] for module in scores]
+    record = record_of(tmp_path / "a")
+    modules = read(ranked)["modules"]
+    assert record["selection"]["modules"] == [module["name"] for module in modules]
     budget = f"{record['step_memory_bytes'] / MIB - 0.1:.3f}MiB"
     assert keylayers("train", *common, "--budget", budget, "--output", tmp_path / "b") == 0
-    less = json.loads((tmp_path / "b" / "keylayers.json").read_text())
-    assert less["step_memory_bytes"] <= float(budget.removesuffix("MiB")) * MIB
-    assert less["step_memory_bytes"] < record["step_memory_bytes"]
+    held = record_of(tmp_path / "b")["step_memory_bytes"]
+    assert held <= float(budget.removesuffix("MiB")) * MIB < record["step_memory_bytes"]
 
 
 def test_too_little_memory_leaves_nothing(ranked, tmp_path, capsys):

@@ -3,11 +3,24 @@
 
 import json
 import math
+import re
+import warnings
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
-from commands import best, complaint, file_for, fresh_process, keylayers, read, scores
+from commands import (
+    best,
+    complaint,
+    file_for,
+    fresh_process,
+    keylayers,
+    read,
+    record_of,
+    scores,
+)
 from tiny_files import NUM_MODULES
 
 OBJECTIVES = ("dpo", "kto", "orpo", "reward")
@@ -38,10 +51,6 @@ def made_by(folder):
     return read(folder)["provenance"]
 
 
-def record_of(folder):
-    return json.loads((folder / "keylayers.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def ranked(tiny, preferences, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranked")
@@ -57,10 +66,10 @@ def test_from_ranking_to_an_adapter_that_plain_peft_loads(
     from keylayers.training.options import LOSS_UNITS
 
     folder = ranked[objective]
-    content = read(folder)
-    losses = made_by(folder)["held_out_loss_nats"]
-    assert made_by(folder)["options"]["objective"] == objective
-    assert len({module["score"] for module in content["modules"]}) > NUM_MODULES / 2
+    ranking = read(folder)
+    losses = ranking["provenance"]["held_out_loss_nats"]
+    assert ranking["provenance"]["options"]["objective"] == objective
+    assert len({module["score"] for module in ranking["modules"]}) > NUM_MODULES / 2
     assert all(math.isfinite(loss) for loss in losses.values())
     if objective in UNMOVED:  # the reference is the base model, so the base has no preference
         assert losses["base"] == pytest.approx(UNMOVED[objective], abs=1e-6)
@@ -70,8 +79,8 @@ def test_from_ranking_to_an_adapter_that_plain_peft_loads(
     short = ("--random-orders", "1", "--points", "3", "--eval-batch-size", "4")
     assert keylayers("verify", "--ranking", folder, *short) == 0
     verified = json.loads((folder / "verification.json").read_text())
-    assert verified["best_first"]["losses"][0] == pytest.approx(losses["base"], rel=1e-4)
-    assert verified["best_first"]["losses"][-1] == pytest.approx(losses["tuned"], rel=1e-4)
+    ends = [verified["best_first"]["losses"][place] for place in (0, -1)]
+    assert ends == pytest.approx([losses["base"], losses["tuned"]], rel=1e-4)
     assert verified["provenance"]["options"]["objective"] == objective
     capsys.readouterr()
     tuned = tmp_path / "tuned"
@@ -197,13 +206,11 @@ def test_a_trainer_that_thaws_weights_is_refused(ranked, tmp_path, monkeypatch, 
     assert "exactly the selection, but 1 differ, first lm_head" in complaint(capsys)
 
 
-def test_the_example_of_the_docs_runs(tiny, preferences, tmp_path, monkeypatch):
-    import re
-    import warnings
-    from pathlib import Path
+DOCS = (Path(__file__).resolve().parents[1] / "docs" / "objectives.md").read_text()
 
-    text = (Path(__file__).resolve().parents[1] / "docs" / "objectives.md").read_text()
-    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+def test_the_example_of_the_docs_runs(tiny, preferences, tmp_path, monkeypatch):
+    [code] = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
     (tmp_path / "base").symlink_to(tiny / "model")
     (tmp_path / "pairs.jsonl").symlink_to(preferences / "pairs.jsonl")
     monkeypatch.chdir(tmp_path)
@@ -217,19 +224,15 @@ def test_the_example_of_the_docs_runs(tiny, preferences, tmp_path, monkeypatch):
 
 
 def test_the_docs_name_every_objective_and_its_data():
-    from pathlib import Path
-    from typing import get_args
-
     from keylayers.data.preferences import FORMAT_OF
     from keylayers.model.options import Objective
     from keylayers.training.objectives import OBJECTIVES
     from keylayers.training.options import LOSS_UNITS
 
-    text = (Path(__file__).resolve().parents[1] / "docs" / "objectives.md").read_text()
     assert set(get_args(Objective)) == set(OBJECTIVES) == set(LOSS_UNITS) == {"sft", *FORMAT_OF}
     kinds = {"pairs": "pairs", "rated": "rated answers"}
     for objective, format in FORMAT_OF.items():
-        [line] = [line for line in text.splitlines() if line.startswith(f"| `{objective}` |")]
+        [line] = [line for line in DOCS.splitlines() if line.startswith(f"| `{objective}` |")]
         assert f"| {kinds[format]} |" in line
 
 

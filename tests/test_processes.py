@@ -18,48 +18,40 @@ import torch
 from safetensors.torch import load_file
 
 import preloaded
-from commands import file_for, keylayers
+from commands import file_for, keylayers, read, record_of
 from outputs import contents, differences
 
 # 32 examples to train, 8 for the mask, 8 held out: whole batches of 2 and of 4
-DATA = ("--data", "{data}")
 SMALL = ("--lora-rank", 4, "--learning-rate", 0.02)
-RANK = (*SMALL, "--held-out", 8, "--max-steps", 6)
+SFT = ("--data", "{data}", *SMALL, "--held-out", 8)
+RANK = ("rank", *SFT, "--max-steps", 6)
+BATCHES = ("--mask-batches", 2)
 METHODS = {
-    "elimination": ("--mask-batches", 2),
+    "elimination": BATCHES,
     "ila": ("--mask-steps", 10),
-    "shapley": ("--mask-batches", 2, "--permutations", 2),
-    "leave-one-out": ("--mask-batches", 2),
-    "path": ("--mask-batches", 2, "--path-points", 3),
+    "shapley": (*BATCHES, "--permutations", 2),
+    "leave-one-out": BATCHES,
+    "path": (*BATCHES, "--path-points", 3),
+    "update-norm": (),
 }
 LOOKS_INSIDE = ("fisher", "cka", "gradient-norm")  # every process sees every batch
-
-
+TRAIN = ("train", "--ranking", "{ranking}", "--budget", 0.3)
 # Name of the output -> the command; {data}, {pairs} and {ranking} stand for files.
 COMMANDS = {
-    **{name: ("rank", *DATA, *RANK, "--method", name, *more) for name, more in METHODS.items()},
-    **{
-        name: ("rank", *DATA, *RANK, "--method", name, "--mask-batches", 2) for name in LOOKS_INSIDE
-    },
+    **{name: (*RANK, "--method", name, *more) for name, more in METHODS.items()},
+    **{name: (*RANK, "--method", name, *BATCHES) for name in LOOKS_INSIDE},
     "dpo": (
         *("rank", "--data", "{pairs}", "--objective", "dpo", *SMALL, "--held-out", 4),
         *("--max-steps", 4, "--mask-batches", 1),
     ),
-    "update-norm": ("rank", *DATA, *RANK, "--method", "update-norm"),
-    "full": ("rank", *DATA, *RANK, "--update", "full", "--mask-batches", 2),
-    "dora": ("rank", *DATA, *RANK, "--update", "dora", "--mask-batches", 2),
-    "train": (
-        *("train", "--ranking", "{ranking}", "--budget", 0.3, "--controls", "random"),
-        *("--gradient-accumulation", 2),
-    ),
+    "full": (*RANK, "--update", "full", *BATCHES),
+    "dora": (*RANK, "--update", "dora", *BATCHES),
+    "train": (*TRAIN, "--controls", "random", "--gradient-accumulation", 2),
     "rank-first": (
-        *("train", "--rank-first", *DATA, *SMALL, "--held-out", 8, "--steps", 8),
-        *("--mask-batches", 2, "--controls", "last", "--save-steps", 2),
+        *("train", "--rank-first", *SFT, "--steps", 8, *BATCHES),
+        *("--controls", "last", "--save-steps", 2),
     ),
-    "train-full": (
-        *("train", "--ranking", "{ranking}", "--budget", 0.3, "--update", "full"),
-        "--gradient-checkpointing",
-    ),
+    "train-full": (*TRAIN, "--update", "full", "--gradient-checkpointing"),
 }
 
 
@@ -159,8 +151,7 @@ def results(two, name):
 
 
 def scores(folder):
-    modules = json.loads((folder / "ranking.json").read_text())["modules"]
-    return torch.tensor([module["score"] for module in modules], dtype=torch.float64)
+    return torch.tensor([module["score"] for module in read(folder)["modules"]]).double()
 
 
 def difference(first, second):
@@ -169,21 +160,18 @@ def difference(first, second):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [*METHODS, "update-norm", "dpo", "full", "dora"])
+@pytest.mark.parametrize("name", [*METHODS, "dpo", "full", "dora"])
 def test_the_ranking_of_two_processes_is_that_of_one(one, two, name, record_property):
     found = results(two, name)
     measured = difference(scores(one / name), scores(found))
     record_property("difference of scores", measured)  # --junitxml=FILE -o junit_family=xunit1
     assert measured < 1e-4
-    records = [json.loads((root / "ranking.json").read_text()) for root in (one / name, found)]
-    for part in ("held_out_loss_nats", "stage_1"):
-        first, second = (record["provenance"][part] for record in records)
-        if part == "stage_1":
-            if two[3] != "zero2":  # which hides gradients
-                steps = [each["step_scores"] for each in (first, second)]
-                assert steps[0] == pytest.approx(steps[1], rel=1e-3, abs=1e-6)
-            first, second = (dict(enumerate(each["losses"])) for each in (first, second))
-        assert first == pytest.approx(second, rel=1e-4)
+    first, second = (read(root)["provenance"] for root in (one / name, found))
+    assert first["held_out_loss_nats"] == pytest.approx(second["held_out_loss_nats"], rel=1e-4)
+    first, second = first["stage_1"], second["stage_1"]
+    assert first["losses"] == pytest.approx(second["losses"], rel=1e-4)
+    if two[3] != "zero2":  # which hides gradients
+        assert first["step_scores"] == pytest.approx(second["step_scores"], rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.long
@@ -193,7 +181,7 @@ def test_a_method_that_looks_inside_sees_every_batch_in_every_process(
 ):
     """So it gives what one process gives with the batch of one of them, not of both."""
     found = results(two, name)
-    adapter = ("--adapter", found / "adapter", "--method", name, "--mask-batches", 2)
+    adapter = ("--adapter", found / "adapter", "--method", name, *BATCHES)
     inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--held-out", 8)
     output = ("--batch-size", 2, "--output", tmp_path / "small")
     assert keylayers("rank", *inputs, *adapter, *output) == 0
@@ -205,14 +193,12 @@ def test_a_method_that_looks_inside_sees_every_batch_in_every_process(
 @pytest.mark.parametrize("name", ["train", "rank-first", "train-full"])
 def test_so_is_what_is_trained(one, two, name):
     found = results(two, name)
-    records = [json.loads((root / "keylayers.json").read_text()) for root in (one / name, found)]
-    assert records[0]["selection"]["modules"] == records[1]["selection"]["modules"]
-    assert records[0].get("frozen", {}).get("modules") == (
-        records[1].get("frozen", {}).get("modules")
-    )
-    for first, second in zip(*(record["results"] for record in records), strict=True):
-        assert first["label"] == second["label"]
-        assert first["held_out_loss_nats"] == pytest.approx(second["held_out_loss_nats"], rel=1e-4)
+    first, second = (record_of(root) for root in (one / name, found))
+    assert first["selection"]["modules"] == second["selection"]["modules"]
+    assert first.get("frozen", {}).get("modules") == second.get("frozen", {}).get("modules")
+    for row, other in zip(first["results"], second["results"], strict=True):
+        assert row["label"] == other["label"]
+        assert row["held_out_loss_nats"] == pytest.approx(other["held_out_loss_nats"], rel=1e-4)
     weights = "model.safetensors" if name == "train-full" else "adapter_model.safetensors"
     first, second = (load_file(root / weights) for root in (one / name, found))
     assert first.keys() == second.keys()
@@ -226,8 +212,7 @@ def test_only_the_first_process_speaks_and_writes(two):
     assert out.count(f"written to {root / 'elimination' / 'ranking.json'}") == 1
     of_six_steps = [name for name in RUN_UNDER[wrapper] if set(RANK) <= set(COMMANDS[name])]
     assert err.count("stage 1 ended after 6 steps") == len(of_six_steps)
-    left = [path.name for path in root.rglob(".*")]
-    assert left == []
+    assert [path.name for path in root.rglob(".*")] == []
 
 
 @pytest.mark.long
@@ -286,30 +271,33 @@ REFUSED = {
         "must be another than adalora under FSDP",
     ),
     "freezing": (
-        *("deepspeed", {"zero_stage": 2}, ("--rank-first", "--steps", 4, *SMALL)),
+        *("deepspeed", {"zero_stage": 2}, ("train", "--rank-first", *SFT, "--steps", 4)),
         "DeepSpeed's optimiser holds all weights as one",
     ),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+def complaint_of(tiny, folder, words, capsys):
+    files = {"{data}": tiny / "data.jsonl"}
+    words = [files.get(word, word) for word in words]
+    assert keylayers(*words, "--model", tiny / "model", "--output", folder / "out") == 2
+    err = capsys.readouterr().err
+    assert "step 1" not in err
+    return err
+
+
+@pytest.mark.parametrize(("wrapper", "plugin", "words", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_a_wrapper_cannot_do_is_refused_before_any_step(
-    tiny, tmp_path, monkeypatch, capsys, name
+    tiny, tmp_path, monkeypatch, capsys, wrapper, plugin, words, message
 ):
-    wrapper, plugin, words, message = REFUSED[name]
     under(monkeypatch, wrapper, **plugin)
     monkeypatch.setattr("keylayers.model.sharding.fsdp2_prepare_model", lambda _, model: model)
-    inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", tmp_path / "o")
-    assert keylayers("train" if name == "freezing" else "rank", *words, *inputs) == 2
-    err = capsys.readouterr().err
-    assert message in err
-    assert "step 1" not in err
+    assert message in complaint_of(tiny, tmp_path, words, capsys)
 
 
 def test_a_wrapper_that_is_left_out_on_a_cpu_is_not_left_out_in_silence(
     tiny, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", tmp_path / "o")
-    assert keylayers("rank", *inputs, *RANK) == 2
-    assert "FSDP must have accelerators to spread a model over" in capsys.readouterr().err
+    message = "FSDP must have accelerators to spread a model over"
+    assert message in complaint_of(tiny, tmp_path, RANK, capsys)

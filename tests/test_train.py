@@ -71,18 +71,14 @@ def test_a_full_update_changes_exactly_the_selected_weights(tiny, ranked, tmp_pa
     assert "checkpoint written to" in capsys.readouterr().out
 
 
-def test_controls_are_trained_beside_the_selection(ranked, tmp_path, capsys):
+def test_controls_are_trained_like_the_selection(ranked, tmp_path):
     options = ("--ranking", ranked, "--budget", "0.3", *STEPS, "--output", tmp_path / "t")
     assert keylayers("train", *options, "--controls", "all", "random", "worst") == 0
-    capsys.readouterr()
-    rows = record_of(tmp_path / "t")["results"]
-    by_label = {row["label"]: row for row in rows}
-    assert {"all", "random", "worst", "selected", "base model"} <= by_label.keys()
-    assert by_label["all"]["num_modules"] == NUM_MODULES
-    assert by_label["random"]["num_modules"] == by_label["worst"]["num_modules"] == 6
-    losses = {label: row["held_out_loss_nats"] for label, row in by_label.items()}
-    assert losses["all"] < losses["base model"]
-    assert losses["selected"] < losses["base model"]
+    rows = {row["label"]: row for row in record_of(tmp_path / "t")["results"]}
+    sizes = {"base model": 0, "selected": 6, "all": NUM_MODULES, "random": 6, "worst": 6}
+    assert {label: rows[label]["num_modules"] for label in sizes} == sizes
+    losses = {label: row["held_out_loss_nats"] for label, row in rows.items()}
+    assert max(losses["all"], losses["selected"]) < losses["base model"]
 
 
 def test_the_recorded_loss_is_that_of_the_saved_adapter(tiny, trained):

@@ -21,7 +21,7 @@ from keylayers.training.checkpoints import Checkpoints
 from keylayers.training.freeze import FreezeUnimportant
 from keylayers.training.objectives import prepared_examples
 from keylayers.training.options import StabilityOptions, TrainingOptions
-from keylayers.training.run import TrainingResult, fine_tune, make_trainer, new_adapter
+from keylayers.training.run import TrainingResult, fine_tune, new_adapter
 from keylayers.training.step_scores import StepScores
 
 Tuned: TypeAlias = PreTrainedModel | PeftModel
@@ -68,34 +68,23 @@ class FineTuning:
             freeze=None if callback is None else callback.decisive(),
         )
 
-    def trainer(self, names: Sequence[str], title: str, *, evaluates: bool = True) -> Trainer:
-        """A trainer of exactly the modules `names` of a fresh model.
-
-        `evaluates`: the held-out examples are prepared too. Loggers call the run `title`.
-        """
+    def trainer(self, names: Sequence[str], title: str) -> Trainer:
+        """A trainer of exactly the modules `names` of a fresh model; loggers call it `title`."""
         model: Tuned = self.session.fresh()
         if self.options.is_full:
             train_only(model, names)
         else:
             model = new_adapter(model, names, self.options, num_steps=self.num_steps)
-        data = self.session.data
-        trainer = make_trainer(
-            model,
-            self.session.tokenizer,
-            data.train,
-            self.options,
-            num_steps=self.num_steps,
-            evaluation=data.evaluation() if evaluates else None,
-            max_length=data.max_length,
-            load_reference=self.session.load,
-            title=title,
+        examples = self.session.data.train
+        trainer = self.session.trainer(
+            model, self.options, examples, num_steps=self.num_steps, title=title
         )
         prove_trainable(model, names)
         return trainer
 
     def train_all(self, stability: StabilityOptions, inputs: str) -> tuple[Tuned, dict[str, Any]]:
         """Stage 1: train all modules until the loss is stable; the model and the record of it."""
-        trainer = self.trainer(self.session.names, "stage-1", evaluates=False)
+        trainer = self.trainer(self.session.names, "stage-1")
         model = trainer.model
         scores = StepScores()
         if isinstance(model, PeftModel):

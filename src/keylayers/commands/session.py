@@ -5,6 +5,7 @@ from collections.abc import Collection
 from dataclasses import asdict, replace
 from typing import Any
 
+from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
@@ -125,16 +126,29 @@ class Session:
         self, model: PreTrainedModel | PeftModel, options: TrainingOptions
     ) -> Trainer:
         """A trainer that never trains; its data are the mask's, or else the training examples."""
+        examples = self.data.mask or self.data.train
+        return self.trainer(model, options, examples, num_steps=1, title="stage-2")
+
+    def trainer(
+        self,
+        model: PreTrainedModel | PeftModel,
+        options: TrainingOptions,
+        examples: Dataset,
+        *,
+        num_steps: int,
+        title: str,
+    ) -> Trainer:
+        """A trainer on these examples; loggers call it `title`."""
         return make_trainer(
             model,
             self.tokenizer,
-            self.data.mask or self.data.train,
+            examples,
             options,
-            num_steps=1,
+            num_steps=num_steps,
             evaluation=self.data.evaluation(),
             max_length=self.data.max_length,
             load_reference=self.load,
-            title="stage-2",
+            title=title,
         )
 
     def _note_other_model(self, ranking: Ranking) -> None:

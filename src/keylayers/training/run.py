@@ -83,8 +83,8 @@ def make_trainer(
     }
     # trainers create their output folder
     with tempfile.TemporaryDirectory() as scratch, _no_telemetry(), quiet_datasets():
-        settings = _settings(model, options, num_steps) | {"output_dir": scratch}
-        settings["max_length"] = max_length
+        settings = _settings(model, options) | {"output_dir": scratch}
+        settings |= {"max_steps": num_steps, "max_length": max_length}
         trainer = build_trainer(options, settings, arguments, load_reference)
     trainer.remove_callback(PrinterCallback)
     name_loggers(trainer, title)
@@ -92,9 +92,7 @@ def make_trainer(
     return trainer
 
 
-def _settings(
-    model: PreTrainedModel | PeftModel, options: TrainingOptions, num_steps: int
-) -> dict[str, Any]:
+def _settings(model: PreTrainedModel | PeftModel, options: TrainingOptions) -> dict[str, Any]:
     """TRL's options, with every option set whose default differs from transformers or from ours."""
     hidden_size = int(model.config.get_text_config().hidden_size)
     is_full = not isinstance(model, PeftModel)
@@ -105,7 +103,6 @@ def _settings(
         "disable_tqdm": True,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # the default shows the last good loss instead of NaN
-        "max_steps": num_steps,
         "learning_rate": options.resolved_learning_rate(hidden_size, is_full=is_full),
         # a decaying rate would look like a stable loss
         "lr_scheduler_type": "constant_with_warmup",
