@@ -197,12 +197,8 @@ def test_the_range_of_budgets_is_where_a_place_is_undecided():
     from keylayers.ranking.certainty import undecided
     from keylayers.report.html import open_budgets
 
-    ranking = ranking_of([0.9, 0.5, 0.5, 0.48, 0.2, 0.1, None, 0.19])
-    modules = tuple(
-        replace(one, standard_error=None if one.score is None else 0.02 * index)
-        for index, one in enumerate(ranking.modules)
-    )
-    ranking = replace(ranking, modules=modules)
+    errors = [0.0, 0.02, 0.04, 0.06, 0.08, 0.1, None, 0.14]
+    ranking = ranking_of([0.9, 0.5, 0.5, 0.48, 0.2, 0.1, None, 0.19], errors=errors)
     ranges = open_budgets(ranking)
     assert ranges
     for count in range(1, 8):
