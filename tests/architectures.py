@@ -6,8 +6,8 @@ python tests/architectures.py        # the table in docs/architectures.md
 
 import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from keylayers.model.modules import ModuleInfo, map_modules
 from keylayers.updates.adapter import own_parameters, tuner_layers
 from scored import arguments
 
-from tiny_models import GPT2_SIZES, SIZES, VOCABULARY, some_tokens
+from tiny_models import SIZES, VOCABULARY, some_tokens
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 8}
 
@@ -28,7 +28,8 @@ class Architecture:
     """How to build a tiny model of one kind, and a batch for it, with labels."""
 
     title: str
-    config: Callable[[], hf.PreTrainedConfig]
+    config: Callable[..., hf.PreTrainedConfig]
+    sizes: Mapping[str, Any] = field(default_factory=dict)  # besides SIZES
     model: Any = hf.AutoModelForCausalLM
     task: str = "CAUSAL_LM"  # in PEFT's words
     towers: str = "language"
@@ -37,7 +38,7 @@ class Architecture:
     def build(self) -> hf.PreTrainedModel:
         torch.manual_seed(0)
         make = getattr(self.model, "from_config", self.model)
-        return make(self.config()).eval()
+        return make(self.config(**{**SIZES, **self.sizes})).eval()
 
 
 def text_batch() -> dict[str, Tensor]:
@@ -55,97 +56,71 @@ def image_batch() -> dict[str, Tensor]:
     return {"input_ids": ids, "pixel_values": pixels, "labels": ids}
 
 
-def sized(config: Callable[..., hf.PreTrainedConfig], **other: Any) -> Callable[[], Any]:
-    return lambda: config(**{**SIZES, **other})
-
-
-def llava() -> hf.PreTrainedConfig:
-    vision = hf.CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-        projection_dim=16,
-    )
+def llava(**sizes: Any) -> hf.PreTrainedConfig:
+    vision = {"num_key_value_heads": None, "image_size": 8, "patch_size": 4, "projection_dim": 16}
     return hf.LlavaConfig(
-        vision_config=vision,
-        text_config=hf.LlamaConfig(**SIZES),
+        vision_config=hf.CLIPVisionConfig(**SIZES | vision),
+        text_config=hf.LlamaConfig(**sizes),
         image_token_index=VOCABULARY - 1,
         image_token_id=VOCABULARY - 1,
         vision_feature_layer=-1,
     )
 
 
-def t5() -> hf.PreTrainedConfig:
-    return hf.T5Config(
-        vocab_size=VOCABULARY,
-        d_model=16,
-        d_kv=8,
-        d_ff=24,
-        num_layers=2,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-
-
-VISION = Architecture("LLaVA", llava, hf.AutoModelForImageTextToText, batch=image_batch)
+T5 = {
+    "num_layers": 2,
+    "d_kv": 8,
+    "d_ff": 24,
+    "feed_forward_proj": "gated-gelu",
+    "decoder_start_token_id": 0,
+}
+QWEN3_MOE = {"num_experts": 4, "mlp_only_layers": [0], "head_dim": 8, **EXPERTS}
+DEEPSEEK = {
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    **EXPERTS,
+}
+MAMBA = {"state_size": 4, "time_step_rank": 4, "expand": 2, "conv_kernel": 4}
+VISION = Architecture("LLaVA", llava, model=hf.AutoModelForImageTextToText, batch=image_batch)
 ARCHITECTURES = (
-    Architecture("Llama", sized(hf.LlamaConfig)),
-    Architecture("Mistral", sized(hf.MistralConfig, head_dim=8)),
-    Architecture("Qwen2", sized(hf.Qwen2Config)),
-    Architecture("Qwen3", sized(hf.Qwen3Config, head_dim=8)),
-    Architecture("Gemma 2", sized(hf.Gemma2Config, head_dim=8)),
-    Architecture("Gemma 3", sized(hf.Gemma3TextConfig, head_dim=8)),
-    Architecture("Phi-3", sized(hf.Phi3Config)),
-    Architecture("GPT-2", lambda: hf.GPT2Config(**GPT2_SIZES)),
-    Architecture("GPT-NeoX", sized(hf.GPTNeoXConfig)),
-    Architecture("OPT", sized(hf.OPTConfig, ffn_dim=24, word_embed_proj_dim=16)),
-    Architecture("BLOOM", sized(hf.BloomConfig, n_layer=2, n_head=2)),
-    Architecture("Falcon", sized(hf.FalconConfig)),
-    Architecture("StableLM", sized(hf.StableLmConfig)),
-    Architecture("OLMo", sized(hf.OlmoConfig)),
-    Architecture("OLMo 2", sized(hf.Olmo2Config)),
-    Architecture("Granite", sized(hf.GraniteConfig)),
-    Architecture("Cohere", sized(hf.CohereConfig)),
-    Architecture("Mixtral", sized(hf.MixtralConfig, num_local_experts=4)),
-    Architecture(
-        "Qwen3-MoE",
-        sized(hf.Qwen3MoeConfig, num_experts=4, mlp_only_layers=[0], head_dim=8, **EXPERTS),
-    ),
-    Architecture(
-        "DeepSeek-V3",
-        sized(
-            hf.DeepseekV3Config,
-            num_key_value_heads=2,
-            n_routed_experts=4,
-            n_group=1,
-            topk_group=1,
-            first_k_dense_replace=1,
-            kv_lora_rank=8,
-            q_lora_rank=8,
-            qk_nope_head_dim=8,
-            qk_rope_head_dim=8,
-            v_head_dim=8,
-            **EXPERTS,
-        ),
-    ),
-    Architecture(
-        "Mamba",
-        sized(hf.MambaConfig, state_size=4, time_step_rank=4, expand=2, conv_kernel=4),
-    ),
-    Architecture("T5", t5, hf.AutoModelForSeq2SeqLM, task="SEQ_2_SEQ_LM"),
+    Architecture("Llama", hf.LlamaConfig),
+    Architecture("Mistral", hf.MistralConfig, {"head_dim": 8}),
+    Architecture("Qwen2", hf.Qwen2Config),
+    Architecture("Qwen3", hf.Qwen3Config, {"head_dim": 8}),
+    Architecture("Gemma 2", hf.Gemma2Config, {"head_dim": 8}),
+    Architecture("Gemma 3", hf.Gemma3TextConfig, {"head_dim": 8}),
+    Architecture("Phi-3", hf.Phi3Config),
+    Architecture("GPT-2", hf.GPT2Config),
+    Architecture("GPT-NeoX", hf.GPTNeoXConfig),
+    Architecture("OPT", hf.OPTConfig, {"ffn_dim": 24, "word_embed_proj_dim": 16}),
+    Architecture("BLOOM", hf.BloomConfig),
+    Architecture("Falcon", hf.FalconConfig),
+    Architecture("StableLM", hf.StableLmConfig),
+    Architecture("OLMo", hf.OlmoConfig),
+    Architecture("OLMo 2", hf.Olmo2Config),
+    Architecture("Granite", hf.GraniteConfig),
+    Architecture("Cohere", hf.CohereConfig),
+    Architecture("Mixtral", hf.MixtralConfig, {"num_local_experts": 4}),
+    Architecture("Qwen3-MoE", hf.Qwen3MoeConfig, QWEN3_MOE),
+    Architecture("DeepSeek-V3", hf.DeepseekV3Config, DEEPSEEK),
+    Architecture("Mamba", hf.MambaConfig, MAMBA),
+    Architecture("T5", hf.T5Config, T5, hf.AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM"),
     VISION,
     replace(VISION, title="LLaVA, all towers", towers="all"),
     Architecture(
         "BERT, classification",
-        sized(hf.BertConfig, num_labels=2),
+        hf.BertConfig,
+        {"num_labels": 2},
         hf.AutoModelForSequenceClassification,
-        task="SEQ_CLS",
+        "SEQ_CLS",
         batch=labelled_batch,
     ),
 )

@@ -12,7 +12,7 @@ import transformers as hf
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from architectures import changed_modules, sized
+from architectures import changed_modules
 from commands import best, complaint, fresh_process, keylayers, rank, read, record_of, scores
 from keylayers import module_weights, rank_modules
 from keylayers.apply.trainable import train_only
@@ -30,6 +30,8 @@ from keylayers.training.options import TrainingOptions
 from keylayers.training.run import fine_tune, make_trainer, new_adapter
 from keylayers.updates import dense_updates
 from tiny_files import NUM_MODULES, tiny_tokenizer
+
+from tiny_models import SIZES
 
 ADAPTERS = ("rslora", "dora", "adalora")
 OPTIONS = {
@@ -54,7 +56,8 @@ def mixture(tiny, once):
     def write(folder):
         tokenizer = tiny_tokenizer()
         torch.manual_seed(0)
-        config = sized(hf.MixtralConfig, num_local_experts=4, vocab_size=len(tokenizer))()
+        sizes = SIZES | {"num_local_experts": 4, "vocab_size": len(tokenizer)}
+        config = hf.MixtralConfig(**sizes)
         hf.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         shutil.copy(tiny / "data.jsonl", folder)

@@ -21,14 +21,6 @@ SIZES = {
     "max_position_embeddings": 64,
     **TOKENS,
 }
-GPT2_SIZES = {
-    "vocab_size": VOCABULARY,
-    "n_positions": 64,
-    "n_embd": 16,
-    "n_layer": 2,
-    "n_head": 2,
-    **TOKENS,
-}
 
 
 def tiny_llama(num_blocks: int = 2, *, attention_bias: bool = False) -> LlamaForCausalLM:
@@ -39,7 +31,7 @@ def tiny_llama(num_blocks: int = 2, *, attention_bias: bool = False) -> LlamaFor
 
 def tiny_gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(**GPT2_SIZES)).eval()
+    return GPT2LMHeadModel(GPT2Config(**SIZES)).eval()
 
 
 class TinyExperts(nn.Module):
