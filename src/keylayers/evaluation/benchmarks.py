@@ -90,9 +90,9 @@ def _group_parts(name: str, groups: Mapping[str, Any], depth: int) -> Iterator[P
     group = groups[name]
     leaves = tuple(task.task_name for task in group.get_all_tasks())
     averaged = group.aggregate_metric_list or ()
-    for own in averaged:
-        by_size = bool(own.weight_by_size)
-        yield Part(name, leaves, own.metric, own.filter_list, by_size, is_group=True, depth=depth)
+    for mean in averaged:
+        by_size = bool(mean.weight_by_size)
+        yield Part(name, leaves, mean.metric, mean.filter_list, by_size, is_group=True, depth=depth)
     inner = depth + bool(averaged)
     for member in group.child_names:
         if member in groups:
@@ -238,7 +238,7 @@ class Benchmark:
             columns=[*COLUMNS][2:],
         )
         means = rows.groupby("metric")["value"].mean()
-        is_mean = [own for own in totals if math.isclose(means.get(own, math.nan), totals[own])]
+        is_mean = [key for key in totals if math.isclose(means.get(key, math.nan), totals[key])]
         directions = found["higher_is_better"].get(name, {})
         return Measured(
             task=name,

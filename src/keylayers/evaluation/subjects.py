@@ -42,7 +42,7 @@ class Loaded:
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase  # the base model's for an adapter
     template: ChatTemplate
-    identity: str  # hash of weights, adapter, dtype, configs and tokenizer: of all that decides
+    identity: str  # hash of all that decides its results: weights, dtype, configs, tokenizer
     record: dict[str, Any]  # what the record of the evaluation says about it
 
 
@@ -51,19 +51,20 @@ def each_model(
 ) -> Iterator[Loaded]:
     """The base model, the adapters, the checkpoints. Drop each before you ask for the next."""
     names = unique_names(compared.sources)
-    yield from _base_and_adapters(source, {own: names[own] for own in compared.adapter}, template)
-    for own in compared.checkpoint:  # the revision is that of the base model
-        checkpoint = replace(source, model=own, revision=None)
-        yield _load(names[own], "checkpoint", checkpoint, template)
+    adapters = {adapter: names[adapter] for adapter in compared.adapter}
+    yield from _base_and_adapters(source, adapters, template)
+    for checkpoint in compared.checkpoint:  # the revision is that of the base model
+        options = replace(source, model=checkpoint, revision=None)
+        yield _load(names[checkpoint], "checkpoint", options, template)
 
 
 def unique_names(sources: Sequence[str]) -> dict[str, str]:
-    """Names of models in tables: the shortest ends of their paths that differ, also from `BASE`."""
-    parts = [
-        [part for part in Path(own).parts if part not in ("/", ".")] or [own] for own in sources
+    """Source -> name in tables: the shortest end of its path that no other has, nor the base."""
+    paths = [
+        [part for part in Path(path).parts if part not in ("/", ".")] or [path] for path in sources
     ]
-    for length in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(own[-length:]) for own in parts]
+    for length in range(1, max(map(len, paths), default=0) + 1):
+        names = ["/".join(path[-length:]) for path in paths]
         if len({*names, BASE}) == len(names) + 1:
             return dict(zip(sources, names, strict=True))
     if BASE in sources:
@@ -71,7 +72,7 @@ def unique_names(sources: Sequence[str]) -> dict[str, str]:
             f"every model must have a name of its own in the table, but {BASE!r} has that of "
             f"another; rename its folder"
         )
-    return {own: own for own in sources}
+    return {path: path for path in sources}
 
 
 def _base_and_adapters(
@@ -119,7 +120,7 @@ def _load(name: str, kind: Kind, source: ModelOptions, template: str | None) -> 
 def config_sha256(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """The hash of config, generation config and tokenizer, without where they come from.
 
-    Nor is the chat template part of it: prompts are hashed as they are rendered.
+    The chat template is not part of it: prompts are hashed as they are rendered.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a tokenizer in pure Python
