@@ -124,14 +124,12 @@ def chance_jaccard(num_modules: int, size: int, other_size: int) -> float:
     """
     total = comb(num_modules, other_size)
     lowest, highest = max(0, size + other_size - num_modules), min(size, other_size)
-    return sum(
-        comb(size, k)
-        * comb(num_modules - size, other_size - k)
-        / total
-        * k
-        / (size + other_size - k)
-        for k in range(lowest, highest + 1)
-    )
+
+    def part(k: int) -> float:
+        ways = comb(size, k) * comb(num_modules - size, other_size - k)
+        return ways / total * k / (size + other_size - k)
+
+    return sum(map(part, range(lowest, highest + 1)))
 
 
 @dataclass(frozen=True)
