@@ -26,6 +26,8 @@ def masked(trainer, at):
 def check_gradient(gates, source, batch):
     """The gradient is the slope of the loss, within float32's rounding of the losses.
 
+    Looks at every third gate: one of each projection, in every block of the tiny models.
+
     A loss L comes with an error of some roundings, 2**-24 L each and never below those of the
     numbers near 1 that it is made of. Measured are up to three; eight are allowed. Four losses
     enter a slope, with weights that sum to 1.5 / STEP.
@@ -45,7 +47,7 @@ def check_gradient(gates, source, batch):
             values[steps] = source.value(batch, step=1)
         return (8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * STEP)
 
-    slopes = torch.tensor([slope(direction) for direction in torch.eye(len(gates))])
+    slopes = torch.tensor([slope(direction) for direction in torch.eye(len(gates))[::3]])
     noise = 8 * 2**-24 * max(1.0, abs(loss)) * 1.5 / STEP
-    assert (slopes - gradient).abs().max() < noise
+    assert (slopes - gradient[::3]).abs().max() < noise
     assert gradient.abs().median() > 10 * noise  # the noise could not hide a wrong gradient

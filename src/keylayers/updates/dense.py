@@ -139,14 +139,8 @@ def dense_updates(
 ) -> list[Update]:
     """The difference between `tuned` and `model` for each module of the blocks, in model order.
 
-    Args:
-        model: The base model, θ_0; unchanged.
-        tuned: Parameter name -> value after fine-tuning, θ_t, for at least the modules of the
-            blocks. Values are read one at a time, each time they are needed.
-        towers: Which stacks of blocks.
-
-    Raises:
-        ModelError: a module is missing in `tuned`, has another shape there, or nothing differs.
+    `tuned` has θ_t by parameter name, for at least these modules. Its values are read one at a
+    time, each time they are needed.
     """
     updates: list[Update] = []
     workspace = Workspace()
