@@ -36,7 +36,7 @@ from keylayers.data.reading import quiet_datasets
 from keylayers.errors import ConfigError, DataError, did_you_mean
 from keylayers.evaluation.documents import COLUMNS, Measured
 from keylayers.evaluation.measures import Part, metric_name
-from keylayers.evaluation.options import BenchmarkOptions
+from keylayers.evaluation.options import BenchmarkOptions, EvalRunOptions
 from keylayers.evaluation.subjects import Loaded
 from keylayers.files import json_sha256
 from keylayers.model.modules import base_model_of
@@ -54,7 +54,7 @@ FROM_A_BAD_TASK = (
 
 
 def load_benchmarks(
-    options: BenchmarkOptions, batch_size: int, seed: int
+    options: BenchmarkOptions, run: EvalRunOptions
 ) -> tuple[list["Benchmark"], list[Part]]:
     """The tasks that the options name, with their documents, and the measures they make."""
     names = ", ".join(options.tasks)
@@ -77,7 +77,7 @@ def load_benchmarks(
         fixed = task.get_config("num_fewshot")
         if fixed is None or (options.num_fewshot is not None and fixed != 0):
             task.set_config(key="num_fewshot", value=options.num_fewshot or 0)
-    benchmarks = [Benchmark(name, task, options, batch_size, seed) for name, task in tasks.items()]
+    benchmarks = [Benchmark(name, task, options, run) for name, task in tasks.items()]
     groups = loaded.get("groups", {})
     inner = {member for group in groups.values() for member in group.child_names}
     parts = [part for name in groups if name not in inner for part in _group_parts(name, groups, 0)]
@@ -165,8 +165,7 @@ class Benchmark:
     name: str
     task: Any
     options: BenchmarkOptions
-    batch_size: int
-    seed: int
+    run: EvalRunOptions
 
     num_steps = None  # the harness decides how many passes there are
 
@@ -179,7 +178,7 @@ class Benchmark:
         """The hash of all that decides the result except the model."""
         self._set_seeds()
         task, limit, is_chat = self.task, self.options.limit, self.options.apply_chat_template
-        model = HarnessModel(loaded, self.batch_size)
+        model = HarnessModel(loaded, self.run.batch_size)
         with _built(f"the task {self.name!r} must give a prompt for each of its documents"):
             task.build_all_requests(
                 limit=limit,
@@ -198,7 +197,7 @@ class Benchmark:
         """One model on this task."""
         self._set_seeds()
         options, name = self.options, self.name
-        model, passes = HarnessModel(loaded, self.batch_size), itertools.count(1)
+        model, passes = HarnessModel(loaded, self.run.batch_size), itertools.count(1)
         base = base_model_of(loaded.model)  # which `PeftModel.generate` calls directly
         with (
             base.register_forward_hook(lambda *_: on_step(next(passes), None)),
@@ -215,34 +214,28 @@ class Benchmark:
                 fewshot_as_multiturn=options.apply_chat_template,
                 confirm_run_unsafe_code=options.run_generated_code,
             )
-        said = [" ".join(record.getMessage().split())[:200] for record in logged]
-        num_cut = model.num_cut + sum(bool(CUT.search(text)) for text in said)
-        lost = f"{num_cut:,} requests lost the beginning of their prompt to fit the model"
-        others = dict.fromkeys(text for text in said if not CUT.search(text))
-        warnings = [*([lost] if num_cut else []), *others]
-        totals = {
+        texts = [" ".join(record.getMessage().split())[:200] for record in logged]
+        num_cut = model.num_cut + sum(bool(CUT.search(text)) for text in texts)
+        warnings = list(dict.fromkeys(text for text in texts if not CUT.search(text)))
+        if num_cut:
+            lost = f"{num_cut:,} requests lost the beginning of their prompt to fit the model"
+            warnings.insert(0, lost)
+        all_totals = {
             metric_name(*key.split(",", 1)): float(value)
             for key, value in found["results"][name].items()
             if "," in key and "_stderr," not in key and isinstance(value, Real)
         }
-        for metric in [metric for metric, value in totals.items() if not math.isfinite(value)]:
-            del totals[metric]
-            warnings.append(f"{metric} is not finite, and left out")
+        totals = {metric: value for metric, value in all_totals.items() if math.isfinite(value)}
+        left_out = [metric for metric in all_totals if metric not in totals]
+        warnings += [f"{metric} is not finite, and left out" for metric in left_out]
         num_fewshot = self.task.get_config("num_fewshot")
         if options.num_fewshot not in (None, num_fewshot):
-            warnings.append(
-                f"{num_fewshot} examples in each prompt: the task file fixes the number"
-            )
-        rows = pd.DataFrame(
-            [row for sample in found["samples"][name] for row in self._rows(sample)],
-            columns=[*COLUMNS][2:],
-        )
-        means = rows.groupby("metric")["value"].mean()
-        is_mean = [key for key in totals if math.isclose(means.get(key, math.nan), totals[key])]
+            fixed = f"{num_fewshot} examples in each prompt: the task file fixes the number"
+            warnings.append(fixed)
         directions = found["higher_is_better"].get(name, {})
         return Measured(
             task=name,
-            rows=rows[rows["metric"].isin(is_mean)].reset_index(drop=True),
+            rows=self._rows(found["samples"][name], totals),
             totals=totals,
             higher_is_better={metric: directions.get(metric.split(" (")[0]) for metric in totals},
             facts={
@@ -252,24 +245,33 @@ class Benchmark:
             },
         )
 
+    def _rows(self, samples: list[dict[str, Any]], totals: Mapping[str, float]) -> pd.DataFrame:
+        """The value of each document, for metrics whose total is the mean over documents."""
+        rows = pd.DataFrame(
+            [
+                {
+                    "task": self.name,
+                    "metric": metric_name(metric, sample["filter"]),
+                    "document": int(sample["doc_id"]),
+                    "document_sha256": sample["doc_hash"][:16],
+                    "value": float(sample[metric]),
+                    "size": 1.0,
+                    "chance": _chance(self.task, metric, sample),
+                }
+                for sample in samples
+                for metric in sample["metrics"]
+                if isinstance(sample[metric], Real) and math.isfinite(sample[metric])
+            ],
+            columns=[*COLUMNS][2:],
+        )
+        means = rows.groupby("metric")["value"].mean()
+        is_mean = [key for key in totals if math.isclose(means.get(key, math.nan), totals[key])]
+        return rows[rows["metric"].isin(is_mean)].reset_index(drop=True)
+
     def _set_seeds(self) -> None:
         """Seed every generator that a task may use, as `lm_eval.simple_evaluate` does."""
-        set_seed(self.seed)
-        self.task.set_fewshot_seed(seed=self.seed)
-
-    def _rows(self, sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        for metric in sample["metrics"]:
-            if not isinstance(sample[metric], Real) or not math.isfinite(sample[metric]):
-                continue  # part of a metric that is not a mean over documents
-            yield {
-                "task": self.name,
-                "metric": metric_name(metric, sample["filter"]),
-                "document": int(sample["doc_id"]),
-                "document_sha256": sample["doc_hash"][:16],
-                "value": float(sample[metric]),
-                "size": 1.0,
-                "chance": _chance(self.task, metric, sample),
-            }
+        set_seed(self.run.seed)
+        self.task.set_fewshot_seed(seed=self.run.seed)
 
 
 def _chance(task: Any, metric: str, sample: dict[str, Any]) -> float:

@@ -126,18 +126,18 @@ class _Run:
 
     def _plan(self, base: Loaded) -> None:
         """What is measured, in the order of the table."""
-        asked, batch_size = self.options.benchmarks, self.options.run.batch_size
-        for examples in examples_of(self.options.losses, base, batch_size):
+        options = self.options
+        for examples in examples_of(options.losses, base, options.run.batch_size):
             self.jobs.append(examples)
             self.parts.append(Part(examples.name, (examples.name,)))
             source = examples.source.get("data") or examples.source["name"]
             note = f"{examples.name}: {len(examples.tokens)} examples of {source!r}"
             self.notes.append(note)
             self.progress.note(note)
-        if asked.tasks:
+        if options.benchmarks.tasks:
             from keylayers.evaluation.benchmarks import load_benchmarks
 
-            benchmarks, parts = load_benchmarks(asked, batch_size, self.options.run.seed)
+            benchmarks, parts = load_benchmarks(options.benchmarks, options.run)
             for name in {job.name for job in self.jobs} & {job.name for job in benchmarks}:
                 raise ConfigError(
                     f"tasks must have other names than the losses, but there are two {name!r}; "
