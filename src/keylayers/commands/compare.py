@@ -12,7 +12,6 @@ from cyclopts import App, Parameter
 from keylayers.errors import ConfigError
 
 if TYPE_CHECKING:
-    from keylayers.ranking.compare import Agreement
     from keylayers.ranking.ranking import Ranking
 
 EXAMPLES = """Examples:
@@ -48,20 +47,32 @@ def compare(
             of the same modules.
         as_json: For machines: pairs with all measures, and the means by kind.
     """
+    from keylayers.commands.console import print_json, stdout
     from keylayers.ranking.budget import parse_budget
-    from keylayers.ranking.compare import agreement
+    from keylayers.ranking.compare import agreement, mean_by_kind
     from keylayers.ranking.ranking import Ranking
+    from keylayers.report.agreement import agreement_notes, agreement_table, kind_table
 
     if len(rankings) < 2:
         raise ConfigError(f"`compare` must get at least two rankings, got {len(rankings)}")
     loaded = [Ranking.load(path) for path in rankings]
     pairs = agreement(loaded, parse_budget(budget))
+    means = mean_by_kind(pairs)
     if consensus is not None:
         _write_consensus(loaded, rankings, consensus)
     if as_json:
-        _print_json(pairs, rankings, budget)
+        content = {"rankings": [str(path) for path in rankings], "budget": budget}
+        parts = {"pairs": pairs, "means": means}
+        print_json(content | {name: list(map(asdict, part)) for name, part in parts.items()})
     else:
-        _print(pairs, rankings)
+        console = stdout()
+        names = [str(number) for number in range(1, len(rankings) + 1)]
+        for name, path in zip(names, rankings, strict=True):
+            console.print(f"{name}  {path}", markup=False)
+        console.print("", agreement_table(pairs, names), "", kind_table(means), sep="\n")
+        notes = agreement_notes(pairs, names)
+        if notes:
+            console.print("", *notes, sep="\n", markup=False)
     if consensus is not None:
         stream = sys.stderr if as_json else sys.stdout
         stream.write(f"consensus of {len(loaded)} rankings: {consensus}\n")
@@ -88,33 +99,3 @@ def _write_consensus(loaded: "Sequence[Ranking]", paths: Sequence[Path], target:
                 f"something else; choose another name"
             ) from None
     consensus(loaded).save(target)
-
-
-def _print(pairs: "Sequence[Agreement]", paths: Sequence[Path]) -> None:
-    from keylayers.commands.console import stdout
-    from keylayers.ranking.compare import mean_by_kind
-    from keylayers.report.agreement import agreement_notes, agreement_table, kind_table
-
-    console = stdout()
-    names = [str(number) for number in range(1, len(paths) + 1)]
-    for name, path in zip(names, paths, strict=True):
-        console.print(f"{name}  {path}", markup=False)
-    console.print()
-    console.print(agreement_table(pairs, names))
-    console.print()
-    console.print(kind_table(mean_by_kind(pairs)))
-    for index, note in enumerate(agreement_notes(pairs, names)):
-        console.print(f"\n{note}" if index == 0 else note, markup=False)
-
-
-def _print_json(pairs: "Sequence[Agreement]", paths: Sequence[Path], budget: str) -> None:
-    from keylayers.commands.console import print_json
-    from keylayers.ranking.compare import mean_by_kind
-
-    content = {
-        "rankings": [str(path) for path in paths],
-        "budget": budget,
-        "pairs": [asdict(pair) for pair in pairs],
-        "means": [asdict(mean) for mean in mean_by_kind(pairs)],
-    }
-    print_json(content)

@@ -14,7 +14,6 @@ from keylayers.errors import ConfigError
 if TYPE_CHECKING:
     from keylayers.ranking.budget import Budget
     from keylayers.ranking.ranking import Ranking
-    from keylayers.report.source import Source
 
 EXAMPLES = """Examples:
 
@@ -55,10 +54,10 @@ def show(
         as_json: For machines: modules best first, with rank, score, whether its place at
             the budget is decided, and all provenance.
     """
-    from keylayers.commands.console import print_json
+    from keylayers.commands.console import print_json, stdout
     from keylayers.ranking.budget import parse_budget
     from keylayers.ranking.ranking import Ranking
-    from keylayers.report.source import load_sources
+    from keylayers.report.terminal import ranking_report
 
     if not rankings:
         raise ConfigError("`show` needs at least one ranking, got none; give its file or folder")
@@ -69,53 +68,41 @@ def show(
         )
     parsed = parse_budget(budget)
     if html is not None or figure:
-        _check_files(html, figure)
-        _write(load_sources(rankings), parsed, html, figure)
+        _write_files(rankings, parsed, html, figure)
         return
     loaded = [Ranking.load(path) for path in rankings]
-    if not as_json:
-        _print(loaded, rankings, parsed)
+    if as_json:
+        print_json(_content(loaded[0], parsed) | {"budget": budget})
         return
-    print_json(_content(loaded[0], parsed) | {"budget": budget})
-
-
-def _print(loaded: "Sequence[Ranking]", paths: Sequence[Path], budget: "Budget") -> None:
-    from keylayers.commands.console import stdout
-    from keylayers.report.terminal import ranking_report
-
     console = stdout()
-    for path, ranking in zip(paths, loaded, strict=True):
+    for path, ranking in zip(rankings, loaded, strict=True):
         if len(loaded) > 1:
             console.rule(str(path), align="left", characters="─")
-        console.print(ranking_report(ranking, budget=budget))
+        console.print(ranking_report(ranking, budget=parsed))
 
 
-def _check_files(html: Path | None, figures: Sequence[Path]) -> None:
-    """Refuse what cannot be written or drawn, before anything is read."""
+def _write_files(
+    rankings: Sequence[Path], budget: "Budget", html: Path | None, figures: Sequence[Path]
+) -> None:
+    """Check everything, then make everything, then write it."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise ConfigError(
             f"`html` and `figure` need {', '.join(missing)}, which is not installed; install "
             f"keylayers[report]"
         )
-    from keylayers.report.figures import figure_kind
+    from keylayers.commands.console import stdout
+    from keylayers.commands.repeat import how_to_repeat
+    from keylayers.files import write_bytes
+    from keylayers.report.figures import draw_figures, figure_kind
+    from keylayers.report.html import render_report
+    from keylayers.report.source import load_sources
 
     if html is not None and html.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"`html` must end in .html, got {str(html)!r}; choose such a name")
     for path in figures:
         figure_kind(path)
-
-
-def _write(
-    sources: "Sequence[Source]", budget: "Budget", html: Path | None, figures: Sequence[Path]
-) -> None:
-    """Write everything, after all of it is made."""
-    from keylayers.commands.console import stdout
-    from keylayers.commands.repeat import how_to_repeat
-    from keylayers.files import write_bytes
-    from keylayers.report.figures import draw_figures
-    from keylayers.report.html import render_report
-
+    sources = load_sources(rankings)
     contents = {} if html is None else {html: render_report(sources, budget, how_to_repeat)}
     contents |= draw_figures(sources, figures, budget)
     for path, content in contents.items():
