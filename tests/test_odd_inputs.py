@@ -2,7 +2,7 @@
 """YAML that is larger than it looks, links in circles, and adapters that claim to be huge."""
 
 import json
-import re
+import shutil
 import struct
 
 import pytest
@@ -16,7 +16,7 @@ def bomb(where):
     """A few hundred bytes that stand for a thousand million values."""
     lines = ["a0: &a0 [0, 1, 2, 3, 4, 5, 6, 7, 8]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
-    return where.format("\n  ".join(lines)).encode()
+    return where.format("\n  ".join(lines))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,24 +27,12 @@ def imported(tiny):
     begin("study", tiny / "nowhere.yaml", "--dry-run")
 
 
-# What a YAML file holds -> what is said.
-ODD_YAML = [
-    (bomb("options:\n  model: m\n  data: d\n  {}"), "must be smaller, with aliases written out"),
-    (b"options: {model: 'https://me:hunter2@host/m', data: d}", "must hold no password"),
-]
-
-
-@pytest.mark.parametrize(("content", "message"), ODD_YAML)
-def test_odd_yaml_is_one_line_and_soon(tmp_path, capsys, content, message):
-    from keylayers.cli import main
-
+def test_yaml_that_is_larger_than_it_looks_is_one_line_and_soon(tmp_path, capsys):
     path = tmp_path / "study.yaml"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    path.write_text(bomb("options:\n  model: m\n  data: d\n  {}"))
+    assert keylayers("study", path, "--dry-run") == 2
+    assert "must be smaller, with aliases written out" in capsys.readouterr().err
     assert run("study", path, "--dry-run") == 2
-    assert main(["study", str(path), "--dry-run"]) == 2
-    told = capsys.readouterr().err
-    assert re.search(message, told)
-    assert "hunter2" not in told
 
 
 @pytest.fixture
@@ -59,19 +47,17 @@ def circle(tmp_path):
 
 def test_links_in_a_circle_end_in_a_line(tiny, circle, tmp_path):
     """As data, model, adapter, ranking, output and study, and what the output holds."""
-    model, data = ("--model", tiny / "model"), ("--data", tiny / "data.jsonl")
-    loop = circle / "self.jsonl"
-    out = ("--output", tmp_path / "out")
+    loop, out = circle / "self.jsonl", ("--output", tmp_path / "out")
+    inputs = {"--model": tiny / "model", "--data": tiny / "data.jsonl", "--output": out[1]}
+    for option, value in (
+        *(("--model", value) for value in (loop, circle)),
+        *(("--data", value) for value in (loop, circle)),
+        *(("--adapter", value) for value in (loop, circle)),
+        *((option, loop) for option in ("--tuned", "--output", "--config")),
+    ):
+        words = [word for pair in (inputs | {option: value}).items() for word in pair]
+        assert run("rank", *words) == 2, words
     for words in (
-        ("rank", *model, "--data", circle, *out),
-        ("rank", *model, "--data", loop, *out),
-        ("rank", "--model", loop, *data, *out),
-        ("rank", "--model", circle, *data, *out),
-        ("rank", *model, *data, "--adapter", circle, *out),
-        ("rank", *model, *data, "--adapter", loop, *out),
-        ("rank", *model, *data, "--tuned", loop, *out),
-        ("rank", *model, *data, "--output", loop),
-        ("rank", *model, *data, "--config", loop, *out),
         ("train", "--ranking", loop, *out),
         ("verify", "--ranking", circle),
         ("prune", "--ranking", loop, *out),
@@ -92,36 +78,32 @@ def test_a_study_of_data_with_links_in_a_circle_is_planned(tiny, circle, tmp_pat
     assert run("study", path, "--output", circle / "self.jsonl") == 2
 
 
-def huge_adapters():
-    """Headers of safetensors that claim more than there is, or very much of little."""
+def weights_file(header, data=b""):
+    """A safetensors file."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
 
-    def file(header, data=b""):
-        text = header if isinstance(header, bytes) else json.dumps(header).encode()
-        return struct.pack("<Q", len(text)) + text + data
 
-    claim = {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 2**42]}
-    name = "base_model.model.model.layers.{}.mlp.up_proj.lora_A.weight"
-    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    wrapped = {"dtype": "F32", "shape": [2**62, 4, 2**3], "data_offsets": [0, 0]}
-    return {
-        "terabytes": file({name.format(0): claim}),
-        "a header of exabytes": struct.pack("<Q", 2**62) + b"{}",
-        "a header that is not there": struct.pack("<Q", 10**8),
-        "a size that wraps around": file({name.format(0): wrapped}),
-        "thousands of tensors": file({name.format(n): empty for n in range(20_000)}),
-        "a deep header": file(b'{"a":' * 50_000),
-        "a name twice": file(b'{"a":%s,"a":%s}' % ((json.dumps(empty).encode(),) * 2)),
-    }
+CLAIM = {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 2**42]}
+EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+WRAPPED = {"dtype": "F32", "shape": [2**62, 4, 2**3], "data_offsets": [0, 0]}
+NAME = "base_model.model.model.layers.{}.mlp.up_proj.lora_A.weight"
+HUGE = {  # files that claim more than there is, or very much of little
+    "terabytes": weights_file({NAME.format(0): CLAIM}),
+    "a header of exabytes": struct.pack("<Q", 2**62) + b"{}",
+    "a header that is not there": struct.pack("<Q", 10**8),
+    "a size that wraps around": weights_file({NAME.format(0): WRAPPED}),
+    "thousands of tensors": weights_file({NAME.format(n): EMPTY for n in range(20_000)}),
+    "a deep header": weights_file(b'{"a":' * 50_000),
+    "a name twice": weights_file(b'{"a":%s,"a":%s}' % ((json.dumps(EMPTY).encode(),) * 2)),
+}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
-@pytest.mark.parametrize("name", huge_adapters())
-def test_an_adapter_that_claims_to_be_huge_is_one_line(tiny, tmp_path, name):
-    import shutil
-
-    folder = tmp_path / "adapter"
-    shutil.copytree(tiny / "adapter", folder)
-    (folder / "adapter_model.safetensors").write_bytes(huge_adapters()[name])
+@pytest.mark.parametrize("content", HUGE.values(), ids=HUGE)
+def test_an_adapter_that_claims_to_be_huge_is_one_line(tiny, tmp_path, content):
+    folder = shutil.copytree(tiny / "adapter", tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").write_bytes(content)
     inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--adapter", folder)
     assert run("rank", *inputs, "--output", tmp_path / "out") == 2
     assert not (tmp_path / "out").exists()
@@ -129,6 +111,7 @@ def test_an_adapter_that_claims_to_be_huge_is_one_line(tiny, tmp_path, name):
 
 ADDRESS = "https://somebody:hunter2@host.example/x"
 WITH_PASSWORD = [
+    ("study", "secret.yaml", "--dry-run"),
     ("rank", "--model", ADDRESS, "--data", "d"),
     ("rank", "--model", "m", "--data", ADDRESS),
     ("rank", "--config", "run.yaml"),
@@ -142,7 +125,9 @@ WITH_PASSWORD = [
 def test_a_password_in_an_address_is_refused_and_not_repeated(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "study.yaml").write_text("options: {model: m, data: d}")
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": "m", "data": ADDRESS}))
+    options = {"model": "m", "data": ADDRESS}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
+    (tmp_path / "secret.yaml").write_text(yaml.safe_dump({"options": options}))
     before = set(tmp_path.rglob("*"))
     assert keylayers(*words) == 2
     told = "".join(capsys.readouterr())

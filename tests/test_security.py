@@ -4,8 +4,6 @@
 import re
 from pathlib import Path
 
-import pytest
-
 from commands import STEPS, everything_below, keylayers, rank
 
 SECRET = "hf_" + "kEyLaYeRs" * 4
@@ -18,27 +16,23 @@ NAMES = (
 )
 
 
-@pytest.fixture
-def planted(monkeypatch):
-    for name in NAMES:
-        monkeypatch.setenv(name, SECRET)
-
-
-@pytest.mark.usefixtures("planted")
 def test_no_key_or_token_is_in_anything_that_is_written_or_printed(
     tiny, tmp_path, monkeypatch, capfd
 ):
+    for name in NAMES:
+        monkeypatch.setenv(name, SECRET)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
     out, more = tmp_path / "out", ("--output", tmp_path / "tuned")
     assert rank(tiny, out, "--report-to", "tensorboard") == 0
-    assert keylayers("verify", "--ranking", out, "--random-orders", "1") == 0
-    assert keylayers("train", "--ranking", out, "--budget", "3", *STEPS, *more) == 0
-    assert keylayers("prune", "--ranking", out, "--budget", "3", "--output", tmp_path / "cut") == 0
-    assert (
-        keylayers("export", out, "--budget", "3", "--to", "peft", "--output", tmp_path / "e") == 0
-    )
-    figures = ("--figure", tmp_path / "heatmap.pdf", tmp_path / "curve.svg")
-    assert keylayers("show", out, "--html", tmp_path / "report.html", *figures) == 0
+    budget = ("--ranking", out, "--budget", "3")
+    for words in (
+        ("verify", "--ranking", out, "--random-orders", "1"),
+        ("train", *budget, *STEPS, *more),
+        ("prune", *budget, "--output", tmp_path / "cut"),
+        ("export", out, "--budget", "3", "--to", "peft", "--output", tmp_path / "e"),
+        ("show", out, "--html", tmp_path / "r.html", "--figure", tmp_path / "heatmap.pdf"),
+    ):
+        assert keylayers(*words) == 0
     assert rank(tiny, tmp_path / "bad", "--model", tmp_path / "nowhere") == 2
     printed = "".join(capfd.readouterr())
     written = everything_below(tmp_path)
@@ -46,11 +40,7 @@ def test_no_key_or_token_is_in_anything_that_is_written_or_printed(
     assert "written to" in printed
     assert [path for path, content in written.items() if SECRET.encode() in content] == []
     assert SECRET not in printed
-
-
-def test_the_search_would_find_a_secret(tmp_path):
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "file").write_bytes(b"\x00" + SECRET.encode())
+    (tmp_path / "out" / "deep").write_bytes(b"\x00" + SECRET.encode())  # the search finds it
     assert any(SECRET.encode() in content for content in everything_below(tmp_path).values())
 
 
@@ -62,19 +52,15 @@ def test_names_in_a_ranking_lead_to_no_file_elsewhere(tiny, tmp_path):
 
     ranking = ranking_of([1.0, 0.5], provenance={"model": {"name": "../../outside"}})
     names = ("../../outside/x", "/tmp/keylayers-outside")
-    modules = tuple(
-        replace(one, name=name) for one, name in zip(ranking.modules, names, strict=True)
-    )
+    modules = tuple(replace(m, name=n) for m, n in zip(ranking.modules, names, strict=True))
     folder = tmp_path / "in" / "side"
     folder.mkdir(parents=True)
     replace(ranking, modules=modules).save(folder / "r.json")
     before = set(tmp_path.rglob("*"))
     for tool in ("peft", "trl", "axolotl", "llamafactory"):
         output = ("--output", folder / tool)
-        assert keylayers("export", folder / "r.json", "--budget", "1", "--to", tool, *output) in (
-            0,
-            2,
-        )
+        words = ("export", folder / "r.json", "--budget", "1", "--to", tool, *output)
+        assert keylayers(*words) in (0, 2)
     assert keylayers("show", folder / "r.json", "--html", folder / "r.html") == 0
     made = set(tmp_path.rglob("*")) - before
     assert all(folder in path.parents for path in made)

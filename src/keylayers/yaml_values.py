@@ -16,7 +16,7 @@ MOST_PARTS = 500_000  # pieces of JSON text with aliases written out: about 150,
 BROKEN = (ValueError, RecursionError, LookupError, AttributeError, TypeError)
 
 
-def yaml_value(text: str, source: str) -> Any:
+def yaml_value(text: str | bytes, source: str) -> Any:
     """The value of a YAML text, which messages call `source`.
 
     Raises:

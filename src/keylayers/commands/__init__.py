@@ -1,2 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file per command."""
+"""The sub-commands of `keylayers`: a file for each, which is loaded when it is called."""
+
+from typing import Any
+
+from cyclopts import App
+
+
+def sub_command(examples: str, **more: Any) -> App:
+    """The application of a sub-command, whose help ends with examples."""
+    epilogue = f"Examples:\n\n```\n{examples}```\n"
+    return App(help_epilogue=epilogue, help_format="markdown", **more)

@@ -7,24 +7,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
+from keylayers.commands import sub_command
 from keylayers.errors import ConfigError
 
 if TYPE_CHECKING:
     from keylayers.ranking.ranking import Ranking
 
-EXAMPLES = """Examples:
-
-```
+JSON = Parameter(name="--json", negative=())
+app = sub_command("""\
 keylayers compare lima/ranking.json alpaca/ranking.json --budget 0.75
 keylayers compare seed-0 seed-1 seed-2 --consensus consensus.json
 keylayers compare lima alpaca --json | jq '.pairs[0].tau'
-```
-"""
-
-JSON = Parameter(name="--json", negative=())
-app = App(help_epilogue=EXAMPLES, help_format="markdown")
+""")
 
 
 @app.default
@@ -61,9 +57,13 @@ def compare(
     if consensus is not None:
         _write_consensus(loaded, rankings, consensus)
     if as_json:
-        content = {"rankings": [str(path) for path in rankings], "budget": budget}
-        parts = {"pairs": pairs, "means": means}
-        print_json(content | {name: list(map(asdict, part)) for name, part in parts.items()})
+        content = {
+            "rankings": [str(path) for path in rankings],
+            "budget": budget,
+            "pairs": [asdict(pair) for pair in pairs],
+            "means": [asdict(mean) for mean in means],
+        }
+        print_json(content)
     else:
         console = stdout()
         names = [str(number) for number in range(1, len(rankings) + 1)]

@@ -49,7 +49,7 @@ def from_config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCol
         return
     options = read_yaml(Path(path), "config")
     known = [name for argument in arguments if (name := _key(argument)) != "config"]
-    normal = {str(key).replace("-", "_"): value for key, value in options.items()}
+    normal = {key.replace("-", "_"): value for key, value in options.items()}
     for key in normal:
         if key not in known:
             raise ConfigError(
@@ -105,27 +105,21 @@ def _update_of(path: Path, made_by: "MadeBy", arguments: ArgumentCollection) -> 
 def read_yaml(path: Path, option: str) -> dict[str, Any]:
     """The mapping that the YAML file of an option holds; empty for an empty file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except OSError as error:
         raise ConfigError(
             f"`{option}` must be a YAML file, but {str(path)!r} cannot be read: {error.strerror}"
         ) from error
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{str(path)!r} must be valid YAML, but is not: {reason}") from error
     from keylayers.yaml_values import yaml_value  # slow to import
 
-    options = yaml_value(text, repr(str(path)))
+    options = yaml_value(content, repr(str(path)))
     if options is None:
         return {}
     if not isinstance(options, dict):
         raise ConfigError(
             f"{str(path)!r} must map options to values, got a {type(options).__name__}"
         )
-    for key in options:
-        if not isinstance(key, str):
-            raise ConfigError(f"every key in {str(path)!r} must be a name, got {key!r}")
-    return options
+    return {str(key): value for key, value in options.items()}
 
 
 def _fill(app: App, arguments: ArgumentCollection, options: dict[str, Any], source: str) -> None:

@@ -3,19 +3,15 @@
 
 from pathlib import Path
 
-from cyclopts import App
+from keylayers.commands import sub_command
 
 BUDGET = 0.3
-EXAMPLES = """Examples:
 
-```
+app = sub_command("""\
 keylayers demo
 keylayers demo --output somewhere --seed 1
 keylayers demo --output demo --files-only
-```
-"""
-
-app = App(help_epilogue=EXAMPLES, help_format="markdown")
+""")
 
 
 @app.default

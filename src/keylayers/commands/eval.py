@@ -4,8 +4,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App
-
+from keylayers.commands import sub_command
 from keylayers.commands.console import ConsoleProgress, print_result
 from keylayers.commands.options import Model, flat
 from keylayers.evaluation.options import (
@@ -16,17 +15,12 @@ from keylayers.evaluation.options import (
     LossOptions,
 )
 
-EXAMPLES = """Examples:
-
-```
+app = sub_command("""\
 keylayers eval --model base --adapter tuned-30 tuned-all --tasks mmlu,hellaswag
 keylayers eval --model base --adapter tuned --data chats.jsonl --forgetting-data known.txt
 keylayers eval --model base --checkpoint tuned --tasks gsm8k
 keylayers eval --model base --adapter tuned --task-folder my-tasks --tasks mine --limit 200
-```
-"""
-
-app = App(help_epilogue=EXAMPLES, help_format="markdown")
+""")
 
 
 @app.default

@@ -3,20 +3,14 @@
 
 from pathlib import Path
 
-from cyclopts import App
-
+from keylayers.commands import sub_command
 from keylayers.export import Tool
 from keylayers.export.settings import FineTune
 
-EXAMPLES = """Examples:
-
-```
+app = sub_command("""\
 keylayers export out --budget 0.3 --to peft
 keylayers export out --freeze 0.25 --to axolotl --update full --output axolotl
-```
-"""
-
-app = App(help_epilogue=EXAMPLES, help_format="markdown")
+""")
 
 
 @app.default

@@ -39,19 +39,12 @@ class Trained:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """How sets of modules are trained; a stopped training resumes from its last checkpoint.
-
-    Attributes:
-        session: Model, tokenizer and data.
-        options: How to train, and for which objective.
-        num_steps: Optimiser steps, at most.
-        unfinished: Folder for checkpoints, with a folder for each set.
-    """
+    """How sets of modules are trained, each with checkpoints in a folder of its own."""
 
     session: Session
     options: TrainingOptions
-    num_steps: int
-    unfinished: Path
+    num_steps: int  # at most
+    unfinished: Path  # holds the folders of checkpoints
 
     @property
     def stored_dtype(self) -> torch.dtype:

@@ -3,20 +3,14 @@
 
 from pathlib import Path
 
-from cyclopts import App
-
+from keylayers.commands import sub_command
 from keylayers.errors import OutputError
 from keylayers.model.options import ModelOptions
 
-EXAMPLES = """Examples:
-
-```
+app = sub_command("""\
 keylayers import snr_results_mistralai-Mistral-7B-v0.1.json --model mistralai/Mistral-7B-v0.1
 keylayers show ranking.json --budget 0.3
-```
-"""
-
-app = App(help_epilogue=EXAMPLES, help_format="markdown")
+""")
 
 
 @app.default

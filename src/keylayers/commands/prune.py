@@ -4,25 +4,18 @@
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App
-
+from keylayers.commands import sub_command
 from keylayers.commands.config import FromRanking
 from keylayers.commands.console import ConsoleProgress, print_result
 from keylayers.commands.options import FLAT, PruneOptions
 from keylayers.commands.push import PushOptions
 
-EXAMPLES = """Examples:
-
-```
+app = sub_command(
+    """\
 keylayers prune --ranking out --budget 0.3
 keylayers prune --ranking r.json --adapter my-adapter --freeze 0.25 --output smaller
 keylayers prune --ranking r.json --model base --tuned instruct --budget auto --data chats.jsonl
-```
-"""
-
-app = App(
-    help_epilogue=EXAMPLES,
-    help_format="markdown",
+""",
     help_formatter=FromRanking("prune"),
     usage="Usage: keylayers prune --ranking PATH (--budget STR | --freeze FLOAT) [OPTIONS]",
 )

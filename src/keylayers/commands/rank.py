@@ -4,22 +4,16 @@
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App
-
+from keylayers.commands import sub_command
 from keylayers.commands.console import ConsoleProgress, print_result
 from keylayers.commands.options import FLAT, RankOptions
 
-EXAMPLES = """Examples:
-
-```
+app = sub_command("""\
 keylayers rank --model meta-llama/Llama-3.2-1B --data tatsu-lab/alpaca --output out
 keylayers rank --model base --data chats.jsonl --adapter my-adapter
 keylayers rank --model base --tuned instruct --data chats.jsonl --mask-batches 8
 keylayers rank --config rank.yaml --seed 1
-```
-"""
-
-app = App(help_epilogue=EXAMPLES, help_format="markdown")
+""")
 
 
 @app.default

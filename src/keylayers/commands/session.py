@@ -31,18 +31,7 @@ ENOUGH_BATCHES = 20  # of held-out examples, to resample them for an interval
 
 
 class Session:
-    """The model, tokenizer and data of one run.
-
-    Attributes:
-        source: Which model, and how it is loaded.
-        objective: What a loss is.
-        progress: Where to report to.
-        names: Full names of the model's modules, in model order.
-        dtype: The dtype of its weights.
-        tokenizer: The model's own.
-        data: Training and held-out examples, tokenised.
-        record: What a result records of software, model and data.
-    """
+    """The model, tokenizer and data of one run; `record` is what a result records of them."""
 
     def __init__(
         self,

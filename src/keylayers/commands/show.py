@@ -7,28 +7,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
+from keylayers.commands import sub_command
 from keylayers.errors import ConfigError
 
 if TYPE_CHECKING:
     from keylayers.ranking.budget import Budget
     from keylayers.ranking.ranking import Ranking
 
-EXAMPLES = """Examples:
-
-```
+JSON = Parameter(name="--json", negative=())
+NEEDED = ("altair", "vl_convert")  # of the extra `report`
+app = sub_command("""\
 keylayers show out/ranking.json
 keylayers show out --budget 17
 keylayers show out --html report.html
 keylayers show lima alpaca --html both.html --figure heatmap.pdf agreement.svg
 keylayers show out --json | jq '.modules[0].name'
-```
-"""
-
-JSON = Parameter(name="--json", negative=())
-NEEDED = ("altair", "vl_convert")  # of the extra `report`
-app = App(help_epilogue=EXAMPLES, help_format="markdown")
+""")
 
 
 @app.default

@@ -5,21 +5,17 @@ import shlex
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
+from keylayers.commands import sub_command
 from keylayers.errors import ConfigError, StudyError
 
-EXAMPLES = """Examples:
-
-```
+app = sub_command("""\
 keylayers study study.yaml --dry-run
 keylayers study study.yaml --output results --workers 4
 keylayers study study.yaml --output results --ray-address auto
 keylayers study recipes/small/*.yaml --set model=my-model --set data=[mine.jsonl]
-```
-"""
-
-app = App(help_epilogue=EXAMPLES, help_format="markdown")
+""")
 
 
 @app.default

@@ -26,7 +26,7 @@ from keylayers.commands.study_cells import CELLS, Cell
 from keylayers.commands.study_grid import Study
 from keylayers.commands.study_workers import State
 from keylayers.environment import environment
-from keylayers.files import write_bytes, write_json
+from keylayers.files import write_bytes, write_json, write_text
 from keylayers.ranking.compare import agreement
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import MadeBy, RunRecord
@@ -57,11 +57,11 @@ def write_results(
     write_json(folder / "study.json", {**record, "cells": [asdict(cell) for cell in cells]})
     table = results_table(root, cells, states, axes)
     write_bytes(folder / "results.parquet", table.to_parquet(index=False))
-    write_bytes(folder / "results.csv", table.to_csv(index=False).encode("utf-8"))
+    write_text(folder / "results.csv", table.to_csv(index=False))
     parts = _summaries(table, axes)
     if study.compare:
         agreed = agreement_table(root, cells, states, axes, study.compare)
-        write_bytes(folder / "agreement.csv", agreed.to_csv(index=False).encode("utf-8"))
+        write_text(folder / "agreement.csv", agreed.to_csv(index=False))
         parts["Agreement of rankings"] = agreement_means(agreed, axes)
     for title, means in parts.items():
         sys.stdout.write(f"{title}\n{means.to_string(**FORMAT)}\n\n")
@@ -85,7 +85,7 @@ def results_table(
         row = dict(fixed)
         for point in cell.points:
             own = {**row, **point}
-            rows += [own | dict(zip(MEASURED, measure, strict=False)) for measure in measures]
+            rows += [own | dict(zip(MEASURED, one, strict=False)) for one in measures]
     return pd.DataFrame(rows, columns=[*FIXED, *axes, *MEASURED]).astype({"value": "float64"})
 
 

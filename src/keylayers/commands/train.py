@@ -4,27 +4,20 @@
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App
-
+from keylayers.commands import sub_command
 from keylayers.commands.config import FromRanking
 from keylayers.commands.console import ConsoleProgress, print_result
 from keylayers.commands.options import FLAT, TrainOptions
 from keylayers.commands.push import PushOptions
 from keylayers.training.options import LOSS_UNITS
 
-EXAMPLES = """Examples:
-
-```
+app = sub_command(
+    """\
 keylayers train --ranking out --budget 0.3 --output tuned
 keylayers train --ranking out --freeze 0.25 --steps 1000 --data all.jsonl
 keylayers train --ranking out --budget 17 --update full --controls all random
 keylayers train --rank-first --model meta-llama/Llama-3.2-1B --data chats.jsonl --steps 1000
-```
-"""
-
-app = App(
-    help_epilogue=EXAMPLES,
-    help_format="markdown",
+""",
     help_formatter=FromRanking("train"),
     usage="Usage: keylayers train --ranking STR (--budget STR | --freeze FLOAT) [OPTIONS]\n"
     "       keylayers train --rank-first --model STR --data STR [OPTIONS]",

@@ -4,24 +4,17 @@
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App
-
+from keylayers.commands import sub_command
 from keylayers.commands.config import FromRanking
 from keylayers.commands.console import ConsoleProgress, print_result
 from keylayers.commands.options import FLAT, VerifyOptions
 
-EXAMPLES = """Examples:
-
-```
+app = sub_command(
+    """\
 keylayers verify --ranking out
 keylayers verify --ranking out --leave-one-out --margin 0.02
 keylayers verify --ranking r.json --model base --adapter my-adapter --data chats.jsonl
-```
-"""
-
-app = App(
-    help_epilogue=EXAMPLES,
-    help_format="markdown",
+""",
     help_formatter=FromRanking("verify"),
     usage="Usage: keylayers verify --ranking PATH [OPTIONS]",
 )
