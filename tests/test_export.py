@@ -1,9 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exports: what another tool makes of the files is exactly the selection, or there is no file."""
+"""Exports: what another tool makes of the files is exactly the selection, or there is no file.
+
+One test builds and trains a model with torchtune itself. It lives apart from our own environment,
+because PEFT refuses to work beside the release of torchao that it needs:
+`pip install --no-deps --target FOLDER --requirement tests/torchtune.txt`, and TORCHTUNE=FOLDER.
+"""
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -114,6 +123,16 @@ def by_unsloth(loader_name):
     return trained
 
 
+OF_TORCHTUNE = {"output_proj": "o_proj", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+def by_torchtune(model, folder):
+    found = content(folder, "torchtune")["model"]
+    assert (found["lora_rank"], found["lora_alpha"]) == (2, 4)
+    keep = [name.replace("attn.", "self_attn.").rpartition(".") for name in found["keep"]]
+    return {f"model.{parent}.{OF_TORCHTUNE.get(own, own)}" for parent, _, own in keep}
+
+
 WAYS = [
     ("peft", by_peft),
     ("peft", by_peft_python),
@@ -123,17 +142,19 @@ WAYS = [
     ("ms-swift", by_ms_swift),
     ("unsloth", by_unsloth("FastLanguageModel")),
     ("unsloth", by_unsloth("FastModel")),
+    ("torchtune", by_torchtune),
 ]
 
 
 def test_every_tool_is_tried():
-    assert {tool for tool, _ in WAYS} | {"torchtune"} == set(TOOLS)  # tests/test_torchtune.py
+    assert {tool for tool, _ in WAYS} == set(TOOLS)
 
 
-def is_refused(tool, selection):
-    """Of a mixture of experts."""
-    if tool in ("ms-swift", "unsloth"):
-        return True
+def is_refused(tool, title, selection):
+    if tool == "torchtune":
+        return title != "Llama"
+    if not selection.is_of_mixture or tool in ("ms-swift", "unsloth"):
+        return selection.is_of_mixture
     dense = ("gate_proj", "up_proj", "down_proj", ".gate")
     plain = [m for m in selection.modules if not m.is_stacked and not m.name.endswith(dense)]
     if tool == "llamafactory":
@@ -145,19 +166,18 @@ def is_refused(tool, selection):
 @pytest.mark.parametrize(("tool", "trained"), WAYS)
 def test_lora_is_on_exactly_the_selection_or_the_tool_is_refused(tool, trained, title, tmp_path):
     ranking = ranking_of_model(title)
-    is_mixture = any(one.is_stacked for one in ranking.modules)
     num_exported = 0
     for place, share in enumerate(SHARES):
-        folder = tmp_path / str(place)
-        if is_mixture and is_refused(tool, ranking.select(share)):
+        folder, selection = tmp_path / str(place), ranking.select(share)
+        if is_refused(tool, title, selection):
             with pytest.raises(ConfigError, match=f"`to` {tool} {REFUSED}"):
                 export_selection(ranking, share, tool, folder)
             assert not folder.exists()
             continue
         export_selection(ranking, share, tool, folder)
         num_exported += 1
-        assert trained(MODELS[title].build(), folder) == set(ranking.select(share).names)
-    if tool in ("peft", "axolotl") or not is_mixture:
+        assert trained(MODELS[title].build(), folder) == set(selection.names)
+    if tool in ("peft", "axolotl") or title == "Llama":
         assert num_exported == len(SHARES)
     assert num_exported > 0 or tool != "trl"
 
@@ -204,19 +224,83 @@ def unfrozen_by_trl(model, folder):
 )
 def test_a_full_fine_tune_is_of_exactly_the_selection_or_refused(tool, unfrozen, title, tmp_path):
     ranking = ranking_of_model(title)
-    is_mixture = any(one.is_stacked for one in ranking.modules)
     for place, share in enumerate(SHARES):
-        folder = tmp_path / str(place)
-        if unfrozen is None or (is_mixture and tool in ("ms-swift", "trl")):
+        folder, selection = tmp_path / str(place), ranking.select(share)
+        if unfrozen is None or (selection.is_of_mixture and tool in ("ms-swift", "trl")):
             with pytest.raises(ConfigError, match=f"`to` {tool} {REFUSED}"):
                 export_selection(ranking, share, tool, folder, kind="full")
             assert not folder.exists()
             continue
         export_selection(ranking, share, tool, folder, kind="full")
         model = MODELS[title].build()
-        train_only(model, ranking.select(share).names)
+        train_only(model, selection.names)
         wanted = {name for name, one in model.named_parameters() if one.requires_grad}
         assert unfrozen(MODELS[title].build(), folder) == wanted
+
+
+def test_torchtune_puts_lora_only_where_it_is_needed_at_first(tmp_path):
+    ranking = ranking_of_model("Llama")
+    best = next(one for one in ranking.modules if one.projection == "v_proj")
+    scored = tuple(replace(one, score=float(one == best)) for one in ranking.modules)
+    export_selection(replace(ranking, modules=scored), 1, "torchtune", tmp_path)
+    model = content(tmp_path, "torchtune")["model"]
+    assert model["lora_attn_modules"] == ["v_proj"]
+    assert model["apply_lora_to_mlp"] is False
+
+
+FOLDER = os.environ.get("TORCHTUNE")
+TRAINED = """
+import json, sys
+sys.path[:0] = sys.argv[1:3]
+import torch
+from omegaconf import OmegaConf
+from torchtune import config
+from torchtune.models.convert_weights import tune_to_peft_adapter_weights
+from torchtune.modules.peft import get_adapter_params, get_adapter_state_dict, set_trainable_params
+
+settings = OmegaConf.load(sys.argv[2] + "/torchtune.yaml")
+settings.model.base_component = "torchtune.models.llama3.lora_llama3"
+size = dict(
+    vocab_size=32, num_layers=int(sys.argv[3]), num_heads=4, num_kv_heads=2, embed_dim=32,
+    max_seq_len=16, intermediate_dim=48,
+)
+torch.manual_seed(0)
+model = config.instantiate(settings.model, **size)
+set_trainable_params(model, get_adapter_params(model))
+before = {name: one.detach().clone() for name, one in model.named_parameters()}
+optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=1.0)
+tokens = torch.randint(32, (2, 16))
+for _ in range(3):
+    optimizer.zero_grad()
+    loss = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+    loss.backward()
+    optimizer.step()
+changed = sorted(name for name, one in model.named_parameters() if (one != before[name]).any())
+adapter = get_adapter_state_dict(model.state_dict())
+peft = tune_to_peft_adapter_weights(adapter, num_heads=4, num_kv_heads=2, dim=32, head_dim=8)
+print(json.dumps({"peft": sorted(peft), "changed": changed, "adapter": sorted(adapter)}))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not FOLDER, reason="TORCHTUNE is not set; this file says how to install it")
+@pytest.mark.parametrize("share", SHARES)
+def test_torchtune_trains_exactly_the_selection(share, tmp_path):
+    """By torchtune's own map of names to PEFT's, of what its own recipe would save."""
+    ranking = ranking_of_model("Llama")
+    export_selection(ranking, share, "torchtune", tmp_path)
+    num_blocks = len({one.block_index for one in ranking.modules})
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", TRAINED, FOLDER, str(tmp_path), str(num_blocks)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    names = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in found["peft"]}
+    assert names == set(ranking.select(share).names)
+    assert found["changed"] == found["adapter"]
 
 
 def test_the_command_writes_what_it_says(ranked, tmp_path, capsys):
