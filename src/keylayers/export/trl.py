@@ -18,7 +18,7 @@ def export(settings: Settings) -> Files:
             refuse(
                 "trl", "its full fine-tune of modules copies them, which PEFT cannot for experts"
             )
-        content["lora_target_modules"] = "dummy-target-modules"
+        content["lora_target_modules"] = "dummy-target-modules"  # in PEFT: no LoRA at all
         content["lora_modules_to_save"] = list(settings.names)
         return {"trl.yaml": yaml_text(content)}
     targets = settings.selection.lora_targets
@@ -26,7 +26,7 @@ def export(settings: Settings) -> Files:
     if isinstance(modules, list) and len(modules) < 2:
         refuse(
             "trl",
-            "in a mixture of experts it needs at least two modules beside experts and dense "
+            "in a mixture of experts it needs at least two modules other than experts and dense "
             "feed-forwards, since it reads a shorter list as a regular expression; choose peft",
         )
     content |= settings.lora_options("lora_r") | {"lora_target_modules": modules}

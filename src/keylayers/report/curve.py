@@ -17,9 +17,8 @@ BAR_WIDTH = 30
 
 def verification_report(found: Verification) -> RenderableType:
     """What the terminal shows of a verification."""
-    title = (
-        f"Held-out loss with the updates of only so many modules kept, in {found.made_by.loss_unit}"
-    )
+    unit = found.made_by.loss_unit
+    title = f"Held-out loss by the number of modules that keep their update, in {unit}"
     text = Text("\n".join(reading(found)))
     return Group(Text(title, style="bold"), _curve_table(found), Text(), text)
 
