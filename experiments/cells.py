@@ -15,7 +15,7 @@ from keylayers.data.options import DataOptions
 from keylayers.data.prepare import prepare
 from keylayers.demo.files import BASE, write_data
 from keylayers.environment import environment
-from keylayers.evaluation.loss import held_out_loss
+from keylayers.evaluation.held_out import held_out_loss
 from keylayers.files import json_sha256, write_json
 from keylayers.model.loading import load_model, load_tokenizer, max_positions
 from keylayers.model.modules import map_modules

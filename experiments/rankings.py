@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from keylayers.environment import environment
-from keylayers.evaluation.mask_curve import mask_curve
+from keylayers.evaluation.held_out import mask_curve
 from keylayers.files import write_json
 from keylayers.scores.methods import methods
 from keylayers.scores.score_modules import score_modules

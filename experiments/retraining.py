@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset
 
 from keylayers.environment import environment
-from keylayers.evaluation.loss import held_out_loss
+from keylayers.evaluation.held_out import held_out_loss
 from keylayers.files import write_json
 from keylayers.ranking.budget import Time
 from keylayers.ranking.ranked_module import RankedModule

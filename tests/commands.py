@@ -109,7 +109,7 @@ def plain_loss(tiny, model, adapter=None, off=()):
 
     from keylayers.data.options import DataOptions
     from keylayers.data.prepare import prepare
-    from keylayers.evaluation.loss import held_out_loss
+    from keylayers.evaluation.held_out import held_out_loss
     from keylayers.model.loading import load_adapter, load_model, load_tokenizer
     from keylayers.model.options import ModelOptions
     from keylayers.training.options import TrainingOptions

@@ -6,8 +6,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keylayers.evaluation.loss import held_out_loss
-from keylayers.evaluation.mask_curve import mask_curve
+from keylayers.evaluation.held_out import held_out_loss, mask_curve
 from keylayers.gates import gated
 from keylayers.ranking.curve import MaskCurve
 from keylayers.updates import adapter_updates

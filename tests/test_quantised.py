@@ -11,7 +11,7 @@ from differences import check_gradient, masked
 from keylayers import rank_modules
 from keylayers.data.options import DataOptions
 from keylayers.data.prepare import prepare
-from keylayers.evaluation.loss import held_out_loss
+from keylayers.evaluation.held_out import held_out_loss
 from keylayers.model.loading import load_model, load_tokenizer
 from keylayers.model.modules import map_modules
 from keylayers.model.options import ModelOptions

@@ -28,7 +28,7 @@ def trained(kind="SFT", callback=None, **options):
 
 def test_scores_sum_to_the_loss_reduction_along_the_way():
     import keylayers
-    from keylayers.evaluation.loss import held_out_loss
+    from keylayers.evaluation.held_out import held_out_loss
 
     scores = keylayers.StepScores()
     trainer = build("SFT", "model", is_trained=False, is_moved=False, **EXACT)

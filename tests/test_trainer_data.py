@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer
 
 from keylayers import mask_curve, rank_modules
 from keylayers.errors import DataError
-from keylayers.evaluation.loss import held_out_loss
+from keylayers.evaluation.held_out import held_out_loss
 from keylayers.trainers.data import prepared_for
 from keylayers.updates import adapter_updates
 from scored import arguments

@@ -14,7 +14,7 @@ from trl.trainer.utils import use_adapter
 from differences import check_gradient, masked
 from keylayers import rank_modules
 from keylayers.errors import ConfigError, GuardError
-from keylayers.evaluation.loss import held_out_loss
+from keylayers.evaluation.held_out import held_out_loss
 from keylayers.model.preserve import preserved
 from keylayers.trainers.loss import TrainerLoss
 from keylayers.updates import adapter_updates

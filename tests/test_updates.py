@@ -19,7 +19,7 @@ from keylayers.apply.trainable import train_only
 from keylayers.data.options import DataOptions
 from keylayers.data.prepare import prepare
 from keylayers.errors import ModelError
-from keylayers.evaluation.loss import held_out_loss
+from keylayers.evaluation.held_out import held_out_loss
 from keylayers.model import loading
 from keylayers.model.loading import load_adapter, load_model, load_tokenizer
 from keylayers.model.modules import map_modules

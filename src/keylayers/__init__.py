@@ -14,7 +14,7 @@ from keylayers._version import __version__ as __version__
 
 if TYPE_CHECKING:  # `as` marks the names as public, for type checkers
     from keylayers.errors import KeylayersError as KeylayersError
-    from keylayers.evaluation.mask_curve import mask_curve as mask_curve
+    from keylayers.evaluation.held_out import mask_curve as mask_curve
     from keylayers.export import export_selection as export_selection
     from keylayers.ranking.compare import agreement as agreement
     from keylayers.ranking.consensus import consensus as consensus
@@ -40,7 +40,7 @@ _HOME = {
     "agreement": "ranking.compare",
     "consensus": "ranking.consensus",
     "export_selection": "export",
-    "mask_curve": "evaluation.mask_curve",
+    "mask_curve": "evaluation.held_out",
     "measured_memory": "training.memory",
     "module_weights": "updates.checkpoints",
     "rank_modules": "training.rank_modules",

@@ -15,7 +15,7 @@ from keylayers.commands.options import PruneOptions, flat_values
 from keylayers.commands.repeat import card_of
 from keylayers.commands.session import Session, loss_of, note_ties
 from keylayers.errors import GuardError, OutputError
-from keylayers.evaluation.mask_curve import subset_losses
+from keylayers.evaluation.held_out import subset_losses
 from keylayers.files import (
     CARD,
     RECORD,

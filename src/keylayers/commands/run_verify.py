@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from keylayers.commands.options import VerifyOptions, flat_values
 from keylayers.commands.session import Session
-from keylayers.evaluation.mask_curve import mask_curve
+from keylayers.evaluation.held_out import mask_curve
 from keylayers.files import json_sha256, output_folder
 from keylayers.progress import Progress
 from keylayers.ranking.curve import MaskCurve

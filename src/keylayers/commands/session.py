@@ -13,7 +13,7 @@ from keylayers.data.options import DataOptions
 from keylayers.data.prepare import PreparedData, prepare
 from keylayers.environment import environment
 from keylayers.errors import RankingError
-from keylayers.evaluation.loss import held_out_loss
+from keylayers.evaluation.held_out import held_out_loss
 from keylayers.model.loading import describe, load_model, load_tokenizer, max_positions
 from keylayers.model.modules import map_modules, outside_module
 from keylayers.model.options import ModelOptions, Objective, UpdateOptions

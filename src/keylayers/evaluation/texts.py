@@ -2,25 +2,30 @@
 """What losses are measured on: a fine-tune's held-out examples, and text that it may forget."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
+import torch
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keylayers.data.chat import encode_all, resolve_template
+from keylayers.data.chat import IGNORED, encode_all, resolve_template
 from keylayers.data.prepare import prepare
 from keylayers.data.reading import read_conversations
 from keylayers.errors import DataError, LossError, ModelError
 from keylayers.evaluation.documents import Measured
-from keylayers.evaluation.loss import Tokens, example_losses
 from keylayers.evaluation.options import LossOptions
 from keylayers.evaluation.subjects import Loaded
 from keylayers.files import json_sha256
 from keylayers.model.loading import max_positions
 from keylayers.progress import OnStep
+
+Tokens: TypeAlias = tuple[list[int], list[int]]  # `input_ids` and `labels`, not shifted
 
 GAIN, FORGETTING = "held-out data", "forgetting"
 METRIC = "loss"
@@ -139,3 +144,48 @@ def _pieces(
     pieces = (ids[start : start + length] for start in range(0, len(ids), length))
     for piece in [piece for piece in pieces if len(piece) >= MIN_TOKENS][:at_most]:
         yield piece, piece
+
+
+def example_losses(
+    model: PreTrainedModel | PeftModel,
+    examples: Sequence[Tokens],
+    *,
+    batch_size: int,
+    on_step: OnStep,
+) -> list[tuple[float, int]]:
+    """The loss of each example in nats, summed over its labelled tokens, and the number of these.
+
+    The model runs as it is; it should be in evaluation mode.
+    """
+    # The longest first: what does not fit into memory shows at once, and little is padding.
+    order = sorted(range(len(examples)), key=lambda index: -len(examples[index][0]))
+    found: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
+    for step, start in enumerate(range(0, len(order), batch_size), start=1):
+        chosen = order[start : start + batch_size]
+        losses = _batch([examples[index] for index in chosen], model)
+        for index, loss in zip(chosen, losses, strict=True):
+            found[index] = loss
+        on_step(step, sum(nats for nats, _ in losses) / max(1, sum(num for _, num in losses)))
+    return found
+
+
+@torch.no_grad()
+def _batch(
+    examples: Sequence[Tokens], model: PreTrainedModel | PeftModel
+) -> list[tuple[float, int]]:
+    # Padded on the right, where nothing looks.
+    rows = [torch.tensor(tokens) for tokens, _ in examples]
+    ids = pad_sequence(rows, batch_first=True)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    labels = pad_sequence(
+        [torch.tensor(label) for _, label in examples], batch_first=True, padding_value=IGNORED
+    )
+    logits = model(
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
+    ).logits[:, :-1]
+    wanted = labels[:, 1:].to(logits.device)
+    nats = cross_entropy(
+        logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view_as(wanted)
+    counts = (wanted != IGNORED).sum(dim=1).tolist()
+    return list(zip(nats.double().sum(dim=1).tolist(), counts, strict=True))

@@ -2,7 +2,7 @@
 """A mask curve: held-out loss against the number of modules that keep their update. Needs no torch.
 
 The measure of a ranking: a good one reaches the loss of all updates with few modules. Nothing is
-retrained. `keylayers.evaluation.mask_curve` measures it.
+retrained. `keylayers.evaluation.held_out` measures it.
 """
 
 import math

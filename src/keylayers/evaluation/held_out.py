@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure mask curves: the held-out loss when only the best k modules keep their update."""
+"""Held-out losses of a trainer's model: as it is, and with only the best k updates kept."""
 
 from collections.abc import Collection, Sequence
 
@@ -13,6 +13,18 @@ from keylayers.ranking.curve import MaskCurve
 from keylayers.trainers.data import prepared_for
 from keylayers.trainers.loss import BatchLosses, TrainerLoss
 from keylayers.updates import Update
+
+
+def held_out_loss(trainer: Trainer, dataset: Dataset) -> float:
+    """The trainer's own loss on `dataset`: in nats, averaged over all labelled tokens of the set.
+
+    A loss of rows or pairs (DPO, KTO, reward) is averaged over all of these instead. The model runs
+    in evaluation mode and gets its mode back; the trainer keeps its metrics.
+    """
+    source = TrainerLoss(trainer, sees_every_batch=True)
+    dataset = prepared_for(trainer, dataset)
+    with source.quiet():
+        return source.held_out(list(trainer.get_eval_dataloader(dataset))).mean
 
 
 def mask_curve(
