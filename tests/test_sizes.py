@@ -12,8 +12,9 @@ from trl import SFTConfig, SFTTrainer
 
 from commands import keylayers, read, scores
 from keylayers import rank_modules
+from scored import arguments
 from tiny_files import rows, tiny_model, tiny_tokenizer
-from trainers import COMMON, TOKENIZER, lora, with_noise
+from trainers import TOKENIZER, lora, with_noise
 
 PATH = ("--method", "path", "--mask-batches", 4)
 
@@ -41,9 +42,9 @@ def test_half_precision_scores_the_same_adapter_nearly_alike(tiny, in_float32, t
 def sft(dtype=torch.float32, **options):
     """An SFT trainer on four short texts, all in one batch."""
     model = with_noise(get_peft_model(tiny_model(len(TOKENIZER)).to(dtype), lora("SFT")))
-    plain = {"activation_checkpointing": False, "max_length": 64, "output_dir": "unused"}
+    plain = {"activation_checkpointing": False, "max_length": 64, "learning_rate": 0.01}
     texts = Dataset.from_list([{"text": row["completion"]} for row in rows()[:4]])
-    config = SFTConfig(**COMMON | plain | options)
+    config = arguments(SFTConfig, **plain | options)
     return SFTTrainer(model, config, train_dataset=texts, processing_class=TOKENIZER)
 
 
