@@ -196,11 +196,12 @@ def test_a_trainer_that_thaws_weights_is_refused(ranked, tmp_path, monkeypatch, 
 
     trainer_class, *more = OBJECTIVES["dpo"]
 
-    def thawing(model, **named):
-        model.get_output_embeddings().weight.requires_grad_(True)
-        return trainer_class(model=model, **named)
+    class Thawing(trainer_class):
+        def __init__(self, model, **named):
+            model.get_output_embeddings().weight.requires_grad_(True)
+            super().__init__(model=model, **named)
 
-    monkeypatch.setitem(OBJECTIVES, "dpo", (thawing, *more))
+    monkeypatch.setitem(OBJECTIVES, "dpo", (Thawing, *more))
     options = ("--budget", "2", "--output", tmp_path / "t")
     assert keylayers("train", "--ranking", ranked["dpo"], *options) == 1
     assert "exactly the selection, but 1 differ, first lm_head" in complaint(capsys)

@@ -11,7 +11,7 @@ import pytest
 from commands import keylayers
 from outputs import contents, differences
 
-SMALL = ["--batch-size", "4", "--lora-rank", "4", "--mask-batches", "2", "--save-steps", "2"]
+SMALL = ["--batch-size", "4", "--lora-rank", "4", "--save-steps", "2"]
 TRAIN = ["--rank-first", "--steps", "8", "--learning-rate", "0.05"]
 SFT = "--model {model} --data {data}"
 RANK = f"rank {SFT} --max-steps 8"
@@ -23,21 +23,24 @@ def on(file, objective):
     return f"rank --model {{model}} --data {{{file}}} --objective {objective} --max-steps 8"
 
 
+RANKINGS = {
+    "lora": f"{RANK} --learning-rate 0.01",
+    "rslora": f"{RANK} --update rslora",
+    "dora": f"{RANK} --update dora",
+    "full": f"{RANK} --update full",
+    "accumulated": f"{RANK} --gradient-accumulation 3",
+    "checkpointed": f"{RANK} --gradient-checkpointing",
+    "bfloat16": f"{RANK} --dtype bfloat16",
+    "until stable": f"{RANK} --window 3 --epsilon 100",
+    "dpo": on("pairs", "dpo"),
+    "kto": on("rated", "kto"),
+    "orpo": on("pairs", "orpo"),
+    "reward": on("pairs", "reward"),
+}
 # Name -> the command; which of its trainings is stopped, and after which step; before which steps
 # the trainings of the command that goes on begin.
 CASES = {
-    "lora": (f"{RANK} --learning-rate 0.01", 1, 5, [4]),
-    "rslora": (f"{RANK} --update rslora", 1, 5, [4]),
-    "dora": (f"{RANK} --update dora", 1, 5, [4]),
-    "full": (f"{RANK} --update full", 1, 5, [4]),
-    "accumulated": (f"{RANK} --gradient-accumulation 3", 1, 5, [4]),
-    "checkpointed": (f"{RANK} --gradient-checkpointing", 1, 5, [4]),
-    "bfloat16": (f"{RANK} --dtype bfloat16", 1, 5, [4]),
-    "until stable": (f"{RANK} --window 3 --epsilon 100", 1, 5, [4]),
-    "dpo": (on("pairs", "dpo"), 1, 5, [4]),
-    "kto": (on("rated", "kto"), 1, 5, [4]),
-    "orpo": (on("pairs", "orpo"), 1, 5, [4]),
-    "reward": (on("pairs", "reward"), 1, 5, [4]),
+    **{name: (command, 1, 5, [4]) for name, command in RANKINGS.items()},
     "rank first": (RANK_FIRST, 1, 5, [4, 0]),
     "rank first, in a control": (RANK_FIRST, 2, 5, [4]),
     "rank first, removed": (f"{RANK_FIRST} --action remove", 1, 7, [6, 0]),
@@ -54,45 +57,28 @@ PARAMETERS = [
 ]
 
 
-class Stop:
-    """Raises what Ctrl-C raises after step `at` of training number `of`."""
+def watch(monkeypatch, stop_at=None, of=1):
+    """The steps before which trainings begin, from now on.
 
-    def __init__(self, monkeypatch, at, of=1):
-        from keylayers.training.checkpoints import Checkpoints
+    What Ctrl-C raises is raised after step `stop_at` of training number `of`.
+    """
+    from keylayers.training.checkpoints import Checkpoints
 
-        self.at, self.of = at, of
-        self.num_trainings, self.first_steps = 0, []
-        on_train_begin, on_step_end = Checkpoints.on_train_begin, Checkpoints.on_step_end
+    first_steps = []
+    on_train_begin, on_step_end = Checkpoints.on_train_begin, Checkpoints.on_step_end
 
-        def begin(this, args, state, control, **kwargs):
-            self.num_trainings += 1
-            self.first_steps.append(state.global_step)
-            on_train_begin(this, args, state, control, **kwargs)
+    def begin(self, args, state, control, **kwargs):
+        first_steps.append(state.global_step)
+        on_train_begin(self, args, state, control, **kwargs)
 
-        def step(this, args, state, control, **kwargs):
-            if self.num_trainings == self.of and state.global_step == self.at:
-                raise KeyboardInterrupt
-            on_step_end(this, args, state, control, **kwargs)
+    def step(self, args, state, control, **kwargs):
+        if len(first_steps) == of and state.global_step == stop_at:
+            raise KeyboardInterrupt
+        on_step_end(self, args, state, control, **kwargs)
 
-        monkeypatch.setattr(Checkpoints, "on_train_begin", begin)
-        monkeypatch.setattr(Checkpoints, "on_step_end", step)
-
-
-def stopped_and_unbroken(monkeypatch, tmp_path, *arguments, at=5, of=1):
-    """What both runs leave, and the steps before which the trainings of the resumed one began."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for parent in (whole, broken):
-        parent.mkdir()
-    monkeypatch.chdir(whole)
-    assert keylayers(*arguments, "--output", "out") == 0
-    monkeypatch.chdir(broken)
-    with monkeypatch.context() as patched:
-        Stop(patched, at, of)
-        assert keylayers(*arguments, "--output", "out") == 130
-    with monkeypatch.context() as patched:
-        seen = Stop(patched, None)
-        assert keylayers(*arguments, "--output", "out") == 0
-    return contents(whole), contents(broken), seen.first_steps
+    monkeypatch.setattr(Checkpoints, "on_train_begin", begin)
+    monkeypatch.setattr(Checkpoints, "on_step_end", step)
+    return first_steps
 
 
 @pytest.mark.parametrize(("command", "of", "at", "expected"), PARAMETERS)
@@ -101,11 +87,19 @@ def test_a_stopped_run_goes_on_bit_for_bit(
 ):
     files = {"model": tiny / "model", "data": tiny / "data.jsonl", "ranked": ranked}
     files |= {name: preferences / f"{name}.jsonl" for name in ("pairs", "rated")}
-    words = [*(word.format(**files) for word in command.split()), *SMALL]
-    if "--ranking" in words:
-        del words[-4:-2]  # `--mask-batches` is for rankings
-    whole, broken, first_steps = stopped_and_unbroken(monkeypatch, tmp_path, *words, at=at, of=of)
-    assert differences(whole, broken) == []
+    words = [*(word.format(**files) for word in command.split()), *SMALL, "--output", "out"]
+    if "--ranking" not in words:
+        words += ["--mask-batches", "2"]
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        if name == "broken":
+            with monkeypatch.context() as patched:
+                watch(patched, at, of)
+                assert keylayers(*words) == 130
+            first_steps = watch(monkeypatch)
+        assert keylayers(*words) == 0
+    assert differences(contents(tmp_path / "whole"), contents(tmp_path / "broken")) == []
     assert first_steps == expected
     if words[0] == "rank":
         assert "stage 1, training all modules: continues after step 4" in capsys.readouterr().err
@@ -113,18 +107,27 @@ def test_a_stopped_run_goes_on_bit_for_bit(
 
 def test_a_finished_training_of_the_same_inputs_is_taken(tiny, tmp_path, monkeypatch, capsys):
     inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl")
-    arguments = ("train", *inputs, *TRAIN, *SMALL, "--output", tmp_path / "t")
+    arguments = (
+        "train",
+        *inputs,
+        *TRAIN,
+        *SMALL,
+        "--mask-batches",
+        "2",
+        "--output",
+        tmp_path / "t",
+    )
     assert keylayers(*arguments) == 0
     first, table = contents(tmp_path / "t"), capsys.readouterr().out
-    seen = Stop(monkeypatch, None)
+    first_steps = watch(monkeypatch)
     assert keylayers(*arguments) == 0
     assert differences(first, contents(tmp_path / "t")) == []
     out, err = capsys.readouterr()
     assert out == table
     assert "the training of the same inputs is taken from" in err
-    assert seen.num_trainings == 0
+    assert first_steps == []
     assert keylayers(*arguments, "--seed", "1") == 0  # other inputs
-    assert seen.num_trainings == 1
+    assert first_steps == [0]
 
 
 def test_checkpoints_of_other_inputs_and_half_written_ones_are_not_gone_on_from(tmp_path):
@@ -146,5 +149,5 @@ def test_checkpoints_of_other_inputs_and_half_written_ones_are_not_gone_on_from(
     found = Checkpoints(tmp_path, "a")
     assert (found.last, found.last_step) == (tmp_path / "checkpoint-10", 10)
     assert found.seconds >= 3.0
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
     assert Checkpoints(tmp_path / "nowhere", "a").last is None

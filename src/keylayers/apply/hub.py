@@ -18,12 +18,7 @@ HTTPError = hub_errors.HTTPError  # type: ignore[attr-defined]  # of whichever c
 
 
 def make_repository(repo_id: str, *, private: bool | None = None) -> None:
-    """Create the repository if it does not exist. Called before long work, so that it fails early.
-
-    Raises:
-        ConfigError: the name is not valid on the hub.
-        OutputError: the hub cannot be reached, or refuses the account.
-    """
+    """Create the repository if it does not exist."""
     with _hub_errors(repo_id):
         HfApi().create_repo(repo_id, private=private, exist_ok=True)
 

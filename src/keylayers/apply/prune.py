@@ -44,12 +44,7 @@ CHANGES_BASE = ("pissa", "corda", "olora", "loftq")
 def prune_adapter(adapter: str, folder: Path, model: PeftModel, pruned: Collection[str]) -> Path:
     """Write the adapter that `model` carries to `folder` without the modules `pruned`.
 
-    Returns:
-        The folder of the adapter; it is not changed.
-
-    Raises:
-        ModelError: the modules of the adapter cannot be taken out one by one, or its file uses
-            other names than the model.
+    Returns the folder that it was read from.
     """
     source = local_folder(adapter, (*ADAPTER_FILES, *TOKENIZER_FILES), "a PEFT adapter")
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
@@ -77,13 +72,8 @@ def prune_checkpoint(
     """Write the tuned checkpoint to `folder` with the base's weights in the modules `pruned`.
 
     The files are copied, then the base's values are written over those of these modules. So shards,
-    dtypes and all other tensors stay as they are, and no more than one tensor is in memory.
-
-    Returns:
-        The tuned checkpoint, and the names of the tensors that have the base's values now.
-
-    Raises:
-        ModelError: the base has no such tensor, or one of another shape.
+    dtypes and all other tensors stay as they are, and no more than one tensor is in memory. Returns
+    the tuned checkpoint, and the names of the tensors that have the base's values now.
     """
     patterns = (*CONFIG_FILES, *TOKENIZER_FILES, "model.safetensors.index.json")
     _copy_files(local_folder(tuned, patterns, "a model"), folder, patterns)
@@ -124,7 +114,7 @@ def _prove_same_bits(
 ) -> None:
     """Raise a GuardError unless `written` holds exactly `names`, each with the expected bits."""
     odd = sorted(written.keys() ^ set(names)) or [
-        name for name in names if not has_same_bits(written[name], expected(name))
+        name for name in names if not _has_same_bits(written[name], expected(name))
     ]
     if odd:
         raise GuardError(
@@ -133,7 +123,7 @@ def _prove_same_bits(
         )
 
 
-def has_same_bits(first: Tensor, second: Tensor) -> bool:
+def _has_same_bits(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and bits; NaN equals itself here."""
     is_alike = first.dtype == second.dtype and first.shape == second.shape
     return is_alike and torch.equal(_bits(first), _bits(second))
@@ -212,8 +202,8 @@ def kept_tensors(
 ) -> dict[str, str]:
     """Tensors of an adapter file to keep, all but those of the modules `pruned` -> their new names.
 
-    PEFT nests layers for several parameters of one module, so a name changes when an outer layer
-    goes. `paths` are those of the layers by module.
+    `paths` are those of the PEFT layers by module. PEFT nests the layers of several parameters of
+    one module, so a name changes when an outer layer goes.
     """
     innermost = sorted(paths, key=lambda module: -len(paths[module]))
     owner = {

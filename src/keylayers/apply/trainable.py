@@ -25,9 +25,6 @@ def add_lora(model: PreTrainedModel, names: Sequence[str], **options: Any) -> Pe
     """`model` wrapped by PEFT with new LoRA matrices on exactly `names`, only these trainable.
 
     The options are those of `LoraConfig`, or of `AdaLoraConfig` if `total_step` is among them.
-
-    Raises:
-        ModelError: PEFT cannot hit exactly these modules; says which are missing or too many.
     """
     known = dict(model.named_modules())
     options.setdefault("task_type", "CAUSAL_LM")
@@ -101,10 +98,9 @@ def trainable_modules(model: nn.Module) -> set[str]:
 def prove_unchanged_elsewhere(
     model: nn.Module, base: Mapping[str, Tensor], names: Sequence[str]
 ) -> None:
-    """Raise a GuardError if the tuned model differs from its base outside the modules `names`.
+    """Raise a GuardError if a tuned model differs from its base outside the modules `names`.
 
-    The model has the dtype that it is stored in; `base` holds the base checkpoint's tensors by
-    name.
+    The model has the dtype that it is stored in; `base` holds the base's tensors by name.
     """
     selected = {f"{name}{kind}" for name in names for kind in ("", ".weight", ".bias")}
     changed = [

@@ -2,12 +2,13 @@
 """Measures what a training step holds when only some of a trainer's modules are trained.
 
 Each measurement is a real step of the trainer, forward and backward, on the batch of its longest
-examples. The peak counts weights, trained parameters with their gradients and AdamW's two moments,
-activations kept for the backward pass, and temporary memory of operations.
+examples. The peak counts weights, gradients, activations kept for the backward pass, temporary
+memory of operations, and AdamW's two moments, which the step itself does not make.
 """
 
 import weakref
 from collections.abc import Callable, Collection
+from functools import cache
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class _MeasuredMemory:
         self._own = _trained_modules(trainer.model)
         if not self._own:
             raise ConfigError("the trainer must train at least one module, but it trains none")
-        self._known: dict[frozenset[str], float] = {}
+        self._measured = cache(self._measure)
         with unchanged_trainer(trainer):
             self._batch = _longest_batch(trainer)
         tokens = next(value for value in self._batch.values() if getattr(value, "ndim", 0) == 2)
@@ -80,12 +81,9 @@ class _MeasuredMemory:
             raise RankingError(
                 f"memory must be measured for modules that the trainer trains, got {what}"
             )
-        key = frozenset(names)
-        if key not in self._known:
-            self._known[key] = self._measured(key)
-        return self._known[key]
+        return self._measured(frozenset(names))
 
-    def _measured(self, names: frozenset[str]) -> float:
+    def _measure(self, names: frozenset[str]) -> float:
         trainer, model = self._trainer, self._trainer.model
         others = {id(weight) for name in self._own.keys() - names for weight in self._own[name]}
         trained = [
@@ -138,7 +136,7 @@ def _longest_batch(trainer: Trainer) -> Any:
         sum(len(value) for value in row.values() if isinstance(value, (list, str)))
         for row in dataset
     ]
-    longest = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     trainer.train_dataset = dataset.select(longest[: trainer._train_batch_size])
     return next(iter(trainer.get_train_dataloader()))
 

@@ -6,10 +6,11 @@ We set all of them, so that two runs of keylayers differ only in what their reco
 """
 
 import contextlib
+import logging
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +34,10 @@ from keylayers.data.reading import quiet_datasets
 from keylayers.errors import ConfigError, LossError
 from keylayers.model.sharding import place_model
 from keylayers.progress import OnStep
+from keylayers.trainers.reference import REFERENCE_ADAPTER
 from keylayers.training.checkpoints import Checkpoints
 from keylayers.training.loggers import check_loggers, name_loggers
-from keylayers.training.objectives import LoadReference, build_trainer
+from keylayers.training.objectives import OBJECTIVES
 from keylayers.training.options import StabilityOptions, TrainingOptions
 from keylayers.training.shallow import ShallowBackward
 from keylayers.updates.adalora import is_adalora
@@ -64,7 +66,7 @@ def make_trainer(
     num_steps: int,
     evaluation: Mapping[str, Dataset] | None = None,
     max_length: int | None = None,
-    load_reference: LoadReference | None = None,
+    load_reference: Callable[[], PreTrainedModel] | None = None,
     title: str = "training",
 ) -> Trainer:
     """A trainer of the trainable parameters of `model`, for the objective that `options` name.
@@ -75,21 +77,55 @@ def make_trainer(
     tokenise; `load_reference` gives the base model to dpo and kto without an adapter.
     """
     check_loggers(options.report_to)
+    trainer_class, config_class, own = OBJECTIVES[options.objective]
+    if options.beta is not None:
+        own = own | {"beta": options.beta}
+    if options.objective == "kto":  # a file may hold first the good answers and then the bad ones
+        train = train.shuffle(seed=options.seed)
     arguments = {
         "model": model,
         "processing_class": tokenizer,
         "train_dataset": train,
         "eval_dataset": DatasetDict(evaluation) if evaluation else None,
     }
+    if options.objective in ("dpo", "kto") and load_reference and not isinstance(model, PeftModel):
+        arguments["ref_model"] = load_reference()
+    trained = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
     # trainers create their output folder
-    with tempfile.TemporaryDirectory() as scratch, _no_telemetry(), quiet_datasets():
+    with tempfile.TemporaryDirectory() as scratch, _silence(trainer_class), quiet_datasets():
         settings = _settings(model, options) | {"output_dir": scratch}
-        settings |= {"max_steps": num_steps, "max_length": max_length}
-        trainer = build_trainer(options, settings, arguments, load_reference)
+        settings |= {"max_steps": num_steps, "max_length": max_length, **own}
+        trainer = trainer_class(args=config_class(**settings), **arguments)
+    # TRL 1.16 rounds trained weights on a 4-bit base to bfloat16, in which small steps are lost.
+    for weight, value in trained:
+        if weight.dtype != value.dtype:
+            weight.data = value.to(weight.device)
+    # TRL 1.16 copies the adapter that it is given and takes the copy as the reference. Our
+    # reference is the base model, also where a finished adapter is only ranked.
+    if isinstance(model, PeftModel) and REFERENCE_ADAPTER in model.peft_config:
+        model.delete_adapter(REFERENCE_ADAPTER)
     trainer.remove_callback(PrinterCallback)
     name_loggers(trainer, title)
     place_model(trainer)
     return trainer
+
+
+@contextlib.contextmanager
+def _silence(trainer_class: type[Trainer]) -> Iterator[None]:
+    """Keep TRL from reporting to a server, and from advice about options that users do not choose.
+
+    TRL 1.16 does both when a trainer is built, the first unless telemetry is off, the second for
+    example about KTO's weights of labels.
+    """
+    logger = logging.getLogger(trainer_class.__module__)
+    before = constants.HF_HUB_DISABLE_TELEMETRY, logger.level
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_TELEMETRY = before[0]
+        logger.setLevel(before[1])
 
 
 def _settings(model: PreTrainedModel | PeftModel, options: TrainingOptions) -> dict[str, Any]:
@@ -224,14 +260,3 @@ class _RankAllocation(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         kw["model"].base_model.update_and_allocate(state.global_step + 1)
-
-
-@contextlib.contextmanager
-def _no_telemetry() -> Iterator[None]:
-    """TRL 1.16 reports to a server when a trainer is built, unless this is set."""
-    before = constants.HF_HUB_DISABLE_TELEMETRY
-    constants.HF_HUB_DISABLE_TELEMETRY = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_DISABLE_TELEMETRY = before
