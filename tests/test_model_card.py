@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
 
-from commands import STEPS, keylayers, record_of
+from commands import keylayers, record_of
 from keylayers.commands.repeat import card_of as made_card
 
 from rankings import ranking_of
@@ -38,9 +38,6 @@ def commands(card):
 
 def test_a_trained_adapter_says_how_it_was_made_and_how_good_it_is(ranked, trained):
     card, record = card_of(trained), record_of(trained)
-    assert card.data.library_name == "peft"
-    assert card.data.tags == ["keylayers", "lora", "sft"]
-    assert card.data.pipeline_tag == "text-generation"
     assert card.data.base_model is None  # a folder of this machine is no name on the hub
     assert bold(card) == [1, 2, 3]
     losses = {row[0]: row[1:] for row in table(card, "Losses")}
@@ -85,15 +82,6 @@ def test_a_pruned_adapter_shows_what_it_loses(pruned):
     assert "was pruned to 5 of 21 weight matrices" in card.text
 
 
-def test_a_full_fine_tune_is_a_checkpoint_of_transformers(ranked, tmp_path):
-    more = ("--budget", "3", *STEPS, "--update", "full", "--output", tmp_path / "full")
-    assert keylayers("train", "--ranking", ranked, *more) == 0
-    card = card_of(tmp_path / "full")
-    assert card.data.library_name == "transformers"
-    assert card.data.tags == ["keylayers", "full", "sft"]
-    assert "from transformers import AutoModelForCausalLM" in card.text
-
-
 def test_ranking_inside_the_run_is_one_command(tiny, tmp_path):
     paths = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", tmp_path / "out")
     more = ("--steps", "8", "--mask-batches", "2", "--lora-rank", "4")
@@ -127,10 +115,26 @@ def written(ranking, record):
     return ModelCard(made_card("train", record, ranking))
 
 
-def test_names_of_the_hub_are_metadata():
-    card = written(ranking_of([1.0, 0.5]), RECORD)
-    assert card.data.base_model == "org/base"
-    assert card.data.datasets == ["org/data"]
+# options, library, its class to load with
+KINDS = [
+    ({}, "peft", "AutoPeftModelForCausalLM"),
+    ({"objective": "reward"}, "peft", "AutoPeftModelForSequenceClassification"),
+    ({"update": "full"}, "transformers", "AutoModelForCausalLM"),
+    ({"tuned": "org/tuned"}, "transformers", "AutoModelForCausalLM"),
+]
+
+
+@pytest.mark.parametrize(("options", "library", "loader"), KINDS)
+def test_metadata_name_what_is_on_the_hub_and_the_library(options, library, loader):
+    record = RECORD | {"options": RECORD["options"] | options}
+    card = written(ranking_of([1.0, 0.5]), record)
+    assert (card.data.base_model, card.data.datasets) == ("org/base", ["org/data"])
+    assert card.data.library_name == library
+    update = "full" if library == "transformers" else "lora"
+    assert card.data.tags == ["keylayers", update, options.get("objective", "sft")]
+    task = "text-classification" if "objective" in options else "text-generation"
+    assert card.data.pipeline_tag == task
+    assert f"from {library} import {loader}" in card.text
 
 
 def test_foreign_names_are_text():
