@@ -62,12 +62,13 @@ def render_report(
         lstrip_blocks=True,
     )
     environment.filters["shell"] = shlex.quote
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     page = environment.get_template("page.html").render(
         views=views,
         pairs=pairs,
         budget=budget,
         style=Markup(_text("page.css")),
-        data=Markup(_script_json(data)),
+        data=data,
         scripts=[Markup(script) for script in scripts],
         hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
         version=__version__,
@@ -152,12 +153,6 @@ def _spec(chart: Chart, count: int = 0) -> dict[str, Any]:
         "autosize": {"type": "fit-x", "contains": "padding"},
         "params": [{"name": BUDGET, "value": count}],
     }
-
-
-def _script_json(content: Any) -> str:
-    """JSON in which no name can close the script element or open a comment."""
-    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _sha256(script: str) -> str:
