@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Learned gates, and rankings of trainers from Python."""
 
 import math
 
