@@ -108,25 +108,18 @@ def gated(
 ) -> Iterator[Gates]:
     """Gates on `updates` as the only trainable parameters of `model`, for the length of the block.
 
-    When the block ends, hooks, `requires_grad` flags, gradients, train and eval modes and random
-    state are as they were.
-
-    Args:
-        model: The model that the updates belong to.
-        updates: What to gate, from `adapter_updates` or `dense_updates`.
-        initial_score: Every gate's score at first. The paper tries 4, 2 and 1 (from memory of its
-            text).
-        granularity: One gate for each module, for each block, or for each projection.
-        link: `sigmoid` for γ = sigmoid(score) as in the paper, `identity` for γ = score.
+    Every score is `initial_score` at first; the paper tries 4, 2 and 1 (from memory of its text).
+    γ = sigmoid(score) as in the paper, or with the link `identity` γ = score. When the block ends,
+    hooks, `requires_grad` flags, gradients, train and eval modes and random state are as they were.
     """
     groups = group_modules([update.module for update in updates], granularity)
-    group_of = {module: name for name, modules in groups.items() for module in modules}
     is_double = next(model.parameters()).dtype == torch.float64
     dtype = torch.float64 if is_double else torch.float32
     gates = {name: Gate(initial_score, link, dtype) for name in groups}
+    gate_of = {module: gates[name] for name, modules in groups.items() for module in modules}
     with preserved(model), kept_frozen(model):
         for update in updates:
-            gate = gates[group_of[update.module.name]]
+            gate = gate_of[update.module.name]
             gate.to(next(linear_of(update.layer).parameters()).device)
             # A child of the layer, so that the gate is one of the model's parameters.
             update.layer.add_module(f"keygate_{update.module.last_name}", gate)

@@ -175,7 +175,7 @@ def _stacks(base: nn.Module, towers: Towers) -> list[str]:
     language = _nearest_to_embeddings(base, stacks)
     if not language:
         raise ModelError(
-            f"the model must hold one list of blocks, or its text embeddings beside those of the "
+            f"the model must hold one list of blocks, or its text embeddings next to those of the "
             f"language model, but {kind} has {len(stacks)}: {', '.join(stacks)}"
         )
     return language
