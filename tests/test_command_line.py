@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """A recorded run, written as a command and run again, is the same run."""
 
-import json
 import shlex
 
 import pytest
 
-from commands import STEPS, keylayers, rank, read
+from commands import keylayers, rank, read, record_of
 
 from rankings import ranking_of
 
 
-def again(command, options, *more, ranked_with=None):
+def again(command, options, output, ranked_with=None):
+    """Run the command that repeats a run, into another folder; the command."""
     from keylayers.commands.repeat import command_line
 
     line = command_line(command, options, ranked_with)
     words = shlex.split(line)
     assert words[:2] == ["keylayers", command]
-    assert keylayers(*words[1:], *more) == 0
+    assert keylayers(*words[1:], "--output", output) == 0
     return line
 
 
@@ -25,7 +25,7 @@ def test_a_ranking_repeated_by_its_command_is_the_same(tiny, tmp_path):
     more = ("--granularity", "block", "--seed", "3", "--mask-data", "train", "--epsilon", "0")
     assert rank(tiny, tmp_path / "one", *more) == 0
     one = read(tmp_path / "one")
-    line = again("rank", one["provenance"]["options"], "--output", tmp_path / "two")
+    line = again("rank", one["provenance"]["options"], tmp_path / "two")
     two = read(tmp_path / "two")
     assert two["provenance"]["options"] == one["provenance"]["options"]
     assert two["modules"] == one["modules"]
@@ -33,44 +33,41 @@ def test_a_ranking_repeated_by_its_command_is_the_same(tiny, tmp_path):
     assert "--max-length" not in line  # it is at its default
 
 
-def test_a_training_repeated_by_its_command_is_the_same(ranked, tmp_path):
-    """The ranking's run had LoRA rank 4; 16, the default, must then be written."""
-    more = ("--lora-rank", "16", "--controls", "first", "last")
-    arguments = ("--ranking", ranked, "--budget", "3", *STEPS, *more)
-    assert keylayers("train", *arguments, "--output", tmp_path / "one") == 0
-    one = json.loads((tmp_path / "one" / "keylayers.json").read_text())
+def test_a_training_repeated_by_its_command_is_the_same(ranked, trained, tmp_path):
+    one = record_of(trained)
     ranked_with = read(ranked)["provenance"]["options"]
-    more = ("--output", tmp_path / "two")
-    line = again("train", one["options"], *more, ranked_with=ranked_with)
-    two = json.loads((tmp_path / "two" / "keylayers.json").read_text())
-    assert "--lora-rank 16" in line
+    line = again("train", one["options"], tmp_path / "two", ranked_with)
+    two = record_of(tmp_path / "two")
+    assert "--controls random" in line
     assert "--batch-size" not in line  # it is that of the ranking
-    assert "--controls first last" in line
-    assert two["options"] == one["options"]
-    assert two["losses"] == one["losses"]
-    assert two["results"] == one["results"]
+    for part in ("options", "losses", "results"):
+        assert two[part] == one[part]
 
 
-@pytest.mark.parametrize(
-    ("command", "options", "line"),
-    [
-        ("rank", {"model": "my model", "data": "d"}, "keylayers rank --model 'my model' --data d"),
-        ("rank", {"model": "m; rm -rf ~"}, "keylayers rank --model 'm; rm -rf ~'"),
-        ("rank", {"load_in_4bit": True, "data": "d"}, "keylayers rank --load-in-4bit --data d"),
-        ("rank", {"trust_remote_code": False, "max_length": 1024}, "keylayers rank"),
-        (
-            "prune",
-            {"ranking": "out", "freeze": 0.25, "dtype": "auto", "controls": []},
-            "keylayers prune --ranking out --freeze 0.25 --dtype auto",
-        ),
-        ("train", {"ranking": "out", "steps": 300}, "keylayers train --ranking out --steps 300"),
-        ("train", {"rank_first": True, "steps": 300}, "keylayers train --rank-first"),
-    ],
-)
+RANKED_WITH = {"lora_rank": 4, "batch_size": 4}
+# Command, recorded options -> the line; trainings are on a ranking with the options above
+LINES = [
+    ("rank", {"model": "my model", "data": "d"}, "keylayers rank --model 'my model' --data d"),
+    ("rank", {"model": "m; rm -rf ~"}, "keylayers rank --model 'm; rm -rf ~'"),
+    ("rank", {"load_in_4bit": True, "data": "d"}, "keylayers rank --load-in-4bit --data d"),
+    ("rank", {"trust_remote_code": False, "max_length": 1024}, "keylayers rank"),
+    (
+        "prune",
+        {"ranking": "out", "freeze": 0.25, "dtype": "auto", "controls": []},
+        "keylayers prune --ranking out --freeze 0.25 --dtype auto",
+    ),
+    ("train", {"ranking": "out", "steps": 300}, "keylayers train --ranking out --steps 300"),
+    ("train", {"ranking": "r", "lora_rank": 16}, "keylayers train --ranking r --lora-rank 16"),
+    ("train", {"ranking": "r", "lora_rank": 4}, "keylayers train --ranking r"),
+    ("train", {"rank_first": True, "steps": 300}, "keylayers train --rank-first"),
+]
+
+
+@pytest.mark.parametrize(("command", "options", "line"), LINES)
 def test_what_is_left_out_and_what_is_quoted(command, options, line):
     from keylayers.commands.repeat import command_line
 
-    assert command_line(command, options) == line
+    assert command_line(command, options, RANKED_WITH) == line
 
 
 @pytest.mark.parametrize(("model", "revision"), [(None, "abc"), ("base", "abc"), ("other", None)])

@@ -1,32 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """`keylayers train --rank-first`: one run that ranks inside itself, from flags to files."""
 
-from commands import (
-    PLAIN_PEFT,
-    best,
-    fresh_process,
-    keylayers,
-    read,
-    record_of,
-    updated_modules,
-)
+import contextlib
+import io
+
+import pytest
+
+from commands import PLAIN_PEFT, best, fresh_process, keylayers, read, record_of, updated_modules
 from tiny_files import NUM_MODULES
 
-QUICK = ["--steps", "8", "--mask-batches", "2", "--batch-size", "4", "--lora-rank", "4"]
+QUICK = ("--mask-batches", "2", "--batch-size", "4", "--lora-rank", "4", "--learning-rate", "0.05")
 
 
 def rank_first(tiny, output, *more):
     options = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", output)
-    return keylayers("train", "--rank-first", *options, *QUICK, "--learning-rate", "0.05", *more)
+    return keylayers("train", "--rank-first", "--steps", "8", *options, *QUICK, *more)
 
 
 def worst(output, count):
     return best(output, NUM_MODULES) - best(output, NUM_MODULES - count)
 
 
-def test_the_worst_quarter_is_frozen_halfway_and_the_output_holds_all(tiny, tmp_path, capsys):
-    output = tmp_path / "t"
-    assert rank_first(tiny, output) == 0
+@pytest.fixture(scope="module")
+def done(tiny, tmp_path_factory):
+    """The folder of a run, and what it printed."""
+    output, out, err = tmp_path_factory.mktemp("first") / "t", io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert rank_first(tiny, output, "--mask-seed", "0") == 0
+    return output, out.getvalue(), err.getvalue()
+
+
+def test_the_worst_quarter_is_frozen_halfway_and_the_output_holds_all(done, capsys):
+    output, out, err = done
     assert len(fresh_process(PLAIN_PEFT, output)) == NUM_MODULES
     record = record_of(output)
     assert record["frozen"]["at_step"] == 4
@@ -38,27 +43,27 @@ def test_the_worst_quarter_is_frozen_halfway_and_the_output_holds_all(tiny, tmp_
     base, selected = record["results"]
     assert selected["num_modules"] == NUM_MODULES - 5
     assert selected["held_out_loss_nats"] < base["held_out_loss_nats"]
-    out, err = capsys.readouterr()
     assert "selected (others frozen at step 4)" in out
     assert "step 4: the cap is reached; ranking by elimination" in err
     assert "step 4: 5 of 21 modules are frozen" in err
+    capsys.readouterr()
     assert keylayers("show", output) == 0
     assert "inside a run, until step 4 of 8 (max_steps)" in capsys.readouterr().out
 
 
-def test_the_ranking_is_that_of_a_first_stage_of_as_many_steps(tiny, tmp_path):
+def test_its_ranking_is_that_of_a_first_stage_of_as_many_steps(tiny, done, tmp_path):
     """The run until then is an ordinary stage 1, and scoring in its middle changes no score."""
-    assert rank_first(tiny, tmp_path / "t", "--mask-seed", "0") == 0
-    options = ("--model", tiny / "model", "--data", tiny / "data.jsonl", *QUICK[2:])
-    more = ("--learning-rate", "0.05", "--max-steps", "4", "--output", tmp_path / "r")
-    assert keylayers("rank", *options, *more) == 0
-    assert read(tmp_path / "t")["modules"] == read(tmp_path / "r")["modules"]
+    options = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--max-steps", "4")
+    assert keylayers("rank", *options, *QUICK, "--output", tmp_path / "r") == 0
+    assert read(done[0])["modules"] == read(tmp_path / "r")["modules"]
+    more = ("--budget", "5", "--steps", "1", "--output", tmp_path / "again")
+    assert keylayers("train", "--ranking", done[0], *more) == 0
+    assert len(fresh_process(PLAIN_PEFT, tmp_path / "again")) == 5
 
 
 def test_removed_modules_are_zero_in_the_adapter(tiny, tmp_path, capsys):
     more = ("--freeze", "0.5", "--action", "remove", "--window", "2", "--epsilon", "100")
-    more = (*more, "--max-steps", "7")
-    assert rank_first(tiny, tmp_path / "t", *more) == 0
+    assert rank_first(tiny, tmp_path / "t", *more, "--max-steps", "7") == 0
     record = record_of(tmp_path / "t")
     assert (record["frozen"]["at_step"], record["frozen"]["reason"]) == (4, "stable")
     removed = worst(tmp_path / "t", 11)  # 10.5, a half up
@@ -77,10 +82,3 @@ def test_controls_freeze_as_many_others_at_the_same_step(tiny, tmp_path):
         *((f"{name} (others frozen at step 4)", 16) for name in ("random", "first", "last")),
     ]
     assert len({row["held_out_loss_nats"] for row in rows}) == len(rows)
-
-
-def test_a_ranking_made_inside_a_run_is_one_to_train_on(tiny, tmp_path):
-    assert rank_first(tiny, tmp_path / "t") == 0
-    more = ("--budget", "5", "--steps", "1", "--output", tmp_path / "again")
-    assert keylayers("train", "--ranking", tmp_path / "t", *more) == 0
-    assert len(fresh_process(PLAIN_PEFT, tmp_path / "again")) == 5
