@@ -29,25 +29,25 @@ def tiny_study(folder, tiny, options=None, **grid):
     return write(folder, options={**inputs, **OPTIONS, **(options or {})}, grid=grid)
 
 
-def plan_of(path, root="study", settings=()):
+def plan_of(path, root="study"):
     """The cells of a study file."""
-    from keylayers.commands.study_cells import plan
-    from keylayers.commands.study_grid import read_study
-
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return plan(read_study(content, str(path), settings), Path(root))
+    return _plan(yaml.safe_load(path.read_text(encoding="utf-8")), root)
 
 
 def planned(grid=None, settings=(), parts=None, **options):
     """Kind -> cells of a study without files."""
+    content = {"options": {"model": "m", "data": "d"} | options, "grid": grid or {}}
+    found = {}
+    for cell in _plan(content | (parts or {}), "out", settings):
+        found.setdefault(cell.kind, []).append(cell)
+    return found
+
+
+def _plan(content, root, settings=()):
     from keylayers.commands.study_cells import plan
     from keylayers.commands.study_grid import read_study
 
-    content = {"options": {"model": "m", "data": "d"} | options, "grid": grid or {}}
-    found = {}
-    for cell in plan(read_study(content | (parts or {}), "it", settings), Path("out")):
-        found.setdefault(cell.kind, []).append(cell)
-    return found
+    return plan(read_study(content, "it", settings), Path(root))
 
 
 @contextlib.contextmanager

@@ -274,7 +274,7 @@ def test_each_worker_has_one_accelerator_and_one_that_dies_takes_one_cell_with_i
     ran = subprocess.run(command, env=with_path(), capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr[-2000:]
     dead, *others = ran.stdout.splitlines()
-    assert "its process died (exit code -9)" in dead
+    assert "its process died" in dead
     assert set(others) == {"4", "GPU-7"}
     assert len(others) == 3
 

@@ -71,18 +71,6 @@ def test_other_software_makes_other_cells(monkeypatch):
         assert all(after[kind][0].name != cells[0].name for kind, cells in before.items())
 
 
-def test_the_options_of_stage_1_are_those_before_any_score():
-    """They are those of other parts than the scoring."""
-    from keylayers.commands.study_cells import defaults_of
-
-    own = defaults_of("rank", ("update", "scoring"))
-    assert {"model", "data", "update", "lora_rank", "seed", "max_steps", "epsilon"} <= set(own)
-    others = set(defaults_of("rank")) - set(own)
-    assert {"method", "mask_batches", "initial_score", "mask_seed", "adapter", "tuned"} <= others
-    assert not others & {"mask_data", "batch_size", "held_out"}
-    assert not {"output", "config", "stage_1"} & {*own, *others}
-
-
 def folder(cell):
     return f"out/cells/{cell.name}"
 

@@ -13,9 +13,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
 from urllib.parse import urlsplit
 
 from keylayers.commands.study_cells import CELLS, Cell
@@ -120,19 +120,18 @@ def local(count: int | None) -> Iterator[Submit]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
     # A fork of a process that has imported torch starts at once. With accelerators, torch may only
     # be imported after CUDA_VISIBLE_DEVICES is set: peft imports bitsandbytes, which starts CUDA.
-    context: Any = multiprocessing.get_context("spawn" if num_devices else "forkserver")
+    context = multiprocessing.get_context("spawn" if num_devices else "forkserver")
     multiprocessing.set_forkserver_preload(HEAVY)
 
     def run(root: Path, cell: Cell) -> State:
         device = free.get()
-        ended = context.SimpleQueue()
-        process = context.Process(target=_worker, args=(device, root, cell, ended))
-        process.start()
-        process.join()
-        free.put(device)
-        if ended.empty():
-            raise RuntimeError(f"its process died (exit code {process.exitcode}): out of memory?")
-        return cast(State, ended.get())
+        try:
+            with ProcessPoolExecutor(1, context, _prepare, (device,)) as process:
+                return process.submit(run_cell, root, cell).result()
+        except BrokenProcessPool as error:
+            raise RuntimeError("its process died: out of memory?") from error
+        finally:
+            free.put(device)
 
     executor = ThreadPoolExecutor(count)
     try:
@@ -143,8 +142,8 @@ def local(count: int | None) -> Iterator[Submit]:
             process.kill()
 
 
-def _worker(device: str | None, root: Path, cell: Cell, ended: Any) -> None:
-    """Run a cell in a process that ends when the study is killed."""
+def _prepare(device: str | None) -> None:
+    """Begin a process that runs one cell and ends when the study is killed."""
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -153,10 +152,6 @@ def _worker(device: str | None, root: Path, cell: Cell, ended: Any) -> None:
         # but not safely from several threads at once, as transformers 5 loads weights ("Invalid
         # thread pool!", torch 2.13): so the first use is here.
         sys.modules["torch"].set_num_threads(sys.modules["torch"].get_num_threads())
-    try:
-        ended.put(run_cell(root, cell))
-    except (OSError, OutputError) as error:  # its folder cannot be written
-        ended.put(State("failed", str(error)))
 
 
 def _exit_with_parent() -> None:
