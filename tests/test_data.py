@@ -6,7 +6,6 @@ import gzip
 import json
 import re
 import tempfile
-from pathlib import Path
 
 import datasets
 import pytest
@@ -164,15 +163,15 @@ def test_duplicates_count_once_and_never_reach_both_sides_of_the_split(tmp_path)
 
 
 def test_an_edited_file_is_read_again_and_nothing_is_left_behind(alpaca, tmp_path, monkeypatch):
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    places = [Path(datasets.config.HF_DATASETS_CACHE), tmp_path]
-    before = [sorted(place.rglob("*")) for place in places if place.is_dir()]
+    for name in ("temporary", "cache"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    before = sorted(tmp_path.rglob("*"))
     first = prepare(alpaca)
     write(alpaca, [{**row, "output": "New."} for row in ROWS])
     assert prepare(alpaca).content_sha256 != first.content_sha256
-    assert [sorted(place.rglob("*")) for place in places if place.is_dir()] == before
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_datasets_prints_as_before_afterwards(alpaca, tmp_path):
