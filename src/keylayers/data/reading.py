@@ -8,7 +8,6 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -133,14 +132,13 @@ def _load(options: DataOptions, cache: str) -> "datasets.Dataset":
     from datasets.exceptions import DatasetsError
 
     path = Path(options.data).expanduser()
-    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        load = partial(_load_saved, path)
-    elif path.exists():
-        load = partial(load_dataset, **_local(path, cache))
-    else:
-        load = partial(load_dataset, **_on_hub(options.data))
     try:
-        return load(split=options.data_split)
+        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return _load_saved(path, options.data_split)
+        arguments = _local(path, cache) if path.exists() else _on_hub(options.data)
+        return load_dataset(**arguments, split=options.data_split)
+    except DataError:
+        raise
     except StopIteration:  # how datasets 5 reacts to an empty JSON file
         return Dataset.from_list([])
     # What the readers raise for broken, mixed or missing data, including Arrow's errors.
