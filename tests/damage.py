@@ -8,7 +8,8 @@ import json
 import os
 import time
 
-from hypothesis import HealthCheck, settings
+import yaml
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 # A tenth of the cases, and always the same ones, unless FUZZ_SCALE asks for new ones.
@@ -18,15 +19,15 @@ LARGE = "ignore:Generating overly large repr"  # of files that are meant to be l
 LONGEST_SECONDS = 5
 
 
-def cases(count):
-    """So many cases at full scale; without a stored database, so that a count is a count."""
-    return settings(
+def fuzz(check, contents, count):
+    """Check so many contents at full scale; without a database, so that a count is a count."""
+    settings(
         max_examples=max(10, round(count * SCALE)),
         deadline=None,
         derandomize=not IS_DEEP,
         database=None,
         suppress_health_check=list(HealthCheck),
-    )
+    )(given(contents)(check))()
 
 
 ODD = (
@@ -107,6 +108,16 @@ def damaged_json(content):
         ),
         damaged_text(json.dumps(content)),
     )
+
+
+def damaged_yaml(content):
+    """The bytes of a YAML file that held `content`: damaged, or another small mapping."""
+
+    def is_small(value):
+        return isinstance(value, dict) and len(str(value)) < 4000 and "\ud800" not in str(value)
+
+    dumped = changed(content).filter(is_small).map(lambda value: yaml.safe_dump(value).encode())
+    return st.one_of(dumped, damaged_text(yaml.safe_dump(content)))
 
 
 def begin(*arguments):

@@ -10,11 +10,9 @@ import warnings
 
 import pandas
 import pytest
-import yaml
-from hypothesis import given
 from hypothesis import strategies as st
 
-from damage import LARGE, begin, cases, changed, damaged_bytes, damaged_json, damaged_text, run
+from damage import LARGE, begin, changed, damaged_bytes, damaged_json, damaged_yaml, fuzz, run
 from keylayers.data.options import DataOptions
 from keylayers.data.reading import read_conversations
 from keylayers.errors import DataError, ModelError
@@ -107,8 +105,6 @@ def test_a_damaged_ranking_or_verification_is_refused_or_right(command, folder):
     whole = json.loads((folder / path.name.replace("bad", "good")).read_text())
     begin(*command.replace("bad", "good").split())
 
-    @cases(1000)
-    @given(damaged_json(whole))
     def check(content):
         shutil.rmtree("new", ignore_errors=True)
         (folder / "new").mkdir()
@@ -116,7 +112,7 @@ def test_a_damaged_ranking_or_verification_is_refused_or_right(command, folder):
         if run(*command.split()) == 0 and command in RANKING:
             check_ranking(path)
 
-    check()
+    fuzz(check, damaged_json(whole), 1000)
 
 
 def test_links_in_a_circle_are_refused(folder):
@@ -139,13 +135,6 @@ OPTIONS = {
     "report_to": ["tensorboard"],
     "seed": 1,
 }
-yaml_files = st.one_of(
-    changed(OPTIONS)
-    .filter(lambda content: isinstance(content, dict) and len(str(content)) < 4000)
-    .filter(lambda content: "\ud800" not in str(content))
-    .map(lambda content: yaml.safe_dump(content).encode()),
-    damaged_text(yaml.safe_dump(OPTIONS)),
-)
 
 
 @pytest.mark.parametrize("command", ["rank", "train"])
@@ -154,14 +143,12 @@ def test_a_damaged_yaml_file_is_one_line(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     begin(command, "--model", "nowhere", "--data", "nowhere.jsonl")
 
-    @cases(800)
-    @given(yaml_files)
     def check(content):
         (tmp_path / "run.yaml").write_bytes(content)
         assert run(command, "--config", "run.yaml", "--output", "out") == 2
         assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
-    check()
+    fuzz(check, damaged_yaml(OPTIONS), 800)
 
 
 def turns(role, content, *roles):
@@ -211,8 +198,6 @@ DATA = {
 def test_damaged_data_is_read_or_refused(ending, tmp_path):
     path = tmp_path / f"data{ending}"
 
-    @cases(250)
-    @given(DATA[ending])
     def check(content):
         path.write_bytes(content)
         try:
@@ -221,7 +206,7 @@ def test_damaged_data_is_read_or_refused(ending, tmp_path):
             return
         assert all(conversation.has_answer for conversation in found)
 
-    check()
+    fuzz(check, DATA[ending], 250)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         gc.collect()  # of pandas' open files now, not in whichever test comes next
@@ -242,8 +227,6 @@ def test_a_damaged_adapter_is_ranked_or_refused(tiny, tmp_path):
         st.tuples(st.just(json.dumps(config).encode()), damaged_bytes(weights)),
     )
 
-    @cases(600)
-    @given(files)
     def check(content):
         (folder / "adapter_config.json").write_bytes(content[0])
         (folder / "adapter_model.safetensors").write_bytes(content[1])
@@ -254,7 +237,7 @@ def test_a_damaged_adapter_is_ranked_or_refused(tiny, tmp_path):
             return
         assert updates
 
-    check()
+    fuzz(check, files, 600)
 
 
 def test_a_damaged_scan_of_spectrum_is_imported_or_refused(tiny, tmp_path):
@@ -262,12 +245,10 @@ def test_a_damaged_scan_of_spectrum_is_imported_or_refused(tiny, tmp_path):
 
     path, ranking = scan_of(tmp_path), tmp_path / "ranking.json"
 
-    @cases(400)
-    @given(damaged_json(json.loads(path.read_text())))
     def check(damaged):
         path.write_bytes(damaged)
         ranking.unlink(missing_ok=True)
         if run("import", path, "--model", tiny / "model", "--output", ranking) == 0:
             assert run("show", ranking) == 0
 
-    check()
+    fuzz(check, damaged_json(json.loads(path.read_text())), 400)
