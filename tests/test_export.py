@@ -133,55 +133,6 @@ def by_torchtune(model, folder):
     return {f"model.{parent}.{OF_TORCHTUNE.get(own, own)}" for parent, _, own in keep}
 
 
-WAYS = [
-    ("peft", by_peft),
-    ("peft", by_peft_python),
-    ("trl", by_trl),
-    ("axolotl", by_axolotl),
-    ("llamafactory", by_llamafactory),
-    ("ms-swift", by_ms_swift),
-    ("unsloth", by_unsloth("FastLanguageModel")),
-    ("unsloth", by_unsloth("FastModel")),
-    ("torchtune", by_torchtune),
-]
-
-
-def test_every_tool_is_tried():
-    assert {tool for tool, _ in WAYS} == set(TOOLS)
-
-
-def is_refused(tool, title, selection):
-    if tool == "torchtune":
-        return title != "Llama"
-    if not selection.is_of_mixture or tool in ("ms-swift", "unsloth"):
-        return selection.is_of_mixture
-    dense = ("gate_proj", "up_proj", "down_proj", ".gate")
-    plain = [m for m in selection.modules if not m.is_stacked and not m.name.endswith(dense)]
-    if tool == "llamafactory":
-        return len(plain) < len(selection.modules)
-    return tool == "trl" and len(plain) < 2
-
-
-@pytest.mark.parametrize("title", MODELS)
-@pytest.mark.parametrize(("tool", "trained"), WAYS)
-def test_lora_is_on_exactly_the_selection_or_the_tool_is_refused(tool, trained, title, tmp_path):
-    ranking = ranking_of_model(title)
-    num_exported = 0
-    for place, share in enumerate(SHARES):
-        folder, selection = tmp_path / str(place), ranking.select(share)
-        if is_refused(tool, title, selection):
-            with pytest.raises(ConfigError, match=f"`to` {tool} {REFUSED}"):
-                export_selection(ranking, share, tool, folder)
-            assert not folder.exists()
-            continue
-        export_selection(ranking, share, tool, folder)
-        num_exported += 1
-        assert trained(MODELS[title].build(), folder) == set(selection.names)
-    if tool in ("peft", "axolotl") or title == "Llama":
-        assert num_exported == len(SHARES)
-    assert num_exported > 0 or tool != "trl"
-
-
 def unfrozen_by_python(model, folder):
     made = python(folder / "selected.py")["train_only_selected"](model)
     return {name for name, one in made.named_parameters() if one.requires_grad}
@@ -209,33 +160,69 @@ def unfrozen_by_trl(model, folder):
     }
 
 
+WAYS = [
+    ("peft", "lora", by_peft),
+    ("peft", "lora", by_peft_python),
+    ("trl", "lora", by_trl),
+    ("axolotl", "lora", by_axolotl),
+    ("llamafactory", "lora", by_llamafactory),
+    ("ms-swift", "lora", by_ms_swift),
+    ("torchtune", "lora", by_torchtune),
+    ("unsloth", "lora", by_unsloth("FastLanguageModel")),
+    ("unsloth", "lora", by_unsloth("FastModel")),
+    ("peft", "full", unfrozen_by_python),
+    ("trl", "full", unfrozen_by_trl),
+    ("axolotl", "full", unfrozen_by_axolotl),
+    ("ms-swift", "full", unfrozen_by_ms_swift),
+    ("llamafactory", "full", None),
+    ("torchtune", "full", None),
+    ("unsloth", "full", None),
+]
+
+
+def is_refused(tool, kind, title, selection):
+    if tool == "torchtune":
+        return kind == "full" or title != "Llama"
+    if kind == "full" and tool in ("llamafactory", "unsloth"):
+        return True
+    if not selection.is_of_mixture or tool in ("peft", "axolotl"):
+        return False
+    dense = ("gate_proj", "up_proj", "down_proj", ".gate")
+    plain = [m for m in selection.modules if not m.is_stacked and not m.name.endswith(dense)]
+    if tool == "llamafactory":
+        return len(plain) < len(selection.modules)
+    return kind == "full" or tool != "trl" or len(plain) < 2
+
+
+def wanted(kind, title, selection):
+    """Modules with LoRA, or parameters that a full fine-tune trains."""
+    if kind == "lora":
+        return set(selection.names)
+    model = MODELS[title].build()
+    train_only(model, selection.names)
+    return {name for name, one in model.named_parameters() if one.requires_grad}
+
+
 @pytest.mark.parametrize("title", MODELS)
-@pytest.mark.parametrize(
-    ("tool", "unfrozen"),
-    [
-        ("peft", unfrozen_by_python),
-        ("axolotl", unfrozen_by_axolotl),
-        ("ms-swift", unfrozen_by_ms_swift),
-        ("trl", unfrozen_by_trl),
-        ("llamafactory", None),
-        ("torchtune", None),
-        ("unsloth", None),
-    ],
-)
-def test_a_full_fine_tune_is_of_exactly_the_selection_or_refused(tool, unfrozen, title, tmp_path):
+@pytest.mark.parametrize(("tool", "kind", "trained"), WAYS)
+def test_a_tool_trains_exactly_the_selection_or_is_refused(tool, kind, trained, title, tmp_path):
     ranking = ranking_of_model(title)
+    num_exported = 0
     for place, share in enumerate(SHARES):
         folder, selection = tmp_path / str(place), ranking.select(share)
-        if unfrozen is None or (selection.is_of_mixture and tool in ("ms-swift", "trl")):
+        if is_refused(tool, kind, title, selection):
             with pytest.raises(ConfigError, match=f"`to` {tool} {REFUSED}"):
-                export_selection(ranking, share, tool, folder, kind="full")
+                export_selection(ranking, share, tool, folder, kind=kind)
             assert not folder.exists()
             continue
-        export_selection(ranking, share, tool, folder, kind="full")
-        model = MODELS[title].build()
-        train_only(model, selection.names)
-        wanted = {name for name, one in model.named_parameters() if one.requires_grad}
-        assert unfrozen(MODELS[title].build(), folder) == wanted
+        export_selection(ranking, share, tool, folder, kind=kind)
+        num_exported += 1
+        assert trained(MODELS[title].build(), folder) == wanted(kind, title, selection)
+    assert num_exported > 0 or (tool, kind) != ("trl", "lora")
+
+
+def test_every_tool_is_tried():
+    assert {tool for tool, _, _ in WAYS} == set(TOOLS)
 
 
 def test_torchtune_puts_lora_only_where_it_is_needed_at_first(tmp_path):

@@ -14,21 +14,13 @@ from keylayers.ranking.verification import Verification, verification_file
 
 @dataclass(frozen=True)
 class Source:
-    """A ranking and its file.
+    """A ranking and its file."""
 
-    Attributes:
-        path: As the user gave it.
-        label: The shortest end of the path that no other path has.
-        ranking: What the file holds.
-        verification: None if there is none, or one of an earlier ranking (`is_stale`).
-        is_stale: Whether the verification file belongs to an earlier ranking.
-    """
-
-    path: str
-    label: str
+    path: str  # as the user gave it
+    label: str  # the shortest end of the path that no other path has
     ranking: Ranking
     verification: Verification | None
-    is_stale: bool
+    is_stale: bool  # the file's verification is left out, as it belongs to an earlier ranking
 
 
 def load_sources(paths: Sequence[Path]) -> list[Source]:
