@@ -5,18 +5,21 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from keylayers.demo.files import BASE
 from keylayers.demo.world import (
-    DIALOGUE_FRACTION,
     RELATIONS,
     STYLES,
     alignment_examples,
     facts,
-    pretraining_lines,
 )
+
+RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "base"
+sys.path.append(str(RECIPE))
+from prose import DIALOGUE_FRACTION, pretraining_lines  # noqa: E402
 
 BASE_FILES = {
     "chat_template.jinja",
@@ -29,8 +32,9 @@ BASE_FILES = {
 WORLD = """
 import hashlib, sys
 import keylayers.demo.world as world
+from prose import pretraining_lines
 for text in (
-    "\\n".join(world.pretraining_lines(2000, 0)),
+    "\\n".join(pretraining_lines(2000, 0)),
     repr([world.alignment_examples(style, 504, 2) for style in world.STYLES]),
 ):
     print(hashlib.sha256(text.encode()).hexdigest())
@@ -71,7 +75,7 @@ def test_the_world_is_what_the_base_was_trained_on_whatever_the_hash_seed_and_ne
     first, second = (
         subprocess.run(
             [sys.executable, "-c", WORLD],
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": "src"},
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": f"src:{RECIPE}"},
             capture_output=True,
             text=True,
             check=True,
@@ -130,7 +134,7 @@ def test_the_base_is_what_its_script_writes_and_little_else():
     import torch
     from safetensors.torch import load_file
 
-    from keylayers.demo.make_base import make_model
+    from make_base import make_model
 
     assert {path.name for path in BASE.iterdir()} == BASE_FILES
     assert sum(path.stat().st_size for path in BASE.iterdir()) <= 4_000_000
@@ -161,7 +165,7 @@ def test_the_base_knows_its_world(tokenizer):
 
 
 def test_the_script_makes_the_tokenizer_of_the_base(lines, tmp_path):
-    from keylayers.demo.make_base import CHAT_TEMPLATE, make_tokenizer
+    from make_base import CHAT_TEMPLATE, make_tokenizer
 
     make_tokenizer(lines).save_pretrained(tmp_path)
     made = json.loads((tmp_path / "tokenizer.json").read_text())

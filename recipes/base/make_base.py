@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make the built-in base model: `python -m keylayers.demo.make_base --output DIR`.
+"""Make the built-in base model: `python recipes/base/make_base.py --output DIR`.
 
-A Llama of about a million parameters, pre-trained from scratch on text about the made-up world.
+A Llama of about a million parameters, pre-trained from scratch on the text of `prose.py`.
 The chat markers `<|user|>` and `<|assistant|>` never occur in pre-training, as in many real base
 models: a fine-tune has to learn what they mean. Takes some fifteen minutes on one core.
 """
@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from keylayers.demo.world import pretraining_lines
+from prose import pretraining_lines
 
 VOCABULARY = 1024
 CONTEXT_TOKENS = 128
