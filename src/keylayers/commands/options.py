@@ -14,6 +14,7 @@ from cyclopts import Group, Parameter
 from keylayers.commands.scoring_flags import ScoringFlags
 from keylayers.data.options import DataOptions
 from keylayers.errors import ConfigError
+from keylayers.evaluation.options import EvalOptions
 from keylayers.model.options import ModelOptions, UpdateOptions
 from keylayers.ranges import check_at_least
 from keylayers.ranking.budget import Auto, Budget, Freeze, parse_budget
@@ -46,12 +47,6 @@ def flat_values(options: Any, without: Collection[str] = ()) -> dict[str, Any]:
     return found
 
 
-def option_fields(options: type, without: Collection[str] = ()) -> dict[str, Field[Any]]:
-    """The fields of a command's options by the names of their flags; `without` names parts."""
-    parts = (part for name, part in get_type_hints(options).items() if name not in without)
-    return {option.name: option for part in parts for option in fields(part)}
-
-
 @dataclass(frozen=True, kw_only=True)
 class BudgetOptions:
     """Which modules of a ranking are selected.
@@ -71,10 +66,7 @@ class BudgetOptions:
     freeze: float | None = None
 
     def __post_init__(self) -> None:
-        if self.budget is not None:
-            parse_budget(self.budget)
-        if self.freeze is not None:
-            Freeze(self.freeze)
+        self._asked()  # refuses what is no budget
 
     def check(self) -> None:
         """Raise a ConfigError unless the options select one set of modules."""
@@ -88,15 +80,19 @@ class BudgetOptions:
     def budget_for(self, ranking: "Ranking") -> Budget:
         """The budget that is asked for; `auto` is what the ranking's verification recommends."""
         self.check()
-        if self.freeze is not None:
-            return Freeze(self.freeze)
-        budget = parse_budget(self.budget or "")
+        budget = self._asked()
         if not isinstance(budget, Auto):
+            assert budget is not None
             return budget
         from keylayers.ranking.verification import auto_budget, verification_file
 
         assert self.ranking is not None
         return auto_budget(ranking, verification_file(self.ranking))
+
+    def _asked(self) -> Budget | None:
+        if self.freeze is not None:
+            return Freeze(self.freeze)
+        return None if self.budget is None else parse_budget(self.budget)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,3 +296,18 @@ class PruneOptions:
     data: Data
     update: Update = UpdateOptions()
     objective: Objective = ObjectiveOptions()
+
+
+OPTIONS = {
+    "rank": RankOptions,
+    "train": TrainOptions,
+    "verify": VerifyOptions,
+    "prune": PruneOptions,
+    "eval": EvalOptions,
+}
+
+
+def option_fields(command: str, without: Collection[str] = ()) -> dict[str, Field[Any]]:
+    """The fields of a command's options by the names of their flags; `without` names parts."""
+    parts = (part for name, part in get_type_hints(OPTIONS[command]).items() if name not in without)
+    return {option.name: option for part in parts for option in fields(part)}

@@ -7,12 +7,11 @@ from dataclasses import MISSING
 from typing import Any, Literal
 
 from keylayers.commands.config import taken_from_ranking
-from keylayers.commands.options import PruneOptions, RankOptions, TrainOptions, option_fields
+from keylayers.commands.options import option_fields
 from keylayers.ranking.ranking import Ranking
 from keylayers.report.model_card import model_card
 
 Command = Literal["rank", "train", "prune"]
-OPTIONS: dict[Command, type] = {"rank": RankOptions, "train": TrainOptions, "prune": PruneOptions}
 
 
 def command_line(
@@ -25,7 +24,7 @@ def command_line(
     """
     taken = taken_from_ranking(command) if options.get("ranking") is not None else ()
     words = ["keylayers", command]
-    for name, option in option_fields(OPTIONS[command]).items():
+    for name, option in option_fields(command).items():
         value = options.get(name)
         default = (ranked_with or {}).get(name, MISSING) if name in taken else option.default
         value, default = (list(v) if isinstance(v, tuple) else v for v in (value, default))

@@ -2,20 +2,18 @@
 """A ranking run: stage 1 fine-tunes all modules, stage 2 scores their updates."""
 
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
-
 from keylayers.apply.saving import save_tuned
 from keylayers.commands.fine_tuning import FineTuning, Tuned, inputs_sha256
 from keylayers.commands.options import RankOptions, flat_values
 from keylayers.commands.repeat import card_of
-from keylayers.commands.session import Session, loss_of
+from keylayers.commands.session import Session
 from keylayers.errors import RankingError
+from keylayers.evaluation.held_out import subset_losses
 from keylayers.files import (
     RECORD,
     STAGE_1_ADAPTER,
@@ -25,16 +23,17 @@ from keylayers.files import (
     remove_unfinished,
     unfinished,
 )
-from keylayers.gates import gated, group_modules
+from keylayers.gates import group_modules
 from keylayers.model.options import UpdateOptions
 from keylayers.model.sharding import is_sharded
 from keylayers.progress import Progress
 from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.ranking.record import read_run
 from keylayers.scores.score_modules import score_modules
+from keylayers.training.objectives import prepared_examples
 from keylayers.training.options import LOSS_UNITS
 from keylayers.training.rank_modules import to_ranking
-from keylayers.updates import Update, adapter_updates
+from keylayers.updates import adapter_updates
 from keylayers.updates.adalora import is_adalora
 from keylayers.updates.existing import TunedModel, existing_update
 
@@ -58,8 +57,9 @@ def run_rank(options: RankOptions, output: Path, progress: Progress, stage_1_in:
         )
         tuned = _find_update(session, options, folder)
         trainer = session.scoring_trainer(tuned.model, training)
-        losses = _held_out_losses(trainer, tuned.updates)
         modules = [update.module for update in tuned.updates]
+        held_out, names = prepared_examples(trainer)["held_out"], [m.name for m in modules]
+        base, full = subset_losses(trainer, tuned.updates, [[], names], held_out)
         num_gates = len(group_modules(modules, scoring.granularity))
         num_steps = scoring.num_steps(num_gates)
         with progress.stage("stage 2: scoring modules", num_steps) as on_step:
@@ -69,7 +69,7 @@ def run_rank(options: RankOptions, output: Path, progress: Progress, stage_1_in:
             "options": flat_values(options),
             **tuned.record,
             "loss_unit": LOSS_UNITS[training.objective],
-            "held_out_loss_nats": losses,
+            "held_out_loss_nats": {"base": base.mean, "tuned": full.mean},
             "seconds": {
                 "stage_1": tuned.record.get("stage_1", {}).get("seconds", 0.0),
                 "stage_2": found.seconds,
@@ -122,12 +122,3 @@ def _stage_1(
         card = card_of("rank", session.record | record, None)
         save_tuned(tuned, session.tokenizer, folder, record, card)
     return tuned, stage_1
-
-
-def _held_out_losses(trainer: Trainer, updates: Sequence[Update]) -> dict[str, float]:
-    """Held-out loss with all gates closed (the base model) and with all open (the tuned model)."""
-    losses = {}
-    for name, value in (("base", 0.0), ("tuned", 1.0)):
-        with gated(trainer.model, updates, initial_score=value, link="identity"):
-            losses[name] = loss_of(trainer)
-    return losses

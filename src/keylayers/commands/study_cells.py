@@ -15,13 +15,12 @@ from typing import Any
 from cyclopts import App
 
 from keylayers.cli import app as keylayers
-from keylayers.commands.options import RankOptions, TrainOptions, VerifyOptions, option_fields
+from keylayers.commands.options import option_fields
 from keylayers.commands.repeat import flag_words
 from keylayers.commands.study_grid import Study
 from keylayers.data.options import DataOptions
 from keylayers.environment import environment
 from keylayers.errors import ConfigError, did_you_mean
-from keylayers.evaluation.options import EvalOptions
 from keylayers.files import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT, json_sha256
 from keylayers.model.options import ModelOptions
 
@@ -37,7 +36,6 @@ KINDS = {  # of cells -> the command, and the file that it writes last
     "training": ("train", f"{TUNED}/keylayers.json"),
     "evaluation": ("eval", "evaluation.json"),
 }
-OPTIONS = {"rank": RankOptions, "verify": VerifyOptions, "train": TrainOptions, "eval": EvalOptions}
 # Options of trainings alone -> the options of rankings that they replace.
 OF_TRAINING = {f"train_{o.name}": o.name for o in (*fields(ModelOptions), *fields(DataOptions))}
 NO_EFFECT = ("report_to", "save_steps")  # on results
@@ -75,7 +73,7 @@ class Cell:
 @cache
 def defaults_of(command: str, without: Collection[str] = ()) -> Options:
     """Option -> default, for what a study may give a command; `without` names parts of options."""
-    found = option_fields(OPTIONS[command], without)
+    found = option_fields(command, without)
     return {name: option.default for name, option in found.items() if name != "ranking"}
 
 
@@ -116,7 +114,7 @@ def check(cells: Iterable[Cell]) -> None:
     """Let the commands' own command line parse the words of all cells, before any cell is run."""
     # Without the configuration of the application, which would read rankings that do not exist yet.
     parser = App(default_parameter=keylayers.default_parameter)
-    for command in OPTIONS:
+    for command in dict.fromkeys(command for command, _ in KINDS.values()):
         parser.command(keylayers[command], name=command)
     seen: set[tuple[str, ...]] = set()
     for cell in cells:  # parsing takes 40 ms: once for each value, and for values that interact
