@@ -100,7 +100,7 @@ def record_of(folder):
 
 def listing(folder):
     """Path -> time of its last change."""
-    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+    return {path: path.lstat().st_mtime_ns for path in sorted(folder.rglob("*"))}
 
 
 def plain_loss(tiny, model, adapter=None, off=()):

@@ -36,25 +36,24 @@ OTHER_FILES = {
 }
 
 
-def _renamed(content):
-    for module in content["modules"]:
-        module["name"] = module["name"].replace("mlp", "ffn")
+def _with_modules(change):
+    return lambda content: content | {"modules": change(content["modules"])}
 
 
-def _few(content):
-    content["modules"] = [module for module in content["modules"] if module["rank"] <= 12]
-
-
-def _resized(content):
-    content["modules"][0]["num_parameters"] += 1
-
-
-def _no_options(content):
-    content["provenance"] = {}
-
-
-def _no_stage_1(content):
-    del content["provenance"]["stage_1"]
+# File -> how it differs from a sound ranking
+RANKINGS = {
+    "renamed": _with_modules(
+        lambda modules: [one | {"name": one["name"].replace("mlp", "ffn")} for one in modules]
+    ),
+    "few": _with_modules(lambda modules: [one for one in modules if one["rank"] <= 12]),
+    "resized": _with_modules(
+        lambda modules: [modules[0] | {"num_parameters": 1}, *modules[1:]],
+    ),
+    "no_options": lambda content: content | {"provenance": {}},
+    "no_stage_1": lambda content: (
+        content | {"provenance": content["provenance"] | {"stage_1": None}}
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +66,16 @@ def here(tiny, ranked, tmp_path_factory):
     shutil.copytree(tiny / "adapter", folder / "pickled")
     torch.save({}, folder / "pickled" / "adapter_model.bin")
     (folder / "pickled" / "adapter_model.safetensors").unlink()
+    (folder / "circle" / "deep").mkdir(parents=True)
+    (folder / "circle" / "deep" / "up").symlink_to(folder / "circle")
+    (folder / "circle" / "loop.jsonl").symlink_to(folder / "circle" / "loop.jsonl")
     write_partial_adapter(tiny, folder / "fewer", ["q_proj", "v_proj"])
     _write_broken_models(tiny, folder)
     shutil.copytree(ranked, folder / "own")
     text = (folder / "own" / "ranking.json").read_text()
     (folder / "own" / "half.json").write_text(text[: len(text) // 2])
-    for change in (_renamed, _few, _resized, _no_options, _no_stage_1):
-        content = json.loads(text)
-        change(content)
-        (folder / "own" / f"{change.__name__[1:]}.json").write_text(json.dumps(content))
+    for name, change in RANKINGS.items():
+        (folder / "own" / f"{name}.json").write_text(json.dumps(change(json.loads(text))))
     (folder / "alone.json").write_text(text)
     return folder
 
@@ -97,6 +97,7 @@ def _write_broken_models(tiny, folder):
     save_file(weights, lacking / "model.safetensors", metadata={"format": "pt"})
 
 
+LOOP = "{here}/circle/loop.jsonl"  # a link to itself; another link leads back to `circle`
 # Command -> options that differ from good ones, and what is said of them
 CASES = {
     "rank": [
@@ -133,6 +134,15 @@ CASES = {
         ({"tuned": "{tiny}/model"}, "must differ from the base"),
         ({"learning-rate": "1e30"}, "at training step"),
         ({"output": "{here}/typo.yaml/out"}, "can be written"),
+        ({"data": "{here}/circle"}, "Data files must be of one type"),
+        ({"data": LOOP}, "which is none of them"),
+        ({"model": LOOP}, "must be a model, but there is no such folder"),
+        ({"model": "{here}/circle"}, "the folder holds no config.json"),
+        ({"adapter": "{here}/circle"}, "holds no adapter_config.json"),
+        ({"adapter": LOOP}, "must be a PEFT adapter, but there is no such folder"),
+        ({"tuned": LOOP}, "must be a model, but there is no such folder"),
+        ({"output": LOOP}, "can be written"),
+        ({"config": LOOP}, "Too many levels of symbolic links"),
     ],
     "train": [
         ({"budget": "0"}, "`budget` as a count must be at least 1"),
@@ -149,6 +159,7 @@ CASES = {
         ({"controls": "middle"}, "random"),
         ({"ranking": None, "model": "m", "data": "d"}, "exactly one of `ranking` (a file) and"),
         ({"action": "remove"}, "`action` must be left out without"),
+        ({"ranking": LOOP}, "Too many levels of symbolic links"),
         ({"window": "3"}, "`window` must be left out without `rank_first`"),
         ({"method": "ila"}, "`method` must be left out without `rank_first`"),
     ],
@@ -182,8 +193,10 @@ CASES = {
         ({"ranking": "{here}/own/few.json"}, "must hold every module"),
         ({"adapter": "a", "tuned": "b"}, "got both"),
         ({"data": "{here}/gone.jsonl"}, "must be a file, a folder or"),
+        ({"ranking": "{here}/circle"}, "the ranking file must exist"),
     ],
     "prune": [
+        ({"ranking": LOOP}, "Too many levels of symbolic links"),
         ({"ranking": "{here}/own/renamed.json"}, "be of this model, but 9"),
         ({"ranking": "{here}/own/few.json"}, "of the update, but 9"),
         ({"adapter": "{here}/fewer"}, "but 15 of 21 are not"),
