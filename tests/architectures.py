@@ -130,12 +130,17 @@ def modules_of(architecture: Architecture) -> list[ModuleInfo]:
     return list(map_modules(architecture.build(), architecture.towers))
 
 
-def table_row(architecture: Architecture) -> str:
-    """The row of docs/architectures.md."""
-    modules = modules_of(architecture)
-    num_blocks = len({module.block_index for module in modules})
-    kinds = ", ".join(f"`{kind}`" for kind in dict.fromkeys(m.projection for m in modules))
-    return f"| {architecture.title} | {num_blocks} | {len(modules)} | {kinds} |"
+def table() -> list[str]:
+    """The table of docs/architectures.md: architectures with the same modules share a row."""
+    rows: dict[tuple[str, int], list[str]] = {}
+    for architecture in ARCHITECTURES:
+        modules = modules_of(architecture)
+        projections = dict.fromkeys(f"`{module.projection}`" for module in modules)
+        key = (", ".join(projections), len(modules))
+        rows.setdefault(key, []).append(architecture.title)
+    return [
+        f"| {', '.join(titles)} | {count} | {kinds} |" for (kinds, count), titles in rows.items()
+    ]
 
 
 def trainer_of(model: nn.Module, architecture: Architecture) -> hf.Trainer:
@@ -171,5 +176,4 @@ def changed_modules(
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    for each in ARCHITECTURES:
-        sys.stdout.write(table_row(each) + "\n")
+    sys.stdout.write("\n".join(table()) + "\n")
