@@ -60,6 +60,7 @@ CASES = {
     "prompt-completion": [
         ({"prompt": "q", "completion": "a"}, "U: q | A: a"),
         ({"prompt": new("S: s | U: q"), "completion": new("A: a")}, "S: s | U: q | A: a"),
+        ({"prompt": new("U: q"), "completion": "a", "system": "s"}, "S: s | U: q | A: a"),
         ({"question": "q", "answer": 2}, "U: q | A: 2"),
         ({"question": "q", "solution": "a", "answer": "2"}, "U: q | A: a"),  # LIMO
         ({"question": "q", "solution": "2"} | S1K, "U: q | A: 1 and 1.\n\nIt is 2."),
