@@ -178,11 +178,11 @@ def test_a_dry_run_lists_cells_and_commands_and_writes_nothing(tiny, tmp_path, c
 
 # Parts of a study file, with a model and data where nothing is said -> what is said
 REFUSED = [
-    ({"grids": {}}, "must hold options, grid, .* has 'grids', did you mean 'grid'"),
-    ({"options": []}, "`options` of a study must be a dict, but in .* it is a list"),
-    ({"verify": 1}, "`verify` of a study must be a bool"),
-    ({"compare": [30]}, r"`compare` of a study must be like \[0.3, 0.75\], got \[30\]"),
-    ({"grid": {"seed": 1}}, "must be a list of entries, but 'seed' is 1"),
+    ({"grids": {}}, "must hold options, grid, .*`grids` is {}: Extra inputs are not permitted"),
+    ({"options": []}, r"`options` is \[\]: Input should be a valid dictionary"),
+    ({"verify": 1}, "`verify` is 1: Input should be a valid boolean"),
+    ({"compare": [30]}, "`compare.0` is 30: Input should be less than 1"),
+    ({"grid": {"seed": 1}}, "`grid.seed` is 1: Input should be a valid list"),
     ({"grid": {"seed": [1, 1]}}, "must differ, but 'seed' has '1' twice"),
     ({"grid": {"kind": [{"seed": 1}]}}, "named like a column of results, got kind"),
     ({"grid": {"sede": [1]}}, "takes `sede`, did you mean 'seed'"),

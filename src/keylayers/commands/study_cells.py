@@ -6,6 +6,7 @@ valid. Needs no torch.
 """
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -46,18 +47,15 @@ INDEPENDENT = (*FILES, "revision", "seed", "mask_seed", "max_steps", "steps")
 
 @dataclass(frozen=True)
 class Cell:
-    """One command of a study: what it makes, from which options, and what must be finished before.
-
-    The key is a hash of everything that decides the result. The points are the combinations of the
-    grid that the cell belongs to: axis -> label.
-    """
+    """One command of a study; its key is a hash of everything that decides the result."""
 
     kind: str
     key: str
     options: Options
-    words: tuple[str, ...]
-    needs: tuple[str, ...]
-    points: tuple[Mapping[str, str], ...] = ()
+    words: tuple[str, ...]  # of the command line
+    needs: tuple[str, ...] = ()  # names of the cells that must be finished before
+    scope: frozenset[str] = frozenset()  # options that matter to the cell or to what it needs
+    points: tuple[Mapping[str, str], ...] = ()  # axis -> label, for each combination that needs it
 
     @property
     def name(self) -> str:
@@ -80,29 +78,20 @@ def defaults_of(command: str, without: Collection[str] = ()) -> Options:
 def plan(study: Study, root: Path) -> list[Cell]:
     """The cells of a study below the folder `root`, each after the cells that it needs."""
     maker = _Maker(study, root / CELLS)
+    set_by = {axis: set().union(*entries.values()) for axis, entries in study.axes.items()}
     cells: dict[str, Cell] = {}
-    points: dict[str, list[Mapping[str, str]]] = {}
+    points: dict[str, list[Mapping[str, str]]] = defaultdict(list)
     given = {f"evaluate: {name}" for name in study.evaluate}
-    taken = {"rank_first"}
     for point, options in study.combinations():
         given |= options.keys()
-        scope: set[str] = set()  # the options that make a difference to a cell or to its needs
         for cell in maker.cells_of(options):
-            own = scope | cell.options.keys()
-            if cell.kind == "training" and not options.get("rank_first"):
-                own |= OF_TRAINING.keys()
-            if cell.kind == "evaluation":
-                own |= {f"evaluate: {name}" for name in defaults_of("eval", ("model", "compared"))}
-            if cell.kind != "verification" or options.get("budget") == AUTO:
-                scope = own
-            taken |= own
-            labels = {axis: point[axis] for axis in point if own & study.names_of(axis)}
+            labels = {axis: label for axis, label in point.items() if cell.scope & set_by[axis]}
             cells.setdefault(cell.name, cell)
-            if labels not in points.setdefault(cell.name, []):
+            if labels not in points[cell.name]:
                 points[cell.name].append(labels)
     known = {**defaults_of("rank"), **defaults_of("verify"), **defaults_of("train")}
     kinds = ", ".join(sorted({cell.kind for cell in cells.values()}))
-    for name in sorted(given - taken):
+    for name in sorted(given.difference(*(cell.scope for cell in cells.values()))):
         raise ConfigError(
             f"every option of a study must have an effect, but none of its cells ({kinds}) takes "
             f"`{name}`{did_you_mean(name, known)}; leave it out"
@@ -134,40 +123,36 @@ class _Maker:
         self.root = root
         self.made_by = environment()  # other versions give other results: other cells
 
-    def cells_of(self, options: Options) -> list[Cell]:
+    def cells_of(self, options: Options) -> Iterable[Cell]:
         """What one combination needs, in order; it trains if something selects modules."""
         if options.get("rank_first"):
-            cells = [self._cell("training", options, defaults_of("train"))]
+            cells = {"training": self._cell("training", options, defaults_of("train"))}
         else:
             cells = self._ranked(options)
             if "budget" in options or "freeze" in options:
-                cells.append(self._training(options, {cell.kind: cell for cell in cells}))
-        if self.study.evaluate and cells[-1].kind == "training":
-            trained = cells[-1].options
-            model = [o.name for o in fields(ModelOptions) if o.name != "towers"]
-            own = {name: trained[name] for name in model if name in trained}
-            given = self.study.evaluate.items()
-            own |= {name: value for name, value in given if value is not None}
-            flag = "checkpoint" if trained.get("update") == "full" else "adapter"
-            place = {flag: self.root / cells[-1].name / TUNED}
-            cells.append(self._cell("evaluation", own, own, place, cells[-1:]))
-        return cells
+                cells["training"] = self._training(options, cells)
+        if self.study.evaluate and "training" in cells:
+            cells["evaluation"] = self._evaluation(cells["training"])
+        return cells.values()
 
-    def _ranked(self, options: Options) -> list[Cell]:
+    def _ranked(self, options: Options) -> dict[str, Cell]:
         """A ranking; before it stage 1 if there is no update yet; after it the mask curve."""
-        cells, shared, update = [], {}, {}
+        cells, shared, update = {}, {}, {}
         if "adapter" not in options and "tuned" not in options:
             own = defaults_of("rank", ("update", "scoring"))
-            cells = [self._cell("stage-1", options, own, {"method": "update-norm"})]  # the fastest
-            folder = self.root / cells[0].name
+            fastest = {"method": "update-norm"}
+            cells["stage-1"] = self._cell("stage-1", options, own, fastest)
+            folder = self.root / cells["stage-1"].name
             shared, update = {"stage_1": folder}, {"adapter": folder / STAGE_1_ADAPTER}
             if options.get("update") == "full":
                 update = {"tuned": folder / STAGE_1_CHECKPOINT}
-        cells.append(self._cell("ranking", options, defaults_of("rank"), shared, cells))
+        needs = [*cells.values()]
+        ranking = self._cell("ranking", options, defaults_of("rank"), shared, needs)
+        cells["ranking"] = ranking
         if self.study.verify:
-            place = {"ranking": self.root / cells[-1].name, **update}
+            place = {"ranking": self.root / ranking.name, **update}
             own = defaults_of("verify")
-            cells.append(self._cell("verification", options, own, place, cells[-1:]))
+            cells["verification"] = self._cell("verification", options, own, place, [ranking])
         return cells
 
     def _training(self, options: Options, ranked: Mapping[str, Cell]) -> Cell:
@@ -189,7 +174,20 @@ class _Maker:
         place = {"ranking": self.root / needed.name}
         names = defaults_of("train", ("stability", "scoring"))
         cell = self._cell("training", own, names, place, [] if is_any else [needed])
-        return replace(cell, needs=(needed.name,))
+        scope = cell.scope.union(ranked["ranking"].scope, needed.scope, OF_TRAINING)
+        return replace(cell, needs=(needed.name,), scope=scope)
+
+    def _evaluation(self, training: Cell) -> Cell:
+        """The comparison of what was trained with its base model."""
+        model = defaults_of("eval", ("compared", "benchmarks", "losses", "run")).keys() - {"towers"}
+        own = {name: value for name, value in training.options.items() if name in model}
+        given = self.study.evaluate.items()
+        own |= {name: value for name, value in given if value is not None}
+        flag = "checkpoint" if training.options.get("update") == "full" else "adapter"
+        place = {flag: self.root / training.name / TUNED}
+        cell = self._cell("evaluation", own, own, place, [training])
+        known = defaults_of("eval", ("model", "compared"))
+        return replace(cell, scope=cell.scope.union(f"evaluate: {name}" for name in known))
 
     def _cell(
         self,
@@ -214,7 +212,8 @@ class _Maker:
         words = [command]
         for name, value in {**own, **(place or {}), "output": output}.items():
             words += flag_words(name, value)
-        return Cell(kind, key, own, tuple(words), tuple(cell.name for cell in needs))
+        scope = frozenset(names).union(*(cell.scope for cell in needs))
+        return Cell(kind, key, own, tuple(words), tuple(cell.name for cell in needs), scope)
 
 
 def _content(name: str, value: Any) -> Any:

@@ -53,8 +53,10 @@ def write_results(
     """Write the tables and the page of one study file, and print the means."""
     folder.mkdir(parents=True, exist_ok=True)
     axes = list(study.grid)
-    record = {"environment": environment(), **asdict(study)}
-    write_json(folder / "study.json", {**record, "cells": [asdict(cell) for cell in cells]})
+    record = {"environment": environment(), **study.model_dump(), "grid": study.axes}
+    names = ("kind", "key", "options", "words", "needs", "points")
+    record["cells"] = [{name: getattr(cell, name) for name in names} for cell in cells]
+    write_json(folder / "study.json", record)
     table = results_table(root, cells, states, axes)
     write_bytes(folder / "results.parquet", table.to_parquet(index=False))
     write_text(folder / "results.csv", table.to_csv(index=False))
