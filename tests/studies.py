@@ -55,10 +55,10 @@ def in_this_process(_workers=None):
     """In place of the workers of a study."""
     from keylayers.commands.study_workers import run_cell
 
-    def submit(root, cell):
+    def submit(cell):
         future = Future()
         try:
-            future.set_result(run_cell(root, cell))
+            future.set_result(run_cell(cell))
         except BaseException as error:
             future.set_exception(error)
         return future

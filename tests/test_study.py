@@ -119,16 +119,16 @@ def test_whatever_a_command_raises_is_an_error_of_its_cell(tmp_path, monkeypatch
     from keylayers.commands.study_cells import Cell
     from keylayers.commands.study_workers import run_cell, state_of
 
-    cell = Cell("ranking", "a", {}, ("rank",), ())
+    cell = Cell("ranking", tmp_path / "ranking-a", {}, ("rank",))
     main = Mock(side_effect=[RuntimeError("out of\nmemory"), SystemExit(0), 0])
     monkeypatch.setattr("keylayers.cli.main", main)
     for error in ("RuntimeError: out of memory", "SystemExit: 0"):
-        assert run_cell(tmp_path, cell).error == error
-        assert state_of(tmp_path, cell).status == "failed"
-    assert run_cell(tmp_path, cell).status == "finished"
-    assert state_of(tmp_path, cell).status == "waiting"  # its results are gone
-    (tmp_path / "cells" / "ranking-a" / "ranking.json").write_text("{}")
-    assert state_of(tmp_path, cell).status == "finished"
+        assert run_cell(cell).error == error
+        assert state_of(cell).status == "failed"
+    assert run_cell(cell).status == "finished"
+    assert state_of(cell).status == "waiting"  # its results are gone
+    cell.result.write_text("{}")
+    assert state_of(cell).status == "finished"
 
 
 def test_several_files_share_cells_compare_and_evaluate(tiny, tmp_path, monkeypatch, capsys):
@@ -160,19 +160,17 @@ def test_several_files_share_cells_compare_and_evaluate(tiny, tmp_path, monkeypa
 def test_rankings_that_differ_in_one_axis_are_compared(tmp_path):
     from keylayers.commands.study_cells import Cell
     from keylayers.commands.study_results import agreement_means, agreement_table
-    from keylayers.commands.study_workers import State
     from keylayers.ranking.compare import chance_jaccard
 
     orders = {("x", "0"): [4, 3, 2, 1], ("x", "1"): [4, 3, 1, 2], ("y", "0"): [1, 2, 3, 4]}
     orders[("flat", "1")] = [1, 1, 1, 1]
     cells = []
     for (data, seed), scores in orders.items():
-        cells.append(Cell("ranking", data + seed, {}, (), (), ({"data": data, "seed": seed},)))
-        folder = tmp_path / "cells" / cells[-1].name
-        folder.mkdir(parents=True)
+        folder = tmp_path / f"ranking-{data}{seed}"
+        folder.mkdir()
+        cells.append(Cell("ranking", folder, {}, (), points=({"data": data, "seed": seed},)))
         ranking_of([float(score) for score in scores]).save(folder / "ranking.json")
-    states = {cell.name: State("finished") for cell in cells}
-    table = agreement_table(tmp_path, cells, states, ["data", "seed"], [0.5])
+    table = agreement_table(cells, ["data", "seed"], [0.5])
     with_flat = table["second"] == "flat"
     assert with_flat.sum() == 1  # with x1
     assert table.loc[with_flat, ["jaccard", "chance_jaccard", "tau"]].isna().all(axis=None)
@@ -259,9 +257,10 @@ if __name__ == "__main__":
     torch.accelerator.is_available = lambda: True
     torch.accelerator.device_count = lambda: 2
     os.environ["CUDA_VISIBLE_DEVICES"] = "4,GPU-7"
-    cells = [Cell("ranking", word, {}, (word,), ()) for word in ("die", "a", "b", "c")]
+    words = ("die", "a", "b", "c")
+    cells = [Cell("ranking", Path(sys.argv[1]) / word, {}, (word,)) for word in words]
     with study_workers.local(None) as submit:
-        states = study_workers.run_cells(Path(sys.argv[1]), cells, submit)
+        states = study_workers.run_cells(cells, submit)
     print(*(state.error for state in states.values()), sep="\\n")
 """
 

@@ -64,7 +64,7 @@ def study(
     planned = {name: plan(file, output) for name, file in files.items()}
     cells = list({cell.name: cell for own in planned.values() for cell in own}.values())
     check(cells)
-    states = {cell.name: study_workers.state_of(output, cell) for cell in cells}
+    states = {cell.name: study_workers.state_of(cell) for cell in cells}
     console = stdout()
     if dry_run:
         for cell in cells:
@@ -78,10 +78,10 @@ def study(
             if ray_address is not None:
                 at_work = study_workers.on_ray(ray_address)
             with at_work as submit:
-                states = study_workers.run_cells(output, cells, submit)
+                states = study_workers.run_cells(cells, submit)
         for name, own in planned.items():
             folder = output / name if len(planned) > 1 else output
-            write_results(folder, output, files[name], own, states)
+            write_results(folder, files[name], own, states)
     num_finished = sum(state.status == "finished" for state in states.values())
     console.print(f"{num_finished} of {len(cells)} cells finished")
     if num_finished < len(cells):

@@ -47,10 +47,10 @@ INDEPENDENT = (*FILES, "revision", "seed", "mask_seed", "max_steps", "steps")
 
 @dataclass(frozen=True)
 class Cell:
-    """One command of a study; its key is a hash of everything that decides the result."""
+    """One command of a study, and the folder of its results."""
 
     kind: str
-    key: str
+    folder: Path
     options: Options
     words: tuple[str, ...]  # of the command line
     needs: tuple[str, ...] = ()  # names of the cells that must be finished before
@@ -59,13 +59,13 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
-        return f"{self.kind}-{self.key}"
+        """Its kind and a hash of everything that decides its result."""
+        return self.folder.name
 
     @property
-    def result(self) -> str:
-        """The file in its folder that is written last."""
-        return KINDS[self.kind][1]
+    def result(self) -> Path:
+        """The file that the command writes last."""
+        return self.folder / KINDS[self.kind][1]
 
 
 @cache
@@ -142,7 +142,7 @@ class _Maker:
             own = defaults_of("rank", ("update", "scoring"))
             fastest = {"method": "update-norm"}
             cells["stage-1"] = self._cell("stage-1", options, own, fastest)
-            folder = self.root / cells["stage-1"].name
+            folder = cells["stage-1"].folder
             shared, update = {"stage_1": folder}, {"adapter": folder / STAGE_1_ADAPTER}
             if options.get("update") == "full":
                 update = {"tuned": folder / STAGE_1_CHECKPOINT}
@@ -150,7 +150,7 @@ class _Maker:
         ranking = self._cell("ranking", options, defaults_of("rank"), shared, needs)
         cells["ranking"] = ranking
         if self.study.verify:
-            place = {"ranking": self.root / ranking.name, **update}
+            place = {"ranking": ranking.folder, **update}
             own = defaults_of("verify")
             cells["verification"] = self._cell("verification", options, own, place, [ranking])
         return cells
@@ -171,7 +171,7 @@ class _Maker:
             needed = ranked["stage-1"]
             is_same = all(own.get(n) == options.get(n) for n in ("model", "revision", "towers"))
             is_any = is_same and "steps" in options
-        place = {"ranking": self.root / needed.name}
+        place = {"ranking": needed.folder}
         names = defaults_of("train", ("stability", "scoring"))
         cell = self._cell("training", own, names, place, [] if is_any else [needed])
         scope = cell.scope.union(ranked["ranking"].scope, needed.scope, OF_TRAINING)
@@ -184,7 +184,7 @@ class _Maker:
         given = self.study.evaluate.items()
         own |= {name: value for name, value in given if value is not None}
         flag = "checkpoint" if training.options.get("update") == "full" else "adapter"
-        place = {flag: self.root / training.name / TUNED}
+        place = {flag: training.folder / TUNED}
         cell = self._cell("evaluation", own, own, place, [training])
         known = defaults_of("eval", ("model", "compared"))
         return replace(cell, scope=cell.scope.union(f"evaluate: {name}" for name in known))
@@ -207,13 +207,15 @@ class _Maker:
             for name, value in own.items()
             if name not in NO_EFFECT and str(value) != str(usual.get(name))
         }
-        key = json_sha256([self.made_by, kind, decisive, [cell.key for cell in needs]])[:12]
-        output = self.root / f"{kind}-{key}" / (TUNED if kind == "training" else "")
+        before = tuple(cell.name for cell in needs)
+        key = json_sha256([self.made_by, kind, decisive, before])[:12]
+        folder = self.root / f"{kind}-{key}"
+        output = folder / TUNED if kind == "training" else folder
         words = [command]
         for name, value in {**own, **(place or {}), "output": output}.items():
             words += flag_words(name, value)
         scope = frozenset(names).union(*(cell.scope for cell in needs))
-        return Cell(kind, key, own, tuple(words), tuple(cell.name for cell in needs), scope)
+        return Cell(kind, folder, own, tuple(words), before, scope)
 
 
 def _content(name: str, value: Any) -> Any:

@@ -31,19 +31,7 @@ class Study(BaseModel):
     @cached_property
     def axes(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Axis -> label of an entry -> the options that it sets."""
-        found: dict[str, dict[str, dict[str, Any]]] = {axis: {} for axis in self.grid}
-        for axis, entry in ((axis, entry) for axis in self.grid for entry in self.grid[axis]):
-            options = dict(entry) if isinstance(entry, dict) else {axis: entry}
-            words = [str(own) if name == axis else f"{name} {own}" for name, own in options.items()]
-            if isinstance(entry, str) and axis in PATHS:
-                words = [Path(entry).name]
-            label = printable(options.pop("name", ", ".join(words)))
-            if label in found[axis]:
-                raise ConfigError(
-                    f"entries of an axis must differ, but {axis!r} has {label!r} twice"
-                )
-            found[axis][label] = options
-        return found
+        return {axis: _entries(axis, values) for axis, values in self.grid.items()}
 
     def combinations(self) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
         """For every combination of the grid: axis -> label, and all options that have a value."""
@@ -75,6 +63,21 @@ def read_study(content: Mapping[str, Any], source: str, settings: Sequence[str] 
             f"{source} has {count:,}; split it into several studies"
         )
     return study
+
+
+def _entries(axis: str, values: list[Any]) -> dict[str, dict[str, Any]]:
+    """Label -> options of each entry of an axis: a value of its own option, or several options."""
+    found: dict[str, dict[str, Any]] = {}
+    for value in values:
+        options = dict(value) if isinstance(value, dict) else {axis: value}
+        words = [str(own) if name == axis else f"{name} {own}" for name, own in options.items()]
+        if isinstance(value, str) and axis in PATHS:
+            words = [Path(value).name]
+        label = printable(options.pop("name", ", ".join(words)))
+        if label in found:
+            raise ConfigError(f"entries of an axis must differ, but {axis!r} has {label!r} twice")
+        found[label] = options
+    return found
 
 
 def _apply(setting: str, study: Study) -> None:

@@ -10,9 +10,6 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
-from html import escape
-from importlib.resources import files
 from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
@@ -20,9 +17,10 @@ from statistics import fmean
 from typing import Any
 
 import pandas as pd
+from jinja2 import Environment, PackageLoader
 from scipy import stats
 
-from keylayers.commands.study_cells import CELLS, Cell
+from keylayers.commands.study_cells import Cell
 from keylayers.commands.study_grid import Study
 from keylayers.commands.study_workers import State
 from keylayers.environment import environment
@@ -41,53 +39,51 @@ BASE = ", base model"
 AREA = "normalised area: 0 all updates, 1 none"
 BETTER = {True: "higher is better", False: "lower is better", None: ""}
 FORMAT: dict[str, Any] = {"index": False, "float_format": "%.4f", "na_rep": "-"}
-HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline';
-img-src data:; base-uri 'none'; form-action 'none'">
-<title>Study</title><style>{}</style></head><body><main><h1>A study of {} cells</h1>"""
 
 
 def write_results(
-    folder: Path, root: Path, study: Study, cells: Sequence[Cell], states: Mapping[str, State]
+    folder: Path, study: Study, cells: Sequence[Cell], states: Mapping[str, State]
 ) -> None:
     """Write the tables and the page of one study file, and print the means."""
     folder.mkdir(parents=True, exist_ok=True)
     axes = list(study.grid)
     record = {"environment": environment(), **study.model_dump(), "grid": study.axes}
-    names = ("kind", "key", "options", "words", "needs", "points")
+    names = ("name", "kind", "options", "words", "needs", "points")
     record["cells"] = [{name: getattr(cell, name) for name in names} for cell in cells]
     write_json(folder / "study.json", record)
-    table = results_table(root, cells, states, axes)
+    table = results_table(cells, states, axes)
     write_bytes(folder / "results.parquet", table.to_parquet(index=False))
     write_text(folder / "results.csv", table.to_csv(index=False))
-    parts = _summaries(table, axes)
+    means = _means(table, axes)
     if study.compare:
-        agreed = agreement_table(root, cells, states, axes, study.compare)
+        finished = [cell for cell in cells if states[cell.name].status == "finished"]
+        agreed = agreement_table(finished, axes, study.compare)
         write_text(folder / "agreement.csv", agreed.to_csv(index=False))
-        parts["Agreement of rankings"] = agreement_means(agreed, axes)
-    for title, means in parts.items():
-        sys.stdout.write(f"{title}\n{means.to_string(**FORMAT)}\n\n")
+        means["Agreement of rankings"] = agreement_means(agreed, axes)
+    for title, part in means.items():
+        sys.stdout.write(f"{title}\n{part.to_string(**FORMAT)}\n\n")
     if all(find_spec(name) is not None for name in ("altair", "vl_convert")):
-        write_bytes(folder / "report.html", _page(parts, table, cells))
+        write_bytes(folder / "report.html", _page(means, table, cells))
     sys.stdout.write(f"results written to {folder}\n")
 
 
 def results_table(
-    root: Path, cells: Sequence[Cell], states: Mapping[str, State], axes: Sequence[str]
+    cells: Sequence[Cell], states: Mapping[str, State], axes: Sequence[str]
 ) -> pd.DataFrame:
     """Everything that the cells of a study measured; a cell without a result has one row."""
-    rows: list[dict[str, Any]] = []
+    rows = []
     for cell in cells:
         state = states[cell.name]
         measures: list[tuple[Any, ...]] = [()]
         if state.status == "finished":
-            content = json.loads((root / CELLS / cell.name / cell.result).read_text("utf-8"))
+            content = json.loads(cell.result.read_text(encoding="utf-8"))
             measures = [("wall_time", state.seconds, "seconds"), *_measures(cell.kind, content)]
-        fixed = zip(FIXED, (cell.name, cell.kind, state.status, state.error or None), strict=True)
-        row = dict(fixed)
-        for point in cell.points:
-            own = {**row, **point}
-            rows += [own | dict(zip(MEASURED, one, strict=False)) for one in measures]
+        fixed = (cell.name, cell.kind, state.status, state.error or None)
+        rows += [
+            {**point, **dict(zip((*FIXED, *MEASURED), (*fixed, *measure), strict=False))}
+            for point in cell.points
+            for measure in measures
+        ]
     return pd.DataFrame(rows, columns=[*FIXED, *axes, *MEASURED]).astype({"value": "float64"})
 
 
@@ -130,60 +126,52 @@ def _measures(kind: str, content: Any) -> Iterator[tuple[str, float | None, str]
 
 
 def agreement_table(
-    root: Path,
-    cells: Sequence[Cell],
-    states: Mapping[str, State],
-    axes: Sequence[str],
-    fractions: Sequence[float],
+    cells: Sequence[Cell], axes: Sequence[str], fractions: Sequence[float]
 ) -> pd.DataFrame:
     """Agreement of each two rankings that differ in one axis, at each fraction of the modules.
 
     Pairs that differ in the seed are the ceiling for the others. Measures are empty where a ranking
     gives all modules the same score.
     """
-    rankings = [
-        (point, Ranking.load(root / CELLS / cell.name))
-        for cell in cells
-        if cell.kind == "ranking" and states[cell.name].status == "finished"
-        for point in cell.points
-    ]
+    ranked = [cell for cell in cells if cell.kind == "ranking"]
+    rankings = {cell.name: Ranking.load(cell.folder) for cell in ranked}
+    points = [(point, rankings[cell.name]) for cell in ranked for point in cell.points]
     rows = []
-    for (first, ranking), (second, other) in combinations(rankings, 2):
+    for (first, ranking), (second, other) in combinations(points, 2):
         differing = [axis for axis in axes if first.get(axis) != second.get(axis)]
-        for axis in differing if len(differing) == 1 else ():
-            pair = dict(zip(PAIR, (axis, first.get(axis), second.get(axis)), strict=True))
-            shared = {name: label for name, label in first.items() if name != axis}
-            is_flat = ranking.is_flat or other.is_flat
-            for best in fractions:
+        if len(differing) != 1:
+            continue
+        (axis,) = differing
+        pair = dict(zip(PAIR, (axis, first.get(axis), second.get(axis)), strict=True))
+        shared = {name: label for name, label in first.items() if name != axis}
+        for best in fractions:
+            row = {**pair, **shared, "best": best}
+            if not (ranking.is_flat or other.is_flat):
                 (found,) = agreement([ranking, other], best, has_intervals=False)
-                values = {} if is_flat else {name: getattr(found, name) for name in COLUMNS[-4:]}
-                rows.append({**pair, **shared, "best": best, **values})
-    return pd.DataFrame(rows, columns=[*PAIR, *axes, *COLUMNS[-5:]])
+                row |= {name: getattr(found, name) for name in (*AGREED, "top_weighted_tau")}
+            rows.append(row)
+    return pd.DataFrame(rows, columns=[*PAIR, *axes, "best", *AGREED, "top_weighted_tau"])
 
 
 def agreement_means(table: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
     """The agreement table with means over pairs; pairs of seeds are taken together."""
     of_seeds = table["differs"] == SEED
-    groups = [axis for axis in axes if axis != SEED and table[axis].notna().any()]
     pairs = table.assign(**{name: table[name].mask(of_seeds, "any") for name in PAIR[1:]})
-    pairs[groups] = pairs[groups].fillna("-")
-    by = pairs.groupby([*PAIR, *groups, "best"], sort=False)
+    groups = [*PAIR, *_groups(table, axes), "best"]
+    by = pairs.groupby(groups, sort=False, dropna=False)
     extremes = by["jaccard"].agg(["min", "max", "size"])
     return by[AGREED].mean().join(extremes).reset_index().rename(columns={"size": "pairs"})
 
 
-def _summaries(table: pd.DataFrame, axes: Sequence[str]) -> dict[str, pd.DataFrame]:
+def _means(table: pd.DataFrame, axes: Sequence[str]) -> dict[str, pd.DataFrame]:
     """Measure -> its mean over seeds with half of Student's 95 % interval, and its reference."""
-    names = set(table["measure"].dropna())
-    evaluated = {
-        name: name + BASE for name in table["measure"].unique() if f"{name}{BASE}" in names
-    }
+    names = [*table["measure"].dropna().unique()]
+    evaluated = {name: name + BASE for name in names if name + BASE in names}
     found = {}
     for measure, reference in (REFERENCES | evaluated).items():
         rows = table[table["measure"].isin([measure, reference])]
-        groups = [axis for axis in axes if axis != SEED and rows[axis].notna().any()] or ["kind"]
-        rows = rows.drop_duplicates(["cell", "measure", *groups])
-        rows = rows.assign(**{group: rows[group].fillna("-") for group in groups})
+        groups = _groups(rows, axes) or ["kind"]
+        rows = rows.drop_duplicates(["cell", "measure", *groups]).fillna(dict.fromkeys(groups, "-"))
         by = rows.groupby(["measure", *groups], sort=False)["value"].agg(["mean", "sem", "size"])
         if measure in names:
             means = by.loc[measure]
@@ -194,22 +182,30 @@ def _summaries(table: pd.DataFrame, axes: Sequence[str]) -> dict[str, pd.DataFra
     return found
 
 
-def _page(parts: Mapping[str, pd.DataFrame], table: pd.DataFrame, cells: Sequence[Cell]) -> bytes:
+def _groups(rows: pd.DataFrame, axes: Sequence[str]) -> list[str]:
+    """The axes, apart from the seed, that tell rows apart."""
+    return [axis for axis in axes if axis != SEED and rows[axis].notna().any()]
+
+
+def _page(means: Mapping[str, pd.DataFrame], table: pd.DataFrame, cells: Sequence[Cell]) -> bytes:
     """The same as one HTML file that opens offline, runs no script and loads nothing."""
     from keylayers.report.charts import means_chart
     from keylayers.report.figures import drawn_chart
 
-    style = files("keylayers.report").joinpath("page", "page.css").read_text(encoding="utf-8")
-    body = [HEAD.format(style, len(cells))]
-    for name, means in parts.items():
-        body.append(f"<h2>{escape(name)}</h2>")
-        runs = table[table["measure"] == name].dropna(subset="value")
+    parts = []
+    for name, part in means.items():
+        runs, image = table[table["measure"] == name].dropna(subset="value"), ""
         if len(runs):
-            image = base64.b64encode(drawn_chart(means_chart(name, runs, means), ".png")).decode()
-            body.append(f'<img alt="the table below" src="data:image/png;base64,{image}">')
-        body.append(means.to_html(**FORMAT))
+            chart = means_chart(name, runs, part)
+            image = base64.b64encode(drawn_chart(chart, ".png")).decode()
+        parts.append((name, image, part.to_html(**FORMAT)))
     lost = table[table["status"] != "finished"][FIXED]
-    body += ["<h2>Without a result</h2>", lost.to_html(**FORMAT)] if len(lost) else []
-    commands = "\n".join(f"keylayers {shlex.join(cell.words)}" for cell in cells)
-    body.append(f"<h2>Commands</h2><pre>{escape(commands)}</pre></main></body></html>")
-    return "".join(body).encode("utf-8", "replace")
+    if len(lost):
+        parts.append(("Without a result", "", lost.to_html(**FORMAT)))
+    templates = Environment(loader=PackageLoader("keylayers.report", "page"), autoescape=True)
+    page = templates.get_template("study.html").render(
+        parts=parts,
+        num_cells=len(cells),
+        commands="\n".join(f"keylayers {shlex.join(cell.words)}" for cell in cells),
+    )
+    return page.encode("utf-8", "replace")

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from graphlib import TopologicalSorter
 from urllib.parse import urlsplit
 
-from keylayers.commands.study_cells import CELLS, Cell
+from keylayers.commands.study_cells import Cell
 from keylayers.commands.study_grid import printable
 from keylayers.errors import ConfigError, OutputError
 from keylayers.files import WHAT_TO_DO, says_full, write_json
@@ -37,57 +37,59 @@ class State:
     seconds: float = 0.0
 
 
-Submit = Callable[[Path, Cell], "Future[State]"]
+Submit = Callable[[Cell], "Future[State]"]
 
 
-def state_of(root: Path, cell: Cell) -> State:
+def state_of(cell: Cell) -> State:
     """How the last run of a cell ended; waiting if its results are gone."""
-    folder = root / CELLS / cell.name
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        state = State(**json.loads((folder / "cell.json").read_text(encoding="utf-8"))["state"])
-        if state.status == "failed" or (folder / cell.result).is_file():
+        text = (cell.folder / "cell.json").read_text(encoding="utf-8")
+        state = State(**json.loads(text)["state"])
+        if state.status == "failed" or cell.result.is_file():
             return state
     return State()
 
 
-def run_cells(root: Path, cells: Sequence[Cell], submit: Submit) -> dict[str, State]:
+def run_cells(cells: Sequence[Cell], submit: Submit) -> dict[str, State]:
     """Run every cell that is not finished, after the cells that it needs; how each ended."""
-    states = {cell.name: state_of(root, cell) for cell in cells}
-    waiting = [cell for cell in cells if states[cell.name].status != "finished"]
-    states |= {cell.name: State() for cell in waiting}
-    running: dict[Future[State], Cell] = {}
-    while waiting or running:
-        for cell in list(waiting):
-            needed = {states[name].status for name in cell.needs}
-            if needed & {"failed", "skipped"}:
-                waiting.remove(cell)
-                states[cell.name] = State("skipped", f"needs {cell.needs[0]}, which failed")
-            elif needed <= {"finished"}:
-                waiting.remove(cell)
-                running[submit(root, cell)] = cell
+    by_name = {cell.name: cell for cell in cells}
+    states = {cell.name: state_of(cell) for cell in cells}
+    order = TopologicalSorter({cell.name: cell.needs for cell in cells})
+    order.prepare()
+    running: dict[Future[State], str] = {}
+    while order.is_active():
+        for name in order.get_ready():
+            lost = [need for need in by_name[name].needs if states[need].status != "finished"]
+            if lost:
+                states[name] = State("skipped", f"needs {lost[0]}, which failed")
+            if lost or states[name].status == "finished":
+                order.done(name)
+            else:
+                running[submit(by_name[name])] = name
         for future in wait(running, return_when=FIRST_COMPLETED).done:
-            cell = running.pop(future)
+            name = running.pop(future)
             try:
                 state = future.result()
             except Exception as error:  # of its worker or its folder: the other cells go on
                 state = State("failed", " ".join(str(error).split())[:500])
             if says_full(state.error):  # every other cell would fail, too
-                raise OutputError(f"the disk must have room for {str(root)!r}, {WHAT_TO_DO}")
-            states[cell.name] = state
+                where = str(by_name[name].folder)
+                raise OutputError(f"the disk must have room for {where!r}, {WHAT_TO_DO}")
+            states[name] = state
             why = f": {state.error}" if state.error else f" after {state.seconds:.0f} s"
-            sys.stderr.write(printable(f"{cell.name} {state.status}{why}") + "\n")
+            sys.stderr.write(printable(f"{name} {state.status}{why}") + "\n")
+            order.done(name)
     return states
 
 
-def run_cell(root: Path, cell: Cell) -> State:
+def run_cell(cell: Cell) -> State:
     """Run the command of a cell in this process, with its output in log.txt, and record the end."""
     from keylayers.cli import main
 
-    folder = root / CELLS / cell.name
-    folder.mkdir(parents=True, exist_ok=True)
+    cell.folder.mkdir(parents=True, exist_ok=True)
     start, error = time.perf_counter(), ""
     with (
-        (folder / "log.txt").open("w", encoding="utf-8", buffering=1) as log,
+        (cell.folder / "log.txt").open("w", encoding="utf-8", buffering=1) as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
@@ -97,11 +99,11 @@ def run_cell(root: Path, cell: Cell) -> State:
             traceback.print_exc()
             code, error = 1, f"{type(raised).__name__}: {' '.join(str(raised).split())}"
     if code and not error:
-        lines = (folder / "log.txt").read_text(encoding="utf-8").splitlines()
+        lines = (cell.folder / "log.txt").read_text(encoding="utf-8").splitlines()
         told = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
         error = told[-1] if told else f"exit code {code}"
     state = State("failed" if code else "finished", error, time.perf_counter() - start)
-    write_json(folder / "cell.json", {"command": list(cell.words), "state": asdict(state)})
+    write_json(cell.folder / "cell.json", {"command": list(cell.words), "state": asdict(state)})
     return state
 
 
@@ -123,11 +125,11 @@ def local(count: int | None) -> Iterator[Submit]:
     context = multiprocessing.get_context("spawn" if num_devices else "forkserver")
     multiprocessing.set_forkserver_preload(HEAVY)
 
-    def run(root: Path, cell: Cell) -> State:
+    def run(cell: Cell) -> State:
         device = free.get()
         try:
             with ProcessPoolExecutor(1, context, _prepare, (device,)) as process:
-                return process.submit(run_cell, root, cell).result()
+                return process.submit(run_cell, cell).result()
         except BrokenProcessPool as error:
             raise RuntimeError("its process died: out of memory?") from error
         finally:
@@ -135,7 +137,7 @@ def local(count: int | None) -> Iterator[Submit]:
 
     executor = ThreadPoolExecutor(count)
     try:
-        yield lambda root, cell: executor.submit(run, root, cell)
+        yield lambda cell: executor.submit(run, cell)
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():  # their cells go on in the next run
@@ -184,11 +186,11 @@ def on_ray(address: str) -> Iterator[Submit]:
     # A process that used a GPU cannot move to another one, so it ends after one cell.
     task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0, max_calls=gpus)(_ray_task)
     try:
-        yield lambda root, cell: task.remote(os.getcwd(), root, cell).future()
+        yield lambda cell: task.remote(os.getcwd(), cell).future()
     finally:
         ray.shutdown()
 
 
-def _ray_task(folder: str, root: Path, cell: Cell) -> State:
+def _ray_task(folder: str, cell: Cell) -> State:
     os.chdir(folder)
-    return run_cell(root, cell)
+    return run_cell(cell)
