@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,26 +129,35 @@ def one(tiny, preferences, tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module", params=list(WRAPPERS))
-def two(request, tiny, preferences, tmp_path_factory):
-    """The results of two processes, what they printed, and what spread their work."""
-    wrapper = request.param
-    if wrapper == "zero2" and find_spec("deepspeed") is None:
+@pytest.fixture(scope="module")
+def launched(tiny, preferences, tmp_path_factory):
+    """Wrapper -> folder of the results of two processes, and what they printed; each once."""
+
+    @cache
+    def under(wrapper):
+        root = tmp_path_factory.mktemp(wrapper)
+        asked = commands(tiny, preferences, root, 2)
+        asked = [asked[name] for name in RUN_UNDER[wrapper]]
+        codes, out, err = launch(root, asked, wrapper)
+        assert codes == {"0": [0] * len(asked), "1": [0] * len(asked)}, err[-3000:]
+        return SimpleNamespace(root=root, out=out, err=err, wrapper=wrapper)
+
+    return under
+
+
+@pytest.fixture
+def two(request, launched):
+    if request.param == "zero2" and find_spec("deepspeed") is None:
         pytest.skip(NEEDS_DEEPSPEED)
-    root = tmp_path_factory.mktemp(wrapper)
-    asked = commands(tiny, preferences, root, 2)
-    asked = [asked[name] for name in RUN_UNDER[wrapper]]
-    codes, out, err = launch(root, asked, wrapper)
-    assert codes == {"0": [0] * len(asked), "1": [0] * len(asked)}, err[-3000:]
-    return root, out, err, wrapper
+    return launched(request.param)
 
 
-def results(two, name):
-    """Where two processes have the result of a command; skipped where it is not run."""
-    root, _, _, wrapper = two
-    if name not in RUN_UNDER[wrapper]:
-        pytest.skip(f"{name} is not run under {wrapper}")
-    return root / name
+def under_each_wrapper(*names):
+    """A test of these commands under each wrapper that they are run under."""
+    cases = [
+        (wrapper, name) for wrapper in WRAPPERS for name in names if name in RUN_UNDER[wrapper]
+    ]
+    return pytest.mark.parametrize(("two", "name"), cases, indirect=["two"])
 
 
 def scores(folder):
@@ -160,9 +170,9 @@ def difference(first, second):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [*METHODS, "dpo", "full", "dora"])
+@under_each_wrapper(*METHODS, "dpo", "full", "dora")
 def test_the_ranking_of_two_processes_is_that_of_one(one, two, name, record_property):
-    found = results(two, name)
+    found = two.root / name
     measured = difference(scores(one / name), scores(found))
     record_property("difference of scores", measured)  # --junitxml=FILE -o junit_family=xunit1
     assert measured < 1e-4
@@ -170,17 +180,17 @@ def test_the_ranking_of_two_processes_is_that_of_one(one, two, name, record_prop
     assert first["held_out_loss_nats"] == pytest.approx(second["held_out_loss_nats"], rel=1e-4)
     first, second = first["stage_1"], second["stage_1"]
     assert first["losses"] == pytest.approx(second["losses"], rel=1e-4)
-    if two[3] != "zero2":  # which hides gradients
+    if two.wrapper != "zero2":  # which hides gradients
         assert first["step_scores"] == pytest.approx(second["step_scores"], rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", LOOKS_INSIDE)
+@under_each_wrapper(*LOOKS_INSIDE)
 def test_a_method_that_looks_inside_sees_every_batch_in_every_process(
     tiny, one, two, tmp_path, name
 ):
     """So it gives what one process gives with the batch of one of them, not of both."""
-    found = results(two, name)
+    found = two.root / name
     adapter = ("--adapter", found / "adapter", "--method", name, *BATCHES)
     inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--held-out", 8)
     output = ("--batch-size", 2, "--output", tmp_path / "small")
@@ -190,9 +200,9 @@ def test_a_method_that_looks_inside_sees_every_batch_in_every_process(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["train", "rank-first", "train-full"])
+@under_each_wrapper("train", "rank-first", "train-full")
 def test_so_is_what_is_trained(one, two, name):
-    found = results(two, name)
+    found = two.root / name
     first, second = (record_of(root) for root in (one / name, found))
     assert first["selection"]["modules"] == second["selection"]["modules"]
     assert first.get("frozen", {}).get("modules") == second.get("frozen", {}).get("modules")
@@ -207,23 +217,23 @@ def test_so_is_what_is_trained(one, two, name):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("two", WRAPPERS, indirect=True)
 def test_only_the_first_process_speaks_and_writes(two):
-    root, out, err, wrapper = two
-    assert out.count(f"written to {root / 'elimination' / 'ranking.json'}") == 1
-    of_six_steps = [name for name in RUN_UNDER[wrapper] if set(RANK) <= set(COMMANDS[name])]
-    assert err.count("stage 1 ended after 6 steps") == len(of_six_steps)
-    assert [path.name for path in root.rglob(".*")] == []
+    assert two.out.count(f"written to {two.root / 'elimination' / 'ranking.json'}") == 1
+    of_six_steps = [name for name in RUN_UNDER[two.wrapper] if set(RANK) <= set(COMMANDS[name])]
+    assert two.err.count("stage 1 ended after 6 steps") == len(of_six_steps)
+    assert [path.name for path in two.root.rglob(".*")] == []
 
 
 @pytest.mark.long
-def test_a_stopped_run_of_two_processes_goes_on_bit_for_bit(tiny, preferences, two, tmp_path):
-    whole = results(two, "rank-first")
-    words = commands(tiny, preferences, tmp_path, 2)["rank-first"]
+@under_each_wrapper("rank-first")
+def test_a_stopped_run_of_two_processes_goes_on_bit_for_bit(tiny, preferences, two, tmp_path, name):
+    words = commands(tiny, preferences, tmp_path, 2)[name]
     for more in ({"STOP_AT": "5"}, {}):
-        codes, _, err = launch(tmp_path, [words], two[3], **more)
+        codes, _, err = launch(tmp_path, [words], two.wrapper, **more)
         assert codes == {rank: [130 if more else 0] for rank in "01"}, err[-3000:]
     assert "training selected: continues after step 4" in err
-    assert differences(contents(whole), contents(tmp_path / "rank-first")) == []
+    assert differences(contents(two.root / name), contents(tmp_path / name)) == []
 
 
 @pytest.mark.long

@@ -228,15 +228,6 @@ def test_exactly_the_pruned_modules_get_the_bases_weights_back(tmp_path, base_dt
     assert not info["unexpected_keys"]
 
 
-def test_one_shard_stays_one_file(tmp_path):
-    checkpoints(tmp_path, shard="1GB")
-    restore(tmp_path)
-    files = {path.name for path in (tmp_path / "cut").iterdir()}
-    assert files == {"config.json", "generation_config.json", "model.safetensors"}
-    old, new = (tmp_path / folder / "model.safetensors" for folder in ("tuned", "cut"))
-    assert new.stat().st_size == old.stat().st_size
-
-
 def _one_is_not_restored(path, values, write):
     write(path, ((name, value) for name, value in values if name != f"{Q0}.bias"))
 
