@@ -149,7 +149,7 @@ class _Maker:
         needs = [*cells.values()]
         ranking = self._cell("ranking", options, defaults_of("rank"), shared, needs)
         cells["ranking"] = ranking
-        if self.study.verify:
+        if self.study.verify or options.get("budget") == AUTO:
             place = {"ranking": ranking.folder, **update}
             own = defaults_of("verify")
             cells["verification"] = self._cell("verification", options, own, place, [ranking])
@@ -162,8 +162,6 @@ class _Maker:
             own.pop("revision", None)  # that of the ranked model
         needed, is_any = ranked["ranking"], False
         if options.get("budget") == AUTO:
-            if "verification" not in ranked:
-                raise ConfigError("`verify` of a study must not be false with `budget` auto")
             needed = ranked["verification"]
         elif str(options.get("budget")) in ("1.0", "1.0x-params") and "stage-1" in ranked:
             # All modules are the same set whatever ranks them: the ranking that comes with stage 1
@@ -178,14 +176,12 @@ class _Maker:
         return replace(cell, needs=(needed.name,), scope=scope)
 
     def _evaluation(self, training: Cell) -> Cell:
-        """The comparison of what was trained with its base model."""
-        model = defaults_of("eval", ("compared", "benchmarks", "losses", "run")).keys() - {"towers"}
-        own = {name: value for name, value in training.options.items() if name in model}
-        given = self.study.evaluate.items()
-        own |= {name: value for name, value in given if value is not None}
+        """What was trained, against its base model."""
+        own = {**training.options, "towers": None, **self.study.evaluate}
+        names = [option.name for option in fields(ModelOptions)] + [*self.study.evaluate]
         flag = "checkpoint" if training.options.get("update") == "full" else "adapter"
         place = {flag: training.folder / TUNED}
-        cell = self._cell("evaluation", own, own, place, [training])
+        cell = self._cell("evaluation", own, names, place, [training])
         known = defaults_of("eval", ("model", "compared"))
         return replace(cell, scope=cell.scope.union(f"evaluate: {name}" for name in known))
 
@@ -194,11 +190,11 @@ class _Maker:
         kind: str,
         options: Options,
         names: Iterable[str],
-        place: Options | None = None,
+        place: Options = {},
         needs: Sequence[Cell] = (),
     ) -> Cell:
         """A cell that takes the options called `names`; the study itself adds those of `place`."""
-        own = {name: options[name] for name in names if name in options}
+        own = {name: options[name] for name in names if options.get(name) is not None}
         command = KINDS[kind][0]
         # Without `steps`, `train` takes the steps of stage 1, so its default says nothing.
         usual = {**defaults_of(command), "steps": None}
@@ -212,7 +208,7 @@ class _Maker:
         folder = self.root / f"{kind}-{key}"
         output = folder / TUNED if kind == "training" else folder
         words = [command]
-        for name, value in {**own, **(place or {}), "output": output}.items():
+        for name, value in {**own, **place, "output": output}.items():
             words += flag_words(name, value)
         scope = frozenset(names).union(*(cell.scope for cell in needs))
         return Cell(kind, folder, own, tuple(words), before, scope)

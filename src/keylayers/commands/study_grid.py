@@ -34,7 +34,7 @@ class Study(BaseModel):
         return {axis: _entries(axis, values) for axis, values in self.grid.items()}
 
     def combinations(self) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
-        """For every combination of the grid: axis -> label, and all options that have a value."""
+        """For every combination of the grid: axis -> label, and all options that are given."""
         for labels in itertools.product(*self.axes.values()):
             point = dict(zip(self.axes, labels, strict=True))
             options = dict(self.options)
