@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`keylayers study`."""
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -59,7 +58,7 @@ def study(
     if not studies or len(names) < len(studies) or CELLS in names:
         raise ConfigError("studies must be files with different names, other than `cells`")
     files = {name: read_study(read_yaml(p, "study"), str(p), settings) for name, p in names.items()}
-    for axis in {axis for file in files.values() for axis in file.grid} & set(COLUMNS):
+    for axis in {axis for file in files.values() for axis in file.grid} & COLUMNS:
         raise ConfigError(f"no axis of a study must be named like a column of results, got {axis}")
     planned = {name: plan(file, output) for name, file in files.items()}
     cells = list({cell.name: cell for own in planned.values() for cell in own}.values())
@@ -68,16 +67,13 @@ def study(
     console = stdout()
     if dry_run:
         for cell in cells:
-            words = f"keylayers {shlex.join(cell.words)}"
-            line = printable(f"{cell.name} ({states[cell.name].status}): {words}")
-            console.print(line, markup=False, soft_wrap=True)
+            line = f"{cell.name} ({states[cell.name].status}): {cell.command}"
+            console.print(printable(line), markup=False, soft_wrap=True)
         return
     with output_folder(output), one_at_a_time(output):
         if any(state.status != "finished" for state in states.values()):
-            at_work = study_workers.local(workers)
-            if ray_address is not None:
-                at_work = study_workers.on_ray(ray_address)
-            with at_work as submit:
+            ray = study_workers.on_ray(ray_address) if ray_address is not None else None
+            with ray or study_workers.local(workers) as submit:
                 states = study_workers.run_cells(cells, submit)
         for name, own in planned.items():
             folder = output / name if len(planned) > 1 else output

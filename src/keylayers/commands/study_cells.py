@@ -6,6 +6,7 @@ valid. Needs no torch.
 """
 
 import hashlib
+import shlex
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -63,6 +64,11 @@ class Cell:
         return self.folder.name
 
     @property
+    def command(self) -> str:
+        """What repeats it in a shell."""
+        return f"keylayers {shlex.join(self.words)}"
+
+    @property
     def result(self) -> Path:
         """The file that the command writes last."""
         return self.folder / KINDS[self.kind][1]
@@ -105,11 +111,10 @@ def check(cells: Iterable[Cell]) -> None:
     parser = App(default_parameter=keylayers.default_parameter)
     for command in dict.fromkeys(command for command, _ in KINDS.values()):
         parser.command(keylayers[command], name=command)
-    seen: set[tuple[str, ...]] = set()
+    seen: set[tuple[str, str]] = set()
     for cell in cells:  # parsing takes 40 ms: once for each value, and for values that interact
-        interact = (str(item) for item in cell.options.items() if item[0] not in INDEPENDENT)
-        new = {(cell.kind, *map(str, item)) for item in cell.options.items()}
-        new.add(("together", cell.kind, *interact))
+        interact = [item for item in cell.options.items() if item[0] not in INDEPENDENT]
+        new = {(cell.kind, str(part)) for part in (interact, *cell.options.items())}
         if not new <= seen:
             parser.parse_args(cell.words, print_error=False, exit_on_error=False)
         seen |= new
@@ -126,7 +131,7 @@ class _Maker:
     def cells_of(self, options: Options) -> Iterable[Cell]:
         """What one combination needs, in order; it trains if something selects modules."""
         if options.get("rank_first"):
-            cells = {"training": self._cell("training", options, defaults_of("train"))}
+            cells = {"training": self._cell("training", options, defaults_of("train"), {}, [])}
         else:
             cells = self._ranked(options)
             if "budget" in options or "freeze" in options:
@@ -139,20 +144,18 @@ class _Maker:
         """A ranking; before it stage 1 if there is no update yet; after it the mask curve."""
         cells, shared, update = {}, {}, {}
         if "adapter" not in options and "tuned" not in options:
-            own = defaults_of("rank", ("update", "scoring"))
-            fastest = {"method": "update-norm"}
-            cells["stage-1"] = self._cell("stage-1", options, own, fastest)
+            names, fastest = defaults_of("rank", ("update", "scoring")), {"method": "update-norm"}
+            cells["stage-1"] = self._cell("stage-1", options, names, fastest, [])
             folder = cells["stage-1"].folder
             shared, update = {"stage_1": folder}, {"adapter": folder / STAGE_1_ADAPTER}
             if options.get("update") == "full":
                 update = {"tuned": folder / STAGE_1_CHECKPOINT}
-        needs = [*cells.values()]
-        ranking = self._cell("ranking", options, defaults_of("rank"), shared, needs)
+        before = [*cells.values()]
+        ranking = self._cell("ranking", options, defaults_of("rank"), shared, before)
         cells["ranking"] = ranking
         if self.study.verify or options.get("budget") == AUTO:
-            place = {"ranking": ranking.folder, **update}
-            own = defaults_of("verify")
-            cells["verification"] = self._cell("verification", options, own, place, [ranking])
+            names, place = defaults_of("verify"), {"ranking": ranking.folder, **update}
+            cells["verification"] = self._cell("verification", options, names, place, [ranking])
         return cells
 
     def _training(self, options: Options, ranked: Mapping[str, Cell]) -> Cell:
@@ -190,8 +193,8 @@ class _Maker:
         kind: str,
         options: Options,
         names: Iterable[str],
-        place: Options = {},
-        needs: Sequence[Cell] = (),
+        place: Options,
+        needs: Sequence[Cell],
     ) -> Cell:
         """A cell that takes the options called `names`; the study itself adds those of `place`."""
         own = {name: options[name] for name in names if options.get(name) is not None}

@@ -7,7 +7,6 @@ A cell that serves several combinations of the grid has rows for each. Needs no 
 import base64
 import json
 import math
-import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -31,7 +30,8 @@ from keylayers.ranking.record import MadeBy, RunRecord
 
 FIXED, MEASURED = ["cell", "kind", "status", "error"], ["measure", "value", "unit"]
 PAIR, AGREED = ["differs", "first", "second"], ["jaccard", "chance_jaccard", "tau"]
-COLUMNS = (*FIXED, *MEASURED, *PAIR, "best", *AGREED, "top_weighted_tau")
+AGREEMENT = ["best", *AGREED, "top_weighted_tau"]
+COLUMNS = {*FIXED, *MEASURED, *PAIR, *AGREEMENT}
 SEED = "seed"  # the axis whose entries repeat the same run
 # Measure -> its reference in summaries; a measure of an evaluation has its base model.
 REFERENCES = {"area": "area_of_random_orders", "held_out_loss": "held_out_loss_base"}
@@ -142,15 +142,15 @@ def agreement_table(
         if len(differing) != 1:
             continue
         (axis,) = differing
-        pair = dict(zip(PAIR, (axis, first.get(axis), second.get(axis)), strict=True))
+        pair = {"differs": axis, "first": first.get(axis), "second": second.get(axis)}
         shared = {name: label for name, label in first.items() if name != axis}
         for best in fractions:
             row = {**pair, **shared, "best": best}
             if not (ranking.is_flat or other.is_flat):
                 (found,) = agreement([ranking, other], best, has_intervals=False)
-                row |= {name: getattr(found, name) for name in (*AGREED, "top_weighted_tau")}
+                row |= {name: getattr(found, name) for name in AGREEMENT[1:]}
             rows.append(row)
-    return pd.DataFrame(rows, columns=[*PAIR, *axes, "best", *AGREED, "top_weighted_tau"])
+    return pd.DataFrame(rows, columns=[*PAIR, *axes, *AGREEMENT])
 
 
 def agreement_means(table: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
@@ -205,7 +205,6 @@ def _page(means: Mapping[str, pd.DataFrame], table: pd.DataFrame, cells: Sequenc
     templates = Environment(loader=PackageLoader("keylayers.report", "page"), autoescape=True)
     page = templates.get_template("study.html").render(
         parts=parts,
-        num_cells=len(cells),
-        commands="\n".join(f"keylayers {shlex.join(cell.words)}" for cell in cells),
+        commands=[cell.command for cell in cells],
     )
     return page.encode("utf-8", "replace")
