@@ -2,7 +2,7 @@
 """Study files for tests, and a way to run their cells in the process of the test."""
 
 import contextlib
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import yaml
@@ -56,12 +56,8 @@ def in_this_process(_workers=None):
     from keylayers.commands.study_workers import run_cell
 
     def submit(cell):
-        future = Future()
-        try:
-            future.set_result(run_cell(cell))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
+        with ThreadPoolExecutor(1) as thread:  # one cell after the other
+            return thread.submit(run_cell, cell)
 
     yield submit
 

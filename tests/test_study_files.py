@@ -112,10 +112,8 @@ def test_only_auto_needs_a_mask_curve():
     assert by_need[ranking.name,] == other["training"][0]
     cells = planned({"points": [5, 10]}, budget=0.3)
     assert cells["training"][0].points == ({},)
-    assert [cell.points for cell in cells["verification"]] == [
-        ({"points": "5"},),
-        ({"points": "10"},),
-    ]
+    labels = [cell.points for cell in cells["verification"]]
+    assert labels == [({"points": "5"},), ({"points": "10"},)]
 
 
 def test_an_update_that_exists_needs_no_stage_1_and_rank_first_no_ranking():
@@ -147,11 +145,12 @@ def flag(cell, name):
 
 
 def test_an_evaluation_is_of_what_was_trained():
-    cells = planned(parts={"evaluate": {"tasks": "mmlu"}}, towers="all", budget=0.3)
+    parts = {"evaluate": {"tasks": "mmlu"}}
+    cells = planned(parts=parts, towers="all", budget=0.3)
     (evaluation,) = cells["evaluation"]
     assert flag(evaluation, "--adapter") == folder(cells["training"][0]) + "/tuned"
     assert "--towers" not in evaluation.words
-    cells = planned(parts={"evaluate": {"tasks": "mmlu"}}, update="full", budget=0.3)
+    cells = planned(parts=parts, update="full", budget=0.3)
     assert flag(cells["evaluation"][0], "--checkpoint") == folder(cells["training"][0]) + "/tuned"
     assert flag(cells["verification"][0], "--tuned") == folder(cells["stage-1"][0]) + "/tuned"
 
@@ -239,19 +238,14 @@ WORDS = [
     (["a.yaml", "--set", "lora-rank=3"], "must replace all of axis 'size', which sets 'lora_rank'"),
     (["a.yaml", "--workers", "0"], "`workers` must be at least 1"),
     (["a.yaml", "--ray-address", "auto", "--workers", "2"], "left out with `ray_address`"),
-    pytest.param(
-        ["a.yaml", "--ray-address", "127.0.0.1:1"],
-        "of a running cluster, got '127.0.0.1:1'",
-        marks=pytest.mark.enable_socket,
-    ),
+    (["a.yaml", "--ray-address", "127.0.0.1:1"], "of a running cluster, got '127.0.0.1:1'"),
     (["a.yaml", "--ray-address", "somewhere"], "of a running cluster, got 'somewhere'"),
 ]
 
 
+@pytest.mark.enable_socket
 @pytest.mark.parametrize(("words", "message"), WORDS)
-def test_words_that_cannot_be_used_are_one_clear_line(
-    tmp_path, monkeypatch, capsys, words, message
-):
+def test_words_that_cannot_be_used_are_refused(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     grid = {"seed": [0], "size": [{"name": "small", "lora_rank": 4}]}
     write(tmp_path, "a", options=BASE, grid=grid)
