@@ -43,6 +43,7 @@ COMMANDS = {
     "import": "Make a ranking of a scan by Spectrum: it can be shown, compared, trained on and "
     "exported.",
     "study": "Run every combination of models, data, seeds, methods and budgets, each once.",
+    "targets": "Show which modules a training config trains, without loading weights.",
     "export": "Write the files with which another tool trains exactly the selected modules.",
 }
 for _name, _help in COMMANDS.items():

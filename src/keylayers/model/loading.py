@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -171,6 +173,28 @@ def _missing_adapter_weights(tuned: PeftModel, folder: Path) -> list[str]:
     return sorted(
         (stored - of_base) ^ set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
     )
+
+
+def empty_model(source: ModelOptions, *, is_as_saved: bool = False) -> PreTrainedModel:
+    """The model on the meta device: only its config is read.
+
+    `is_as_saved` takes the class that the checkpoint was saved from, for example one with a vision
+    tower, in place of the causal language model.
+    """
+    check_folder(source.model, "config.json", "a model")
+    try:
+        config = AutoConfig.from_pretrained(
+            source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{source.model!r} must be a model with a config: {first_line(error)}"
+        ) from error
+    name = (config.architectures or [""])[0] if is_as_saved else ""
+    with torch.device("meta"):
+        if hasattr(transformers, name):
+            return getattr(transformers, name)._from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
 
 
 def max_positions(model: PreTrainedModel | PeftModel) -> int | None:

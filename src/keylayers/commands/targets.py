@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`keylayers targets`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+
+from keylayers.errors import ConfigError
+from keylayers.model.options import ModelOptions
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from keylayers.apply.trained import Trained
+
+EXAMPLES = """Examples:
+
+```
+keylayers targets my-adapter/adapter_config.json
+keylayers targets axolotl.yaml --model mistralai/Mixtral-8x7B-v0.1
+keylayers targets sft.yaml --tool trl --json
+```
+"""
+
+app = App(help_epilogue=EXAMPLES, help_format="markdown")
+
+
+@app.default
+def targets(
+    config: Path,
+    /,
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    tool: Literal["peft", "trl", "axolotl", "llamafactory"] | None = None,
+    trust_remote_code: bool = False,
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Show which modules a training config trains, without loading weights.
+
+    PEFT puts the adapter on a model without storage, so names that match nothing, targets that
+    PEFT rewrites in mixtures of experts and vision towers that are hit come to light.
+
+    Args:
+        config: A PEFT adapter_config.json, a LoraConfig in YAML, or the YAML of TRL, axolotl or
+            LLaMA-Factory.
+        model: Folder with config.json, or name on the Hub. Default: the config's own.
+        revision: Revision of a model on the Hub.
+        tool: The tool that reads the config. Default: by its keys.
+        trust_remote_code: Run Python code of the model's repository.
+        as_json: Print JSON for machines.
+    """
+    from keylayers.apply.configs import MODEL_KEY, read_config, tool_of, wanted
+    from keylayers.apply.trained import trained_by
+    from keylayers.commands.console import print_json, stdout
+    from keylayers.model.loading import empty_model
+
+    content = read_config(config)
+    tool = tool or tool_of(content)
+    name = model or content.get(MODEL_KEY[tool])
+    if not name:
+        raise ConfigError(f"the config has no `{MODEL_KEY[tool]}`; name the model with `model`")
+    source = ModelOptions(model=name, revision=revision, trust_remote_code=trust_remote_code)
+    empty = empty_model(source, is_as_saved=True)
+    found = trained_by(wanted(tool, content, empty), empty)
+    if as_json:
+        print_json({"tool": tool, "model": name} | _content(found))
+        return
+    console = stdout()
+    console.print(f"{config}, read as {tool}: {_summary(found)}", markup=False)
+    for title, table in _heatmaps(found):
+        console.print(f"\n{title}", markup=False)
+        console.print(table)
+    outside = sorted(found.names - {info.name for info in found.modules})
+    if outside:
+        shown = (f"{name} ({found.lora.get(name, 'whole')})" for name in outside)
+        console.print(f"\noutside the blocks: {', '.join(shown)}", markup=False, soft_wrap=True)
+    for warning in found.warnings:
+        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+
+
+def _summary(found: "Trained") -> str:
+    num_lora = sum(info.name in found.lora for info in found.modules)
+    num_whole = sum(info.name in found.whole for info in found.modules)
+    parts = [
+        f"{word} {count} of {len(found.modules)} modules"
+        for word, count in (("LoRA on", num_lora), ("trains the weights of", num_whole))
+        if count
+    ]
+    return f"{', '.join(parts) or 'no module of a block'}; {found.num_parameters:,} parameters"
+
+
+def _content(found: "Trained") -> dict[str, Any]:
+    return {
+        "num_modules": len(found.modules),
+        "num_lora_parameters": found.num_lora_parameters,
+        "num_trained_parameters": found.num_parameters,
+        "modules": [
+            {
+                "name": info.name,
+                "block_index": info.block_index,
+                "projection": info.projection,
+                "lora_rank": found.lora.get(info.name),
+                "num_trained_weights": found.whole.get(info.name, 0),
+            }
+            for info in found.modules
+        ],
+        "outside": {
+            name: {
+                "lora_rank": found.lora.get(name),
+                "num_trained_weights": found.whole.get(name, 0),
+            }
+            for name in sorted(found.names - {info.name for info in found.modules})
+        },
+        "warnings": list(found.warnings),
+    }
+
+
+def _heatmaps(found: "Trained") -> "list[tuple[str, Table]]":
+    """One table per list of blocks: LoRA's rank, `all` where the weights are trained, or a dot."""
+    from rich.text import Text
+
+    from keylayers.apply.configs import stack_of
+    from keylayers.report.terminal import plain_table
+
+    tables = []
+    for stack in dict.fromkeys(stack_of(info.name) for info in found.modules):
+        inside = [info for info in found.modules if stack_of(info.name) == stack]
+        projections = list(dict.fromkeys(info.projection for info in inside))
+        first = inside[0].block_index or 0
+        table = plain_table("block", *projections, num_left=0, gap=1)
+        for block in dict.fromkeys(info.block_index for info in inside):
+            names = {info.projection: info.name for info in inside if info.block_index == block}
+            row = []
+            for projection in projections:
+                name = names.get(projection, "")
+                text = (
+                    "all" if name in found.whole else str(found.lora.get(name, "·" if name else ""))
+                )
+                row.append(Text(text, style="dim" if text == "·" else "bold black on #fdea45"))
+            table.add_row(str((block or 0) - first), *row)
+        tables.append((stack, table))
+    return tables
