@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every option of PEFT's LoRA: gates open are plain PEFT, gates closed the base, or a refusal.
+
+The table must have a row for each field of `LoraConfig` and for each of its starts, so an option
+that a new PEFT brings is a failing row.
+"""
+
+from dataclasses import fields
+from typing import Literal, get_args, get_origin
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import config as own_configs
+from transformers import LlamaConfig, LlamaForCausalLM
+
+TARGETS = {"r": 2, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"]}
+SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+IDS = torch.arange(3, 35).reshape(2, 16)
+CHANGES_BASE = r"gates must start from the base model, but .* `init_lora_weights`"
+VARIANT = r"the variant \w+ of LoRA is not known to be linear"
+
+# Option -> values to try, each with None if gates are exact, or with the refusal's text.
+# A text in place of values says why there is nothing to try.
+TABLE = {
+    "r": [(3, None)],
+    "target_modules": [
+        ("all-linear", None),
+        (r".*\.1\.mlp\.\w+_proj", None),
+        (["embed_tokens", "q_proj"], None),
+        (["lm_head", "q_proj"], None),
+    ],
+    "exclude_modules": [(["model.layers.0.self_attn.q_proj"], None)],
+    "lora_alpha": [(7, None)],
+    "lora_dropout": [(0.5, None)],
+    "fan_in_fan_out": "for Conv1D, of which GPT-2 in test_architectures.py is made",
+    "bias": [("lora_only", "biases of the base that are trained"), ("all", "biases of the base")],
+    "use_rslora": [(True, None)],
+    "modules_to_save": [(["lm_head"], None), (["k_proj"], None), (["embed_tokens"], None)],
+    "layers_to_transform": [([1], None)],
+    "layers_pattern": [({"layers_to_transform": [1], "layers_pattern": "layers"}, None)],
+    "rank_pattern": [({"q_proj": 3}, None)],
+    "alpha_pattern": [({"q_proj": 9}, None)],
+    "trainable_token_indices": [([3, 4], None)],
+    "use_dora": [(True, None)],
+    "target_parameters": "for stacked experts, of which test_experts.py has models",
+    "lora_bias": [(True, "`lora_bias=True` adds a bias")],
+    "layer_replication": [([(0, 2), (1, 2)], "`layer_replication`")],
+    "ensure_weight_tying": [
+        ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, None),
+        ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, None),
+    ],
+    "init_lora_weights": [
+        (True, None),
+        (False, None),
+        ("gaussian", None),
+        ("eva", None),
+        ("orthogonal", None),
+        ("mica", VARIANT),
+        ("pissa", CHANGES_BASE),
+        ("pissa_niter_2", CHANGES_BASE),
+        ("olora", CHANGES_BASE),
+        ("loftq", CHANGES_BASE),
+        ("corda", CHANGES_BASE),
+        ("lora_ga", CHANGES_BASE),
+    ],
+    "use_bdlora": [
+        (own_configs.BdLoraConfig(target_modules_bd_a=["q_proj", "down_proj"]), VARIANT)
+    ],
+    "monteclora_config": [(own_configs.MontecloraConfig(), VARIANT)],
+    "velora_config": [(own_configs.VeloraConfig(), VARIANT)],
+    "kasa_config": [(own_configs.KasaConfig(), VARIANT)],
+    "alora_invocation_tokens": [([3, 4], VARIANT)],
+    "arrow_config": "routes between several adapters, and one must be active",
+    "use_qalora": "only for GPTQ models",
+    "qalora_group_size": "of `use_qalora`",
+    "eva_config": "of the start `eva`",
+    "corda_config": "of the start `corda`",
+    "loftq_config": "of the start `loftq`",
+    "lora_ga_config": "of the start `lora_ga`",
+    "runtime_config": "not saved",
+    "task_type": "names the model's class",
+    "peft_type": "other tuners have configs of their own",
+    "auto_mapping": "for models without a task",
+    "peft_version": "a record",
+    "base_model_name_or_path": "a record",
+    "revision": "a record",
+    "inference_mode": "freezes",
+    "megatron_config": "needs Megatron",
+    "megatron_core": "needs Megatron",
+}
+CASES = [
+    pytest.param(option, value, text, id=f"{option}-{number}")
+    for option, values in TABLE.items()
+    if not isinstance(values, str)
+    for number, (value, text) in enumerate(values)
+]
+
+
+def test_every_option_and_every_start_of_peft_has_a_row():
+    assert {one.name for one in fields(LoraConfig)} == {*TABLE}
+    (kind,) = (one.type for one in fields(LoraConfig) if one.name == "init_lora_weights")
+    (starts,) = (part for part in get_args(kind) if get_origin(part) is Literal)
+    tried = {value for value, _ in TABLE["init_lora_weights"]}
+    assert {start.partition("_[")[0] for start in get_args(starts)} - {"pissa_niter"} <= tried
+
+
+def base(is_tied=False):
+    """A tiny model with biases in its attention, always the same."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "attention_bias": True}
+    config = LlamaConfig(**SIZES, **heads, tie_word_embeddings=is_tied, initializer_range=0.2)
+    return LlamaForCausalLM(config).eval()
+
+
+def loss_of(model):
+    with torch.no_grad():
+        return float(model.eval()(input_ids=IDS, labels=IDS).loss)
+
+
+def write_adapter(folder, options, is_tied=False):
+    """An adapter with noise in all that it trains, as PEFT saves it."""
+    start = options.get("init_lora_weights")
+    needs_data = start in ("corda", "loftq", "lora_ga")  # made elsewhere: only the config matters
+    given = options | ({"init_lora_weights": True} if needs_data else {})
+    tuned = get_peft_model(base(is_tied), LoraConfig(task_type="CAUSAL_LM", **given))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    tuned.save_pretrained(folder)
+    if needs_data:
+        path = folder / "adapter_config.json"
+        text = path.read_text().replace(
+            '"init_lora_weights": true', f'"init_lora_weights": "{start}"'
+        )
+        path.write_text(text)
+    return tuned
+
+
+def without_lora(folder, is_tied):
+    """The loss with everything but LoRA on: modules and tokens that are trained as they are."""
+    model = PeftModel.from_pretrained(base(is_tied), folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "lora_embedding_A" in name:
+                parameter.zero_()
+    return loss_of(model)
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's, about options that the test gives on purpose
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(("option", "value", "text"), CASES)
+def test_gates_are_exact_or_refused(option, value, text, is_tied, tmp_path):
+    from keylayers.errors import ModelError
+    from keylayers.gates import gated
+    from keylayers.model.loading import load_adapter
+    from keylayers.updates import adapter_updates
+
+    is_whole = isinstance(value, dict) and option in value
+    options = TARGETS | (value if is_whole else {option: value})
+    live = write_adapter(tmp_path, options, is_tied)
+    if text is not None:
+        with pytest.raises(ModelError, match=text):
+            adapter_updates(load_adapter(base(is_tied), str(tmp_path)))
+        if options.get("init_lora_weights") not in ("corda", "loftq", "lora_ga"):
+            with pytest.raises(ModelError, match=text):
+                adapter_updates(live)  # as inside a run
+        return
+    tuned = loss_of(PeftModel.from_pretrained(base(is_tied), tmp_path))
+    is_plain = not {"modules_to_save", "trainable_token_indices", "use_dora"} & {*options}
+    untuned = (
+        loss_of(base(is_tied))
+        if is_plain or option == "use_dora"
+        else without_lora(tmp_path, is_tied)
+    )
+    assert abs(tuned - untuned) > 1e-3
+    model = load_adapter(base(is_tied), str(tmp_path))
+    updates = adapter_updates(model)
+    for value, expected in ((1.0, tuned), (0.0, untuned)):
+        with gated(model, updates, initial_score=value, link="identity"):
+            assert loss_of(model) == pytest.approx(expected, abs=1e-5)
