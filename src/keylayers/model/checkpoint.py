@@ -129,4 +129,7 @@ def first_line(error: Exception) -> str:
         if isinstance(cause, LocalEntryNotFoundError):
             return "there is no such folder, and the hub cannot be reached to look for it there"
         cause = cause.__cause__
-    return str(error).strip().partition("\n")[0].strip() or type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):  # torch's heading over the tensors that differ
+        return lines[1]
+    return lines[0] if lines else type(error).__name__

@@ -8,13 +8,12 @@ Only safetensors are read, never pickle; code that comes with a model runs only 
 import re
 import warnings
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from peft import PeftConfig, PeftModel, PeftType
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,6 +34,7 @@ from keylayers.model.checkpoint import (
     local_folder,
 )
 from keylayers.model.options import Dtype, ModelOptions, Objective
+from keylayers.updates.adapter import refuse_changed_base, refuse_trained_biases
 
 # What PEFT and safetensors raise for configs and weights with wrong values; found by fuzzing.
 FROM_A_BAD_ADAPTER = (
@@ -143,36 +143,35 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
             f"weights are not loaded"
         )
     try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except FROM_A_BAD_ADAPTER as error:
+        raise ModelError(
+            f"the adapter {adapter!r} must have a config that PEFT takes: {first_line(error)}"
+        ) from error
+    refuse_changed_base(config)
+    try:
         with warnings.catch_warnings():
             # PEFT 0.21 saves AdaLoRA's ranks by names of parameters, and warns when it reads them.
             warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
             # AdaLoRA's model cannot compute a loss unless it was loaded to be trained.
-            is_adalora = PeftConfig.from_pretrained(str(folder)).peft_type == PeftType.ADALORA
-            tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=is_adalora)
-            tuned.requires_grad_(False)
-        missing = _missing_adapter_weights(tuned, folder)
+            is_trainable = config.peft_type == PeftType.ADALORA
+            tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+            # Only this call says which names of the file are not in the model, as PEFT converts
+            # them: transformers 5 stacks experts that transformers 4 kept apart.
+            loaded = tuned.load_adapter(str(folder), "default", is_trainable=is_trainable)
+        tuned.requires_grad_(False)
     except FROM_A_BAD_ADAPTER as error:
         raise ModelError(
             f"the adapter must be one for this base model, but {adapter!r} does not fit: "
             f"{first_line(error)}"
         ) from error
-    if missing:
+    refuse_trained_biases(tuned)
+    if odd := sorted({*loaded.missing_keys, *loaded.unexpected_keys}):
         raise ModelError(
             f"the adapter must be one for this base model, but {adapter!r} and the model differ in "
-            f"{len(missing)} weights, first {missing[0]}"
+            f"{len(odd)} weights, first {odd[0]}"
         )
     return tuned
-
-
-def _missing_adapter_weights(tuned: PeftModel, folder: Path) -> list[str]:
-    """Names that are in the adapter's file or in the model, but not in both."""
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        stored = set(file.keys())
-    # PEFT also saves the base's embeddings where they are targets, but not for each form of target.
-    of_base = set(tuned.state_dict())
-    return sorted(
-        (stored - of_base) ^ set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
-    )
 
 
 def empty_model(source: ModelOptions, *, is_as_saved: bool = False) -> PreTrainedModel:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The updates of a PEFT adapter, or an error that says why a gate cannot scale them."""
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -26,6 +27,9 @@ from keylayers.updates.experts import ParameterUpdate
 from keylayers.updates.gate import AdapterUpdate
 from keylayers.updates.lora import LoraUpdate
 
+# With these starts PEFT changes the base's weights when it makes or loads the adapter.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 
 def adapter_updates(model: nn.Module) -> list[AdapterUpdate]:
     """All updates of the active adapter: outside the blocks first, then in the blocks' order.
@@ -42,7 +46,9 @@ def adapter_updates(model: nn.Module) -> list[AdapterUpdate]:
             "an AdaLoRA adapter must be loaded to be trained, or PEFT cannot compute its loss; "
             "give is_trainable=True to PeftModel.from_pretrained"
         )
-    _refuse_trained_biases(model)
+    for name in model.active_adapters:
+        refuse_changed_base(model.peft_config[name])
+    refuse_trained_biases(model)
     layers = tuner_layers(model)
     inside = map_modules(model, towers_of(model))
     known = {info.name for info in inside}
@@ -56,7 +62,23 @@ def adapter_updates(model: nn.Module) -> list[AdapterUpdate]:
     return [_update(info, layers[info.name]) for info in infos]
 
 
-def _refuse_trained_biases(model: PeftModel) -> None:
+def refuse_changed_base(config: PeftConfig) -> None:
+    """Refuse an adapter with which closed gates would not give the base model."""
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
+        raise ModelError(
+            f"gates must start from the base model, but PEFT changes its weights for this adapter "
+            f"(`init_lora_weights` {start!r}); convert it to plain LoRA: save it with PEFT's "
+            f"`path_initial_model_for_weight_conversion`"
+        )
+    if getattr(config, "layer_replication", None):
+        raise ModelError(
+            "gates must start from the base model, but this adapter repeats its blocks "
+            "(`layer_replication`); use the larger model as the base"
+        )
+
+
+def refuse_trained_biases(model: PeftModel) -> None:
     """Refuse PEFT's `bias` option: it trains biases of the base in place, where no gate acts."""
     kinds = {getattr(model.peft_config[name], "bias", "none") for name in model.active_adapters}
     biases = [
@@ -88,7 +110,8 @@ def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     """
     found = {}
     for name, layer in base_model_of(model).named_modules():
-        if isinstance(layer, BaseTunerLayer):
+        is_trained_tokens = isinstance(layer, TrainableTokensLayer)  # always on, as a whole
+        if isinstance(layer, BaseTunerLayer) and not is_trained_tokens:
             own = name.replace(".base_layer", "")
             is_whole = isinstance(linear_of(layer), (nn.Linear, Conv1D, nn.Embedding))
             if isinstance(layer, ParamWrapper) and not is_whole:
