@@ -155,8 +155,6 @@ def test_layers_that_peft_nests_move_up_when_an_outer_one_goes():
 
 
 REFUSED = {
-    "bias": ({"bias": "all"}, "also trained biases of the base .`bias` 'all'."),
-    "pissa": ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights when it is loaded"),
     "names": ({}, r"must have the names.*down_proj has none"),
 }
 

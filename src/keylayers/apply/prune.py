@@ -37,8 +37,6 @@ from keylayers.updates.checkpoints import value_like
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NESTED = ".base_layer"  # what PEFT adds to the path of a layer in another layer
 PREFIX = "base_model.model."  # PEFT's, before the names of the base model
-# With these PEFT changes the base weights when it loads an adapter.
-CHANGES_BASE = ("pissa", "corda", "olora", "loftq")
 
 
 def prune_adapter(adapter: str, folder: Path, model: PeftModel, pruned: Collection[str]) -> Path:
@@ -48,7 +46,6 @@ def prune_adapter(adapter: str, folder: Path, model: PeftModel, pruned: Collecti
     """
     source = local_folder(adapter, (*ADAPTER_FILES, *TOKENIZER_FILES), "a PEFT adapter")
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
-    _check_separable(config)
     paths = _layer_paths(model)
     with safe_open(source / WEIGHTS, framework="pt") as file:
         metadata = file.metadata()
@@ -174,21 +171,6 @@ def _concerns(pattern: str, name: str) -> bool:
     """
     is_of_parameter = pattern.removeprefix(PREFIX).startswith(f"{name}.")
     return is_of_parameter or re.match(rf"(.*\.)?({pattern})$", name) is not None
-
-
-def _check_separable(config: Mapping[str, Any]) -> None:
-    """Refuse what an adapter holds besides its modules, and what it does to the base's weights."""
-    reason = None
-    start = config.get("init_lora_weights")
-    if config.get("bias", "none") != "none":
-        reason = f"also trained biases of the base (`bias` {config['bias']!r})"
-    elif isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
-        reason = (
-            f"changes the base weights when it is loaded (`init_lora_weights` {start!r}; PEFT's "
-            f"`path_initial_model_for_weight_conversion` saves one that does not)"
-        )
-    if reason is not None:
-        raise ModelError(f"the modules of an adapter must stand alone, but this one {reason}")
 
 
 def _layer_paths(model: PeftModel) -> dict[str, str]:

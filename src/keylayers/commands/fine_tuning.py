@@ -17,6 +17,7 @@ from keylayers.model.checkpoint import Checkpoint
 from keylayers.model.sharding import check_can_freeze_inside
 from keylayers.model.weights import adapter_sha256, weights_sha256
 from keylayers.ranking.record import TrainedSet
+from keylayers.trainers.loss import finite
 from keylayers.training.checkpoints import Checkpoints
 from keylayers.training.freeze import FreezeUnimportant
 from keylayers.training.objectives import prepared_examples
@@ -85,6 +86,8 @@ class FineTuning:
         title = "stage 1, training all modules"
         result = self._fine_tune(trainer, "stage-1", inputs, title, stability)
         reason = "the loss is stable" if result.stopped_by == "stable" else "the cap is reached"
+        for score in scores.scores.values():
+            finite(score, "the end of stage 1")
         self.session.progress.note(f"stage 1 ended after {result.num_steps} steps: {reason}")
         return model, {
             "losses": list(result.losses),

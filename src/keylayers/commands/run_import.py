@@ -6,17 +6,16 @@ but no sizes. These come from the model's config. A ratio is infinite if no sing
 below the noise; it ranks first of its kind, as in Spectrum.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated
 
-import torch
 from pydantic import ConfigDict, Field, RootModel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from keylayers.environment import environment
-from keylayers.errors import ModelError, RankingError
+from keylayers.errors import RankingError
 from keylayers.files import json_sha256
-from keylayers.model.checkpoint import check_folder
+from keylayers.model.loading import empty_model
 from keylayers.model.modules import map_modules
 from keylayers.model.options import ModelOptions
 from keylayers.ranking.ranked_module import RankedModule
@@ -30,12 +29,20 @@ COMMAND = "python spectrum.py"  # of Spectrum's own repository
 def spectrum_ranking(path: Path, source: ModelOptions) -> Ranking:
     """The ranking in the scan file of a model; scores are those of `--method spectrum`."""
     ratios = _ratios(path)
-    infos = map_modules(_empty_model(source))
+    infos = map_modules(empty_model(source))
     missing = [info.name for info in infos if info.name not in ratios]
     if missing:
         raise RankingError(
             f"{str(path)!r} must be a scan of {source.model}, but it lacks {len(missing)} of its "
             f"{len(infos)} modules, first {missing[0]}"
+        )
+    known = {info.name for info in infos}
+    blocks = tuple({re.split(r"\d+", name, maxsplit=1)[0] for name in known})
+    odd = [name for name in ratios if name.startswith(blocks) and name not in known]
+    if odd := [name for name in odd if "norm" not in name]:
+        raise RankingError(
+            f"{str(path)!r} must be a scan of {source.model}, but that model has no {odd[0]}; name "
+            f"the model that was scanned"
         )
     found = [ratios[info.name] for info in infos]
     scores = shares_of_kind(found, [info.projection for info in infos])
@@ -71,17 +78,3 @@ def _ratios(path: Path) -> dict[str, float]:
     if not ratios:
         raise RankingError(f"{str(path)!r} must be a scan of a model's weights, but it is empty")
     return ratios
-
-
-def _empty_model(source: ModelOptions) -> PreTrainedModel:
-    """The model's modules without their weights."""
-    check_folder(source.model, "config.json", "a model")
-    try:
-        config = AutoConfig.from_pretrained(
-            source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        first = " ".join(str(error).splitlines()[:1])
-        raise ModelError(f"{source.model!r} must be a model with a config: {first}") from error
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)

@@ -4,8 +4,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
+from keylayers.commands import sub_command
 from keylayers.errors import ConfigError
 from keylayers.model.options import ModelOptions
 
@@ -14,16 +15,11 @@ if TYPE_CHECKING:
 
     from keylayers.apply.trained import Trained
 
-EXAMPLES = """Examples:
-
-```
+app = sub_command("""\
 keylayers targets my-adapter/adapter_config.json
 keylayers targets axolotl.yaml --model mistralai/Mixtral-8x7B-v0.1
 keylayers targets sft.yaml --tool trl --json
-```
-"""
-
-app = App(help_epilogue=EXAMPLES, help_format="markdown")
+""")
 
 
 @app.default

@@ -8,12 +8,13 @@ Only safetensors are read, never pickle; code that comes with a model runs only 
 import re
 import warnings
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel, PeftType
-from safetensors import SafetensorError
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -156,22 +157,31 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
             # AdaLoRA's model cannot compute a loss unless it was loaded to be trained.
             is_trainable = config.peft_type == PeftType.ADALORA
             tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
-            # Only this call says which names of the file are not in the model, as PEFT converts
-            # them: transformers 5 stacks experts that transformers 4 kept apart.
-            loaded = tuned.load_adapter(str(folder), "default", is_trainable=is_trainable)
         tuned.requires_grad_(False)
+        odd = _differing_weights(tuned, folder)
     except FROM_A_BAD_ADAPTER as error:
         raise ModelError(
             f"the adapter must be one for this base model, but {adapter!r} does not fit: "
             f"{first_line(error)}"
         ) from error
     refuse_trained_biases(tuned)
-    if odd := sorted({*loaded.missing_keys, *loaded.unexpected_keys}):
+    if odd:
         raise ModelError(
             f"the adapter must be one for this base model, but {adapter!r} and the model differ in "
             f"{len(odd)} weights, first {odd[0]}"
         )
     return tuned
+
+
+def _differing_weights(tuned: PeftModel, folder: Path) -> list[str]:
+    """Names that are in the adapter's file or in the model, but not in both."""
+    if tuned.peft_config["default"].peft_type == PeftType.LORA:
+        # Only this call gives the names as PEFT converts them: transformers 5 stacks experts that
+        # transformers 4 kept apart.
+        loaded = tuned.load_adapter(str(folder), "default")
+        return sorted({*loaded.missing_keys, *loaded.unexpected_keys})
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        return sorted({*file.keys()} ^ set(get_peft_model_state_dict(tuned)))
 
 
 def empty_model(source: ModelOptions, *, is_as_saved: bool = False) -> PreTrainedModel:

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from keylayers.errors import ConfigError, LossError
+from keylayers.model.modules import base_model_of
 from keylayers.model.preserve import to_evaluation
 from keylayers.processes import is_one_of_many, summed
 from keylayers.trainers.batches import (
@@ -156,7 +157,11 @@ class TrainerLoss:
         return BatchLosses(tuple(losses), tuple(weights))
 
     def _compute(self, inputs: Any) -> Tensor:
-        with self.trainer.compute_loss_context_manager(), without_penalty(self.model):
+        with (
+            self.trainer.compute_loss_context_manager(),
+            without_penalty(self.model),
+            without_router_loss(self.trainer, self.model),
+        ):
             return self.trainer.compute_loss(self.model, inputs)
 
     def _share(self, parts: list[Any]) -> float:
@@ -171,6 +176,22 @@ class TrainerLoss:
         if not self._is_shared:
             return loss
         return float(summed(torch.tensor(loss, dtype=torch.float64)))
+
+
+@contextlib.contextmanager
+def without_router_loss(trainer: Trainer, model: nn.Module) -> Iterator[None]:
+    """Cross-entropy alone: mixtures of experts can add a loss of their routers, also in TRL."""
+    base = base_model_of(model)
+    config = base.config.get_text_config() if isinstance(base, PreTrainedModel) else None
+    holders = ((config, "output_router_logits"), (trainer, "aux_loss_enabled"))
+    switched = [(holder, name) for holder, name in holders if getattr(holder, name, False)]
+    for holder, name in switched:
+        setattr(holder, name, False)
+    try:
+        yield
+    finally:
+        for holder, name in switched:
+            setattr(holder, name, True)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from huggingface_hub import constants
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,7 +32,7 @@ from transformers import (
 
 from keylayers.apply.trainable import add_lora
 from keylayers.data.reading import quiet_datasets
-from keylayers.errors import ConfigError, LossError
+from keylayers.errors import ConfigError, LossError, ModelError
 from keylayers.model.sharding import place_model
 from keylayers.progress import OnStep
 from keylayers.trainers.reference import REFERENCE_ADAPTER
@@ -77,6 +78,11 @@ def make_trainer(
     tokenise; `load_reference` gives the base model to dpo and kto without an adapter.
     """
     check_loggers(options.report_to)
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise ModelError(
+            "an adapter must not update the output head, since TRL's losses read its base weight, "
+            "but this one has lm_head among its targets; train the head with `modules_to_save`"
+        )
     trainer_class, config_class, own = OBJECTIVES[options.objective]
     if options.beta is not None:
         own = own | {"beta": options.beta}
@@ -217,9 +223,20 @@ def fine_tune(
     finally:
         for callback in callbacks:
             trainer.remove_callback(callback)
+    _check_weights(trainer)
     seconds = time.perf_counter() - start if checkpoints is None else checkpoints.seconds
     stopped_by = "stable" if watch.is_stable else "max_steps"
     return TrainingResult(tuple(watch.losses), stopped_by, seconds)
+
+
+def _check_weights(trainer: Trainer) -> None:
+    """Refuse what the last step made NaN or infinite: no loss has shown it yet."""
+    for name, weight in trainer.model.named_parameters():
+        if weight.requires_grad and not bool(torch.isfinite(weight).all()):
+            raise LossError(
+                f"trained weights must be finite, but {name} is not after the last step; lower "
+                f"`learning_rate` (now {trainer.args.learning_rate:.3g}) or use `dtype` float32"
+            )
 
 
 class _LossWatch(TrainerCallback):

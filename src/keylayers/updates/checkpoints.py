@@ -54,6 +54,7 @@ def take_other_weights(
     Then the model with all gates open is the tuned model. Modules in the blocks keep θ_0. Returns
     the names of the parameters whose values differed.
     """
+    _refuse_own_head(model, tuned)
     infos = map_modules(model, towers)
     gated = {name for info in infos for name, _ in parameters_of(model, info)}
     changed = []
@@ -63,6 +64,21 @@ def take_other_weights(
             changed.append(name)
             parameter.copy_(value)
     return changed
+
+
+def _refuse_own_head(model: nn.Module, tuned: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint with its own values for a weight that the model ties to another.
+
+    transformers 5 ties two stored weights only if they are equal, whatever the config says.
+    """
+    for name, source in getattr(model, "all_tied_weights_keys", {}).items():
+        is_tied = model.get_parameter(name) is model.get_parameter(source)
+        if is_tied and {name, source} <= {*tuned} and not torch.equal(tuned[name], tuned[source]):
+            raise ModelError(
+                f"the base must have a head of its own, as the tuned checkpoint has, but it ties "
+                f"{name} to {source}; save the base with `tie_word_embeddings` false and a copy "
+                f"of its embeddings as {name}"
+            )
 
 
 def parameters_of(model: nn.Module, info: ModuleInfo) -> list[tuple[str, Tensor]]:
