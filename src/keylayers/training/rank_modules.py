@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rank the modules of anyone's trainer, from Python."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from keylayers.scores.scoring_options import ScoringOptions, scoring_options
 from keylayers.scores.task import ModuleScores
 from keylayers.trainers.data import prepared_for
 from keylayers.trainers.reference import reference_of
-from keylayers.updates import AdaLoraUpdate, Update, adapter_updates, dense_updates
+from keylayers.updates import ZERO, AdaLoraUpdate, Update, adapter_updates, are_zero, dense_updates
 from keylayers.updates.checkpoints import back_at_base
 
 
@@ -70,10 +71,12 @@ def rank_modules(
     try:
         if base_weights is None:
             updates = adapter_updates(model)
+            _warn_if_zero(updates)
             found = score_modules(trainer, updates, scoring, on_step)
         else:
             with back_at_base(model, base_weights) as tuned:
                 updates = dense_updates(model, tuned)
+                _warn_if_zero(updates)
                 found = score_modules(trainer, updates, scoring, on_step)
     finally:
         trainer.train_dataset = train_dataset
@@ -91,6 +94,11 @@ def rank_modules(
         "options": scoring.flat(),
     }
     return to_ranking(updates, found, scoring, provenance)
+
+
+def _warn_if_zero(updates: Sequence[Update]) -> None:
+    if are_zero(updates):
+        warnings.warn(ZERO, UserWarning, stacklevel=3)
 
 
 def to_ranking(

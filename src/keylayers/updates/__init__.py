@@ -5,9 +5,26 @@ One file for each kind of update: `lora`, `dora`, `adalora`, `embedding` and `ex
 adapters, sorted out in `adapter`) and `dense` (the difference of two checkpoints).
 """
 
+from collections.abc import Sequence
+
 from keylayers.updates.adalora import AdaLoraUpdate
 from keylayers.updates.adapter import adapter_updates
 from keylayers.updates.dense import dense_updates
 from keylayers.updates.gate import AdapterUpdate, Update
 
-__all__ = ["AdaLoraUpdate", "AdapterUpdate", "Update", "adapter_updates", "dense_updates"]
+ZERO = "the update of every module is zero: no score says anything about this fine-tune"
+
+
+def are_zero(updates: Sequence[Update]) -> bool:
+    """Whether no update changes its module, as before the first step; ends at the first change."""
+    return not any(bool(update.delta().any()) for update in updates)
+
+
+__all__ = [
+    "AdaLoraUpdate",
+    "AdapterUpdate",
+    "Update",
+    "adapter_updates",
+    "are_zero",
+    "dense_updates",
+]
