@@ -129,7 +129,7 @@ def _peft(content: Content, model: PreTrainedModel) -> Wanted:
     if kind not in ("LORA", "ADALORA"):
         raise ConfigError(f"the adapter must be LORA or ADALORA, got {kind}")
     own = AdaLoraConfig if kind == "ADALORA" else LoraConfig
-    known = {one.name for one in fields(own)} - {"peft_type"}
+    known = {option.name for option in fields(own)} - {"peft_type"}
     unknown = [str(key) for key in content if key not in known | {"peft_type"}]
     given = {key: value for key, value in content.items() if key in known}
     if kind == "ADALORA":
@@ -141,7 +141,7 @@ def _peft(content: Content, model: PreTrainedModel) -> Wanted:
 def _trl(content: Content, model: PreTrainedModel) -> Wanted:
     from trl import ModelConfig, get_peft_config
 
-    known = {one.name for one in fields(ModelConfig)}
+    known = {option.name for option in fields(ModelConfig)}
     given = ModelConfig(**{key: value for key, value in content.items() if key in known})
     config = get_peft_config(given)
     targets = content.get("lora_target_modules")
@@ -165,7 +165,7 @@ def _axolotl(content: Content, model: PreTrainedModel) -> Wanted:
     if content.get("adapter") not in ("lora", "qlora"):
         return Wanted(
             is_trained=lambda name: (
-                (not matched or any(re.match(one, name) for one in matched.values()))
+                (not matched or any(re.match(regex, name) for regex in matched.values()))
                 and not set(towers) & set(name.split("."))
             ),
             patterns=matched,
@@ -195,7 +195,9 @@ def _llamafactory(content: Content, model: PreTrainedModel) -> Wanted:
         targets = [name for name in _linear_names(model) if name != "lm_head"]
     if _has_towers(model):  # LLaMA-Factory lists what contains a target, towers and projector apart
         names = (name for name, _ in model.named_modules())
-        targets = [name for name in names if is_kept(name) and any(one in name for one in targets)]
+        targets = [
+            name for name in names if is_kept(name) and any(target in name for target in targets)
+        ]
     rank = content.get("lora_rank", 8)
     config = LoraConfig(
         task_type="CAUSAL_LM",

@@ -71,8 +71,8 @@ def trained_by(wanted: Wanted, model: PreTrainedModel) -> Trained:
                 warnings.simplefilter("always", category)
             layers = tuner_layers(_with_lora(wanted, model))
         lora = {name: next(iter(layer.r.values())) for name, layer in layers.items()}
-        num_lora = sum(one.numel() for layer in layers.values() for one in own_parameters(layer))
-        found += [" ".join(str(one.message).split()) for one in caught]
+        num_lora = sum(own.numel() for layer in layers.values() for own in own_parameters(layer))
+        found += [" ".join(str(warning.message).split()) for warning in caught]
         found += _unmatched_names(wanted.lora, names, parameters, lora)
         if any(info.is_stacked for info in modules):
             known = {info.name for info in modules}
@@ -107,7 +107,8 @@ def _with_lora(wanted: Wanted, model: PreTrainedModel) -> PeftModel:
 
 def _whole(model: nn.Module, modules: Iterable[ModuleInfo]) -> dict[str, int]:
     """Module -> how many of its own parameters, or of copies that replace them, are trained."""
-    own = {id(one) for layer in tuner_layers(model).values() for one in own_parameters(layer)}
+    layers = tuner_layers(model).values()
+    own = {id(weight) for layer in layers for weight in own_parameters(layer)}
     stacked = {info.name for info in modules if info.is_stacked}
     found: dict[str, int] = {}
     for full_name, parameter in model.named_parameters():

@@ -130,11 +130,10 @@ def _heatmaps(found: "Trained") -> "list[tuple[str, Table]]":
             names = {info.projection: info.name for info in inside if info.block_index == block}
             row = []
             for projection in projections:
-                name = names.get(projection, "")
-                text = (
-                    "all" if name in found.whole else str(found.lora.get(name, "·" if name else ""))
-                )
-                row.append(Text(text, style="dim" if text == "·" else "bold black on #fdea45"))
+                name = names.get(projection)
+                is_hit = name in found.names
+                text = "" if name is None else str(found.lora.get(name, "all" if is_hit else "·"))
+                row.append(Text(text, style="bold black on #fdea45" if is_hit else "dim"))
             table.add_row(str((block or 0) - first), *row)
         tables.append((stack, table))
     return tables
