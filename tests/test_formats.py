@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which format rows have, and which conversation or preference each row holds."""
 
+from functools import partial
+
 import pytest
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keylayers.data.formats import FORMATS, Conversation, read_format
-from keylayers.data.preferences import FORMAT_OF, PREFERENCES, Preference, require_columns
+from keylayers.data.formats import FORMATS, Conversation, conversations_of, read_format
+from keylayers.data.preferences import (
+    FORMAT_OF,
+    PREFERENCES,
+    Preference,
+    rated_column,
+    require_columns,
+)
 from keylayers.data.reading import convert_rows
 from keylayers.errors import DataError
 
@@ -28,9 +37,10 @@ def old(turns):
 
 def read(*rows, format=None):
     """The format, the conversations as turns, and how many have no answer."""
-    format = read_format(rows[0], format)
-    found, num_dropped = convert_rows(rows, format, FORMATS[format][1])
-    return format, [each.messages for each in found], num_dropped
+    is_forced, format = format is not None, read_format(rows[0], format)
+    convert = partial(conversations_of, format=format, is_forced=is_forced)
+    found = convert_rows(rows, format, convert)
+    return format, [each.messages for each in found.examples], found.num_dropped_empty
 
 
 IN_PARTS = [
@@ -62,6 +72,8 @@ CASES = {
         ({"prompt": new("S: s | U: q"), "completion": new("A: a")}, "S: s | U: q | A: a"),
         ({"prompt": new("U: q"), "completion": "a", "system": "s"}, "S: s | U: q | A: a"),
         ({"question": "q", "answer": 2}, "U: q | A: 2"),
+        ({"prompt": "", "completion": "a"}, "U:  | A: a"),
+        ({"instruction": None, "context": "c", "response": "a"}, "U: c | A: a"),
         ({"question": "q", "solution": "a", "answer": "2"}, "U: q | A: a"),  # LIMO
         ({"question": "q", "solution": "2"} | S1K, "U: q | A: 1 and 1.\n\nIt is 2."),
         ({"system_prompt": "s", "question": "q", "response": "a"}, "S: s | U: q | A: a"),
@@ -94,6 +106,41 @@ def test_digests_tell_conversations_apart():
     assert len({each.digest() for each in found}) == len(found)
 
 
+NULLS = {"role": None, "content": None, "from": None, "value": None}
+# Rows of two data sets that were joined, so that each has the columns of both.
+JOINED = [
+    (
+        {"messages": [NULLS | turn for turn in new("U: q | A: a")]},
+        {"messages": [NULLS | turn for turn in old("U: q | A: a")]},
+    ),
+    ({"messages": new("U: q | A: a")}, {"conversations": old("U: q | A: a")}),
+    ({"instruction": "q", "output": "a"}, {"prompt": "q", "completion": "a"}),
+    ({"question": "q", "answer": "a"}, {"instruction": "q", "response": "a"}),
+    ({"messages": new("U: q | A: a")}, {"instruction": "q", "output": "a"}),
+]
+
+
+@pytest.mark.parametrize("rows", JOINED, ids=str)
+@pytest.mark.parametrize("nothing", [None, ""])
+def test_rows_of_joined_data_sets_are_read_whatever_is_null(rows, nothing):
+    columns = dict.fromkeys([*rows[0], *rows[1]], nothing)
+    for both in (rows, rows[::-1]):
+        first = both[0]  # read_format gets the columns that hold something
+        format = read_format(first, None)
+        convert = partial(conversations_of, format=format, is_forced=False)
+        found = convert_rows([columns | row for row in both], format, convert)
+        assert [each.messages for each in found.examples] == 2 * [new("U: q | A: a")]
+        assert [each.row_number for each in found.examples] == [1, 2]
+
+
+def test_columns_that_no_conversion_asks_for_are_named():
+    row = {"messages": new("U: q | A: a"), "images": ["a.jpg"], "id": 0, "audios": [], "x": None}
+    read_all = partial(conversations_of, format="messages", is_forced=False)
+    assert convert_rows([row], "messages", read_all).unused_columns == ("images", "id")
+    row = {"prompt": "q", "images": ["a.jpg"], "system": "s"} | TEXT
+    assert convert_rows([row], "pairs", PREFERENCES["pairs"]).unused_columns == ("images",)
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -117,8 +164,9 @@ def test_rows_without_an_answer_are_dropped_and_counted():
     assert read({"text": ""}, {"text": "a"}, {"text": " "})[1:] == ([[]], 2)
     asked = {"prompt": "Hi?"}
     rows = [asked | {"chosen": "Good.", "rejected": " "}, {"prompt": ""} | TEXT, asked | TEXT]
-    found, num_dropped = convert_rows(rows, "pairs", PREFERENCES["pairs"])
-    assert (len(found), num_dropped) == (1, 2)
+    found = convert_rows(rows, "pairs", PREFERENCES["pairs"])
+    assert (len(found.examples), found.num_dropped_empty) == (1, 2)
+    assert [each.row_number for each in found.examples] == [3]
 
 
 TEXT = {"chosen": "Good.", "rejected": "Bad."}
@@ -154,17 +202,73 @@ def test_preferences_of_all_formats_are_the_same(row, prompt, rating):
     assert list(PREFERENCES[format](row)) == [expected]
 
 
+EQUAL = {"chosen": "Good.", "rejected": "Good."}
+SHARED = new("U: Hi? | A: Good.")
+# Pairs of equal answers in every spelling.
+EQUAL_PAIRS = [
+    {"prompt": "Hi?"} | EQUAL,
+    {"prompt": new("U: Hi?"), "chosen": new("A: Good."), "rejected": new("A: Good.")},
+    {"prompt": "Hi?", "chosen": old("A: Good.")[0], "rejected": new("A: Good.")[0]},
+    {"conversations": old("U: Hi?"), "chosen": old("A: Good."), "rejected": new("A: Good.")},
+    {"chosen": SHARED, "rejected": SHARED},
+    {"prompt": "Hi?", "chosen": SHARED, "rejected": [*SHARED, *new("U: More?")]},
+]
+
+
+@pytest.mark.parametrize("row", EQUAL_PAIRS, ids=str)
+def test_equal_answers_are_equal_in_every_spelling(row):
+    [found] = PREFERENCES["pairs"](row)
+    assert (found.prompt, found.is_equal, found.has_answer) == (new("U: Hi?"), True, True)
+    [found] = PREFERENCES["pairs"]({"prompt": "Hi?"} | TEXT)
+    assert not found.is_equal
+
+
+MINE, THEIRS = new("A: a"), new("U: a")
+# The chosen and the rejected answer, and the message.
+NO_ANSWERS = [
+    (MINE, THEIRS, "`rejected` must hold an answer of the assistant, got a turn of role 'user'"),
+    (THEIRS, MINE, "`chosen` must hold an answer of the assistant, got a turn of role 'user'"),
+    (THEIRS, THEIRS, "`chosen` must hold an answer"),
+    (THEIRS[0], MINE[0], "`chosen` must hold an answer"),
+    (MINE, new("U: q | A: b"), "`rejected` must begin with a turn of the assistant .* 'user'"),
+    (new("U: q | A: b"), new("U: r | A: b"), "`chosen` must begin with a turn of the assistant"),
+]
+
+
+@pytest.mark.parametrize(("chosen", "rejected", "message"), NO_ANSWERS)
+def test_what_is_no_answer_of_the_assistant_is_named_with_its_role(chosen, rejected, message):
+    row = {"prompt": "q", "chosen": chosen, "rejected": rejected}
+    with pytest.raises(DataError, match=f"^Row 1: {message}"):
+        convert_rows([row], "pairs", PREFERENCES["pairs"])
+
+
+@pytest.mark.parametrize("value", [True, 1, 1.0, "true", "True", "1"])
+@pytest.mark.parametrize("column", ["label", "kto_tag"])
+def test_ratings_have_one_reader(column, value):
+    other = {"label": "kto_tag", "kto_tag": "label"}[column]
+    bad = {"true": "false", "True": "False", "1": "0"}.get(value) or type(value)(0)
+    for cell, is_good in ((value, True), (bad, False)):
+        row = {"prompt": "q", "completion": "a", column: cell, other: None}
+        [found] = convert_rows([row], "rated", PREFERENCES["rated"]).examples
+        assert found.is_good is is_good
+    rows = [{column: None}, {column: value}, {column: bad}]
+    assert rated_column(Dataset.from_list(rows)) == column
+    for no_rating in (2, "dog", 0.5):
+        rows = [{column: type(no_rating)(value) if value else None} for value in (0, 1, no_rating)]
+        assert rated_column(Dataset.from_list(rows)) is None
+
+
 # The format or the objective, the columns, and the message.
 UNFIT = [
     (None, ["body", "title"], r"got body, title; known are messages \(messages\); .*`--format`"),
     (None, ["prompt", "chosen", "rejected"], "got preference data"),
-    (None, {"prompt": "q", "completion": "a", "label": True}, "got preference data"),
     ("alpaca", ["instruction", "x"], "'alpaca' needs.*; output missing from instruction, x"),
     ("prompt-completion", ["prompt"], "; completion missing from prompt"),
     ("dpo", ["prompt", "completion"], r"dpo needs the columns chosen\+rejected"),
     ("reward", ["messages", "label"], r"these are rated .*: choose `--objective` kto"),
     ("kto", ["prompt", "chosen", "rejected"], r"label .* are pairs: choose .* dpo"),
     ("kto", ["label", "text"], r"got label, text; rename the columns"),
+    ("dpo", {"chosen": "a", "rejected": "b"}, "A pair must have a prompt, got only `chosen` and"),
 ]
 
 
@@ -175,13 +279,18 @@ def test_columns_that_do_not_fit_are_refused_with_what_would(wanted, columns, me
         require_columns(wanted, row) if wanted in FORMAT_OF else read_format(row, wanted)
 
 
-CALL = [{"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]
+CALL = {"role": "assistant", "content": "a"}
+PART = {"role": "user", "content": [{"type": "image", "text": None}]}
 QUESTION = {"instruction": "q", "output": "a"}
 # The format, the cells, and the message.
 REFUSED = [
     ("sharegpt", {"conversations": [{"from": "narrator"}]}, "one of system.*got 'narrator'; rena"),
-    ("messages", {"messages": [{"role": "tool"}]}, r"a tool's \(role 'tool'\): few chat"),
-    ("messages", {"messages": CALL}, r"got a tool's \(role 'assistant'\)"),
+    ("messages", {"messages": [PART]}, "`content` must be text, got a part of type 'image'"),
+    ("messages", {"messages": new("A: a"), "tools": "["}, r"`tools` must be JSON, got '\['"),
+    ("messages", {"messages": [CALL | {"tool_calls": ["f"]}]}, "must have a name and arguments"),
+    ("messages", {"messages": [CALL | {"tool_calls": [{"id": 1}]}]}, "a name and arguments"),
+    ("messages", {"messages": [CALL | {"weight": 0.5}]}, "`weight` must be true or false, got 0.5"),
+    ("messages", {"messages": [CALL | {"train_detail": [1]}]}, "whole or not at all, got 'train_d"),
     ("messages", {"messages": ["hi"]}, r"content \(or from and value\), got 'hi'; rewrite"),
     ("messages", {"messages": "hello"}, "`messages` must be a list of turns, got 'hello'"),
     ("lima", {"conversations": "q"}, "`conversations` must be a list of texts, got 'q'"),
@@ -191,7 +300,8 @@ REFUSED = [
     ("self-instruct", {"instruction": "q", "instances": ["x"]}, "must be a list of input and outp"),
     ("rated", {"prompt": "q", "completion": "a", "label": "yes"}, "must be true or false"),
     ("rated", {"prompt": "q", "completion": "a", "label": 3}, "must be true or false, got 3"),
-    ("pairs", {"chosen": "a", "rejected": "b"}, "A pair must have a prompt"),
+    ("rated", {"prompt": "q", "completion": "a", "label": None}, "must be true or false, got null"),
+    ("rated", {"prompt": "q", "completion": new("U: a"), "label": 1}, "`completion` .* 'user'"),
     ("pairs", {"prompt": "q", "chosen": 1.5, "rejected": "b"}, "`chosen` must be text"),
     ("pairs", {"prompt": [{"role": "x"}], "chosen": "a", "rejected": "b"}, "got 'x'"),
 ]
@@ -216,5 +326,12 @@ def test_spellings_agree_and_every_conversation_ends_with_an_answer(turns):
     sharegpt = [{"from": HUMAN[role], "value": text} for role, text in turns]
     [found] = FORMATS["messages"][1]({"messages": messages})
     assert [found] == list(FORMATS["sharegpt"][1]({"conversations": sharegpt}))
-    length = max((end for end, (role, _) in enumerate(turns, 1) if role == "A"), default=0)
-    assert found.messages == messages[:length]
+    answered = [role == "A" and bool(text.strip()) for role, text in turns]
+    length = max((end for end, is_answer in enumerate(answered, 1) if is_answer), default=0)
+    empty = {"weight": 0}
+    expected = [
+        turn | (empty if role == "A" and not is_answer else {})
+        for turn, (role, _), is_answer in zip(messages, turns, answered, strict=True)
+    ]
+    assert found.messages == expected[:length]
+    assert found.num_empty == sum("weight" in turn for turn in expected)

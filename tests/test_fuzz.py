@@ -201,7 +201,7 @@ def test_damaged_data_is_read_or_refused(ending, tmp_path):
     def check(content):
         path.write_bytes(content)
         try:
-            _, found, _ = read_conversations(DataOptions(data=str(path)))
+            found = read_conversations(DataOptions(data=str(path))).examples
         except DataError:
             return
         assert all(conversation.has_answer for conversation in found)

@@ -4,6 +4,7 @@
 import json
 import math
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import get_args
@@ -21,7 +22,7 @@ from commands import (
     record_of,
     scores,
 )
-from tiny_files import NUM_MODULES
+from tiny_files import CHAT_TEMPLATE, NUM_MODULES, write_rows
 
 OBJECTIVES = ("dpo", "kto", "orpo", "reward")
 QUICK = ["--mask-batches", "1", "--batch-size", "4", "--lora-rank", "2", "--epsilon", "0"]
@@ -141,6 +142,23 @@ def test_a_ranking_for_another_objective_is_used_with_a_note(ranked, tmp_path, c
     out, err = capsys.readouterr()
     assert "the ranking was made for objective dpo, not for orpo" in err
     assert "stage 1 of the ranking" not in out
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])  # TRL tokenises these in two ways
+def test_a_field_of_some_turns_is_no_null_of_the_others_in_trls_trainer(
+    tiny, preferences, objective, tmp_path
+):
+    folder = shutil.copytree(tiny / "model", tmp_path / "model")
+    thought = "{% if m.thinking is defined %}{{ m.thinking + '' }}{% endif %}"  # no null
+    template = CHAT_TEMPLATE.replace("{{ m['content'] }}</s>", thought + "{{ m['content'] }}</s>")
+    (folder / "chat_template.jinja").write_text(template)
+    pairs = [json.loads(line) for line in (preferences / "pairs.jsonl").read_text().splitlines()]
+    for place, pair in enumerate(pairs):
+        said = {"role": "assistant", "content": f"Good {place}."}
+        pair["chosen"] = [said | {"thinking": "So so so."} if place % 2 else said]
+    write_rows(tmp_path / "data.jsonl", pairs)
+    options = ("--model", folder, "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out")
+    assert keylayers("rank", *options, "--objective", objective, "--max-steps", "1", *QUICK) == 0
 
 
 def test_beta_is_taken_over_with_its_objective_only(tiny, preferences, tmp_path):

@@ -230,7 +230,11 @@ def _encode_chats(
 ) -> _Tokens:
     renderer, special = _Renderer(template, tokenizer), _special_tokens(tokenizer)
     rendered = [renderer.answers(conversation.messages) for conversation in batch]
-    closed = [_close(text, spans, tokenizer, special) for text, spans in rendered]
+    whole = [_close(text, spans, tokenizer, special) for text, spans in rendered]
+    closed = [
+        (text, _learned(spans, conversation.messages))
+        for (text, spans), conversation in zip(whole, batch, strict=True)
+    ]
     # The rendered text has all special tokens already; adding them would double the first.
     if tokenizer.is_fast:
         encoded = tokenizer(
@@ -244,9 +248,17 @@ def _encode_chats(
         tokenised = [(ids, _label(ids, offsets, *found)) for ids, offsets, found in both]
     else:
         tokenised = [_tokenise_pieces(text, spans, tokenizer) for text, spans in closed]
-    for conversation, (_, spans), (ids, labels) in zip(batch, closed, tokenised, strict=True):
+    for conversation, (_, spans), (ids, labels) in zip(batch, whole, tokenised, strict=True):
         roles = [message["role"] for message in conversation.messages]
         yield ids, labels, len(spans) < roles.count("assistant")
+
+
+def _learned(spans: list[_Span], messages: list[Message]) -> list[_Span]:
+    """The spans of answers to learn; the last answer is one of them."""
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if len(spans) != len(answers):
+        return spans
+    return [span for span, turn in zip(spans, answers, strict=True) if turn.get("weight") != 0]
 
 
 def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> str:

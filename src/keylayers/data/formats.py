@@ -6,7 +6,7 @@ assistant, so the rest of keylayers handles a single form.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 from keylayers.data.options import DataFormat
@@ -16,11 +16,13 @@ from keylayers.data.turns import (
     answer,
     digest,
     in_turn,
+    is_learned,
+    is_silent,
     read_answer,
     read_messages,
     read_prompt,
     read_text,
-    until_answer,
+    read_tools,
     values_of,
     with_system,
     wrong_shape,
@@ -46,20 +48,29 @@ PAIRS: tuple[tuple[str, ...], ...] = (
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns up to the last answer, or a plain `text` that has no roles."""
+    """Turns up to the last answer to learn, or a plain `text` that has no roles."""
 
     messages: list[Message]
     text: str | None = None
+    tools: list[object] | None = None  # descriptions for the template
+    num_empty: int = field(default=0, compare=False)  # answers that say nothing
+    num_masked: int = field(default=0, compare=False)  # others that are not to be learned
+    row_number: int = field(default=0, compare=False)  # in the data, from 1
+
+    @property
+    def turns(self) -> list[Message]:
+        """All turns."""
+        return self.messages
 
     @property
     def has_answer(self) -> bool:
         """Whether there is anything to learn."""
-        last = self.text or "".join(message["content"] for message in self.messages[-1:])
-        return bool(last.strip())
+        return bool(self.messages or (self.text or "").strip())
 
     def digest(self) -> bytes:
         """Equal exactly for equal conversations."""
-        return digest(values_of(self.messages), self.text)
+        more = [self.tools] if self.tools else []
+        return digest(values_of(self.messages), self.text, *more)
 
 
 def read_format(first_row: Row, asked: DataFormat | None) -> DataFormat:
@@ -75,18 +86,11 @@ def read_format(first_row: Row, asked: DataFormat | None) -> DataFormat:
                 f"missing from {found}. Rename the columns, or leave out `--format`."
             )
         return asked
-    if {"chosen", "rejected"} <= first_row.keys() or isinstance(first_row.get("label"), bool):
-        # It looks like plain answers, but half of them are answers to avoid.
-        raise DataError(
-            f"Supervised fine-tuning needs answers to imitate, got preference data (columns "
-            f"{found}); choose an objective for preferences with `--objective`, keep the good "
-            "answers only, or force a format with `--format`."
-        )
-    for format, (alternatives, _) in FORMATS.items():
-        if any(first_row.keys() >= set(names) for names in alternatives):
-            turns = first_row["conversations"] if format == "sharegpt" else None
-            is_lima = isinstance(turns, list) and bool(turns) and isinstance(turns[0], str)
-            return "lima" if is_lima else format
+    if {"chosen", "rejected"} <= first_row.keys():
+        raise preference_data(found)
+    for format in FORMATS:
+        if _fits(first_row, format):
+            return format
     known = "; ".join(f"{format} ({_describe(format)})" for format in FORMATS)
     raise DataError(
         f"The columns must fit a known format, got {found}; known are {known}. Rename the "
@@ -94,20 +98,75 @@ def read_format(first_row: Row, asked: DataFormat | None) -> DataFormat:
     )
 
 
+def preference_data(columns: str) -> DataError:
+    """The error about data that look like plain answers, though half of them are to be avoided."""
+    return DataError(
+        f"Supervised fine-tuning needs answers to imitate, got preference data (columns "
+        f"{columns}); choose an objective for preferences with `--objective`, keep the good "
+        "answers only, or force a format with `--format`."
+    )
+
+
 def _describe(format: DataFormat) -> str:
     return " or ".join("+".join(names) for names in FORMATS[format][0])
 
 
+def conversations_of(row: Row, format: DataFormat, *, is_forced: bool) -> Iterator[Conversation]:
+    """The conversations of a row without the columns that are null or empty in it.
+
+    Data sets that are joined have the columns of all, so a row need not have the format of the
+    data, which is tried first.
+    """
+    if is_forced:
+        return FORMATS[format][1](row)
+    fitting = [name for name in (format, *FORMATS) if _fits(row, name)]
+    found = fitting[0] if fitting else format
+    if (found == "text") != (format == "text"):
+        if not any(name in row for name in chain.from_iterable(FORMATS[format][0])):
+            raise DataError(
+                f"Conversations and plain text must be in data sets of their own, got a row in the "
+                f"format {found!r} among those in the format {format!r}; split the data."
+            )
+        found = format  # its answer is missing
+    return FORMATS[found][1](row)
+
+
+def _fits(row: Row, format: DataFormat) -> bool:
+    if format in ("sharegpt", "lima") and "conversations" in row:
+        return _is_lima(row) is (format == "lima")
+    return any(row.keys() >= set(names) for names in FORMATS[format][0])
+
+
+def _is_lima(row: Row) -> bool:
+    turns = row["conversations"]
+    return isinstance(turns, list) and bool(turns) and isinstance(turns[0], str)
+
+
+def _conversation(row: Row, turns: list[Message]) -> Conversation:
+    """The turns up to the last answer that is learned, with the row's system text and tools."""
+    turns = with_system(row, turns)
+    not_learned = [turn for turn in turns if turn["role"] == "assistant" and not is_learned(turn)]
+    num_empty = sum(map(is_silent, not_learned))
+    while turns and not is_learned(turns[-1]):
+        turns = turns[:-1]
+    return Conversation(
+        turns,
+        tools=read_tools(row.get("tools")),
+        num_empty=num_empty,
+        num_masked=len(not_learned) - num_empty,
+    )
+
+
 def _from_messages(row: Row) -> Iterator[Conversation]:
     column = "messages" if "messages" in row else "conversations"
-    yield Conversation(until_answer(with_system(row, read_messages(row[column], column))))
+    yield _conversation(row, read_messages(row.get(column), column))
 
 
 def _from_lima(row: Row) -> Iterator[Conversation]:
-    texts = row["conversations"] or []
+    texts = row.get("conversations") or []
     if not isinstance(texts, list):
         raise wrong_shape("`conversations` must be a list of texts", texts)
-    yield Conversation(until_answer(in_turn(texts, "conversations")))
+    yield _conversation(row, in_turn(texts, "conversations"))
 
 
 def _from_alpaca(row: Row) -> Iterator[Conversation]:
@@ -116,7 +175,7 @@ def _from_alpaca(row: Row) -> Iterator[Conversation]:
         raise wrong_shape("`history` must be a list of [question, answer]", history)
     earlier = in_turn(chain.from_iterable(history), "history")
     asked = earlier + read_prompt(row, "instruction")
-    yield Conversation(with_system(row, [*asked, answer(row["output"], "output")]))
+    yield _conversation(row, [*asked, answer(row.get("output"), "output")])
 
 
 def _is_pair(value: object) -> bool:
@@ -124,22 +183,23 @@ def _is_pair(value: object) -> bool:
 
 
 def _from_self_instruct(row: Row) -> Iterator[Conversation]:
-    instances = row["instances"] or []
+    instances = row.get("instances") or []
     if not (isinstance(instances, list) and all(isinstance(each, dict) for each in instances)):
         raise wrong_shape("`instances` must be a list of input and output", instances)
     for instance in instances:
-        asked = read_prompt({**instance, "instruction": row["instruction"]}, "instruction")
-        yield Conversation([*asked, answer(instance.get("output"), "output")])
+        asked = read_prompt({**instance, "instruction": row.get("instruction")}, "instruction")
+        yield _conversation(row, [*asked, answer(instance.get("output"), "output")])
 
 
 def _from_pair(row: Row) -> Iterator[Conversation]:
-    asked, *answered = next(names for names in PAIRS if row.keys() >= set(names))
-    turns = read_prompt(row, asked) + read_answer(row, *answered)
-    yield Conversation(until_answer(with_system(row, turns)))
+    whole = [names for names in PAIRS if row.keys() >= set(names)]
+    answers = [names for names in PAIRS if row.keys() >= set(names[1:])]  # to an empty question
+    asked, *answered = [*whole, *answers, *PAIRS][0]
+    yield _conversation(row, read_prompt(row, asked) + read_answer(row, *answered))
 
 
 def _from_text(row: Row) -> Iterator[Conversation]:
-    yield Conversation([], read_text(row["text"], "text"))
+    yield Conversation([], read_text(row.get("text"), "text"))
 
 
 # Each format's columns, as alternatives, and its converter. The first match wins: UltraChat and No

@@ -4,16 +4,19 @@
 The objective says which format it needs.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import takewhile
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain, takewhile
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from keylayers.data.turns import (
     Message,
     Row,
     digest,
+    is_flag,
+    is_silent,
     read_answer,
+    read_flag,
     read_prompt,
     read_text,
     until_answer,
@@ -22,6 +25,9 @@ from keylayers.data.turns import (
 )
 from keylayers.errors import DataError
 from keylayers.model.options import Objective
+
+if TYPE_CHECKING:
+    import datasets
 
 PreferenceFormat: TypeAlias = Literal["pairs", "rated"]
 FORMAT_OF: dict[Objective, PreferenceFormat] = {
@@ -54,13 +60,24 @@ class Preference:
     prompt: list[Message]
     answers: tuple[list[Message], ...]
     is_good: bool | None = None  # None for a pair
+    row_number: int = field(default=0, compare=False)  # in the data, from 1
+
+    @property
+    def turns(self) -> list[Message]:
+        """All turns."""
+        return [*self.prompt, *chain.from_iterable(self.answers)]
 
     @property
     def has_answer(self) -> bool:
         """Whether the prompt and the answers hold anything."""
         return bool(self.prompt) and all(
-            answer and answer[-1]["content"].strip() for answer in self.answers
+            answer and not is_silent(answer[-1]) for answer in self.answers
         )
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether both answers are the same, so that there is nothing to prefer."""
+        return self.is_good is None and self.answers[0] == self.answers[1]
 
     def digest(self) -> bytes:
         """Equal exactly for equal preferences."""
@@ -74,9 +91,9 @@ class Preference:
         return {"prompt": self.prompt, "completion": self.answers[0], "label": self.is_good}
 
 
-def require_columns(objective: Objective, columns: Iterable[str]) -> PreferenceFormat:
-    """The format that the objective needs, if the columns hold it."""
-    format, names = FORMAT_OF[objective], set(columns)
+def require_columns(objective: Objective, cells: Row) -> PreferenceFormat:
+    """The format that the objective needs, if the columns hold it; `cells` are their first ones."""
+    format, names = FORMAT_OF[objective], set(cells)
     is_answered = names & set(_ANSWERED) and names & set(_ASKED)
     fits: dict[PreferenceFormat, object] = {
         "pairs": {"chosen", "rejected"} <= names,
@@ -86,33 +103,55 @@ def require_columns(objective: Objective, columns: Iterable[str]) -> PreferenceF
         others = "".join(f"; these are {_NEEDED[other][1]}" for other in fits if fits[other])
         raise DataError(
             f"`objective` {objective} needs the columns {_NEEDED[format][0]}, got "
-            f"{', '.join(columns)}{others or '; rename the columns'}."
+            f"{', '.join(cells)}{others or '; rename the columns'}."
+        )
+    is_answer = not isinstance(cells.get("chosen"), list)  # no whole conversation
+    if format == "pairs" and is_answer and not names & set(_ASKED):
+        raise DataError(
+            "A pair must have a prompt, got only `chosen` and `rejected`; add a column `prompt`, "
+            "or give whole conversations as lists of role and content."
         )
     return format
 
 
 def _from_pairs(row: Row) -> Iterator[Preference]:
-    chosen, rejected = read_answer(row, "chosen"), read_answer(row, "rejected")
-    if any(turns[:1] and turns[0]["role"] != "assistant" for turns in (chosen, rejected)):
-        # Whole conversations; UltraFeedback has them in addition to a column `prompt`.
-        both = zip(chosen, rejected, strict=False)
+    pair = [_read_side(row, name) for name in ("chosen", "rejected")]
+    chosen, rejected = pair
+    if all(turns[:1] and turns[0]["role"] != "assistant" for turns in pair):
+        # Whole conversations; UltraFeedback has them in addition to a column `prompt`. Both keep at
+        # least their last turn, so that equal ones are a prompt and equal answers.
+        both = zip(chosen[:-1], rejected[:-1], strict=False)
         shared = len(list(takewhile(lambda turns: turns[0] == turns[1], both)))
-        yield Preference(chosen[:shared], (chosen[shared:], rejected[shared:]))
-        return
-    prompt = _prompt(row)
-    if not prompt and not any(name in row for name in _ASKED):
-        raise DataError(
-            "A pair must have a prompt, got only `chosen` and `rejected`; add a column `prompt`, "
-            "or give whole conversations as lists of role and content."
-        )
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    else:
+        prompt = _prompt(row)
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if turns and turns[0]["role"] != "assistant":
+            raise DataError(
+                f"`{name}` must begin with a turn of the assistant after what it shares with the "
+                f"other answer, got a turn of role {turns[0]['role']!r}; fix the row."
+            )
     yield Preference(prompt, (chosen, rejected))
+
+
+def _read_side(row: Row, name: str) -> list[Message]:
+    """An answer, or a conversation up to the last one."""
+    turns = _unmarked(read_answer(row, name))
+    answered = until_answer(turns)
+    if turns and not answered:
+        raise DataError(
+            f"`{name}` must hold an answer of the assistant, got a turn of role "
+            f"{turns[-1]['role']!r}; fix its role."
+        )
+    return answered
 
 
 def _from_rated(row: Row) -> Iterator[Preference]:
     rating = read_rating(row)
     answered = next((column for column in _ANSWERED if column in row), None)
     if answered is not None:
-        yield Preference(_prompt(row), (read_answer(row, answered),), rating)
+        answer = _read_side(row, answered)
+        yield Preference(_prompt(row), (answer,), rating)
     else:
         turns = until_answer(_prompt(row))
         yield Preference(turns[:-1], (turns[-1:],), rating)
@@ -120,11 +159,29 @@ def _from_rated(row: Row) -> Iterator[Preference]:
 
 def read_rating(row: Row) -> bool:
     """Whether the answer is a good one."""
-    name = next(column for column in _RATED if column in row)
-    label = row[name]
-    if not (isinstance(label, int) and label in (0, 1)):  # a bool is an int too
-        raise DataError(f"`{name}` must be true or false, got {label!r:.60}; fix the row.")
-    return bool(label)
+    name = next((column for column in _RATED if column in row), None)
+    if name is None:
+        raise DataError(f"`{_RATED[0]}` must be true or false, got null; fix the row.")
+    return read_flag(row[name], name)
+
+
+def rated_column(data: "datasets.Dataset") -> str | None:
+    """The column that says which answers are good ones, if there is one.
+
+    A `label` with other values in any row, as of a classifier, is none.
+    """
+    for name in _RATED:
+        cells = data[name] if name in data.column_names else ()
+        given = {cell if isinstance(cell, Hashable) else "a list" for cell in cells}
+        given -= {None, ""}
+        if given and all(is_flag(value) for value in given):
+            return name
+    return None
+
+
+def _unmarked(turns: list[Message]) -> list[Message]:
+    """Turns without marks of what is learned: preferences are about whole answers."""
+    return [{name: turn[name] for name in turn if name != "weight"} for turn in turns]
 
 
 def _prompt(row: Row) -> list[Message]:
@@ -135,7 +192,7 @@ def _prompt(row: Row) -> list[Message]:
     is_text = not isinstance(row[column], (list, dict))
     if is_text and not read_text(row[column], column).strip():
         return []
-    return with_system(row, read_prompt(row, column))
+    return with_system(row, _unmarked(read_prompt(row, column)))
 
 
 PREFERENCES: dict[PreferenceFormat, Callable[[Row], Iterator[Preference]]] = {

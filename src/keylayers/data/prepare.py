@@ -16,7 +16,9 @@ from keylayers.data.chat import ChatTemplate, Example, encode_all, measure_all, 
 from keylayers.data.formats import Conversation
 from keylayers.data.options import DataOptions
 from keylayers.data.preferences import Preference
-from keylayers.data.reading import read_conversations, read_preferences
+from keylayers.data.reading import Found, read_conversations, read_preferences
+from keylayers.data.turns import other_fields
+from keylayers.data.unused import unused_parts
 from keylayers.errors import ConfigError, DataError
 from keylayers.files import json_sha256
 from keylayers.model.options import Objective
@@ -26,18 +28,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_TURNS = ("prompt", "chosen", "rejected", "completion")  # columns of preferences
+
+
 @dataclass(frozen=True)
 class DataCounts:
     """Numbers of examples, by what became of them; tokens are those of the training examples."""
 
     num_dropped_empty: int  # without an answer, or with an empty one
     num_duplicates: int
+    num_equal_pairs: int  # of two equal answers, which prefer nothing
     num_examples: int  # left after that and `max_examples`, before too long ones are left out
     num_train: int
     num_mask: int  # set aside for the mask; 0 if it is learned on the training examples
     num_held_out: int
     num_truncated: int  # used without their end
     num_truncated_away: int  # not used: the prompt alone fills `max_length`
+    num_empty_answers: int  # in conversations, which the loss leaves out
+    num_masked_answers: int  # that the loss leaves out because the data say so
     num_last_answer_only: int  # the loss counts the last answer only: the template hides the others
     num_train_tokens: int
     num_label_tokens: int  # that the loss counts
@@ -56,6 +64,7 @@ class PreparedData:
     max_length: int  # in tokens: `options.max_length`, or the model's own limit
     content_sha256: str  # of the examples that were used, in order
     counts: DataCounts
+    unused: tuple[str, ...]  # what the data hold and nothing uses, in words
 
     def record(self) -> dict[str, object]:
         """The part of a run's JSON record about its data."""
@@ -96,10 +105,18 @@ class PreparedData:
         left_out = {
             "without an answer": counts.num_dropped_empty,
             "duplicates": counts.num_duplicates,
+            "pairs of equal answers": counts.num_equal_pairs,
             "cut at the end": counts.num_truncated,
             "too long for any answer": counts.num_truncated_away,
             "with the loss on the last answer only": counts.num_last_answer_only,
         }
+        answers = {
+            "empty": counts.num_empty_answers,
+            "marked as not to be learned": counts.num_masked_answers,
+        }
+        if not_learned := [f"{number} {reason}" for reason, number in answers.items() if number]:
+            lines.append(f"answers that the loss leaves out: {', '.join(not_learned)}")
+        lines += [f"not used: {name}" for name in self.unused]
         if seen := [f"{number} {reason}" for reason, number in left_out.items() if number]:
             lines.append(f"of the data: {', '.join(seen)}")
         if self.max_length < self.options.max_length:
@@ -117,19 +134,25 @@ def prepare(
     objective: Objective = "sft",
 ) -> PreparedData:
     """The examples for an objective, split; `max_positions` is the model's limit in tokens."""
-    read: tuple[str, Sequence[Conversation | Preference], int] = (
+    read: Found[Conversation] | Found[Preference] = (
         read_conversations(options) if objective == "sft" else read_preferences(options, objective)
     )
-    format, found, num_dropped_empty = read
+    format, found = read.format, [each for each in read.examples if not _is_equal(each)]
+    if not found:
+        raise DataError(
+            f"Pairs must have different answers, got {len(read.examples)} of equal ones; check "
+            "`chosen` and `rejected`."
+        )
     if format == "text" and options.chat_template is not None:
         raise ConfigError(
             "`chat_template` works on conversations, got plain text; leave the option out."
         )
     template = None if format == "text" else resolve_template(tokenizer, options.chat_template)
+    unused = unused_parts(read, template)
     max_length = min(options.max_length, max_positions or options.max_length)
     by_digest = {each.digest(): each for each in found}
     chosen = dict(list(by_digest.items())[: options.max_examples])
-    conversations = (each for each in chosen.values() if isinstance(each, Conversation))
+    conversations = [each for each in chosen.values() if isinstance(each, Conversation)]
     preferences = (each for each in chosen.values() if isinstance(each, Preference))
     examples = list(encode_all(conversations, tokenizer, template, max_length))
     if template is not None:
@@ -159,19 +182,27 @@ def prepare(
         max_length=max_length,
         content_sha256=hashlib.sha256(b"".join(chosen)).hexdigest(),
         counts=DataCounts(
-            num_dropped_empty=num_dropped_empty,
+            num_dropped_empty=read.num_dropped_empty,
             num_duplicates=len(found) - len(by_digest),
+            num_equal_pairs=len(read.examples) - len(found),
             num_examples=len(chosen),
             num_train=len(train),
             num_mask=len(mask),
             num_held_out=len(held_out),
             num_truncated=sum(example.is_truncated for example in usable.values()),
             num_truncated_away=len(chosen) - len(usable),
+            num_empty_answers=sum(each.num_empty for each in conversations),
+            num_masked_answers=sum(each.num_masked for each in conversations),
             num_last_answer_only=sum(example.is_last_answer_only for example in usable.values()),
             num_train_tokens=sum(example.num_used_tokens for example in train),
             num_label_tokens=sum(example.num_label_tokens for example in train),
         ),
+        unused=unused,
     )
+
+
+def _is_equal(example: Conversation | Preference) -> bool:
+    return isinstance(example, Preference) and example.is_equal
 
 
 def _hold_out(keys: Sequence[bytes], options: DataOptions) -> tuple[set[bytes], set[bytes]]:
@@ -192,6 +223,12 @@ def _hold_out(keys: Sequence[bytes], options: DataOptions) -> tuple[set[bytes], 
 
 
 def _to_dataset(examples: Iterable[Example]) -> "datasets.Dataset":
-    from datasets import Dataset
+    from datasets import Dataset, Features, Json, Value
 
-    return Dataset.from_list([example.row for example in examples])
+    rows = [example.row for example in examples]
+    turns = [name for name in _TURNS if name in rows[0]]
+    if not any(other_fields(turn) for row in rows for name in turns for turn in row[name]):
+        return Dataset.from_list(rows)
+    # Without `Json`, Arrow gives every turn the fields of all, and templates take nulls for values.
+    kinds = {"label": Value("bool"), **dict.fromkeys(turns, Json())}
+    return Dataset.from_list(rows, features=Features({name: kinds[name] for name in rows[0]}))

@@ -8,12 +8,20 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from keylayers.data.formats import FORMATS, Conversation, read_format
-from keylayers.data.options import DataFormat, DataOptions
-from keylayers.data.preferences import PREFERENCES, Preference, PreferenceFormat, require_columns
+from keylayers.data.formats import (
+    FORMATS,
+    Conversation,
+    conversations_of,
+    preference_data,
+    read_format,
+)
+from keylayers.data.options import DataOptions
+from keylayers.data.preferences import PREFERENCES, Preference, rated_column, require_columns
 from keylayers.data.turns import DOCUMENT_COLUMNS, SYSTEM_COLUMNS, Row
 from keylayers.errors import ConfigError, DataError, did_you_mean
 from keylayers.model.options import Objective
@@ -41,65 +49,105 @@ _READERS: dict[str, tuple[str, dict[str, object]]] = {
     ".parquet": ("parquet", {}),
 }
 _HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
+_NOTHING: tuple[object, ...] = (None, "", [])  # cells of CSV are never null
 _READ_ROWS = 1000  # rows turned into Python objects at a time; singly takes several times as long
 _DEEPEST = 500  # levels of JSON; conversations have four
+_NOT_UTF_8 = re.compile(rb"\xff\xfe|\xfe\xff|.{0,3}\0", re.DOTALL)  # of UTF-16 and UTF-32
 _JSON_PARTS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]|\bnull\b')
 
 
-def read_conversations(options: DataOptions) -> tuple[DataFormat, list[Conversation], int]:
-    """The format of the data, the conversations with an answer, and how many have none."""
-    with _opened(options) as (first_row, rows):
-        format = read_format(first_row, options.format)
-        return format, *convert_rows(rows, format, FORMATS[format][1])
+@dataclass(frozen=True)
+class Found(Generic[_Example]):
+    """What data hold."""
+
+    format: str
+    examples: list[_Example]  # with an answer to learn
+    num_dropped_empty: int  # without one
+    unused_columns: tuple[str, ...]  # that hold something
 
 
-def read_preferences(
-    options: DataOptions, objective: Objective
-) -> tuple[PreferenceFormat, list[Preference], int]:
-    """The format that the objective needs, the whole preferences, and how many lack a part."""
+class _ReadRow(dict[str, object]):
+    """The columns of a row that hold something; it notes which of them are asked for."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__({name: cell for name, cell in row.items() if cell not in _NOTHING})
+        self.used: set[str] = set()
+
+    def __getitem__(self, name: str) -> object:
+        self.used.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: object = None) -> object:
+        self.used.add(name)
+        return super().get(name, default)
+
+
+def read_conversations(options: DataOptions) -> Found[Conversation]:
+    """The conversations of the data, in the format that its columns show."""
+    with _opened(options) as data:
+        is_forced = options.format is not None
+        cells = dict.fromkeys(data.column_names) if is_forced else _first_cells(data)
+        format = read_format(cells, options.format)
+        name = None if is_forced else rated_column(data)
+        is_class = format == "text" and not isinstance(cells.get(name or ""), bool)  # of the text
+        if name is not None and not is_class:
+            raise preference_data(f"{', '.join(data.column_names)}; {name} rates them")
+        convert = partial(conversations_of, format=format, is_forced=is_forced)
+        return convert_rows(_rows_of(data), format, convert)
+
+
+def read_preferences(options: DataOptions, objective: Objective) -> Found[Preference]:
+    """The whole preferences, in the format that the objective needs."""
     if options.format is not None:
         raise ConfigError(
             f"`format` must be left out with `objective` {objective}, whose columns decide, got "
             f"{options.format!r}"
         )
-    with _opened(options) as (first_row, rows):
-        format = require_columns(objective, first_row)
-        return format, *convert_rows(rows, format, PREFERENCES[format])
+    with _opened(options) as data:
+        cells = dict.fromkeys(data.column_names) | _first_cells(data)
+        format = require_columns(objective, cells)
+        return convert_rows(_rows_of(data), format, PREFERENCES[format])
 
 
 def convert_rows(
     rows: Iterable[Row], format: str, convert: Callable[[Row], Iterable[_Example]]
-) -> tuple[list[_Example], int]:
-    """The examples with an answer to learn, and how many have none."""
+) -> Found[_Example]:
+    """The examples of the rows."""
     found: list[_Example] = []
-    for number, row in enumerate(rows, start=1):
+    held: dict[str, None] = {}
+    used: set[str] = set()
+    for number, row in enumerate(map(_ReadRow, rows), start=1):
         try:
-            found += convert(row)
+            found += [replace(example, row_number=number) for example in convert(row)]
         except DataError as error:
             raise DataError(f"Row {number}: {error}") from error
+        except RecursionError as error:
+            raise DataError(f"Row {number}: its fields are nested too deep; remove it.") from error
+        held |= dict.fromkeys(row)
+        used |= row.used
     usable = [example for example in found if example.has_answer]
     if not usable:
         raise DataError(
             f"The data must hold answers to learn, got {len(found)} examples without one in the "
             f"format {format!r}; check the columns, `--format` and `--objective`."
         )
-    return usable, len(found) - len(usable)
+    unused = tuple(name for name in held if name not in used)
+    return Found(format, usable, len(found) - len(usable), unused)
 
 
 @contextmanager
-def _opened(options: DataOptions) -> Iterator[tuple[Row, Iterator[Row]]]:
-    """The first row of the data, which must have one, and all rows, for the length of the block."""
+def _opened(options: DataOptions) -> Iterator["datasets.Dataset"]:
+    """The data, which must have a row, for the length of the block."""
     # The user's cache would hide edits of a file from the next run, and keep a copy of the data.
     with tempfile.TemporaryDirectory(prefix="keylayers-data-") as cache, quiet_datasets():
         data = _load(options, cache)
         try:
-            first_row = next(_rows_of(data), None)
-            if first_row is None:
+            if next(_rows_of(data), None) is None:
                 raise DataError(
                     f"The data must have rows, got none in {options.data!r}; check it, or "
                     "`--data-split`."
                 )
-            yield first_row, _rows_of(data)
+            yield data
         except UnicodeDecodeError as error:  # from reading a row
             raise DataError(f"Data must be UTF-8 text, got: {error}; convert the file.") from error
 
@@ -108,6 +156,21 @@ def _rows_of(data: "datasets.Dataset") -> Iterator[Row]:
     for batch in data.iter(batch_size=_READ_ROWS):
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))
+
+
+def _first_cells(data: "datasets.Dataset") -> dict[str, object]:
+    """The first cell of each column that holds something, which need not be in the first row.
+
+    Columns that hold nothing are left out, unless all do.
+    """
+    found: dict[str, object] = {}
+    for row in _rows_of(data):
+        given = (name for name in row if name not in found and row[name] not in _NOTHING)
+        found |= {name: row[name] for name in given}
+        if len(found) == len(row):
+            break
+    names = [name for name in data.column_names if name in found] or data.column_names
+    return {name: found.get(name) for name in names}
 
 
 @contextmanager
@@ -169,6 +232,8 @@ def _local(path: Path, cache: str) -> dict[str, object]:
             "give one file."
         )
     reader, more = readers.popitem()[1]
+    for file in files if reader in ("json", "csv") else ():
+        _check_encoding(file)
     for file in files if reader == "json" else ():
         _check_json(file)
     found = {"path": reader, "data_files": str(path)} if path.is_file() else {"path": str(path)}
@@ -211,6 +276,16 @@ def _check_json(path: Path) -> None:
                     )
 
 
+def _check_encoding(path: Path) -> None:
+    broken = suppress(OSError, EOFError, zlib.error)  # the reader says what is wrong
+    with broken, gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        if _NOT_UTF_8.match(file.read(4)):
+            raise DataError(
+                f"Data must be UTF-8 text, got UTF-16 or UTF-32 in {str(path)!r}; convert the file "
+                "(in PowerShell: `Set-Content -Encoding utf8`)."
+            )
+
+
 def _suffix(path: Path) -> str:
     return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
 
@@ -219,6 +294,8 @@ def _unreadable(options: DataOptions, error: BaseException, *, is_hub: bool) -> 
     while error.__cause__ is not None and not is_hub:  # the innermost names the place in the file
         error = error.__cause__
     reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if isinstance(error, UnicodeDecodeError):
+        return f"Data must be UTF-8 text, got: {reason}; convert the file."
     if is_hub:
         return (
             f"{options.data!r} must be a file, a folder or a reachable hub data set; there is no "

@@ -119,9 +119,9 @@ def _conversations(
 ) -> Iterator[Tokens]:
     """Data in any format, without duplicates."""
     # `format` describes the fine-tune's data, not this text.
-    format, found, _ = read_conversations(replace(options.data_options(source), format=None))
-    chosen = list({example.digest(): example for example in found}.values())
-    is_chat = format != "text"
+    found = read_conversations(replace(options.data_options(source), format=None))
+    chosen = list({example.digest(): example for example in found.examples}.values())
+    is_chat = found.format != "text"
     template = resolve_template(tokenizer, options.chat_template) if is_chat else None
     for own in encode_all(chosen[: options.forgetting_examples], tokenizer, template, length):
         if own.is_usable:
