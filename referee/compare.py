@@ -14,6 +14,9 @@ SHOWN = 5  # differences shown for each case
 # Expected differences, as a pattern of `case:path` (`case` alone: it may be missing), with reasons.
 ALLOWED = {
     "*:*options/prefix_cache_gib": "the option is removed",
+    **dict.fromkeys(
+        ("*:*num_equal_pairs", "*:*num_empty_answers", "*:*num_masked_answers"), "new counts"
+    ),
     "memory-*:*": "a budget in GiB now takes the best modules that fit, by measured steps",
     "eval-losses:*config_sha256": "hashed in another way; old evaluations are measured again",
     "eval-losses:*pair*": "holds the hash above",
