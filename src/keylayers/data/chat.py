@@ -8,7 +8,9 @@ answers; without markers, rendering turn by turn does. Offsets carry that over t
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 IGNORED = -100  # the label that cross-entropy skips
 ADDED_TOKENS = 2  # ORPO's trainer (TRL 1.16) adds a start and an end token where they are missing
 _BATCH_SIZE = 512  # conversations; bounds the memory that offsets take
+THOUGHT_END = "</think>"
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # "alpaca" is the default for models without a template because it is plain words. ChatML's marks
@@ -82,13 +85,15 @@ class Example:
     is_truncated: bool  # the end was cut off
     is_usable: bool  # something is left to learn
     is_last_answer_only: bool = False  # the template hides earlier answers, so the loss does too
+    is_thought_lost: bool = False  # the template leaves out the last answer's <think> part
+    max_id: int = 0  # the highest token
 
 
 def resolve_template(tokenizer: "PreTrainedTokenizerBase", choice: str | None) -> ChatTemplate:
     """A built-in template or a Jinja file; by default the tokenizer's own, or else "alpaca"."""
     if choice is None and tokenizer.chat_template:
         try:
-            return ChatTemplate("model", tokenizer.get_chat_template(), "model")
+            return ChatTemplate("model", _training_template(tokenizer), "model")
         except ValueError as error:
             raise ConfigError(
                 "The tokenizer must have a default chat template, it has only named ones; "
@@ -111,6 +116,32 @@ def resolve_template(tokenizer: "PreTrainedTokenizerBase", choice: str | None) -
         ) from error
 
 
+def _training_template(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The tokenizer's own template, or TRL's form of it that marks the answers.
+
+    Many templates render earlier answers in another way once there are later turns, or write part
+    of an answer into the generation prompt, so nothing but marks can say where answers are.
+    """
+    own = tokenizer.get_chat_template()
+    if _MARKER.search(own):
+        return own
+    from jinja2 import TemplateError
+    from trl.chat_template_utils import get_training_chat_template
+
+    try:
+        return get_training_chat_template(tokenizer) or own
+    except (ValueError, TypeError, TemplateError):  # TRL has none, or cannot try this one out
+        return own
+
+
+def _as_parts(messages: list[Message]) -> list[Message]:
+    """The turns with their text as parts, as templates of vision-language models want it."""
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        for message in messages
+    ]
+
+
 @dataclass(frozen=True)
 class _Renderer:
     """A template with the tokenizer whose special tokens it writes."""
@@ -118,8 +149,34 @@ class _Renderer:
     template: ChatTemplate
     tokenizer: "PreTrainedTokenizerBase"
 
-    def render(self, messages: list[Message], *, prompt: bool = False) -> tuple[str, list[_Span]]:
+    @cached_property
+    def wants_parts(self) -> bool:
+        """Whether the template loses content that is text, and renders it as parts."""
+        probe: list[Message] = [
+            {"role": role, "content": f"probe {role}"} for role in ("user", "assistant")
+        ]
+        for messages in (probe, _as_parts(probe)):
+            with suppress(DataError):
+                if "probe assistant" in self._render(messages)[0]:
+                    return messages is not probe
+        return False
+
+    def render(
+        self, messages: list[Message], *, prompt: bool = False, tools: Any = None
+    ) -> tuple[str, list[_Span]]:
         """The text that `apply_chat_template` makes, and the spans inside generation markers."""
+        messages = _as_parts(messages) if self.wants_parts else messages
+        text, spans = self._render(messages, prompt=prompt, tools=tools)
+        joined: list[_Span] = []
+        for start, end in spans:  # some templates mark an answer and its end apart
+            if joined and joined[-1][1] == start:
+                start = joined.pop()[0]
+            joined.append((start, end))
+        return text, joined
+
+    def _render(
+        self, messages: list[Message], *, prompt: bool = False, tools: Any = None
+    ) -> tuple[str, list[_Span]]:
         # transformers 5.23: `apply_chat_template` returns the marked spans as tokens, and loses or
         # overruns spans that begin or end with a character outside all tokens. The function below,
         # which it calls, returns characters.
@@ -131,6 +188,7 @@ class _Renderer:
         try:
             texts, spans = render_jinja_template(
                 [messages],
+                tools=tools,
                 chat_template=self.template.text,
                 add_generation_prompt=prompt,
                 return_assistant_tokens_mask=self.template.has_markers,
@@ -141,16 +199,18 @@ class _Renderer:
             raise self.error(f"render every conversation, it failed with: {reason}") from error
         return texts[0], [tuple(span) for span in spans[0]] if spans else []
 
-    def answers(self, messages: list[Message]) -> tuple[str, list[_Span]]:
+    def answers(self, conversation: Conversation) -> tuple[str, list[_Span]]:
         """The rendered conversation and the spans of its answers, at least that of the last one."""
-        text, spans = self.render(messages)
-        answer = messages[-1]["content"].strip()
+        messages, tools = conversation.messages, conversation.tools
+        text, spans = self.render(messages, tools=tools)
+        # Templates write a thought in their own form, move it, or leave it out.
+        answer = messages[-1]["content"].rpartition(THOUGHT_END)[2].strip()
         if not text.strip():
             raise self.error("render every conversation, it rendered nothing")
         if answer not in text:
             raise self.error(f"render the whole answer, it lost {answer[:60]!r}")
         if not self.template.has_markers:
-            spans = self._spans_by_turns(messages, text)
+            spans = self._spans_by_turns(messages, tools, text)
         if not spans or answer not in text[slice(*spans[-1])]:
             raise self.error(
                 f"show where the answer {answer[:60]!r} is, by `{{% generation %}}` markers around "
@@ -158,13 +218,14 @@ class _Renderer:
             )
         return text, spans
 
-    def _spans_by_turns(self, messages: list[Message], text: str) -> list[_Span]:
+    def _spans_by_turns(self, messages: list[Message], tools: Any, text: str) -> list[_Span]:
         """The spans of all answers; only the last if later turns change how others are rendered."""
 
         def span(end: int) -> _Span | None:
+            is_whole = end == len(messages)
             try:
-                before, _ = self.render(messages[: end - 1], prompt=True)
-                after = text if end == len(messages) else self.render(messages[:end])[0]
+                before, _ = self.render(messages[: end - 1], prompt=True, tools=tools)
+                after = text if is_whole else self.render(messages[:end], tools=tools)[0]
             except DataError:  # the template renders the whole conversation but refuses this part
                 return None
             is_prefix = after.startswith(before) and text.startswith(after)
@@ -177,8 +238,8 @@ class _Renderer:
     def error(self, must: str) -> DataError:
         """The error about a conversation that the template does not render as it must."""
         return DataError(
-            f"The chat template {self.template.name!r} must {must}; fix the template or choose "
-            "another `--chat-template`."
+            f"The chat template {self.template.name!r} must {must}; fix the template, or choose "
+            f"another `--chat-template`: {' or '.join(BUILT_IN)} take any conversation."
         )
 
 
@@ -199,7 +260,7 @@ def encode_all(
             tokens = _encode_texts(batch, tokenizer)
         else:
             tokens = _encode_chats(batch, tokenizer, template)
-        for ids, labels, is_last_answer_only in tokens:
+        for ids, labels, is_last_answer_only, is_thought_lost in tokens:
             is_label = [label != IGNORED for label in labels]
             num_label_tokens = sum(is_label[1:max_length])  # nothing predicts the first token
             yield Example(
@@ -210,26 +271,32 @@ def encode_all(
                 is_truncated=len(ids) > max_length,
                 is_usable=num_label_tokens > 0,
                 is_last_answer_only=is_last_answer_only,
+                is_thought_lost=is_thought_lost,
+                max_id=max(ids[:max_length]),
             )
 
 
-_Tokens = Iterator[tuple[list[int], list[int], bool]]  # ids, labels, is_last_answer_only
+# ids, labels, is_last_answer_only, is_thought_lost
+_Tokens = Iterator[tuple[list[int], list[int], bool, bool]]
 
 
 def _encode_texts(batch: Sequence[Conversation], tokenizer: "PreTrainedTokenizerBase") -> _Tokens:
     """Plain text as the tokenizer takes it, plus the end-of-sequence token if there is one."""
     texts = [conversation.text or "" for conversation in batch]
-    eos = tokenizer.eos_token_id
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
+        if bos is not None and ids[:2] == [bos, bos]:  # the text has one, the tokenizer adds one
+            ids = ids[1:]
         whole = ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
-        yield whole, list(whole), False
+        first = [IGNORED] if whole[:1] == [bos] else whole[:1]
+        yield whole, [*first, *whole[1:]], False, False
 
 
 def _encode_chats(
     batch: Sequence[Conversation], tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate
 ) -> _Tokens:
     renderer, special = _Renderer(template, tokenizer), _special_tokens(tokenizer)
-    rendered = [renderer.answers(conversation.messages) for conversation in batch]
+    rendered = [_answers(renderer, conversation) for conversation in batch]
     whole = [_close(text, spans, tokenizer, special) for text, spans in rendered]
     closed = [
         (text, _learned(spans, conversation.messages))
@@ -248,17 +315,32 @@ def _encode_chats(
         tokenised = [(ids, _label(ids, offsets, *found)) for ids, offsets, found in both]
     else:
         tokenised = [_tokenise_pieces(text, spans, tokenizer) for text, spans in closed]
-    for conversation, (_, spans), (ids, labels) in zip(batch, whole, tokenised, strict=True):
+    for conversation, (text, spans), (ids, labels) in zip(batch, whole, tokenised, strict=True):
         roles = [message["role"] for message in conversation.messages]
-        yield ids, labels, len(spans) < roles.count("assistant")
+        is_lost = thought_of(conversation.messages[-1]) not in text[slice(*spans[-1])]
+        yield ids, labels, len(spans) < roles.count("assistant"), is_lost
+
+
+def _answers(renderer: _Renderer, conversation: Conversation) -> tuple[str, list[_Span]]:
+    try:
+        return renderer.answers(conversation)
+    except DataError as error:
+        raise DataError(f"Row {conversation.row_number}: {error}") from error
 
 
 def _learned(spans: list[_Span], messages: list[Message]) -> list[_Span]:
     """The spans of answers to learn; the last answer is one of them."""
     answers = [message for message in messages if message["role"] == "assistant"]
-    if len(spans) != len(answers):
-        return spans
-    return [span for span, turn in zip(spans, answers, strict=True) if turn.get("weight") != 0]
+    is_learned = [turn.get("weight") != 0 for turn in answers]
+    if len(spans) == len(answers):
+        return [span for span, taken in zip(spans, is_learned, strict=True) if taken]
+    return spans if all(is_learned) else spans[-1:]
+
+
+def thought_of(message: Message) -> str:
+    """What an answer thinks before it says something, if it is written into the answer."""
+    before, end, _ = message["content"].rpartition(THOUGHT_END)
+    return before.replace("<think>", "").strip() if end else ""
 
 
 def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -332,13 +414,18 @@ def measure_all(
     """
     renderer = _Renderer(template, tokenizer)
 
-    def length(messages: list[Message], *, prompt: bool = False) -> int:
+    def ids_of(messages: list[Message], *, prompt: bool = False) -> list[int]:
         text, _ = renderer.render(messages, prompt=prompt)
-        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
 
     for preference in preferences:
-        num_prompt_tokens = length(preference.prompt, prompt=True)
-        whole = [length(preference.prompt + answer) for answer in preference.answers]
+        try:
+            num_prompt_tokens = len(ids_of(preference.prompt, prompt=True))
+            both = [ids_of(preference.prompt + answer) for answer in preference.answers]
+        except DataError as error:
+            raise DataError(f"Row {preference.row_number}: {error}") from error
+        whole = [len(ids) for ids in both]
         cut = [min(num_tokens, max_length) for num_tokens in whole]
         is_truncated = cut != whole
         has_room = num_prompt_tokens + ADDED_TOKENS <= max_length
@@ -350,4 +437,5 @@ def measure_all(
             is_truncated=is_truncated,
             # A reward model must see both answers whole.
             is_usable=not is_truncated if objective == "reward" else has_room,
+            max_id=max(max(ids, default=0) for ids in both),
         )

@@ -65,6 +65,7 @@ class PreparedData:
     content_sha256: str  # of the examples that were used, in order
     counts: DataCounts
     unused: tuple[str, ...]  # what the data hold and nothing uses, in words
+    max_id: int  # the highest token of all examples
 
     def record(self) -> dict[str, object]:
         """The part of a run's JSON record about its data."""
@@ -172,7 +173,10 @@ def prepare(
             "Rated answers must be good and bad, got only good or only bad ones to train on; check "
             "the labels, or give more data."
         )
+    if num_lost := sum(example.is_thought_lost for example in usable.values()):
+        unused += (f"the <think> part of {num_lost} answers, which the chat template leaves out",)
     return PreparedData(
+        max_id=max(example.max_id for example in usable.values()),
         train=_to_dataset(train),
         mask=_to_dataset(usable[key] for key in usable if key in mask) if mask else None,
         held_out=_to_dataset(usable[key] for key in usable if key in held_out),
