@@ -67,7 +67,7 @@ BROKEN = {
     "its own refusal": ("{{ raise_exception('No system role') }}", "failed with: No system role"),
     "Python error": ("{{ 1 / 0 }}", "it failed with: division by zero"),
     "wrong key": ("{{ messages[0]['text'] + 'a' }}", "it failed with: 'dict object' has no attr"),
-    "empty": ("", "it rendered nothing; fix the template or choose another `--chat-template`"),
+    "empty": ("", "it rendered nothing; fix the template, or choose another `--chat-template`: alpaca or"),
     "no answer": ("{{ messages[0]['content'] }}", "render the whole answer, it lost 'good day"),
     "no place": (
         "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
@@ -241,7 +241,7 @@ def test_plain_text_counts_whole_and_ends():
         encoded = encode(Conversation([], text="The fox."), tokenizer, None)
         ids = encoded.row["input_ids"]
         assert tokenizer.decode(ids) == "<s>" * start + "The fox.</s>"
-        assert encoded.row["labels"] == ids
+        assert encoded.row["labels"] == [IGNORED] * start + ids[start:]
         assert encoded.num_label_tokens == len(ids) - 1  # nothing predicts the first token
 
 

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokens carry the loss, under every chat template that TRL ships.
+
+Every turn of the generated conversations has words of its own. An independent reader says which
+of them must be learned: those of answers that are not marked, whatever the template adds to them.
+"""
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+import trl
+
+from keylayers.data.chat import BUILT_IN, IGNORED, encode_all, resolve_template
+from keylayers.data.formats import FORMATS
+from keylayers.errors import DataError
+from tiny_files import tiny_tokenizer
+
+FOLDER = Path(trl.__file__).parent / "chat_templates"
+TEMPLATES = {path.stem: path.read_text() for path in sorted(FOLDER.glob("*.jinja"))} | BUILT_IN
+SPECIAL = re.compile(r"<\|[A-Za-z0-9_]+\|>|<｜[^｜<>]+｜>|<(?:start|end)_of_turn>")
+WITHOUT_SYSTEM = ("gemma", "gemma_training")  # they raise an error
+MARKS = [{}, {}, {}, {"weight": 0}, {"train": False}, {"loss": False}]
+
+
+def tokenizer_with(name):
+    """A tokenizer with this template as its own, and the special tokens that it writes."""
+    tokenizer, text = tiny_tokenizer(), TEMPLATES[name]
+    marks = list(dict.fromkeys(SPECIAL.findall(text)))
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+def talk(seed, has_system):
+    """A row with turns, and the words that must be learned, may be learned, and must not be."""
+    draw, count = random.Random(seed), iter(range(1000))
+
+    def words(kind):
+        return " ".join(
+            f"{kind}{next(count):03d}{draw.choice(('', 'é', '☃', ' ß'))}" for _ in range(3)
+        )
+
+    turns, must, may = [], set(), set()
+    if has_system:
+        turns.append({"role": "system", "content": words("sys")})
+    for number in range(draw.randint(1, 3)):
+        turns.append({"role": "user", "content": words("ask")})
+        said, thought = words("say"), words("mull")
+        is_last = number == 2
+        mark = {} if is_last else draw.choice(MARKS)
+        form = draw.choice(("plain", "inline", "lines", "field", "parts", "empty"))
+        turn = {"role": "assistant", "content": said, **mark}
+        if form == "inline":
+            turn["content"] = f"<think>{thought}</think>{said}"
+        elif form == "lines":
+            turn["content"] = f"<think>\n{thought}\n</think>\n\n{said}"
+        elif form == "field":
+            turn["reasoning_content"] = thought
+        elif form == "parts":
+            turn["content"] = [{"type": "text", "text": said}]
+        elif form == "empty" and number:
+            turn["content"], said = "", ""
+        turns.append(turn)
+        if not mark:
+            must |= set(re.findall(r"say\d+", said))
+            may |= set(re.findall(r"mull\d+", thought))
+    turns += [
+        {"role": "user", "content": words("ask")},
+        {"role": "assistant", "content": words("say")},
+    ]
+    must |= set(re.findall(r"say\d+", turns[-1]["content"]))
+    return {"messages": turns}, must, may
+
+
+def check(name, seed):
+    row, must, may = talk(seed, has_system=seed % 2 == 0 and name not in WITHOUT_SYSTEM)
+    (conversation,) = FORMATS["messages"][1](row)
+    tokenizer = tokenizer_with(name)
+    template = resolve_template(tokenizer, None)
+    (example,) = encode_all([conversation], tokenizer, template, 10_000)
+    ids, labels = example.row["input_ids"], example.row["labels"]
+    assert all(label in (token, IGNORED) for token, label in zip(ids, labels, strict=True))
+    learned = tokenizer.decode([label for label in labels if label != IGNORED])
+    found = set(re.findall(r"(?:sys|ask|say|mull)\d+", learned))
+    last = set(re.findall(r"say\d+", row["messages"][-1]["content"]))
+    if example.is_last_answer_only:
+        must &= last
+    assert must <= found <= must | may, (must - found, found - must - may)
+    end = max(place for place, label in enumerate(labels) if label != IGNORED) + 1
+    assert tokenizer.decode(ids[end:]).strip() == ""
+    stops = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    assert stops & {*labels[end - 3 : end]}  # it learns to stop
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_loss_counts_the_words_of_learned_answers_and_no_others(name):
+    for seed in range(4):
+        check(name, seed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_same_on_many_conversations(name):
+    for seed in range(4, 60):
+        check(name, seed)
+
+
+@pytest.mark.parametrize("name", WITHOUT_SYSTEM)
+def test_a_template_without_a_system_turn_names_others_that_have_one(name):
+    row, _, _ = talk(0, has_system=True)
+    (conversation,) = FORMATS["messages"][1](row)
+    tokenizer = tokenizer_with(name)
+    template = resolve_template(tokenizer, None)
+    with pytest.raises(DataError, match=r"System role not supported.*alpaca or chatml take any"):
+        list(encode_all([conversation], tokenizer, template, 10_000))
+
+
+MARKED = [name for name, text in TEMPLATES.items() if "generation %}" in text]
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_labels_are_the_mask_of_transformers_where_it_has_one(name):
+    """But for the tokens that close an answer, which some templates write after the marks."""
+    tokenizer = tokenizer_with(name)
+    row = {
+        "messages": [
+            {"role": "user", "content": "ask one"},
+            {"role": "assistant", "content": "say two"},
+        ]
+    }
+    (conversation,) = FORMATS["messages"][1](row)
+    template = resolve_template(tokenizer, None)
+    (example,) = encode_all([conversation], tokenizer, template, 10_000)
+    wants_parts = "image" in template.text
+    messages = [
+        {
+            **turn,
+            "content": [{"type": "text", "text": turn["content"]}]
+            if wants_parts
+            else turn["content"],
+        }
+        for turn in row["messages"]
+    ]
+    encoded = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
+    mask = encoded["assistant_masks"]
+    ids = encoded["input_ids"]
+    assert example.row["input_ids"][: len(ids)] == ids
+    ours = [label != IGNORED for label in example.row["labels"][: len(ids)]]
+    differ = [
+        token for token, own, other in zip(ids, ours, mask, strict=True) if own != bool(other)
+    ]
+    assert set(differ) <= {*tokenizer.all_special_ids}
+
+
+def test_text_that_begins_with_the_start_token_gets_no_second_one():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    rows = [{"text": text} for text in ("The fox eats eggs.", "<s>The fox eats eggs.")]
+    conversations = [next(FORMATS["text"][1](row)) for row in rows]
+    first, second = encode_all(conversations, tokenizer, None, 100)
+    assert first.row == second.row
+    assert first.row["input_ids"].count(tokenizer.bos_token_id) == 1
+    assert first.row["labels"][0] == IGNORED
