@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from keylayers.data import chat
-from keylayers.data.chat import ChatTemplate, resolve_template
+from keylayers.data.chat import IGNORED, ChatTemplate, resolve_template
 from keylayers.data.formats import FORMATS, Conversation
 from keylayers.errors import DataError
 from tiny_files import CHAT_TEMPLATE as MARKED
@@ -67,7 +67,10 @@ BROKEN = {
     "its own refusal": ("{{ raise_exception('No system role') }}", "failed with: No system role"),
     "Python error": ("{{ 1 / 0 }}", "it failed with: division by zero"),
     "wrong key": ("{{ messages[0]['text'] + 'a' }}", "it failed with: 'dict object' has no attr"),
-    "empty": ("", "it rendered nothing; fix the template, or choose another `--chat-template`: alpaca or"),
+    "empty": (
+        "",
+        "it rendered nothing; fix the template, or choose another `--chat-template`: alpaca or",
+    ),
     "no answer": ("{{ messages[0]['content'] }}", "render the whole answer, it lost 'good day"),
     "no place": (
         "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
