@@ -17,6 +17,13 @@ ALLOWED = {
     **dict.fromkeys(
         ("*:*num_equal_pairs", "*:*num_empty_answers", "*:*num_masked_answers"), "new counts"
     ),
+    **dict.fromkeys(
+        (
+            *("*mixture*:*loss*", "*mixture*:*score*", "*mixture*:*error*", "*mixture*:*README*"),
+            *("*mixture*:*area*", "*mixture*:*mask/*", "*mixture*:*rounds*", "*mixture*:*card*"),
+        ),
+        "the loss of routers is in no loss",
+    ),
     "memory-*:*": "a budget in GiB now takes the best modules that fit, by measured steps",
     "eval-losses:*config_sha256": "hashed in another way; old evaluations are measured again",
     "eval-losses:*pair*": "holds the hash above",
