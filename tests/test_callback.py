@@ -378,6 +378,7 @@ def test_a_checkpoint_keeps_the_callback_and_refuses_another_freeze(tmp_path):
     assert callback.frozen_at_step == FREEZE_STEP
 
 
+@pytest.mark.filterwarnings("ignore:the update of every module is zero")  # it ranks at once
 def test_an_optimiser_that_moves_frozen_matrices_is_caught(tmp_path):
     from keylayers.errors import GuardError
 

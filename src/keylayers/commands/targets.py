@@ -64,7 +64,7 @@ def targets(
         print_json({"tool": tool, "model": name} | _content(found))
         return
     console = stdout()
-    console.print(f"{config}, read as {tool}: {_summary(found)}", markup=False)
+    console.print(f"{config}, read as {tool}: {_summary(found)}", markup=False, soft_wrap=True)
     for title, table in _heatmaps(found):
         console.print(f"\n{title}", markup=False)
         console.print(table)
