@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What docs/evaluation.md says is done as it is printed: MMLU as a task folder."""
+"""What recipes/mmlu says is done as it is printed: MMLU as a task folder."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from commands import keylayers
 from eval_files import evaluation_of
 
-DOCS = (Path(__file__).resolve().parents[1] / "docs" / "evaluation.md").read_text()
+DOCS = (Path(__file__).resolve().parents[1] / "recipes" / "mmlu" / "README.md").read_text()
 NUM_DOCUMENTS = 5  # of each subject
 
 
