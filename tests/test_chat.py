@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from keylayers.data import chat
-from keylayers.data.chat import IGNORED, ChatTemplate, resolve_template
+from keylayers.data.chat import IGNORED
 from keylayers.data.formats import FORMATS, Conversation
+from keylayers.data.templates import BUILT_IN, ChatTemplate, resolve_template
 from keylayers.errors import DataError
 from tiny_files import CHAT_TEMPLATE as MARKED
 from tiny_files import tiny_tokenizer
@@ -96,7 +97,7 @@ def messages(turns):
 
 
 def encode(turns, tokenizer, template, max_length=10_000):
-    if template in chat.BUILT_IN:
+    if template in BUILT_IN:
         template = resolve_template(tokenizer, template)
     elif isinstance(template, str):
         template = ChatTemplate("t", template, "file")
@@ -135,7 +136,7 @@ def check_answers(tokenizer, case):
 def test_the_loss_counts_every_answer_with_its_closing_tokens(tokenizer, case):
     encoded = check_answers(tokenizer, case)
     if case in ("marked", "unmarked", "built-in alpaca", "built-in chatml"):  # all end with a stop
-        text = chat.BUILT_IN.get(TEMPLATES[case][0], TEMPLATES[case][0])
+        text = BUILT_IN.get(TEMPLATES[case][0], TEMPLATES[case][0])
         in_use = tokenizer.apply_chat_template(messages(TURNS), chat_template=text)
         assert encoded.row["input_ids"] == in_use["input_ids"]
 

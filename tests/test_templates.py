@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import trl
 
-from keylayers.data.chat import BUILT_IN, IGNORED, encode_all, resolve_template
+from keylayers.data.chat import IGNORED, encode_all
 from keylayers.data.formats import FORMATS
+from keylayers.data.templates import BUILT_IN, resolve_template
 from keylayers.errors import DataError
 from tiny_files import tiny_tokenizer
 

@@ -45,7 +45,7 @@ def test_larger_selections_stay_exact(ranked, tmp_path, budget, count):
 def test_the_chat_template_that_was_trained_with_is_saved(tiny, ranked, tmp_path):
     from transformers import AutoTokenizer
 
-    from keylayers.data.chat import BUILT_IN
+    from keylayers.data.templates import BUILT_IN
 
     options = ("--ranking", ranked, "--budget", "2", "--steps", "1", "--output", tmp_path / "t")
     assert keylayers("train", *options, "--chat-template", "alpaca") == 0

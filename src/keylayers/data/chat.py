@@ -1,24 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations rendered by a chat template and tokenised, with the loss on the answers only.
+"""Conversations tokenised, with the loss on the answers only.
 
 The whole conversation is rendered as one text and tokenised once, so token boundaries are the same
-as when the model is used. The template's `{% generation %}` markers say which characters are
-answers; without markers, rendering turn by turn does. Offsets carry that over to tokens.
+as when the model is used. Offsets carry the spans of the answers over to tokens.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain, islice, pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from keylayers.data.formats import Conversation
 from keylayers.data.preferences import Preference
+from keylayers.data.templates import ChatTemplate, Renderer, Span, thought_of
 from keylayers.data.turns import Message
-from keylayers.errors import ConfigError, DataError, did_you_mean
+from keylayers.errors import DataError
 from keylayers.model.options import Objective
 
 if TYPE_CHECKING:
@@ -27,51 +24,6 @@ if TYPE_CHECKING:
 IGNORED = -100  # the label that cross-entropy skips
 ADDED_TOKENS = 2  # ORPO's trainer (TRL 1.16) adds a start and an end token where they are missing
 _BATCH_SIZE = 512  # conversations; bounds the memory that offsets take
-THOUGHT_END = "</think>"
-_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-# "alpaca" is the default for models without a template because it is plain words. ChatML's marks
-# are new tokens for most base models: if they are added, their embeddings are untrained; if not,
-# each turn gets a dozen pieces that merge with the text around them. The end-of-sequence token ends
-# every answer, so that a conversation reads the same in training and when it is continued later.
-BUILT_IN = {
-    "alpaca": (
-        "{% for message in messages %}"
-        "{% if message['role'] == 'assistant' %}{{ '### Response:\n' }}"
-        "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
-        "{% if not loop.last %}{{ '\n\n' }}{% endif %}"
-        "{% elif message['role'] == 'user' %}"
-        "{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
-        "{% else %}{{ message['content'] + '\n\n' }}{% endif %}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
-    ),
-    "chatml": (
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-        "{% if message['role'] == 'assistant' %}"
-        "{% generation %}{{ message['content'] }}{{ '<|im_end|>' }}"
-        "{% if eos_token != '<|im_end|>' %}{{ eos_token }}{% endif %}{% endgeneration %}{{ '\n' }}"
-        "{% else %}{{ message['content'] + '<|im_end|>\n' }}{% endif %}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-}
-
-_Span = tuple[int, int]  # first character, and the one after the last
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """A Jinja template for conversations, and where it came from."""
-
-    name: str
-    text: str
-    source: Literal["model", "built-in", "file"]
-
-    @property
-    def has_markers(self) -> bool:
-        """Whether the template itself says which parts are answers."""
-        return _MARKER.search(self.text) is not None
 
 
 @dataclass(frozen=True)
@@ -87,160 +39,6 @@ class Example:
     is_last_answer_only: bool = False  # the template hides earlier answers, so the loss does too
     is_thought_lost: bool = False  # the template leaves out the last answer's <think> part
     max_id: int = 0  # the highest token
-
-
-def resolve_template(tokenizer: "PreTrainedTokenizerBase", choice: str | None) -> ChatTemplate:
-    """A built-in template or a Jinja file; by default the tokenizer's own, or else "alpaca"."""
-    if choice is None and tokenizer.chat_template:
-        try:
-            return ChatTemplate("model", _training_template(tokenizer), "model")
-        except ValueError as error:
-            raise ConfigError(
-                "The tokenizer must have a default chat template, it has only named ones; "
-                "choose one with `--chat-template` as a file."
-            ) from error
-    name = choice or "alpaca"
-    if name in BUILT_IN:
-        # Rendered text is tokenised without the tokenizer's own special tokens, so a built-in
-        # template writes the start token itself if the tokenizer always puts one.
-        bos = tokenizer.bos_token_id
-        start = "{{ bos_token }}" if bos is not None and tokenizer.encode("a")[:1] == [bos] else ""
-        return ChatTemplate(name, start + BUILT_IN[name], "built-in")
-    path = Path(name).expanduser()
-    try:
-        return ChatTemplate(path.name, path.read_text(encoding="utf-8"), "file")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"`chat_template` must be {', '.join(BUILT_IN)} or a readable Jinja file, got {name!r}"
-            f"{did_you_mean(name, BUILT_IN)}"
-        ) from error
-
-
-def _training_template(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The tokenizer's own template, or TRL's form of it that marks the answers.
-
-    Many templates render earlier answers in another way once there are later turns, or write part
-    of an answer into the generation prompt, so nothing but marks can say where answers are.
-    """
-    own = tokenizer.get_chat_template()
-    if _MARKER.search(own):
-        return own
-    from jinja2 import TemplateError
-    from trl.chat_template_utils import get_training_chat_template
-
-    try:
-        return get_training_chat_template(tokenizer) or own
-    except (ValueError, TypeError, TemplateError):  # TRL has none, or cannot try this one out
-        return own
-
-
-def _as_parts(messages: list[Message]) -> list[Message]:
-    """The turns with their text as parts, as templates of vision-language models want it."""
-    return [
-        {**message, "content": [{"type": "text", "text": message["content"]}]}
-        for message in messages
-    ]
-
-
-@dataclass(frozen=True)
-class _Renderer:
-    """A template with the tokenizer whose special tokens it writes."""
-
-    template: ChatTemplate
-    tokenizer: "PreTrainedTokenizerBase"
-
-    @cached_property
-    def wants_parts(self) -> bool:
-        """Whether the template loses content that is text, and renders it as parts."""
-        probe: list[Message] = [
-            {"role": role, "content": f"probe {role}"} for role in ("user", "assistant")
-        ]
-        for messages in (probe, _as_parts(probe)):
-            with suppress(DataError):
-                if "probe assistant" in self._render(messages)[0]:
-                    return messages is not probe
-        return False
-
-    def render(
-        self, messages: list[Message], *, prompt: bool = False, tools: Any = None
-    ) -> tuple[str, list[_Span]]:
-        """The text that `apply_chat_template` makes, and the spans inside generation markers."""
-        messages = _as_parts(messages) if self.wants_parts else messages
-        text, spans = self._render(messages, prompt=prompt, tools=tools)
-        joined: list[_Span] = []
-        for start, end in spans:  # some templates mark an answer and its end apart
-            if joined and joined[-1][1] == start:
-                start = joined.pop()[0]
-            joined.append((start, end))
-        return text, joined
-
-    def _render(
-        self, messages: list[Message], *, prompt: bool = False, tools: Any = None
-    ) -> tuple[str, list[_Span]]:
-        # transformers 5.23: `apply_chat_template` returns the marked spans as tokens, and loses or
-        # overruns spans that begin or end with a character outside all tokens. The function below,
-        # which it calls, returns characters.
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        # A template is a program, so it can also fail with the errors of Python's operators.
-        python_errors = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-        try:
-            texts, spans = render_jinja_template(
-                [messages],
-                tools=tools,
-                chat_template=self.template.text,
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=self.template.has_markers,
-                **self.tokenizer.special_tokens_map,
-            )
-        except (TemplateError, *python_errors) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise self.error(f"render every conversation, it failed with: {reason}") from error
-        return texts[0], [tuple(span) for span in spans[0]] if spans else []
-
-    def answers(self, conversation: Conversation) -> tuple[str, list[_Span]]:
-        """The rendered conversation and the spans of its answers, at least that of the last one."""
-        messages, tools = conversation.messages, conversation.tools
-        text, spans = self.render(messages, tools=tools)
-        # Templates write a thought in their own form, move it, or leave it out.
-        answer = messages[-1]["content"].rpartition(THOUGHT_END)[2].strip()
-        if not text.strip():
-            raise self.error("render every conversation, it rendered nothing")
-        if answer not in text:
-            raise self.error(f"render the whole answer, it lost {answer[:60]!r}")
-        if not self.template.has_markers:
-            spans = self._spans_by_turns(messages, tools, text)
-        if not spans or answer not in text[slice(*spans[-1])]:
-            raise self.error(
-                f"show where the answer {answer[:60]!r} is, by `{{% generation %}}` markers around "
-                "it or by rendering the turns before it the same with and without it"
-            )
-        return text, spans
-
-    def _spans_by_turns(self, messages: list[Message], tools: Any, text: str) -> list[_Span]:
-        """The spans of all answers; only the last if later turns change how others are rendered."""
-
-        def span(end: int) -> _Span | None:
-            is_whole = end == len(messages)
-            try:
-                before, _ = self.render(messages[: end - 1], prompt=True, tools=tools)
-                after = text if is_whole else self.render(messages[:end], tools=tools)[0]
-            except DataError:  # the template renders the whole conversation but refuses this part
-                return None
-            is_prefix = after.startswith(before) and text.startswith(after)
-            return (len(before), len(after)) if is_prefix else None
-
-        ends = [end for end, turn in enumerate(messages, 1) if turn["role"] == "assistant"]
-        spans = [span(end) for end in ends]
-        return [found for found in (spans[-1:] if None in spans else spans) if found is not None]
-
-    def error(self, must: str) -> DataError:
-        """The error about a conversation that the template does not render as it must."""
-        return DataError(
-            f"The chat template {self.template.name!r} must {must}; fix the template, or choose "
-            f"another `--chat-template`: {' or '.join(BUILT_IN)} take any conversation."
-        )
 
 
 def encode_all(
@@ -295,7 +93,7 @@ def _encode_texts(batch: Sequence[Conversation], tokenizer: "PreTrainedTokenizer
 def _encode_chats(
     batch: Sequence[Conversation], tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate
 ) -> _Tokens:
-    renderer, special = _Renderer(template, tokenizer), _special_tokens(tokenizer)
+    renderer, special = Renderer(template, tokenizer), _special_tokens(tokenizer)
     rendered = [_answers(renderer, conversation) for conversation in batch]
     whole = [_close(text, spans, tokenizer, special) for text, spans in rendered]
     closed = [
@@ -321,26 +119,20 @@ def _encode_chats(
         yield ids, labels, len(spans) < roles.count("assistant"), is_lost
 
 
-def _answers(renderer: _Renderer, conversation: Conversation) -> tuple[str, list[_Span]]:
+def _answers(renderer: Renderer, conversation: Conversation) -> tuple[str, list[Span]]:
     try:
         return renderer.answers(conversation)
     except DataError as error:
         raise DataError(f"Row {conversation.row_number}: {error}") from error
 
 
-def _learned(spans: list[_Span], messages: list[Message]) -> list[_Span]:
+def _learned(spans: list[Span], messages: list[Message]) -> list[Span]:
     """The spans of answers to learn; the last answer is one of them."""
     answers = [message for message in messages if message["role"] == "assistant"]
     is_learned = [turn.get("weight") != 0 for turn in answers]
     if len(spans) == len(answers):
         return [span for span, taken in zip(spans, is_learned, strict=True) if taken]
     return spans if all(is_learned) else spans[-1:]
-
-
-def thought_of(message: Message) -> str:
-    """What an answer thinks before it says something, if it is written into the answer."""
-    before, end, _ = message["content"].rpartition(THOUGHT_END)
-    return before.replace("<think>", "").strip() if end else ""
 
 
 def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -351,8 +143,8 @@ def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def _close(
-    text: str, spans: list[_Span], tokenizer: "PreTrainedTokenizerBase", special: str
-) -> tuple[str, list[_Span]]:
+    text: str, spans: list[Span], tokenizer: "PreTrainedTokenizerBase", special: str
+) -> tuple[str, list[Span]]:
     """The text and spans, changed if needed so that the last answer ends with a stop token.
 
     Otherwise the tuned model would never learn to stop.
@@ -374,7 +166,7 @@ def _close(
 
 
 def _label(
-    ids: Sequence[int], offsets: Sequence[_Span], text: str, spans: Sequence[_Span]
+    ids: Sequence[int], offsets: Sequence[Span], text: str, spans: Sequence[Span]
 ) -> list[int]:
     """Labels for the tokens that hold at least one character of an answer."""
     is_answer = bytearray(len(text))
@@ -387,7 +179,7 @@ def _label(
 
 
 def _tokenise_pieces(
-    text: str, spans: Sequence[_Span], tokenizer: "PreTrainedTokenizerBase"
+    text: str, spans: Sequence[Span], tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[list[int], list[int]]:
     """Without offsets, answers are tokenised apart, which can change boundaries where they meet."""
     ids: list[int] = []
@@ -412,7 +204,7 @@ def measure_all(
     TRL's trainers tokenise the messages. We measure them to leave out and count the examples that
     a trainer would drop or cut until no answer is left.
     """
-    renderer = _Renderer(template, tokenizer)
+    renderer = Renderer(template, tokenizer)
 
     def ids_of(messages: list[Message], *, prompt: bool = False) -> list[int]:
         text, _ = renderer.render(messages, prompt=prompt)

@@ -12,11 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from keylayers.data.chat import ChatTemplate, Example, encode_all, measure_all, resolve_template
+from keylayers.data.chat import Example, encode_all, measure_all
 from keylayers.data.formats import Conversation
 from keylayers.data.options import DataOptions
 from keylayers.data.preferences import Preference
 from keylayers.data.reading import Found, read_conversations, read_preferences
+from keylayers.data.templates import ChatTemplate, resolve_template
 from keylayers.data.turns import other_fields
 from keylayers.data.unused import unused_parts
 from keylayers.errors import ConfigError, DataError

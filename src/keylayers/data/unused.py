@@ -3,10 +3,10 @@
 
 import re
 
-from keylayers.data.chat import ChatTemplate
 from keylayers.data.formats import Conversation
 from keylayers.data.preferences import Preference
 from keylayers.data.reading import Found
+from keylayers.data.templates import ChatTemplate
 from keylayers.data.turns import other_fields
 from keylayers.errors import DataError
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keylayers.data.chat import resolve_template
+from keylayers.data.templates import resolve_template
 from keylayers.environment import environment, num_launched
 from keylayers.errors import ConfigError, RankingError
 from keylayers.evaluation.documents import DOCUMENTS, Measured, Store

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keylayers.data.chat import ChatTemplate, resolve_template
+from keylayers.data.templates import ChatTemplate, resolve_template
 from keylayers.errors import ConfigError
 from keylayers.evaluation.options import ComparedOptions
 from keylayers.files import json_sha256

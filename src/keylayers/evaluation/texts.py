@@ -14,9 +14,10 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keylayers.data.chat import IGNORED, encode_all, resolve_template
+from keylayers.data.chat import IGNORED, encode_all
 from keylayers.data.prepare import prepare
 from keylayers.data.reading import read_conversations
+from keylayers.data.templates import resolve_template
 from keylayers.errors import DataError, LossError, ModelError
 from keylayers.evaluation.documents import Measured
 from keylayers.evaluation.options import LossOptions
