@@ -19,7 +19,13 @@ ALLOWED = {
     ),
     **dict.fromkeys(
         (
-            *("*mixture*:*loss*", "*mixture*:*score*", "*mixture*:*error*", "*mixture*:*README*"),
+            *(
+                "*mixture*:*loss*",
+                "*mixture*:*score*",
+                "*mixture*:*nats*",
+                "*mixture*:*error*",
+                "*mixture*:*README*",
+            ),
             *("*mixture*:*area*", "*mixture*:*mask/*", "*mixture*:*rounds*", "*mixture*:*card*"),
         ),
         "the loss of routers is in no loss",
