@@ -33,7 +33,7 @@ from keylayers.scores.score_modules import score_modules
 from keylayers.training.objectives import prepared_examples
 from keylayers.training.options import LOSS_UNITS
 from keylayers.training.rank_modules import to_ranking
-from keylayers.updates import ZERO, adapter_updates, are_zero
+from keylayers.updates import ZERO, adapter_updates
 from keylayers.updates.adalora import is_adalora
 from keylayers.updates.existing import TunedModel, existing_update
 
@@ -57,11 +57,11 @@ def run_rank(options: RankOptions, output: Path, progress: Progress, stage_1_in:
         )
         tuned = _find_update(session, options, folder)
         trainer = session.scoring_trainer(tuned.model, training)
-        if are_zero(tuned.updates):
-            progress.note(ZERO)
         modules = [update.module for update in tuned.updates]
         held_out, names = prepared_examples(trainer)["held_out"], [m.name for m in modules]
         base, full = subset_losses(trainer, tuned.updates, [[], names], held_out)
+        if base.losses == full.losses:
+            progress.note(ZERO)
         num_gates = len(group_modules(modules, scoring.granularity))
         num_steps = scoring.num_steps(num_gates)
         with progress.stage("stage 2: scoring modules", num_steps) as on_step:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer
 
 from keylayers.environment import environment
-from keylayers.model.sharding import place_model
+from keylayers.model.sharding import is_sharded, place_model
 from keylayers.model.weights import weights_sha256
 from keylayers.progress import OnStep
 from keylayers.ranking.ranked_module import RankedModule
@@ -71,12 +71,12 @@ def rank_modules(
     try:
         if base_weights is None:
             updates = adapter_updates(model)
-            _warn_if_zero(updates)
+            _warn_if_zero(model, updates)
             found = score_modules(trainer, updates, scoring, on_step)
         else:
             with back_at_base(model, base_weights) as tuned:
                 updates = dense_updates(model, tuned)
-                _warn_if_zero(updates)
+                _warn_if_zero(model, updates)
                 found = score_modules(trainer, updates, scoring, on_step)
     finally:
         trainer.train_dataset = train_dataset
@@ -96,8 +96,8 @@ def rank_modules(
     return to_ranking(updates, found, scoring, provenance)
 
 
-def _warn_if_zero(updates: Sequence[Update]) -> None:
-    if are_zero(updates):
+def _warn_if_zero(model: nn.Module, updates: Sequence[Update]) -> None:
+    if not is_sharded(model) and are_zero(updates):
         warnings.warn(ZERO, UserWarning, stacklevel=3)
 
 
