@@ -5,6 +5,7 @@ Every turn of the generated conversations has words of its own. An independent r
 of them must be learned: those of answers that are not marked, whatever the template adds to them.
 """
 
+import json
 import random
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import trl
 
 from keylayers.data.chat import IGNORED, encode_all
-from keylayers.data.formats import FORMATS
+from keylayers.data.formats import FORMATS, PAIRS
 from keylayers.data.templates import BUILT_IN, resolve_template
 from keylayers.errors import DataError
 from tiny_files import tiny_tokenizer
@@ -170,3 +171,76 @@ def test_text_that_begins_with_the_start_token_gets_no_second_one():
     assert first.row == second.row
     assert first.row["input_ids"].count(tokenizer.bos_token_id) == 1
     assert first.row["labels"][0] == IGNORED
+
+
+ASK, SAY = "ask one ask two", "say one say two"
+TURNS = [{"role": "user", "content": ASK}, {"role": "assistant", "content": SAY}]
+# Format -> rows with the same question and answer
+ROWS = {
+    "messages": [{"messages": TURNS}],
+    "sharegpt": [
+        {"conversations": [{"from": "human", "value": ASK}, {"from": "gpt", "value": SAY}]},
+        {"conversations": TURNS},
+    ],
+    "lima": [{"conversations": [ASK, SAY]}],
+    "self-instruct": [{"instruction": ASK, "instances": [{"input": "", "output": SAY}]}],
+    "alpaca": [{"instruction": ASK, "input": "", "output": SAY}],
+    "prompt-completion": [{names[0]: ASK, names[-1]: SAY} for names in PAIRS if len(names) == 2],
+    "text": [{"text": SAY}],
+}
+
+
+def test_every_format_has_rows():
+    assert {*ROWS} == {*FORMATS}
+
+
+@pytest.mark.parametrize("template", BUILT_IN)
+@pytest.mark.parametrize("format", ROWS)
+def test_the_loss_counts_the_same_answer_in_every_format(format, template):
+    tokenizer = tiny_tokenizer()
+    chosen = None if format == "text" else resolve_template(tokenizer, template)
+    end = "<|im_end|></s>" if template == "chatml" and format != "text" else "</s>"
+    for row in ROWS[format]:
+        (conversation,) = FORMATS[format][1](row)
+        (example,) = encode_all([conversation], tokenizer, chosen, 1_000)
+        learned = [label for label in example.row["labels"] if label != IGNORED]
+        assert tokenizer.decode(learned) == SAY + end
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's, about a trainer that is only built
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
+def test_preference_objectives_count_the_answers_alone(objective, tiny, preferences):
+    from commands import file_for
+    from keylayers.data.options import DataOptions
+    from keylayers.data.prepare import prepare
+    from keylayers.model.loading import load_model, load_tokenizer
+    from keylayers.model.modules import map_modules
+    from keylayers.model.options import ModelOptions
+    from keylayers.training.options import TrainingOptions
+    from keylayers.training.run import make_trainer, new_adapter
+
+    path = file_for(preferences, objective)
+    source = ModelOptions(model=str(tiny / "model"), dtype="float32")
+    tokenizer, model = load_tokenizer(source), load_model(source)
+    options = TrainingOptions(objective=objective, batch_size=4)
+    names = [info.name for info in map_modules(model)]
+    model = new_adapter(model, names, options, num_steps=1)
+    data = prepare(DataOptions(data=str(path), held_out=2.0), tokenizer, 64, objective)
+    trainer = make_trainer(model, tokenizer, data.train, options, num_steps=1)
+    learned = set()
+    for batch in trainer.get_train_dataloader():
+        for key in batch:
+            if key.endswith("completion_mask"):
+                ids = batch[key.replace("completion_mask", "input_ids")]
+                learned |= {
+                    tokenizer.decode(row[mask == 1])
+                    for row, mask in zip(ids, batch[key], strict=True)
+                }
+            elif key.endswith("_labels"):
+                learned |= {tokenizer.decode(row[row != IGNORED]) for row in batch[key]}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    answers = {
+        row[key] for row in rows for key in ("chosen", "rejected", "completion") if key in row
+    }
+    assert learned
+    assert learned <= {f"{answer}</s>" for answer in answers}
