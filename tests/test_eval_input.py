@@ -60,6 +60,18 @@ def test_a_model_that_gives_nan_is_one_line(place, tmp_path, capsys):
     assert "gives NaN or infinity on forgetting" in complaint(capsys)
 
 
+@pytest.mark.parametrize("option", ["--data", "--forgetting-data"])
+def test_a_token_without_a_row_of_embeddings_is_one_line(place, tmp_path, capsys, option):
+    AutoModelForCausalLM.from_pretrained(place / "model").save_pretrained(tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|new|>"]})
+    tokenizer.chat_template = "<|new|>" + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "model")
+    arguments = ["--model", tmp_path / "model", option, "data.jsonl"]
+    assert keylayers("eval", *arguments, "--output", tmp_path / "out") == 2
+    assert "but '<|new|>' has id" in complaint(capsys)
+
+
 def test_a_damaged_file_of_results_is_one_line(place, tmp_path, capsys):
     (tmp_path / "documents.parquet").write_text("not a table")
     arguments = [*ONE, "--forgetting-data", "known.txt", "--output", tmp_path]

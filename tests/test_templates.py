@@ -12,10 +12,14 @@ from pathlib import Path
 
 import pytest
 import trl
+from trl.data_utils import common_prefix_length
 
-from keylayers.data.chat import IGNORED, encode_all
+from keylayers.data.chat import IGNORED, encode_all, measure_all
 from keylayers.data.formats import FORMATS, PAIRS
+from keylayers.data.preferences import PREFERENCES
+from keylayers.data.reading import Found
 from keylayers.data.templates import BUILT_IN, resolve_template
+from keylayers.data.unused import unused_parts
 from keylayers.errors import DataError
 from tiny_files import tiny_tokenizer
 
@@ -64,6 +68,8 @@ def talk(seed, has_system):
             turn["content"] = [{"type": "text", "text": said}]
         elif form == "empty" and number:
             turn["content"], said = "", ""
+        if form not in ("inline", "lines", "field"):
+            thought = ""
         turns.append(turn)
         if not mark:
             must |= set(re.findall(r"say\d+", said))
@@ -90,6 +96,8 @@ def check(name, seed):
     if example.is_last_answer_only:
         must &= last
     assert must <= found <= must | may, (must - found, found - must - may)
+    is_known = example.num_lost or example.is_last_answer_only
+    assert may <= found or is_known or not template.reads("reasoning_content")
     end = max(place for place, label in enumerate(labels) if label != IGNORED) + 1
     assert tokenizer.decode(ids[end:]).strip() == ""
     stops = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
@@ -117,6 +125,105 @@ def test_a_template_without_a_system_turn_names_others_that_have_one(name):
     template = resolve_template(tokenizer, None)
     with pytest.raises(DataError, match=r"System role not supported.*alpaca or chatml take any"):
         list(encode_all([conversation], tokenizer, template, 10_000))
+
+
+def call(**mark):
+    function = {"name": "add_all", "arguments": {"first": "say-call"}}
+    made = {"type": "function", "function": function}
+    return {"role": "assistant", "content": "", "tool_calls": [made], **mark}
+
+
+def said(words, **mark):
+    return {"role": "assistant", "content": words, **mark}
+
+
+ASKED = {"role": "user", "content": "ask-one"}
+RESULT = {"role": "tool", "name": "add_all", "content": "ask-tool"}
+NOT_LEARNED = {"weight": 0}
+# Turns of tools, or one after the other, which templates mark as one or in parts; what is learned.
+AGENTS = {
+    "calls": ([ASKED, call(), RESULT, said("say-end")], {"say-call", "say-end"}),
+    "masked call": (
+        [ASKED, call(**NOT_LEARNED), RESULT, said("say-one"), ASKED, said("say-end")],
+        {"say-one", "say-end"},
+    ),
+    "masked after a call": (
+        [ASKED, call(), RESULT, said("say-one", **NOT_LEARNED), ASKED, said("say-end")],
+        {"say-call", "say-end"},
+    ),
+    "masked before another": (
+        [ASKED, said("say-one", **NOT_LEARNED), said("say-end")],
+        {"say-end"},
+    ),
+    "masked first": ([said("say-one", **NOT_LEARNED), ASKED, said("say-end")], {"say-end"}),
+}
+REFUSED = "must render what tools say|must render every call|must alternate|show where the answer"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_turns_of_agents_are_learned_as_marked_or_refused(name):
+    tokenizer = tokenizer_with(name)
+    template = resolve_template(tokenizer, None)
+    for turns, expected in AGENTS.values():
+        (conversation,) = FORMATS["messages"][1]({"messages": turns})
+        found, refusal = None, ""
+        try:
+            unused_parts(Found("messages", [conversation], 0, ()), template)
+            (example,) = encode_all([conversation], tokenizer, template, 10_000)
+            labels = [label for label in example.row["labels"] if label != IGNORED]
+            found = set(re.findall(r"(?:say|ask)-[a-z]+", tokenizer.decode(labels)))
+        except DataError as error:
+            refusal = str(error)
+        assert found == expected or re.search(REFUSED, refusal)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_trl_learns_both_answers_of_a_pair_whole(name):
+    """What its trainers of preferences make of the rows that they get."""
+    tokenizer = tokenizer_with(name)
+    template = resolve_template(tokenizer, None)
+    tokenizer.chat_template = template.text
+    answers = {"chosen": "<think>say-hm</think>say-yes", "rejected": "say-no"}
+    row = {"prompt": [ASKED], **{which: [said(text)] for which, text in answers.items()}}
+    (preference,) = PREFERENCES["pairs"](row)
+    (example,) = measure_all([preference], "dpo", tokenizer, template, 10_000)
+    asked = tokenizer.apply_chat_template(
+        example.row["prompt"], add_generation_prompt=True, return_dict=False
+    )
+    assert "ask-one" in tokenizer.decode(asked)
+    for which, text in answers.items():
+        whole = example.row["prompt"] + example.row[which]
+        ids = tokenizer.apply_chat_template(whole, return_dict=False)
+        learned = tokenizer.decode(ids[common_prefix_length(asked, ids) :])
+        words = set(re.findall(r"say-[a-z]+", text))
+        words -= {"say-hm"} if example.num_lost else set()
+        assert words == set(re.findall(r"(?:say|ask)-[a-z]+", learned))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gptoss"])
+@pytest.mark.parametrize("field", ["reasoning_content", "thinking", "reasoning"])
+def test_a_thought_of_any_name_that_transformers_hands_on_is_not_said_to_be_unused(name, field):
+    tokenizer = tokenizer_with(name)
+    template = resolve_template(tokenizer, None)
+    (conversation,) = FORMATS["messages"][1]({"messages": [ASKED, said("say", **{field: "hm"})]})
+    assert unused_parts(Found("messages", [conversation], 0, ()), template) == ()
+    (example,) = encode_all([conversation], tokenizer, template, 10_000)
+    assert example.num_lost == 0
+
+
+def test_a_template_that_reads_a_thought_and_leaves_it_out_is_counted():
+    tokenizer = tokenizer_with("gemma4")
+    template = resolve_template(tokenizer, None)
+    row = {"messages": [ASKED, said("say", reasoning_content="hm-hm")]}
+    (conversation,) = FORMATS["messages"][1](row)
+    (example,) = encode_all([conversation], tokenizer, template, 10_000)
+    assert example.num_lost == 1
+
+
+def test_a_template_that_fails_with_an_error_of_python_is_left_as_it_is():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ 1 / 0 }}"
+    assert resolve_template(tokenizer, None).text == tokenizer.chat_template
 
 
 MARKED = [name for name, text in TEMPLATES.items() if "generation %}" in text]

@@ -12,9 +12,15 @@ from transformers import PreTrainedModel, Trainer
 from keylayers.data.options import DataOptions
 from keylayers.data.prepare import PreparedData, prepare
 from keylayers.environment import environment
-from keylayers.errors import ModelError, RankingError
+from keylayers.errors import RankingError
 from keylayers.evaluation.held_out import held_out_loss
-from keylayers.model.loading import describe, load_model, load_tokenizer, max_positions
+from keylayers.model.loading import (
+    check_tokens,
+    describe,
+    load_model,
+    load_tokenizer,
+    max_positions,
+)
 from keylayers.model.modules import map_modules, outside_module
 from keylayers.model.options import ModelOptions, Objective, UpdateOptions
 from keylayers.model.weights import weights_sha256
@@ -58,7 +64,7 @@ class Session:
         self.tokenizer = load_tokenizer(model)
         self.dtype = opened.dtype
         self.data: PreparedData = prepare(data, self.tokenizer, max_positions(opened), objective)
-        self._check_tokens(opened)
+        check_tokens(opened, self.tokenizer, max(self.data.max_id, self.tokenizer.pad_token_id))
         self.data.give_template(self.tokenizer)
         for line in self.data.summary():
             progress.note(line)
@@ -70,18 +76,6 @@ class Session:
         if ranking is not None:
             self._note_other_model(ranking)
         self._opened: PreTrainedModel | None = opened
-
-    def _check_tokens(self, model: PreTrainedModel) -> None:
-        """Refuse a token of the data, or the one that pads them, without a row of embeddings."""
-        num_rows = model.get_input_embeddings().num_embeddings
-        highest = max(self.data.max_id, self.tokenizer.pad_token_id or 0)
-        if highest >= num_rows:
-            token = self.tokenizer.convert_ids_to_tokens(highest)
-            raise ModelError(
-                f"every token must have a row of the model's embeddings, but {token!r} has id "
-                f"{highest} and the model {num_rows} rows; take the model's own tokenizer and chat "
-                f"template, or resize the model's embeddings and save it"
-            )
 
     def load(self) -> PreTrainedModel:
         """Load the base model once more."""

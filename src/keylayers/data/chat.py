@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from keylayers.data.formats import Conversation
 from keylayers.data.preferences import Preference
-from keylayers.data.templates import ChatTemplate, Renderer, Span, thought_of
-from keylayers.data.turns import Message
+from keylayers.data.templates import ChatTemplate, Renderer, Span
 from keylayers.errors import DataError
 from keylayers.model.options import Objective
 
@@ -37,7 +36,7 @@ class Example:
     is_truncated: bool  # the end was cut off
     is_usable: bool  # something is left to learn
     is_last_answer_only: bool = False  # the template hides earlier answers, so the loss does too
-    is_thought_lost: bool = False  # the template leaves out the last answer's <think> part
+    num_lost: int = 0  # answers whose thought or text the template leaves out
     max_id: int = 0  # the highest token
 
 
@@ -58,7 +57,7 @@ def encode_all(
             tokens = _encode_texts(batch, tokenizer)
         else:
             tokens = _encode_chats(batch, tokenizer, template)
-        for ids, labels, is_last_answer_only, is_thought_lost in tokens:
+        for ids, labels, is_last_answer_only, num_lost in tokens:
             is_label = [label != IGNORED for label in labels]
             num_label_tokens = sum(is_label[1:max_length])  # nothing predicts the first token
             yield Example(
@@ -69,13 +68,13 @@ def encode_all(
                 is_truncated=len(ids) > max_length,
                 is_usable=num_label_tokens > 0,
                 is_last_answer_only=is_last_answer_only,
-                is_thought_lost=is_thought_lost,
+                num_lost=num_lost,
                 max_id=max(ids[:max_length]),
             )
 
 
-# ids, labels, is_last_answer_only, is_thought_lost
-_Tokens = Iterator[tuple[list[int], list[int], bool, bool]]
+# ids, labels, is_last_answer_only, num_lost
+_Tokens = Iterator[tuple[list[int], list[int], bool, int]]
 
 
 def _encode_texts(batch: Sequence[Conversation], tokenizer: "PreTrainedTokenizerBase") -> _Tokens:
@@ -87,7 +86,7 @@ def _encode_texts(batch: Sequence[Conversation], tokenizer: "PreTrainedTokenizer
             ids = ids[1:]
         whole = ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
         first = [IGNORED] if whole[:1] == [bos] else whole[:1]
-        yield whole, [*first, *whole[1:]], False, False
+        yield whole, [*first, *whole[1:]], False, 0
 
 
 def _encode_chats(
@@ -95,11 +94,7 @@ def _encode_chats(
 ) -> _Tokens:
     renderer, special = Renderer(template, tokenizer), _special_tokens(tokenizer)
     rendered = [_answers(renderer, conversation) for conversation in batch]
-    whole = [_close(text, spans, tokenizer, special) for text, spans in rendered]
-    closed = [
-        (text, _learned(spans, conversation.messages))
-        for (text, spans), conversation in zip(whole, batch, strict=True)
-    ]
+    closed = [_close(text, spans, tokenizer, special) for text, spans, _ in rendered]
     # The rendered text has all special tokens already; adding them would double the first.
     if tokenizer.is_fast:
         encoded = tokenizer(
@@ -113,26 +108,17 @@ def _encode_chats(
         tokenised = [(ids, _label(ids, offsets, *found)) for ids, offsets, found in both]
     else:
         tokenised = [_tokenise_pieces(text, spans, tokenizer) for text, spans in closed]
-    for conversation, (text, spans), (ids, labels) in zip(batch, whole, tokenised, strict=True):
-        roles = [message["role"] for message in conversation.messages]
-        is_lost = thought_of(conversation.messages[-1]) not in text[slice(*spans[-1])]
-        yield ids, labels, len(spans) < roles.count("assistant"), is_lost
+    for conversation, (text, _, is_last), (ids, labels) in zip(
+        batch, rendered, tokenised, strict=True
+    ):
+        yield ids, labels, is_last, renderer.num_lost(conversation.messages, text)
 
 
-def _answers(renderer: Renderer, conversation: Conversation) -> tuple[str, list[Span]]:
+def _answers(renderer: Renderer, conversation: Conversation) -> tuple[str, list[Span], bool]:
     try:
         return renderer.answers(conversation)
     except DataError as error:
         raise DataError(f"Row {conversation.row_number}: {error}") from error
-
-
-def _learned(spans: list[Span], messages: list[Message]) -> list[Span]:
-    """The spans of answers to learn; the last answer is one of them."""
-    answers = [message for message in messages if message["role"] == "assistant"]
-    is_learned = [turn.get("weight") != 0 for turn in answers]
-    if len(spans) == len(answers):
-        return [span for span, taken in zip(spans, is_learned, strict=True) if taken]
-    return spans if all(is_learned) else spans[-1:]
 
 
 def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -206,28 +192,37 @@ def measure_all(
     """
     renderer = Renderer(template, tokenizer)
 
-    def ids_of(messages: list[Message], *, prompt: bool = False) -> list[int]:
-        text, _ = renderer.render(messages, prompt=prompt)
+    def ids_of(text: str) -> list[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     for preference in preferences:
+        wholes = [preference.prompt + answer for answer in preference.answers]
         try:
-            num_prompt_tokens = len(ids_of(preference.prompt, prompt=True))
-            both = [ids_of(preference.prompt + answer) for answer in preference.answers]
+            prompt, _ = renderer.render(preference.prompt, prompt=True)
+            texts = [renderer.render(messages)[0] for messages in wholes]
+            for messages, text in zip(wholes, texts, strict=True):
+                renderer.check_answer(messages, text)
         except DataError as error:
             raise DataError(f"Row {preference.row_number}: {error}") from error
+        num_prompt_tokens = len(ids_of(prompt))
+        both = [ids_of(text) for text in texts]
         whole = [len(ids) for ids in both]
         cut = [min(num_tokens, max_length) for num_tokens in whole]
         is_truncated = cut != whole
         has_room = num_prompt_tokens + ADDED_TOKENS <= max_length
+        row = preference.row()
         yield Example(
-            row=preference.row(),
+            row={
+                name: renderer.in_form(part) if isinstance(part, list) else part
+                for name, part in row.items()
+            },
             num_prompt_tokens=num_prompt_tokens,
             num_used_tokens=sum(cut),
             num_label_tokens=sum(max(0, num - num_prompt_tokens) for num in cut),
             is_truncated=is_truncated,
             # A reward model must see both answers whole.
             is_usable=not is_truncated if objective == "reward" else has_room,
+            num_lost=sum(map(renderer.num_lost, wholes, texts)),
             max_id=max(max(ids, default=0) for ids in both),
         )

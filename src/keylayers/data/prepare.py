@@ -174,8 +174,8 @@ def prepare(
             "Rated answers must be good and bad, got only good or only bad ones to train on; check "
             "the labels, or give more data."
         )
-    if num_lost := sum(example.is_thought_lost for example in usable.values()):
-        unused += (f"the <think> part of {num_lost} answers, which the chat template leaves out",)
+    if num_lost := sum(example.num_lost for example in usable.values()):
+        unused += (f"a thought or text of {num_lost} answers, which the chat template leaves out",)
     return PreparedData(
         max_id=max(example.max_id for example in usable.values()),
         train=_to_dataset(train),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from keylayers.data.formats import Conversation
-from keylayers.data.turns import Message
+from keylayers.data.turns import Message, is_learned
 from keylayers.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 THOUGHT_END = "</think>"
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+# transformers 5.23 gives a thought that has one of these names the names of the first two as well.
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+_PROBE = "\u2063"  # an invisible character, no blank, that templates leave where it is
 
 # "alpaca" is the default for models without a template because it is plain words. ChatML's marks
 # are new tokens for most base models: if they are added, their embeddings are untrained; if not,
@@ -50,6 +54,8 @@ BUILT_IN = {
 }
 
 Span = tuple[int, int]  # first character, and the one after the last
+# A template is a program, so it can also fail with the errors of Python's operators.
+_PYTHON_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,12 @@ class ChatTemplate:
     def has_markers(self) -> bool:
         """Whether the template itself says which parts are answers."""
         return _MARKER.search(self.text) is not None
+
+    def reads(self, field: str) -> bool:
+        """Whether the template has the field of a turn as an attribute or a key."""
+        names = {field, *_THOUGHTS[:2]} if field in _THOUGHTS else {field}
+        either = "|".join(map(re.escape, sorted(names)))
+        return re.search(rf"\.(?:{either})\b|['\"](?:{either})['\"]", self.text) is not None
 
 
 def resolve_template(tokenizer: "PreTrainedTokenizerBase", choice: str | None) -> ChatTemplate:
@@ -107,7 +119,7 @@ def _training_template(tokenizer: "PreTrainedTokenizerBase") -> str:
 
     try:
         return get_training_chat_template(tokenizer) or own
-    except (ValueError, TypeError, TemplateError):  # TRL has none, or cannot try this one out
+    except (TemplateError, *_PYTHON_ERRORS):  # TRL has none, or cannot try this one out
         return own
 
 
@@ -117,6 +129,42 @@ def _as_parts(messages: list[Message]) -> list[Message]:
         {**message, "content": [{"type": "text", "text": message["content"]}]}
         for message in messages
     ]
+
+
+def _joined(spans: list[Span]) -> list[Span]:
+    """Without gaps: some templates mark an answer and its end apart."""
+    joined: list[Span] = []
+    for start, end in spans:
+        if joined and joined[-1][1] == start:
+            start = joined.pop()[0]
+        joined.append((start, end))
+    return joined
+
+
+def _first_change(text: str, other: str) -> int:
+    both = enumerate(zip(text, other, strict=False))
+    return next((place for place, (own, new) in both if own != new), len(text))
+
+
+def _said(message: Message) -> str:
+    """What a turn says after its thought; templates write a thought in another form, or not."""
+    said: str = message["content"].rpartition(THOUGHT_END)[2]
+    return said.strip()
+
+
+def _thought_of(message: Message) -> str:
+    """What an answer thinks before it says something, if it is written into the answer."""
+    before, end, _ = message["content"].rpartition(THOUGHT_END)
+    return before.replace("<think>", "").strip() if end else ""
+
+
+def _probed(message: Message) -> Message:
+    """The turn with a character more at the end of what it says, or else of its first call."""
+    if message["content"].strip() or not message.get("tool_calls"):
+        return {**message, "content": message["content"] + _PROBE}
+    first, *others = message["tool_calls"]
+    function = {**first["function"], "name": first["function"]["name"] + _PROBE}
+    return {**message, "tool_calls": [{**first, "function": function}, *others]}
 
 
 @dataclass(frozen=True)
@@ -142,14 +190,11 @@ class Renderer:
         self, messages: list[Message], *, prompt: bool = False, tools: Any = None
     ) -> tuple[str, list[Span]]:
         """The text that `apply_chat_template` makes, and the spans inside generation markers."""
-        messages = _as_parts(messages) if self.wants_parts else messages
-        text, spans = self._render(messages, prompt=prompt, tools=tools)
-        joined: list[Span] = []
-        for start, end in spans:  # some templates mark an answer and its end apart
-            if joined and joined[-1][1] == start:
-                start = joined.pop()[0]
-            joined.append((start, end))
-        return text, joined
+        return self._render(self.in_form(messages), prompt=prompt, tools=tools)
+
+    def in_form(self, messages: list[Message]) -> list[Message]:
+        """The turns with their content as the template takes it."""
+        return _as_parts(messages) if self.wants_parts else messages
 
     def _render(
         self, messages: list[Message], *, prompt: bool = False, tools: Any = None
@@ -160,8 +205,6 @@ class Renderer:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        # A template is a program, so it can also fail with the errors of Python's operators.
-        python_errors = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
         try:
             texts, spans = render_jinja_template(
                 [messages],
@@ -171,29 +214,87 @@ class Renderer:
                 return_assistant_tokens_mask=self.template.has_markers,
                 **self.tokenizer.special_tokens_map,
             )
-        except (TemplateError, *python_errors) as error:
+        except (TemplateError, *_PYTHON_ERRORS) as error:
             reason = " ".join(str(error).split())[:200]
             raise self.error(f"render every conversation, it failed with: {reason}") from error
         return texts[0], [tuple(span) for span in spans[0]] if spans else []
 
-    def answers(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """The rendered conversation and the spans of its answers, at least that of the last one."""
+    def answers(self, conversation: Conversation) -> tuple[str, list[Span], bool]:
+        """The rendered conversation, the spans of its answers to learn, and if others are hidden.
+
+        The last answer is always one to learn.
+        """
         messages, tools = conversation.messages, conversation.tools
+        answers = [turn for turn in messages if turn["role"] == "assistant"]
         text, spans = self.render(messages, tools=tools)
-        # Templates write a thought in their own form, move it, or leave it out.
-        answer = messages[-1]["content"].rpartition(THOUGHT_END)[2].strip()
-        if not text.strip():
-            raise self.error("render every conversation, it rendered nothing")
-        if answer not in text:
-            raise self.error(f"render the whole answer, it lost {answer[:60]!r}")
+        self.check_answer(messages, text)
         if not self.template.has_markers:
             spans = self._spans_by_turns(messages, tools, text)
+        learns_last_only = len(spans) < len(answers)
+        if not all(map(is_learned, answers)):
+            owners = self._owners(messages, tools, text, spans)
+            spans = [span for span, turn in zip(spans, owners, strict=True) if is_learned(turn)]
+        spans = _joined(spans)
+        answer = _said(messages[-1])
         if not spans or answer not in text[slice(*spans[-1])]:
             raise self.error(
                 f"show where the answer {answer[:60]!r} is, by `{{% generation %}}` markers around "
                 "it or by rendering the turns before it the same with and without it"
             )
-        return text, spans
+        learned = text if learns_last_only else "".join(text[slice(*span)] for span in spans)
+        for turn in answers:
+            for call in turn.get("tool_calls", ()):
+                name = call["function"]["name"]
+                if name not in (learned if is_learned(turn) else text):
+                    raise DataError(
+                        f"The chat template {self.template.name!r} must render every call of a "
+                        f"tool, it lost that of {name!r}; choose another `--chat-template`, or "
+                        "remove such rows."
+                    )
+        return text, spans, learns_last_only
+
+    def check_answer(self, messages: list[Message], text: str) -> None:
+        """Refuse a rendered conversation without its last answer."""
+        if not text.strip():
+            raise self.error("render every conversation, it rendered nothing")
+        if (answer := _said(messages[-1])) not in text:
+            raise self.error(f"render the whole answer, it lost {answer[:60]!r}")
+
+    def num_lost(self, messages: list[Message], text: str) -> int:
+        """How many of the answers to learn lack their thought or what they say in the text."""
+        answers = [turn for turn in messages if is_learned(turn)]
+        names = [name for name in _THOUGHTS if self.template.reads(name)]
+        parts = [
+            (_said(turn), _thought_of(turn), *(str(turn.get(name, "")).strip() for name in names))
+            for turn in answers
+        ]
+        return sum(any(part not in text for part in own) for own in parts)
+
+    def _owners(
+        self, messages: list[Message], tools: Any, text: str, spans: list[Span]
+    ) -> list[Message]:
+        """The turn of each span.
+
+        Templates mark parts of a turn apart, or turns of an answer as one. A character more in a
+        turn shows where in the text the turn is.
+        """
+        if not self.template.has_markers:
+            answers = [turn for turn in messages if turn["role"] == "assistant"]
+            return answers[len(answers) - len(spans) :]
+        places: list[tuple[int, Message]] = []
+        for index, turn in enumerate(messages):
+            if turn["role"] == "assistant":
+                changed = [*messages[:index], _probed(turn), *messages[index + 1 :]]
+                other, _ = self.render(changed, tools=tools)
+                if other != text:
+                    places.append((_first_change(text, other), turn))
+
+        def owner(start: int, end: int) -> Message:
+            inside = [turn for place, turn in places if start < place <= end]
+            after = [turn for place, turn in places if start <= place]
+            return (inside or after or [messages[-1]])[0]
+
+        return [owner(*span) for span in spans]
 
     def _spans_by_turns(self, messages: list[Message], tools: Any, text: str) -> list[Span]:
         """The spans of all answers; only the last if later turns change how others are rendered."""
@@ -218,9 +319,3 @@ class Renderer:
             f"The chat template {self.template.name!r} must {must}; fix the template, or choose "
             f"another `--chat-template`: {' or '.join(BUILT_IN)} take any conversation."
         )
-
-
-def thought_of(message: Message) -> str:
-    """What an answer thinks before it says something, if it is written into the answer."""
-    before, end, _ = message["content"].rpartition(THOUGHT_END)
-    return before.replace("<think>", "").strip() if end else ""

@@ -22,7 +22,7 @@ def unused_parts(
     for example in found.examples:
         _check_tools(example, template)
         fields |= dict.fromkeys(name for turn in example.turns for name in other_fields(turn))
-    ignored = [name for name in fields if name != "weight" and not _reads(template, name)]
+    ignored = [name for name in fields if name != "weight" and not template.reads(name)]
     if ignored:
         parts.append(f"fields of turns {', '.join(ignored)}, which the chat template does not use")
     conversations = (each for each in found.examples if isinstance(each, Conversation))
@@ -41,9 +41,3 @@ def _check_tools(example: Conversation | Preference, template: ChatTemplate) -> 
             f"calls, but {template.name!r} has no `{lacking[0]}`; choose another "
             "`--chat-template`, or remove such rows."
         )
-
-
-def _reads(template: ChatTemplate, field: str) -> bool:
-    """Whether a template has the field as an attribute or a key."""
-    name = re.escape(field)
-    return re.search(rf"\.{name}\b|['\"]{name}['\"]", template.text) is not None

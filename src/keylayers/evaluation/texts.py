@@ -23,7 +23,7 @@ from keylayers.evaluation.documents import Measured
 from keylayers.evaluation.options import LossOptions
 from keylayers.evaluation.subjects import Loaded
 from keylayers.files import json_sha256
-from keylayers.model.loading import max_positions
+from keylayers.model.loading import check_tokens, max_positions
 from keylayers.progress import OnStep
 
 Tokens: TypeAlias = tuple[list[int], list[int]]  # `input_ids` and `labels`, not shifted
@@ -100,6 +100,7 @@ def examples_of(options: LossOptions, base: Loaded, batch_size: int) -> Iterator
     tokenizer, longest = base.tokenizer, max_positions(base.model)
     if options.data is not None:
         prepared = prepare(options.data_options(options.data), tokenizer, longest)
+        check_tokens(base.model, tokenizer, prepared.max_id)
         held_out = tuple((each["input_ids"], each["labels"]) for each in prepared.held_out)
         yield Examples(GAIN, held_out, tokenizer, prepared.record(), batch_size)
     if (source := options.forgetting_data) is not None:
@@ -111,6 +112,7 @@ def examples_of(options: LossOptions, base: Loaded, batch_size: int) -> Iterator
                 f"`forgetting_data` must hold at least two examples with something to predict, got "
                 f"{len(tokens)} in {source!r}; give more text, or a smaller `max_length`"
             )
+        check_tokens(base.model, tokenizer, max(max(ids) for ids, _ in tokens))
         record = {"name": source, "num_examples": len(tokens), "max_length": length}
         yield Examples(FORGETTING, tokens, tokenizer, record, batch_size)
 

@@ -134,6 +134,20 @@ def load_tokenizer(source: ModelOptions) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_tokens(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, highest: int
+) -> None:
+    """Refuse tokens without a row of embeddings; `highest` is the highest id that data have."""
+    num_rows = model.get_input_embeddings().num_embeddings
+    if highest >= num_rows:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise ModelError(
+            f"every token must have a row of the model's embeddings, but {token!r} has id "
+            f"{highest} and the model {num_rows} rows; take the model's own tokenizer and chat "
+            f"template, or resize the model's embeddings and save it"
+        )
+
+
 def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
     """`model` with the PEFT adapter at `adapter`, all frozen."""
     check_folder(adapter, "adapter_config.json", "a PEFT adapter")
