@@ -75,7 +75,7 @@ class Wanted:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The content of a config file, JSON or YAML; a folder stands for its adapter_config.json.
+    """The content of a config file, JSON or YAML. In a folder, adapter_config.json is read.
 
     Raises:
         ConfigError: it cannot be read or is no mapping.
@@ -234,13 +234,8 @@ def _not_frozen_towers(content: Content, model: PreTrainedModel) -> Callable[[st
     """
     if not _has_towers(model) or not content.get("freeze_vision_tower", True):
         return lambda name: True
-    language = {stack_of(info.name).rpartition(".")[0] for info in map_modules(model)}
+    language = {info.stack.rpartition(".")[0] for info in map_modules(model)}
     return lambda name: name.startswith(("lm_head", *language))
-
-
-def stack_of(name: str) -> str:
-    """The list of blocks that a module is in: its name up to the block's number."""
-    return re.split(r"\.\d+\.", name, maxsplit=1)[0]
 
 
 def _has_towers(model: PreTrainedModel) -> bool:

@@ -24,12 +24,12 @@ def save_tuned(
     folder: Path,
     record: Mapping[str, Any],
     card: str,
-    beside: Mapping[str, Mapping[str, Any]] | None = None,
+    json_files: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write a PEFT model's adapter, or a whole checkpoint, all or nothing.
 
-    The card replaces the one that PEFT writes; `beside` holds further JSON files by name. With
-    several processes, the first one writes and the others wait.
+    The card replaces the one that PEFT writes. `json_files` maps the names of further files to
+    their content. With several processes, the first one writes and the others wait.
     """
     values = _gathered(model) if is_sharded(model) else None
     if not is_first_process():
@@ -42,7 +42,7 @@ def save_tuned(
                 warnings.filterwarnings("ignore", message=".* LoRA tensor.* have invalid shape")
             model.save_pretrained(temporary, state_dict=values)
         tokenizer.save_pretrained(temporary)
-        for name, content in (beside or {}).items():
+        for name, content in (json_files or {}).items():
             write_json(temporary / name, content)
         write_text(temporary / CARD, card)
         write_json(temporary / RECORD, record)

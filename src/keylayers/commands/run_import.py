@@ -6,7 +6,6 @@ but no sizes. These come from the model's config. A ratio is infinite if no sing
 below the noise; it ranks first of its kind, as in Spectrum.
 """
 
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +36,7 @@ def spectrum_ranking(path: Path, source: ModelOptions) -> Ranking:
             f"{len(infos)} modules, first {missing[0]}"
         )
     known = {info.name for info in infos}
-    blocks = tuple({re.split(r"\d+", name, maxsplit=1)[0] for name in known})
+    blocks = tuple({f"{info.stack}." for info in infos})
     odd = [name for name in ratios if name.startswith(blocks) and name not in known]
     if odd := [name for name in odd if "norm" not in name]:
         raise RankingError(

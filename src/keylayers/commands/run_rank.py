@@ -41,9 +41,9 @@ from keylayers.updates.existing import TunedModel, existing_update
 def run_rank(options: RankOptions, output: Path, progress: Progress, stage_1_in: Path) -> Ranking:
     """Run both stages, or stage 2 on an existing update, and write `output`/ranking.json.
 
-    The same call continues a run that was stopped in stage 1 from its last checkpoint; the result
-    is that of a run that was not stopped. An error leaves nothing behind. Stage 1's adapter or
-    checkpoint is written below `stage_1_in`.
+    If a run was interrupted in stage 1, calling this again resumes from the last checkpoint and
+    gives the same result as an uninterrupted run. An error leaves nothing behind. Stage 1's
+    adapter or checkpoint is written below `stage_1_in`.
     """
     start = time.perf_counter()
     training, scoring = options.training, options.scoring.scoring()

@@ -82,9 +82,9 @@ class TrainJob:
             model = model.to(self.sets.stored_dtype)
             names = record["selection"]["modules"]
             prove_unchanged_elsewhere(model, Checkpoint.open(self.session.source), names)
-        beside = {FILE: ranking.to_json()} if is_inside else {}
+        json_files = {FILE: ranking.to_json()} if is_inside else {}
         card = card_of("train", record, ranking)
-        save_tuned(model, self.session.tokenizer, self.output, record, card, beside)
+        save_tuned(model, self.session.tokenizer, self.output, record, card, json_files)
         return record
 
     def compare(
@@ -136,9 +136,9 @@ def open_job(
 def run_train(options: TrainOptions, output: Path, progress: Progress) -> list[TrainedSet]:
     """Train the selected modules, prove that only they were trained, and write the result.
 
-    The same call continues a run that was stopped from its last checkpoint; the result is that of a
-    run that was not stopped. An error leaves nothing behind. The rows are those of the base model,
-    the selection, and the controls.
+    If a run was interrupted, calling this again resumes from the last checkpoint and gives the same
+    result as an uninterrupted run. An error leaves nothing behind. The rows are those of the base
+    model, the selection, and the controls.
     """
     wanted = options.selection
     assert wanted.ranking is not None

@@ -99,7 +99,7 @@ def _apply(setting: str, study: Study) -> None:
 
 
 def _python_names(content: Any) -> Any:
-    """The same with `lora_rank` for `lora-rank` in every mapping."""
+    """A copy in which every option is spelled as in Python: `lora_rank`, not `lora-rank`."""
     if isinstance(content, list):
         return [_python_names(part) for part in content]
     if not isinstance(content, Mapping):

@@ -16,7 +16,6 @@ from statistics import fmean
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader
 from scipy import stats
 
 from keylayers.commands.study_cells import Cell
@@ -27,6 +26,7 @@ from keylayers.files import write_bytes, write_json, write_text
 from keylayers.ranking.compare import agreement
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import MadeBy, RunRecord
+from keylayers.report.templates import page_templates
 
 FIXED, MEASURED = ["cell", "kind", "status", "error"], ["measure", "value", "unit"]
 PAIR, AGREED = ["differs", "first", "second"], ["jaccard", "chance_jaccard", "tau"]
@@ -202,7 +202,7 @@ def _page(means: Mapping[str, pd.DataFrame], table: pd.DataFrame, cells: Sequenc
     lost = table[table["status"] != "finished"][FIXED]
     if len(lost):
         parts.append(("Without a result", "", lost.to_html(**FORMAT)))
-    templates = Environment(loader=PackageLoader("keylayers.report", "page"), autoescape=True)
+    templates = page_templates(autoescape=True)
     page = templates.get_template("study.html").render(
         parts=parts,
         commands=[cell.command for cell in cells],

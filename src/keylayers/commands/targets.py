@@ -117,12 +117,11 @@ def _heatmaps(found: "Trained") -> "list[tuple[str, Table]]":
     """One table per list of blocks: LoRA's rank, `all` where the weights are trained, or a dot."""
     from rich.text import Text
 
-    from keylayers.apply.configs import stack_of
     from keylayers.report.terminal import plain_table
 
     tables = []
-    for stack in dict.fromkeys(stack_of(info.name) for info in found.modules):
-        inside = [info for info in found.modules if stack_of(info.name) == stack]
+    for stack in dict.fromkeys(info.stack for info in found.modules):
+        inside = [info for info in found.modules if info.stack == stack]
         projections = list(dict.fromkeys(info.projection for info in inside))
         first = inside[0].block_index or 0
         table = plain_table("block", *projections, num_left=0, gap=1)

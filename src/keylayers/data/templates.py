@@ -109,7 +109,7 @@ def _training_template(tokenizer: "PreTrainedTokenizerBase") -> str:
     """The tokenizer's own template, or TRL's form of it that marks the answers.
 
     Many templates render earlier answers in another way once there are later turns, or write part
-    of an answer into the generation prompt, so nothing but marks can say where answers are.
+    of an answer into the generation prompt. Answers can then be found only by the template's marks.
     """
     own = tokenizer.get_chat_template()
     if _MARKER.search(own):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """torchtune: a builder that keeps LoRA on exactly the modules. Checked with torchtune 0.6.1.
 
-A torchtune config can only put LoRA on all modules of a projection. So the export adds a component
-of its own, which builds torchtune's model and turns the LoRA layers that are not selected back into
-plain ones. torchtune renames modules; this file knows the names of dense models.
+A torchtune config can only put LoRA on all modules of a projection. So the export includes a custom
+builder: it builds torchtune's model, then replaces the LoRA layers of unselected modules by plain
+ones. torchtune renames modules; this file knows the names of dense models.
 """
 
 import re

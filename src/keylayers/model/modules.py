@@ -4,11 +4,12 @@
 Found by structure (a `ModuleList` of blocks that hold linear layers or stacked experts), never by
 the model's name. A module is what the paper calls a layer: one weight matrix, by its full name in
 the base model, so that the name is the same whether or not PEFT has wrapped the model. The experts
-of a mixture are one three-dimensional parameter per kind and block, and one module.
+of a mixture are stored as one three-dimensional parameter per kind and block; each of these is a
+module.
 
 If a model has several stacks of blocks, an encoder and a decoder both count, and the decoder's
-block numbers continue the encoder's. Towers for images or sound, which do not hold the embeddings
-of the text, count only if you ask for them.
+block numbers continue the encoder's. Towers for images or sound, which have no text embeddings, are
+left out unless `towers` is "all".
 
 Names of axes in shapes, here and elsewhere: `module` has one entry per module in model order;
 `gate` one per gate; `batch`, `token`, `d_in`, `d_out` and `r` (LoRA rank) as usual.
@@ -45,6 +46,11 @@ class ModuleInfo:
     projection: str
     shape: tuple[int, ...]
     num_parameters: int
+
+    @property
+    def stack(self) -> str:
+        """The list of blocks it is in, such as `model.layers`."""
+        return re.split(r"\.\d+\.", self.name, maxsplit=1)[0]
 
     @property
     def last_name(self) -> str:

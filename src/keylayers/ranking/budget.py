@@ -75,7 +75,7 @@ class Count:
         return str(self.value)
 
     def num_modules(self, num_candidates: int) -> int:
-        """The count, if there are so many modules."""
+        """The count itself; a ConfigError if the ranking has fewer modules."""
         rule = f"as a count must be between 1 and {num_candidates}, the ranking's modules"
         _check(self.value <= num_candidates, rule, self)
         return self.value

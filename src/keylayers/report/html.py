@@ -15,7 +15,6 @@ from importlib.resources import files
 from typing import Any
 
 import vl_convert
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from keylayers._version import __version__
@@ -36,6 +35,7 @@ from keylayers.report.curve import reading
 from keylayers.report.figures import VEGA_LITE
 from keylayers.report.modules import module_rows
 from keylayers.report.source import Source, num_best
+from keylayers.report.templates import page_templates
 from keylayers.report.terminal import provenance_lines
 
 BUDGET = "budget"  # the charts' parameter that the slider sets: number of selected modules
@@ -54,13 +54,7 @@ def render_report(
     data = {"rankings": [view["data"] for view in views], "agreement": pairs and pairs["chart"]}
     libraries = vl_convert.javascript_bundle(vl_version=VEGA_LITE)  # type: ignore[call-arg]
     scripts = [libraries, _text("page.js")]
-    environment = Environment(
-        loader=PackageLoader("keylayers.report", "page"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_templates(autoescape=True)
     environment.filters["shell"] = shlex.quote
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     page = environment.get_template("page.html").render(

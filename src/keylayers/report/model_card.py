@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import RunRecord
 from keylayers.report.modules import grid
+from keylayers.report.templates import page_templates
 from keylayers.report.terminal import in_nats
 
 ON_THE_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
@@ -32,14 +32,7 @@ def model_card(record: Mapping[str, Any], ranking: Ranking | None, commands: str
     is_checkpoint = made.options.tuned is not None or made.options.update == "full"
     task = "SequenceClassification" if made.options.objective == "reward" else "CausalLM"
     longest = max((len(run) for run in re.findall("`+", commands)), default=0)
-    environment = Environment(
-        loader=PackageLoader("keylayers.report", "page"),
-        finalize=_plain,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = page_templates(finalize=_plain, keep_trailing_newline=True)
     text = environment.get_template("model_card.md").render(
         record=made,
         name=Path(str(made.model.name)).name,
