@@ -317,5 +317,6 @@ class Renderer:
         """The error about a conversation that the template does not render as it must."""
         return DataError(
             f"The chat template {self.template.name!r} must {must}; fix the template, or choose "
-            f"another `--chat-template`: {' or '.join(BUILT_IN)} take any conversation."
+            f"another `--chat-template`: {' or '.join(BUILT_IN)} take any conversation without "
+            "tools."
         )
