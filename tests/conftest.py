@@ -35,6 +35,7 @@ def pytest_configure(config):
             config.option.tx
         )
         return
+    os.environ.update(preloaded.SET_BY_LIBRARIES)  # before the imports, as in the workers
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # third-party deprecations at import
         import torch

@@ -39,13 +39,14 @@ IMPORTED = (
     *("trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "cyclopts", "beartype"),
     *("torch.distributed.run", "torch.utils.tensorboard"),
 )
-# What `keylayers` itself sets before it imports them
-QUIET = {
+# What `keylayers` sets before it imports them, and lm_eval when it is imported
+SET_BY_LIBRARIES = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TRL_EXPERIMENTAL_SILENCE": "1",
     "TQDM_DISABLE": "1",
+    "HF_XET_HIGH_PERFORMANCE": "1",
 }
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 servers = []  # of this process
@@ -71,7 +72,7 @@ def python():
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **QUIET, "PYTHONPATH": ""},
+                env={**os.environ, **SET_BY_LIBRARIES, "PYTHONPATH": ""},
                 pass_fds=[listener.fileno()],
                 start_new_session=True,
             )
