@@ -13,10 +13,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import config as own_configs
-from transformers import LlamaConfig, LlamaForCausalLM
+
+from tiny_models import tiny_llama
 
 TARGETS = {"r": 2, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"]}
-SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 IDS = torch.arange(3, 35).reshape(2, 16)
 CHANGES_BASE = r"gates must start from the base model, but .*`init_lora_weights`"
 VARIANT = r"the variant \w+ of LoRA is not known to be linear"
@@ -43,7 +43,10 @@ TABLE = {
     "rank_pattern": [({"q_proj": 3}, None)],
     "alpha_pattern": [({"q_proj": 9}, None)],
     "trainable_token_indices": [([3, 4], None)],
-    "use_dora": [(True, None)],
+    "use_dora": [
+        (True, None),
+        ({"use_dora": True, "target_modules": ["embed_tokens", "q_proj"]}, "DoRA on embeddings"),
+    ],
     "target_parameters": "for stacked experts, of which test_experts.py has models",
     "lora_bias": [(True, "`lora_bias=True` adds a bias")],
     "layer_replication": [([(0, 2), (1, 2)], "`layer_replication`")],
@@ -73,22 +76,14 @@ TABLE = {
     "kasa_config": [(own_configs.KasaConfig(), VARIANT)],
     "alora_invocation_tokens": [([3, 4], VARIANT)],
     "arrow_config": "routes between several adapters, and one must be active",
-    "use_qalora": "only for GPTQ models",
-    "qalora_group_size": "of `use_qalora`",
-    "eva_config": "of the start `eva`",
-    "corda_config": "of the start `corda`",
-    "loftq_config": "of the start `loftq`",
-    "lora_ga_config": "of the start `lora_ga`",
-    "runtime_config": "not saved",
-    "task_type": "names the model's class",
+    **dict.fromkeys(["use_qalora", "qalora_group_size"], "only for GPTQ models"),
+    **dict.fromkeys(["eva_config", "corda_config", "loftq_config", "lora_ga_config"], "of a start"),
+    **dict.fromkeys(["megatron_config", "megatron_core"], "needs Megatron"),
+    **dict.fromkeys(["task_type", "auto_mapping"], "names the model's class"),
+    **dict.fromkeys(["peft_version", "base_model_name_or_path", "revision"], "a record"),
     "peft_type": "other tuners have configs of their own",
-    "auto_mapping": "for models without a task",
-    "peft_version": "a record",
-    "base_model_name_or_path": "a record",
-    "revision": "a record",
+    "runtime_config": "not saved",
     "inference_mode": "freezes",
-    "megatron_config": "needs Megatron",
-    "megatron_core": "needs Megatron",
 }
 CASES = [
     pytest.param(option, value, text, id=f"{option}-{number}")
@@ -108,10 +103,8 @@ def test_every_option_and_every_start_of_peft_has_a_row():
 
 def base(is_tied=False):
     """A tiny model with biases in its attention, always the same."""
-    torch.manual_seed(0)
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "attention_bias": True}
-    config = LlamaConfig(**SIZES, **heads, tie_word_embeddings=is_tied, initializer_range=0.2)
-    return LlamaForCausalLM(config).eval()
+    more = {"attention_bias": True, "tie_word_embeddings": is_tied}
+    return tiny_llama(initializer_range=0.2, **more)
 
 
 def loss_of(model):

@@ -23,10 +23,10 @@ SIZES = {
 }
 
 
-def tiny_llama(num_blocks: int = 2, *, attention_bias: bool = False) -> LlamaForCausalLM:
+def tiny_llama(num_blocks: int = 2, **options: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    options = SIZES | {"num_hidden_layers": num_blocks, "attention_bias": attention_bias}
-    return LlamaForCausalLM(LlamaConfig(**options)).eval()
+    config = LlamaConfig(**SIZES | {"num_hidden_layers": num_blocks} | options)
+    return LlamaForCausalLM(config).eval()
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:
