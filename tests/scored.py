@@ -8,6 +8,7 @@ from itertools import islice
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Trainer, TrainingArguments, set_seed
 
 from keylayers.scores.methods import find_method
@@ -16,7 +17,7 @@ from keylayers.scores.scoring_options import scoring_options
 from keylayers.trainers.loss import TrainerLoss
 from keylayers.updates import adapter_updates
 
-from tiny_models import tiny_llama
+from tiny_models import state_of, tiny_llama
 
 FAST = {"mask_batches": 2, "permutations": 2, "mask_steps": 20}
 PLANTED = "model.layers.1.mlp.up_proj"
@@ -116,15 +117,26 @@ def scores_of(trainer, method, **values):
     return by_name(score(trainer, method, **values))
 
 
-def state_of(trainer):
-    """All that a run could change in a model, as values that `==` compares bit for bit."""
+def frozen(value):
+    """A value as something that can be compared: containers by content, tensors by bits."""
+    if isinstance(value, dict):
+        return {key: frozen(held) for key, held in value.items()}
+    if isinstance(value, torch.Tensor):
+        return (value.dtype, value.tolist())
+    if isinstance(value, (str, bytes, bool, int, float, type(None))):
+        return value
+    if isinstance(value, (list, tuple)) or type(value).__name__ == "deque":
+        return [frozen(held) for held in value]
+    return id(value)
+
+
+def everything(trainer):
+    """The trainer and its model: weights, flags, gradients, modes, hooks, adapters, state."""
     model = trainer.model
-    return {
-        "weights": {name: one.numpy().tobytes() for name, one in model.state_dict().items()},
-        "flags": [one.requires_grad for one in model.parameters()],
-        "gradients": [one.grad for one in model.parameters()],
-        "modes": [module.training for module in model.modules()],
-        "hooks": [name for name, one in model.named_modules() if one._forward_hooks],
-        "random state": torch.get_rng_state().tolist(),
-        "trainer": {name: str(value) for name, value in vars(trainer).items()},
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    owners = (trainer, trainer.state, trainer.accelerator, trainer.accelerator.gradient_state)
+    return state_of(model) | {
+        "active": [(layer.active_adapters, layer.disable_adapters) for layer in layers],
+        "adapters": (model.active_adapter, sorted(model.peft_config)),
+        "state": [frozen(vars(owner)) for owner in owners],
     }

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from transformers import Trainer
-from trl import SFTConfig, SFTTrainer
 
 import keylayers
 from keylayers.errors import DataError, LossError, ModelError
@@ -15,17 +14,13 @@ from keylayers.scores.score_modules import score_modules
 from keylayers.scores.scoring_options import scoring_options
 from keylayers.updates import adapter_updates
 from scored import (
-    PLANTED,
     arguments,
     batches_of,
     data,
     noisy,
     noisy_model,
-    planted,
-    state_of,
     trainer_of,
 )
-from tiny_files import tiny_tokenizer
 
 from tiny_models import tiny_llama
 
@@ -62,21 +57,6 @@ def test_one_step_of_sgd_is_the_formula():
 def test_gradient_accumulation_of_the_trainer_changes_nothing():
     often = learn(trainer_of(noisy_model(), gradient_accumulation_steps=4))
     assert learn(noisy()).scores == often.scores
-
-
-def test_a_trainer_that_has_trained_is_given_back_with_its_metrics():
-    config = arguments(SFTConfig, max_steps=2, dataset_kwargs={"skip_prepare_dataset": True})
-    trainer = SFTTrainer(
-        model=noisy_model(), args=config, train_dataset=data(), processing_class=tiny_tokenizer()
-    )
-    trainer.train()
-    trainer.model.zero_grad()
-    trainer._metrics["train"]["entropy"].append(1.0)  # of steps since the last log
-    before, optimizer = state_of(trainer), trainer.optimizer
-    learn(trainer)
-    for name, value in state_of(trainer).items():
-        assert value == before[name], name
-    assert trainer.optimizer is optimizer
 
 
 def test_a_loss_that_is_not_finite_is_reported_with_its_step():
@@ -116,16 +96,6 @@ def test_scores_come_from_a_data_set_of_their_own_if_one_is_given():
     assert trainer.train_dataset is given
     trainer.train_dataset = other
     assert own != aside == ranked()
-
-
-def test_rank_modules_ranks_what_a_trainer_holds():
-    ranking = keylayers.rank_modules(planted(), options_of(mask_steps=10))
-    assert len(ranking.modules) == 14
-    best = ranking.ordered()[0]
-    assert (best.name, best.block_index, best.projection) == (PLANTED, 1, "up_proj")
-    assert ranking.provenance["trainer"] == "Trainer"
-    assert len(ranking.provenance["mask"]["losses"]) == 10
-    assert ranking.select(0.3).lora_config(r=4).r == 4
 
 
 def test_a_trainer_without_an_update_or_without_data_is_refused():

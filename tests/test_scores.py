@@ -15,15 +15,17 @@ from scored import (
     PLANTED,
     by_name,
     data,
+    everything,
     noisy,
     noisy_model,
     options_of,
     planted,
     score,
     scores_of,
-    state_of,
     trainer_of,
 )
+
+from tiny_models import assert_same
 
 NAMES = [
     "elimination", "path", "price", "ila", "leave-one-out", "shapley", "update-norm",
@@ -70,10 +72,9 @@ def test_the_table_names_every_method_once():
 @pytest.mark.parametrize("method", NAMES)
 def test_every_module_is_scored_steps_are_reported_and_nothing_is_left_changed(method):
     trainer, steps = eight_rows(), []
-    before = state_of(trainer)
+    before = everything(trainer)
     found = score(trainer, method, on_step=lambda step, loss: steps.append(step))
-    for name, value in state_of(trainer).items():
-        assert value == before[name], name
+    assert_same(before, everything(trainer))
 
     assert len(found.scores) == len(found.module_names) == 14
     assert found.module_names[0] == "model.layers.0.self_attn.q_proj"

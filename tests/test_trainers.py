@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import set_seed
 from trl.trainer.utils import use_adapter
@@ -18,10 +17,11 @@ from keylayers.evaluation.held_out import held_out_loss
 from keylayers.model.preserve import preserved
 from keylayers.trainers.loss import TrainerLoss
 from keylayers.updates import adapter_updates
+from scored import everything
 from tiny_files import NUM_MODULES
 from trainers import CASES, DATA, TOKENIZER, WithOwnLoss, build, lora
 
-from tiny_models import assert_same, state_of
+from tiny_models import assert_same
 
 IDS = ["-".join(case).replace(" ", "-") for case in CASES]
 # trl 1.16 asks transformers 5.23 for names that transformers renamed; gone when trl follows
@@ -36,6 +36,8 @@ def trainer_of():
     def get(kind, way):
         if (kind, way) not in built:
             built[kind, way] = build(kind, way)
+            if kind == "SFT":
+                built[kind, way]._metrics["train"]["entropy"].append(1.0)  # not logged yet
         return built[kind, way]
 
     return get
@@ -51,46 +53,25 @@ def scores_of(trainer, method="elimination", **values):
     return [module.score for module in rank(trainer, method, **values).modules]
 
 
-def frozen(value):
-    """A value as something that can be compared: containers by content, tensors by bits."""
-    if isinstance(value, dict):
-        return {key: frozen(held) for key, held in value.items()}
-    if isinstance(value, torch.Tensor):
-        return (value.dtype, value.tolist())
-    if isinstance(value, (str, bytes, bool, int, float, type(None))):
-        return value
-    if isinstance(value, (list, tuple)) or type(value).__name__ == "deque":
-        return [frozen(held) for held in value]
-    return id(value)
-
-
-def everything(trainer):
-    """The trainer and its model: weights, flags, gradients, modes, hooks, adapters, state."""
-    model = trainer.model
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    owners = (trainer, trainer.state, trainer.accelerator, trainer.accelerator.gradient_state)
-    return state_of(model) | {
-        "active": [(layer.active_adapters, layer.disable_adapters) for layer in layers],
-        "adapters": (model.active_adapter, sorted(model.peft_config)),
-        "state": [frozen(vars(owner)) for owner in owners],
-    }
-
-
 LEARNED = [("SFT", "config"), ("DPO", "model"), ("KTO", "config"), ("GRPO", "model")]
 SCORED = [(*case, "path") for case in CASES] + [(*case, "ila") for case in LEARNED]
 SCORED += [("SFT", "model", "elimination"), ("GRPO", "config", "elimination")]
+SCORED += [("GRPO", "model", method) for method in ("price", "fisher", "update-norm")]
 
 
 @pytest.mark.parametrize(("kind", "way", "method"), SCORED)
 def test_every_module_gets_a_score_and_all_is_as_before(trainer_of, kind, way, method):
     trainer = trainer_of(kind, way)
     before = everything(trainer)
-    scores = scores_of(trainer, method)
+    ranking = rank(trainer, method)
     assert_same(before, everything(trainer))
-    assert len(scores) == NUM_MODULES
+    scores = [module.score for module in ranking.modules]
     assert all(math.isfinite(score) for score in scores)
-    assert len(set(scores)) == NUM_MODULES  # each gate has a gradient of its own
+    assert len(scores) == len(set(scores)) == NUM_MODULES  # each gate has its own gradient
     assert scores_of(trainer, method) == scores
+    made_by = ranking.provenance
+    assert made_by["trainer"] == type(trainer).__name__
+    assert ("loss_reduction_nats" in made_by["mask"]) == (method == "path" and kind != "GRPO")
 
 
 def hold_what_has_no_gradient(trainer, source, batch):
@@ -276,16 +257,6 @@ def test_a_copy_of_the_model_that_gates_cannot_reach_is_refused(trainer_of, monk
     monkeypatch.setattr(trainer, "use_vllm", True)
     with pytest.raises(ConfigError, match="use_vllm=False"):
         rank(trainer)
-
-
-@pytest.mark.parametrize("method", ["price", "fisher", "update-norm"])
-def test_grpo_is_scored_by_methods_that_use_its_gradient_or_no_data(trainer_of, method):
-    trainer = trainer_of("GRPO", "model")
-    before = everything(trainer)
-    ranking = rank(trainer, method)
-    assert_same(before, everything(trainer))
-    assert all(math.isfinite(module.score) for module in ranking.modules)
-    assert "loss_reduction_nats" not in ranking.provenance["mask"]
 
 
 def test_adalora_is_trained_as_a_reward_model_too(trainer_of):

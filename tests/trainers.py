@@ -14,34 +14,30 @@ from tiny_files import rows, tiny_model, tiny_tokenizer
 TOKENIZER = tiny_tokenizer()
 
 
-def preferences(first=0, num_rows=8):
+def answered(first=0):
+    """Questions with answers."""
+    return Dataset.from_list(rows()[first : first + 8])
+
+
+def preferences(first=0):
     """Questions with a right and a wrong answer, of different lengths."""
-    part = rows()[first : first + num_rows]
-    return Dataset.from_list(
-        [
-            {"prompt": row["prompt"], "chosen": row["completion"], "rejected": other["completion"]}
-            for row, other in zip(part, [*part[1:], part[0]], strict=True)
-        ]
-    )
+    answers = answered(first)["completion"]
+    pairs = answered(first).rename_column("completion", "chosen")
+    return pairs.add_column("rejected", [*answers[1:], answers[0]])
 
 
-def judged(first=0, num_rows=8):
+def judged(first=0):
     """Questions with answers that are right every other time."""
-    part = rows()[first : first + num_rows]
-    return Dataset.from_list([row | {"label": place % 2 == 0} for place, row in enumerate(part)])
+    return answered(first).add_column("label", [True, False] * 4)
 
 
-def answered(first=0, num_rows=8):
-    return Dataset.from_list(rows()[first : first + num_rows])
+def prompts(first=0):
+    return answered(first).select_columns("prompt")
 
 
-def prompts(first=0, num_rows=8):
-    return Dataset.from_list([{"prompt": row["prompt"]} for row in rows()[first:][:num_rows]])
-
-
-def tokens(first=0, num_rows=8):
-    made = TOKENIZER([row["prompt"] + row["completion"] for row in rows()[first:][:num_rows]])
-    ids = [row[:12] for row in made["input_ids"]]
+def tokens():
+    texts = [row["prompt"] + row["completion"] for row in answered()]
+    ids = [row[:12] for row in TOKENIZER(texts)["input_ids"]]
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
 
