@@ -6,6 +6,7 @@ import re
 
 from transformers import ByT5Tokenizer
 
+from keylayers.data.chat import IGNORED
 from keylayers.data.options import DataOptions
 from keylayers.data.prepare import prepare as prepare_data
 
@@ -16,9 +17,9 @@ PAIRS = [{"prompt": f"Say {i}.", "chosen": "Good.", "rejected": "Bad."} for i in
 RATED = [{"prompt": f"Say {i}.", "completion": "Good.", "label": i % 2 == 0} for i in range(20)]
 
 
-def prepare(data, max_positions=None, objective="sft", **options):
+def prepare(data, max_positions=None, objective="sft", tokenizer=TOKENIZER, **options):
     options = DataOptions(data=str(data), **{"mask_data": "train"} | options)
-    return prepare_data(options, TOKENIZER, max_positions, objective)
+    return prepare_data(options, tokenizer, max_positions, objective)
 
 
 def write(path, rows):
@@ -31,6 +32,11 @@ def texts(examples):
     if "input_ids" in examples.column_names:
         return [TOKENIZER.decode(ids, skip_special_tokens=True) for ids in examples["input_ids"]]
     return [turns[0]["content"] for turns in examples["prompt"]]
+
+
+def learned(row, tokenizer=TOKENIZER):
+    """The text that the loss counts."""
+    return tokenizer.decode([label for label in row["labels"] if label != IGNORED])
 
 
 def numbers(examples):

@@ -29,21 +29,16 @@ BARE = (
 )
 
 
-END = "{% endgeneration %}"
-
-
 def unmarked(template):
-    return template.replace("{% generation %}", "").replace(END, "")
+    return template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 
 
+OUTSIDE = "{% generation %}{{ m['content'] }}{% endgeneration %}</s>"
 # A template, and an answer with what closes it; the last one also ends with a stop token.
 TEMPLATES = {
     "marked": (MARKED, "{}</s>"),
     "unmarked": (unmarked(MARKED), "{}</s>"),
-    "stop outside": (
-        MARKED.replace("</s>{% endgeneration %}", "{% endgeneration %}</s>"),
-        "{}</s>",
-    ),
+    "stop outside": (unmarked(MARKED).replace("{{ m['content'] }}</s>", OUTSIDE), "{}</s>"),
     "line end inside": (MARKED.replace("</s>", "{{ '</s>\n' }}"), "{}</s>\n"),
     "marked without a stop": (MARKED.replace("</s>", "{{ '\n' }}"), "{}\n"),
     "plain words without markers": (BARE, "{}\n"),
@@ -70,7 +65,7 @@ BROKEN = {
     "wrong key": ("{{ messages[0]['text'] + 'a' }}", "it failed with: 'dict object' has no attr"),
     "empty": (
         "",
-        "it rendered nothing; fix the template, or choose another `--chat-template`: alpaca or",
+        "it rendered nothing; fix the template, or choose another `--chat-template`: alp",
     ),
     "no answer": ("{{ messages[0]['content'] }}", "render the whole answer, it lost 'good day"),
     "no place": (
@@ -78,6 +73,7 @@ BROKEN = {
         "must show where the answer 'good day.*markers",
     ),
     "markers elsewhere": (MARKED.replace("== 'assistant'", "== 'user'"), "show where the answer"),
+    "no stop token": (BARE, "set the tokenizer's `eos_token`"),
 }
 
 
@@ -121,31 +117,23 @@ def tokenizer(request):
     return build_tokenizer(trim_offsets=request.param)
 
 
-def check_answers(tokenizer, case):
-    template, closed = TEMPLATES[case]
-    encoded = encode(TURNS, tokenizer, template)
-    stop = "" if "</s>" in closed else "</s>"
-    expected = [closed.format(TURNS[1][1]), closed.format(TURNS[3][1]) + stop]
-    assert labelled_runs(encoded, tokenizer) == expected
-    assert not encoded.is_last_answer_only
-    assert not encoded.is_truncated
-    return encoded
-
-
 @pytest.mark.parametrize("case", TEMPLATES)
 def test_the_loss_counts_every_answer_with_its_closing_tokens(tokenizer, case):
-    encoded = check_answers(tokenizer, case)
-    if case in ("marked", "unmarked", "built-in alpaca", "built-in chatml"):  # all end with a stop
-        text = BUILT_IN.get(TEMPLATES[case][0], TEMPLATES[case][0])
-        in_use = tokenizer.apply_chat_template(messages(TURNS), chat_template=text)
-        assert encoded.row["input_ids"] == in_use["input_ids"]
-
-
-@pytest.mark.parametrize("case", ["marked", "unmarked", "built-in alpaca"])
-def test_a_tokenizer_without_offsets_counts_the_same_answers(case):
-    tokenizer = ByT5Tokenizer()
-    assert not tokenizer.is_fast
-    check_answers(tokenizer, case)
+    template, closed = TEMPLATES[case]
+    stop = "" if "</s>" in closed else "</s>"
+    for turns in (TURNS, [("assistant", "hello"), *TURNS[2:]]):
+        encoded = encode(turns, tokenizer, template)
+        first, last = (closed.format(text) for role, text in turns if role == "assistant")
+        assert labelled_runs(encoded, tokenizer) == [first, last + stop]
+        assert not encoded.is_last_answer_only
+        assert not encoded.is_truncated
+        if case in ("marked", "unmarked", "built-in alpaca", "built-in chatml"):  # all have a stop
+            text = BUILT_IN.get(template, template)
+            in_use = tokenizer.apply_chat_template(messages(turns), chat_template=text)
+            assert encoded.row["input_ids"] == in_use["input_ids"]
+            without_offsets = ByT5Tokenizer()
+            encoded = encode(turns, without_offsets, template)
+            assert labelled_runs(encoded, without_offsets) == [first, last]
 
 
 TEXT = st.text(st.sampled_from("ab c\n\t.é🦊ß'1"), min_size=1, max_size=12)
@@ -181,28 +169,19 @@ def test_a_template_that_rewrites_earlier_answers_leaves_the_last_one_to_learn(t
     assert encoded.is_last_answer_only
 
 
-def test_a_conversation_may_begin_with_an_answer(tokenizer):
-    turns = [("assistant", "hello"), *TURNS[2:]]
-    for template in (MARKED, unmarked(MARKED), "alpaca"):
-        runs = labelled_runs(encode(turns, tokenizer, template), tokenizer)
-        assert runs == ["hello</s>", TURNS[3][1] + "</s>"]
+# As documented.
+READ = {
+    "alpaca": "Be brief.\n\n### Instruction:\nhello\n\n### Response:\ngood day, naïve 🦊</s>",
+    "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n"
+    "<|im_start|>assistant\ngood day, naïve 🦊<|im_end|></s>\n",
+}
 
 
-@pytest.mark.parametrize(
-    ("template", "expected"),
-    [
-        ("alpaca", "Be brief.\n\n### Instruction:\nhello\n\n### Response:\ngood day, naïve 🦊</s>"),
-        (
-            "chatml",
-            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n"
-            "<|im_start|>assistant\ngood day, naïve 🦊<|im_end|></s>\n",
-        ),
-    ],
-)
-def test_built_in_templates_read_as_documented(tokenizer, template, expected):
+@pytest.mark.parametrize("template", BUILT_IN)
+def test_built_in_templates_read_as_documented(tokenizer, template):
     encoded = encode([("system", "Be brief."), *TURNS[2:]], tokenizer, template)
     text = tokenizer.decode(encoded.row["input_ids"], clean_up_tokenization_spaces=False)
-    assert text == expected
+    assert text == READ[template]
 
 
 def test_a_built_in_template_starts_and_ends_as_the_tokenizer_does():
@@ -216,16 +195,11 @@ def test_a_built_in_template_starts_and_ends_as_the_tokenizer_does():
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_template_that_cannot_be_used_is_refused_in_one_line(tokenizer, case):
+def test_a_template_that_cannot_be_used_is_refused_in_one_line(case):
     template, message = BROKEN[case]
     with pytest.raises(DataError, match=message) as caught:
-        encode(TURNS, tokenizer, template)
+        encode(TURNS, build_tokenizer(eos=None), template)
     assert "\n" not in str(caught.value)
-
-
-def test_an_answer_that_cannot_be_ended_is_refused():
-    with pytest.raises(ValueError, match="set the tokenizer's `eos_token`"):
-        encode(TURNS, build_tokenizer(eos=None), BARE)
 
 
 def test_truncation_keeps_the_start_and_is_seen(tokenizer):
@@ -239,10 +213,11 @@ def test_truncation_keeps_the_start_and_is_seen(tokenizer):
     assert (short.num_label_tokens, short.is_usable) == (0, False)
 
 
-def test_plain_text_counts_whole_and_ends():
-    for start in (True, False):
-        tokenizer = build_tokenizer(start=start)
-        encoded = encode(Conversation([], text="The fox."), tokenizer, None)
+@pytest.mark.parametrize("start", [True, False])
+def test_plain_text_counts_whole_and_ends_and_has_one_start_token_at_most(start):
+    tokenizer = build_tokenizer(start=start)
+    for text in ("The fox.", "<s>" * start + "The fox."):
+        encoded = encode(Conversation([], text=text), tokenizer, None)
         ids = encoded.row["input_ids"]
         assert tokenizer.decode(ids) == "<s>" * start + "The fox.</s>"
         assert encoded.row["labels"] == [IGNORED] * start + ids[start:]
