@@ -4,16 +4,14 @@
 from functools import partial
 
 import pytest
-from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keylayers.data.formats import FORMATS, Conversation, conversations_of, read_format
+from keylayers.data.formats import FORMATS, PAIRS, Conversation, conversations_of, read_format
 from keylayers.data.preferences import (
     FORMAT_OF,
     PREFERENCES,
     Preference,
-    rated_column,
     require_columns,
 )
 from keylayers.data.reading import convert_rows
@@ -23,16 +21,15 @@ ROLES = {"S": "system", "U": "user", "A": "assistant"}
 HUMAN = {"S": "system", "U": "human", "A": "gpt"}
 
 
-def new(turns):
+def new(turns, roles=ROLES, names=("role", "content")):
     """Turns as role and content, from "U: a question | A: its answer"."""
     split = [turn.split(": ", 1) for turn in turns.split(" | ")]
-    return [{"role": ROLES[role], "content": content} for role, content in split]
+    return [dict(zip(names, (roles[role], text), strict=True)) for role, text in split]
 
 
 def old(turns):
     """The same as `from` and `value`, with ShareGPT's roles."""
-    split = [turn.split(": ", 1) for turn in turns.split(" | ")]
-    return [{"from": HUMAN[role], "value": content} for role, content in split]
+    return new(turns, HUMAN, ("from", "value"))
 
 
 def read(*rows, format=None):
@@ -68,7 +65,7 @@ CASES = {
         ({"messages": IN_PARTS}, "U: q | A: ab"),
     ],
     "prompt-completion": [
-        ({"prompt": "q", "completion": "a"}, "U: q | A: a"),
+        *(({names[0]: "q", names[-1]: "a"}, "U: q | A: a") for names in PAIRS if len(names) == 2),
         ({"prompt": new("S: s | U: q"), "completion": new("A: a")}, "S: s | U: q | A: a"),
         ({"prompt": new("U: q"), "completion": "a", "system": "s"}, "S: s | U: q | A: a"),
         ({"question": "q", "answer": 2}, "U: q | A: 2"),
@@ -133,28 +130,19 @@ def test_rows_of_joined_data_sets_are_read_whatever_is_null(rows, nothing):
         assert [each.row_number for each in found.examples] == [1, 2]
 
 
-def test_columns_that_no_conversion_asks_for_are_named():
-    row = {"messages": new("U: q | A: a"), "images": ["a.jpg"], "id": 0, "audios": [], "x": None}
-    read_all = partial(conversations_of, format="messages", is_forced=False)
-    assert convert_rows([row], "messages", read_all).unused_columns == ("images", "id")
-    row = {"prompt": "q", "images": ["a.jpg"], "system": "s"} | TEXT
-    assert convert_rows([row], "pairs", PREFERENCES["pairs"]).unused_columns == ("images",)
+WITHOUT_ANSWER = [
+    {"instruction": "q", "output": " \n"},
+    {"instruction": "q", "output": None},
+    {"conversations": ["only a question"]},
+    {"conversations": []},
+    {"messages": new("U: q")},
+    {"messages": new("A:  | U: q")},
+    {"messages": None},
+    {"text": ""},
+]
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"instruction": "q", "output": " \n"},
-        {"instruction": "q", "output": None},
-        {"conversations": ["only a question"]},
-        {"conversations": []},
-        {"messages": new("U: q")},
-        {"messages": new("A:  | U: q")},
-        {"messages": None},
-        {"text": ""},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("row", WITHOUT_ANSWER, ids=str)
 def test_a_row_without_an_answer_has_nothing_to_learn(row):
     with pytest.raises(ValueError, match="answers to learn, got 2 examples without one"):
         read(row, row)
@@ -165,8 +153,8 @@ def test_rows_without_an_answer_are_dropped_and_counted():
     asked = {"prompt": "Hi?"}
     rows = [asked | {"chosen": "Good.", "rejected": " "}, {"prompt": ""} | TEXT, asked | TEXT]
     found = convert_rows(rows, "pairs", PREFERENCES["pairs"])
-    assert (len(found.examples), found.num_dropped_empty) == (1, 2)
     assert [each.row_number for each in found.examples] == [3]
+    assert found.num_dropped_empty == 2
 
 
 TEXT = {"chosen": "Good.", "rejected": "Bad."}
@@ -223,39 +211,16 @@ def test_equal_answers_are_equal_in_every_spelling(row):
     assert not found.is_equal
 
 
-MINE, THEIRS = new("A: a"), new("U: a")
-# The chosen and the rejected answer, and the message.
-NO_ANSWERS = [
-    (MINE, THEIRS, "`rejected` must hold an answer of the assistant, got a turn of role 'user'"),
-    (THEIRS, MINE, "`chosen` must hold an answer of the assistant, got a turn of role 'user'"),
-    (THEIRS, THEIRS, "`chosen` must hold an answer"),
-    (THEIRS[0], MINE[0], "`chosen` must hold an answer"),
-    (MINE, new("U: q | A: b"), "`rejected` must begin with a turn of the assistant .* 'user'"),
-    (new("U: q | A: b"), new("U: r | A: b"), "`chosen` must begin with a turn of the assistant"),
-]
+RATINGS = {True: (True, 1, 1.0, "true", "True", "1"), False: (False, 0, 0.0, "false", "False", "0")}
 
 
-@pytest.mark.parametrize(("chosen", "rejected", "message"), NO_ANSWERS)
-def test_what_is_no_answer_of_the_assistant_is_named_with_its_role(chosen, rejected, message):
-    row = {"prompt": "q", "chosen": chosen, "rejected": rejected}
-    with pytest.raises(DataError, match=f"^Row 1: {message}"):
-        convert_rows([row], "pairs", PREFERENCES["pairs"])
-
-
-@pytest.mark.parametrize("value", [True, 1, 1.0, "true", "True", "1"])
-@pytest.mark.parametrize("column", ["label", "kto_tag"])
-def test_ratings_have_one_reader(column, value):
-    other = {"label": "kto_tag", "kto_tag": "label"}[column]
-    bad = {"true": "false", "True": "False", "1": "0"}.get(value) or type(value)(0)
-    for cell, is_good in ((value, True), (bad, False)):
-        row = {"prompt": "q", "completion": "a", column: cell, other: None}
-        [found] = convert_rows([row], "rated", PREFERENCES["rated"]).examples
-        assert found.is_good is is_good
-    rows = [{column: None}, {column: value}, {column: bad}]
-    assert rated_column(Dataset.from_list(rows)) == column
-    for no_rating in (2, "dog", 0.5):
-        rows = [{column: type(no_rating)(value) if value else None} for value in (0, 1, no_rating)]
-        assert rated_column(Dataset.from_list(rows)) is None
+@pytest.mark.parametrize(("column", "other"), [("label", "kto_tag"), ("kto_tag", "label")])
+def test_ratings_are_read_in_every_spelling(column, other):
+    row = {"prompt": "q", "completion": "a", other: None}
+    for is_good, cells in RATINGS.items():
+        rows = [row | {column: cell} for cell in cells]
+        found = convert_rows(rows, "rated", PREFERENCES["rated"]).examples
+        assert [each.is_good for each in found] == [is_good] * len(cells)
 
 
 # The format or the objective, the columns, and the message.
@@ -282,6 +247,13 @@ def test_columns_that_do_not_fit_are_refused_with_what_would(wanted, columns, me
 CALL = {"role": "assistant", "content": "a"}
 PART = {"role": "user", "content": [{"type": "image", "text": None}]}
 QUESTION = {"instruction": "q", "output": "a"}
+MINE, THEIRS = new("A: a"), new("U: a")
+
+
+def pair(chosen, rejected):
+    return {"prompt": "q", "chosen": chosen, "rejected": rejected}
+
+
 # The format, the cells, and the message.
 REFUSED = [
     ("sharegpt", {"conversations": [{"from": "narrator"}]}, "one of system.*got 'narrator'; rena"),
@@ -302,8 +274,22 @@ REFUSED = [
     ("rated", {"prompt": "q", "completion": "a", "label": 3}, "must be true or false, got 3"),
     ("rated", {"prompt": "q", "completion": "a", "label": None}, "must be true or false, got null"),
     ("rated", {"prompt": "q", "completion": new("U: a"), "label": 1}, "`completion` .* 'user'"),
-    ("pairs", {"prompt": "q", "chosen": 1.5, "rejected": "b"}, "`chosen` must be text"),
-    ("pairs", {"prompt": [{"role": "x"}], "chosen": "a", "rejected": "b"}, "got 'x'"),
+    ("pairs", pair(1.5, "b"), "`chosen` must be text"),
+    ("pairs", pair("a", "b") | {"prompt": [{"role": "x"}]}, "got 'x'"),
+    ("pairs", pair(MINE, THEIRS), "`rejected` must hold an answer of the .* a turn of role 'user'"),
+    ("pairs", pair(THEIRS, MINE), "`chosen` must hold an answer of the .* a turn of role 'user'"),
+    ("pairs", pair(THEIRS, THEIRS), "`chosen` must hold an answer"),
+    ("pairs", pair(THEIRS[0], MINE[0]), "`chosen` must hold an answer"),
+    (
+        "pairs",
+        pair(MINE, new("U: q | A: b")),
+        "`rejected` must begin with a turn of the as.* 'user'",
+    ),
+    (
+        "pairs",
+        pair(new("U: q | A: b"), new("U: r | A: b")),
+        "`chosen` must begin with a turn of th",
+    ),
 ]
 
 
@@ -313,11 +299,6 @@ def test_what_cannot_be_trained_is_refused_in_one_line(format, row, message):
     with pytest.raises(DataError, match=f"^Row 1: .*{message}") as caught:
         convert_rows([row], format, convert)
     assert "\n" not in str(caught.value)
-
-
-def test_rows_are_counted_from_one():
-    with pytest.raises(DataError, match=r"^Row 3: "):
-        read({"text": "a"}, {"text": "b"}, {"text": 0.5})
 
 
 @given(st.lists(st.tuples(st.sampled_from("SUA"), st.text()), max_size=6))
