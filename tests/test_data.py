@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a file to examples: reading, splitting, counting, recording."""
 
-import csv
 import gzip
 import json
 import re
@@ -12,55 +11,50 @@ import pytest
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
-from keylayers.data.options import DataOptions
-from keylayers.data.prepare import prepare as prepare_data
 from keylayers.data.reading import _local
 from keylayers.errors import DataError, KeylayersError
-from prepared import LINES, PAIRS, RATED, ROWS, TOKENIZER, numbers, prepare, texts, write
+from prepared import LINES, PAIRS, RATED, ROWS, numbers, prepare, texts, write
 
 
-@pytest.fixture
-def alpaca(tmp_path):
-    return write(tmp_path / "alpaca.jsonl", ROWS)
+def write_csv(path, rows):
+    Dataset.from_list(rows).to_csv(path, index=False)
 
 
-def write_csv(path):
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(ROWS[0]))
-        writer.writeheader()
-        writer.writerows(ROWS)
-
-
-def write_folder(path):
+def write_folder(path, rows):
     path.mkdir()
-    write(path / "train-00000.jsonl", ROWS[:8])
-    write(path / "train-00001.jsonl", ROWS[8:])
-    write(path / "test.jsonl", ROWS[:1])
+    write(path / "train-00000.jsonl", rows[:8])
+    write(path / "train-00001.jsonl", rows[8:])
+    write(path / "test.jsonl", rows[:1])
     (path / "notes.txt").write_text("not data", encoding="utf-8")
 
 
-def write_saved_splits(path):
-    every = Dataset.from_list(ROWS)
+def write_saved_splits(path, rows):
+    every = Dataset.from_list(rows)
     DatasetDict({"train": every, "test": every.select([0])}).save_to_disk(path)
 
 
 SOUND = {
-    "a.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
-    "a.jsonl": lambda path: path.write_text(LINES),
+    "a.json": lambda path, rows: path.write_text(json.dumps(rows, indent=1)),
     "a.csv": write_csv,
-    "a.parquet": lambda path: Dataset.from_list(ROWS).to_parquet(path),
-    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES.encode())),
+    "a.parquet": lambda path, rows: Dataset.from_list(rows).to_parquet(path),
+    "a.jsonl.gz": lambda path, _: path.write_bytes(gzip.compress(LINES.encode())),
     "folder": write_folder,
-    "saved": lambda path: Dataset.from_list(ROWS).save_to_disk(path),
+    "saved": lambda path, rows: Dataset.from_list(rows).save_to_disk(path),
     "saved splits": write_saved_splits,
 }
+PREFERENCES = {"dpo": PAIRS, "kto": RATED}
+PLACES = [(name, "sft", ROWS) for name in SOUND]
+PLACES += [(name, *each) for name in ("a.csv", "a.parquet") for each in PREFERENCES.items()]
 
 
-@pytest.mark.parametrize("name", SOUND)
-def test_the_same_rows_give_the_same_examples_from_any_place(alpaca, tmp_path, name, capfd):
-    SOUND[name](tmp_path / name)
+@pytest.mark.parametrize(("name", "objective", "rows"), PLACES)
+def test_the_same_rows_give_the_same_examples_from_any_place(
+    tmp_path, name, objective, rows, capfd
+):
+    SOUND[name](tmp_path / name, rows)
     capfd.readouterr()
-    expected, found = prepare(alpaca), prepare(tmp_path / name)
+    expected = prepare(write(tmp_path / "expected.jsonl", rows), objective=objective)
+    found = prepare(tmp_path / name, objective=objective)
     assert capfd.readouterr() == ("", "")
     assert found.content_sha256 == expected.content_sha256
     assert found.counts == expected.counts
@@ -68,34 +62,15 @@ def test_the_same_rows_give_the_same_examples_from_any_place(alpaca, tmp_path, n
     assert found.held_out.to_list() == expected.held_out.to_list()
 
 
-@pytest.mark.parametrize(("objective", "rows"), [("dpo", PAIRS), ("kto", RATED)])
-def test_preferences_are_read_from_tables_too(tmp_path, objective, rows):
-    table = Dataset.from_list(rows)
-    table.to_csv(tmp_path / "a.csv", index=False)
-    table.to_parquet(tmp_path / "a.parquet")
-    expected = prepare(write(tmp_path / "a.jsonl", rows), objective=objective).content_sha256
-    for name in ("a.csv", "a.parquet"):
-        assert prepare(tmp_path / name, objective=objective).content_sha256 == expected
+# The objective, rows, and the columns that its trainer in TRL takes.
+OBJECTIVES = [
+    ("sft", ROWS, ["input_ids", "labels"]),
+    ("dpo", PAIRS, ["prompt", "chosen", "rejected"]),
+    ("kto", RATED, ["prompt", "completion", "label"]),
+]
 
 
-def test_the_examples_are_what_trl_takes_as_it_is(alpaca):
-    prepared = prepare(alpaca, held_out=4.0)
-    assert prepared.train.column_names == prepared.held_out.column_names == ["input_ids", "labels"]
-    for example, number in zip(prepared.train, numbers(prepared.train), strict=True):
-        whole = TOKENIZER.decode(example["input_ids"])
-        assert whole == f"### Instruction:\nSay {number}.\n\n### Response:\nIt is {number}.</s>"
-        counted = [label for label in example["labels"] if label != -100]
-        assert TOKENIZER.decode(counted) == f"It is {number}.</s>"
-
-
-@pytest.mark.parametrize(
-    ("objective", "rows", "columns"),
-    [
-        ("sft", ROWS, ["input_ids", "labels"]),
-        ("dpo", PAIRS, ["prompt", "chosen", "rejected"]),
-        ("kto", RATED, ["prompt", "completion", "label"]),
-    ],
-)
+@pytest.mark.parametrize(("objective", "rows", "columns"), OBJECTIVES)
 def test_the_splits_are_complete_never_mix_and_depend_on_content_and_seed_only(
     tmp_path, objective, rows, columns
 ):
@@ -136,24 +111,20 @@ def test_duplicates_count_once_and_never_reach_both_sides_of_the_split(tmp_path)
     assert pairs.counts.num_duplicates == 3
 
 
-def test_an_edited_file_is_read_again_and_nothing_is_left_behind(alpaca, tmp_path, monkeypatch):
+def test_an_edited_file_is_read_again_and_nothing_is_left_behind(tmp_path, monkeypatch):
+    alpaca = write(tmp_path / "alpaca.jsonl", ROWS)
     for name in ("temporary", "cache"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    before = sorted(tmp_path.rglob("*"))
+    datasets.enable_progress_bars()
+    before, verbosity = sorted(tmp_path.rglob("*")), datasets.logging.get_verbosity()
     first = prepare(alpaca)
     write(alpaca, [{**row, "output": "New."} for row in ROWS])
     assert prepare(alpaca).content_sha256 != first.content_sha256
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_datasets_prints_as_before_afterwards(alpaca, tmp_path):
-    datasets.enable_progress_bars()
-    verbosity = datasets.logging.get_verbosity()
-    prepare(alpaca)
     with pytest.raises(DataError, match="must have rows"):
-        prepare(write(tmp_path / "empty.jsonl", []))
+        prepare(write(alpaca, []))
+    assert sorted(tmp_path.rglob("*")) == before
     assert not datasets.are_progress_bars_disabled()
     assert datasets.logging.get_verbosity() == verbosity
 
@@ -167,17 +138,18 @@ def test_counts_record_and_summary_say_what_was_used_and_left_out(tmp_path):
     ]
     path = write(tmp_path / "a.jsonl", rows)
     prepared = prepare(path, max_positions=80, held_out=2.0, split_seed=3)
-    record = json.loads(json.dumps(prepared.record()))
-    assert (record["num_dropped_empty"], record["num_duplicates"]) == (1, 1)
-    assert (record["num_examples"], record["num_train"], record["num_held_out"]) == (22, 19, 2)
-    assert (record["num_truncated"], record["num_truncated_away"]) == (1, 1)
-    train = prepared.train.to_list()
-    assert record["num_train_tokens"] == sum(len(example["input_ids"]) for example in train)
+    record, train = json.loads(json.dumps(prepared.record())), prepared.train.to_list()
     num_labels = sum(label != -100 for example in train for label in example["labels"])
-    assert record["num_label_tokens"] == num_labels
+    expected = {
+        **{"num_examples": 22, "num_train": 19, "num_held_out": 2},
+        **{"num_dropped_empty": 1, "num_duplicates": 1},
+        **{"num_truncated": 1, "num_truncated_away": 1},
+        "num_train_tokens": sum(len(example["input_ids"]) for example in train),
+        "num_label_tokens": num_labels,
+        **{"max_length": 80, "max_length_asked": 1024, "format": "alpaca", "split_seed": 3},
+    }
+    assert {name: record[name] for name in expected} == expected
     assert max(len(example["input_ids"]) for example in train) == 80
-    assert (record["max_length"], record["max_length_asked"]) == (80, 1024)
-    assert (record["format"], record["split_seed"]) == ("alpaca", 3)
     assert record["chat_template"]["name"] == "alpaca"
     assert re.fullmatch("[0-9a-f]{64}", record["content_sha256"])
     assert prepared.summary() == [
@@ -200,12 +172,6 @@ def test_pairs_are_counted_as_the_trainer_cuts_them(tmp_path, objective, num_awa
     assert (counts.num_truncated_away, counts.num_truncated) == (num_away, num_cut)
     counts = prepare(write(path, PAIRS), objective=objective, held_out=2.0).counts
     assert counts.num_label_tokens == 18 * (6 + 5)  # bytes, and an end of sequence
-
-
-def test_plain_text_has_no_template_and_counts_every_token(tmp_path):
-    prepared = prepare(write(tmp_path / "text.jsonl", [{"text": f"Text {i}"} for i in range(4)]))
-    assert prepared.chat_template is None
-    assert all(example["labels"] == example["input_ids"] for example in prepared.train)
 
 
 def test_cells_of_csv_stay_text(tmp_path):
@@ -245,10 +211,7 @@ ROWS_OF = {
     "text.jsonl": [{"text": "a"}, {"text": "b"}],
     "equal.jsonl": [row | {"rejected": row["chosen"]} for row in PAIRS],
     "both.jsonl": [{"text": "a", "messages": None}, {"text": None, "messages": TALK}],
-    "tool.jsonl": [
-        {"messages": TALK},
-        {"messages": [*TALK, {"role": "tool", "content": "1"}, *TALK]},
-    ],
+    "tool.jsonl": [{"messages": [*TALK, *more]} for more in ([], [{"role": "tool"}, *TALK])],
 }
 FOR_MASK = {"held_out": 10.0, "mask_data": "held-out"}
 DPO = {"objective": "dpo"}
@@ -280,10 +243,10 @@ def place(tmp_path, monkeypatch):
     """The working directory, with data that can be read."""
     for name, rows in ROWS_OF.items():
         write(tmp_path / name, rows)
-    write_saved_splits(tmp_path / "saved splits")
+    write_saved_splits(tmp_path / "saved splits", ROWS)
     (tmp_path / "mixed").mkdir()
     write(tmp_path / "mixed" / "a.jsonl", ROWS)
-    write_csv(tmp_path / "mixed" / "b.csv")
+    write_csv(tmp_path / "mixed" / "b.csv", ROWS)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -321,22 +284,29 @@ def test_a_hub_name_is_read_with_its_configuration_or_says_why_not(monkeypatch):
         prepare("owner/name:nothing")
 
 
-@pytest.mark.parametrize(
-    ("name", "format", "counts"),
-    [
-        ("sft/alpaca_gpt4_999.json", "alpaca", (985, 14)),
-        ("sft/user_oriented_252.jsonl", "self-instruct", (252, 0)),
-    ],
-)
-def test_real_data_is_prepared_for_a_real_model(shared, name, format, counts):
+# A file, the objective and the format; how many examples are used, how many duplicates there are.
+REAL = [
+    ("sft/alpaca_gpt4_999.json", "sft", "alpaca", 985, 14),
+    ("sft/user_oriented_252.jsonl", "sft", "self-instruct", 252, 0),
+    ("preference/dpo_300.json", "dpo", "pairs", 60, 5),
+    ("preference/kto_300.json", "kto", "rated", 60, 0),
+]
+
+
+@pytest.mark.parametrize(("name", "objective", "format", "num_examples", "num_duplicates"), REAL)
+def test_real_data_is_prepared_for_a_real_model(
+    shared, name, objective, format, num_examples, num_duplicates
+):
     tokenizer = AutoTokenizer.from_pretrained(shared / "models/english-2m")
-    prepared = prepare_data(DataOptions(data=str(shared / "data" / name)), tokenizer, 512)
-    assert prepared.format == format
-    assert (prepared.counts.num_examples, prepared.counts.num_duplicates) == counts
-    assert prepared.chat_template.source == "model"
-    whole = [example for example in prepared.train if len(example["input_ids"]) < 512]
-    ends = {(example["input_ids"][-1], example["labels"][-1]) for example in whole}
-    assert ends == {(tokenizer.eos_token_id, tokenizer.eos_token_id)}
+    path = shared / "data" / name
+    found = prepare(path, 512, objective, tokenizer, max_examples=num_examples)
+    assert (found.format, found.chat_template.source) == (format, "model")
+    counts = found.counts
+    assert (counts.num_examples, counts.num_duplicates) == (num_examples, num_duplicates)
+    if objective == "sft":
+        whole = [example for example in found.train if len(example["input_ids"]) < 512]
+        ends = {(example["input_ids"][-1], example["labels"][-1]) for example in whole}
+        assert ends == {(tokenizer.eos_token_id, tokenizer.eos_token_id)}
 
 
 # Brackets and null inside texts and rows count for nothing.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a turn says next to its text: marks of what is learned, other fields, calls of tools."""
+"""What rows and turns say next to question and answer: marks, ratings, other fields, calls."""
 
 import json
 
@@ -7,6 +7,7 @@ import pytest
 
 from keylayers.data.formats import Conversation, conversations_of
 from keylayers.errors import DataError
+from prepared import PAIRS, RATED, ROWS, learned, prepare, texts, write
 from test_formats import new, old, read
 
 
@@ -52,8 +53,7 @@ def test_a_conversation_ends_with_its_last_answer_to_learn():
 
 
 def test_empty_answers_inside_a_conversation_are_kept_counted_and_not_learned():
-    texts = ("", " \n", None, [])
-    for text in texts:
+    for text in ("", " \n", None, []):
         [found] = conversations_of({"messages": answers(content=text)}, "messages", is_forced=False)
         assert (found.num_empty, found.num_masked, len(found.messages)) == (1, 0, 4)
         assert [turn.get("weight") for turn in found.messages] == [None, 0, None, None]
@@ -64,11 +64,7 @@ def test_empty_answers_inside_a_conversation_are_kept_counted_and_not_learned():
     )
     for row in rows:
         _, [messages], _ = read(row)
-        assert messages == [
-            *new("U: q"),
-            {"role": "assistant", "content": "", "weight": 0},
-            *new("U: r | A: b"),
-        ]
+        assert messages == answers(content="", weight=0)
 
 
 CALLED = {"function": {"name": "f", "arguments": {"x": 1}}, "type": "function"}
@@ -76,8 +72,8 @@ CALLED = {"function": {"name": "f", "arguments": {"x": 1}}, "type": "function"}
 FIELDS = [
     ({"reasoning_content": "so", "name": None}, {"reasoning_content": "so"}),
     (
-        {"thinking": "so", "own": {"a": None, "b": [{"c": None}]}},
-        {"thinking": "so", "own": {"b": [{}]}},
+        {"thinking": "", "own": {"a": None, "b": [{"c": None}]}},
+        {"thinking": "", "own": {"b": [{}]}},
     ),
     ({"tool_calls": [CALLED]}, {"tool_calls": [CALLED]}),
     ({"tool_calls": [{"name": "f", "arguments": '{"x": 1}'}]}, {"tool_calls": [CALLED]}),
@@ -89,10 +85,8 @@ FIELDS = [
 @pytest.mark.parametrize(("fields", "expected"), FIELDS)
 def test_every_other_field_of_a_turn_is_handed_on_without_nulls(fields, expected):
     question, answer = new("U: q | A: a")
-    for row in (
-        {"messages": [question, answer | fields]},
-        {"prompt": "q", "completion": [answer | fields]},
-    ):
+    answered = [answer | fields]
+    for row in ({"messages": [question, *answered]}, {"prompt": "q", "completion": answered}):
         assert read(row)[1] == [[question, answer | expected]]
     plain, other = (Conversation(turns) for turns in ([answer], [answer | {"name": "x"}]))
     assert plain.digest() != other.digest()
@@ -117,18 +111,108 @@ def test_a_call_of_a_tool_is_an_answer_without_words():
         *old("A: a"),
     ]
     tools = [{"type": "function", "function": {"name": "f"}}]
-    for turns in (
-        expected,
-        spoken,
-        [turn | {"content": turn["content"] or None} for turn in expected],
-    ):
+    null = [turn | {"content": turn["content"] or None} for turn in expected]
+    for turns in (expected, spoken, null):
         column = "conversations" if turns is spoken else "messages"
         for cell in (tools, json.dumps(tools), [json.dumps(tools[0])]):
             [found] = conversations_of({column: turns, "tools": cell}, "messages", is_forced=False)
             assert (found.messages, found.tools) == (expected, tools)
         assert read({column: turns[:2]})[1] == [expected[:2]]
     for nothing in (None, "", [], "[]"):
-        [found] = conversations_of(
-            {"messages": expected, "tools": nothing}, "messages", is_forced=True
-        )
+        row = {"messages": expected, "tools": nothing}
+        [found] = conversations_of(row, "messages", is_forced=True)
         assert found.tools is None
+
+
+def test_answers_that_are_empty_or_marked_are_read_and_not_learned(tmp_path):
+    talks = [new(f"U: Say {i}. | A:  | U: Say {i}. | A: Good.") for i in range(10)]
+    for turns in talks[::2]:
+        turns[1] |= {"content": "Bad.", "weight": 0}
+    rows = [{"messages": turns} for turns in talks]
+    found = prepare(write(tmp_path / "a.jsonl", rows), held_out=2.0)
+    assert [learned(row) for row in (*found.train, *found.held_out)] == 10 * ["Good.</s>"]
+    assert sum("Bad." in text for text in texts(found.train) + texts(found.held_out)) == 5
+    assert (found.counts.num_empty_answers, found.counts.num_masked_answers) == (5, 5)
+    expected = "answers that the loss leaves out: 5 empty, 5 marked as not to be learned"
+    assert expected in found.summary()
+
+
+RATINGS = [[None, True, False], [0, 1, 1], [None, 1, 1], [1.0, 0.0], ["True", "false"], ["1", "0"]]
+OTHER_LABELS = [[0, 1, 2], ["dog", "cat"], [0.5, 1.0], [None, None], [[0], [1]]]
+
+
+def labelled(path, column, labels, rows):
+    return write(path, [row | {column: labels[i % len(labels)]} for i, row in enumerate(rows)])
+
+
+@pytest.mark.parametrize("labels", RATINGS, ids=str)
+@pytest.mark.parametrize("column", ["label", "kto_tag"])
+def test_rated_answers_are_not_taken_for_answers_to_imitate(tmp_path, column, labels):
+    path = labelled(tmp_path / "a.jsonl", column, labels, ROWS)
+    assert prepare(path, format="alpaca").counts.num_examples == 20
+    with pytest.raises(DataError, match=f"got preference data .*; {column} rates them"):
+        prepare(path)
+    given = [label for label in labels if label is not None]
+    rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in RATED]
+    if len({str(label) for label in given}) == 2:
+        path = labelled(path, column, given, rows)
+        assert prepare(path, objective="kto").counts.num_examples == 20
+
+
+@pytest.mark.parametrize("labels", OTHER_LABELS, ids=str)
+@pytest.mark.parametrize("column", ["label", "kto_tag"])
+def test_labels_that_rate_nothing_are_not_used(tmp_path, column, labels):
+    found = prepare(labelled(tmp_path / "a.jsonl", column, labels, ROWS))
+    assert found.unused == (() if labels == [None, None] else (f"columns {column}",))
+
+
+def test_what_nothing_uses_is_named_once(tmp_path):
+    talks = [new(f"U: Say {i}. | A: It is {i}.") for i in range(10)]
+    talks[0][1] |= {"reasoning_content": "1", "note": "x"}
+    others = {"images": ["a.jpg"], "tools": '[{"name": "f"}]', "id": 0, "audios": [], "x": None}
+    rows = [{"messages": turns} | (others if turns is talks[0] else {}) for turns in talks]
+    path = write(tmp_path / "a.jsonl", rows)
+    assert prepare(path).summary()[1:] == [
+        "not used: columns images, id",
+        "not used: fields of turns reasoning_content, note, which the chat template does not use",
+        "not used: tools, which the chat template does not use",
+    ]
+    template = tmp_path / "own.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.content }}{{ tools }}{{ m['note'] }}{{ m.reasoning_content }}"
+        "{% endfor %}"
+    )
+    assert prepare(path, chat_template=str(template)).unused == ("columns images, id",)
+    plain = prepare(write(path, [{"text": f"a {i}", "label": i % 2} for i in range(3)]))
+    assert plain.unused == ("columns label",)  # the class of the text, as in IMDb
+
+
+def test_equal_pairs_and_columns_of_pairs_that_nothing_uses_are_named(tmp_path):
+    equal = [{"prompt": f"More {i}?", "chosen": "A.", "rejected": "A."} for i in range(3)]
+    rows = [row | {"images": ["a.jpg"], "system": "s"} for row in [*PAIRS, *equal]]
+    found = prepare(write(tmp_path / "a.jsonl", rows), objective="dpo")
+    assert (found.counts.num_equal_pairs, found.counts.num_examples) == (3, 20)
+    assert found.summary()[1:] == [
+        "not used: columns images",
+        "of the data: 3 pairs of equal answers",
+    ]
+
+
+def test_fields_of_preferences_reach_the_trainer_without_nulls(tmp_path):
+    [good], [bad] = new("A: Good."), new("A: Bad.")
+    answers = {"chosen": [good | {"thinking": "x", "weight": 1}], "rejected": [bad]}
+    path = write(tmp_path / "a.jsonl", [row | answers for row in PAIRS])
+    row = prepare(path, objective="dpo").train[0]
+    assert (row["chosen"], row["rejected"]) == ([good | {"thinking": "x"}], [bad])
+
+
+def test_a_column_may_be_null_in_the_first_rows(tmp_path):
+    """As in joined data sets: the format is that of the columns that hold something."""
+    talk = new("U: Say 1. | A: It is 1.")
+    joined = [
+        *({"messages": None, "conversations": ["Say 1.", f"It is {i}."]} for i in range(4)),
+        *({"messages": talk, "conversations": None, "label": None} for _ in range(2)),
+    ]
+    found = prepare(write(tmp_path / "a.jsonl", joined), held_out=1.0)
+    assert (found.counts.num_examples, found.counts.num_dropped_empty) == (4, 0)
+    assert found.counts.num_duplicates == 2
