@@ -12,21 +12,14 @@ from typing import get_args
 import pytest
 import torch
 
-from commands import (
-    best,
-    complaint,
-    file_for,
-    fresh_process,
-    keylayers,
-    read,
-    record_of,
-    scores,
-)
+from commands import best, complaint, file_for, fresh_process, keylayers, read, record_of, scores
 from tiny_files import CHAT_TEMPLATE, NUM_MODULES, write_rows
 
 OBJECTIVES = ("dpo", "kto", "orpo", "reward")
-QUICK = ["--mask-batches", "1", "--batch-size", "4", "--lora-rank", "2", "--epsilon", "0"]
-QUICK += ["--learning-rate", "0.02", "--warmup-steps", "0"]
+STEPS = 12
+QUICK = ["--mask-batches", "1", "--batch-size", "4", "--lora-rank", "2", "--lora-alpha", "4"]
+QUICK += ["--epsilon", "0", "--learning-rate", "0.02", "--warmup-steps", "0"]
+UNMOVED = {"dpo": math.log(2), "kto": 0.5}  # losses without a preference
 PLAIN_PEFT = """
 import sys
 import peft
@@ -39,10 +32,7 @@ print(*model.targeted_module_names)
 """
 
 
-UNMOVED = {"dpo": math.log(2), "kto": 0.5}  # losses without a preference
-
-
-def rank(tiny, data, objective, output, *more, steps=3):
+def rank(tiny, data, objective, output, *more, steps=STEPS):
     options = ("--model", tiny / "model", "--data", file_for(data, objective), "--output", output)
     options += ("--objective", objective, *QUICK, "--max-steps", steps)
     return keylayers("rank", *options, *more)
@@ -69,7 +59,9 @@ def test_from_ranking_to_an_adapter_that_plain_peft_loads(
     folder = ranked[objective]
     ranking = read(folder)
     losses = ranking["provenance"]["held_out_loss_nats"]
+    trained = ranking["provenance"]["stage_1"]["losses"]
     assert ranking["provenance"]["options"]["objective"] == objective
+    assert sum(trained[-3:]) < 0.9 * sum(trained[:3])  # on examples seen again and again
     assert len({module["score"] for module in ranking["modules"]}) > NUM_MODULES / 2
     assert all(math.isfinite(loss) for loss in losses.values())
     if objective in UNMOVED:  # the reference is the base model, so the base has no preference
@@ -97,14 +89,6 @@ def test_from_ranking_to_an_adapter_that_plain_peft_loads(
         assert base["held_out_loss_nats"] == pytest.approx(losses["base"], rel=1e-5)
     assert selected["held_out_loss_nats"] != base["held_out_loss_nats"]
     assert record["loss_unit"] == LOSS_UNITS[objective]
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_training_lowers_the_loss_on_what_it_trains(tiny, preferences, objective, tmp_path):
-    """The trainers train what their names say: the loss falls on examples seen again and again."""
-    assert rank(tiny, preferences, objective, tmp_path, "--lora-alpha", 4, steps=25) == 0
-    losses = made_by(tmp_path)["stage_1"]["losses"]
-    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
 @pytest.mark.parametrize("objective", UNMOVED)
@@ -178,6 +162,10 @@ REFUSED = [
     (["--objective", "dpo", "--beta", "-1"], "`beta` must be above 0"),
     (["--objective", "kto", "--batch-size", "1"], "`batch_size` must be at least 2"),
     (["--objective", "kto"], "`objective` kto needs the columns label"),
+    (
+        ["--objective", "reward", "--update", "full"],
+        "`update` must be an adapter with `objective` r",
+    ),
     (["--objective", "sft"], "choose an objective for preferences with `--objective`"),
 ]
 
@@ -188,12 +176,6 @@ def test_mistakes_are_one_clear_line(tiny, preferences, tmp_path, options, messa
     assert keylayers("rank", *base, "--output", tmp_path / "o", *options) == 2
     assert message in complaint(capsys)
     assert not (tmp_path / "o").exists()
-
-
-def test_a_reward_models_weights_are_not_trained_whole(ranked, tmp_path, capsys):
-    options = ("--budget", "2", "--update", "full", "--output", tmp_path / "t")
-    assert keylayers("train", "--ranking", ranked["reward"], *options) == 2
-    assert "`update` must be an adapter with `objective` reward" in complaint(capsys)
 
 
 def test_a_new_head_is_the_same_whatever_the_seed(tiny):
@@ -253,20 +235,3 @@ def test_the_docs_name_every_objective_and_its_data():
     for objective, format in FORMAT_OF.items():
         [line] = [line for line in DOCS.splitlines() if line.startswith(f"| `{objective}` |")]
         assert f"| {kinds[format]} |" in line
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("objective", UNMOVED)
-def test_on_real_preferences(shared, objective, tmp_path):
-    file = shared / "data" / "preference" / f"{objective}_300.json"
-    output, tuned = tmp_path / "out", tmp_path / "tuned"
-    options = ("--max-length", "64", "--max-examples", "60", "--held-out", "4", "--max-steps", "2")
-    options += ("--method", "gradient-norm", "--mask-batches", "1", "--batch-size", "4")
-    options += ("--model", shared / "models" / "english-2m", "--data", file, "--output", output)
-    assert keylayers("rank", *options, "--objective", objective) == 0
-    assert len(set(scores(output))) == 56
-    assert made_by(output)["data"]["num_held_out"] == 4
-    base_loss = made_by(output)["held_out_loss_nats"]["base"]
-    assert base_loss == pytest.approx(UNMOVED[objective], abs=1e-6)
-    assert keylayers("train", "--ranking", output, "--budget", "0.3", "--output", tuned) == 0
-    assert set(fresh_process(PLAIN_PEFT, tuned, objective)) == best(output, 17)
