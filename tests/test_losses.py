@@ -8,14 +8,19 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from commands import STEPS, best, keylayers, rank, read, record_of
+from prepared import prepare
 from tiny_files import rows, tiny_tokenizer
 
+from tiny_models import SIZES
+
 MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5}
+MIXTURE |= {"output_router_logits": True, "initializer_range": 0.3}
+MIXTURE |= {"hidden_size": 32, "intermediate_size": 48}
 
 
 @pytest.fixture(scope="module")
@@ -23,30 +28,18 @@ def mixture(tiny, tmp_path_factory):
     """A folder like `tiny`, with a mixture of experts that shows its routers' loss."""
     folder = tmp_path_factory.mktemp("mixture")
     tokenizer = tiny_tokenizer()
-    config = MixtralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        pad_token_id=0,
-        output_router_logits=True,
-        **MIXTURE,
-    )
+    config = MixtralConfig(**SIZES | MIXTURE | {"vocab_size": len(tokenizer)})
     torch.manual_seed(0)
     MixtralForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    (folder / "data.jsonl").write_bytes((tiny / "data.jsonl").read_bytes())
+    (folder / "data.jsonl").symlink_to(tiny / "data.jsonl")
     return folder
 
 
 def by_hand(place, adapter=None, off=()):
     """Nats per token of the held-out answers; LoRA's B is zero in the modules `off`."""
     tokenizer = tiny_tokenizer()
-    held_out = {tuple(row) for row in held_out_tokens(place)}
+    held_out = prepare(place / "data.jsonl", 64, "sft", tokenizer).held_out["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(place / "model", dtype="float32")
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
@@ -58,39 +51,29 @@ def by_hand(place, adapter=None, off=()):
         for row in rows():
             question = tokenizer.encode(f"<|user|>{row['prompt']}<|assistant|>")
             answer = tokenizer.encode(f"{row['completion']}</s>")
-            if (*question, *answer) not in held_out:
-                continue
-            logits = model.eval()(torch.tensor([question + answer])).logits[0]
-            nats = cross_entropy(
-                logits[len(question) - 1 : -1], torch.tensor(answer), reduction="sum"
-            )
-            total, count = total + float(nats), count + len(answer)
-    assert count > 0
+            if [*question, *answer] in held_out:
+                logits = model.eval()(torch.tensor([question + answer])).logits[0]
+                said = logits[len(question) - 1 : -1]
+                total += float(cross_entropy(said, torch.tensor(answer), reduction="sum"))
+                count += len(answer)
     return total / count
 
 
-def held_out_tokens(place):
-    from keylayers.data.options import DataOptions
-    from keylayers.data.prepare import prepare
-
-    options = DataOptions(data=str(place / "data.jsonl"))
-    return prepare(options, tiny_tokenizer(), 64).held_out["input_ids"]
+METHOD = ("--method", "path", "--path-points", "2")
 
 
 @pytest.mark.parametrize("kind", ["tiny", "mixture"])
 def test_every_shown_loss_is_that_of_a_plain_loop(kind, request, tmp_path, capsys):
     place = request.getfixturevalue(kind)
     out, tuned, cut = (tmp_path / name for name in ("out", "tuned", "cut"))
-    assert (
-        rank(place, out, "--learning-rate", "0.02", "--method", "path", "--path-points", "2") == 0
-    )
+    assert rank(place, out, *METHOD, "--learning-rate", "0.02") == 0
     base, full = by_hand(place), by_hand(place, out / "adapter")
     assert abs(base - full) > 0.01
     shown = read(out)["provenance"]["held_out_loss_nats"]
     assert shown == pytest.approx({"base": base, "tuned": full}, rel=1e-5)
     assert keylayers("verify", "--ranking", out, "--points", 3, "--random-orders", 1) == 0
     curve = json.loads((out / "verification.json").read_text())["best_first"]
-    middle = by_hand(place, out / "adapter", all_names(out) - best(out, curve["counts"][1]))
+    middle = by_hand(place, out / "adapter", best(out, 99) - best(out, curve["counts"][1]))
     assert curve["losses"] == pytest.approx([base, middle, full], rel=1e-5)
     assert keylayers("train", "--ranking", out, "--budget", 3, *STEPS, "--output", tuned) == 0
     selected = by_hand(place, tuned)
@@ -107,26 +90,13 @@ def test_every_shown_loss_is_that_of_a_plain_loop(kind, request, tmp_path, capsy
     assert values == pytest.approx([base, selected], rel=1e-5)
 
 
-def all_names(out):
-    return {module["name"] for module in read(out)["modules"]}
-
-
 @pytest.mark.parametrize("method", ["elimination", "fisher", "spectrum", "update-norm"])
 def test_an_update_of_zero_is_said_to_rank_nothing_whatever_the_method(
     method, tiny, tmp_path, capsys
 ):
-    from peft import LoraConfig, get_peft_model
-
     base = AutoModelForCausalLM.from_pretrained(tiny / "model")
     get_peft_model(base, LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path / "zero")
-    adapter = ("--adapter", tmp_path / "zero")
-    options = (
-        "--model",
-        tiny / "model",
-        "--data",
-        tiny / "data.jsonl",
-        "--output",
-        tmp_path / "out",
-    )
-    assert keylayers("rank", *options, *adapter, "--method", method) == 0
+    adapter = ("--adapter", tmp_path / "zero", "--method", method)
+    inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl")
+    assert keylayers("rank", *inputs, *adapter, "--output", tmp_path / "out") == 0
     assert "the update of every module is zero" in capsys.readouterr().err
