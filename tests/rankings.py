@@ -35,7 +35,16 @@ def grid_of(columns, errors=None):
     return Ranking(modules, "by hand")
 
 
-def run_of(*, name="m", weights="w", content="a", options=None, sections=None, **more):
+def run_of(
+    scores=(3.0, 2.0, 1.0, 0.0),
+    *,
+    name="m",
+    weights="w",
+    content="a",
+    options=None,
+    sections=None,
+    **more,
+):
     """A ranking with a record such as `keylayers rank` writes, and other sections of it."""
     made_by = {
         "model": {"name": name, "weights_sha256": weights},
@@ -43,17 +52,4 @@ def run_of(*, name="m", weights="w", content="a", options=None, sections=None, *
         "options": {"seed": 0, "mask_seed": 3} | (options or {}),
         **(sections or {}),
     }
-    return ranking_of([3.0, 2.0, 1.0, 0.0], provenance=made_by, **{"method": "ila"} | more)
-
-
-def write_rankings(folder):
-    """Name -> file: two seeds with standard errors, other data, and a model of another shape."""
-    made = {
-        "seed-0": run_of(errors=0.5),
-        "seed-1": run_of(errors=0.5, options={"seed": 1}),
-        "data": run_of(content="b"),
-        "deep": grid_of({"a_proj": [3.0, 2.0, 1.0], "c_proj": [1.0, 2.0, None]}),
-    }
-    for name, ranking in made.items():
-        ranking.save(folder / f"{name}.json")
-    return {name: folder / f"{name}.json" for name in made}
+    return ranking_of(list(scores), provenance=made_by, **{"method": "ila"} | more)
