@@ -35,48 +35,56 @@ def test_the_area_and_the_first_best_point_by_hand(counts, losses, area, best):
 def test_the_curve_of_a_planted_module_falls_when_it_enters():
     trainer = trainer_of(planted_model())
     updates = adapter_updates(trainer.model)
-    names = [update.module.name for update in updates]
-    others = [name for name in names if name != PLANTED]
+    others = [update.module.name for update in updates if update.module.name != PLANTED]
     first = mask_curve(trainer, updates, [PLANTED, *others], data())
     last = mask_curve(trainer, updates, [*others, PLANTED], data())
+    base, low = first.losses[:2]
     assert first.counts == tuple(range(15))
-    assert first.losses[0] == last.losses[0] > first.losses[1]
-    assert set(first.losses[1:]) == {first.losses[1]}
-    assert set(last.losses[:-1]) == {first.losses[0]}
-    assert last.losses[-1] == first.losses[1]
-    assert first.normalised_area == pytest.approx(0.5 / 14)
-    assert last.normalised_area == pytest.approx(13.5 / 14)
+    assert base > low
+    assert first.losses == (base, *[low] * 14)
+    assert last.losses == (*[base] * 14, low)
 
 
-def paired_curve(differences, weights, num_modules=6):
-    """A curve whose points exceed its end by given amounts in each batch, then the end itself."""
-    end = np.linspace(1.0, 4.0, len(weights))  # differs far more between batches than points do
-    rows = [end + 2.0, *(end + np.array(one) for one in differences), end]
+def batch_curve(rows, weights, step=1):
+    """A curve from the loss of each batch at each point."""
     return MaskCurve(
-        counts=(*range(0, num_modules, num_modules // (len(rows) - 1)), num_modules),
+        counts=tuple(range(0, step * len(rows), step)),
         losses=tuple(float(np.average(row, weights=weights)) for row in rows),
-        batch_losses=tuple(tuple(row.tolist()) for row in rows),
-        batch_weights=tuple(float(weight) for weight in weights),
+        batch_losses=tuple(tuple(map(float, row)) for row in rows),
+        batch_weights=tuple(map(float, weights)),
     )
 
 
+def paired_curve(differences, weights):
+    """A curve whose points exceed its end by given amounts in each batch, then the end itself."""
+    end = np.linspace(1.0, 4.0, len(weights))  # differs far more between batches than points do
+    rows = [end + 2.0, *(end + np.array(one) for one in differences), end]
+    return batch_curve(rows, weights, 6 // (len(rows) - 1))
+
+
 NOISY = (-0.9, 0.8, -0.7, 0.9, -0.8, 0.7, -0.6, 0.8)  # mean 0.025
+# 2 modules are within 0.25 at the point only, 4 surely
+TWO_POINTS = paired_curve([NOISY, (0.125,) * 8], [1.0] * 8)
+EQUAL = paired_curve([(0.125,) * 4], [3.0, 1.0, 2.0, 5.0])
+ONE_BATCH = paired_curve([(0.125,)], [7.0])
+# curve, margin -> recommended modules, their difference from all and its upper limit
+WITHIN = [
+    (TWO_POINTS, 0.25, 4, 0.125, 0.125),
+    (TWO_POINTS, 0.0, 6, 0, 0),
+    (EQUAL, 1.0, 3, 0.125, 0.125),
+    (ONE_BATCH, 1.0, 3, 0.125, 0.125),
+    (curve_of((0, 3, 6), (3.0, 1.125, 1.0)), 0.125, 3, 0.125, 0.125),
+    (curve_of((0, 3, 6), (1.0, 1.0, 1.0)), 0.5, 3, 0, 0),
+]
 
 
-def test_the_smallest_budget_that_is_surely_within_the_margin_is_taken():
-    # 2 modules are within the margin at the point only, 4 surely
-    curve = paired_curve([NOISY, (0.125,) * 8], [1.0] * 8)
-    assert curve.losses[1] - curve.losses[-1] == pytest.approx(0.025)
-    one = curve.smallest_within(0.25)
-    assert (one.num_modules, one.margin_nats) == (4, 0.25)
-    assert one.difference_nats == pytest.approx(0.125)
-    wide = curve.smallest_within(2.0)  # not even the batch that differs most is above
-    assert wide.num_modules == 2
-    assert wide.upper_nats > wide.difference_nats + 0.1
-    everything = curve.smallest_within(0.0)
-    assert (everything.num_modules, everything.difference_nats, everything.upper_nats) == (6, 0, 0)
-    none_would_do = curve_of((0, 3, 6), (1.0, 1.0, 1.0))
-    assert none_would_do.smallest_within(0.5).num_modules == 3
+@pytest.mark.parametrize(("curve", "margin", "count", "difference", "upper"), WITHIN)
+def test_the_smallest_budget_that_is_surely_within_the_margin_is_taken(
+    curve, margin, count, difference, upper
+):
+    found = curve.smallest_within(margin)
+    assert (found.num_modules, found.margin_nats) == (count, margin)
+    assert (found.difference_nats, found.upper_nats) == pytest.approx((difference, upper))
 
 
 def test_the_upper_limit_is_that_of_an_independent_bootstrap_of_weighted_batches():
@@ -95,50 +103,20 @@ def test_the_upper_limit_is_that_of_an_independent_bootstrap_of_weighted_batches
     assert curve.smallest_within(10.0) == one
 
 
-def test_equal_differences_or_no_batches_leave_the_point_itself():
-    one = paired_curve([(0.125,) * 4], [3.0, 1.0, 2.0, 5.0]).smallest_within(1.0)
-    assert one.upper_nats == one.difference_nats == pytest.approx(0.125)
-    bare = curve_of((0, 3, 6), (3.0, 1.125, 1.0)).smallest_within(0.125)
-    assert (bare.num_modules, bare.difference_nats, bare.upper_nats) == (3, 0.125, 0.125)
-    single = paired_curve([(0.125,)], [7.0]).smallest_within(1.0)
-    assert single.upper_nats == single.difference_nats == pytest.approx(0.125)
-
-
 # Whole numbers, so that a shift is exact and no rounding decides a comparison.
 NUM_BATCHES = 4
-BATCHES = st.lists(
-    st.lists(st.integers(0, 60), min_size=NUM_BATCHES, max_size=NUM_BATCHES),
-    min_size=2,
-    max_size=6,
-)
+ROW = st.lists(st.integers(0, 60), min_size=NUM_BATCHES, max_size=NUM_BATCHES)
+BATCHES = st.lists(ROW, min_size=2, max_size=6)
 
 
 @settings(max_examples=40)
 @given(rows=BATCHES, shift=st.integers(-50, 50), margin=st.integers(0, 20).map(float))
 def test_a_constant_added_to_every_loss_changes_neither_area_nor_budget(rows, shift, margin):
-    def curve(added):
-        batches = tuple(tuple(float(loss + added) for loss in row) for row in rows)
-        return MaskCurve(
-            counts=tuple(range(len(rows))),
-            losses=tuple(sum(row) / NUM_BATCHES for row in batches),
-            batch_losses=batches,
-            batch_weights=(1.0,) * NUM_BATCHES,
-        )
-
-    assert curve(shift).normalised_area == curve(0).normalised_area
-    assert curve(shift).smallest_within(margin) == curve(0).smallest_within(margin)
-    assert curve(shift).best[0] == curve(0).best[0]
-
-
-@given(
-    counts=st.sets(st.integers(1, 200), min_size=1, max_size=10),
-    start=st.floats(1.0, 10.0),
-    gain=st.floats(0.1, 10.0),
-)
-def test_the_area_of_a_straight_line_is_a_half(counts, start, gain):
-    places = (0, *sorted(counts))
-    losses = tuple(start - gain * count / places[-1] for count in places)
-    assert curve_of(places, losses).normalised_area == pytest.approx(0.5)
+    shifted = [[loss + shift for loss in row] for row in rows]
+    curve, other = (batch_curve(one, [1.0] * NUM_BATCHES) for one in (rows, shifted))
+    assert other.normalised_area == curve.normalised_area
+    assert other.smallest_within(margin) == curve.smallest_within(margin)
+    assert other.best[0] == curve.best[0]
 
 
 def token_mean(model, rows, labels):
@@ -158,12 +136,8 @@ def test_the_ends_of_the_curve_are_the_mean_losses_with_gates_closed_and_open(co
     labels = [row[:6] + [-100] * 6 for row in rows[:3]] + rows[3:]
     held_out = Dataset.from_dict({"input_ids": rows, "labels": labels})
     seen = []
-
-    def on_step(step, loss):
-        seen.append((step, loss))
-
-    num_points = len(counts)
-    curve = mask_curve(trainer, updates, names, held_out, num_points=num_points, on_step=on_step)
+    options = {"num_points": len(counts), "on_step": lambda *step: seen.append(step)}
+    curve = mask_curve(trainer, updates, names, held_out, **options)
     assert trainer.model.training
     trainer.model.eval()
     for index, value in ((0, 0.0), (-1, 1.0)):
@@ -172,7 +146,7 @@ def test_the_ends_of_the_curve_are_the_mean_losses_with_gates_closed_and_open(co
             assert curve.losses[index] == token_mean(trainer.model, rows, labels)
     assert curve.losses[-1] == token_mean(trainer.model, rows, labels)
     assert curve.counts == counts
-    assert len(curve.losses) == len(curve.batch_losses) == num_points
+    assert len(curve.losses) == len(curve.batch_losses) == len(counts)
     assert seen == list(enumerate(curve.losses, start=1))
     assert sum(curve.batch_weights) == sum(label != -100 for row in labels for label in row[1:])
     assert len(set(curve.batch_weights)) > 1
