@@ -18,49 +18,47 @@ EXACT = {
 }
 
 
-def trained(kind="SFT", callback=None, **options):
+def with_scores(kind="SFT", **options):
+    """A trainer that is not trained yet, and the scores that its training will have."""
+    from keylayers import StepScores
+
     trainer = build(kind, "model", is_trained=False, is_moved=False, **options)
-    if callback is not None:
-        trainer.add_callback(callback)
-    trainer.train()
-    return trainer
+    scores = StepScores()
+    trainer.add_callback(scores)
+    return trainer, scores
 
 
-def test_scores_sum_to_the_loss_reduction_along_the_way():
-    import keylayers
+def test_scores_sum_to_the_loss_reduction_along_the_way_and_are_a_ranking():
+    from keylayers.errors import RankingError
     from keylayers.evaluation.held_out import held_out_loss
 
-    scores = keylayers.StepScores()
-    trainer = build("SFT", "model", is_trained=False, is_moved=False, **EXACT)
+    trainer, scores = with_scores(**EXACT)
+    with pytest.raises(RankingError, match="needs a training, but no step was taken"):
+        scores.ranking()
     before = held_out_loss(trainer, trainer.train_dataset)
-    trainer.add_callback(scores)
     trainer.train()
     fall = before - held_out_loss(trainer, trainer.train_dataset)
     assert scores.num_steps == 12
     assert len(scores.scores) == NUM_MODULES
     assert fall > 0.02
     assert sum(scores.scores.values()) == pytest.approx(fall, rel=0.05)
+    assert {module.name: module.score for module in scores.ranking().modules} == scores.scores
 
 
 @pytest.mark.parametrize("kind", ["SFT", "DPO"])
 def test_the_training_does_not_notice(kind):
-    import keylayers
-
-    first = trained(kind, max_steps=3)
-    second = trained(kind, keylayers.StepScores(), max_steps=3)
+    first = build(kind, "model", is_moved=False, max_steps=3)
+    second, _ = with_scores(kind, max_steps=3)
+    second.train()
     pairs = zip(first.model.parameters(), second.model.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_what_is_not_trained_scores_nothing_and_a_second_training_starts_from_zero():
-    import keylayers
-
-    scores = keylayers.StepScores()
-    trainer = build("SFT", "model", is_trained=False, is_moved=False, max_steps=2)
+    trainer, scores = with_scores(max_steps=2)
     for name, parameter in trainer.model.named_parameters():
         if "layers.1.mlp.up_proj" in name:
             parameter.requires_grad_(False)
-    trainer.add_callback(scores)
     trainer.train()
     found = dict(scores.scores)
     assert [name for name, score in found.items() if score == 0] == ["model.layers.1.mlp.up_proj"]
@@ -69,29 +67,10 @@ def test_what_is_not_trained_scores_nothing_and_a_second_training_starts_from_ze
     assert dict(scores.scores) != found
 
 
-def test_they_are_a_ranking_like_any_other(tmp_path):
-    import keylayers
-    from keylayers.errors import RankingError
-
-    scores = keylayers.StepScores()
-    with pytest.raises(RankingError, match="needs a training, but no step was taken"):
-        scores.ranking()
-    trained(callback=scores, max_steps=2)
-    ranking = scores.ranking()
-    assert {module.name: module.score for module in ranking.modules} == scores.scores
-    ranking.save(tmp_path / "ranking.json")
-    loaded = keylayers.Ranking.load(tmp_path / "ranking.json")
-    assert loaded.select(5).names == ranking.select(5).names
-    best = sorted(scores.scores, key=lambda name: -scores.scores[name])[:5]
-    assert set(ranking.select(5).names) == set(best)
-
-
 def test_a_model_without_an_adapter_is_refused():
-    import keylayers
     from keylayers.errors import ModelError
 
-    trainer = build("plain", "model", is_trained=False, is_moved=False)
+    trainer, _ = with_scores("plain")
     trainer.model = trainer.model.unload()
-    trainer.add_callback(keylayers.StepScores())
     with pytest.raises(ModelError, match="must carry a PEFT adapter"):
         trainer.train()
