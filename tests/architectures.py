@@ -68,35 +68,29 @@ def llava(**sizes: Any) -> hf.PreTrainedConfig:
 
 
 T5 = {
-    "num_layers": 2,
-    "d_kv": 8,
-    "d_ff": 24,
-    "feed_forward_proj": "gated-gelu",
+    "num_layers": 2, "d_kv": 8, "d_ff": 24, "feed_forward_proj": "gated-gelu",
     "decoder_start_token_id": 0,
-}
+}  # fmt: skip
 QWEN3_MOE = {"num_experts": 4, "mlp_only_layers": [0], "head_dim": 8, **EXPERTS}
 DEEPSEEK = {
-    "num_key_value_heads": 2,
-    "n_routed_experts": 4,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "kv_lora_rank": 8,
-    "q_lora_rank": 8,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    **EXPERTS,
-}
+    "num_key_value_heads": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8, "v_head_dim": 8, **EXPERTS,
+}  # fmt: skip
 MAMBA = {"state_size": 4, "time_step_rank": 4, "expand": 2, "conv_kernel": 4}
+HEAD_DIM = {"head_dim": 8}
 VISION = Architecture("LLaVA", llava, model=hf.AutoModelForImageTextToText, batch=image_batch)
+CLASSIFIER = Architecture(
+    "BERT, classification", hf.BertConfig, {"num_labels": 2},
+    hf.AutoModelForSequenceClassification, "SEQ_CLS", batch=labelled_batch,
+)  # fmt: skip
 ARCHITECTURES = (
     Architecture("Llama", hf.LlamaConfig),
-    Architecture("Mistral", hf.MistralConfig, {"head_dim": 8}),
+    Architecture("Mistral", hf.MistralConfig, HEAD_DIM),
     Architecture("Qwen2", hf.Qwen2Config),
-    Architecture("Qwen3", hf.Qwen3Config, {"head_dim": 8}),
-    Architecture("Gemma 2", hf.Gemma2Config, {"head_dim": 8}),
-    Architecture("Gemma 3", hf.Gemma3TextConfig, {"head_dim": 8}),
+    Architecture("Qwen3", hf.Qwen3Config, HEAD_DIM),
+    Architecture("Gemma 2", hf.Gemma2Config, HEAD_DIM),
+    Architecture("Gemma 3", hf.Gemma3TextConfig, HEAD_DIM),
     Architecture("Phi-3", hf.Phi3Config),
     Architecture("GPT-2", hf.GPT2Config),
     Architecture("GPT-NeoX", hf.GPTNeoXConfig),
@@ -115,15 +109,9 @@ ARCHITECTURES = (
     Architecture("T5", hf.T5Config, T5, hf.AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM"),
     VISION,
     replace(VISION, title="LLaVA, all towers", towers="all"),
-    Architecture(
-        "BERT, classification",
-        hf.BertConfig,
-        {"num_labels": 2},
-        hf.AutoModelForSequenceClassification,
-        "SEQ_CLS",
-        batch=labelled_batch,
-    ),
+    CLASSIFIER,
 )
+NAMED = {architecture.title: architecture for architecture in ARCHITECTURES}
 
 
 def modules_of(architecture: Architecture) -> list[ModuleInfo]:
@@ -145,10 +133,8 @@ def table() -> list[str]:
 
 def trainer_of(model: nn.Module, architecture: Architecture) -> hf.Trainer:
     """A plain trainer: three float32 steps at a high learning rate."""
-    rows = architecture.batch()
-    examples = [
-        {name: values[row] for name, values in rows.items()} for row in range(len(rows["labels"]))
-    ]
+    columns = architecture.batch()
+    examples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     steps = arguments(max_steps=3, learning_rate=0.05, logging_strategy="no")
     trainer = hf.Trainer(model=model, args=steps, train_dataset=examples)
     trainer.remove_callback(hf.PrinterCallback)

@@ -7,14 +7,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from architectures import ARCHITECTURES, changed_modules, modules_of, table, trainer_of
+from architectures import NAMED, changed_modules, modules_of, table, trainer_of
 from keylayers import rank_modules
 from keylayers.apply.trainable import add_lora
 from keylayers.gates import gated
 from keylayers.updates import adapter_updates
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
-NAMED = {architecture.title: architecture for architecture in ARCHITECTURES}
 # One of each kind of block in the short tier: fused and stacked weights, encoders, towers, a head.
 SHORT = ("Llama", "GPT-2", "Mixtral", "Mamba", "T5", "LLaVA, all towers", "BERT, classification")
 

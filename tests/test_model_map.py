@@ -55,14 +55,9 @@ def test_the_map_is_the_same_with_an_adapter_around_the_model(make):
 
 
 def test_models_without_one_stack_of_blocks_are_refused():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.encoder = nn.ModuleList([nn.Sequential(nn.Linear(2, 2))])
-            self.decoder = nn.ModuleList([nn.Sequential(nn.Linear(2, 2))])
-
-    with pytest.raises(ModelError, match="but Two has 2: encoder, decoder"):
-        map_modules(Two())
+    stacks = {name: nn.ModuleList([nn.Sequential(nn.Linear(2, 2))]) for name in ("left", "right")}
+    with pytest.raises(ModelError, match="but ModuleDict has 2: left, right"):
+        map_modules(nn.ModuleDict(stacks))
     with pytest.raises(ModelError, match="but Linear has none"):
         map_modules(nn.Linear(2, 2))
 

@@ -102,9 +102,8 @@ def test_methods_for_blocks_give_their_modules_one_score(method):
 
 def padded(rows, num_tokens):
     """The same rows with padding that neither attention nor the loss sees."""
-    ids = rows["input_ids"]
-    columns = {"input_ids": (ids, 0), "labels": (ids, -100)}
-    columns["attention_mask"] = ([[1] * len(row) for row in ids], 0)
+    columns = {"input_ids": (rows["input_ids"], 0), "labels": (rows["labels"], -100)}
+    columns["attention_mask"] = ([[1] * len(row) for row in rows["labels"]], 0)
     return Dataset.from_dict(
         {name: [row + [pad] * num_tokens for row in held] for name, (held, pad) in columns.items()}
     )

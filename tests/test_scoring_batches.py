@@ -8,7 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-import architectures
+from architectures import NAMED
+from architectures import trainer_of as training_of
 from keylayers.apply.trainable import add_lora
 from keylayers.errors import ConfigError
 from keylayers.model.modules import map_modules
@@ -18,15 +19,13 @@ from scored import noisy, noisy_model, score, scores_of, trainer_of
 from trainers import build
 
 
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [("elimination", {}), ("path", {}), ("ila", {"mask_optimizer": "adam", "mask_steps": 3})],
-)
-def test_the_masks_seed_draws_other_batches(method, options):
-    scores = {seed: scores_of(noisy(), method, mask_seed=seed, **options) for seed in (None, 42, 1)}
-    assert scores[None] == scores[42]  # the training's seed
-    assert scores[42] != scores[1]
-    assert scores[1] == scores_of(noisy(), method, mask_seed=1, **options)
+@pytest.mark.parametrize("method", ["elimination", "path", "ila"])
+def test_the_masks_seed_draws_other_batches(method):
+    by_default, same, other, again = (
+        scores_of(noisy(), method, mask_seed=seed) for seed in (None, 42, 1, 1)
+    )
+    assert by_default == same  # the training's seed
+    assert same != other == again
     assert (noisy().args.seed, noisy().args.data_seed) == (42, None)
     assert noisy().accelerator.dataloader_config.data_seed is None
 
@@ -59,11 +58,10 @@ def test_a_shorter_block_stays_last():
 @pytest.fixture(scope="module")
 def opt():
     """An OPT with LoRA on all modules: it has dropout of its own and flattens all tokens."""
-    architecture = next(one for one in architectures.ARCHITECTURES if one.title == "OPT")
-    base = architecture.build()
+    base = NAMED["OPT"].build()
     assert base.config.dropout > 0
     tuned = add_lora(base, [info.name for info in map_modules(base)], r=2, lora_alpha=8)
-    trainer = architectures.trainer_of(tuned, architecture)
+    trainer = training_of(tuned, NAMED["OPT"])
     trainer.train()
     return trainer
 
