@@ -12,6 +12,9 @@ from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from commands import updated_modules
+from keylayers import FreezeUnimportant, Ranking
+from keylayers.errors import ConfigError, GuardError, ModelError
+from keylayers.training.step_losses import trainer_of
 from scored import arguments, data
 from tiny_files import tiny_tokenizer
 from trainers import build
@@ -96,8 +99,6 @@ def make(kind, folder, **options):
 
 def freezing(**options):
     """Stable at exactly step 8, when two windows of losses are there."""
-    from keylayers import FreezeUnimportant
-
     own = {"window": FREEZE_STEP // 2, "epsilon": 1e9, "max_steps": 13, "mask_dataset": data(12)}
     if "mask_steps" not in options:
         own["mask_batches"] = 2
@@ -180,8 +181,6 @@ def is_zero(matrices, names):
 @pytest.mark.parametrize("kind", ["DPO", "KTO", "ORPO", "Reward", "GRPO"])
 def test_trainers_that_switch_adapters_in_their_loss_train_nothing_that_is_frozen(kind):
     """PEFT thaws an adapter whenever it is switched on again, as after each reference pass."""
-    from keylayers import FreezeUnimportant
-
     trainer = build(kind, "config", is_trained=False, is_moved=False, max_steps=5)
     callback, snapshots = FreezeUnimportant(0.5, mask_batches=1, max_steps=3), Snapshots()
     trainer.add_callback(callback)
@@ -279,8 +278,6 @@ def test_the_best_checkpoint_is_one_of_the_shape_that_was_asked_for(action, tmp_
 
 
 def test_the_saved_adapter_updates_no_removed_module(tmp_path):
-    from keylayers import Ranking
-
     callback = freezing(action="remove", freeze_fraction=0.5)
     trainer = run(SFTTrainer, tmp_path, callback)
     trainer.save_model(str(tmp_path / "saved"))
@@ -307,9 +304,6 @@ def test_a_checkpoint_of_a_run_without_the_callback_can_take_it_up(tmp_path):
 
 
 def test_what_cannot_work_is_refused_before_any_step(tmp_path):
-    from keylayers.errors import ConfigError, ModelError
-    from keylayers.training.step_losses import trainer_of
-
     with pytest.raises(ConfigError, match="none is on the call stack; give it as `trainer`"):
         trainer_of(freezing())
     for fraction in (0.0, 1.0):
@@ -331,8 +325,6 @@ def test_what_cannot_work_is_refused_before_any_step(tmp_path):
 
 
 def test_a_checkpoint_keeps_the_callback_and_refuses_another_freeze(tmp_path):
-    from keylayers.errors import ConfigError
-
     checkpoint = killed(tmp_path, freezing(), after=10)
     for options, message in (
         ({"freeze_fraction": 0.5}, "`freeze_fraction` must be 0.25 as in the checkpoint"),
@@ -348,8 +340,6 @@ def test_a_checkpoint_keeps_the_callback_and_refuses_another_freeze(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:the update of every module is zero")  # it ranks at once
 def test_an_optimiser_that_moves_frozen_matrices_is_caught(tmp_path):
-    from keylayers.errors import GuardError
-
     class Stubborn(torch.optim.SGD):
         def step(self, closure=None):
             with torch.no_grad():

@@ -5,7 +5,10 @@ import pytest
 import torch
 
 from commands import complaint, keylayers, read, record_of
-from trainers import build
+from keylayers import measured_memory
+from keylayers.training.memory import MOMENTS, _longest_batch, _stored_bytes, peak_bytes
+from keylayers.training.shallow import shallow_backward
+from trainers import build, lora
 
 from rankings import ranking_of
 
@@ -57,10 +60,7 @@ def test_memory_that_makes_no_sense_or_lacks_a_step_is_refused(budget, memory, m
 
 def trainer_of(targets, kind="SFT", **options):
     """A trainer whose adapter is on the modules that `targets` matches."""
-    from peft import LoraConfig
-
-    options.setdefault("activation_checkpointing", False)  # TRL's default is True
-    peft = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
+    peft = lora(kind, target_modules=targets)
     return build(kind, "config", is_trained=False, is_moved=False, peft=peft, **options)
 
 
@@ -76,9 +76,6 @@ SETS = [
 
 def held_by_its_own_step(trainer):
     """Bytes of weights, AdamW's moments and the peak of a step, of a trainer of one selection."""
-    from keylayers.training.memory import MOMENTS, _longest_batch, _stored_bytes, peak_bytes
-    from keylayers.training.shallow import shallow_backward
-
     model = trainer.model
     if trainer.args.activation_checkpointing:
         model.activation_checkpointing_enable()
@@ -94,12 +91,10 @@ def held_by_its_own_step(trainer):
     ("kind", "is_checkpointed"), [("SFT", False), ("SFT", True), ("DPO", False), ("ORPO", False)]
 )
 def test_what_a_set_holds_is_what_its_own_trainer_holds(kind, is_checkpointed):
-    import keylayers
-
     options = {"activation_checkpointing": is_checkpointed}
     whole = trainer_of(SETS[0], kind, **options)
     before = {name: value.clone() for name, value in whole.model.state_dict().items()}
-    memory = keylayers.measured_memory(whole)
+    memory = measured_memory(whole)
     for targets in SETS:
         alone = trainer_of(targets, kind, **options)
         own = held_by_its_own_step(alone)
@@ -109,10 +104,8 @@ def test_what_a_set_holds_is_what_its_own_trainer_holds(kind, is_checkpointed):
 
 
 def test_more_modules_hold_more_and_what_cannot_be_measured_is_refused():
-    import keylayers
-
     trainer = trainer_of(SETS[0])
-    memory = keylayers.measured_memory(trainer)
+    memory = measured_memory(trainer)
     names = list(trainer.model.targeted_module_names)
     held = [memory.of(names[-count:]) for count in (1, 7, 14, len(names))]
     assert held == sorted(held)
@@ -120,7 +113,7 @@ def test_more_modules_hold_more_and_what_cannot_be_measured_is_refused():
         with pytest.raises(ValueError, match=f"modules that the trainer trains, got {what}"):
             memory.of(wrong)
     with pytest.raises(ValueError, match="GRPOTrainer samples its own"):
-        keylayers.measured_memory(build("GRPO", "model", is_trained=False, is_moved=False))
+        measured_memory(build("GRPO", "model", is_trained=False, is_moved=False))
 
 
 @pytest.mark.parametrize("update", ["lora", "full"])

@@ -14,6 +14,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import config as own_configs
 
+from keylayers.errors import ModelError
+from keylayers.gates import gated
+from keylayers.model.loading import load_adapter
+from keylayers.updates import adapter_updates
+
 from tiny_models import tiny_llama
 
 TARGETS = {"r": 2, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"]}
@@ -146,11 +151,6 @@ def without_lora(folder, is_tied):
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(("option", "value", "text"), CASES)
 def test_gates_are_exact_or_refused(option, value, text, is_tied, tmp_path):
-    from keylayers.errors import ModelError
-    from keylayers.gates import gated
-    from keylayers.model.loading import load_adapter
-    from keylayers.updates import adapter_updates
-
     is_whole = isinstance(value, dict) and option in value
     options = TARGETS | (value if is_whole else {option: value})
     live = write_adapter(tmp_path, options, is_tied)

@@ -1,55 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backward pass stops at the lowest trained module, under gradient checkpointing too."""
 
-from functools import partial
+from collections import Counter
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from datasets import Dataset
 
-from tiny_files import NUM_BLOCKS, tiny_model
-from trainers import TOKENIZER, build
+from keylayers import ShallowBackward
+from keylayers.training.options import TrainingOptions
+from keylayers.training.run import fine_tune, make_trainer, new_adapter
+from tiny_files import tiny_model
+from trainers import TOKENIZER, build, lora
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
 UPPER = r"model\.layers\.(1|2)\..*proj"
-STEPS = 3
 
 
-class Calls(TrainerCallback):
-    """How often each block runs, including recomputations."""
-
-    def __init__(self):
-        self.counts = [0] * NUM_BLOCKS
-        self.handles = []
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        for index, block in enumerate(model.get_base_model().model.layers):
-            inner = block.self_attn.q_proj  # runs again with its block
-            self.handles.append(inner.register_forward_hook(partial(self.count, index)))
-
-    def count(self, index, *_):
-        self.counts[index] += 1
-
-    def on_train_end(self, args, state, control, **kwargs):
-        for handle in self.handles:
-            handle.remove()
+def runs_of_blocks(model):
+    """How often each block will have run, including recomputations."""
+    counts = Counter()
+    for index, block in enumerate(model.get_base_model().model.layers):
+        inner = block.self_attn.q_proj  # runs again with its block
+        inner.register_forward_hook(lambda *_, index=index: counts.update([index]))
+    return counts
 
 
 def trained(kind="SFT", targets=UPPER, shallow=True, **options):
     """A trained trainer, its LoRA matrices, and how often each block ran."""
-    from peft import LoraConfig
-
-    import keylayers
-
-    options |= {"is_trained": False, "is_moved": False, "max_steps": STEPS}
-    options |= {"peft": LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")}
-    trainer, calls = build(kind, "config", activation_checkpointing=True, **options), Calls()
-    trainer.add_callback(calls)
+    options |= {"is_trained": False, "is_moved": False, "max_steps": 3}
+    options |= {"activation_checkpointing": True, "peft": lora(kind, target_modules=targets)}
+    trainer = build(kind, "config", **options)
+    counts = runs_of_blocks(trainer.model)
     if shallow:
-        trainer.add_callback(keylayers.ShallowBackward())
+        trainer.add_callback(ShallowBackward())
     trainer.train()
     weights = {name: value for name, value in trainer.model.state_dict().items() if "lora_" in name}
-    return trainer, weights, calls.counts
+    return trainer, weights, counts
 
 
 def assert_equal(left, right):
@@ -69,14 +56,13 @@ def test_frozen_blocks_are_not_recomputed_and_the_training_is_the_same(kind):
     assert not any(hook.__module__.startswith("keylayers") for hook in hooks)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"targets": r"model\.(embed_tokens|layers\.2\..*proj)"},
-        {"activation_checkpointing_kwargs": {"use_reentrant": True}},
-    ],
-    ids=["trained embeddings", "checkpointing that needs gradients of inputs"],
-)
+NEEDS_MORE = {
+    "trained embeddings": {"targets": r"model\.(embed_tokens|layers\.2\..*proj)"},
+    "gradients of inputs": {"activation_checkpointing_kwargs": {"use_reentrant": True}},
+}
+
+
+@pytest.mark.parametrize("options", NEEDS_MORE.values(), ids=NEEDS_MORE)
 def test_gradients_that_are_needed_are_kept(options):
     _, plain, full = trained(shallow=False, **options)
     _, weights, counts = trained(**options)
@@ -87,18 +73,12 @@ def test_gradients_that_are_needed_are_kept(options):
 
 
 def test_the_one_training_path_does_it_by_itself():
-    from datasets import Dataset
-
-    from keylayers.training.options import TrainingOptions
-    from keylayers.training.run import fine_tune, make_trainer, new_adapter
-
     options = TrainingOptions(batch_size=2, gradient_checkpointing=True, warmup_steps=0)
     base = tiny_model(len(TOKENIZER))
     names = [f"model.layers.2.mlp.{kind}_proj" for kind in ("gate", "up", "down")]
     model = new_adapter(base, names, options, num_steps=2)
     rows = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 4
     trainer = make_trainer(model, TOKENIZER, Dataset.from_list(rows), options, num_steps=2)
-    calls = Calls()
-    trainer.add_callback(calls)
+    counts = runs_of_blocks(model)
     fine_tune(trainer)
-    assert calls.counts == [2, 2, 4]
+    assert counts == {0: 2, 1: 2, 2: 4}

@@ -4,6 +4,9 @@
 import pytest
 import torch
 
+from keylayers import StepScores
+from keylayers.errors import ModelError, RankingError
+from keylayers.evaluation.held_out import held_out_loss
 from tiny_files import NUM_MODULES
 from trainers import build
 
@@ -20,8 +23,6 @@ EXACT = {
 
 def with_scores(kind="SFT", **options):
     """A trainer that is not trained yet, and the scores that its training will have."""
-    from keylayers import StepScores
-
     trainer = build(kind, "model", is_trained=False, is_moved=False, **options)
     scores = StepScores()
     trainer.add_callback(scores)
@@ -29,9 +30,6 @@ def with_scores(kind="SFT", **options):
 
 
 def test_scores_sum_to_the_loss_reduction_along_the_way_and_are_a_ranking():
-    from keylayers.errors import RankingError
-    from keylayers.evaluation.held_out import held_out_loss
-
     trainer, scores = with_scores(**EXACT)
     with pytest.raises(RankingError, match="needs a training, but no step was taken"):
         scores.ranking()
@@ -68,8 +66,6 @@ def test_what_is_not_trained_scores_nothing_and_a_second_training_starts_from_ze
 
 
 def test_a_model_without_an_adapter_is_refused():
-    from keylayers.errors import ModelError
-
     trainer, _ = with_scores("plain")
     trainer.model = trainer.model.unload()
     with pytest.raises(ModelError, match="must carry a PEFT adapter"):
