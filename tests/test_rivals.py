@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The known rankings, each against a case worked out by hand or an independent implementation."""
+"""Every method against a case worked out by hand or an independent implementation."""
 
 import math
 
@@ -13,11 +13,42 @@ from keylayers.gates import gated
 from keylayers.scores.adalora import TARGET_RANK
 from keylayers.scores.cka import linear_cka
 from keylayers.scores.eva import MEAN_RANK
+from keylayers.scores.ila import standard_errors
 from keylayers.scores.spectrum import signal_to_noise
 from keylayers.updates import adapter_updates
 from scored import batches_of, noisy, noisy_model, score, scores_of, trainer_of
 
 from tiny_models import tiny_llama
+
+
+def test_one_step_of_ila_is_the_formula():
+    """Independently: the masked weight is written out and autograd does the rest."""
+    trainer, base, weights = noisy(), tiny_llama(), {}
+    one_step = {"mask_optimizer": "sgd", "mask_learning_rate": 1.0, "mask_steps": 1}
+    learned = score(trainer, "ila", initial_score=0.3, **one_step)
+    (batch,) = batches_of(trainer, 1)
+    scores = torch.full((len(learned.scores),), 0.3, requires_grad=True)
+    for gate, name in zip(torch.sigmoid(scores), learned.module_names, strict=True):
+        layer = trainer.model.get_base_model().get_submodule(name)
+        product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        update = layer.scaling["default"] * product
+        weights[f"{name}.weight"] = base.get_submodule(name).weight + gate * update
+    loss = torch.func.functional_call(base, weights, kwargs=dict(batch)).loss
+    (gradient,) = torch.autograd.grad(loss, scores)
+    assert learned.losses[0] == pytest.approx(loss.item(), rel=1e-5)
+    assert list(learned.scores) == pytest.approx((0.3 - gradient).tolist(), abs=1e-6)
+    assert max(abs(score - 0.3) for score in learned.scores) > 1e-4
+
+
+def test_standard_errors_of_ila_match_the_spread_of_many_runs():
+    generator = torch.Generator().manual_seed(0)
+    num_runs, num_steps = 400, 60
+    drift = torch.linspace(1.0, 0.2, num_steps)[:, None]
+    noise = 0.5 * torch.randn(num_steps, num_runs, generator=generator)
+    paths = torch.cat([torch.zeros(1, num_runs), (drift + noise).cumsum(dim=0)])
+    estimates = standard_errors(paths).square().mean().sqrt()
+    assert float(estimates) == pytest.approx(float(paths[-1].std()), rel=0.1)
+    assert standard_errors(paths[:20]) is None
 
 
 def test_random_order_is_a_shuffle_by_seed():

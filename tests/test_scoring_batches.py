@@ -7,16 +7,20 @@ from itertools import islice
 import pytest
 import torch
 from datasets import Dataset
+from transformers import Trainer
 
 from architectures import NAMED
 from architectures import trainer_of as training_of
+from keylayers import rank_modules
 from keylayers.apply.trainable import add_lora
-from keylayers.errors import ConfigError
+from keylayers.errors import ConfigError, DataError, LossError, ModelError
 from keylayers.model.modules import map_modules
 from keylayers.trainers.batches import _in_other_blocks
 from keylayers.trainers.loss import TrainerLoss
-from scored import noisy, noisy_model, score, scores_of, trainer_of
+from scored import arguments, data, noisy, noisy_model, score, scores_of, trainer_of
 from trainers import build
+
+from tiny_models import tiny_llama
 
 
 @pytest.mark.parametrize("method", ["elimination", "path", "ila"])
@@ -108,3 +112,39 @@ def test_eva_says_that_batches_are_too_short():
     trainer.train_dataset = Dataset.from_list([row] * 4)
     with pytest.raises(ConfigError, match="at least 16 labelled tokens, but the longest has 2"):
         score(trainer, "eva", mask_batches=1)
+
+
+def test_gradient_accumulation_of_the_trainer_changes_nothing():
+    often = trainer_of(noisy_model(), gradient_accumulation_steps=4)
+    assert scores_of(often, "ila") == scores_of(noisy(), "ila")
+
+
+def test_scores_come_from_a_data_set_of_their_own_if_one_is_given():
+    def ranked(**more):
+        ranking = rank_modules(trainer, "path", mask_batches=1, path_points=1, **more)
+        return [module.score for module in ranking.modules]
+
+    trainer = trainer_of(noisy_model())
+    given, other = trainer.train_dataset, data(40).select(range(24, 40))
+    own, aside = ranked(), ranked(mask_dataset=other)
+    assert trainer.train_dataset is given
+    trainer.train_dataset = other
+    assert own != aside == ranked()
+
+
+def test_a_loss_that_is_not_finite_is_reported_with_its_step():
+    class Broken(Trainer):
+        def compute_loss(self, model, inputs, **options):
+            return super().compute_loss(model, inputs, **options) * factors.pop()
+
+    trainer, factors = Broken(noisy_model(), arguments(), train_dataset=data()), [math.nan, 1.0]
+    with pytest.raises(LossError, match="it is nan at mask step 2"):
+        score(trainer, "ila")
+    assert not any("keygate" in name for name, _ in trainer.model.named_modules())
+
+
+def test_a_trainer_without_an_update_or_without_data_is_refused():
+    with pytest.raises(ModelError, match="must carry a PEFT adapter"):
+        rank_modules(trainer_of(tiny_llama()))
+    with pytest.raises(DataError, match="must have a `train_dataset`"):
+        rank_modules(Trainer(model=noisy_model(), args=arguments()))
