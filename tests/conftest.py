@@ -107,6 +107,19 @@ def place(eval_folder, monkeypatch) -> Path:
     return eval_folder
 
 
+@pytest.fixture
+def said(place, tmp_path, capsys):
+    """What a `keylayers eval` into `tmp_path / "out"` prints to stdout and to stderr."""
+    from commands import keylayers
+
+    def run(*arguments):
+        capsys.readouterr()
+        assert keylayers("eval", *arguments, "--output", tmp_path / "out") == 0
+        return [" ".join(text.split()) for text in capsys.readouterr()]
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def ranked(tiny, once) -> Path:
     """A ranking with its own stage 1. Not to be changed: `ranking_copy` is for that."""

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from pydantic import TypeAdapter
 
 from keylayers.evaluation.record import FORMAT, Evaluation
-from tiny_files import ANIMALS, FOODS, tiny_model, tiny_tokenizer
+from tiny_files import ANIMALS, FOODS, tiny_model, tiny_tokenizer, write_rows
 
 CHOICE = """
 dataset_path: json
@@ -46,21 +46,23 @@ aggregate_metric_list:
 """
 
 
+def write_documents(path, questions, choices):
+    """Questions with a right answer each; gives the lines of a task file that name their file."""
+    rows = [
+        {"question": question, "choices": own, "right": index % len(own)}
+        for index, (question, own) in enumerate(zip(questions, choices, strict=True))
+    ]
+    write_rows(path, rows)
+    return f"dataset_kwargs: {{data_files: {{test: {path}}}}}\n"
+
+
 def write_tasks(folder):
     """Task files: `foods`, a group of two multiple-choice tasks, `written` and `rolling`."""
     folder.mkdir()
     for name, num_choices, num in (("three", 3, 9), ("five", 5, 6)):
-        rows = [
-            {
-                "question": f"The {ANIMALS[index % 8]} {index} eats",
-                "choices": [FOODS[(index + place) % 8] for place in range(num_choices)],
-                "right": index % num_choices,
-            }
-            for index in range(num)
-        ]
-        data = folder / f"{name}.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        files = f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+        foods = [[FOODS[(first + i) % 8] for i in range(num_choices)] for first in range(num)]
+        questions = [f"The {ANIMALS[index % 8]} {index} eats" for index in range(num)]
+        files = write_documents(folder / f"{name}.jsonl", questions, foods)
         (folder / f"{name}.yaml").write_text(f"task: {name}\n{files}{CHOICE}")
     (folder / "written.yaml").write_text(WRITTEN + files)
     (folder / "rolling.yaml").write_text(ROLLING + files)
@@ -83,8 +85,19 @@ def write_place(tiny, folder):
     )
     other.base_model.model.lm_head.modules_to_save["default"].weight.data *= -1
     other.save_pretrained(folder / "other")
+    write_broken(folder)
     write_tasks(folder / "tasks")
     (folder / "known.txt").write_text(" ".join(f"The {one} eats." for one in ANIMALS * 6))
+
+
+def write_broken(folder):
+    """A model that gives NaN, and one whose tokenizer has tokens without embeddings."""
+    model, tokenizer = tiny_model(len(tiny_tokenizer())), tiny_tokenizer()
+    tokenizer.add_tokens([f"{one[-1]} eat" for one in (*ANIMALS, *FOODS)])
+    for name, saved in (("no_row", tokenizer), ("nan", tiny_tokenizer())):
+        model.save_pretrained(folder / name)
+        saved.save_pretrained(folder / name)
+        model.lm_head.weight.data[3] = float("nan")
 
 
 MODELS = ["--model", "model", "--adapter", "adapter", "other", "--checkpoint", "tuned"]

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from commands import keylayers
 from eval_files import evaluation_of
+from tiny_files import add_noise
 
 DOCS = (Path(__file__).resolve().parents[1] / "recipes" / "mmlu" / "README.md").read_text()
 NUM_DOCUMENTS = 5  # of each subject
@@ -34,14 +35,11 @@ def mmlu(shared, tmp_path_factory):
     (place / "tasks" / "mmlu.template").write_text(block("yaml"))
     subprocess.run(["bash", "-c", block("bash")], cwd=place, check=True)
     (place / "english-2m").symlink_to(shared / "models" / "english-2m")
-    for number, name in enumerate(("one", "two")):
-        torch.manual_seed(number)
+    torch.manual_seed(0)
+    for name in ("one", "two"):
         model = AutoModelForCausalLM.from_pretrained(place / "english-2m", dtype=torch.float32)
         tuned = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-        with torch.no_grad():
-            for parameter_name, parameter in tuned.named_parameters():
-                if "lora_B" in parameter_name:
-                    parameter += 0.02 * torch.randn_like(parameter)
+        add_noise(tuned, 0.02, "lora_B")
         tuned.save_pretrained(place / name)
     return place
 

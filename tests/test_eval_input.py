@@ -6,12 +6,9 @@ import os
 from functools import partial
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from commands import complaint, keylayers
-from eval_files import MODELS, WRITTEN
-from tiny_files import tiny_tokenizer
+from eval_files import MODELS, WRITTEN, write_documents
 
 ONE = ["--model", "model"]
 BAD = [
@@ -30,6 +27,10 @@ BAD = [
     ([*MODELS, "--tasks", "x", "--reference", "base"], "`reference` must be one of the adapters"),
     ([*ONE, "--adapter", "a", "a", "--tasks", "x"], "'a' twice"),
     ([*ONE, "--adapter", "none/here/x", "--data", "data.jsonl"], "no such folder"),
+    (["--model", "nan", "--forgetting-data", "known.txt"], "gives NaN or infinity on forgetting"),
+    (["--model", "no_row", "--data", "data.jsonl"], " eat' has id"),
+    (["--model", "no_row", "--forgetting-data", "data.jsonl"], " eat' has id"),
+    ([*ONE, "--checkpoint", "no_row", "--data", "data.jsonl"], "only between models of one token"),
 ]
 
 
@@ -49,29 +50,6 @@ def test_a_missing_library_is_one_line(place, tmp_path, monkeypatch, capsys):
     assert "pip install 'keylayers[eval]'" in complaint(capsys)
 
 
-def test_a_model_that_gives_nan_is_one_line(place, tmp_path, capsys):
-    model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
-    with torch.no_grad():
-        model.lm_head.weight[3] = torch.nan
-    model.save_pretrained(tmp_path / "broken")
-    tiny_tokenizer().save_pretrained(tmp_path / "broken")
-    arguments = ["--model", tmp_path / "broken", "--forgetting-data", "known.txt"]
-    assert keylayers("eval", *arguments, "--output", tmp_path / "out") == 2
-    assert "gives NaN or infinity on forgetting" in complaint(capsys)
-
-
-@pytest.mark.parametrize("option", ["--data", "--forgetting-data"])
-def test_a_token_without_a_row_of_embeddings_is_one_line(place, tmp_path, capsys, option):
-    AutoModelForCausalLM.from_pretrained(place / "model").save_pretrained(tmp_path / "model")
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<|new|>"]})
-    tokenizer.chat_template = "<|new|>" + tokenizer.chat_template
-    tokenizer.save_pretrained(tmp_path / "model")
-    arguments = ["--model", tmp_path / "model", option, "data.jsonl"]
-    assert keylayers("eval", *arguments, "--output", tmp_path / "out") == 2
-    assert "but '<|new|>' has id" in complaint(capsys)
-
-
 def test_a_damaged_file_of_results_is_one_line(place, tmp_path, capsys):
     (tmp_path / "documents.parquet").write_text("not a table")
     arguments = [*ONE, "--forgetting-data", "known.txt", "--output", tmp_path]
@@ -80,7 +58,7 @@ def test_a_damaged_file_of_results_is_one_line(place, tmp_path, capsys):
     assert (tmp_path / "documents.parquet").read_text() == "not a table"
 
 
-def test_a_chat_template_and_examples_are_part_of_the_prompt(place, tmp_path, monkeypatch, capsys):
+def test_a_chat_template_and_examples_are_part_of_the_prompt(said, monkeypatch):
     """The prompts that the harness logs, as the model is asked."""
     from keylayers.evaluation import benchmarks
 
@@ -95,24 +73,18 @@ def test_a_chat_template_and_examples_are_part_of_the_prompt(place, tmp_path, mo
     monkeypatch.setattr(benchmarks.lm_eval, "evaluate", spy)
     arguments = [*ONE, "--task-folder", "tasks", "--tasks", "three", "fixed", "--limit", "2"]
     arguments += ["--num-fewshot", "1", "--apply-chat-template", "--chat-template", "alpaca"]
-    assert keylayers("eval", *arguments, "--output", tmp_path / "out") == 0
-    assert seen[0].count("### Instruction:") == 2
+    shown, _ = said(*arguments)
+    assert [prompt.count("### Instruction:") for prompt in seen] == [2, 1]
     assert seen[0].endswith("### Response:\n")
-    assert seen[1].count("### Instruction:") == 1
-    shown = capsys.readouterr().out
     assert "base model, fixed: 0 examples in each prompt: the task file fixes" in shown
 
 
-def write_task(folder, name, questions, more=""):
-    """A task of the kind of `written`."""
+def write_task(folder, questions, more=""):
+    """A task of the kind of `written`; the arguments that measure it."""
     folder.mkdir()
-    data = folder / f"{name}.jsonl"
-    rows = [{"question": one, "choices": ["corn", "mice"], "right": 0} for one in questions]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    files = f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
-    text = WRITTEN.replace("task: written", f"task: {name}")
-    (folder / f"{name}.yaml").write_text(text + more + files)
-    return ["eval", *ONE, "--task-folder", folder, "--tasks", name]
+    files = write_documents(folder / "own.jsonl", questions, [["corn", "mice"]] * len(questions))
+    (folder / "own.yaml").write_text(WRITTEN.replace("task: written", "task: own") + more + files)
+    return [*ONE, "--task-folder", folder, "--tasks", "own"]
 
 
 FILTERED = """
@@ -125,27 +97,24 @@ filter_list:
 FILTER = '"""A filter."""\n\n\ndef last(answers, documents):\n    return answers  # {}\n'
 
 
-def test_a_task_with_a_filter_of_its_own_is_known_again(place, tmp_path, capsys):
+def test_a_task_with_a_filter_of_its_own_is_known_again(said, tmp_path):
     folder = tmp_path / "tasks"
-    command = write_task(folder, "filtered", ["The fox eats", "The owl eats"], FILTERED)
-    said = []
+    arguments = write_task(folder, ["The fox eats", "The owl eats"], FILTERED)
+    is_known = []
     for step in range(3):
         # The harness imports it again, to another place in memory, as another process would.
         (folder / "own.py").write_text(FILTER.format("as it is" if step < 2 else "in other words"))
         os.utime(folder / "own.py", ns=(step, step))
-        assert keylayers(*command, "--output", tmp_path / "out") == 0
-        said.append("measured before" in capsys.readouterr().err)
-    assert said == [False, True, False]
+        is_known.append("measured before" in said(*arguments)[1])
+    assert is_known == [False, True, False]
 
 
-def test_every_prompt_that_is_cut_is_counted(place, tmp_path, capsys):
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_every_prompt_that_is_cut_is_counted(said, tmp_path, batch_size):
     questions = [f"{number} {'The fox eats corn and ' * 30}" for number in range(5)]
-    command = write_task(tmp_path / "tasks", "long", [*questions, "The fox eats"])
-    for batch_size in (1, 4):
-        out = tmp_path / f"out-{batch_size}"
-        assert keylayers(*command, "--batch-size", batch_size, "--output", out) == 0
-        shown = " ".join(capsys.readouterr().out.split())
-        assert "long: 5 requests lost the beginning of their prompt" in shown
+    arguments = write_task(tmp_path / "tasks", [*questions, "The fox eats"])
+    shown, _ = said(*arguments, "--batch-size", batch_size)
+    assert "own: 5 requests lost the beginning of their prompt" in shown
 
 
 def test_no_function_is_known_by_its_place_in_memory():
@@ -155,9 +124,9 @@ def test_no_function_is_known_by_its_place_in_memory():
         def __call__(self):
             """Nothing."""
 
-    given = [write_task, partial(write_task, name="x"), len, Callable()]
+    given = [write_task, partial(write_task, more="x"), len, Callable()]
     function, bound, built_in, called = json.loads(json.dumps(given, default=source_of))
     assert function.startswith("def write_task")
-    assert bound == [function, [], {"name": "x"}]
+    assert bound == [function, [], {"more": "x"}]
     assert "len" in built_in
     assert called.endswith("Callable")

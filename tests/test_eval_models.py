@@ -18,12 +18,11 @@ from keylayers.evaluation.options import ComparedOptions
 from keylayers.model.loading import load_model
 from keylayers.model.options import ModelOptions
 from keylayers.model.weights import weights_sha256
-from tiny_files import ANIMALS, FOODS, tiny_model, tiny_tokenizer
 
 FORGETTING = ["--forgetting-data", "known.txt", "--max-length", "32"]
 
 
-def test_each_model_is_gone_from_memory_before_the_next_is_loaded(place, tmp_path, monkeypatch):
+def test_each_model_is_gone_from_memory_before_the_next_is_loaded(said, monkeypatch):
     models, num_alive = [], []
 
     def watched(source):
@@ -34,19 +33,17 @@ def test_each_model_is_gone_from_memory_before_the_next_is_loaded(place, tmp_pat
 
     monkeypatch.setattr(subjects, "load_model", watched)
     arguments = ["--model", "model", "--adapter", "adapter", "--checkpoint", "tuned", "model"]
-    measured = [*TASKS, *LOSSES, "--limit", "2"]
     gc.disable()  # else it may happen to run in between
     try:
-        assert keylayers("eval", *arguments, *measured, "--output", tmp_path / "out") == 0
+        said(*arguments, *TASKS, *LOSSES, "--limit", "2")
     finally:
         gc.enable()
     assert num_alive == [0, 0, 0]
 
 
-def test_equal_models_have_rows_each(place, tmp_path):
-    arguments = ["--model", "model", "--checkpoint", "model", *LOSSES, "--output", tmp_path / "out"]
+def test_equal_models_have_rows_each(said, tmp_path):
     for _ in range(2):
-        assert keylayers("eval", *arguments) == 0
+        said("--model", "model", "--checkpoint", "model", *LOSSES)
         table = pd.read_parquet(tmp_path / "out" / "documents.parquet")
         wide = table.pivot(index=["task", "document"], columns="model", values="value")
         assert list(wide) == ["base model", "model"]
@@ -91,17 +88,6 @@ def edit(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_a_copy_elsewhere_has_the_same_hash_and_so_has_a_tokenizer_in_use(place, copy):
-    found = set()
-    for folder in (place / "model", copy):
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        found.add(subjects.config_sha256(model, tokenizer))
-        tokenizer(["one", "one two"], padding=True, truncation=True, max_length=9)
-        found.add(subjects.config_sha256(model, tokenizer))
-    assert len(found) == 1
-
-
 CHANGES = {  # of a model's or its tokenizer's attributes
     "rope": lambda model, _: model.config.rope_parameters.update(rope_theta=5.0),
     "infinite": lambda model, _: setattr(model.config, "time_step_limit", (0.0, float("inf"))),
@@ -112,21 +98,30 @@ CHANGES = {  # of a model's or its tokenizer's attributes
 }
 
 
-def test_what_changes_results_changes_the_hash():
+def test_what_changes_results_changes_the_hash_but_neither_place_nor_use(place, copy):
+    def loaded(folder):
+        return (AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+
     found = set()
-    for change in (lambda *_: None, *CHANGES.values()):
-        model, tokenizer = tiny_model(len(tiny_tokenizer())), tiny_tokenizer()
+    for folder in (place / "model", copy):
+        model, tokenizer = loaded(folder)
+        found.add(subjects.config_sha256(model, tokenizer))
+        tokenizer(["one", "one two"], padding=True, truncation=True, max_length=9)
+        found.add(subjects.config_sha256(model, tokenizer))
+    assert len(found) == 1
+    for change in CHANGES.values():
+        model, tokenizer = loaded(copy)
         change(model, tokenizer)
         found.add(subjects.config_sha256(model, tokenizer))
         assert subjects.config_sha256(model, tokenizer) in found
     assert len(found) == 1 + len(CHANGES)
 
 
-def test_models_that_differ_in_their_config_alone_are_two_models(copy, tmp_path):
+def test_models_that_differ_in_their_config_alone_are_two_models(said, copy, tmp_path):
     edit(copy / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 2})
 
     def losses(*models):
-        assert keylayers("eval", *models, *FORGETTING, "--output", tmp_path / "out") == 0
+        said(*models, *FORGETTING)
         (measure,) = evaluation_of(tmp_path / "out").measures
         return [one.value for one in measure.results]
 
@@ -136,43 +131,21 @@ def test_models_that_differ_in_their_config_alone_are_two_models(copy, tmp_path)
     assert abs(again - base) > 1e-3
 
 
-def test_other_settings_of_generation_are_another_model(copy, tmp_path, capsys):
-    arguments = ["--model", copy, "--task-folder", "tasks", "--tasks", "written"]
-    said = []
+def test_other_settings_of_generation_are_another_model(said, copy):
+    is_known = []
     for end in ([2], [2], [2, 9]):
         edit(copy / "generation_config.json", eos_token_id=end)
-        assert keylayers("eval", *arguments, "--output", tmp_path / "out") == 0
-        said.append("all measured before" in capsys.readouterr().err)
-    assert said == [False, True, False]
-
-
-def test_a_model_with_another_tokenizer_is_not_compared_by_losses(copy, tmp_path, capsys):
-    tokenizer = AutoTokenizer.from_pretrained(copy)
-    tokenizer.add_tokens([f"{one[-1]} eat" for one in (*ANIMALS, *FOODS)])
-    tokenizer.save_pretrained(copy)
-    arguments = ["--model", "model", "--checkpoint", copy, "--data", "data.jsonl"]
-    assert keylayers("eval", *arguments, "--output", tmp_path / "out") == 2
-    assert "only between models of one tokenizer" in capsys.readouterr().err
+        _, err = said("--model", copy, "--task-folder", "tasks", "--tasks", "written")
+        is_known.append("all measured before" in err)
+    assert is_known == [False, True, False]
 
 
 SMALL = ["--max-steps", "2", "--batch-size", "4", "--mask-batches", "1"]
 
 
-@pytest.fixture
-def said(tmp_path, capsys):
-    """What an evaluation of an adapter prints."""
-
-    def run(adapter, *more):
-        capsys.readouterr()
-        assert keylayers("eval", "--adapter", adapter, *more, "--output", tmp_path / "out") == 0
-        return " ".join(capsys.readouterr().out.split())
-
-    return run
-
-
 @pytest.mark.parametrize(("trained", "template"), [("trained", "model"), ("stage 1", "chatml")])
 def test_training_on_another_split_or_in_another_chat_template_is_said(
-    place, tmp_path, said, trained, template
+    tmp_path, said, trained, template
 ):
     given = [] if template == "model" else ["--chat-template", template]
     data = ["--model", "model", "--data", "data.jsonl", "--max-length", "64", "--held-out", "5"]
@@ -187,12 +160,11 @@ def test_training_on_another_split_or_in_another_chat_template_is_said(
     elsewhere = ["--chat-template", "alpaca"] if template == "model" else []
     tasks = ["--model", "model", "--task-folder", "tasks", "--tasks", "three", "--limit", "2"]
     for measured in (data, [*tasks, "--apply-chat-template"]):
-        assert text in said(source, *measured, *elsewhere)
-        same = said(source, *measured, *given)
+        assert text in said("--adapter", source, *measured, *elsewhere)[0]
+        same, _ = said("--adapter", source, *measured, *given)
         assert "chat template" not in same
         assert "another split" not in same
-    assert "chat template" not in said(source, "--model", "model", *FORGETTING)
+    assert "chat template" not in said("--adapter", source, "--model", "model", *FORGETTING)[0]
     # Then the adapter may have seen what counts as held out here.
-    assert "adapter was trained on other data or another split" in said(
-        source, *data[:-1], "7", *given
-    )
+    shown, _ = said("--adapter", source, *data[:-1], "7", *given)
+    assert "adapter was trained on other data or another split" in shown
