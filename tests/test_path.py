@@ -8,17 +8,7 @@ from keylayers.gates import gated
 from keylayers.scores.elimination import _best
 from keylayers.scores.options import EliminationOptions
 from keylayers.updates import adapter_updates
-from scored import (
-    PLANTED,
-    batches_of,
-    by_name,
-    data,
-    noisy,
-    planted,
-    planted_model,
-    score,
-    trainer_of,
-)
+from scored import PLANTED, batches_of, by_name, data, noisy, planted, score
 
 
 def identity_gates(model):
@@ -100,9 +90,9 @@ def test_elimination_agrees_with_the_definition_written_out():
     assert [one["num_modules"] for one in found.findings["rounds"]] == [14, 7, 4]
 
 
-def test_a_round_sums_to_what_its_modules_achieve_together():
-    trainer = trainer_of(planted_model())
-    trainer.train_dataset = data(4)  # one batch, so that every round and point sees the same
+def test_a_round_sums_to_what_its_modules_achieve_together(monkeypatch):
+    trainer = planted()
+    monkeypatch.setattr(trainer, "train_dataset", data(4))  # every round sees the same batch
     found = score(trainer, "elimination", mask_batches=12)
     batch, model = next(iter(trainer.get_train_dataloader())), trainer.model
     with torch.no_grad(), model.disable_adapter():

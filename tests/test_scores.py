@@ -25,7 +25,7 @@ from scored import (
     trainer_of,
 )
 
-from tiny_models import assert_same
+from tiny_models import unchanged
 
 NAMES = [
     "elimination", "path", "price", "ila", "leave-one-out", "shapley", "update-norm",
@@ -72,10 +72,8 @@ def test_the_table_names_every_method_once():
 @pytest.mark.parametrize("method", NAMES)
 def test_every_module_is_scored_steps_are_reported_and_nothing_is_left_changed(method):
     trainer, steps = eight_rows(), []
-    before = everything(trainer)
-    found = score(trainer, method, on_step=lambda step, loss: steps.append(step))
-    assert_same(before, everything(trainer))
-
+    with unchanged(trainer, everything):
+        found = score(trainer, method, on_step=lambda step, loss: steps.append(step))
     assert len(found.scores) == len(found.module_names) == 14
     assert found.module_names[0] == "model.layers.0.self_attn.q_proj"
     assert all(map(math.isfinite, found.scores))

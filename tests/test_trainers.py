@@ -21,7 +21,7 @@ from scored import everything
 from tiny_files import NUM_MODULES
 from trainers import CASES, DATA, TOKENIZER, WithOwnLoss, build, lora
 
-from tiny_models import assert_same
+from tiny_models import unchanged
 
 IDS = ["-".join(case).replace(" ", "-") for case in CASES]
 # trl 1.16 asks transformers 5.23 for names that transformers renamed; gone when trl follows
@@ -62,9 +62,8 @@ SCORED += [("GRPO", "model", method) for method in ("price", "fisher", "update-n
 @pytest.mark.parametrize(("kind", "way", "method"), SCORED)
 def test_every_module_gets_a_score_and_all_is_as_before(trainer_of, kind, way, method):
     trainer = trainer_of(kind, way)
-    before = everything(trainer)
-    ranking = rank(trainer, method)
-    assert_same(before, everything(trainer))
+    with unchanged(trainer, everything):
+        ranking = rank(trainer, method)
     scores = [module.score for module in ranking.modules]
     assert all(math.isfinite(score) for score in scores)
     assert len(scores) == len(set(scores)) == NUM_MODULES  # each gate has its own gradient
@@ -123,10 +122,8 @@ def test_a_trainer_whose_loss_thaws_weights_or_casts_gates_is_stopped(meddle, me
             return super().compute_loss(model, inputs, **named)
 
     trainer = build("own loss", "model", trainer_class=Meddling)
-    before = everything(trainer)
-    with pytest.raises(GuardError, match=message):
+    with unchanged(trainer, everything), pytest.raises(GuardError, match=message):
         rank(trainer, method)
-    assert_same(before, everything(trainer))
 
 
 def reference_log_probabilities(trainer, gate):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny models built from a config with random weights: the real code path, no download."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,6 +112,11 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+@contextlib.contextmanager
+def unchanged(owner: Any, state: Callable[[Any], dict[str, Any]] = state_of) -> Iterator[None]:
+    """A model, or what else has a state, must be afterwards as it was, whatever happens to it."""
+    before = state(owner)
+    yield
+    after = state(owner)
     for part, value in before.items():
         assert after[part] == value, part
