@@ -224,15 +224,6 @@ def test_plain_text_counts_whole_and_ends_and_has_one_start_token_at_most(start)
         assert encoded.num_label_tokens == len(ids) - 1  # nothing predicts the first token
 
 
-def test_batches_change_nothing(tokenizer, monkeypatch):
-    many = [[("user", "q"), ("assistant", "a" * i)] for i in range(1, 6)]
-    alone = [encode(turns, tokenizer, MARKED) for turns in many]
-    monkeypatch.setattr(chat, "_BATCH_SIZE", 2)
-    found = (Conversation(messages(turns)) for turns in many)
-    template = ChatTemplate("t", MARKED, "file")
-    assert list(chat.encode_all(found, tokenizer, template, 10_000)) == alone
-
-
 def test_the_models_own_template_is_used_unless_another_is_chosen(tmp_path):
     own = build_tokenizer()
     assert resolve_template(own, None).name == "alpaca"

@@ -115,7 +115,7 @@ def test_a_replaced_folder_is_all_new_or_all_old(tmp_path):
 @pytest.mark.parametrize("is_moved", [True, False])
 def test_a_replacement_that_was_killed_is_undone_or_completed(tmp_path, is_moved):
     """Killed between the two renames, and after them."""
-    from keylayers.files import RECORD, remove_unfinished
+    from keylayers.files import RECORD, unfinished
 
     held = {"old": "old", "new": "half"} if is_moved else {"old": "old", "a": "new"}
     for name, text in held.items():
@@ -123,15 +123,15 @@ def test_a_replacement_that_was_killed_is_undone_or_completed(tmp_path, is_moved
         folder.mkdir()
         (folder / RECORD).write_text(text)
     (tmp_path / ".a.unfinished").mkdir()
-    remove_unfinished(tmp_path / "a")
+    with unfinished(tmp_path / "a"):
+        pass
     assert names(tmp_path) == ["a"]
     assert (tmp_path / "a" / RECORD).read_text() == ("old" if is_moved else "new")
 
 
 def test_unfinished_work_is_kept_until_its_result_is_whole(tmp_path):
-    from keylayers.files import remove_unfinished, unfinished
+    from keylayers.files import unfinished
 
-    remove_unfinished(tmp_path / "a")
     with suppress(KeyError), unfinished(tmp_path / "a"):
         raise KeyError
     assert names(tmp_path) == []
@@ -140,7 +140,8 @@ def test_unfinished_work_is_kept_until_its_result_is_whole(tmp_path):
         raise KeyError
     assert names(tmp_path) == [".a.unfinished"]
     assert names(tmp_path / ".a.unfinished") == ["checkpoint"]
-    remove_unfinished(tmp_path / "a")
+    with unfinished(tmp_path / "a"):
+        pass
     assert names(tmp_path) == []
 
 

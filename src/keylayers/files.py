@@ -39,11 +39,9 @@ def json_sha256(content: Any) -> str:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` to `path` whole or not at all, as `write_bytes` does."""
-    try:
-        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-        write_text(path, text + "\n")
-    except UnicodeEncodeError:  # half a surrogate pair: JSON can escape it, UTF-8 cannot hold it
-        write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # Half a surrogate pair is escaped as JSON does it: UTF-8 cannot hold it.
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -52,24 +50,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path` whole or not at all; only the first of several processes writes.
-
-    Raises:
-        OutputError: `path` cannot be written; its old content is untouched.
-    """
+    """Write `content` to `path` whole or not at all; only the first of several processes writes."""
     if not is_first_process():
         return
     temporary = _hidden(path, f"{secrets.token_hex(4)}.tmp")
     try:
-        for left in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
-            left.unlink(missing_ok=True)  # a killed run was about to rename it
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(cannot_write(path, error)) from error
+        with _written(path):
+            for left in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
+                left.unlink(missing_ok=True)  # a killed run was about to rename it
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -79,37 +72,29 @@ def output_folder(path: Path) -> Iterator[Path]:
     """Make `path` and prove that it can be written, before any work is done.
 
     If the block fails and the folder is empty, it is removed again with the parents made for it.
-
-    Raises:
-        OutputError: the folder cannot be made or written, or the disk was full during the block.
+    A disk that was full during the block raises an OutputError.
     """
     if not is_first_process():
         yield path
         return
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        _remove_empty(made)
-        raise OutputError(cannot_write(path, error)) from error
-    try:
+        with _written(path):
+            path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
         yield path
     except BaseException as error:
         is_full = isinstance(error, Exception) and _is_full(path, error)
-        _remove_empty(made)
+        with contextlib.suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()
         if is_full:
             raise OutputError(f"the disk must have room for {str(path)!r}, {WHAT_TO_DO}") from error
         raise
 
 
 def check_replaceable(path: Path) -> None:
-    """Refuse to overwrite what keylayers did not make, before any work is done.
-
-    Raises:
-        OutputError: `path` is a file, a folder with other files, or cannot be written.
-    """
+    """Refuse to overwrite what keylayers did not make, before any work is done."""
     if path.is_file():
         raise OutputError(f"the output must be a folder, but {str(path)!r} is a file")
     if path.is_dir() and any(path.iterdir()) and not (path / RECORD).is_file():
@@ -118,11 +103,8 @@ def check_replaceable(path: Path) -> None:
             f"files; choose another folder"
         )
     parent = next(folder for folder in path.absolute().parents if folder.exists())
-    try:
-        with tempfile.TemporaryFile(dir=parent):  # the new folder is built next to the old one
-            pass
-    except OSError as error:
-        raise OutputError(cannot_write(parent, error)) from error
+    with _written(parent):  # the new folder is built next to the old one
+        tempfile.TemporaryFile(dir=parent).close()
 
 
 @contextlib.contextmanager
@@ -131,22 +113,16 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
     Only a folder that keylayers made (it holds keylayers.json) is replaced. Call it inside
     `unfinished(path)`, which cleans up after a killed run and keeps other runs out.
-
-    Raises:
-        OutputError: the folder cannot be made or moved, or `path` holds something else.
     """
     check_replaceable(path)
     new = _hidden(path, "new")
     try:
-        new.mkdir(parents=True)
-        yield new
-        if path.exists():
-            path.replace(_hidden(path, "old"))
-        new.replace(path)
-    except OutputError:
-        raise
-    except OSError as error:
-        raise OutputError(cannot_write(path, error)) from error
+        with _written(path):
+            new.mkdir(parents=True)
+            yield new
+            if path.exists():
+                path.replace(_hidden(path, "old"))
+            new.replace(path)
     finally:
         _end_replacing(path)
 
@@ -182,34 +158,24 @@ def unfinished(path: Path) -> Iterator[Path]:
         raise
 
 
-def remove_unfinished(path: Path) -> None:
-    """Remove what is left of a run that was killed right after it completed `path`."""
-    if is_first_process() and _hidden(path, "unfinished").is_dir():
-        with unfinished(path):
-            pass
-
-
 @contextlib.contextmanager
 def one_at_a_time(folder: Path, written: Path | None = None) -> Iterator[None]:
     """Hold `folder`, which is made if needed, for this process alone during the block.
 
-    Raises:
-        OutputError: another process holds it, or nothing can be written there. It names `written`,
-            or else the folder.
+    The error that another process holds it names `written`, or else the folder.
     """
     from filelock import FileLock, Timeout  # imports asyncio, which `--help` can do without
 
     lock = FileLock(folder / ".lock")
-    try:
+    with _written(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise OutputError(
-            f"one run at a time must write to {str(written or folder)!r}, but another one is at "
-            f"work on it; wait for it, or choose another folder"
-        ) from error
-    except OSError as error:
-        raise OutputError(cannot_write(folder, error)) from error
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise OutputError(
+                f"one run at a time must write to {str(written or folder)!r}, but another one is "
+                f"at work on it; wait for it, or choose another folder"
+            ) from error
     try:
         yield
     finally:
@@ -222,10 +188,18 @@ def says_full(message: str) -> bool:
     return message.endswith(WHAT_TO_DO) or any(os.strerror(code) in message for code in FULL)
 
 
-def cannot_write(path: Path, error: OSError) -> str:
-    """The message for a `path` that cannot be written."""
-    reason = error.strerror or str(error)
-    return f"the output must be a place that can be written, but {str(path)!r} is not: {reason}"
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Turn the system's errors into one that says that `path` cannot be written."""
+    try:
+        yield
+    except KeylayersError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(
+            f"the output must be a place that can be written, but {str(path)!r} is not: {reason}"
+        ) from error
 
 
 def _is_full(path: Path, error: Exception) -> bool:
@@ -238,13 +212,6 @@ def _is_full(path: Path, error: Exception) -> bool:
         return says_full(str(error))
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     return shutil.disk_usage(existing).free < NEEDED_BYTES
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    """Remove folders, innermost first, as long as they are empty."""
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
 
 
 def _hidden(path: Path, suffix: str) -> Path:

@@ -8,12 +8,14 @@ as when the model is used. Offsets carry the spans of the answers over to tokens
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, pairwise
+from functools import partial
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 from keylayers.data.formats import Conversation
 from keylayers.data.preferences import Preference
 from keylayers.data.templates import ChatTemplate, Renderer, Span
+from keylayers.data.turns import in_row
 from keylayers.errors import DataError
 from keylayers.model.options import Objective
 
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label that cross-entropy skips
 ADDED_TOKENS = 2  # ORPO's trainer (TRL 1.16) adds a start and an end token where they are missing
-_BATCH_SIZE = 512  # conversations; bounds the memory that offsets take
 
 
 @dataclass(frozen=True)
@@ -51,74 +52,41 @@ def encode_all(
     The loss counts every answer with the tokens that close it, and nothing else. Without a template
     it counts plain text as a whole.
     """
-    remaining = iter(conversations)
-    while batch := list(islice(remaining, _BATCH_SIZE)):
-        if template is None:
-            tokens = _encode_texts(batch, tokenizer)
+    renderer = None if template is None else Renderer(template, tokenizer)
+    special = _special_tokens(tokenizer)
+    for conversation in conversations:
+        is_last_answer_only, num_lost = False, 0
+        if renderer is None:
+            ids, labels = _encode_text(conversation.text or "", tokenizer)
         else:
-            tokens = _encode_chats(batch, tokenizer, template)
-        for ids, labels, is_last_answer_only, num_lost in tokens:
-            is_label = [label != IGNORED for label in labels]
-            num_label_tokens = sum(is_label[1:max_length])  # nothing predicts the first token
-            yield Example(
-                row={"input_ids": ids[:max_length], "labels": labels[:max_length]},
-                num_prompt_tokens=is_label.index(True) if any(is_label) else len(ids),
-                num_used_tokens=min(len(ids), max_length),
-                num_label_tokens=num_label_tokens,
-                is_truncated=len(ids) > max_length,
-                is_usable=num_label_tokens > 0,
-                is_last_answer_only=is_last_answer_only,
-                num_lost=num_lost,
-                max_id=max(ids[:max_length]),
-            )
-
-
-# ids, labels, is_last_answer_only, num_lost
-_Tokens = Iterator[tuple[list[int], list[int], bool, int]]
-
-
-def _encode_texts(batch: Sequence[Conversation], tokenizer: "PreTrainedTokenizerBase") -> _Tokens:
-    """Plain text as the tokenizer takes it, plus the end-of-sequence token if there is one."""
-    texts = [conversation.text or "" for conversation in batch]
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
-        if bos is not None and ids[:2] == [bos, bos]:  # the text has one, the tokenizer adds one
-            ids = ids[1:]
-        whole = ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
-        first = [IGNORED] if whole[:1] == [bos] else whole[:1]
-        yield whole, [*first, *whole[1:]], False, 0
-
-
-def _encode_chats(
-    batch: Sequence[Conversation], tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate
-) -> _Tokens:
-    renderer, special = Renderer(template, tokenizer), _special_tokens(tokenizer)
-    rendered = [_answers(renderer, conversation) for conversation in batch]
-    closed = [_close(text, spans, tokenizer, special) for text, spans, _ in rendered]
-    # The rendered text has all special tokens already; adding them would double the first.
-    if tokenizer.is_fast:
-        encoded = tokenizer(
-            [text for text, _ in closed],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
+            with in_row(conversation.row_number):
+                text, spans, is_last_answer_only = renderer.answers(conversation)
+            num_lost = renderer.num_lost(conversation.messages, text)
+            ids, labels = _tokenise(*_close(text, spans, tokenizer, special), tokenizer)
+        is_label = [label != IGNORED for label in labels]
+        num_label_tokens = sum(is_label[1:max_length])  # nothing predicts the first token
+        yield Example(
+            row={"input_ids": ids[:max_length], "labels": labels[:max_length]},
+            num_prompt_tokens=is_label.index(True) if any(is_label) else len(ids),
+            num_used_tokens=min(len(ids), max_length),
+            num_label_tokens=num_label_tokens,
+            is_truncated=len(ids) > max_length,
+            is_usable=num_label_tokens > 0,
+            is_last_answer_only=is_last_answer_only,
+            num_lost=num_lost,
+            max_id=max(ids[:max_length]),
         )
-        both = zip(encoded["input_ids"], encoded["offset_mapping"], closed, strict=True)
-        tokenised = [(ids, _label(ids, offsets, *found)) for ids, offsets, found in both]
-    else:
-        tokenised = [_tokenise_pieces(text, spans, tokenizer) for text, spans in closed]
-    for conversation, (text, _, is_last), (ids, labels) in zip(
-        batch, rendered, tokenised, strict=True
-    ):
-        yield ids, labels, is_last, renderer.num_lost(conversation.messages, text)
 
 
-def _answers(renderer: Renderer, conversation: Conversation) -> tuple[str, list[Span], bool]:
-    try:
-        return renderer.answers(conversation)
-    except DataError as error:
-        raise DataError(f"Row {conversation.row_number}: {error}") from error
+def _encode_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+    """Plain text as the tokenizer takes it, plus the end-of-sequence token if there is one."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    if bos is not None and ids[:2] == [bos, bos]:  # the text has one, the tokenizer adds one
+        ids = ids[1:]
+    if eos is not None and ids[-1:] != [eos]:
+        ids = [*ids, eos]
+    return ids, [IGNORED if ids[:1] == [bos] else ids[0], *ids[1:]]
 
 
 def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -151,28 +119,29 @@ def _close(
     return text[:end] + eos, [*spans[:-1], (start, end + len(eos))]
 
 
-def _label(
-    ids: Sequence[int], offsets: Sequence[Span], text: str, spans: Sequence[Span]
-) -> list[int]:
-    """Labels for the tokens that hold at least one character of an answer."""
-    is_answer = bytearray(len(text))
-    for start, end in spans:
-        is_answer[start:end] = b"\1" * (end - start)
-    # A token whose offsets are equal holds the blank just before them: tokenizers like GPT-2's
-    # leave blanks out of offsets.
-    held = [is_answer[start - (start == end) : end] for start, end in offsets]
-    return [token if 1 in part else IGNORED for token, part in zip(ids, held, strict=True)]
-
-
-def _tokenise_pieces(
+def _tokenise(
     text: str, spans: Sequence[Span], tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[list[int], list[int]]:
-    """Without offsets, answers are tokenised apart, which can change boundaries where they meet."""
+    """The tokens, and labels for those that hold at least one character of an answer."""
+    # The rendered text has all special tokens already; adding them would double the first.
+    tokens = partial(tokenizer, add_special_tokens=False, verbose=False)
     ids: list[int] = []
     labels: list[int] = []
+    if tokenizer.is_fast:
+        is_answer = bytearray(len(text))
+        for start, end in spans:
+            is_answer[start:end] = b"\1" * (end - start)
+        found = tokens(text, return_offsets_mapping=True)
+        ids = found["input_ids"]
+        # A token whose offsets are equal holds the blank just before them: tokenizers like GPT-2's
+        # leave blanks out of offsets.
+        held = [is_answer[start - (start == end) : end] for start, end in found["offset_mapping"]]
+        labels = [token if 1 in part else IGNORED for token, part in zip(ids, held, strict=True)]
+        return ids, labels
+    # Without offsets, answers are tokenised apart, which can change boundaries where they meet.
     bounds = pairwise([0, *chain.from_iterable(spans), len(text)])
     for number, (start, end) in enumerate(bounds):
-        piece = tokenizer.encode(text[start:end], add_special_tokens=False)
+        piece = tokens(text[start:end])["input_ids"]
         ids += piece
         labels += piece if number % 2 else [IGNORED] * len(piece)
     return ids, labels
@@ -191,31 +160,22 @@ def measure_all(
     a trainer would drop or cut until no answer is left.
     """
     renderer = Renderer(template, tokenizer)
-
-    def ids_of(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
-
     for preference in preferences:
         wholes = [preference.prompt + answer for answer in preference.answers]
-        try:
+        with in_row(preference.row_number):
             prompt, _ = renderer.render(preference.prompt, prompt=True)
             texts = [renderer.render(messages)[0] for messages in wholes]
             for messages, text in zip(wholes, texts, strict=True):
                 renderer.check_answer(messages, text)
-        except DataError as error:
-            raise DataError(f"Row {preference.row_number}: {error}") from error
-        num_prompt_tokens = len(ids_of(prompt))
-        both = [ids_of(text) for text in texts]
-        whole = [len(ids) for ids in both]
+        tokens = tokenizer([prompt, *texts], add_special_tokens=False, verbose=False)["input_ids"]
+        num_prompt_tokens, whole = len(tokens[0]), [len(ids) for ids in tokens[1:]]
         cut = [min(num_tokens, max_length) for num_tokens in whole]
         is_truncated = cut != whole
         has_room = num_prompt_tokens + ADDED_TOKENS <= max_length
-        row = preference.row()
         yield Example(
             row={
                 name: renderer.in_form(part) if isinstance(part, list) else part
-                for name, part in row.items()
+                for name, part in preference.row().items()
             },
             num_prompt_tokens=num_prompt_tokens,
             num_used_tokens=sum(cut),
@@ -224,5 +184,5 @@ def measure_all(
             # A reward model must see both answers whole.
             is_usable=not is_truncated if objective == "reward" else has_room,
             num_lost=sum(map(renderer.num_lost, wholes, texts)),
-            max_id=max(max(ids, default=0) for ids in both),
+            max_id=max(max(ids, default=0) for ids in tokens[1:]),
         )

@@ -22,7 +22,7 @@ from keylayers.data.formats import (
 )
 from keylayers.data.options import DataOptions
 from keylayers.data.preferences import PREFERENCES, Preference, rated_column, require_columns
-from keylayers.data.turns import DOCUMENT_COLUMNS, SYSTEM_COLUMNS, Row
+from keylayers.data.turns import DOCUMENT_COLUMNS, SYSTEM_COLUMNS, Row, in_row
 from keylayers.errors import ConfigError, DataError, did_you_mean
 from keylayers.model.options import Objective
 
@@ -117,12 +117,8 @@ def convert_rows(
     held: dict[str, None] = {}
     used: set[str] = set()
     for number, row in enumerate(map(_ReadRow, rows), start=1):
-        try:
+        with in_row(number):
             found += [replace(example, row_number=number) for example in convert(row)]
-        except DataError as error:
-            raise DataError(f"Row {number}: {error}") from error
-        except RecursionError as error:
-            raise DataError(f"Row {number}: its fields are nested too deep; remove it.") from error
         held |= dict.fromkeys(row)
         used |= row.used
     usable = [example for example in found if example.has_answer]

@@ -3,7 +3,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import cycle, zip_longest
 from typing import Any, Literal, TypeAlias
 
@@ -36,6 +37,17 @@ _LEARNED = (
 _MASKED = ("masked", "mask")
 _PARTLY = ("train_detail", "training_detail")  # axolotl's spans of characters
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
+
+
+@contextmanager
+def in_row(number: int) -> Iterator[None]:
+    """Name the row in an error about it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"Row {number}: {error}") from error
+    except RecursionError as error:
+        raise DataError(f"Row {number}: its fields are nested too deep; remove it.") from error
 
 
 def values_of(messages: Iterable[Message]) -> list[list[object]]:
