@@ -17,9 +17,9 @@ from commands import file_for
 from keylayers.data.chat import IGNORED, encode_all, measure_all
 from keylayers.data.formats import FORMATS
 from keylayers.data.preferences import PREFERENCES
+from keylayers.data.prepare import unused_parts
 from keylayers.data.reading import Found
 from keylayers.data.templates import BUILT_IN, Renderer, resolve_template
-from keylayers.data.unused import unused_parts
 from keylayers.errors import DataError
 from prepared import learned, prepare
 from tiny_files import tiny_model, tiny_tokenizer

@@ -8,6 +8,7 @@ assistant, so the rest of keylayers handles a single form.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import ClassVar
 
 from keylayers.data.options import DataFormat
 from keylayers.data.turns import (
@@ -57,10 +58,7 @@ class Conversation:
     num_masked: int = field(default=0, compare=False)  # others that are not to be learned
     row_number: int = field(default=0, compare=False)  # in the data, from 1
 
-    @property
-    def turns(self) -> list[Message]:
-        """All turns."""
-        return self.messages
+    is_equal: ClassVar[bool] = False  # pairs of answers can be
 
     @property
     def has_answer(self) -> bool:
@@ -171,15 +169,13 @@ def _from_lima(row: Row) -> Iterator[Conversation]:
 
 def _from_alpaca(row: Row) -> Iterator[Conversation]:
     history = row.get("history") or []  # LLaMA-Factory: earlier questions and answers
-    if not (isinstance(history, list) and all(_is_pair(each) for each in history)):
+    if not isinstance(history, list) or any(
+        not isinstance(each, list) or len(each) != 2 for each in history
+    ):
         raise wrong_shape("`history` must be a list of [question, answer]", history)
     earlier = in_turn(chain.from_iterable(history), "history")
     asked = earlier + read_prompt(row, "instruction")
     yield _conversation(row, [*asked, answer(row.get("output"), "output")])
-
-
-def _is_pair(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2
 
 
 def _from_self_instruct(row: Row) -> Iterator[Conversation]:

@@ -63,7 +63,7 @@ class Preference:
     row_number: int = field(default=0, compare=False)  # in the data, from 1
 
     @property
-    def turns(self) -> list[Message]:
+    def messages(self) -> list[Message]:
         """All turns."""
         return [*self.prompt, *chain.from_iterable(self.answers)]
 
@@ -147,7 +147,10 @@ def _read_side(row: Row, name: str) -> list[Message]:
 
 
 def _from_rated(row: Row) -> Iterator[Preference]:
-    rating = read_rating(row)
+    rated = next((column for column in _RATED if column in row), None)
+    if rated is None:
+        raise DataError(f"`{_RATED[0]}` must be true or false, got null; fix the row.")
+    rating = read_flag(row[rated], rated)
     answered = next((column for column in _ANSWERED if column in row), None)
     if answered is not None:
         answer = _read_side(row, answered)
@@ -155,14 +158,6 @@ def _from_rated(row: Row) -> Iterator[Preference]:
     else:
         turns = until_answer(_prompt(row))
         yield Preference(turns[:-1], (turns[-1:],), rating)
-
-
-def read_rating(row: Row) -> bool:
-    """Whether the answer is a good one."""
-    name = next((column for column in _RATED if column in row), None)
-    if name is None:
-        raise DataError(f"`{_RATED[0]}` must be true or false, got null; fix the row.")
-    return read_flag(row[name], name)
 
 
 def rated_column(data: "datasets.Dataset") -> str | None:

@@ -8,6 +8,7 @@ order in the file, nor whether others are set aside for the mask.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -18,8 +19,7 @@ from keylayers.data.options import DataOptions
 from keylayers.data.preferences import Preference
 from keylayers.data.reading import Found, read_conversations, read_preferences
 from keylayers.data.templates import ChatTemplate, resolve_template
-from keylayers.data.turns import other_fields
-from keylayers.data.unused import unused_parts
+from keylayers.data.turns import in_row, other_fields
 from keylayers.errors import ConfigError, DataError
 from keylayers.files import json_sha256
 from keylayers.model.options import Objective
@@ -104,29 +104,31 @@ class PreparedData:
             f"(format {self.format!r}{template}, up to {self.max_length} tokens, the loss on "
             f"{counts.num_label_tokens} of {counts.num_train_tokens})"
         ]
-        left_out = {
-            "without an answer": counts.num_dropped_empty,
-            "duplicates": counts.num_duplicates,
-            "pairs of equal answers": counts.num_equal_pairs,
-            "cut at the end": counts.num_truncated,
-            "too long for any answer": counts.num_truncated_away,
-            "with the loss on the last answer only": counts.num_last_answer_only,
-        }
-        answers = {
-            "empty": counts.num_empty_answers,
-            "marked as not to be learned": counts.num_masked_answers,
-        }
-        if not_learned := [f"{number} {reason}" for reason, number in answers.items() if number]:
-            lines.append(f"answers that the loss leaves out: {', '.join(not_learned)}")
+        answers = _counted(
+            ("empty", counts.num_empty_answers),
+            ("marked as not to be learned", counts.num_masked_answers),
+        )
+        lines += [f"answers that the loss leaves out: {answers}"] if answers else []
         lines += [f"not used: {name}" for name in self.unused]
-        if seen := [f"{number} {reason}" for reason, number in left_out.items() if number]:
-            lines.append(f"of the data: {', '.join(seen)}")
+        left_out = _counted(
+            ("without an answer", counts.num_dropped_empty),
+            ("duplicates", counts.num_duplicates),
+            ("pairs of equal answers", counts.num_equal_pairs),
+            ("cut at the end", counts.num_truncated),
+            ("too long for any answer", counts.num_truncated_away),
+            ("with the loss on the last answer only", counts.num_last_answer_only),
+        )
+        lines += [f"of the data: {left_out}"] if left_out else []
         if self.max_length < self.options.max_length:
             lines.append(
                 f"max_length {self.options.max_length} lowered to the {self.max_length} positions "
                 "that the model has"
             )
         return lines
+
+
+def _counted(*reasons: tuple[str, int]) -> str:
+    return ", ".join(f"{number} {reason}" for reason, number in reasons if number)
 
 
 def prepare(
@@ -139,7 +141,7 @@ def prepare(
     read: Found[Conversation] | Found[Preference] = (
         read_conversations(options) if objective == "sft" else read_preferences(options, objective)
     )
-    format, found = read.format, [each for each in read.examples if not _is_equal(each)]
+    format, found = read.format, [each for each in read.examples if not each.is_equal]
     if not found:
         raise DataError(
             f"Pairs must have different answers, got {len(read.examples)} of equal ones; check "
@@ -206,8 +208,36 @@ def prepare(
     )
 
 
-def _is_equal(example: Conversation | Preference) -> bool:
-    return isinstance(example, Preference) and example.is_equal
+def unused_parts(
+    found: Found[Conversation] | Found[Preference], template: ChatTemplate | None
+) -> tuple[str, ...]:
+    """Columns that no format reads, and fields and tools that the template ignores, in words."""
+    parts = [f"columns {', '.join(found.unused_columns)}"] if found.unused_columns else []
+    if template is None:
+        return tuple(parts)
+    fields: dict[str, None] = {}
+    for example in found.examples:
+        with in_row(example.row_number):
+            _check_tools(example, template)
+        fields |= dict.fromkeys(name for turn in example.messages for name in other_fields(turn))
+    ignored = [name for name in fields if name != "weight" and not template.reads(name)]
+    if ignored:
+        parts.append(f"fields of turns {', '.join(ignored)}, which the chat template does not use")
+    conversations = (each for each in found.examples if isinstance(each, Conversation))
+    if not re.search(r"\btools\b", template.text) and any(each.tools for each in conversations):
+        parts.append("tools, which the chat template does not use")
+    return tuple(parts)
+
+
+def _check_tools(example: Conversation | Preference, template: ChatTemplate) -> None:
+    """Refuse what tools say and their calls with templates that would leave them out in silence."""
+    needed = ["tool"] if any(turn["role"] == "tool" for turn in example.messages) else []
+    needed += ["tool_calls"] if any("tool_calls" in turn for turn in example.messages) else []
+    if lacking := [name for name in needed if name not in template.text]:
+        raise DataError(
+            f"The chat template must render what tools say and their calls, but {template.name!r} "
+            f"has no `{lacking[0]}`; choose another `--chat-template`, or remove such rows."
+        )
 
 
 def _hold_out(keys: Sequence[bytes], options: DataOptions) -> tuple[set[bytes], set[bytes]]:

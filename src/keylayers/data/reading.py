@@ -229,9 +229,7 @@ def _local(path: Path, cache: str) -> dict[str, object]:
         )
     reader, more = readers.popitem()[1]
     for file in files if reader in ("json", "csv") else ():
-        _check_encoding(file)
-    for file in files if reader == "json" else ():
-        _check_json(file)
+        _check_text(file, is_json=reader == "json")
     found = {"path": reader, "data_files": str(path)} if path.is_file() else {"path": str(path)}
     return {**found, "cache_dir": cache, **more}
 
@@ -249,8 +247,8 @@ def _on_hub(data: str) -> dict[str, object]:
     return {"path": hub["name"], "name": hub["config"]}
 
 
-def _check_json(path: Path) -> None:
-    """Refuse JSON that ends the process without a message in pyarrow 26.0.1.
+def _check_text(path: Path, *, is_json: bool) -> None:
+    """Refuse UTF-16, and JSON that ends the process without a message in pyarrow 26.0.1.
 
     Its reader overflows the stack on deep nesting, and reads a bad address where the first rows of
     a block are `null`.
@@ -258,7 +256,12 @@ def _check_json(path: Path) -> None:
     depth = row_depth = 0  # row_depth is 1 in a list of rows
     broken = suppress(OSError, EOFError, zlib.error)  # the reader says what is wrong
     with broken, gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        if _NOT_UTF_8.match(file.peek(4)):
+            raise DataError(
+                f"Data must be UTF-8 text, got UTF-16 or UTF-32 in {str(path)!r}; convert the file "
+                "(in PowerShell: `Set-Content -Encoding utf8`)."
+            )
+        for number, line in enumerate(file if is_json else (), start=1):
             is_object = line.startswith(b"{") and line.rstrip().endswith(b"}")
             if depth == 0 and is_object and line.count(b"{") + line.count(b"[") <= _DEEPEST:
                 continue  # a plain row, as nearly all lines are
@@ -270,16 +273,6 @@ def _check_json(path: Path) -> None:
                         f"JSON data must be objects, nested at most {_DEEPEST} levels deep, but "
                         f"line {number} of {str(path)!r} is null or nested deeper; fix it"
                     )
-
-
-def _check_encoding(path: Path) -> None:
-    broken = suppress(OSError, EOFError, zlib.error)  # the reader says what is wrong
-    with broken, gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        if _NOT_UTF_8.match(file.read(4)):
-            raise DataError(
-                f"Data must be UTF-8 text, got UTF-16 or UTF-32 in {str(path)!r}; convert the file "
-                "(in PowerShell: `Set-Content -Encoding utf8`)."
-            )
 
 
 def _suffix(path: Path) -> str:

@@ -52,11 +52,8 @@ def in_row(number: int) -> Iterator[None]:
 
 def values_of(messages: Iterable[Message]) -> list[list[object]]:
     """Role, content and other fields of each turn, as digests count them."""
-    found: list[list[object]] = []
-    for message in messages:
-        fields = other_fields(message)
-        found.append([message["role"], message["content"], *([fields] if fields else [])])
-    return found
+    both = [(message, other_fields(message)) for message in messages]
+    return [[turn["role"], turn["content"], *([more] if more else [])] for turn, more in both]
 
 
 def other_fields(message: Message) -> dict[str, object]:
