@@ -20,7 +20,6 @@ from keylayers.ranking.record import TrainedSet
 from keylayers.trainers.loss import finite
 from keylayers.training.checkpoints import Checkpoints
 from keylayers.training.freeze import FreezeUnimportant
-from keylayers.training.objectives import prepared_examples
 from keylayers.training.options import StabilityOptions, TrainingOptions
 from keylayers.training.run import TrainingResult, fine_tune, new_adapter
 from keylayers.training.step_scores import StepScores
@@ -115,7 +114,7 @@ class FineTuning:
         model = trainer.model
         if callback is not None:
             check_can_freeze_inside(trainer)  # before the base model is measured
-            callback.mask_dataset = prepared_examples(trainer).get("mask")
+            callback.mask_dataset = trainer.eval_dataset.get("mask")
         # A LoRA update is zero at first, so this is the loss of the base model.
         base_loss = loss_of(trainer) if measure_base else float("nan")
         if callback is not None:

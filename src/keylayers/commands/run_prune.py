@@ -32,7 +32,6 @@ from keylayers.progress import Progress
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import Pruned, Size
 from keylayers.ranking.selection import Selection
-from keylayers.training.objectives import prepared_examples
 from keylayers.training.options import LOSS_UNITS
 from keylayers.updates.adapter import tuner_layers
 from keylayers.updates.existing import TunedModel
@@ -97,7 +96,7 @@ def _full_and_masked_loss(
     """Held-out losses with the whole update, and with the gates of the pruned modules closed."""
     trainer = session.loss_trainer(tuned.model, options.objective, EVAL_BATCH_SIZE)
     subsets = [[update.module.name for update in tuned.updates], selection.names]
-    held_out = prepared_examples(trainer)["held_out"]
+    held_out = trainer.eval_dataset["held_out"]
     with session.progress.stage("held-out loss of the full and the masked update", 2) as on_step:
         full, masked = subset_losses(trainer, tuned.updates, subsets, held_out, on_step)
     return full.mean, masked.mean

@@ -29,7 +29,6 @@ from keylayers.progress import Progress
 from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.ranking.record import read_run
 from keylayers.scores.score_modules import score_modules
-from keylayers.training.objectives import prepared_examples
 from keylayers.training.options import LOSS_UNITS
 from keylayers.training.rank_modules import to_ranking
 from keylayers.updates import ZERO, adapter_updates
@@ -57,7 +56,7 @@ def run_rank(options: RankOptions, output: Path, progress: Progress, stage_1_in:
         tuned = _find_update(session, options, folder)
         trainer = session.scoring_trainer(tuned.model, training)
         modules = [update.module for update in tuned.updates]
-        held_out, names = prepared_examples(trainer)["held_out"], [m.name for m in modules]
+        held_out, names = trainer.eval_dataset["held_out"], [m.name for m in modules]
         base, full = subset_losses(trainer, tuned.updates, [[], names], held_out)
         if base.losses == full.losses:
             progress.note(ZERO)

@@ -18,7 +18,6 @@ from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.ranking.verification import Verification, verification_file
 from keylayers.scores.score_modules import score_modules
 from keylayers.scores.scoring_options import scoring_options
-from keylayers.training.objectives import prepared_examples
 from keylayers.training.options import LOSS_UNITS
 from keylayers.updates import Update
 
@@ -47,7 +46,7 @@ def _verification(ranking: Ranking, options: VerifyOptions, progress: Progress) 
     session = Session(options.model, options.data, objective.objective, progress, ranking=ranking)
     tuned = session.open_update(options.update, ranking)
     trainer = session.loss_trainer(tuned.model, objective, wanted.eval_batch_size)
-    held_out = prepared_examples(trainer)["held_out"]
+    held_out = trainer.eval_dataset["held_out"]
     num_points = min(wanted.points, len(tuned.updates) + 1)
 
     def measure(title: str, order: Sequence[str]) -> MaskCurve:

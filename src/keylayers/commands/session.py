@@ -28,7 +28,6 @@ from keylayers.progress import Progress
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import MadeBy
 from keylayers.ranking.selection import Selection, check_same_modules
-from keylayers.training.objectives import prepared_examples
 from keylayers.training.options import ObjectiveOptions, TrainingOptions
 from keylayers.training.run import make_trainer
 from keylayers.updates.existing import TunedModel, existing_update
@@ -160,7 +159,7 @@ class Session:
 
 def loss_of(trainer: Trainer) -> float:
     """The held-out loss of the model that a trainer measures."""
-    return held_out_loss(trainer, prepared_examples(trainer)["held_out"])
+    return held_out_loss(trainer, trainer.eval_dataset["held_out"])
 
 
 def note_ties(selection: Selection, progress: Progress) -> None:

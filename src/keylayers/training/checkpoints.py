@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from keylayers.environment import is_first_process
 from keylayers.files import RECORD, write_json
@@ -60,11 +60,6 @@ class Checkpoints(TrainerCallback):
     def seconds(self) -> float:
         """Wall time of the training so far, including the stopped run up to `last`."""
         return self._seconds_before + time.perf_counter() - self._start
-
-    def use_in(self, trainer: Trainer) -> None:
-        """Let the trainer write its checkpoints to the folder."""
-        trainer.args.output_dir = str(self.folder)
-        trainer.args.save_total_limit = NUM_CHECKPOINTS
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         """Start the clock."""

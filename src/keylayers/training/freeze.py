@@ -7,6 +7,7 @@ resumed run gives the same result as a run that was never stopped.
 
 import json
 import warnings
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -27,6 +28,7 @@ from keylayers.training.options import FreezeAction, StabilityOptions
 from keylayers.training.rank_modules import rank_modules
 from keylayers.training.step_losses import StepLosses, trainer_of
 from keylayers.updates import adapter_updates
+from keylayers.updates.frozen import kept_frozen
 
 # Key of the findings in the trainer's state. `ExportableState` would not do: from it transformers
 # 5.23 would build a new callback and drop the user's, with its `mask_dataset`.
@@ -96,6 +98,7 @@ class FreezeUnimportant(TrainerCallback):
         self.reason: str | None = None
         self._given_trainer = trainer
         self._recent: list[float] = []  # losses of the last steps
+        self._replaced = ExitStack()  # gives trainer and model back what was replaced
         self._losses: StepLosses | None = None
         self._halted: HaltedUpdates | None = None
         self._first_step_after = 0
@@ -125,7 +128,7 @@ class FreezeUnimportant(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         """Refuse what cannot work; a resumed run takes over the findings of its checkpoint."""
         self._let_go()  # the last run may have ended with an error
-        trainer = self._trainer()
+        trainer = self._given_trainer or trainer_of(self)
         self._check(trainer, state)
         self.ranking = self.frozen_at_step = self.reason = None
         self._recent = []
@@ -134,6 +137,7 @@ class FreezeUnimportant(TrainerCallback):
             self._take_over(trainer, saved, state)
         if self.ranking is None:
             self._losses = StepLosses(trainer)
+            self._replaced.callback(self._losses.close)
         self._remember(state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
@@ -177,9 +181,6 @@ class FreezeUnimportant(TrainerCallback):
         if best is None or best >= (self.frozen_at_step or 0):
             halted.check()
 
-    def _trainer(self) -> Trainer:
-        return self._given_trainer or trainer_of(self)
-
     def _check(self, trainer: Trainer, state: TrainerState) -> None:
         callbacks = trainer.callback_handler.callbacks
         count = sum(isinstance(callback, type(self)) for callback in callbacks)
@@ -196,16 +197,17 @@ class FreezeUnimportant(TrainerCallback):
         self.stability.cap_within(state.max_steps)
 
     def _rank_and_freeze(self, state: TrainerState) -> None:
-        trainer = self._trainer()
+        trainer = self._given_trainer or trainer_of(self)
         why = "the loss is stable" if self.reason == "stable" else "the cap is reached"
         self.progress.note(f"step {state.global_step}: {why}; ranking by {self.scoring.method}")
         self.ranking = rank_modules(trainer, self.scoring, mask_dataset=self.mask_dataset)
         self.frozen_at_step = state.global_step
         self._freeze(trainer, state)
+        done = "frozen"
         if self.action == "remove":
             # An earlier checkpoint must not come back as the best: it holds what was removed.
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-        done = {"freeze": "frozen", "remove": "set to zero and frozen"}[self.action]
+            done = "set to zero and frozen"
         self.progress.note(
             f"step {state.global_step}: {len(self.frozen)} of {len(self.ranking.modules)} modules "
             f"are {done}"
@@ -235,13 +237,11 @@ class FreezeUnimportant(TrainerCallback):
         self._let_go()
         self._first_step_after = state.global_step + 1
         self._halted = halt_updates(trainer.model, self.frozen, self.action, trainer.optimizer)
+        # Trainers that switch adapters in their loss would unfreeze them.
+        self._replaced.enter_context(kept_frozen(trainer.model))
 
     def _let_go(self) -> None:
-        """Give trainer and model back what this callback has replaced."""
-        if self._losses is not None:
-            self._losses.close()
-        if self._halted is not None:
-            self._halted.held.close()
+        self._replaced.close()
         self._losses = self._halted = None
 
     def _remember(self, state: TrainerState) -> None:

@@ -7,7 +7,6 @@ groups, they would make the optimiser's state in a checkpoint unreadable for a r
 because trainers build the optimiser of all parameters before any callback is asked.
 """
 
-import contextlib
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -23,19 +22,14 @@ from keylayers.model.weights import fingerprint
 from keylayers.training.options import FreezeAction
 from keylayers.updates import AdapterUpdate, adapter_updates
 from keylayers.updates.adalora import is_adalora
-from keylayers.updates.frozen import kept_frozen
 
 
 @dataclass(frozen=True)
 class HaltedUpdates:
-    """LoRA matrices that are no longer trained, with their fingerprints from when that stopped.
-
-    Until `held` is closed they stay frozen where a trainer switches adapters in its loss.
-    """
+    """LoRA matrices that are no longer trained, with their fingerprints from when that stopped."""
 
     parameters: dict[str, nn.Parameter]
     before: dict[str, int]
-    held: contextlib.ExitStack
 
     def check(self) -> None:
         """Raise a GuardError if a matrix has changed or can be trained."""
@@ -100,9 +94,7 @@ def halt_updates(
             with torch.no_grad():
                 parameter.zero_()
     prove_trainable(model, kept)
-    held = contextlib.ExitStack()
-    held.enter_context(kept_frozen(model))
-    return HaltedUpdates(parameters, fingerprint(parameters.items()), held)
+    return HaltedUpdates(parameters, fingerprint(parameters.items()))
 
 
 def _own(update: AdapterUpdate) -> dict[str, nn.Parameter]:

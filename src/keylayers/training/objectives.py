@@ -2,10 +2,9 @@
 """The trainer of each objective: TRL's own."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from datasets import Dataset
 from transformers import Trainer
 from trl import (
     DPOConfig,
@@ -39,9 +38,3 @@ OBJECTIVES: dict[Objective, tuple[type[Trainer], Callable[..., Any], dict[str, A
     "orpo": (ORPOTrainer, ORPOConfig, {"remove_unused_columns": False}),
     "reward": (RewardTrainer, RewardConfig, {}),
 }
-
-
-def prepared_examples(trainer: Trainer) -> Mapping[str, Dataset]:
-    """The evaluation examples that the trainer was built with, as it prepared them, by name."""
-    found: Mapping[str, Dataset] = trainer.eval_dataset
-    return found

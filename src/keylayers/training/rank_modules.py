@@ -3,10 +3,11 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer
 
 from keylayers.environment import environment
@@ -69,15 +70,11 @@ def rank_modules(
     place_model(trainer)
     updates: Sequence[Update]
     try:
-        if base_weights is None:
-            updates = adapter_updates(model)
-            _warn_if_zero(model, updates)
+        with nullcontext() if base_weights is None else back_at_base(model, base_weights) as tuned:
+            updates = adapter_updates(model) if tuned is None else dense_updates(model, tuned)
+            if not is_sharded(model) and are_zero(updates):
+                warnings.warn(ZERO, UserWarning, stacklevel=2)
             found = score_modules(trainer, updates, scoring, on_step)
-        else:
-            with back_at_base(model, base_weights) as tuned:
-                updates = dense_updates(model, tuned)
-                _warn_if_zero(model, updates)
-                found = score_modules(trainer, updates, scoring, on_step)
     finally:
         trainer.train_dataset = train_dataset
     provenance = {
@@ -94,11 +91,6 @@ def rank_modules(
         "options": scoring.flat(),
     }
     return to_ranking(updates, found, scoring, provenance)
-
-
-def _warn_if_zero(model: nn.Module, updates: Sequence[Update]) -> None:
-    if not is_sharded(model) and are_zero(updates):
-        warnings.warn(ZERO, UserWarning, stacklevel=3)
 
 
 def to_ranking(

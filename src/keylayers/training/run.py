@@ -36,7 +36,7 @@ from keylayers.errors import ConfigError, LossError, ModelError
 from keylayers.model.sharding import place_model
 from keylayers.progress import OnStep
 from keylayers.trainers.reference import REFERENCE_ADAPTER
-from keylayers.training.checkpoints import Checkpoints
+from keylayers.training.checkpoints import NUM_CHECKPOINTS, Checkpoints
 from keylayers.training.loggers import check_loggers, name_loggers
 from keylayers.training.objectives import OBJECTIVES
 from keylayers.training.options import StabilityOptions, TrainingOptions
@@ -74,7 +74,7 @@ def make_trainer(
 
     It writes no files, prints nothing, reports only to the loggers that `options` name and sends no
     telemetry. The `evaluation` examples are prepared as the training examples are;
-    `prepared_examples` returns them. `max_length`, in tokens, is for objectives whose trainers
+    its `eval_dataset` holds them. `max_length`, in tokens, is for objectives whose trainers
     tokenise; `load_reference` gives the base model to dpo and kto without an adapter.
     """
     check_loggers(options.report_to)
@@ -213,7 +213,8 @@ def fine_tune(
         checkpoints = None
     if checkpoints is not None:
         callbacks.append(checkpoints)
-        checkpoints.use_in(trainer)
+        trainer.args.output_dir = str(checkpoints.folder)
+        trainer.args.save_total_limit = NUM_CHECKPOINTS
     for callback in callbacks:
         trainer.add_callback(callback)
     start = time.perf_counter()
