@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Report scores and gates to the trainer's own loggers (`report_to`), such as TensorBoard.
+"""The trainer's own loggers (`report_to`), such as TensorBoard: losses, scores and gates.
 
 Only the logger callbacks of transformers are called, because other callbacks would take a mask step
 for a training step. Curves start at mask step 1, even after training: `mask_loss`, and for each
@@ -7,17 +7,52 @@ gate `mask_score/NAME` and `mask_gate/NAME`.
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import Trainer
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TensorBoardCallback
 
+from keylayers.errors import ConfigError, did_you_mean
 from keylayers.progress import OnStep
 
 LOGGERS = tuple(INTEGRATION_TO_CALLBACK.values())
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raise a ConfigError for a logger that transformers does not know or that is not installed."""
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(
+                f"`report_to` must be among {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, got "
+                f"{name!r}{did_you_mean(name, INTEGRATION_TO_CALLBACK)}"
+            )
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (RuntimeError, ImportError) as error:
+            raise ConfigError(
+                f"`report_to` {name} must be installed, but is not: {error}"
+            ) from error
+
+
+def name_loggers(trainer: Trainer, title: str) -> None:
+    """Let TensorBoard write to a folder of this training, not to the temporary output folder."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = str(_folder() / title)
+
+
+@cache
+def _folder() -> Path:
+    """The folder that all trainings of a process share."""
+    given = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    return Path(given).expanduser() if given else Path("runs", time.strftime("%Y-%m-%d_%H-%M-%S"))
 
 
 class TrainerLog:

@@ -35,9 +35,9 @@ from keylayers.data.reading import quiet_datasets
 from keylayers.errors import ConfigError, LossError, ModelError
 from keylayers.model.sharding import place_model
 from keylayers.progress import OnStep
+from keylayers.trainers.log import check_loggers, name_loggers
 from keylayers.trainers.reference import REFERENCE_ADAPTER
 from keylayers.training.checkpoints import NUM_CHECKPOINTS, Checkpoints
-from keylayers.training.loggers import check_loggers, name_loggers
 from keylayers.training.objectives import OBJECTIVES
 from keylayers.training.options import StabilityOptions, TrainingOptions
 from keylayers.training.shallow import ShallowBackward
@@ -73,9 +73,9 @@ def make_trainer(
     """A trainer of the trainable parameters of `model`, for the objective that `options` name.
 
     It writes no files, prints nothing, reports only to the loggers that `options` name and sends no
-    telemetry. The `evaluation` examples are prepared as the training examples are;
-    its `eval_dataset` holds them. `max_length`, in tokens, is for objectives whose trainers
-    tokenise; `load_reference` gives the base model to dpo and kto without an adapter.
+    telemetry. Its `eval_dataset` has the `evaluation` examples as it prepared them. `max_length`,
+    in tokens, is for objectives whose trainers tokenise; `load_reference` gives the base model to
+    dpo and kto without an adapter.
     """
     check_loggers(options.report_to)
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
@@ -118,11 +118,7 @@ def make_trainer(
 
 @contextlib.contextmanager
 def _silence(trainer_class: type[Trainer]) -> Iterator[None]:
-    """Keep TRL from reporting to a server, and from advice about options that users do not choose.
-
-    TRL 1.16 does both when a trainer is built, the first unless telemetry is off, the second for
-    example about KTO's weights of labels.
-    """
+    """Keep TRL 1.16 from reporting to a server and from advice on options that users cannot set."""
     logger = logging.getLogger(trainer_class.__module__)
     before = constants.HF_HUB_DISABLE_TELEMETRY, logger.level
     constants.HF_HUB_DISABLE_TELEMETRY = True
