@@ -7,6 +7,7 @@ Only safetensors are read, never pickle.
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,13 +38,10 @@ NOT_FOUND = (OSError, ValueError, SafetensorError, HfHubHTTPError)
 
 
 class Checkpoint(Mapping[str, Tensor]):
-    """The tensors of a safetensors checkpoint by name, each read from disk when it is asked for.
-
-    `files` has the file that holds each tensor.
-    """
+    """The tensors of a safetensors checkpoint by name, each read from disk when it is asked for."""
 
     def __init__(self, files: Mapping[str, Path]) -> None:
-        self.files = files
+        self.files = files  # the file that holds each tensor
 
     @staticmethod
     def open(source: ModelOptions) -> "Checkpoint":
@@ -82,20 +80,12 @@ class Checkpoint(Mapping[str, Tensor]):
 
 def _safetensors_files(source: ModelOptions) -> list[Path]:
     """The weight files of a checkpoint, whole or sharded, fetched from the hub where needed."""
-
-    def find(name: str) -> Path:
-        return Path(cached_file(source.model, name, revision=source.revision))
-
-    index = cached_file(
-        source.model,
-        "model.safetensors.index.json",
-        revision=source.revision,
-        _raise_exceptions_for_missing_entries=False,
-    )
+    find = partial(cached_file, source.model, revision=source.revision)
+    index = find("model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
     if index is None:
-        return [find("model.safetensors")]
+        return [Path(find("model.safetensors"))]
     shards = json.loads(Path(index).read_text())["weight_map"].values()
-    return [find(shard) for shard in dict.fromkeys(shards)]
+    return [Path(find(shard)) for shard in dict.fromkeys(shards)]
 
 
 def local_folder(name: str, patterns: Sequence[str], kind: str) -> Path:

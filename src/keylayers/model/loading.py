@@ -45,10 +45,9 @@ FROM_A_BAD_ADAPTER = (
 
 
 def _torch_dtype(dtype: Dtype) -> torch.dtype:
-    """The dtype that weights are loaded in."""
     if dtype == "auto":
         return torch.bfloat16 if torch.accelerator.is_available() else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    return getattr(torch, dtype)
 
 
 def load_model(source: ModelOptions, objective: Objective = "sft") -> PreTrainedModel:
@@ -199,9 +198,9 @@ def _differing_weights(tuned: PeftModel, folder: Path) -> list[str]:
 
 
 def empty_model(source: ModelOptions, *, is_as_saved: bool = False) -> PreTrainedModel:
-    """The model on the meta device: only its config is read.
+    """The model on the meta device, by its config alone.
 
-    `is_as_saved` takes the class that the checkpoint was saved from, for example one with a vision
+    `is_as_saved` takes the class that the checkpoint was saved from, such as one with a vision
     tower, in place of the causal language model.
     """
     check_folder(source.model, "config.json", "a model")

@@ -76,10 +76,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free gathered weights, so that the model's parameters are the sharded ones again.
-
-    After a forward pass without a backward pass, FSDP2 keeps the root module's weights gathered.
-    """
+    """Free the root's weights, which FSDP2 keeps gathered after a forward pass without backward."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
