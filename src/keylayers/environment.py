@@ -18,13 +18,7 @@ from keylayers.errors import ConfigError
 
 PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
 RECORDED_LIBRARIES = (
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "accelerate",
-    "datasets",
-    "tokenizers",
+    *("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers"),
     "safetensors",
 )
 

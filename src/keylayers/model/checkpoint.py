@@ -23,14 +23,8 @@ from keylayers.model.options import ModelOptions
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 CONFIG_FILES = ("config.json", "generation_config.json", "*.py")  # next to the weights
 TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "additional_chat_templates/*",
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("*.model", "chat_template*", "additional_chat_templates/*"),
 )
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 # What a folder without the files, a bad name or the hub raise; JSONDecodeError is a ValueError.

@@ -3,7 +3,8 @@
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,10 +35,12 @@ def preserved(model: nn.Module) -> Iterator[None]:
     methods, active adapters, gradient checkpointing. Raises a GuardError if a weight or a saved
     buffer changed inside the block.
     """
+    attributes = [vars(module) for module in model.modules()]  # hooks, buffers, children: in dicts
+    held = [value for own in attributes for value in own.values() if isinstance(value, dict)]
     with _same_random_state():
         reshard(model)
         before = fingerprint(model.state_dict().items())
-        with _same_attributes(model), _frozen(model):
+        with restored([*attributes, *held]), _frozen(model):
             yield
         # After the restoration: in the block, PEFT may have put modules around others.
         after = fingerprint(model.state_dict().items())
@@ -51,21 +54,13 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _same_attributes(model: nn.Module) -> Iterator[None]:
-    """Restore the attributes of every module after the block.
-
-    Hooks, buffers and children are in dictionaries. A hook's handle refers to the dictionary
-    itself, so we refill dictionaries and do not replace them.
-    """
-    dictionaries = [vars(module) for module in model.modules()]
-    dictionaries += [
-        value for held in dictionaries for value in held.values() if isinstance(value, dict)
-    ]
-    copies = [dict(dictionary) for dictionary in dictionaries]
+def restored(dictionaries: Iterable[dict[str, Any]]) -> Iterator[None]:
+    """Refill the dictionaries after the block; a hook's handle refers to the dictionary itself."""
+    copies = [(dictionary, dict(dictionary)) for dictionary in dictionaries]
     try:
         yield
     finally:
-        for dictionary, copy in zip(dictionaries, copies, strict=True):
+        for dictionary, copy in copies:
             dictionary.clear()
             dictionary.update(copy)
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import Trainer
 
 from keylayers.errors import ConfigError
+from keylayers.model.preserve import restored
 
 REFERENCE_ADAPTER = "ref"  # TRL's name for it
 
@@ -43,13 +44,9 @@ def without_own_copy(trainer: Trainer) -> Iterator[None]:
             "computed with the finished adapter; build the trainer with "
             "`precompute_ref_log_probs=False`, or give it a `ref_model`"
         )
-    configs = dict(model.peft_config)
-    del model.peft_config[REFERENCE_ADAPTER]
-    try:
+    with restored([model.peft_config]):
+        del model.peft_config[REFERENCE_ADAPTER]
         yield
-    finally:
-        model.peft_config.clear()
-        model.peft_config.update(configs)  # restores the order as well
 
 
 def reference_of(trainer: Trainer) -> str | None:

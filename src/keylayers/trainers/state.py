@@ -13,21 +13,18 @@ from collections.abc import Iterator
 
 from transformers import Trainer
 
+from keylayers.model.preserve import restored
+
 
 @contextlib.contextmanager
 def unchanged_trainer(trainer: Trainer) -> Iterator[None]:
     """Restore the trainer's state after the block, in which it may compute losses."""
     # The accelerator is included because it keeps a list of all data loaders it has prepared.
     owners = (trainer, trainer.state, trainer.accelerator, trainer.accelerator.gradient_state)
-    before = [(vars(owner), dict(vars(owner))) for owner in owners]
-    for attributes, values in before:
-        attributes.update({name: _copied(value) for name, value in values.items()})
-    try:
+    with restored(map(vars, owners)):
+        for owner in owners:
+            vars(owner).update({name: _copied(value) for name, value in vars(owner).items()})
         yield
-    finally:
-        for attributes, values in before:
-            attributes.clear()
-            attributes.update(values)
 
 
 def _copied(value: object) -> object:
