@@ -4,7 +4,7 @@
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -20,9 +20,7 @@ from keylayers.errors import DataError
 def training_batches(trainer: Trainer, seed: int) -> Iterator[Any]:
     """Training batches without end, shuffled in each epoch by the trainer's own sampler.
 
-    A trainer that keeps its data in order gets whole batches in another order, because KTO pairs
-    each prompt with the answer of its neighbour in the batch. Replaces `trainer.args`: call this
-    inside `TrainerLoss.quiet`.
+    Replaces `trainer.args`: call this inside `TrainerLoss.quiet`.
     """
     if trainer.train_dataset is None:
         raise DataError(
@@ -34,36 +32,26 @@ def training_batches(trainer: Trainer, seed: int) -> Iterator[Any]:
     accelerator = trainer.accelerator
     accelerator.dataloader_config = replace(accelerator.dataloader_config, data_seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    loader = _loader(trainer, generator)
-    epoch = 0
-    while True:
+    dataset, loader = trainer.train_dataset, None
+    # TRL's KTO trainer pairs each prompt with its neighbour's answer in the batch: it keeps its
+    # data in order, and gets whole batches in another order. Streams have no rows to reorder.
+    strategy = getattr(trainer.args, "train_sampling_strategy", "random")
+    is_in_order = strategy == "sequential" and isinstance(dataset, Dataset)
+    for epoch in count():
+        if loader is None or is_in_order:
+            if is_in_order:
+                size = trainer._train_batch_size
+                trainer.train_dataset = _in_other_blocks(dataset, size, generator)
+            loader = trainer.get_train_dataloader()
+            trainer.train_dataset = dataset
         if hasattr(loader, "set_epoch"):  # accelerate's loaders need it to reshuffle
             loader.set_epoch(epoch)
-        num_batches = 0
-        for batch in islice(loader, None, None, _num_repeats(trainer)):
-            num_batches += 1
-            yield batch
-        if num_batches == 0:
+        batches = islice(loader, None, None, _num_repeats(trainer))
+        first = next(batches, None)
+        if first is None:
             raise DataError("the trainer's data must give at least one batch, but it gives none")
-        epoch += 1
-        loader = _loader(trainer, generator) if _is_in_order(trainer) else loader
-
-
-def _loader(trainer: Trainer, generator: torch.Generator) -> DataLoader[Any]:
-    dataset = trainer.train_dataset
-    if _is_in_order(trainer):
-        size = trainer._train_batch_size
-        trainer.train_dataset = _in_other_blocks(dataset, size, generator)
-    try:
-        return trainer.get_train_dataloader()
-    finally:
-        trainer.train_dataset = dataset
-
-
-def _is_in_order(trainer: Trainer) -> bool:
-    # TRL's KTO trainer sets "sequential"; streams have no rows that could be reordered.
-    strategy = getattr(trainer.args, "train_sampling_strategy", "random")
-    return strategy == "sequential" and isinstance(trainer.train_dataset, Dataset)
+        yield first
+        yield from batches
 
 
 def _in_other_blocks(dataset: Dataset, size: int, generator: torch.Generator) -> Dataset:
@@ -75,20 +63,14 @@ def _in_other_blocks(dataset: Dataset, size: int, generator: torch.Generator) ->
 
 
 def _num_repeats(trainer: Trainer) -> int:
-    """How often in a row the loader gives the same prompts.
-
-    TRL's GRPO and RLOO trainers repeat them because they use completions for several steps.
-    """
+    """How often in a row the loader gives the same prompts: GRPO and RLOO use completions often."""
     if not samples(trainer):
         return 1
     return int(trainer.args.steps_per_generation * getattr(trainer, "num_iterations", 1))
 
 
 def samples(trainer: Trainer) -> bool:
-    """Whether the trainer learns from completions that it samples and rewards (GRPO, RLOO).
-
-    Its loss is not a function of its inputs; only the gradient of the loss is meaningful.
-    """
+    """Whether the trainer learns from completions that it samples and rewards (GRPO, RLOO)."""
     return hasattr(trainer, "reward_funcs")
 
 
@@ -123,10 +105,7 @@ def give_every_batch(trainer: Trainer) -> None:
 
 
 def counts_tokens(inputs: Any) -> bool:
-    """Whether a batch has a label for each token: then the loss is a mean over labelled tokens.
-
-    Otherwise each row has one label, such as a class or a number.
-    """
+    """Whether a batch has a label for each token, over which the loss is a mean, not one a row."""
     labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return False
@@ -134,10 +113,7 @@ def counts_tokens(inputs: Any) -> bool:
 
 
 def num_labels(inputs: Mapping[str, Any]) -> float:
-    """How many labelled next tokens a batch holds; without a label for each token, its rows.
-
-    A batch of pairs (DPO, reward) has one or two rows per pair, the same in every batch.
-    """
+    """How many labelled next tokens a batch holds; without a label for each token, its rows."""
     if counts_tokens(inputs):
         return max(1.0, float((inputs["labels"][..., 1:] != -100).sum()))
     return float(len(next(iter(inputs.values()))))

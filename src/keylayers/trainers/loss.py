@@ -57,10 +57,7 @@ class TrainerLoss:
     def __init__(
         self, trainer: Trainer, model: nn.Module | None = None, *, sees_every_batch: bool = False
     ) -> None:
-        """With `sees_every_batch`, every process computes the loss of all batches by itself.
-
-        Otherwise each process has its own batches, and losses are combined over processes.
-        """
+        """With `sees_every_batch`, each process computes all batches, not its own part of them."""
         if getattr(trainer, "use_vllm", False):
             raise ConfigError(
                 "completions must be sampled from the masked model, but vLLM holds a copy without "
@@ -88,10 +85,9 @@ class TrainerLoss:
         return training_batches(self.trainer, seed)
 
     def parts(self, batch: Any) -> list[Any]:
-        """The batch as the trainer prepares it, as a list of parts.
+        """The batch as the trainer prepares it.
 
-        A trainer that samples generates new completions from the model with its current gates. It
-        cuts them into as many parts as it would take steps on them.
+        One that samples generates new completions, in as many parts as it would take steps on them.
         """
         trainer = self.trainer
         self.model.train()  # TRL's samplers (1.16) fill `_buffered_inputs` in training mode only
