@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 import keylayers
 from commands import complaint, rank, read
 from keylayers.scores.scoring_options import scoring_options
-from keylayers.training import loggers
+from keylayers.trainers import log
 from trainers import build
 
 pytest.importorskip("tensorboard")
@@ -89,9 +89,9 @@ def test_a_mask_inside_a_run_leaves_the_curves_of_training_whole(tmp_path, monke
 def test_the_command_line_logs_both_stages(tiny, tmp_path, monkeypatch):
     """Methods without steps tell the loss of each pass, and the scores once."""
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
-    loggers._folder.cache_clear()
+    log._folder.cache_clear()
     assert rank(tiny, tmp_path / "out", "--report-to", "tensorboard") == 0
-    loggers._folder.cache_clear()
+    log._folder.cache_clear()
     ranking = read(tmp_path / "out")
     training = events(tmp_path / "runs" / "stage-1")["train/loss"]
     stage_1, mask = (ranking["provenance"][part]["losses"] for part in ("stage_1", "mask"))
