@@ -26,83 +26,69 @@ IDS = torch.arange(3, 35).reshape(2, 16)
 CHANGES_BASE = r"gates must start from the base model, but .*`init_lora_weights`"
 VARIANT = r"the variant \w+ of LoRA is not known to be linear"
 
-# Option -> values to try, each with None if gates are exact, or with the refusal's text.
-# A text in place of values says why there is nothing to try.
-TABLE = {
-    "r": [(3, None)],
-    "target_modules": [
-        ("all-linear", None),
-        (r".*\.1\.mlp\.\w+_proj", None),
-        (["embed_tokens", "q_proj"], None),
-        (["lm_head", "q_proj"], None),
-    ],
-    "exclude_modules": [(["model.layers.0.self_attn.q_proj"], None)],
-    "lora_alpha": [(7, None)],
-    "lora_dropout": [(0.5, None)],
-    "fan_in_fan_out": "for Conv1D, of which GPT-2 in test_architectures.py is made",
-    "bias": [("lora_only", "biases of the base that are trained"), ("all", "biases of the base")],
-    "use_rslora": [(True, None)],
-    "modules_to_save": [(["lm_head"], None), (["k_proj"], None), (["embed_tokens"], None)],
-    "layers_to_transform": [([1], None)],
-    "layers_pattern": [({"layers_to_transform": [1], "layers_pattern": "layers"}, None)],
-    "rank_pattern": [({"q_proj": 3}, None)],
-    "alpha_pattern": [({"q_proj": 9}, None)],
-    "trainable_token_indices": [([3, 4], None)],
-    "use_dora": [
-        (True, None),
-        ({"use_dora": True, "target_modules": ["embed_tokens", "q_proj"]}, "DoRA on embeddings"),
-    ],
-    "target_parameters": "for stacked experts, of which test_experts.py has models",
-    "lora_bias": [(True, "`lora_bias=True` adds a bias")],
-    "layer_replication": [([(0, 2), (1, 2)], "`layer_replication`")],
+EMBEDDINGS = ["embed_tokens", "q_proj"]
+# Option -> values with which gates are exact.
+EXACT = {
+    "r": [3],
+    "target_modules": ["all-linear", r".*\.1\.mlp\.\w+_proj", EMBEDDINGS, ["lm_head", "q_proj"]],
+    "exclude_modules": [["model.layers.0.self_attn.q_proj"]],
+    "lora_alpha": [7],
+    "lora_dropout": [0.5],
+    "use_rslora": [True],
+    "modules_to_save": [["lm_head"], ["k_proj"], ["embed_tokens"]],
+    "layers_to_transform": [[1]],
+    "layers_pattern": [{"layers_to_transform": [1], "layers_pattern": "layers"}],
+    "rank_pattern": [{"q_proj": 3}],
+    "alpha_pattern": [{"q_proj": 9}],
+    "trainable_token_indices": [[3, 4]],
+    "use_dora": [True],
     "ensure_weight_tying": [
-        ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, None),
-        ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, None),
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
     ],
-    "init_lora_weights": [
-        (True, None),
-        (False, None),
-        ("gaussian", None),
-        ("eva", None),
-        ("orthogonal", None),
-        ("mica", VARIANT),
-        ("pissa", CHANGES_BASE),
-        ("pissa_niter_2", CHANGES_BASE),
-        ("olora", CHANGES_BASE),
-        ("loftq", CHANGES_BASE),
-        ("corda", CHANGES_BASE),
-        ("lora_ga", CHANGES_BASE),
+    "init_lora_weights": [True, False, "gaussian", "eva", "orthogonal"],
+}
+BDLORA = own_configs.BdLoraConfig(target_modules_bd_a=TARGETS["target_modules"])
+# Option, the refusal's text -> values that are refused.
+REFUSED = {
+    ("bias", "biases of the base that are trained"): ["lora_only", "all"],
+    ("use_dora", "DoRA on embeddings"): [{"use_dora": True, "target_modules": EMBEDDINGS}],
+    ("lora_bias", "`lora_bias=True` adds a bias"): [True],
+    ("layer_replication", "`layer_replication`"): [[(0, 2), (1, 2)]],
+    ("init_lora_weights", VARIANT): ["mica"],
+    ("init_lora_weights", CHANGES_BASE): [
+        "pissa", "pissa_niter_2", "olora", "loftq", "corda", "lora_ga",
     ],
-    "use_bdlora": [
-        (own_configs.BdLoraConfig(target_modules_bd_a=["q_proj", "down_proj"]), VARIANT)
-    ],
-    "monteclora_config": [(own_configs.MontecloraConfig(), VARIANT)],
-    "velora_config": [(own_configs.VeloraConfig(), VARIANT)],
-    "kasa_config": [(own_configs.KasaConfig(), VARIANT)],
-    "alora_invocation_tokens": [([3, 4], VARIANT)],
-    "arrow_config": "routes between several adapters, and one must be active",
-    **dict.fromkeys(["use_qalora", "qalora_group_size"], "only for GPTQ models"),
-    **dict.fromkeys(["eva_config", "corda_config", "loftq_config", "lora_ga_config"], "of a start"),
-    **dict.fromkeys(["megatron_config", "megatron_core"], "needs Megatron"),
-    **dict.fromkeys(["task_type", "auto_mapping"], "names the model's class"),
-    **dict.fromkeys(["peft_version", "base_model_name_or_path", "revision"], "a record"),
-    "peft_type": "other tuners have configs of their own",
-    "runtime_config": "not saved",
-    "inference_mode": "freezes",
+    ("use_bdlora", VARIANT): [BDLORA],
+    ("monteclora_config", VARIANT): [own_configs.MontecloraConfig()],
+    ("velora_config", VARIANT): [own_configs.VeloraConfig()],
+    ("kasa_config", VARIANT): [own_configs.KasaConfig()],
+    ("alora_invocation_tokens", VARIANT): [[3, 4]],
+}  # fmt: skip
+# Why there is nothing to try -> options.
+UNTRIED = {
+    "for Conv1D and stacked experts, see test_gates.py": ["fan_in_fan_out", "target_parameters"],
+    "routes between several adapters, and one must be active": ["arrow_config"],
+    "only for GPTQ models": ["use_qalora", "qalora_group_size"],
+    "of a start": ["eva_config", "corda_config", "loftq_config", "lora_ga_config"],
+    "needs Megatron": ["megatron_config", "megatron_core"],
+    "names the model's class": ["task_type", "auto_mapping"],
+    "other tuners have configs of their own": ["peft_type"],
+    "a record": ["peft_version", "base_model_name_or_path", "revision"],
+    "does not change the update": ["runtime_config", "inference_mode"],
 }
 CASES = [
-    pytest.param(option, value, text, id=f"{option}-{number}")
-    for option, values in TABLE.items()
-    if not isinstance(values, str)
-    for number, (value, text) in enumerate(values)
+    *((option, value, None) for option, values in EXACT.items() for value in values),
+    *((option, value, text) for (option, text), values in REFUSED.items() for value in values),
 ]
 
 
 def test_every_option_and_every_start_of_peft_has_a_row():
-    assert {one.name for one in fields(LoraConfig)} == {*TABLE}
+    tried = {option for option, *_ in CASES}
+    assert {one.name for one in fields(LoraConfig)} == tried.union(*UNTRIED.values())
     kind = get_type_hints(LoraConfig)["init_lora_weights"]
     (starts,) = (part for part in get_args(kind) if get_origin(part) is Literal)
-    tried = {value for value, _ in TABLE["init_lora_weights"]}
+    tried = {value for option, value, _ in CASES if option == "init_lora_weights"}
     assert {start.partition("_[")[0] for start in get_args(starts)} - {"pissa_niter"} <= tried
 
 

@@ -3,6 +3,7 @@
 
 import itertools
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -28,19 +29,7 @@ IDS = ["-".join(case).replace(" ", "-") for case in CASES]
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
 
 
-@pytest.fixture(scope="module")
-def trainer_of():
-    """Each trainer is built and trained once; every test must leave it as it was."""
-    built = {}
-
-    def get(kind, way):
-        if (kind, way) not in built:
-            built[kind, way] = build(kind, way)
-            if kind == "SFT":
-                built[kind, way]._metrics["train"]["entropy"].append(1.0)  # not logged yet
-        return built[kind, way]
-
-    return get
+trainer_of = cache(build)  # every test must leave it as it was
 
 
 def rank(trainer, method="elimination", mask_dataset=None, **values):
@@ -60,8 +49,10 @@ SCORED += [("GRPO", "model", method) for method in ("price", "fisher", "update-n
 
 
 @pytest.mark.parametrize(("kind", "way", "method"), SCORED)
-def test_every_module_gets_a_score_and_all_is_as_before(trainer_of, kind, way, method):
+def test_every_module_gets_a_score_and_all_is_as_before(kind, way, method):
     trainer = trainer_of(kind, way)
+    if kind == "SFT":
+        trainer._metrics["train"]["entropy"].append(1.0)  # of steps that are not logged yet
     with unchanged(trainer, everything):
         ranking = rank(trainer, method)
     scores = [module.score for module in ranking.modules]
@@ -85,7 +76,7 @@ def hold_what_has_no_gradient(trainer, source, batch):
 
 
 @pytest.mark.parametrize(("kind", "way"), CASES, ids=IDS)
-def test_the_gradient_of_the_gates_is_the_slope_of_the_trainers_own_loss(trainer_of, kind, way):
+def test_the_gradient_of_the_gates_is_the_slope_of_the_trainers_own_loss(kind, way):
     trainer = trainer_of(kind, way)
     with masked(trainer, 0.0) as (gates, source):
         batch = next(source.batches(0))
@@ -145,7 +136,7 @@ def log_probabilities(model, batch):
 
 
 @pytest.mark.parametrize(("way", "adapter"), [("config", None), ("model", "ref")])
-def test_the_reference_is_the_base_or_where_the_user_began_at_every_gate(trainer_of, way, adapter):
+def test_the_reference_is_the_base_or_where_the_user_began_at_every_gate(way, adapter):
     trainer = trainer_of("DPO", way)
     closed, half, opened = (reference_log_probabilities(trainer, at) for at in (0.0, 0.5, 1.0))
     assert torch.equal(closed, half)
@@ -160,7 +151,7 @@ def test_the_reference_is_the_base_or_where_the_user_began_at_every_gate(trainer
     assert not torch.allclose(tuned, closed, atol=0.1)
 
 
-def test_grpo_generates_with_the_masked_model_and_again_for_each_mask(trainer_of, monkeypatch):
+def test_grpo_generates_with_the_masked_model_and_again_for_each_mask(monkeypatch):
     trainer = trainer_of("GRPO", "config")
     old = trainer._buffered_inputs
     assert old is not None
@@ -170,12 +161,9 @@ def test_grpo_generates_with_the_masked_model_and_again_for_each_mask(trainer_of
         gates.set_scores(torch.full((len(gates),), value))
         parts = source.parts(batch)
         assert len(parts) == trainer.args.steps_per_generation
-        found = zip(
-            torch.cat([part["prompt_ids"] for part in parts]).tolist(),
-            torch.cat([part["completion_ids"] for part in parts]).tolist(),
-            strict=True,
-        )
-        return sorted(found)  # the parts are shuffled
+        columns = ("prompt_ids", "completion_ids")
+        found = (torch.cat([part[name] for part in parts]).tolist() for name in columns)
+        return sorted(zip(*found, strict=True))  # the parts are shuffled
 
     def greedy(model):
         prompts = TOKENIZER(
@@ -197,7 +185,7 @@ def test_grpo_generates_with_the_masked_model_and_again_for_each_mask(trainer_of
     assert trainer._buffered_inputs is old
 
 
-def test_grpo_sees_each_prompt_once_an_epoch(trainer_of):
+def test_grpo_sees_each_prompt_once_an_epoch():
     trainer = trainer_of("GRPO", "config")
     source = TrainerLoss(trainer)
     per_batch = 2 * trainer.args.steps_per_generation // trainer.num_generations
@@ -208,38 +196,34 @@ def test_grpo_sees_each_prompt_once_an_epoch(trainer_of):
     assert len(prompts) == 8 * trainer.num_generations
 
 
-NEEDS_LOSS = "needs a loss.+GRPO.+elimination, path, price"
+NEED_LOSSES = ("leave-one-out", "shapley", "lora-drop", "eva", "cka")
 REFUSED = [
-    ("GRPO", "leave-one-out", f"leave-one-out {NEEDS_LOSS}"),
-    ("GRPO", "shapley", f"shapley {NEEDS_LOSS}"),
-    ("GRPO", "lora-drop", f"lora-drop {NEEDS_LOSS}"),
-    ("GRPO", "eva", f"eva {NEEDS_LOSS}"),
-    ("GRPO", "cka", f"cka {NEEDS_LOSS}"),
+    *(("GRPO", name, f"{name} needs a loss.+GRPO.+elimination, path, pri") for name in NEED_LOSSES),
     ("GRPO", None, r"held-out loss must be a function of the data.+rewards"),
     ("ORPO", "eva", r"eva needs batches.+ORPO.+chosen_input"),
 ]
 
 
 @pytest.mark.parametrize(("kind", "method", "message"), REFUSED)
-def test_what_a_trainers_loss_or_batches_cannot_give_is_refused(trainer_of, kind, method, message):
+def test_what_a_trainers_loss_or_batches_cannot_give_is_refused(kind, method, message):
     trainer = trainer_of(kind, "model")
     with pytest.raises(ConfigError, match=message):
         held_out_loss(trainer, DATA[kind]()) if method is None else rank(trainer, method)
 
 
-def test_a_copy_of_the_model_that_gates_cannot_reach_is_refused(trainer_of, monkeypatch):
+def test_a_copy_of_the_model_that_gates_cannot_reach_is_refused(monkeypatch):
     trainer = trainer_of("GRPO", "model")
     monkeypatch.setattr(trainer, "use_vllm", True)
     with pytest.raises(ConfigError, match="use_vllm=False"):
         rank(trainer)
 
 
-def test_adalora_is_trained_as_a_reward_model_too(trainer_of):
+def test_adalora_is_trained_as_a_reward_model_too():
     assert len(scores_of(trainer_of("Reward", "model"), "adalora", mask_steps=10)) == NUM_MODULES
 
 
 @pytest.mark.parametrize("kind", ["DPO", "KTO", "Reward"])
-def test_lora_drop_looks_at_the_model_and_not_at_its_reference(trainer_of, kind):
+def test_lora_drop_looks_at_the_model_and_not_at_its_reference(kind):
     """Independently: the inputs of the trained model's layers, without the trainer's loss."""
     trainer = trainer_of(kind, "config")
     scores = {m.name: m.score for m in rank(trainer, "lora-drop", mask_batches=1).modules}
@@ -259,7 +243,7 @@ def test_lora_drop_looks_at_the_model_and_not_at_its_reference(trainer_of, kind)
         assert scores[update.module.name] == pytest.approx(float(expected), rel=1e-3)
 
 
-def test_the_head_of_a_reward_model_stays_as_trained_at_every_gate(trainer_of):
+def test_the_head_of_a_reward_model_stays_as_trained_at_every_gate():
     trainer = trainer_of("Reward", "config")
     head = trainer.model.get_base_model().score
     trained, original = head.modules_to_save["default"].weight, head.original_module.weight
