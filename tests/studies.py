@@ -35,10 +35,12 @@ def plan_of(path, root="study"):
 
 
 def planned(grid=None, settings=(), parts=None, **options):
-    """Kind -> cells of a study without files."""
+    """Kind -> cells of a study without files, each after what it needs."""
     content = {"options": {"model": "m", "data": "d"} | options, "grid": grid or {}}
-    found = {}
+    found, before = {}, set()
     for cell in _plan(content | (parts or {}), "out", settings):
+        assert set(cell.needs) <= before
+        before.add(cell.name)
         found.setdefault(cell.kind, []).append(cell)
     return found
 

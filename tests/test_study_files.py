@@ -14,36 +14,54 @@ from studies import METHODS, plan_of, planned, tiny_study, write
 pytestmark = pytest.mark.filterwarnings(LARGE)
 BASE = {"model": "m", "data": "d"}
 TRAINED = BASE | {"budget": 0.3}
+ONLY_RANK = {"verify": False}
+DATA = {name: ["a.jsonl", "b.jsonl"] for name in ("data", "train_data")}
+STEPS = {"budget": 1.0, "steps": 5}
+# grid, options, other parts of a study -> stages 1, rankings, verifications and trainings
+CELLS = [
+    # for each seed: two trainings of each method's modules, and one of all modules
+    ({"seed": [0, 1], "method": METHODS, "budget": [0.2, 0.3, 1.0]}, {}, {}, (2, 4, 4, 2 * 5)),
+    ({}, {"budget": None}, {}, (1, 1, 1, 0)),
+    ({}, {"adapter": "a"}, {}, (0, 1, 1, 0)),
+    ({}, {"rank_first": True, "freeze": 0.25}, {}, (0, 0, 0, 1)),
+    ({"points": [5, 10]}, {"budget": 0.3}, {}, (1, 1, 2, 1)),
+    ({"budget": [0.3, "auto"]}, {}, ONLY_RANK, (1, 1, 1, 2)),
+    # all modules are trained once for the same modules and steps
+    ({"max_steps": [10, 20]}, {"budget": 1.0}, {}, (2, 2, 2, 2)),
+    ({"max_steps": [10, 20]}, STEPS, {}, (2, 2, 2, 1)),
+    ({"adapter": ["qv", "all"]}, STEPS, {}, (0, 2, 2, 2)),
+    ({"towers": ["language", "all"]}, STEPS | {"train_towers": "all"}, {}, (2, 2, 2, 2)),
+    ({"model": ["m", "n"]}, STEPS | {"train_model": "n"}, {}, (2, 2, 2, 2)),
+    ({**DATA, "budget": [0.3, 1.0]}, {"steps": 5}, ONLY_RANK, (2, 2, 0, 2 * 2 + 2)),
+]
 
 
-def test_shared_work_is_one_cell(tiny, tmp_path):
-    grid = {"seed": [0, 1], "method": METHODS, "budget": [0.2, 0.3, 1.0]}
-    cells = plan_of(tiny_study(tmp_path, tiny, **grid))
-    # per seed: one stage 1, two rankings with their mask curves, two trainings of each budget, and
-    # one training of all modules
-    assert Counter(cell.kind for cell in cells) == {
-        "stage-1": 2,
-        "ranking": 4,
-        "verification": 4,
-        "training": 2 * (2 * 2 + 1),
-    }
-    names = [cell.name for cell in cells]
-    assert len(set(names)) == len(names)
-    for index, cell in enumerate(cells):
-        assert set(cell.needs) <= set(names[:index])
-    assert sum(len(cell.points) for cell in cells if cell.kind == "training") == 2 * 2 * 3
-    assert cells[0].points == ({"seed": "0"},)
+@pytest.mark.parametrize(("grid", "options", "parts", "counts"), CELLS)
+def test_shared_work_is_one_cell(grid, options, parts, counts):
+    cells = planned(grid, parts=parts, **options)
+    kinds = ("stage-1", "ranking", "verification", "training")
+    assert tuple(len(cells.get(kind, ())) for kind in kinds) == counts
 
 
-def test_a_cell_is_named_by_what_it_reads_and_not_by_where_that_is(tiny, tmp_path):
-    first, data = plan_of(tiny_study(tmp_path, tiny, seed=[0])), tmp_path / "copied.jsonl"
-    data.write_bytes((tiny / "data.jsonl").read_bytes())
-    again = plan_of(tiny_study(tmp_path, tiny, {"data": str(data)}, seed=[0]), "elsewhere")
-    assert [cell.name for cell in again] == [cell.name for cell in first]
-    data.with_name("other.jsonl").write_bytes(data.read_bytes() + b"\n")
-    other = {"data": str(tmp_path / "other.jsonl")}
-    changed = plan_of(tiny_study(tmp_path, tiny, other, seed=[0]))
-    assert not {cell.name for cell in changed} & {cell.name for cell in first}
+def names(found):
+    return {kind: [cell.name for cell in cells] for kind, cells in found.items()}
+
+
+def folder(cell):
+    return f"out/cells/{cell.name}"
+
+
+def flag(cell, name):
+    return cell.words[cell.words.index(name) + 1] if name in cell.words else None
+
+
+def test_a_cell_is_named_by_what_it_reads_and_not_by_where_that_is(tmp_path):
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "other.jsonl")]
+    for path, content in zip(files, ("1", "1", "2"), strict=True):
+        path.write_text(content)
+    first, moved, other = (names(planned(data=str(path), budget=0.3)) for path in files)
+    assert moved == first
+    assert all(other[kind] != first[kind] for kind in first)
 
 
 def test_defaults_nulls_and_options_without_effect_make_the_same_cells():
@@ -51,26 +69,17 @@ def test_defaults_nulls_and_options_without_effect_make_the_same_cells():
     usual |= {"save_steps": 7, "rank_first": False, "path_points": None}
     assert names(planned(budget=0.3)) == names(planned(budget=0.3, **usual))
     assert names(planned(budget=0.3)) != names(planned(budget=0.3, steps=300))  # not stage 1's
-    assert "training" not in planned(budget=None)
-
-
-def names(found):
-    return {kind: [cell.name for cell in cells] for kind, cells in found.items()}
 
 
 def test_other_software_makes_other_cells(monkeypatch):
     from keylayers.environment import environment
 
-    made_by, before = environment(), planned(budget=0.3)
+    made_by, before = environment(), names(planned(budget=0.3))
     for part in ("commit", "libraries"):
         other = made_by | {part: "another"}
         monkeypatch.setattr("keylayers.commands.study_cells.environment", lambda other=other: other)
-        after = planned(budget=0.3)
-        assert all(after[kind][0].name != cells[0].name for kind, cells in before.items())
-
-
-def folder(cell):
-    return f"out/cells/{cell.name}"
+        after = names(planned(budget=0.3))
+        assert all(after[kind] != before[kind] for kind in before)
 
 
 def test_a_training_of_all_modules_needs_the_ranking_that_comes_with_stage_1():
@@ -83,21 +92,6 @@ def test_a_training_of_all_modules_needs_the_ranking_that_comes_with_stage_1():
     assert planned(budget=1)["training"][0].needs == (planned()["ranking"][0].name,)  # one module
 
 
-# Grid and options -> trainings of all modules that they take
-ALL_MODULES = [
-    ({"max_steps": [10, 20]}, {}, 2),
-    ({"max_steps": [10, 20]}, {"steps": 5}, 1),
-    ({"adapter": ["qv", "all"]}, {"steps": 5}, 2),
-    ({"towers": ["language", "all"]}, {"steps": 5, "train_towers": "all"}, 2),
-    ({"model": ["m", "n"]}, {"steps": 5, "train_model": "n"}, 2),
-]
-
-
-@pytest.mark.parametrize(("grid", "options", "count"), ALL_MODULES)
-def test_all_modules_are_trained_once_for_the_same_modules_and_steps(grid, options, count):
-    assert len(planned(grid, budget=1.0, **options)["training"]) == count
-
-
 def test_only_auto_needs_a_mask_curve():
     budgets = {"budget": [0.3, "auto"]}
     first, other = planned(budgets), planned(budgets, points=20)
@@ -107,51 +101,39 @@ def test_only_auto_needs_a_mask_curve():
     by_need = {cell.needs: cell for cell in first["training"]}
     assert set(by_need) == {(ranking.name,), (curve.name,)}
     assert folder(curve) in by_need[curve.name,].words
-    alone = planned({"budget": ["auto"]}, parts={"verify": False})
-    assert alone["verification"] == [curve]
     assert by_need[ranking.name,] == other["training"][0]
-    cells = planned({"points": [5, 10]}, budget=0.3)
-    assert cells["training"][0].points == ({},)
-    labels = [cell.points for cell in cells["verification"]]
-    assert labels == [({"points": "5"},), ({"points": "10"},)]
 
 
-def test_an_update_that_exists_needs_no_stage_1_and_rank_first_no_ranking():
-    assert set(planned(adapter="a")) == {"ranking", "verification"}
+def test_a_cell_has_the_labels_that_matter_to_it():
+    cells = planned({"seed": [0], "points": [5, 10]}, budget=0.3)
+    (seed,) = cells["training"][0].points
+    assert cells["stage-1"][0].points == cells["ranking"][0].points == (seed,) == ({"seed": "0"},)
+    curves = [cell.points for cell in cells["verification"]]
+    assert curves == [({**seed, "points": "5"},), ({**seed, "points": "10"},)]
     (cell,) = planned({"budget": [{"rank_first": True, "freeze": 0.25}]})["training"]
     assert cell.points == ({"budget": "rank_first True, freeze 0.25"},)
     assert "--rank-first" in cell.words
 
 
 def test_a_training_may_have_another_model_and_other_data():
-    data = ["a.jsonl", "b.jsonl"]
-    grid = {"data": data, "train_data": data, "budget": [0.3, 1.0]}
-    cells = planned(grid, parts={"verify": False}, steps=5)
-    # all modules are all modules whatever ranked them: one training for each data set
-    assert [len(cells[kind]) for kind in ("stage-1", "ranking", "training")] == [2, 2, 2 * 2 + 2]
+    cells = planned({**DATA, "budget": [0.3, 1.0]}, parts=ONLY_RANK, steps=5)
     for cell in cells["training"]:
         assert flag(cell, "--data") == cell.points[0]["train_data"]
     for cell in cells["ranking"]:
         assert cell.points == ({"data": flag(cell, "--data")},)
-    own = planned({"data": data, "budget": [0.3, 1.0]}, parts={"verify": False}, steps=5)
+    own = planned({"data": DATA["data"], "budget": [0.3, 1.0]}, parts=ONLY_RANK, steps=5)
     assert {*names(own)["training"]} < {*names(cells)["training"]}
     for options, revision in (({}, None), ({"train_revision": "abc"}, "abc")):
         (cell,) = planned(budget=0.3, revision="abc", train_model="n", **options)["training"]
         assert (flag(cell, "--model"), flag(cell, "--revision")) == ("n", revision)
 
 
-def flag(cell, name):
-    return cell.words[cell.words.index(name) + 1] if name in cell.words else None
-
-
 def test_an_evaluation_is_of_what_was_trained():
-    parts = {"evaluate": {"tasks": "mmlu"}}
-    cells = planned(parts=parts, towers="all", budget=0.3)
-    (evaluation,) = cells["evaluation"]
-    assert flag(evaluation, "--adapter") == folder(cells["training"][0]) + "/tuned"
-    assert "--towers" not in evaluation.words
-    cells = planned(parts=parts, update="full", budget=0.3)
-    assert flag(cells["evaluation"][0], "--checkpoint") == folder(cells["training"][0]) + "/tuned"
+    for options, name in (({"towers": "all"}, "--adapter"), ({"update": "full"}, "--checkpoint")):
+        cells = planned(parts={"evaluate": {"tasks": "mmlu"}}, budget=0.3, **options)
+        (evaluation,) = cells["evaluation"]
+        assert flag(evaluation, name) == folder(cells["training"][0]) + "/tuned"
+        assert "--towers" not in evaluation.words
     assert flag(cells["verification"][0], "--tuned") == folder(cells["stage-1"][0]) + "/tuned"
 
 
@@ -181,8 +163,6 @@ def test_a_dry_run_lists_cells_and_commands_and_writes_nothing(tiny, tmp_path, c
 # Parts of a study file, with a model and data where nothing is said -> what is said
 REFUSED = [
     ({"grids": {}}, "must hold options, grid, .*`grids` is {}: Extra inputs are not permitted"),
-    ({"options": []}, r"`options` is \[\]: Input should be a valid dictionary"),
-    ({"verify": 1}, "`verify` is 1: Input should be a valid boolean"),
     ({"compare": [30]}, "`compare.0` is 30: Input should be less than 1"),
     ({"grid": {"seed": 1}}, "`grid.seed` is 1: Input should be a valid list"),
     ({"grid": {"seed": [1, 1]}}, "must differ, but 'seed' has '1' twice"),
