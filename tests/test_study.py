@@ -32,6 +32,11 @@ HOSTILE = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def done(tiny, tmp_path_factory):
     """A finished study in the folder `whole`, and its file."""
@@ -44,10 +49,11 @@ def done(tiny, tmp_path_factory):
     return place, path
 
 
-def test_results_are_one_tidy_table(done):
+def test_results_are_one_tidy_table_and_a_page_and_hold_no_key(done):
     place, path = done
-    table = pd.read_parquet(place / "whole" / "results.parquet")
-    read = pd.read_csv(place / "whole" / "results.csv", dtype={"seed": str, "budget": str})
+    whole = place / "whole"
+    table = pd.read_parquet(whole / "results.parquet")
+    read = pd.read_csv(whole / "results.csv", dtype={"seed": str, "budget": str})
     pd.testing.assert_frame_equal(table.drop(columns="error"), read.drop(columns="error"))
     axes = ["seed", "method", "budget"]
     assert [*table] == ["cell", "kind", "status", "error", *axes, "measure", "value", "unit"]
@@ -64,26 +70,20 @@ def test_results_are_one_tidy_table(done):
     # one training of all modules serves both methods
     assert losses[losses["budget"] == "1.0"].groupby("seed")["cell"].nunique().eq(1).all()
     for cell in plan_of(path, "whole"):
-        record = json.loads((place / "whole" / "cells" / cell.name / "cell.json").read_text())
+        record = json.loads((whole / "cells" / cell.name / "cell.json").read_text())
         assert record["command"] == list(cell.words)
-
-
-def test_the_page_shows_means_and_nothing_that_is_written_holds_a_key(done):
-    page = (done[0] / "whole" / "report.html").read_text()
-    table = pd.read_parquet(done[0] / "whole" / "results.parquet")
+    page = (whole / "report.html").read_text()
     own = (table["measure"] == "area") & (table["method"] == "gradient-norm")
     assert f"{table[own]['value'].mean():.4f}" in page
-    assert "<script" not in page
-    assert page.count("data:image/png;base64,") == 2
     assert "path, path_points 2, mask_batches 2" in page
-    files = everything_below(done[0] / "whole")
+    assert page.count("data:image/png;base64,") == 2
+    files = everything_below(whole)
     assert {"cell.json", "log.txt", "study.json", "report.html"} <= {path.name for path in files}
     assert not [path for path, content in files.items() if SECRET.encode() in content]
 
 
 def test_a_finished_study_runs_only_new_entries(done, tiny, tmp_path, monkeypatch):
-    place, _ = done
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(done[0])
     before = listing(Path("whole/cells"))
     wider = tiny_study(tmp_path, tiny, seed=[0, 1], method=METHODS, budget=[0.2, 0.5, 1.0])
     assert run_here(monkeypatch, wider, "--output", "whole") == 0
@@ -97,22 +97,22 @@ def test_a_failed_cell_is_recorded_and_tried_again(tiny, tmp_path, monkeypatch, 
     from keylayers.files import one_at_a_time
 
     data = [str(tiny / "data.jsonl"), str(tmp_path / "absent.jsonl")]
-    path = tiny_study(tmp_path, tiny, data=data, budget=[0.3])
-    assert run_here(monkeypatch, path, "--output", tmp_path / "out") == 1
+    words = (tiny_study(tmp_path, tiny, data=data, budget=[0.3]), "--output", "out")
+    assert run_here(monkeypatch, *words) == 1
     told = capsys.readouterr()
     assert "4 of 8 cells finished" in told.out
     assert "every cell must finish" in told.err
-    table = pd.read_csv(tmp_path / "out" / "results.csv")
-    lost = table[table["data"] == "absent.jsonl"]
+    table = pd.read_csv("out/results.csv").set_index("data")
+    lost = table.loc["absent.jsonl"]
     assert sorted(lost["status"]) == ["failed", "skipped", "skipped", "skipped"]
     assert lost[lost["status"] == "failed"]["error"].str.contains("absent.jsonl").all()
-    assert set(table[table["data"] == "data.jsonl"]["status"]) == {"finished"}
-    assert "absent.jsonl" in (tmp_path / "out" / "report.html").read_text()
-    (tmp_path / "absent.jsonl").write_bytes((tiny / "data.jsonl").read_bytes())
+    assert set(table.loc["data.jsonl", "status"]) == {"finished"}
+    assert "absent.jsonl" in Path("out/report.html").read_text()
+    Path("absent.jsonl").write_bytes((tiny / "data.jsonl").read_bytes())
     with one_at_a_time(tmp_path / "out"):
-        assert run_here(monkeypatch, path, "--output", tmp_path / "out") == 2
+        assert run_here(monkeypatch, *words) == 2
     assert "one run at a time must write to" in capsys.readouterr().err
-    assert run_here(monkeypatch, path, "--output", tmp_path / "out") == 0
+    assert run_here(monkeypatch, *words) == 0
 
 
 def test_whatever_a_command_raises_is_an_error_of_its_cell(tmp_path, monkeypatch):
@@ -132,27 +132,22 @@ def test_whatever_a_command_raises_is_an_error_of_its_cell(tmp_path, monkeypatch
 
 
 def test_several_files_share_cells_compare_and_evaluate(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
     options = {"model": str(tiny / "model"), "data": str(tiny / "data.jsonl"), "save_steps": 0}
     options |= {"lora_rank": 4, "max_steps": 3, "steps": 3, "method": "update-norm", "epsilon": 0.0}
-    grid = {"seed": [0, 1], "budget": [0.3]}
-    parts = {"options": options, "verify": False}
-    first = write(tmp_path, "first", **parts, grid=grid, compare=[0.3, 0.75])
+    seeds, parts = {"seed": [0, 1]}, {"options": options, "verify": False}
+    first = write(tmp_path, "first", **parts, grid=seeds | {"budget": [0.3]}, compare=[0.3, 0.75])
     forgetting = {"forgetting_data": str(tiny / "data.jsonl"), "forgetting_examples": 8}
-    grid = grid | {"budget": [0.3, 1.0]}
+    grid = seeds | {"budget": [0.3, 1.0]}
     second = write(tmp_path, "second", **parts, grid=grid, evaluate=forgetting)
     assert run_here(monkeypatch, first, second, "--output", "out") == 0
     out = capsys.readouterr().out
     assert "Agreement of rankings" in out
     assert "forgetting: loss" in out
     pairs = pd.read_csv("out/first/agreement.csv")
-    assert pairs["best"].tolist() == [0.3, 0.75]
-    assert set(pairs["differs"]) == {"seed"}
-    table = pd.read_csv("out/second/results.csv")
-    losses = table[table["measure"] == "forgetting: loss"]
-    assert len(losses) == 4
-    assert set(losses["kind"]) == {"evaluation"}
-    assert table[table["measure"] == "forgetting: loss, base model"]["value"].nunique() == 1
+    assert pairs[["differs", "best"]].values.tolist() == [["seed", 0.3], ["seed", 0.75]]
+    table = pd.read_csv("out/second/results.csv").set_index("measure")
+    assert table.loc["forgetting: loss", "kind"].tolist() == ["evaluation"] * 4
+    assert table.loc["forgetting: loss, base model", "value"].nunique() == 1
     assert set(pd.read_csv("out/first/results.csv")["cell"]) < set(table["cell"])
     assert len(list(Path("out/cells").iterdir())) == table["cell"].nunique()
 
@@ -162,39 +157,34 @@ def test_rankings_that_differ_in_one_axis_are_compared(tmp_path):
     from keylayers.commands.study_results import agreement_means, agreement_table
     from keylayers.ranking.compare import chance_jaccard
 
-    orders = {("x", "0"): [4, 3, 2, 1], ("x", "1"): [4, 3, 1, 2], ("y", "0"): [1, 2, 3, 4]}
-    orders[("flat", "1")] = [1, 1, 1, 1]
+    orders = {"x0": [4, 3, 2, 1], "x1": [4, 3, 1, 2], "y0": [1, 2, 3, 4], "f1": [1, 1, 1, 1]}
     cells = []
     for (data, seed), scores in orders.items():
-        folder = tmp_path / f"ranking-{data}{seed}"
-        folder.mkdir()
-        cells.append(Cell("ranking", folder, {}, (), points=({"data": data, "seed": seed},)))
-        ranking_of([float(score) for score in scores]).save(folder / "ranking.json")
-    table = agreement_table(cells, ["data", "seed"], [0.5])
-    with_flat = table["second"] == "flat"
-    assert with_flat.sum() == 1  # with x1
-    assert table.loc[with_flat, ["jaccard", "chance_jaccard", "tau"]].isna().all(axis=None)
-    rows = table[~with_flat].set_index("differs")
-    assert sorted(rows.index) == ["data", "seed"]  # x0 with y0, and x0 with x1
-    assert rows.loc["seed", ["first", "second", "data", "jaccard"]].tolist() == ["0", "1", "x", 1.0]
-    assert rows.loc["data", ["jaccard", "tau"]].tolist() == [0.0, -1.0]
-    assert rows.loc["data", "chance_jaccard"] == chance_jaccard(4, 2, 2)
-    means = agreement_means(table[~with_flat], ["data", "seed"]).set_index("differs")
+        point = {"data": data, "seed": seed}
+        cells.append(Cell("ranking", tmp_path / f"ranking-{data}{seed}", {}, (), points=(point,)))
+        cells[-1].folder.mkdir()
+        ranking_of([float(score) for score in scores]).save(cells[-1].result)
+    axes, chance = ["data", "seed"], chance_jaccard(4, 2, 2)
+    names = ["differs", "first", "second", *axes, "jaccard", "chance_jaccard", "tau"]
+    table = agreement_table(cells, axes, [0.5])[names].astype(object)
+    assert table.where(table.notna(), None).values.tolist() == [
+        ["seed", "0", "1", "x", None, 1.0, chance, pytest.approx(2 / 3)],
+        ["data", "x", "y", None, "0", 0.0, chance, -1.0],
+        ["data", "x", "f", None, "1", None, None, None],  # all its scores are equal
+    ]
+    means = agreement_means(agreement_table(cells[:3], axes, [0.5]), axes).set_index("differs")
     assert means.loc["seed", ["first", "second"]].tolist() == ["any", "any"]
 
 
-def test_hostile_names_stay_names(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_hostile_names_stay_names(tmp_path, monkeypatch, capsys):
     entries = [{"name": label, "seed": n} for n, label in enumerate(HOSTILE)]
-    options = {"model": "m", "data": "nowhere"}
-    path = write(tmp_path, options=options, grid={HOSTILE[0]: entries})
+    path = write(tmp_path, options={"model": "m", "data": "no"}, grid={HOSTILE[0]: entries})
     assert keylayers("study", path, "--dry-run") == 0
     assert run_here(monkeypatch, path, "--output", "out") == 1
     page = Path("out/report.html").read_text()
-    told = "".join(capsys.readouterr())
     assert "<script" not in page
     assert "<img src=x" not in page
-    assert "\x1b" not in told
+    assert "\x1b" not in "".join(capsys.readouterr())
     labels = {re.sub("[\x1b\x07]", "\ufffd", label) for label in HOSTILE}
     assert set(pd.read_csv("out/results.csv")[HOSTILE[0]]) == labels
     for cell in Path("out/cells").iterdir():
