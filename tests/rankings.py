@@ -53,3 +53,24 @@ def run_of(
         **(sections or {}),
     }
     return ranking_of(list(scores), provenance=made_by, **{"method": "ila"} | more)
+
+
+def verification_of(ranking, **options):
+    """What `keylayers verify` might have found of a ranking of six modules."""
+    from keylayers.files import json_sha256
+    from keylayers.ranking.curve import MaskCurve
+    from keylayers.ranking.verification import Verification
+
+    def curve(*losses):
+        rows = tuple((loss, loss + 0.1) for loss in losses)
+        return MaskCurve(
+            counts=(0, 1, 2, 3, 4, 5, 6), losses=losses, batch_losses=rows, batch_weights=(1.0, 1.0)
+        )
+
+    return Verification(
+        ranking_sha256=json_sha256(ranking.to_json()),
+        best_first=curve(3.0, 1.5, 1.2, 1.1, 1.05, 1.02, 1.0),
+        worst_first=curve(3.0, 2.9, 2.8, 2.5, 2.0, 1.5, 1.0),
+        random=(curve(3.0, 2.5, 2.0, 1.8, 1.5, 1.2, 1.0),),
+        **options,
+    )

@@ -17,7 +17,7 @@ from keylayers.data.options import DataOptions
 from keylayers.data.reading import read_conversations
 from keylayers.errors import DataError, ModelError
 
-from rankings import ranking_of
+from rankings import ranking_of, verification_of
 
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings(LARGE)]
 MADE_BY = {
@@ -38,27 +38,6 @@ def by_hand():
     return ranking_of(scores, num_parameters=sizes, errors=errors, provenance=MADE_BY)
 
 
-def verification_of(ranking):
-    from keylayers.files import json_sha256
-    from keylayers.ranking.curve import MaskCurve
-    from keylayers.ranking.verification import Verification
-
-    def curve(*losses):
-        rows = tuple((loss, loss + 0.1) for loss in losses)
-        counts = tuple(range(len(losses)))
-        return MaskCurve(counts=counts, losses=losses, batch_losses=rows, batch_weights=(1.0, 1.0))
-
-    best = curve(3.0, 1.5, 1.2, 1.1, 1.05, 1.02, 1.0)
-    return Verification(
-        ranking_sha256=json_sha256(ranking.to_json()),
-        best_first=best,
-        worst_first=curve(3.0, 2.9, 2.8, 2.5, 2.0, 1.5, 1.0),
-        random=(curve(3.0, 2.5, 2.0, 1.8, 1.5, 1.2, 1.0),),
-        leave_one_out=best,
-        provenance=MADE_BY,
-    )
-
-
 def check_ranking(path):
     """What was accepted is a ranking: finite scores, in order, the same after a round trip."""
     from keylayers.ranking.ranking import Ranking
@@ -77,7 +56,9 @@ def folder(tmp_path, monkeypatch):
     """The working directory, with a sound ranking and its verification."""
     monkeypatch.chdir(tmp_path)
     by_hand().save(tmp_path / "good.json")
-    verification_of(by_hand()).save(tmp_path / "good.verification.json")
+    found = verification_of(by_hand(), provenance=MADE_BY)
+    found = found.model_copy(update={"leave_one_out": found.best_first})
+    found.save(tmp_path / "good.verification.json")
     return tmp_path
 
 
