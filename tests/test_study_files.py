@@ -179,7 +179,6 @@ REFUSED = [
     ({"options": {**BASE, "load_in_4bit": "yes"}}, "Unused Tokens: .'yes'"),
     ({"options": {**BASE, "revision": {"a": 1}}}, "`revision` of a study must be a text"),
     ({"options": {**BASE, "output": "x"}}, "takes `output`"),
-    ({"options": {**BASE, "push_to_hub": "x"}}, "takes `push_to_hub`"),
     ({"options": {**BASE, "budget": "much"}}, "`budget` must be .* got 'much'"),
     ({"options": {**TRAINED, "freeze": 0.2}}, "exactly one of `budget`"),
     ({"options": {**TRAINED, "train_max_length": "abc"}}, "--max-length: unable to"),

@@ -8,7 +8,6 @@ from keylayers.commands import sub_command
 from keylayers.commands.config import FromRanking
 from keylayers.commands.console import ConsoleProgress, print_result
 from keylayers.commands.options import FLAT, PruneOptions
-from keylayers.commands.push import PushOptions
 
 app = sub_command(
     """\
@@ -26,7 +25,6 @@ def prune(
     *,
     options: Annotated[PruneOptions, FLAT],
     output: Path = Path("pruned"),
-    hub: Annotated[PushOptions, FLAT] = PushOptions(),
     config: Path | None = None,
 ) -> None:
     """Cut an adapter, or a tuned checkpoint, to the modules that a ranking and a budget select.
@@ -42,7 +40,5 @@ def prune(
     from keylayers.commands.run_prune import run_prune
     from keylayers.report.prune import pruning_report
 
-    hub.prepare()
     found = run_prune(options, output, ConsoleProgress())
     print_result(pruning_report(found), f"{found.kind} written to {output}")
-    hub.push(output)

@@ -8,7 +8,6 @@ from keylayers.commands import sub_command
 from keylayers.commands.config import FromRanking
 from keylayers.commands.console import ConsoleProgress, print_result
 from keylayers.commands.options import FLAT, TrainOptions
-from keylayers.commands.push import PushOptions
 from keylayers.training.options import LOSS_UNITS
 
 app = sub_command(
@@ -29,7 +28,6 @@ def train(
     *,
     options: Annotated[TrainOptions, FLAT],
     output: Path = Path("tuned"),
-    hub: Annotated[PushOptions, FLAT] = PushOptions(),
     config: Path | None = None,
 ) -> None:
     """Train only the modules that a ranking and a budget select.
@@ -46,10 +44,8 @@ def train(
     from keylayers.commands.run_train import run_train
     from keylayers.report.terminal import loss_table
 
-    hub.prepare()
     run = run_rank_first if options.selection.rank_first else run_train
     rows = run(options, output, ConsoleProgress())
     kind = "checkpoint" if options.training.is_full else "adapter"
     unit = LOSS_UNITS[options.training.objective]
     print_result(loss_table(rows, unit), f"{kind} written to {output}")
-    hub.push(output)
