@@ -3,12 +3,12 @@
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from keylayers.apply.prune import WEIGHTS, num_parameters, prune_adapter, prune_checkpoint
 from keylayers.commands.options import PruneOptions, flat_values
@@ -51,31 +51,32 @@ def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned
     if len(selection.modules) == selection.num_candidates:
         progress.note("the budget keeps every module, so nothing is pruned")
     note_ties(selection, progress)
+    objective = options.objective.objective
     with output_folder(output), unfinished(output):
-        objective = options.objective.objective
         session = Session(options.model, options.data, objective, progress, ranking=ranking)
         tuned = session.open_update(options.update, ranking)
-        full_loss, masked_loss = _full_and_masked_loss(session, options, tuned, selection)
+        pruned = [m.name for m in ranking.modules if m.name not in selection.names]
+        cut = _Cut(options, session, selection, pruned)
+        full, masked = cut.full_and_masked_loss(tuned)
         record = session.record | {"options": flat_values(options)}
         record |= {"loss_unit": LOSS_UNITS[objective], **tuned.record}
-        pruned = [m.name for m in ranking.modules if m.name not in selection.names]
         kept = tuner_layers(tuned.model).keys() - set(pruned)
         with replaced_folder(output) as folder:
-            sizes = _write(session, options, tuned.model, selection, pruned, folder)
+            sizes = cut.write(tuned.model, folder)
             del tuned  # frees the memory of its model
             with progress.stage("held-out loss of the base and the pruned model", 2) as on_step:
                 if options.update.adapter is None:
-                    base_loss, loss = _checkpoint_losses(session, options, folder)
+                    base, loss = cut.checkpoint_losses(folder)
                 else:
-                    base_loss, loss = _adapter_losses(session, options, kept, masked_loss, folder)
+                    base, loss = cut.adapter_losses(folder, kept, masked)
                 on_step(2, loss)
             found = Pruned(
                 kind="checkpoint" if options.update.adapter is None else "adapter",
                 modules=selection.names,
                 full=sizes[0],
                 pruned=sizes[1],
-                base_loss_nats=base_loss,
-                full_loss_nats=full_loss,
+                base_loss_nats=base,
+                full_loss_nats=full,
                 pruned_loss_nats=loss,
                 num_held_out=len(session.data.held_out),
                 loss_unit=LOSS_UNITS[objective],
@@ -90,87 +91,88 @@ def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned
     return found
 
 
-def _full_and_masked_loss(
-    session: Session, options: PruneOptions, tuned: TunedModel, selection: Selection
-) -> tuple[float, float]:
-    """Held-out losses with the whole update, and with the gates of the pruned modules closed."""
-    trainer = session.loss_trainer(tuned.model, options.objective, EVAL_BATCH_SIZE)
-    subsets = [[update.module.name for update in tuned.updates], selection.names]
-    held_out = trainer.eval_dataset["held_out"]
-    with session.progress.stage("held-out loss of the full and the masked update", 2) as on_step:
-        full, masked = subset_losses(trainer, tuned.updates, subsets, held_out, on_step)
-    return full.mean, masked.mean
+@dataclass(frozen=True)
+class _Cut:
+    """What is written, and the losses that prove it."""
 
+    options: PruneOptions
+    session: Session
+    selection: Selection
+    pruned: Sequence[str]  # the modules that go
 
-def _write(
-    session: Session,
-    options: PruneOptions,
-    model: PreTrainedModel | PeftModel,
-    selection: Selection,
-    pruned: Sequence[str],
-    folder: Path,
-) -> list[Size]:
-    """Write the update without the modules `pruned` to `folder`; its sizes before and after."""
-    if isinstance(model, PeftModel):
-        source = prune_adapter(str(options.update.adapter), folder, model, pruned)
-        weights = (source / WEIGHTS, folder / WEIGHTS)
-        parameters = [num_parameters(file) for file in weights]
-        num_bytes = [file.stat().st_size for file in weights]
-    else:
-        tuned, restored = prune_checkpoint(str(options.update.tuned), options.model, folder, pruned)
-        session.progress.note(f"wrote {len(tuned)} tensors, {len(restored)} of them from the base")
-        parameters = [selection.num_candidate_parameters, selection.num_parameters]
-        num_bytes = [sum(path.stat().st_size for path in set(tuned.files.values()))] * 2
-    counts = (selection.num_candidates, len(selection.modules))
-    return [
-        Size(num_modules=count, num_parameters=numbers, num_bytes=size)
-        for count, numbers, size in zip(counts, parameters, num_bytes, strict=True)
-    ]
+    def trainer(self, model: PreTrainedModel | PeftModel) -> Trainer:
+        """A trainer that measures the loss of `model`."""
+        return self.session.loss_trainer(model, self.options.objective, EVAL_BATCH_SIZE)
 
+    def full_and_masked_loss(self, tuned: TunedModel) -> tuple[float, float]:
+        """Held-out losses of the whole update, and with the gates of the pruned modules closed."""
+        trainer = self.trainer(tuned.model)
+        subsets = [[update.module.name for update in tuned.updates], self.selection.names]
+        held_out = trainer.eval_dataset["held_out"]
+        title = "held-out loss of the full and the masked update"
+        with self.session.progress.stage(title, 2) as on_step:
+            full, masked = subset_losses(trainer, tuned.updates, subsets, held_out, on_step)
+        return full.mean, masked.mean
 
-def _adapter_losses(
-    session: Session,
-    options: PruneOptions,
-    kept: Collection[str],
-    masked_loss: float,
-    folder: Path,
-) -> tuple[float, float]:
-    """Losses of the base and of the adapter in `folder`, as plain PEFT loads it.
+    def write(self, model: PreTrainedModel | PeftModel, folder: Path) -> list[Size]:
+        """Write the update without the pruned modules to `folder`; its sizes before and after."""
+        selection, update = self.selection, self.options.update
+        if isinstance(model, PeftModel):
+            source = prune_adapter(str(update.adapter), folder, model, self.pruned)
+            weights = (source / WEIGHTS, folder / WEIGHTS)
+            parameters = [num_parameters(file) for file in weights]
+            num_bytes = [file.stat().st_size for file in weights]
+        else:
+            tuned, restored = prune_checkpoint(
+                str(update.tuned), self.options.model, folder, self.pruned
+            )
+            self.session.progress.note(
+                f"wrote {len(tuned)} tensors, {len(restored)} of them from the base"
+            )
+            parameters = [selection.num_candidate_parameters, selection.num_parameters]
+            num_bytes = [sum(path.stat().st_size for path in set(tuned.files.values()))] * 2
+        counts = (selection.num_candidates, len(selection.modules))
+        return [
+            Size(num_modules=count, num_parameters=numbers, num_bytes=size)
+            for count, numbers, size in zip(counts, parameters, num_bytes, strict=True)
+        ]
 
-    Proves that PEFT puts it on exactly the modules `kept`, and that it computes what the full one
-    does with the other gates closed.
-    """
-    model = load_adapter(session.load(), str(folder))
-    odd = sorted(tuner_layers(model).keys() ^ set(kept))
-    if odd:
-        raise GuardError(
-            f"PEFT must put the pruned adapter on exactly the kept modules, but {len(odd)} "
-            f"differ, first {odd[0]}"
+    def adapter_losses(
+        self, folder: Path, kept: Collection[str], masked_loss: float
+    ) -> tuple[float, float]:
+        """Losses of the base and of the adapter in `folder`, as plain PEFT loads it.
+
+        Proves that PEFT puts it on exactly the modules `kept`, and that it computes what the full
+        one does with the other gates closed.
+        """
+        model = load_adapter(self.session.load(), str(folder))
+        odd = sorted(tuner_layers(model).keys() ^ set(kept))
+        if odd:
+            raise GuardError(
+                f"PEFT must put the pruned adapter on exactly the kept modules, but {len(odd)} "
+                f"differ, first {odd[0]}"
+            )
+        trainer = self.trainer(model)
+        with model.disable_adapter():
+            base_loss = loss_of(trainer)
+        loss = loss_of(trainer)
+        tolerance = 1e-5 if model.dtype in (torch.float32, torch.float64) else 1e-3
+        if not math.isclose(loss, masked_loss, rel_tol=tolerance, abs_tol=tolerance):
+            raise GuardError(
+                f"the pruned adapter must compute what the full one does with the updates of the "
+                f"pruned modules off, but its held-out loss is {loss} instead of {masked_loss}"
+            )
+        return base_loss, loss
+
+    def checkpoint_losses(self, folder: Path) -> tuple[float, float]:
+        """Losses of the base and of the checkpoint in `folder`, one after the other in memory."""
+        base = self.session.source
+        pruned = replace(base, model=str(folder), revision=None)
+        base_loss, loss = (
+            loss_of(self.trainer(load_model(source, self.session.objective)))
+            for source in (base, pruned)
         )
-    trainer = session.loss_trainer(model, options.objective, EVAL_BATCH_SIZE)
-    with model.disable_adapter():
-        base_loss = loss_of(trainer)
-    loss = loss_of(trainer)
-    tolerance = 1e-5 if model.dtype in (torch.float32, torch.float64) else 1e-3
-    if not math.isclose(loss, masked_loss, rel_tol=tolerance, abs_tol=tolerance):
-        raise GuardError(
-            f"the pruned adapter must compute what the full one does with the updates of the "
-            f"pruned modules off, but its held-out loss is {loss} instead of {masked_loss}"
-        )
-    return base_loss, loss
-
-
-def _checkpoint_losses(
-    session: Session, options: PruneOptions, folder: Path
-) -> tuple[float, float]:
-    """Losses of the base and of the checkpoint in `folder`; only one is in memory at a time."""
-    losses = []
-    for source in (session.source, replace(session.source, model=str(folder), revision=None)):
-        model = load_model(source, session.objective)
-        losses.append(loss_of(session.loss_trainer(model, options.objective, EVAL_BATCH_SIZE)))
-        del model
-    base_loss, loss = losses
-    return base_loss, loss
+        return base_loss, loss
 
 
 def _check_apart(options: PruneOptions, output: Path) -> None:
