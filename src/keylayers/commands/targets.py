@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`keylayers targets`."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -113,26 +114,20 @@ def _content(found: "Trained") -> dict[str, Any]:
     }
 
 
-def _heatmaps(found: "Trained") -> "list[tuple[str, Table]]":
+def _heatmaps(found: "Trained") -> "Iterator[tuple[str, Table]]":
     """One table per list of blocks: LoRA's rank, `all` where the weights are trained, or a dot."""
-    from rich.text import Text
+    from rich.style import Style
 
-    from keylayers.report.terminal import plain_table
+    from keylayers.report.terminal import block_table
 
-    tables = []
+    hit, missed = Style.parse("bold black on #fdea45"), Style(dim=True)
     for stack in dict.fromkeys(info.stack for info in found.modules):
         inside = [info for info in found.modules if info.stack == stack]
-        projections = list(dict.fromkeys(info.projection for info in inside))
         first = inside[0].block_index or 0
-        table = plain_table("block", *projections, num_left=0, gap=1)
-        for block in dict.fromkeys(info.block_index for info in inside):
-            names = {info.projection: info.name for info in inside if info.block_index == block}
-            row = []
-            for projection in projections:
-                name = names.get(projection)
-                is_hit = name in found.names
-                text = "" if name is None else str(found.lora.get(name, "all" if is_hit else "·"))
-                row.append(Text(text, style="bold black on #fdea45" if is_hit else "dim"))
-            table.add_row(str((block or 0) - first), *row)
-        tables.append((stack, table))
-    return tables
+        cells = {}
+        for info in inside:
+            is_hit = info.name in found.names
+            text = str(found.lora.get(info.name, "all" if is_hit else "·"))
+            block = str((info.block_index or 0) - first)
+            cells[block, info.projection] = (text, hit if is_hit else missed)
+        yield stack, block_table(cells)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A ranking in the terminal: heatmap, best and worst modules, provenance. Imports no torch."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from rich.console import Group, RenderableType
@@ -62,24 +62,31 @@ def plain_table(*titles: str, num_left: int = 1, gap: int = 2) -> Table:
 
 def heatmap(ranking: Ranking, *, marked: Collection[str] = ()) -> Table:
     """Ranks by block (rows) and projection (columns); brighter is more important."""
-    ranks = ranking.ranks()
+    ranks, cells = ranking.ranks(), {}
+    for block, modules in grid(ranking).items():
+        for module, projection in zip(modules, ranking.projections, strict=True):
+            text, style = "", Style()
+            if module is not None and (rank := ranks[module.name]) is not None:
+                text = f"{rank}{UNDECIDED_MARK if module.name in marked else ''}"
+                style = _shade(1 - (rank - 1) / max(1, len(ranking.modules) - 1))
+            elif module is not None:
+                text, style = "?", Style(dim=True)
+            cells[block, projection] = (text, style)
+    return block_table(cells)
+
+
+def block_table(cells: Mapping[tuple[str, str], tuple[str, Style]]) -> Table:
+    """Text and style of each (block, projection), laid out as blocks by projections."""
+    projections = list(dict.fromkeys(projection for _, projection in cells))
     table = Table(box=None, padding=0, pad_edge=False, title_justify="left")
     table.add_column("block ", justify="right", style="dim")
-    for projection in ranking.projections:
+    for projection in projections:
         table.add_column(Text(f" {projection} "), justify="center")
-    for block, modules in grid(ranking).items():
-        row: list[RenderableType] = [f"{block} "]
-        for module, projection in zip(modules, ranking.projections, strict=True):
-            width = len(projection) + 2
-            rank = None if module is None else ranks[module.name]
-            if module is None:
-                row.append(Text(" " * width))
-            elif rank is None:
-                row.append(Text("?".center(width), style="dim"))
-            else:
-                text = f"{rank}{UNDECIDED_MARK if module.name in marked else ''}"
-                position = 1 - (rank - 1) / max(1, len(ranking.modules) - 1)
-                row.append(Text(text.center(width), style=_shade(position)))
+    for block in dict.fromkeys(block for block, _ in cells):
+        row = [Text(f"{block} ")]
+        for projection in projections:
+            text, style = cells.get((block, projection), ("", Style()))
+            row.append(Text(text.center(len(projection) + 2), style=style))
         table.add_row(*row)
     return table
 
