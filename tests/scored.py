@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Trainer, TrainingArguments, set_seed
 
+from keylayers.model.modules import map_modules
 from keylayers.scores.methods import find_method
 from keylayers.scores.score_modules import score_modules
 from keylayers.scores.scoring_options import scoring_options
@@ -94,6 +95,23 @@ def batches_of(trainer, count, seed=42):
     with source.quiet():
         set_seed(seed)
         return list(islice(source.batches(seed), count))
+
+
+def written_out(gates, batch):
+    """The loss of `noisy()` with its updates scaled, in model order: weights by hand, no gates."""
+    base, tuned, weights = tiny_llama(), noisy().model.get_base_model(), {}
+    for gate, module in zip(gates, map_modules(base), strict=True):
+        layer = tuned.get_submodule(module.name)
+        product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        update = layer.scaling["default"] * product.detach()
+        weights[f"{module.name}.weight"] = layer.base_layer.weight + gate * update
+    return torch.func.functional_call(base, weights, kwargs=dict(batch)).loss
+
+
+def slopes_of(gates, batch):
+    """The gradient of that loss by the gates, by autograd."""
+    gates = gates.clone().requires_grad_()
+    return torch.autograd.grad(written_out(gates, batch), gates)[0]
 
 
 def options_of(method, **values):

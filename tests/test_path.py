@@ -4,15 +4,9 @@
 import pytest
 import torch
 
-from keylayers.gates import gated
 from keylayers.scores.elimination import _best
 from keylayers.scores.options import EliminationOptions
-from keylayers.updates import adapter_updates
-from scored import PLANTED, batches_of, by_name, data, noisy, planted, score
-
-
-def identity_gates(model):
-    return gated(model, adapter_updates(model), initial_score=0.0, link="identity")
+from scored import PLANTED, batches_of, by_name, data, noisy, planted, score, slopes_of
 
 
 def test_a_planted_module_carries_the_whole_loss_reduction():
@@ -31,25 +25,16 @@ def test_more_points_leave_a_smaller_error():
     assert errors[0] > 3 * errors[1] > 3 * errors[2]
 
 
-def test_path_agrees_with_differences_of_losses():
-    """Independently: slopes on the diagonal by central differences, trapezoids over t."""
-    trainer = noisy()
-    found = score(trainer, "path", mask_batches=1, path_points=64, mask_seed=3)
+def test_path_agrees_with_slopes_of_a_model_written_out():
+    """Independently: trapezoids over the diagonal."""
+    found = score(noisy(), "path", mask_batches=1, path_points=64, mask_seed=3)
     assert found.standard_errors is None  # they need two batches
-    (batch,) = batches_of(trainer, 1, seed=3)
-    model, points, step = trainer.model.train(), torch.linspace(0, 1, 41), 0.02
-    slopes = torch.zeros(len(points), 4)  # of the first four modules
-    with identity_gates(model) as gates, torch.no_grad():
-        for row, point in zip(slopes, points, strict=True):
-            for index in range(4):
-                for sign in (1, -1):
-                    values = torch.full((len(gates),), float(point))
-                    values[index] += sign * step
-                    gates.set_scores(values)
-                    row[index] += sign * model(**batch).loss / (2 * step)
+    (batch,) = batches_of(noisy(), 1, seed=3)
+    points = torch.linspace(0, 1, 161)
+    slopes = torch.stack([slopes_of(point.expand(14), batch) for point in points])
     expected = -torch.trapezoid(slopes, points, dim=0)
     assert expected.abs().max() > 1e-3
-    assert list(found.scores[:4]) == pytest.approx(expected.tolist(), abs=3e-4)
+    assert found.scores == pytest.approx(expected.tolist(), abs=3e-4)
 
 
 ROUND_SIZES = [
@@ -67,25 +52,20 @@ def test_the_sizes_of_the_rounds_by_hand(num_gates, keep_fraction, sizes):
 
 
 def test_elimination_agrees_with_the_definition_written_out():
-    """Independently: slopes by autograd, rounds as in the formula."""
-    trainer = noisy()
-    found = score(trainer, "elimination", mask_batches=2, keep_fraction=0.5)
-    batches = batches_of(trainer, 6)
+    """Independently: rounds as in the formula."""
+    found = score(noisy(), "elimination", mask_batches=2, keep_fraction=0.5)
+    batches = batches_of(noisy(), 6)
     # Gauss-Legendre with two points on (0, 1)
     points = [0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2]
     alive, total = list(range(14)), torch.zeros(14)
-    with identity_gates(trainer.model) as gates:
-        for size, pair in zip((14, 7, 4), (batches[:2], batches[2:4], batches[4:]), strict=True):
-            if size < 14:
-                alive = sorted(alive, key=lambda gate: -shares[gate])[:size]
-            shares = torch.zeros(14)
-            for point, batch in zip(points, pair, strict=True):
-                values = torch.zeros(14)
-                values[alive] = point
-                gates.set_scores(values)
-                slopes = torch.autograd.grad(trainer.model(**batch).loss, gates.parameters())
-                shares[alive] -= torch.cat(slopes)[alive] / 2
-            total += shares / 3
+    for size, pair in zip((14, 7, 4), (batches[:2], batches[2:4], batches[4:]), strict=True):
+        if size < 14:
+            alive = sorted(alive, key=lambda gate: -shares[gate])[:size]
+        open_gates, shares = torch.zeros(14), torch.zeros(14)
+        open_gates[alive] = 1.0
+        for point, batch in zip(points, pair, strict=True):
+            shares -= open_gates * slopes_of(point * open_gates, batch) / 2
+        total += shares / 3
     assert list(found.scores) == pytest.approx(total.tolist(), abs=1e-6)
     assert [one["num_modules"] for one in found.findings["rounds"]] == [14, 7, 4]
 

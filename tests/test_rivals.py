@@ -9,35 +9,34 @@ from peft import LoraConfig, get_peft_model
 from peft.helpers import KappaTuneSelector
 from torch import nn
 
-from keylayers.gates import gated
 from keylayers.scores.adalora import TARGET_RANK
 from keylayers.scores.cka import linear_cka
 from keylayers.scores.eva import MEAN_RANK
 from keylayers.scores.ila import standard_errors
 from keylayers.scores.spectrum import signal_to_noise
-from keylayers.updates import adapter_updates
-from scored import batches_of, noisy, noisy_model, score, scores_of, trainer_of
+from scored import (
+    batches_of,
+    noisy,
+    noisy_model,
+    score,
+    scores_of,
+    slopes_of,
+    trainer_of,
+    written_out,
+)
 
 from tiny_models import tiny_llama
 
 
 def test_one_step_of_ila_is_the_formula():
-    """Independently: the masked weight is written out and autograd does the rest."""
-    trainer, base, weights = noisy(), tiny_llama(), {}
     one_step = {"mask_optimizer": "sgd", "mask_learning_rate": 1.0, "mask_steps": 1}
-    learned = score(trainer, "ila", initial_score=0.3, **one_step)
-    (batch,) = batches_of(trainer, 1)
-    scores = torch.full((len(learned.scores),), 0.3, requires_grad=True)
-    for gate, name in zip(torch.sigmoid(scores), learned.module_names, strict=True):
-        layer = trainer.model.get_base_model().get_submodule(name)
-        product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-        update = layer.scaling["default"] * product
-        weights[f"{name}.weight"] = base.get_submodule(name).weight + gate * update
-    loss = torch.func.functional_call(base, weights, kwargs=dict(batch)).loss
-    (gradient,) = torch.autograd.grad(loss, scores)
-    assert learned.losses[0] == pytest.approx(loss.item(), rel=1e-5)
+    learned = score(noisy(), "ila", initial_score=0.3, **one_step)
+    (batch,) = batches_of(noisy(), 1)
+    gates = torch.full((14,), 0.3).sigmoid()
+    gradient = slopes_of(gates, batch) * gates * (1 - gates)
+    assert learned.losses[0] == pytest.approx(written_out(gates, batch).item(), rel=1e-5)
     assert list(learned.scores) == pytest.approx((0.3 - gradient).tolist(), abs=1e-6)
-    assert max(abs(score - 0.3) for score in learned.scores) > 1e-4
+    assert gradient.abs().max() > 1e-4
 
 
 def test_standard_errors_of_ila_match_the_spread_of_many_runs():
@@ -127,21 +126,6 @@ def test_kappatune_is_pefts():
     assert values == pytest.approx({name: -kappas[name] for name in values}, rel=1e-5)
 
 
-def test_lora_drop_is_the_mean_squared_output_of_each_lora():
-    values, outputs = scores_of(noisy(), "lora-drop", mask_batches=1), {}
-    (batch,) = batches_of(noisy(), 1)
-    model = noisy_model()
-    for name in values:
-        layer = model.get_base_model().get_submodule(name)
-        layer.lora_B["default"].register_forward_hook(
-            lambda _, __, y, name=name, scale=layer.scaling["default"]: outputs.update(
-                {name: (y * scale).square().sum(-1).mean().item()}
-            )
-        )
-    model(**batch)
-    assert values == pytest.approx(outputs, rel=1e-4)
-
-
 def test_plop_compares_feature_norms_with_those_of_random_inputs():
     name = "model.layers.1.mlp.down_proj"
     value = scores_of(noisy(), "plop", mask_batches=1)[name]
@@ -189,29 +173,25 @@ def test_adalora_leaves_its_budget_and_eva_shares_out_its_own():
 
 
 def test_leave_one_out_from_models_with_one_update_set_to_zero():
-    values = scores_of(noisy(), "leave-one-out", mask_batches=1)
+    found = score(noisy(), "leave-one-out", mask_batches=1)
     (batch,) = batches_of(noisy(), 1)
-    whole = noisy_model()(**batch).loss.item()
-    for name in list(values)[::5]:
-        without = noisy_model()
-        nn.init.zeros_(without.get_base_model().get_submodule(name).lora_B["default"].weight)
-        assert values[name] == pytest.approx(without(**batch).loss.item() - whole, abs=1e-5)
+    whole, *without = (
+        written_out(gates, batch).item()
+        for gates in torch.cat([torch.ones(1, 14), torch.ones(14, 14) - torch.eye(14)])
+    )
+    assert found.scores == pytest.approx([loss - whole for loss in without], abs=1e-5)
 
 
 def test_shapley_values_of_two_players_mix_their_two_orders():
-    trainer = noisy()
-    values = scores_of(trainer, "shapley", granularity="block", mask_batches=1, permutations=20)
+    values = scores_of(noisy(), "shapley", granularity="block", mask_batches=1, permutations=20)
     first, second = (values[f"model.layers.{block}.mlp.up_proj"] for block in (0, 1))
-    (batch,) = batches_of(trainer, 1)
-    losses, updates = {}, adapter_updates(trainer.model)
-    with gated(
-        trainer.model, updates, initial_score=0.0, granularity="block", link="identity"
-    ) as gates:
-        for subset in ((0, 0), (1, 0), (0, 1), (1, 1)):
-            gates.set_scores(torch.tensor(subset, dtype=torch.float32))
-            losses[subset] = trainer.model(**batch).loss.item()
-    alone, after = losses[0, 0] - losses[1, 0], losses[0, 1] - losses[1, 1]
+    (batch,) = batches_of(noisy(), 1)
+    neither, one, other, both = (
+        written_out(torch.tensor([left] * 7 + [right] * 7), batch).item()
+        for left, right in ((0, 0), (1, 0), (0, 1), (1, 1))
+    )
+    alone, after = neither - one, other - both
     share = (first - after) / (alone - after)
     assert share == pytest.approx(round(20 * share) / 20, abs=1e-3)
     assert 0 < share < 1
-    assert first + second == pytest.approx(losses[0, 0] - losses[1, 1], abs=1e-5)
+    assert first + second == pytest.approx(neither - both, abs=1e-5)
