@@ -136,15 +136,15 @@ def _opened(options: DataOptions) -> Iterator["datasets.Dataset"]:
     """The data, which must have a row, for the length of the block."""
     # The user's cache would hide edits of a file from the next run, and keep a copy of the data.
     with tempfile.TemporaryDirectory(prefix="keylayers-data-") as cache, quiet_datasets():
-        data = _load(options, cache)
         try:
+            data = _load(options, cache)
             if next(_rows_of(data), None) is None:
                 raise DataError(
                     f"The data must have rows, got none in {options.data!r}; check it, or "
                     "`--data-split`."
                 )
             yield data
-        except UnicodeDecodeError as error:  # from reading a row
+        except UnicodeDecodeError as error:
             raise DataError(f"Data must be UTF-8 text, got: {error}; convert the file.") from error
 
 
@@ -155,18 +155,14 @@ def _rows_of(data: "datasets.Dataset") -> Iterator[Row]:
 
 
 def _first_cells(data: "datasets.Dataset") -> dict[str, object]:
-    """The first cell of each column that holds something, which need not be in the first row.
-
-    Columns that hold nothing are left out, unless all do.
-    """
+    """The first cell that holds something of each column that has one, or else all columns."""
     found: dict[str, object] = {}
     for row in _rows_of(data):
-        given = (name for name in row if name not in found and row[name] not in _NOTHING)
-        found |= {name: row[name] for name in given}
+        absent = ((name, cell) for name, cell in row.items() if name not in found)
+        found |= {name: cell for name, cell in absent if cell not in _NOTHING}
         if len(found) == len(row):
             break
-    names = [name for name in data.column_names if name in found] or data.column_names
-    return {name: found.get(name) for name in names}
+    return {name: found.get(name) for name in data.column_names if name in found or not found}
 
 
 @contextmanager
@@ -202,7 +198,23 @@ def _load(options: DataOptions, cache: str) -> "datasets.Dataset":
         return Dataset.from_list([])
     # What the readers raise for broken, mixed or missing data, including Arrow's errors.
     except (DatasetsError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise DataError(_unreadable(options, error, is_hub=not path.exists())) from error
+        cause: BaseException = error
+        while cause.__cause__ is not None and path.exists():  # names the place in the file
+            cause = cause.__cause__
+        if isinstance(cause, UnicodeDecodeError):
+            raise cause from None
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
+        if not path.exists():
+            raise DataError(
+                f"{options.data!r} must be a file, a folder or a reachable hub data set; there is "
+                f"no such file, and the hub said: {reason}. Check the name, log in, or give a "
+                "local file."
+            ) from error
+        raise DataError(
+            f"{options.data!r} must be readable as a table with one type per column (split "
+            f"{options.data_split!r}), got: {reason}. Fix the file or choose another "
+            "`--data-split`."
+        ) from error
 
 
 def _load_saved(path: Path, split: str) -> "datasets.Dataset":
@@ -277,20 +289,3 @@ def _check_text(path: Path, *, is_json: bool) -> None:
 
 def _suffix(path: Path) -> str:
     return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
-
-
-def _unreadable(options: DataOptions, error: BaseException, *, is_hub: bool) -> str:
-    while error.__cause__ is not None and not is_hub:  # the innermost names the place in the file
-        error = error.__cause__
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    if isinstance(error, UnicodeDecodeError):
-        return f"Data must be UTF-8 text, got: {reason}; convert the file."
-    if is_hub:
-        return (
-            f"{options.data!r} must be a file, a folder or a reachable hub data set; there is no "
-            f"such file, and the hub said: {reason}. Check the name, log in, or give a local file."
-        )
-    return (
-        f"{options.data!r} must be readable as a table with one type per column (split "
-        f"{options.data_split!r}), got: {reason}. Fix the file or choose another `--data-split`."
-    )

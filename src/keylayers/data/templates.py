@@ -108,8 +108,8 @@ def resolve_template(tokenizer: "PreTrainedTokenizerBase", choice: str | None) -
 def _training_template(tokenizer: "PreTrainedTokenizerBase") -> str:
     """The tokenizer's own template, or TRL's form of it that marks the answers.
 
-    Many templates render earlier answers in another way once there are later turns, or write part
-    of an answer into the generation prompt. Answers can then be found only by the template's marks.
+    Many templates render an answer in another way once there are later turns, or write part of it
+    into the generation prompt. Only marks show such answers.
     """
     own = tokenizer.get_chat_template()
     if _MARKER.search(own):
@@ -139,11 +139,6 @@ def _joined(spans: list[Span]) -> list[Span]:
             start = joined.pop()[0]
         joined.append((start, end))
     return joined
-
-
-def _first_change(text: str, other: str) -> int:
-    both = enumerate(zip(text, other, strict=False))
-    return next((place for place, (own, new) in both if own != new), len(text))
 
 
 def _said(message: Message) -> str:
@@ -220,10 +215,7 @@ class Renderer:
         return texts[0], [tuple(span) for span in spans[0]] if spans else []
 
     def answers(self, conversation: Conversation) -> tuple[str, list[Span], bool]:
-        """The rendered conversation, the spans of its answers to learn, and if others are hidden.
-
-        The last answer is always one to learn.
-        """
+        """The rendered conversation, its answers to learn, and whether it hides earlier ones."""
         messages, tools = conversation.messages, conversation.tools
         answers = [turn for turn in messages if turn["role"] == "assistant"]
         text, spans = self.render(messages, tools=tools)
@@ -273,10 +265,9 @@ class Renderer:
     def _owners(
         self, messages: list[Message], tools: Any, text: str, spans: list[Span]
     ) -> list[Message]:
-        """The turn of each span.
+        """The turn of each span: a character more in a turn shows where in the text it is.
 
-        Templates mark parts of a turn apart, or turns of an answer as one. A character more in a
-        turn shows where in the text the turn is.
+        Templates mark parts of a turn apart, or turns of an answer as one.
         """
         if not self.template.has_markers:
             answers = [turn for turn in messages if turn["role"] == "assistant"]
@@ -286,8 +277,10 @@ class Renderer:
             if turn["role"] == "assistant":
                 changed = [*messages[:index], _probed(turn), *messages[index + 1 :]]
                 other, _ = self.render(changed, tools=tools)
+                both = enumerate(zip(text, other, strict=False))
+                place = next((place for place, (own, new) in both if own != new), len(text))
                 if other != text:
-                    places.append((_first_change(text, other), turn))
+                    places.append((place, turn))
 
         def owner(start: int, end: int) -> Message:
             inside = [turn for place, turn in places if start < place <= end]
