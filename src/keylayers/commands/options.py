@@ -13,10 +13,9 @@ from cyclopts import Group, Parameter
 
 from keylayers.commands.scoring_flags import ScoringFlags
 from keylayers.data.options import DataOptions
-from keylayers.errors import ConfigError
+from keylayers.errors import ConfigError, check_at_least
 from keylayers.evaluation.options import EvalOptions
 from keylayers.model.options import ModelOptions, UpdateOptions
-from keylayers.ranges import check_at_least
 from keylayers.ranking.budget import Auto, Budget, Freeze, parse_budget
 from keylayers.training.options import (
     FreezeAction,

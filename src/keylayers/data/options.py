@@ -4,8 +4,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from keylayers.errors import ConfigError
-from keylayers.ranges import check_at_least
+from keylayers.errors import ConfigError, check_at_least
 
 DataFormat = Literal[
     "alpaca", "sharegpt", "messages", "prompt-completion", "lima", "self-instruct", "text"

@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from keylayers.data.options import DataOptions, ReadingOptions
-from keylayers.errors import ConfigError
+from keylayers.errors import ConfigError, check_at_least, check_seed
 from keylayers.model.options import ModelOptions
-from keylayers.ranges import check_at_least, check_seed
 
 
 def _check_left_out(

@@ -9,8 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
-from keylayers.errors import ConfigError, did_you_mean
-from keylayers.ranges import check_above_zero, check_at_least, check_fraction
+from keylayers.errors import (
+    ConfigError,
+    check_above_zero,
+    check_at_least,
+    check_fraction,
+    did_you_mean,
+)
 
 Granularity = Literal["module", "block", "projection"]
 Check = Callable[[str, Any], None]

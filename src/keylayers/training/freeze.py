@@ -15,10 +15,9 @@ from typing import Any, get_args
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from keylayers.errors import ConfigError
+from keylayers.errors import ConfigError, check_fraction
 from keylayers.model.sharding import check_can_freeze_inside
 from keylayers.progress import Progress, Silent
-from keylayers.ranges import check_fraction
 from keylayers.ranking.budget import Freeze
 from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.ranking.selection import Selection, check_same_modules

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from keylayers.errors import ConfigError
+from keylayers.errors import ConfigError, check_above_zero, check_at_least, check_seed
 from keylayers.model.options import ModelOptions, Objective
-from keylayers.ranges import check_above_zero, check_at_least, check_seed
 
 UpdateKind = Literal["lora", "rslora", "dora", "adalora", "full"]
 FreezeAction = Literal["freeze", "remove"]
