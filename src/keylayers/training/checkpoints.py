@@ -23,21 +23,16 @@ NUM_CHECKPOINTS = 2  # the previous is whole while the next is written
 
 
 class Checkpoints(TrainerCallback):
-    """Saves a training at intervals, and finds where an earlier run stopped.
+    """Saves a training at intervals, and finds the `last` whole checkpoint of an earlier run.
 
     A checkpoint counts only if it holds keylayers.json, which is written last, and belongs to a
     training of the same inputs; all others are removed.
-
-    Attributes:
-        last: The newest whole checkpoint of the same inputs; None if there is none.
-        last_step: Its step; 0 if there is none.
     """
 
     def __init__(self, folder: Path, inputs_sha256: str, save_steps: int | None = None) -> None:
         """Find the last checkpoint in `folder`, which is for one training alone.
 
-        `save_steps` lie between checkpoints, 0 for none. By default the first is saved after a
-        minute, then as often as saving takes less than a twentieth of the time.
+        `save_steps` lie between checkpoints, 0 for none. By default time decides.
         """
         self.folder = folder
         self.inputs_sha256 = inputs_sha256

@@ -73,9 +73,7 @@ def halt_updates(
 ) -> HaltedUpdates:
     """Between two steps, stop training the LoRA updates of the modules `names`.
 
-    `freeze` leaves the updates as they are, `remove` sets them to zero. What the optimiser
-    remembers of the matrices is dropped, but not under FSDP, where a checkpoint must hold what it
-    knows of every parameter.
+    `freeze` leaves the updates as they are, `remove` sets them to zero.
     """
     kept = trainable_modules(model) - set(names)
     parameters = {
@@ -84,7 +82,7 @@ def halt_updates(
         if update.module.name in names
         for name, parameter in _own(update).items()
     }
-    # accelerate wraps optimisers
+    # accelerate wraps optimisers. Under FSDP a checkpoint must hold the state of every parameter.
     state = {} if is_sharded(model) else getattr(optimizer, "optimizer", optimizer).state
     for name, parameter in parameters.items():
         parameter.requires_grad_(False)

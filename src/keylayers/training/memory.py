@@ -45,16 +45,14 @@ def measured_memory(trainer: Trainer) -> StepMemory:
         ConfigError: the trainer samples its own batches or trains nothing, or its model is sharded
             over processes.
     """
-    instead = "give `budget` as a fraction or in x-time"
+    what = ""
     if samples(trainer):
+        what = f"batches of the training data, but {type(trainer).__name__} samples its own"
+    elif is_sharded(trainer.model):
+        what = "a whole model, but FSDP shards it over processes"
+    if what:
         raise ConfigError(
-            f"memory must be measured on batches of the training data, but "
-            f"{type(trainer).__name__} samples its own; {instead}"
-        )
-    if is_sharded(trainer.model):
-        raise ConfigError(
-            f"memory must be measured on a whole model, but FSDP shards it over processes; "
-            f"{instead}"
+            f"memory must be measured on {what}; give `budget` as a fraction or in x-time"
         )
     return _MeasuredMemory(trainer)
 
@@ -86,11 +84,8 @@ class _MeasuredMemory:
     def _measure(self, names: frozenset[str]) -> float:
         trainer, model = self._trainer, self._trainer.model
         others = {id(weight) for name in self._own.keys() - names for weight in self._own[name]}
-        trained = [
-            weight
-            for weight in model.parameters()
-            if weight.requires_grad and id(weight) not in others
-        ]
+        wanted = [weight for weight in model.parameters() if weight.requires_grad]
+        trained = [weight for weight in wanted if id(weight) not in others]
         with preserved(model), unchanged_trainer(trainer):
             model.train()
             for weight in trained:

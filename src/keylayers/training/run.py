@@ -172,13 +172,8 @@ def new_adapter(
     rank, kind = options.lora_rank, options.update
     shape: dict[str, Any] = {"r": rank}
     if kind == "adalora":  # from 1.5 times the budget down to it (from memory of the paper)
-        shape = {
-            "init_r": rank + (rank + 1) // 2,
-            "target_r": rank,
-            "tinit": num_steps // 10,
-            "tfinal": num_steps // 2,
-            "total_step": num_steps,
-        }
+        shape = {"init_r": rank + (rank + 1) // 2, "target_r": rank}
+        shape |= {"tinit": num_steps // 10, "tfinal": num_steps // 2, "total_step": num_steps}
     elif kind in ("rslora", "dora"):
         shape[f"use_{kind}"] = True
     if options.objective == "reward":  # PEFT then trains and saves the head too
@@ -214,26 +209,21 @@ def fine_tune(
     for callback in callbacks:
         trainer.add_callback(callback)
     start = time.perf_counter()
-    last = None if checkpoints is None else checkpoints.last
+    last = checkpoints and checkpoints.last
     try:
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        trainer.train(resume_from_checkpoint=last and str(last))
     finally:
         for callback in callbacks:
             trainer.remove_callback(callback)
-    _check_weights(trainer)
-    seconds = time.perf_counter() - start if checkpoints is None else checkpoints.seconds
-    stopped_by = "stable" if watch.is_stable else "max_steps"
-    return TrainingResult(tuple(watch.losses), stopped_by, seconds)
-
-
-def _check_weights(trainer: Trainer) -> None:
-    """Refuse what the last step made NaN or infinite: no loss has shown it yet."""
-    for name, weight in trainer.model.named_parameters():
+    for name, weight in trainer.model.named_parameters():  # of which no loss has shown it yet
         if weight.requires_grad and not bool(torch.isfinite(weight).all()):
             raise LossError(
                 f"trained weights must be finite, but {name} is not after the last step; lower "
                 f"`learning_rate` (now {trainer.args.learning_rate:.3g}) or use `dtype` float32"
             )
+    seconds = time.perf_counter() - start if checkpoints is None else checkpoints.seconds
+    stopped_by = "stable" if watch.is_stable else "max_steps"
+    return TrainingResult(tuple(watch.losses), stopped_by, seconds)
 
 
 class _LossWatch(TrainerCallback):
@@ -267,10 +257,8 @@ class _LossWatch(TrainerCallback):
 
 
 class _RankAllocation(TrainerCallback):
-    """Lets AdaLoRA move its budget between modules, which PEFT leaves to the training loop.
-
-    It needs the gradients, so it is called after the optimiser's step and before `zero_grad`.
-    """
+    """Lets AdaLoRA move its budget between modules, which PEFT leaves to the training loop."""
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
+        # between the optimiser's step and `zero_grad`: it needs the gradients
         kw["model"].base_model.update_and_allocate(state.global_step + 1)

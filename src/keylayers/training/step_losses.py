@@ -49,11 +49,8 @@ class StepLosses:
         return loss
 
     def take(self) -> float:
-        """The loss in nats of the step that just ended.
-
-        `training_step` returns each batch's share of the step's loss, scaled so that the mean over
-        processes is the step's loss.
-        """
+        """The loss in nats of the step that just ended."""
+        # Batches return shares of it, scaled so that their mean over processes is the step's loss.
         loss = torch.tensor(float(sum(self._batches)), dtype=torch.float64)
         self._batches.clear()
         return float(summed(loss)) / self._trainer.accelerator.num_processes

@@ -74,20 +74,16 @@ class StepScores(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         """Find what is trained and start from zero, or from the sums of the checkpoint."""
-        updates = adapter_updates(kw["model"])
-        self._modules = [update.module for update in updates]
-        trained = [
-            (index, parameter)
-            for index, update in enumerate(updates)
-            for parameter in own_parameters(update.layer)
-            if parameter.requires_grad
-        ]
-        self._owners = [index for index, _ in trained]
-        self._parameters = [parameter for _, parameter in trained]
+        self._modules, self._owners, self._parameters = [], [], []
+        for index, update in enumerate(adapter_updates(kw["model"])):
+            trained = [each for each in own_parameters(update.layer) if each.requires_grad]
+            self._modules.append(update.module)
+            self._parameters += trained
+            self._owners += [index] * len(trained)
         self._before = [torch.empty_like(own_part(parameter)) for parameter in self._parameters]
         self._is_sharded = is_sharded(kw["model"])
         device = self._parameters[0].device if self._parameters else None
-        self.num_steps, self._sums = 0, torch.zeros(len(trained), device=device)
+        self.num_steps, self._sums = 0, torch.zeros(len(self._parameters), device=device)
         saved = state.stateful_callbacks.get(STATE_KEY)
         if saved is not None and state.global_step > 0:  # a run that resumes
             self.num_steps = saved["num_steps"]
