@@ -78,10 +78,7 @@ def source_commit() -> str | None:
 
 
 def check_no_password(text: str, name: str) -> None:
-    """Refuse a text with `user:password@` in an address: options are recorded, shown and logged.
-
-    The message calls it `name` and does not repeat it.
-    """
+    """Refuse a text with `user:password@` in an address; the message only calls it `name`."""
     if PASSWORD.search(text):
         raise ConfigError(
             f"{name} must hold no password, since options are recorded, but has an address with "

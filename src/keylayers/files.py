@@ -203,11 +203,9 @@ def _written(path: Path) -> Iterator[None]:
 
 
 def _is_full(path: Path, error: Exception) -> bool:
-    """Whether a full disk is the reason for `error`.
-
-    safetensors 0.8 and tokenizers 0.23 raise their own exceptions, which quote the system's
-    message. The file writer of torch 2.13 only reports unexpected positions, so the disk decides.
-    """
+    """Whether a full disk is the reason for `error`."""
+    # safetensors 0.8 and tokenizers 0.23 quote the system's message in exceptions of their own. The
+    # file writer of torch 2.13 only reports unexpected positions, so the disk decides.
     if isinstance(error, (KeylayersError, OSError)) or says_full(str(error)):
         return says_full(str(error))
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())

@@ -50,11 +50,7 @@ def read_part(part: type[AnyPart], path: Path, what: str, command: str) -> AnyPa
 
 
 def read_json(path: Path, what: str, command: str) -> Any:
-    """The parsed JSON of a file, which messages call `what` and which `command` writes.
-
-    Raises:
-        RankingError: it is missing, cannot be read or is no JSON.
-    """
+    """The parsed JSON of a file, which messages call `what` and which `command` writes."""
     name = repr(str(path))
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -72,11 +68,7 @@ def read_json(path: Path, what: str, command: str) -> Any:
 
 
 def validated(part: type[AnyPart], content: object, source: str, command: str) -> AnyPart:
-    """Parsed JSON as a `part`; `source` and `command` say in a message where it comes from.
-
-    Raises:
-        RankingError: names the first value that is wrong.
-    """
+    """Parsed JSON as a `part`; `source` and `command` say in a message where it comes from."""
     try:
         return part.model_validate(content)
     except ValidationError as error:

@@ -17,12 +17,7 @@ BROKEN = (ValueError, RecursionError, LookupError, AttributeError, TypeError)
 
 
 def yaml_value(text: str | bytes, source: str) -> Any:
-    """The value of a YAML text, which messages call `source`.
-
-    Raises:
-        ConfigError: `text` is not valid YAML, repeats a key, is too large, or holds a password or
-            a value that JSON cannot express: a date, a set, a number that is not finite, a cycle.
-    """
+    """The value of a YAML text, which messages call `source`."""
     try:
         value = _Loader(text).get_single_data()
     except (yaml.YAMLError, *BROKEN) as error:

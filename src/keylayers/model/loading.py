@@ -7,7 +7,6 @@ Only safetensors are read, never pickle; code that comes with a model runs only 
 
 import re
 import warnings
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +50,9 @@ def _torch_dtype(dtype: Dtype) -> torch.dtype:
 
 
 def load_model(source: ModelOptions, objective: Objective = "sft") -> PreTrainedModel:
-    """The model at `source`, on the CPU; trainers move it.
+    """The model at `source`, on the CPU: a causal one, or for `reward` one with a head of a number.
 
-    A causal language model, or for `reward` one with a head that gives a single number. A head that
-    the checkpoint lacks is drawn, the same each time.
+    A head that the checkpoint lacks is drawn, the same each time.
     """
     check_folder(source.model, "config.json", "a model")
     is_reward = objective == "reward"
@@ -77,7 +75,11 @@ def load_model(source: ModelOptions, objective: Objective = "sft") -> PreTrained
     missing = sorted(info["missing_keys"])
     if is_reward:
         body = f"{model.base_model_prefix}."
-        _draw_head(model, [name for name in missing if not name.startswith(body)])
+        generator = torch.Generator().manual_seed(0)  # whatever the run's seed
+        for name in [name for name in missing if not name.startswith(body)]:
+            weight = model.get_parameter(name)
+            drawn = torch.randn(weight.shape, generator=generator)
+            weight.data.copy_(drawn * model.config.initializer_range)
         missing = [name for name in missing if name.startswith(body)]
     if missing:
         raise ModelError(
@@ -103,16 +105,6 @@ def _quantisation(source: ModelOptions) -> dict[str, Any]:
         bnb_4bit_compute_dtype=_torch_dtype(source.dtype),
     )
     return {"quantization_config": config}
-
-
-def _draw_head(model: PreTrainedModel, names: Collection[str]) -> None:
-    """Draw the parameters of a head that was not in the checkpoint, whatever the run's seed."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name in names:
-            weight = model.get_parameter(name)
-            drawn = torch.randn(weight.shape, generator=generator)
-            weight.copy_(drawn * model.config.initializer_range)
 
 
 def load_tokenizer(source: ModelOptions) -> PreTrainedTokenizerBase:
@@ -198,11 +190,7 @@ def _differing_weights(tuned: PeftModel, folder: Path) -> list[str]:
 
 
 def empty_model(source: ModelOptions, *, is_as_saved: bool = False) -> PreTrainedModel:
-    """The model on the meta device, by its config alone.
-
-    `is_as_saved` takes the class that the checkpoint was saved from, such as one with a vision
-    tower, in place of the causal language model.
-    """
+    """The model on the meta device, by its config; `is_as_saved` takes the checkpoint's class."""
     check_folder(source.model, "config.json", "a model")
     try:
         config = AutoConfig.from_pretrained(
@@ -214,7 +202,7 @@ def empty_model(source: ModelOptions, *, is_as_saved: bool = False) -> PreTraine
         ) from error
     name = (config.architectures or [""])[0] if is_as_saved else ""
     with torch.device("meta"):
-        if hasattr(transformers, name):
+        if hasattr(transformers, name):  # for example one with a vision tower
             return getattr(transformers, name)._from_config(config)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
 

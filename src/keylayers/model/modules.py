@@ -71,8 +71,7 @@ def base_model_of(model: nn.Module) -> nn.Module:
 def map_modules(model: nn.Module, towers: Towers = "language") -> tuple[ModuleInfo, ...]:
     """All linear layers and stacked experts inside the model's blocks, in model order.
 
-    Embeddings, norms and the output head are not among them, as in the paper. Nor are layers that
-    are only read and never called, on which LoRA has no effect.
+    Without embeddings, norms and output head, as in the paper, and layers that are never called.
     """
     base = base_model_of(model)
     weights = _weights(base)
@@ -107,11 +106,9 @@ def linear_of(module: nn.Module) -> nn.Module:
 
 
 def _experts_of(layer: nn.Module) -> list[str]:
-    """Names of the three-dimensional parameters of `layer`: experts' matrices, stacked.
-
-    Torch's own layers with such weights are convolutions.
-    """
-    if type(layer).__module__.startswith("torch.") or isinstance(layer, BaseTunerLayer):
+    """Names of the three-dimensional parameters of `layer`: experts' matrices, stacked."""
+    is_convolution = type(layer).__module__.startswith("torch.")  # the others have no such weights
+    if is_convolution or isinstance(layer, BaseTunerLayer):
         return []
     parameters = layer.named_parameters(recurse=False)
     return [name for name, value in parameters if value.dim() == 3 and min(value.shape) > 1]
@@ -142,14 +139,11 @@ def _weights(base: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_only_read(base: nn.Module, name: str) -> bool:
-    """Whether a linear layer's weight is read but the layer never called, so that LoRA is idle.
-
-    In a state-space mixer, known by its `A_log`, the step projection enters the scan as a matrix
-    (and PEFT refuses the output projection, which fused kernels read in the same way).
-    """
+    """Whether a linear layer's weight is read but the layer never called, so that LoRA is idle."""
     mixer, _, last = name.rpartition(".")
-    is_mixer = hasattr(base.get_submodule(mixer), "A_log")
-    return is_mixer and last in ("dt_proj", "out_proj")
+    # The scan of a state-space mixer takes the step projection as a matrix. PEFT refuses the output
+    # projection, which fused kernels read in the same way.
+    return last in ("dt_proj", "out_proj") and hasattr(base.get_submodule(mixer), "A_log")
 
 
 def _block_names(base: nn.Module, towers: Towers) -> list[str]:
@@ -188,10 +182,7 @@ def _stacks(base: nn.Module, towers: Towers) -> list[str]:
 
 
 def _nearest_to_embeddings(base: nn.Module, stacks: list[str]) -> list[str]:
-    """The stacks in the smallest part of the model that holds text embeddings and a stack.
-
-    Only those fewest levels down: a tower for images may sit next to the blocks.
-    """
+    """The stacks in the smallest part of the model that holds text embeddings and a stack."""
     embeddings = getattr(base, "get_input_embeddings", lambda: None)()
     name = next((name for name, module in base.named_modules() if module is embeddings), None)
     while name:
@@ -199,7 +190,7 @@ def _nearest_to_embeddings(base: nn.Module, stacks: list[str]) -> list[str]:
         prefix = f"{name}." if name else ""
         inside = [stack for stack in stacks if stack.startswith(prefix)]
         if inside:
-            fewest = min(stack.count(".") for stack in inside)
+            fewest = min(stack.count(".") for stack in inside)  # image towers lie deeper
             return [stack for stack in inside if stack.count(".") == fewest]
     return []
 

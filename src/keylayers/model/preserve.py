@@ -18,8 +18,7 @@ from keylayers.model.weights import fingerprint
 def to_evaluation(model: nn.Module) -> None:
     """Switch to evaluation mode, but leave 4-bit layers in training mode.
 
-    In evaluation mode on a CPU, bitsandbytes repacks a 4-bit weight permanently and rounds its
-    scales. Nothing else in such a layer depends on the mode.
+    In evaluation mode on a CPU, bitsandbytes repacks their weights for good and rounds the scales.
     """
     model.eval()
     for module in model.modules():
@@ -31,9 +30,8 @@ def to_evaluation(model: nn.Module) -> None:
 def preserved(model: nn.Module) -> Iterator[None]:
     """Freeze all parameters inside the block, then restore the model and the random state.
 
-    Restores flags, gradients, modes and every other attribute of every module: hooks, children,
-    methods, active adapters, gradient checkpointing. Raises a GuardError if a weight or a saved
-    buffer changed inside the block.
+    Restores flags, gradients and every attribute of every module. Raises a GuardError if a weight
+    or a saved buffer changed inside the block.
     """
     attributes = [vars(module) for module in model.modules()]  # hooks, buffers, children: in dicts
     held = [value for own in attributes for value in own.values() if isinstance(value, dict)]

@@ -15,10 +15,9 @@ _SAME_WIDTH_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64
 
 
 def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, shapes and values, in the order given, in hexadecimal.
+    """SHA-256 over names, shapes and values in the order given; takes about a second a GB.
 
-    Floating-point values are taken as float32, so that a bfloat16 checkpoint has one hash whether
-    it is loaded as bfloat16 or as float32. Reads every value once on the CPU, about a second a GB.
+    As float32, so that a bfloat16 checkpoint has one hash in whatever dtype it is loaded.
     """
     digest = hashlib.sha256()
     for name, tensor in tensors:
