@@ -99,10 +99,7 @@ def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> str:
 def _close(
     text: str, spans: list[Span], tokenizer: "PreTrainedTokenizerBase", special: str
 ) -> tuple[str, list[Span]]:
-    """The text and spans, changed if needed so that the last answer ends with a stop token.
-
-    Otherwise the tuned model would never learn to stop.
-    """
+    """The text and spans, changed so that the model learns to stop: answers end with a token."""
     start, end = spans[-1]
     if re.search(rf"(?:{special})\s*\Z", text[start:end]):
         return text, spans
@@ -154,10 +151,9 @@ def measure_all(
     template: ChatTemplate,
     max_length: int,
 ) -> Iterator[Example]:
-    """Each preference with its lengths in tokens.
+    """Each preference with its lengths in tokens, as TRL's trainers will tokenise it.
 
-    TRL's trainers tokenise the messages. We measure them to leave out and count the examples that
-    a trainer would drop or cut until no answer is left.
+    They would drop some examples, or cut them until no answer is left.
     """
     renderer = Renderer(template, tokenizer)
     for preference in preferences:

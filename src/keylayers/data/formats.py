@@ -110,10 +110,9 @@ def _describe(format: DataFormat) -> str:
 
 
 def conversations_of(row: Row, format: DataFormat, *, is_forced: bool) -> Iterator[Conversation]:
-    """The conversations of a row without the columns that are null or empty in it.
+    """The conversations of a row, in the format of the data if its columns fit.
 
-    Data sets that are joined have the columns of all, so a row need not have the format of the
-    data, which is tried first.
+    Data sets that are joined have the columns of all; a row has those that are not empty in it.
     """
     if is_forced:
         return FORMATS[format][1](row)

@@ -161,10 +161,7 @@ def _from_rated(row: Row) -> Iterator[Preference]:
 
 
 def rated_column(data: "datasets.Dataset") -> str | None:
-    """The column that says which answers are good ones, if there is one.
-
-    A `label` with other values in any row, as of a classifier, is none.
-    """
+    """The column that says which answers are good ones; a `label` of a classifier does not."""
     for name in _RATED:
         cells = data[name] if name in data.column_names else ()
         given = {cell if isinstance(cell, Hashable) else "a list" for cell in cells}
@@ -175,7 +172,7 @@ def rated_column(data: "datasets.Dataset") -> str | None:
 
 
 def _unmarked(turns: list[Message]) -> list[Message]:
-    """Turns without marks of what is learned: preferences are about whole answers."""
+    """Without marks of what is learned: preferences are about whole answers."""
     return [{name: turn[name] for name in turn if name != "weight"} for turn in turns]
 
 

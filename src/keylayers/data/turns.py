@@ -166,15 +166,12 @@ def is_learned(message: Message) -> bool:
 def _read_call(call: object) -> object:
     """A call of a tool as templates take it: `function` with `name` and `arguments` as an object.
 
-    Data keep arguments as JSON text so that each call can have its own; transformers' templates
-    would quote such text once more.
+    Data often have arguments as JSON text, which templates would quote once more.
     """
-    if not isinstance(call, dict):
-        raise wrong_shape("A call of a tool must have a name and arguments", call)
-    if "function" not in call:
+    if isinstance(call, dict) and "function" not in call:
         call = {"type": "function", "function": call}
-    function = call["function"]
-    if not isinstance(function, dict) or "name" not in function:
+    function = call["function"] if isinstance(call, dict) else None
+    if not isinstance(call, dict) or not isinstance(function, dict) or "name" not in function:
         raise wrong_shape("A call of a tool must have a name and arguments", call)
     if isinstance(function.get("arguments"), str):
         arguments = _read_json(function["arguments"] or "{}", "arguments")

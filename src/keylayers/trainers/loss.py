@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import mul
 from typing import Any
 
 import torch
@@ -41,8 +42,7 @@ class BatchLosses:
     @property
     def mean(self) -> float:
         """Weighted mean in nats: over all labelled tokens of all batches."""
-        products = (loss * weight for loss, weight in zip(self.losses, self.weights, strict=True))
-        return sum(products) / sum(self.weights)
+        return sum(map(mul, self.losses, self.weights)) / sum(self.weights)
 
 
 class TrainerLoss:
@@ -98,10 +98,7 @@ class TrainerLoss:
         return trainer._buffered_inputs or [prepared]
 
     def loss(self, part: Any) -> Tensor:
-        """The loss on one part, with its graph, averaged as the trainer averages it.
-
-        The model runs in evaluation mode: losses at different gates must not differ by dropout.
-        """
+        """The loss on one part, with its graph, averaged as the trainer averages it, no dropout."""
         to_evaluation(self.model)
         # transformers 5.23 checkpoints activations only in modules that are in training mode.
         for module in self.model.modules():
@@ -162,16 +159,14 @@ class TrainerLoss:
 
     def _share(self, parts: list[Any]) -> float:
         """The weight of this process's batch among those of all: labelled tokens, or rows."""
-        if not self._is_shared:
-            return 1.0
-        own = sum(num_labels(part) for part in parts)
-        return own / float(summed(torch.tensor(own, dtype=torch.float64)))
+        own = sum(num_labels(part) for part in parts) if self._is_shared else 1.0
+        return own / self._over_processes(own)
 
-    def _over_processes(self, loss: float) -> float:
+    def _over_processes(self, value: float) -> float:
         """The sum over processes, so that all see the same value, NaN included."""
         if not self._is_shared:
-            return loss
-        return float(summed(torch.tensor(loss, dtype=torch.float64)))
+            return value
+        return float(summed(torch.tensor(value, dtype=torch.float64)))
 
 
 @contextlib.contextmanager

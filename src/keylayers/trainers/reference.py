@@ -24,12 +24,9 @@ REFERENCE_ADAPTER = "ref"  # TRL's name for it
 
 @contextlib.contextmanager
 def without_own_copy(trainer: Trainer) -> Iterator[None]:
-    """Inside the block, use the base model as the reference if "ref" equals the update.
-
-    Refuses a `ref_model` that shares weights: PEFT adds adapters to a model in place.
-    """
+    """Inside the block, use the base model as the reference if "ref" equals the update."""
     model, reference = trainer.model, getattr(trainer, "ref_model", None)
-    own = {id(parameter) for parameter in model.parameters()}
+    own = {id(parameter) for parameter in model.parameters()}  # PEFT adds adapters in place
     if isinstance(reference, nn.Module) and any(id(p) in own for p in reference.parameters()):
         raise ConfigError(
             "`ref_model` must be another copy of the model, but it shares weights and adapter with "
@@ -68,11 +65,7 @@ def _is_own_copy(model: nn.Module) -> bool:
     if active == REFERENCE_ADAPTER:
         return False
     tensors = dict(model.named_parameters(remove_duplicate=False))
-    copies = {
-        name: tensors.get(name.replace(f".{active}.", f".{REFERENCE_ADAPTER}."))
-        for name in tensors
-        if f".{active}." in name
-    }
-    return all(
-        copy is not None and torch.equal(tensors[name], copy) for name, copy in copies.items()
-    )
+    own = [name for name in tensors if f".{active}." in name]
+    copies = [tensors.get(name.replace(f".{active}.", f".{REFERENCE_ADAPTER}.")) for name in own]
+    both = zip(own, copies, strict=True)
+    return all(copy is not None and torch.equal(tensors[name], copy) for name, copy in both)

@@ -28,10 +28,8 @@ def unchanged_trainer(trainer: Trainer) -> Iterator[None]:
 
 
 def _copied(value: object) -> object:
-    """A copy of nested containers that shares tensors and models, which stay unchanged.
-
-    Exact types only, because a subclass may have more state than its items.
-    """
+    """A copy of nested containers that shares tensors and models, which stay unchanged."""
+    # Exact types only, because a subclass may have more state than its items.
     if type(value) not in (dict, defaultdict, OrderedDict, list, deque, set):
         return value
     copied = copy.copy(value)

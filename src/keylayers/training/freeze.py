@@ -168,11 +168,8 @@ class FreezeUnimportant(TrainerCallback):
         halted = self._halted
         self._let_go()
         if halted is None:
-            warnings.warn(
-                f"nothing was frozen: training ended at step {state.global_step} before the loss "
-                f"was stable or `max_steps` reached",
-                stacklevel=2,
-            )
+            what = f"nothing was frozen: training ended at step {state.global_step}"
+            warnings.warn(f"{what} before the loss was stable or `max_steps` reached", stacklevel=2)
             return
         for parameter in halted.parameters.values():
             parameter.requires_grad_(False)  # loading the best checkpoint sets the flags

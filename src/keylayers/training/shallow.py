@@ -39,10 +39,7 @@ class ShallowBackward(TrainerCallback):
 
 
 def shallow_backward(model: nn.Module) -> RemovableHandle | None:
-    """Cut the graph behind the model's embeddings, unless they are trained or there are none.
-
-    Returns the hook, to be removed. It must be the last one on the embeddings.
-    """
+    """Cut the graph behind the model's embeddings, unless trained; the hook must be their last."""
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if embeddings is None or any(weight.requires_grad for weight in embeddings.parameters()):
         return None
