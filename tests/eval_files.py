@@ -6,7 +6,7 @@ import json
 from peft import LoraConfig, get_peft_model
 from pydantic import TypeAdapter
 
-from keylayers.evaluation.record import FORMAT, Evaluation
+from keylayers.evaluation.measures import FORMAT, Evaluation
 from tiny_files import ANIMALS, FOODS, tiny_model, tiny_tokenizer, write_rows
 
 CHOICE = """

@@ -73,9 +73,9 @@ NAMES = {
 
 def test_names_tell_models_apart_and_none_takes_that_of_the_base():
     for sources, names in NAMES.items():
-        assert list(subjects.unique_names(sources).values()) == names
+        assert list(ComparedOptions(checkpoint=sources).names.values()) == names
     with pytest.raises(ConfigError, match="'base model' has that of another"):
-        subjects.unique_names(["base model"])
+        ComparedOptions(checkpoint=("base model",))
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ from rich.console import Console
 
 from eval_files import evaluation_of
 from keylayers.evaluation.documents import Measured
-from keylayers.evaluation.measures import Part, corrected, measures_of
-from keylayers.evaluation.record import Difference, Measure, Result
+from keylayers.evaluation.measures import Difference, Measure, Part, Result, correct, measures_of
 from keylayers.evaluation.statistics import Interval
 from keylayers.report.evaluation import (
     chance_words,
@@ -44,16 +43,16 @@ def measured(name, metric, values):
 def test_documents_that_only_some_models_have_give_no_interval():
     """As where a task leaves out answers that it cannot score."""
 
-    def measures(num, is_group=False):
+    def measures(num, metric=None):
         sizes = {"base model": 9, "a": num}
         found = {name: {"t": measured("t", "f1", [0.5] * size)} for name, size in sizes.items()}
-        return list(measures_of(Part("t", ("t",), is_group=is_group), found, None, 0))
+        return list(measures_of(Part("t", ("t",), metric), found, None, 0))
 
     (same,), (other,) = measures(9), measures(8)
     assert same.num_documents == 9
     assert same.results[1].differences[0].interval is not None
     assert other.results[1].differences[0].interval is None
-    assert measures(8, is_group=True) == []
+    assert measures(8, "f1") == []
 
 
 def test_what_has_no_interval_is_no_comparison():
@@ -64,7 +63,8 @@ def test_what_has_no_interval_is_no_comparison():
         for model, value in (("base model", 0.0), ("a", 1.0))
     }
     parts = [Part(name, (name,)) for name in sizes]
-    found = corrected([one for part in parts for one in measures_of(part, models, None, 0)])
+    found = [one for part in parts for one in measures_of(part, models, None, 0)]
+    correct(found)
     one, *many = [measure.results[1].differences[0] for measure in found]
     assert one.interval is one.p is one.p_holm is None
     assert [each.p_holm for each in many] == [5 * each.p for each in many]

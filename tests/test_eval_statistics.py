@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from keylayers.evaluation.record import Difference
+from keylayers.evaluation.measures import Difference
 from keylayers.evaluation.statistics import (
     Documents,
     difference_interval,

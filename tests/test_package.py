@@ -129,7 +129,7 @@ LIGHT = [
     "from keylayers.cli import main; main(['show', 'no-such-file.json'])",
     "import keylayers.ranking.ranking, keylayers.ranking.selection, keylayers.ranking.compare",
     "import keylayers.report.terminal, keylayers.report.html, keylayers.report.figures",
-    "import keylayers.evaluation.record, keylayers.report.evaluation",
+    "import keylayers.evaluation.measures, keylayers.report.evaluation",
     "import keylayers.ranking.certainty, keylayers.ranking.consensus",
     "import keylayers.export",
     "import keylayers.data.prepare",

@@ -15,7 +15,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,15 @@ def one_at_a_time(folder: Path, written: Path | None = None) -> Iterator[None]:
     finally:
         (folder / ".lock").unlink(missing_ok=True)  # while it is held, so nobody else's is removed
         lock.release()
+
+
+def distinct_ends(paths: Sequence[Sequence[str]], taken: str = "") -> list[str] | None:
+    """A name for each path: as few of its last parts as tell all apart. None if paths are equal."""
+    for length in range(1, max(map(len, paths), default=0) + 1):
+        names = ["/".join(path[-length:]) for path in paths]
+        if len({*names, taken}) == len(names) + 1:
+            return names
+    return None
 
 
 def says_full(message: str) -> bool:

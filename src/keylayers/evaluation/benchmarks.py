@@ -91,8 +91,7 @@ def _group_parts(name: str, groups: Mapping[str, Any], depth: int) -> Iterator[P
     leaves = tuple(task.task_name for task in group.get_all_tasks())
     averaged = group.aggregate_metric_list or ()
     for mean in averaged:
-        by_size = bool(mean.weight_by_size)
-        yield Part(name, leaves, mean.metric, mean.filter_list, by_size, is_group=True, depth=depth)
+        yield Part(name, leaves, mean.metric, mean.filter_list, bool(mean.weight_by_size), depth)
     inner = depth + bool(averaged)
     for member in group.child_names:
         if member in groups:

@@ -6,7 +6,7 @@ whose key is in the file is not measured again. Needs no torch.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Store:
     def __init__(self, folder: Path, unfinished: Path) -> None:
         self.file, self.unfinished = folder / DOCUMENTS, unfinished
         self.pairs: dict[str, Measured] = {}
-        self._names: dict[str, Sequence[str]] = {}  # of a pair's model, and of models equal to it
+        self._names: dict[str, list[str]] = {}  # of a pair's model, and of models equal to it
         for path in filter(Path.is_file, (self.file, *sorted(unfinished.glob("*.parquet")))):
             self._read(path)
 
@@ -63,10 +63,13 @@ class Store:
         self.pairs[key] = found
         _write(self.unfinished / f"{key[:32]}.parquet", {key: found}, {})
 
-    def finish(self, names: Mapping[str, Sequence[str]]) -> None:
-        """Write all pairs into one file; `names` are those of the models in the latest table."""
+    def finish(self, table: Iterable[tuple[str, str]]) -> None:
+        """Write all pairs into one file; `table` has keys and models of the latest table."""
+        names: dict[str, list[str]] = {}
+        for key, model in table:
+            names.setdefault(key, []).append(model)
         order = dict.fromkeys((*names, *self.pairs))  # independent of what was measured when
-        _write(self.file, {key: self.pairs[key] for key in order}, {**self._names, **names})
+        _write(self.file, {key: self.pairs[key] for key in order}, self._names | names)
 
     def _read(self, path: Path) -> None:
         try:

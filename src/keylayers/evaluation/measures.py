@@ -1,28 +1,92 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures from documents: values, intervals, chance, and differences between models.
+"""Measures from documents, and evaluation.json: values, intervals, chance, differences of models.
 
 Needs no torch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from keylayers.evaluation.documents import Measured
-from keylayers.evaluation.record import Difference, Measure, Result
 from keylayers.evaluation.statistics import (
     Documents,
+    Interval,
     difference_interval,
     holm,
     interval,
     sign_flip_p,
 )
+from keylayers.files import write_json
 
+EVALUATION = "evaluation.json"
+FORMAT = "keylayers evaluation 1"
+ALPHA = 0.05
 DOCUMENT = ["task", "document", "document_sha256"]
 
 AllMeasured = Mapping[str, Mapping[str, Measured]]  # model -> task -> what was measured
+
+
+@dataclass
+class Difference:
+    """One model minus another on the same documents."""
+
+    against: str  # name of the other model
+    value: float
+    interval: Interval | None = None  # None where the documents do not allow it
+    p: float | None = None  # of "no difference", by flipping signs; None without an interval
+    p_holm: float | None = None  # corrected for all differences in the table, by `correct`
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the difference is more than the choice of documents explains."""
+        if self.interval is None or self.p is None:
+            return False
+        return not self.interval.holds(0.0) and self.p < ALPHA
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measure of one model, with its differences to others."""
+
+    model: str
+    value: float
+    interval: Interval | None
+    differences: tuple[Difference, ...] = ()
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure of all models."""
+
+    task: str  # or group, or data set
+    metric: str
+    num_documents: int  # that it is a mean over; 0 if it is not a mean
+    chance: float | None  # what guessing gives, if known
+    higher_is_better: bool | None  # None: unknown
+    results: tuple[Result, ...]  # in the order of the models
+    members: tuple[str, ...] = ()  # the tasks that a group averages
+    depth: int = 0  # in nested groups
+    is_in_table: bool = True  # of the terminal
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation as it is recorded."""
+
+    measures: tuple[Measure, ...]
+    models: Mapping[str, Mapping[str, Any]]  # by name in the table; the base model first
+    reference: str | None  # what the others are compared with in addition to the base model
+    notes: tuple[str, ...]  # what a reader must know, such as cut prompts
+    provenance: Mapping[str, Any]  # options, environment, data, tasks
+
+    def save(self, path: Path) -> None:
+        """Write the file whole or not at all."""
+        write_json(path, {"format": FORMAT, **asdict(self)})
 
 
 @dataclass(frozen=True)
@@ -31,10 +95,9 @@ class Part:
 
     name: str
     tasks: tuple[str, ...]
-    metric: str | None = None  # None: all
+    metric: str | None = None  # that a group averages; None for all metrics of a task
     filters: Sequence[str] | None = None  # of the harness; None: all
     is_by_size: bool = True  # whether every document has the same weight, or every task
-    is_group: bool = False
     depth: int = 0  # in nested groups
     is_in_table: bool = True
 
@@ -53,10 +116,9 @@ def metric_name(metric: str, filter: str) -> str:
 def measures_of(
     part: Part, measured: AllMeasured, reference: str | None, seed: int
 ) -> Iterator[Measure]:
-    """The measures of one part, for all models.
+    """The measures of one part, for all models, compared with the first and with `reference`.
 
-    They are compared with the first model, and with `reference`. Left out is what a model has no
-    number for, and what is no mean but should be averaged.
+    Left out is what a model has no number for, and what is no mean but should be averaged.
     """
     base = next(iter(measured.values()))
     names = dict.fromkeys(name for task in part.tasks for name in base[task].totals)
@@ -68,7 +130,7 @@ def measures_of(
         else:
             totals = {model: found[tasks[0]].totals for model, found in measured.items()}
             values = {model: own[metric] for model, own in totals.items() if metric in own}
-            if part.is_group or len(values) < len(totals):
+            if part.metric is not None or len(values) < len(totals):
                 continue
         yield Measure(
             task=part.name,
@@ -77,7 +139,7 @@ def measures_of(
             chance=chance,
             higher_is_better=base[tasks[0]].higher_is_better.get(metric),
             results=tuple(_results(values, documents, reference, seed)),
-            members=tuple(tasks) if part.is_group else (),
+            members=() if part.metric is None else tuple(tasks),
             depth=part.depth,
             is_in_table=part.is_in_table,
         )
@@ -127,35 +189,25 @@ def _results(
     for model, value in values.items():
         differences = []
         for other in filter(None, (base, reference)):
-            if base == model or other == model:
+            if model in (base, other):
                 continue
             difference = Difference(other, value - values[other])
             if documents is not None:
                 less = documents[model].less(documents[other])
-                around = difference_interval(less, seed)
-                p = None if around is None else sign_flip_p(less, seed)
-                difference = Difference(other, less.mean(), around, p)
+                difference.value = less.mean()
+                difference.interval = difference_interval(less, seed)
+                if difference.interval is not None:
+                    difference.p = sign_flip_p(less, seed)
             differences.append(difference)
         own = None if documents is None else interval(documents[model], seed)
         yield Result(model, value, own, tuple(differences))
 
 
-def corrected(measures: Sequence[Measure]) -> list[Measure]:
-    """The measures, with Holm's correction over all differences in the table."""
+def correct(measures: Sequence[Measure]) -> None:
+    """Give the differences in the table their p-values by Holm's correction over all of them."""
     results = [result for measure in measures if measure.is_in_table for result in measure.results]
-    tested = [found.p for result in results for found in result.differences if found.p is not None]
-    p_holm = iter(holm(tested))
-
-    def with_p(result: Result) -> Result:
-        differences = [
-            found if found.p is None else replace(found, p_holm=next(p_holm))
-            for found in result.differences
-        ]
-        return replace(result, differences=tuple(differences))
-
-    return [
-        replace(measure, results=tuple(map(with_p, measure.results)))
-        if measure.is_in_table
-        else measure
-        for measure in measures
-    ]
+    every = [found for result in results for found in result.differences]
+    tested = [found for found in every if found.p is not None]
+    p_values = holm([found.p for found in tested if found.p is not None])
+    for found, p_holm in zip(tested, p_values, strict=True):
+        found.p_holm = p_holm

@@ -7,7 +7,10 @@ from typing import Any
 
 from keylayers.data.options import DataOptions, ReadingOptions
 from keylayers.errors import ConfigError, check_at_least, check_seed
+from keylayers.files import distinct_ends
 from keylayers.model.options import ModelOptions
+
+BASE = "base model"  # its name in tables
 
 
 def _check_left_out(
@@ -35,20 +38,30 @@ class ComparedOptions:
     reference: str | None = None
 
     def __post_init__(self) -> None:
-        given = self.sources
-        for name in given:
-            if given.count(name) > 1:
+        for name in self.sources:
+            if self.sources.count(name) > 1:
                 raise ConfigError(f"every model must be given once, got {name!r} twice")
-        if self.reference is not None and self.reference not in given:
+            if name == BASE:
+                raise ConfigError(
+                    f"every model must have a name of its own in the table, but {BASE!r} has that "
+                    f"of another; rename its folder"
+                )
+        if self.reference not in (None, *self.sources):
             raise ConfigError(
                 f"`reference` must be one of the adapters and checkpoints, as it is given there "
-                f"({', '.join(given) or 'none is'}), got {self.reference!r}"
+                f"({', '.join(self.sources) or 'none is'}), got {self.reference!r}"
             )
 
     @property
     def sources(self) -> tuple[str, ...]:
         """All of them, in the order of the table."""
         return (*self.adapter, *self.checkpoint)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Source -> name in tables: as much of the end of its path as tells all models apart."""
+        paths = [source.strip("/").split("/") for source in self.sources]
+        return dict(zip(self.sources, distinct_ends(paths, BASE) or self.sources, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

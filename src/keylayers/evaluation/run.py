@@ -13,10 +13,9 @@ from keylayers.data.templates import resolve_template
 from keylayers.environment import environment, num_launched
 from keylayers.errors import ConfigError, RankingError
 from keylayers.evaluation.documents import DOCUMENTS, Measured, Store
-from keylayers.evaluation.measures import Part, corrected, measures_of
+from keylayers.evaluation.measures import EVALUATION, Evaluation, Part, correct, measures_of
 from keylayers.evaluation.options import EvalOptions
-from keylayers.evaluation.record import EVALUATION, Evaluation
-from keylayers.evaluation.subjects import Loaded, each_model, unique_names
+from keylayers.evaluation.subjects import Loaded, each_model
 from keylayers.evaluation.texts import GAIN, Examples, examples_of
 from keylayers.files import RECORD, json_sha256, output_folder, unfinished
 from keylayers.progress import Progress, Silent
@@ -50,7 +49,7 @@ def evaluate(options: EvalOptions, output: Path, progress: Progress | None = Non
             run.measure(loaded)
             del loaded  # or it would stay in memory next to the following model
         found = run.evaluation()
-        run.store.finish(run.names)
+        run.store.finish([(pair["pair"], pair["model"]) for pair in run.pairs])
         found.save(output / EVALUATION)
     return found
 
@@ -67,7 +66,6 @@ class _Run:
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
     measured: dict[str, dict[str, Measured]] = field(default_factory=dict)  # by model and job
     pairs: list[dict[str, Any]] = field(default_factory=list)  # the same, for the record
-    names: dict[str, list[str]] = field(default_factory=dict)  # key -> models, equal ones share it
     notes: list[str] = field(default_factory=list)
 
     def measure(self, loaded: Loaded) -> None:
@@ -88,7 +86,6 @@ class _Run:
                 with self.progress.stage(f"{name}: {job.name}", job.num_steps) as on_step:
                     self.store.put(key, job.measured(loaded, on_step))
             self.measured[name][job.name] = found = self.store.pairs[key]
-            self.names.setdefault(key, []).append(name)
             about = {"pair": key, "model": name, "inputs_sha256": inputs}
             self.pairs.append(about | found.about())
             warnings = found.facts.get("warnings", ())
@@ -100,18 +97,18 @@ class _Run:
     def evaluation(self) -> Evaluation:
         """All measures of what was measured."""
         compared, seed = self.options.compared, self.options.run.seed
-        names = unique_names(compared.sources)
         reference = None
-        if len(names) > 1:
-            reference = names[compared.reference or compared.sources[0]]
+        if len(compared.sources) > 1:
+            reference = compared.names[compared.reference or compared.sources[0]]
         measures = [
             measure
             for part in self.parts
             for measure in measures_of(part, self.measured, reference, seed)
         ]
+        correct(measures)
         versions = {name: metadata.version(name) for name in LIBRARIES if find_spec(name)}
         return Evaluation(
-            measures=tuple(corrected(measures)),
+            measures=tuple(measures),
             models=self.models,
             reference=reference,
             notes=tuple(dict.fromkeys(self.notes)),

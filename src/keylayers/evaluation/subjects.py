@@ -7,9 +7,8 @@ asks for the next.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,15 +16,13 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keylayers.data.templates import ChatTemplate, resolve_template
-from keylayers.errors import ConfigError
-from keylayers.evaluation.options import ComparedOptions
+from keylayers.evaluation.options import BASE, ComparedOptions
 from keylayers.files import json_sha256
 from keylayers.model.loading import describe, load_adapter, load_model, load_tokenizer
 from keylayers.model.options import ModelOptions
 from keylayers.model.preserve import preserved, to_evaluation
 from keylayers.model.weights import tensors_sha256, weights_sha256
 
-BASE = "base model"
 Kind = Literal["base", "adapter", "checkpoint"]
 # Where a config comes from; it decides nothing.
 WITHOUT_EFFECT = {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version"}
@@ -50,38 +47,19 @@ def each_model(
     source: ModelOptions, compared: ComparedOptions, template: str | None
 ) -> Iterator[Loaded]:
     """The base model, the adapters, the checkpoints. Drop each before you ask for the next."""
-    names = unique_names(compared.sources)
-    adapters = {adapter: names[adapter] for adapter in compared.adapter}
-    yield from _base_and_adapters(source, adapters, template)
+    yield from _base_and_adapters(source, compared, template)
     for checkpoint in compared.checkpoint:  # the revision is that of the base model
         options = replace(source, model=checkpoint, revision=None)
-        yield _load(names[checkpoint], "checkpoint", options, template)
-
-
-def unique_names(sources: Sequence[str]) -> dict[str, str]:
-    """Source -> name in tables: the shortest end of its path that no other has, nor the base."""
-    paths = [
-        [part for part in Path(path).parts if part not in ("/", ".")] or [path] for path in sources
-    ]
-    for length in range(1, max(map(len, paths), default=0) + 1):
-        names = ["/".join(path[-length:]) for path in paths]
-        if len({*names, BASE}) == len(names) + 1:
-            return dict(zip(sources, names, strict=True))
-    if BASE in sources:
-        raise ConfigError(
-            f"every model must have a name of its own in the table, but {BASE!r} has that of "
-            f"another; rename its folder"
-        )
-    return {path: path for path in sources}
+        yield _load(compared.names[checkpoint], "checkpoint", options, template)
 
 
 def _base_and_adapters(
-    source: ModelOptions, names: dict[str, str], template: str | None
+    source: ModelOptions, compared: ComparedOptions, template: str | None
 ) -> Iterator[Loaded]:
     base = _load(BASE, "base", source, template)
     assert isinstance(base.model, PreTrainedModel)
     yield base
-    for adapter, name in names.items():
+    for adapter in compared.adapter:
         # Not `PeftModel.unload`: that of peft 0.21 leaves `modules_to_save` in the base model.
         with preserved(base.model):
             tuned = load_adapter(base.model, adapter)
@@ -91,7 +69,7 @@ def _base_and_adapters(
             config = _text(tuned.peft_config["default"].to_dict(), OF_ADAPTER)
             yield replace(
                 base,
-                name=name,
+                name=compared.names[adapter],
                 kind="adapter",
                 source=adapter,
                 model=tuned,

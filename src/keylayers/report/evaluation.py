@@ -12,7 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from keylayers.evaluation.record import ALPHA, Difference, Evaluation, Measure, Result
+from keylayers.evaluation.measures import ALPHA, Difference, Evaluation, Measure, Result
 from keylayers.evaluation.statistics import LEVEL, Interval
 
 FEW_DOCUMENTS = 30

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keylayers.errors import ConfigError
+from keylayers.files import distinct_ends
 from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.ranked_module import are_best
 from keylayers.ranking.ranking import FILE, Ranking
@@ -36,24 +37,12 @@ def _load(path: Path, label: str) -> Source:
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
-    """A name for each path: the fewest of its last parts that make all names unique.
-
-    The file's own name is used only if needed. If a path is given twice, all names get a number.
-    """
-    parts = [_parts(path) for path in paths]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(own[-length:]) for own in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{number}: {'/'.join(own)}" for number, own in enumerate(parts, start=1)]
-
-
-def _parts(path: Path) -> tuple[str, ...]:
-    """Parts of the folder that holds ranking.json, or of the file without its suffix."""
-    path = path.absolute()
-    if path.name == FILE and len(path.parts) > 2:
-        return path.parent.parts[1:]
-    return path.with_suffix("").parts[1:] if path.suffix == ".json" else path.parts[1:]
+    """A name for each ranking: its folder or its file without `.json`, numbered if given twice."""
+    files = [path.absolute() for path in paths]
+    own = [file.parent if file.name == FILE else file for file in files]
+    parts = [Path(str(path).removesuffix(".json")).parts[1:] for path in own]
+    numbered = [f"{number}: {'/'.join(part)}" for number, part in enumerate(parts, start=1)]
+    return distinct_ends(parts) or numbered
 
 
 def num_best(ranking: Ranking, budget: WrittenBudget) -> int:
