@@ -7,12 +7,11 @@ unrelated orders, -1 for opposite ones. Both taus are scipy's.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import comb
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 import scipy  # loads `scipy.stats` when it is first used
@@ -30,7 +29,6 @@ DRAW_SEED = 0
 COVERED_FRACTION = 0.95
 
 Interval = tuple[float, float]
-Scored = Float[np.ndarray, " scored"]
 Draws = Float[np.ndarray, "draw _"]
 
 
@@ -122,14 +120,11 @@ def chance_jaccard(num_modules: int, size: int, other_size: int) -> float:
 
     The overlap k is hypergeometric; the mean of k / (size + other_size - k) is summed exactly.
     """
-    total = comb(num_modules, other_size)
-    lowest, highest = max(0, size + other_size - num_modules), min(size, other_size)
-
-    def part(k: int) -> float:
-        ways = comb(size, k) * comb(num_modules - size, other_size - k)
-        return ways / total * k / (size + other_size - k)
-
-    return sum(map(part, range(lowest, highest + 1)))
+    total, both = comb(num_modules, other_size), size + other_size
+    return sum(
+        comb(size, k) * comb(num_modules - size, other_size - k) / total * k / (both - k)
+        for k in range(max(0, both - num_modules), min(size, other_size) + 1)
+    )
 
 
 @dataclass(frozen=True)
@@ -152,23 +147,21 @@ def _agreement_of(first: _Side, second: _Side, budget: Budget) -> Agreement:
     sizes = len(chosen), len(others)
     jaccard = len(chosen & others) / len(chosen | others)
     chance, is_chance_of_groups = _chance(matched.modules, own, other, sizes)
-    both = _scored_by_both(own, other)
     jaccard_interval, tau_interval = _intervals(first, second, matched, sizes)
     return Agreement(
         first=first.index,
         second=second.index,
         kind=difference(first.ranking, second.ranking),
         num_modules=len(matched.modules),
-        num_scored=len(both[0]),
+        num_scored=int(np.count_nonzero(~np.isnan(own + other))),
         jaccard=jaccard,
         jaccard_interval=jaccard_interval,
         chance_jaccard=chance,
         is_chance_of_groups=is_chance_of_groups,
         corrected=None if chance == 1 else (jaccard - chance) / (1 - chance),
-        tau=_tau(*both),
+        tau=_tau(own, other),
         tau_interval=tau_interval,
-        # scipy gives the highest values most weight, and these are the best.
-        top_weighted_tau=_statistic(scipy.stats.weightedtau, *both),
+        top_weighted_tau=_tau(own, other, is_top_weighted=True),
         is_by_depth=matched.is_by_depth,
         left_out=matched.left_out,
     )
@@ -208,10 +201,8 @@ def _groups(modules: Sequence[RankedModule], standings: Standings) -> Places | N
     """
     if np.isnan(standings).any() or len(np.unique(standings)) < 2:
         return None
-    for labels in (
-        [str(module.block_index) for module in modules],
-        [module.projection for module in modules],
-    ):
+    kinds = [(str(module.block_index), module.projection) for module in modules]
+    for labels in zip(*kinds, strict=True):
         _, groups = np.unique(labels, return_inverse=True)
         values = set(zip(groups.tolist(), standings.tolist(), strict=True))
         if len(values) == groups.max() + 1 < len(modules):
@@ -219,23 +210,17 @@ def _groups(modules: Sequence[RankedModule], standings: Standings) -> Places | N
     return None
 
 
-def _scored_by_both(first: Standings, second: Standings) -> tuple[Scored, Scored]:
-    are_scored = ~(np.isnan(first) | np.isnan(second))
-    return first[are_scored], second[are_scored]
-
-
-def _tau(first: Scored, second: Scored) -> float | None:
-    # We do not use the p-value: its exact form is slow, its asymptotic form fails for two values.
-    method = "asymptotic" if len(first) > 2 else "auto"
-    return _statistic(scipy.stats.kendalltau, first, second, method=method)
-
-
-def _statistic(
-    measure: Callable[..., Any], first: Scored, second: Scored, **options: str
-) -> float | None:
-    """A rank correlation; None where it is not defined."""
-    value = measure(first, second, **options).statistic if len(first) > 1 else math.nan
-    return None if math.isnan(value) else float(value)
+def _tau(first: Standings, second: Standings, *, is_top_weighted: bool = False) -> float | None:
+    """A rank correlation of the modules that both score; None where it is not defined."""
+    scored = ~np.isnan(first + second)
+    if np.count_nonzero(scored) < 2:
+        return None
+    if is_top_weighted:  # scipy gives the highest values most weight, and these are the best
+        found = scipy.stats.weightedtau(first[scored], second[scored])
+    else:  # of the p-values, which we do not use, the exact is slow, the other fails for two values
+        method = "asymptotic" if np.count_nonzero(scored) > 2 else "auto"
+        found = scipy.stats.kendalltau(first[scored], second[scored], method=method)
+    return None if math.isnan(found.statistic) else float(found.statistic)
 
 
 def _drawn_scores(ranking: Ranking, index: int) -> Draws | None:
@@ -272,7 +257,7 @@ def _intervals(
     for scores, other_scores in zip(first.draws, second.draws, strict=True):
         own, other = of_first(scores), of_second(other_scores)
         jaccards.append(_jaccard(own, other, sizes))
-        taus.append(_tau(*_scored_by_both(own, other)))
+        taus.append(_tau(own, other))
     return _interval(jaccards), _interval([tau for tau in taus if tau is not None])
 
 
@@ -287,8 +272,5 @@ def _jaccard(first: Standings, second: Standings, sizes: tuple[int, int]) -> flo
 
 def _interval(values: Sequence[float]) -> Interval | None:
     """The central 95 % of the values."""
-    if not values:
-        return None
     tail = (1 - COVERED_FRACTION) / 2
-    low, high = np.quantile(values, [tail, 1 - tail]).tolist()
-    return low, high
+    return tuple(np.quantile(values, [tail, 1 - tail]).tolist()) if values else None

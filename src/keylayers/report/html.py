@@ -20,7 +20,7 @@ from markupsafe import Markup
 from keylayers._version import __version__
 from keylayers.errors import RankingError
 from keylayers.ranking.budget import WrittenBudget
-from keylayers.ranking.certainty import decisions
+from keylayers.ranking.certainty import undecided
 from keylayers.ranking.compare import agreement, mean_by_kind
 from keylayers.ranking.ranking import Ranking
 from keylayers.report.agreement import agreement_notes, measures, pair_name
@@ -102,9 +102,8 @@ def open_budgets(ranking: Ranking) -> dict[str, tuple[int, int]]:
     """
     found: dict[str, tuple[int, int]] = {}
     for count in range(1, _num_scored(ranking) + 1):
-        for name, is_decided in decisions(ranking, count).items():
-            if is_decided is False:
-                found[name] = (found.get(name, (count, 0))[0], count)
+        for name in undecided(ranking, count):
+            found[name] = (found.get(name, (count, 0))[0], count)
     return found
 
 

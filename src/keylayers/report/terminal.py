@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A ranking in the terminal: heatmap, best and worst modules, provenance. Imports no torch."""
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
+import scipy  # loads `scipy.stats` when it is first used
 from rich.console import Group, RenderableType
 from rich.style import Style
 from rich.table import Table
@@ -12,7 +13,7 @@ from rich.text import Text
 from keylayers.errors import RankingError
 from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.certainty import decisions, undecided
-from keylayers.ranking.compare import agreement
+from keylayers.ranking.matching import scores_of
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import MadeBy, TrainedSet
 from keylayers.report.modules import grid
@@ -36,17 +37,17 @@ def ranking_report(ranking: Ranking, budget: WrittenBudget = 0.3) -> RenderableT
     marked: tuple[str, ...] = ()
     try:
         marked = undecided(ranking, budget)
-        note = certainty_line(ranking, budget)
+        notes = [certainty_line(ranking, budget)]
     except RankingError as error:  # the budget includes modules without a score
-        note = f"nothing is marked at budget {budget}: {error}"
-    if comparison := _adalora_line(ranking, budget):
-        note = f"{note}\n{comparison}"
+        notes = [f"nothing is marked at budget {budget}: {error}"]
+    if ranking.made_by.adalora_ranks_left:
+        notes.append(_adalora_line(ranking))
     return Group(
         Text(title, style="bold"),
         heatmap(ranking, marked=marked),
         Text(),
         _extremes(ranking, marked),
-        Text(note),
+        Text("\n".join(notes)),
         Text(),
         Text("\n".join(provenance_lines(ranking)), style="dim"),
     )
@@ -100,13 +101,11 @@ def _shade(position: float) -> Style:
 
 def _extremes(ranking: Ranking, marked: Collection[str]) -> Table:
     """The best and the worst modules; ± is the standard error of the score."""
-    ordered, ranks, adalora = ranking.ordered(), ranking.ranks(), _adalora_ranks(ranking)
-    table = Table(box=None, padding=(0, 2), pad_edge=False)
-    table.add_column("", width=len(UNDECIDED_MARK))
-    table.add_column("rank", justify="right")
-    table.add_column("module", no_wrap=True, overflow="ignore")
-    for title in ("score", "±", "parameters", *(["AdaLoRA's r"] if adalora else [])):
-        table.add_column(title, justify="right")
+    ordered, ranks, adalora = ranking.ordered(), ranking.ranks(), ranking.made_by.adalora_ranks_left
+    more = ["AdaLoRA's r"] if adalora else []
+    table = plain_table("", "rank", "module", "score", "±", "parameters", *more)
+    table.columns[0].width = len(UNDECIDED_MARK)
+    table.columns[1].justify, table.columns[2].justify = "right", "left"
     for place, module in enumerate(ordered):
         if NUM_EXTREMES <= place < len(ordered) - NUM_EXTREMES:
             if place == NUM_EXTREMES:
@@ -147,84 +146,53 @@ def certainty_line(ranking: Ranking, budget: WrittenBudget) -> str:
     return text + (f"; {num_unknown} without an interval" if num_unknown else "")
 
 
-def _adalora_ranks(ranking: Ranking) -> dict[str, int]:
-    """Module name -> the LoRA rank that AdaLoRA gave it; empty for other updates."""
-    found = ranking.made_by.adalora_ranks_left
-    return {module.name: found[module.name] for module in ranking.modules if module.name in found}
-
-
-def _adalora_line(ranking: Ranking, budget: WrittenBudget) -> str | None:
-    """A sentence on how far the ranking agrees with AdaLoRA's own allocation of ranks, if any."""
-    ranks = _adalora_ranks(ranking)
-    if len(ranks) < len(ranking.modules):
-        return None
-    modules = tuple(
-        replace(module, score=float(ranks[module.name]), standard_error=None)
-        for module in ranking.modules
-    )
-    try:
-        found = agreement([ranking, replace(ranking, modules=modules)], budget)[0]
-    except RankingError:  # the budget includes modules without a score
-        return None
-    tau = "none" if found.tau is None else f"{found.tau:.2f}"
-    return (
-        f"AdaLoRA's own budget (last column) agrees with the scores by tau-b {tau}, Jaccard "
-        f"{found.jaccard:.2f} at budget {budget} (chance {found.chance_jaccard:.2f})"
-    )
+def _adalora_line(ranking: Ranking) -> str:
+    left = ranking.made_by.adalora_ranks_left
+    ranks = [left.get(module.name, math.nan) for module in ranking.modules]
+    tau = scipy.stats.kendalltau(ranks, scores_of(ranking), nan_policy="omit").statistic
+    return f"AdaLoRA's own budget (last column) agrees with the scores by tau-b {tau:.2f}"
 
 
 def provenance_lines(ranking: Ranking) -> list[str]:
     """What made the ranking, line by line: method, model, data, losses, time, version."""
     made_by = ranking.made_by
-    model, data, environment = made_by.model, made_by.data, made_by.environment
-    lines = [f"method    {ranking.method}, one gate per {ranking.granularity}"]
-    if model.name is not None:
-        weights = "" if model.weights_sha256 is None else f", weights {model.weights_sha256[:12]}"
-        lines.append(f"model     {model.name}{weights}")
-    if made_by.adapter is not None:
-        lines.append(f"adapter   {made_by.adapter.name}")
-    if made_by.tuned is not None:
-        lines.append(f"tuned     {made_by.tuned.name}")
+    data, losses, software = made_by.data, made_by.held_out_loss_nats, made_by.environment
+    weights, commit = made_by.model.weights_sha256, software.commit
+    facts = [("method", f"{ranking.method}, one gate per {ranking.granularity}")]
+    if made_by.model.name is not None:
+        known = "" if weights is None else f", weights {weights[:12]}"
+        facts.append(("model", f"{made_by.model.name}{known}"))
+    for title, update in (("adapter", made_by.adapter), ("tuned", made_by.tuned)):
+        facts += [] if update is None else [(title, str(update.name))]
     if data.data is not None:
-        lines.append(
-            f"data      {data.data} ({data.format}): {data.num_train} examples to train, "
-            f"{data.num_held_out} held out"
-        )
-    lines += _loss_lines(made_by)
-    if environment.keylayers is not None:
-        source = "" if environment.commit is None else f" at {environment.commit[:12]}"
-        lines.append(f"made by   keylayers {environment.keylayers}{source}")
-    return lines
+        numbers = f"{data.num_train} examples to train, {data.num_held_out} held out"
+        facts.append(("data", f"{data.data} ({data.format}): {numbers}"))
+    facts += _stages(made_by)
+    if losses is not None:
+        both = f"base {losses.base:.3f}, tuned {losses.tuned:.3f}"
+        facts.append(("held out", f"{both} {made_by.loss_unit}"))
+    if software.keylayers is not None:
+        source = "" if commit is None else f" at {commit[:12]}"
+        facts.append(("made by", f"keylayers {software.keylayers}{source}"))
+    return [f"{title:10}{fact}" for title, fact in facts]
 
 
-def _loss_lines(made_by: MadeBy) -> list[str]:
-    lines = []
+def _stages(made_by: MadeBy) -> Iterator[tuple[str, str]]:
     stage_1, inside, mask = made_by.stage_1, made_by.inside_run, made_by.mask
     if stage_1 is not None:
-        lines.append(
-            f"stage 1   {stage_1.num_steps} steps ({stage_1.stopped_by}), {stage_1.seconds:.0f} s"
-        )
+        how = f"{stage_1.num_steps} steps ({stage_1.stopped_by}), {stage_1.seconds:.0f} s"
+        yield "stage 1", how
     if inside is not None:
-        lines.append(
-            f"stage 1   inside a run, until step {inside.at_step} of {inside.num_steps} "
-            f"({inside.reason})"
-        )
+        until = f"step {inside.at_step} of {inside.num_steps} ({inside.reason})"
+        yield "stage 1", f"inside a run, until {until}"
     if mask is not None:
         unit = made_by.loss_unit if mask.score_unit == "the trainer's loss" else mask.score_unit
         unit = f", scores in {unit}" if unit else ""
-        lines.append(f"stage 2   {len(mask.losses)} passes, {mask.seconds:.0f} s{unit}")
+        yield "stage 2", f"{len(mask.losses)} passes, {mask.seconds:.0f} s{unit}"
         if mask.loss_reduction_nats is not None and mask.sum_of_scores_nats is not None:
-            lines.append(
-                f"          scores sum to {mask.sum_of_scores_nats:.3f}"
-                f"{in_nats(made_by.loss_unit)}, the fine-tune lowers the loss by "
-                f"{mask.loss_reduction_nats:.3f} on the same batches"
-            )
-    losses = made_by.held_out_loss_nats
-    if losses is not None:
-        lines.append(
-            f"held out  base {losses.base:.3f}, tuned {losses.tuned:.3f} {made_by.loss_unit}"
-        )
-    return lines
+            total = f"{mask.sum_of_scores_nats:.3f}{in_nats(made_by.loss_unit)}"
+            lowered = f"the fine-tune lowers the loss by {mask.loss_reduction_nats:.3f}"
+            yield "", f"scores sum to {total}, {lowered} on the same batches"
 
 
 def loss_table(rows: Sequence[TrainedSet], loss_unit: str = "nats per token") -> Table:
