@@ -112,10 +112,6 @@ CASES = {
         "Llama", lora(["q_proj"], layers_to_transform=[1, 7]), None,
         "`layers_to_transform`: there is no block 7 among the 2 of the model",
     ),
-    "peft-layers-of-names": (
-        "Llama", lora(["v_proj", QUERY], layers_to_transform=[1]), None,
-        f"does not hold for full names such as {QUERY}",
-    ),
     "peft-no-rank": (
         "Llama", lora(["q_proj"], rank_pattern={"w_proj": 2}), None,
         "rank_pattern keys did not match any targeted module and were ignored: ['w_proj']",

@@ -58,28 +58,17 @@ TOWERS = (
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a config asks for in one model.
+    """What a config asks for in one model."""
 
-    Attributes:
-        lora: The config that PEFT gets; None for a full fine-tune.
-        is_trained: Of a full fine-tune, by a parameter's name.
-        patterns: Each entry of the config -> the regular expression with which the tool matches
-            the beginning of a parameter's name.
-        notes: What the user should know about the config itself.
-    """
-
-    lora: LoraConfig | None = None
-    is_trained: Callable[[str], bool] = lambda name: True
+    lora: LoraConfig | None = None  # what PEFT gets; None for a full fine-tune
+    is_trained: Callable[[str], bool] = lambda name: True  # of a full fine-tune, by parameter
+    # Entry of the config -> the expression that the tool matches with the start of a parameter
     patterns: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what the user should know about the config itself
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The content of a config file, JSON or YAML. In a folder, adapter_config.json is read.
-
-    Raises:
-        ConfigError: it cannot be read or is no mapping.
-    """
+    """The content of a config file, JSON or YAML. In a folder, adapter_config.json is read."""
     file = path / "adapter_config.json" if path.is_dir() else path
     try:
         content = yaml_value(file.read_text(encoding="utf-8"), repr(str(file)))
@@ -93,11 +82,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def tool_of(content: Content) -> Tool:
-    """The tool whose config this is, by the keys that only its configs have.
-
-    Raises:
-        ConfigError: no tool's keys, or those of several.
-    """
+    """The tool whose config this is, by the keys that only its configs have."""
     found = [tool for tool, keys in KNOWN_BY.items() if any(key in content for key in keys)]
     if len(found) != 1:
         came = " and ".join(found) or ", ".join(map(str, content)) or "none"
@@ -109,17 +94,13 @@ def tool_of(content: Content) -> Tool:
 
 
 def wanted(tool: Tool, content: Content, model: PreTrainedModel) -> Wanted:
-    """What a tool's config asks for in a model.
-
-    Raises:
-        ConfigError: the tool would refuse the config.
-    """
+    """What a tool's config asks for in a model; a ConfigError if the tool would refuse it."""
     readers = {"peft": _peft, "trl": _trl, "axolotl": _axolotl, "llamafactory": _llamafactory}
     try:
         return readers[tool](content, model)
+    except ConfigError:
+        raise
     except (TypeError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
         reason = " ".join(str(error).split())
         raise ConfigError(f"{tool} must accept the config, but refuses it: {reason}") from error
 
@@ -129,13 +110,12 @@ def _peft(content: Content, model: PreTrainedModel) -> Wanted:
     if kind not in ("LORA", "ADALORA"):
         raise ConfigError(f"the adapter must be LORA or ADALORA, got {kind}")
     own = AdaLoraConfig if kind == "ADALORA" else LoraConfig
-    known = {option.name for option in fields(own)} - {"peft_type"}
-    unknown = [str(key) for key in content if key not in known | {"peft_type"}]
-    given = {key: value for key, value in content.items() if key in known}
+    known = {option.name for option in fields(own)}
+    unknown = ", ".join(str(key) for key in content if key not in known)
+    given = {key: value for key, value in content.items() if key in known - {"peft_type"}}
     if kind == "ADALORA":
         given.setdefault("total_step", 1_000)
-    notes = (f"this PEFT ignores {', '.join(unknown)}",) if unknown else ()
-    return Wanted(own(**given), notes=notes)
+    return Wanted(own(**given), notes=(f"this PEFT ignores {unknown}",) if unknown else ())
 
 
 def _trl(content: Content, model: PreTrainedModel) -> Wanted:
@@ -244,14 +224,9 @@ def _has_towers(model: PreTrainedModel) -> bool:
 
 def _linear_names(model: PreTrainedModel) -> list[str]:
     """Last names of all linear layers but the head, in model order."""
-    head = model.get_output_embeddings()
-    return list(
-        dict.fromkeys(
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module is not head
-        )
-    )
+    head, modules = model.get_output_embeddings(), model.named_modules()
+    linear = [name for name, own in modules if isinstance(own, nn.Linear) and own is not head]
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
 
 
 def _split(value: Any) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from keylayers.errors import GuardError, ModelError
@@ -57,9 +57,7 @@ def prune_adapter(adapter: str, folder: Path, model: PeftModel, pruned: Collecti
     text = json.dumps(pruned_config(config, kept, stacked or None), indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     _copy_files(source, folder, TOKENIZER_FILES)
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        written = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    _prove_same_bits(written, tensors, tensors.__getitem__)
+    _prove_same_bits(load_file(folder / WEIGHTS), tensors, tensors.__getitem__)
     return source
 
 
@@ -110,20 +108,19 @@ def _prove_same_bits(
     written: Mapping[str, Tensor], names: Collection[str], expected: Callable[[str], Tensor]
 ) -> None:
     """Raise a GuardError unless `written` holds exactly `names`, each with the expected bits."""
+
+    def is_same(own: Tensor, other: Tensor) -> bool:  # NaN equals itself here
+        is_alike = own.dtype == other.dtype and own.shape == other.shape
+        return is_alike and torch.equal(_bits(own), _bits(other))
+
     odd = sorted(written.keys() ^ set(names)) or [
-        name for name in names if not _has_same_bits(written[name], expected(name))
+        name for name in names if not is_same(written[name], expected(name))
     ]
     if odd:
         raise GuardError(
             f"a pruned update must hold the kept weights as they were, but {len(odd)} tensors "
             f"differ, first {odd[0]}"
         )
-
-
-def _has_same_bits(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have the same dtype, shape and bits; NaN equals itself here."""
-    is_alike = first.dtype == second.dtype and first.shape == second.shape
-    return is_alike and torch.equal(_bits(first), _bits(second))
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -139,7 +136,7 @@ def num_parameters(path: Path) -> int:
 
 def _copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:
     """Copy those files of `source` that match `patterns` to the same places in `folder`."""
-    for path in dict.fromkeys(path for pattern in patterns for path in source.glob(pattern)):
+    for path in (path for pattern in patterns for path in source.glob(pattern)):
         if path.is_file():
             target = folder / path.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)

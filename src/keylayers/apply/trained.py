@@ -24,23 +24,18 @@ from keylayers.updates.adapter import own_parameters, tuner_layers
 
 @dataclass(frozen=True)
 class Trained:
-    """What a config trains.
+    """What a config trains."""
 
-    Attributes:
-        modules: All modules of the model's blocks, those of towers too.
-        lora: Module -> LoRA's rank there.
-        num_lora_parameters: In all LoRA matrices.
-        whole: Module -> its parameters that are trained themselves.
-        num_parameters: Everything that is trained.
-        warnings: What the config's author may not expect.
-    """
-
-    modules: tuple[ModuleInfo, ...]
-    lora: Mapping[str, int]
+    modules: tuple[ModuleInfo, ...]  # all of the model's blocks, those of towers too
+    lora: Mapping[str, int]  # module -> LoRA's rank there
     num_lora_parameters: int
-    whole: Mapping[str, int]
-    num_parameters: int
-    warnings: tuple[str, ...]
+    whole: Mapping[str, int]  # module -> its parameters that are trained themselves
+    warnings: tuple[str, ...]  # what the config's author may not expect
+
+    @property
+    def num_parameters(self) -> int:
+        """Everything that is trained."""
+        return self.num_lora_parameters + sum(self.whole.values())
 
     @property
     def names(self) -> set[str]:
@@ -49,18 +44,11 @@ class Trained:
 
 
 def trained_by(wanted: Wanted, model: PreTrainedModel) -> Trained:
-    """What a config trains in a model, which may be on the meta device and is changed.
-
-    Raises:
-        ConfigError: PEFT refuses the config for this model, or it trains nothing.
-    """
-    modules = map_modules(model, "all")
-    language = {info.name for info in map_modules(model)}
-    found = list(wanted.notes)
+    """What a config trains in a model, which may be on the meta device and is changed."""
+    modules, language = map_modules(model, "all"), {info.name for info in map_modules(model)}
     names = [name for name, _ in model.named_modules()]
     parameters = [name for name, _ in model.named_parameters()]
-    lora: dict[str, int] = {}
-    num_lora = 0
+    found, lora, num_lora = list(wanted.notes), dict[str, int](), 0
     if wanted.lora is None:
         found += _unmatched_patterns(wanted, parameters)
         for name, parameter in model.named_parameters():
@@ -77,19 +65,14 @@ def trained_by(wanted: Wanted, model: PreTrainedModel) -> Trained:
         if any(info.is_stacked for info in modules):
             known = {info.name for info in modules}
             found += _rewritten(_named(wanted.lora, names, parameters) & known, known & {*lora})
-        found += _layers_out_of_range(wanted.lora, modules, names)
+        found += _absent_blocks(wanted.lora, modules)
     whole = _whole(model, modules)
-    trained = Trained(
-        modules=modules,
-        lora=lora,
-        num_lora_parameters=num_lora,
-        whole=whole,
-        num_parameters=num_lora + sum(whole.values()),
-        warnings=(*found, *_towers_hit({*lora, *whole}, modules, language)),
-    )
-    if not trained.names:
+    trained = {*lora, *whole}
+    if not trained:
         raise ConfigError("the config must train something, but it trains no weight of this model")
-    return trained
+    hit = [info.name for info in modules if info.name in trained - language]
+    found += [f"outside the language model: {_and_more(hit)}"] if hit else []
+    return Trained(modules, lora, num_lora, whole, tuple(found))
 
 
 def _with_lora(wanted: Wanted, model: PreTrainedModel) -> PeftModel:
@@ -174,34 +157,13 @@ def _and_more(names: list[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _layers_out_of_range(
-    config: LoraConfig, modules: Iterable[ModuleInfo], names: list[str]
-) -> list[str]:
+def _absent_blocks(config: LoraConfig, modules: Iterable[ModuleInfo]) -> list[str]:
     layers = config.layers_to_transform
-    if layers is None:
-        return []
-    wanted = [layers] if isinstance(layers, int) else layers
+    wanted = [layers] if isinstance(layers, int) else layers or []
     num_blocks = len({info.block_index for info in modules})
-    outside = [layer for layer in wanted if not 0 <= layer < num_blocks]
-    found = []
-    if outside:
-        found.append(
-            f"`layers_to_transform`: there is no block {', '.join(map(str, outside))} among the "
-            f"{num_blocks} of the model"
-        )
-    full = set(config.target_modules or ()) & set(names)
-    if full and not wanted:
-        return ["`layers_to_transform` is empty, which PEFT reads as all blocks"]
-    if full:
-        found.append(
-            f"`layers_to_transform` does not hold for full names such as {min(full)}, which PEFT "
-            f"takes wherever they are"
-        )
-    return found
-
-
-def _towers_hit(
-    names: set[str], modules: Iterable[ModuleInfo], language: set[str]
-) -> tuple[str, ...]:
-    hit = [info.name for info in modules if info.name in names and info.name not in language]
-    return (f"outside the language model: {_and_more(hit)}",) if hit else ()
+    absent = ", ".join(str(layer) for layer in wanted if not 0 <= layer < num_blocks)
+    if not absent:
+        return []
+    return [
+        f"`layers_to_transform`: there is no block {absent} among the {num_blocks} of the model"
+    ]
