@@ -6,6 +6,8 @@ lines also differ in their dashes. Names from files are data, never part of a Ve
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import permutations
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import altair as alt
@@ -28,7 +30,7 @@ BLUE, VERMILION, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"
 CELL_WIDTH = 44
 LABELLED_HEIGHT = 14  # smallest cell height, in pixels, that has room for a number
 NAMES_ON_TOP = alt.Axis(orient="top", labelAngle=-40, labelAlign="left", labelLimit=220)
-LEGEND_ON_TOP = alt.Legend(title=None, orient="top")
+ON_TOP = alt.Legend(title=None, orient="top")
 FROM_LOWEST = alt.Scale(zero=False)
 RANDOM = "random (± sd)"
 CURVES: Mapping[str, tuple[str, list[int]]] = {
@@ -70,17 +72,12 @@ def heatmap_chart(ranking: Ranking, budget: BudgetExpression) -> Chart:
         label = scored.transform_filter(is_taken).mark_text(fontSize=10)
         layers.append(label.encode(text="rank:Q", color=ink.otherwise(alt.value("white"))))
     layers.append(base.transform_filter("!isValid(datum.rank)").mark_text(text="?"))
-    layers.append(
-        base.mark_rect(opacity=0).encode(
-            tooltip=[
-                "module:N",
-                "rank:Q",
-                alt.Tooltip("score:Q", format=".5~g"),
-                alt.Tooltip("error:Q", title="± standard error", format=".2~g"),
-                alt.Tooltip("parameters:Q", format=","),
-            ]
-        )
-    )
+    tooltip = [
+        *("module:N", "rank:Q", alt.Tooltip("score:Q", format=".5~g")),
+        alt.Tooltip("error:Q", title="± standard error", format=".2~g"),
+        alt.Tooltip("parameters:Q", format=","),
+    ]
+    layers.append(base.mark_rect(opacity=0).encode(tooltip=tooltip))
     return alt.layer(*layers).properties(
         width=CELL_WIDTH * len(ranking.projections),
         height=height * len(blocks),
@@ -91,35 +88,35 @@ def heatmap_chart(ranking: Ranking, budget: BudgetExpression) -> Chart:
 def curve_chart(found: Verification, budget: BudgetExpression) -> Chart:
     """Held-out loss by the number of modules that keep their update, with a rule at the budget."""
     best, loo = found.best_first, found.leave_one_out
-    curves = {"best first": best, "worst first": found.worst_first}
-    curves |= {"leave-one-out": loo} if loo else {}
-    rows: list[dict[str, Any]] = [
+    losses: dict[str, Sequence[float]] = {RANDOM: found.random_means()}
+    losses |= {"best first": best.losses, "worst first": found.worst_first.losses}
+    losses |= {"leave-one-out": loo.losses} if loo else {}
+    rows = [
         {"curve": name, "kept": count, "loss": loss}
-        for name, curve in curves.items()
-        for count, loss in zip(curve.counts, curve.losses, strict=True)
+        for name in losses
+        for count, loss in zip(best.counts, losses[name], strict=True)
     ]
-    bands = zip(best.counts, found.random_means(), random_spreads(found), strict=True)
-    at_random = [
-        {"curve": RANDOM, "kept": count, "loss": mean, "low": mean - spread, "high": mean + spread}
-        for count, mean, spread in bands
+    bands = [
+        {"kept": count, "low": mean - spread, "high": mean + spread}
+        for count, mean, spread in zip(
+            best.counts, losses[RANDOM], random_spreads(found), strict=True
+        )
     ]
-    names = [name for name in CURVES if name in (*curves, RANDOM)]
+    names = [name for name in CURVES if name in losses]
     colours, dashes = zip(*(CURVES[name] for name in names), strict=True)
     kept = alt.X(
         "kept:Q",
         title="modules that keep their update, best first",
         scale=alt.Scale(domain=[0, best.counts[-1]], nice=False),
     )
-    lines = _chart(rows + at_random).encode(
+    lines = _chart(rows).encode(
         x=kept,
         y=alt.Y("loss:Q", title=f"held-out loss, {found.made_by.loss_unit}", scale=FROM_LOWEST),
-        color=alt.Color(
-            "curve:N", scale=alt.Scale(domain=names, range=colours), legend=LEGEND_ON_TOP
-        ),
+        color=alt.Color("curve:N", scale=alt.Scale(domain=names, range=colours), legend=ON_TOP),
         strokeDash=alt.StrokeDash("curve:N", scale=alt.Scale(domain=names, range=dashes)),
         tooltip=["curve:N", "kept:Q", alt.Tooltip("loss:Q", format=".4f")],
     )
-    band = _chart(at_random).encode(x=kept, y=alt.Y("low:Q", title=""), y2="high:Q")
+    band = _chart(bands).encode(x=kept, y=alt.Y("low:Q", title=""), y2="high:Q")
     middle = best.counts[-1] / 2
     chosen = _chart([{}]).transform_calculate(kept=str(budget)).encode(x=kept)
     layers = [
@@ -159,30 +156,20 @@ def agreement_chart(pairs: Sequence[Agreement], names: Sequence[str]) -> Chart:
     `names` are unique names of the rankings, by index.
     """
     rows = [
-        {
-            "first": names[first],
-            "second": names[second],
-            "kind": pair.kind,
-            "jaccard": pair.jaccard,
-            "chance": pair.chance_jaccard,
-            "corrected": pair.corrected,
-            "tau": pair.tau,
-            "text": f"{pair.jaccard:.2f} ({pair.chance_jaccard:.2f})",
-        }
+        asdict(pair)
+        | {"first": names[first], "second": names[second]}
+        | {"text": f"{pair.jaccard:.2f} ({pair.chance_jaccard:.2f})"}
         for pair in pairs
-        for first, second in ((pair.first, pair.second), (pair.second, pair.first))
+        for first, second in permutations((pair.first, pair.second))
     ]
+    measures = {"jaccard": "jaccard", "chance_jaccard": "by chance"}
+    measures |= {"corrected": "corrected for chance", "tau": "tau-b"}
     base = _chart(rows).encode(
         x=alt.X("first:N", sort=list(names), title=None, axis=NAMES_ON_TOP),
         y=alt.Y("second:N", sort=list(names), title=None, axis=alt.Axis(labelLimit=220)),
         tooltip=[
-            "first:N",
-            "second:N",
-            "kind:N",
-            alt.Tooltip("jaccard:Q", format=".3f"),
-            alt.Tooltip("chance:Q", title="by chance", format=".3f"),
-            alt.Tooltip("corrected:Q", title="corrected for chance", format=".3f"),
-            alt.Tooltip("tau:Q", title="tau-b", format=".3f"),
+            *("first:N", "second:N", "kind:N"),
+            *(alt.Tooltip(f"{name}:Q", title=measures[name], format=".3f") for name in measures),
         ],
     )
     shade = alt.Color(
@@ -208,25 +195,24 @@ def losses_chart(ranking: Ranking) -> Chart | None:
     """
     made_by = ranking.made_by
     stage_1, mask, held_out = made_by.stage_1, made_by.mask, made_by.held_out_loss_nats
-    curves = {"stage 1, training": stage_1.losses} if stage_1 else {}
+    curves = {"stage 1, training": stage_1.losses if stage_1 else ()}
     # Without a learning rate the gates are not trained: each loss belongs to another mask.
     if mask and mask.learning_rate is not None:
         curves["stage 2, learning the scores"] = mask.losses
+    stages = [stage for stage, losses in curves.items() if len(losses) > 1]
+    if not stages:
+        return None
     rows = [
         {"step": step, "loss": loss, "stage": stage}
-        for stage, losses in curves.items()
-        if len(losses) > 1
-        for step, loss in enumerate(losses, start=1)
+        for stage in stages
+        for step, loss in enumerate(curves[stage], start=1)
     ]
-    if not rows:
-        return None
-    stages = list(dict.fromkeys(row["stage"] for row in rows))
     loss = alt.Y("loss:Q", title=f"loss, {made_by.loss_unit}", scale=FROM_LOWEST)
     lines = _chart(rows).encode(
         x=alt.X("step:Q", title="step"),
         y=loss,
         color=alt.Color(
-            "stage:N", scale=alt.Scale(domain=stages, range=[BLUE, GREEN]), legend=LEGEND_ON_TOP
+            "stage:N", scale=alt.Scale(domain=stages, range=[BLUE, GREEN]), legend=ON_TOP
         ),
         tooltip=["stage:N", "step:Q", alt.Tooltip("loss:Q", format=".4f")],
     )
