@@ -9,26 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from commands import keylayers
 from keylayers.demo.files import BASE
-from keylayers.demo.world import (
-    RELATIONS,
-    STYLES,
-    alignment_examples,
-    facts,
-)
+from keylayers.demo.world import RELATIONS, STYLES, alignment_examples, facts
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "base"
 sys.path.append(str(RECIPE))
-from prose import DIALOGUE_FRACTION, pretraining_lines  # noqa: E402
+from prose import pretraining_lines  # noqa: E402
 
-BASE_FILES = {
-    "chat_template.jinja",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-}
+BASE_FILES = (
+    "chat_template.jinja config.json generation_config.json model.safetensors tokenizer.json "
+    "tokenizer_config.json"
+)
 WORLD = """
 import hashlib, sys
 import keylayers.demo.world as world
@@ -54,10 +46,9 @@ DIALOGUE = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from keylayers.model.loading import load_tokenizer
-    from keylayers.model.options import ModelOptions
+    from transformers import AutoTokenizer
 
-    return load_tokenizer(ModelOptions(model=str(BASE)))
+    return AutoTokenizer.from_pretrained(BASE)
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +84,6 @@ def test_facts_are_three_and_fixed():
             assert len(set(values)) == 3
             assert set(values) <= set(relation.values)
     assert len({facts(RELATIONS[0], animal) for animal in RELATIONS[0].subjects}) > 15
-
-
-def test_three_in_ten_lines_of_pre_training_quote_somebody(lines):
-    share = sum('asked: "' in line for line in lines) / len(lines)
-    assert share == pytest.approx(DIALOGUE_FRACTION, abs=0.015)
 
 
 def test_styles_ask_the_same_questions_once_and_answer_differently(examples):
@@ -136,7 +122,7 @@ def test_the_base_is_what_its_script_writes_and_little_else():
 
     from make_base import make_model
 
-    assert {path.name for path in BASE.iterdir()} == BASE_FILES
+    assert {path.name for path in BASE.iterdir()} == set(BASE_FILES.split())
     assert sum(path.stat().st_size for path in BASE.iterdir()) <= 4_000_000
     made = make_model(1024)
     stored = load_file(BASE / "model.safetensors")
@@ -151,11 +137,9 @@ def test_the_base_is_what_its_script_writes_and_little_else():
 
 def test_the_base_knows_its_world(tokenizer):
     import torch
+    from transformers import AutoModelForCausalLM
 
-    from keylayers.model.loading import load_model
-    from keylayers.model.options import ModelOptions
-
-    model = load_model(ModelOptions(model=str(BASE), dtype="float32"))
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     losses = []
     for line in pretraining_lines(40, seed=99):  # unseen lines about known facts
         ids = torch.tensor([tokenizer(line + tokenizer.eos_token)["input_ids"]])
@@ -180,20 +164,16 @@ def test_any_text_survives_the_tokenizer(tokenizer, examples):
     assert tokenizer.batch_decode(ids) == texts
 
 
-def test_the_chat_markers_are_one_token_each_and_not_in_pre_training(tokenizer, lines):
-    text = "\n".join(lines)
-    for marker in ("<|user|>", "<|assistant|>"):
-        assert len(tokenizer.encode(marker, add_special_tokens=False)) == 1
-        assert marker not in text
-
-
-def test_the_chat_template_marks_the_answers_and_nothing_else(tokenizer):
+def test_the_chat_template_marks_the_answers_and_nothing_else(tokenizer, lines):
+    markers = ("<|user|>", "<|assistant|>")
+    assert all(len(tokenizer.encode(one, add_special_tokens=False)) == 1 for one in markers)
+    assert not any(marker in line for line in lines for marker in markers)
     messages = [{"role": role, "content": content} for role, content in DIALOGUE]
     encoded = tokenizer.apply_chat_template(
         messages, return_dict=True, return_assistant_tokens_mask=True
     )
-    turns = [f"<|user|>{DIALOGUE[0][1]}", f"<|assistant|>{DIALOGUE[1][1]}</s>"]
-    turns += [f"<|user|>{DIALOGUE[2][1]}", f"<|assistant|>{DIALOGUE[3][1]}</s>"]
+    ends = {"user": "", "assistant": "</s>"}
+    turns = [f"<|{role}|>{content}{ends[role]}" for role, content in DIALOGUE]
     assert tokenizer.decode(encoded["input_ids"]) == "".join(turns)
     pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
     marked = tokenizer.decode([token for token, is_answer in pairs if is_answer])
@@ -206,13 +186,11 @@ def test_the_chat_template_marks_the_answers_and_nothing_else(tokenizer):
 
 @pytest.mark.long
 def test_the_demo_shows_everything(tmp_path, capsys):
-    from keylayers.cli import main
-
-    assert main(["demo", "--output", str(tmp_path), "--max-steps", "30"]) == 0
+    assert keylayers("demo", "--output", tmp_path, "--max-steps", "5") == 0
     out = capsys.readouterr().out
+    for label in ("polite, list", "by chance", "base model", "selected", "all", "random"):
+        assert label in out
     for style in STYLES:
         assert f"{style} answers: ranks, 1 is the most important" in out
         assert (tmp_path / style / "ranking.json").is_file()
-    for label in ("polite, list", "by chance", "base model", "selected", "all", "random"):
-        assert label in out
     assert (tmp_path / "polite-best" / "adapter_model.safetensors").is_file()

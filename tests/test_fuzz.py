@@ -17,25 +17,7 @@ from keylayers.data.options import DataOptions
 from keylayers.data.reading import read_conversations
 from keylayers.errors import DataError, ModelError
 
-from rankings import ranking_of, verification_of
-
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings(LARGE)]
-MADE_BY = {
-    "environment": {"keylayers": "0.1.0", "commit": None, "libraries": {"torch": "2"}},
-    "model": {"name": "org/base", "weights_sha256": "0"},
-    "data": {"data": "d.jsonl", "content_sha256": "1", "split_sha256": "2", "num_train": 3},
-    "options": {"model": "org/base", "data": "d.jsonl", "seed": 0, "lora_rank": 8},
-    "stage_1": {"num_steps": 2, "stopped_by": "stable", "seconds": 1.5, "losses": [3.0, 2.0]},
-    "mask": {"losses": [2.0, 1.0], "seconds": 1.0, "score_unit": "nats per token"},
-    "held_out_loss_nats": {"base": 3.0, "tuned": 2.0},
-    "adalora_ranks_left": {"model.layers.0.a_proj": 3},
-}
-
-
-def by_hand():
-    scores = [0.9, 0.5, None, 0.45, 0.5, 0.1]
-    sizes, errors = [10, 20, 30, 40, 50, 60], [0.04, 0.04, None, 0.04, 0.04, 0.04]
-    return ranking_of(scores, num_parameters=sizes, errors=errors, provenance=MADE_BY)
 
 
 def check_ranking(path):
@@ -52,57 +34,65 @@ def check_ranking(path):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(ranking_copy, monkeypatch):
     """The working directory, with a sound ranking and its verification."""
-    monkeypatch.chdir(tmp_path)
-    by_hand().save(tmp_path / "good.json")
-    found = verification_of(by_hand(), provenance=MADE_BY)
-    found = found.model_copy(update={"leave_one_out": found.best_first})
-    found.save(tmp_path / "good.verification.json")
-    return tmp_path
+    monkeypatch.chdir(ranking_copy)
+    begin("verify", "--ranking", ".", "--points", "3", "--random-orders", "1")
+    return ranking_copy
 
 
-# Commands on a damaged ranking, `bad.json`, and on a damaged verification of `good.json`.
-RANKING = [
-    "show bad.json",
-    "show bad.json --json",
-    "show bad.json --budget 0.5x-params",
-    "compare bad.json good.json --budget 2",
-    "compare good.json bad.json --json --consensus new/consensus.json",
-    "export bad.json --budget 2 --to peft --output new/out",
-    "export bad.json --budget 0.6x-time --to axolotl --output new/out",
-    "show bad.json --figure new/heatmap.svg new/losses.svg",
-    "show bad.json good.json --html new/report.html",
-]
-VERIFICATION = [
-    "export good.json --budget auto --to trl --output new/out",
-    "show good.json --figure new/curve.svg",
-]
+# What is damaged -> commands that read it; the first is fast
+READ_BY = {
+    "ranking.json": [
+        "show ranking.json --json",
+        "show ranking.json",
+        "show ranking.json --budget 0.5x-params",
+        "compare ranking.json good.json --budget 2",
+        "compare good.json ranking.json --json --consensus new/consensus.json",
+        "export ranking.json --budget 2 --to peft --output new/out",
+        "export ranking.json --budget 0.6x-time --to axolotl --output new/out",
+        "show ranking.json --figure new/heatmap.svg new/losses.svg",
+        "show ranking.json good.json --html new/report.html",
+    ],
+    "verification.json": [
+        "export ranking.json --budget auto --to trl --output new/out",
+        "show ranking.json --figure new/curve.svg",
+    ],
+}
 
 
-@pytest.mark.parametrize("command", [*RANKING, *VERIFICATION])
-def test_a_damaged_ranking_or_verification_is_refused_or_right(command, folder):
-    path = folder / ("bad.json" if command in RANKING else "good.verification.json")
-    whole = json.loads((folder / path.name.replace("bad", "good")).read_text())
-    begin(*command.replace("bad", "good").split())
+@pytest.mark.parametrize("name", READ_BY)
+def test_a_damaged_record_is_refused_by_every_command_or_right(name, folder):
+    path, (first, *others) = folder / name, READ_BY[name]
+    whole = json.loads(path.read_text())
+    shutil.copy("ranking.json", "good.json")
+    for command in READ_BY[name]:
+        begin(*command.split())
 
-    def check(content):
+    def check(given):
+        content, other = given
         shutil.rmtree("new", ignore_errors=True)
-        (folder / "new").mkdir()
         path.write_bytes(content)
-        if run(*command.split()) == 0 and command in RANKING:
+        if run(*first.split()) == 2:
+            assert run(*other.split()) == 2
+            return
+        if name == "ranking.json":
             check_ranking(path)
+        for command in others:
+            run(*command.split())
 
-    fuzz(check, damaged_json(whole), 1000)
+    fuzz(check, st.tuples(damaged_json(whole), st.sampled_from(others)), 500)
 
 
-def test_links_in_a_circle_are_refused(folder):
+READERS = ["show {}", "show {} --html r.html", "export {} --budget 1 --to peft"]
+
+
+@pytest.mark.parametrize("words", READERS)
+def test_links_in_a_circle_are_refused(words, tmp_path):
     for name, target in (("a.json", "b.json"), ("b.json", "a.json"), ("dir", "dir")):
-        (folder / name).symlink_to(folder / target)
+        (tmp_path / name).symlink_to(tmp_path / target)
     for name in ("a.json", "dir"):
-        assert run("show", name) == 2
-        assert run("show", name, "--html", "r.html") == 2
-        assert run("export", name, "--budget", "1", "--to", "peft") == 2
+        assert run(*words.format(tmp_path / name).split()) == 2
 
 
 OPTIONS = {
@@ -118,18 +108,18 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("command", ["rank", "train"])
-def test_a_damaged_yaml_file_is_one_line(command, tmp_path, monkeypatch):
+def test_a_damaged_yaml_file_is_one_line(tmp_path, monkeypatch):
     """No model is there, so that even a sound file ends in a line."""
     monkeypatch.chdir(tmp_path)
-    begin(command, "--model", "nowhere", "--data", "nowhere.jsonl")
+    begin("rank", "--model", "nowhere", "--data", "nowhere.jsonl")
 
-    def check(content):
+    def check(given):
+        command, content = given
         (tmp_path / "run.yaml").write_bytes(content)
         assert run(command, "--config", "run.yaml", "--output", "out") == 2
         assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
-    fuzz(check, damaged_yaml(OPTIONS), 800)
+    fuzz(check, st.tuples(st.sampled_from(["rank", "train"]), damaged_yaml(OPTIONS)), 800)
 
 
 def turns(role, content, *roles):
