@@ -34,16 +34,12 @@ def save_adapter(folder, names=ALL, make=tiny_llama, dtype=torch.float32, **opti
     adapted.to(dtype).save_pretrained(folder)
 
 
-def prune(source, folder, kept=KEPT, names=ALL, make=tiny_llama):
+def prune(source, folder, kept=KEPT, names=ALL, make=tiny_llama, model=None):
     from keylayers.apply.prune import prune_adapter
 
     folder.mkdir()
-    model = PeftModel.from_pretrained(make(), source)
+    model = model or PeftModel.from_pretrained(make(), source)
     prune_adapter(str(source), folder, model, [name for name in names if name not in kept])
-
-
-def adapter_config(folder):
-    return json.loads((folder / "adapter_config.json").read_text())
 
 
 def weights(folder):
@@ -96,8 +92,9 @@ def test_the_pruned_adapter_is_the_full_one_without_the_other_modules(
     assert owners(full, names) == {*names, *outside}
     assert owners(cut, names) == {*kept, *outside}
     before, after = weights(full), weights(cut)
-    assert all(value.dtype == before[name].dtype for name, value in after.items())
-    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    for name, value in after.items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name])
     targets, found = logits(cut, make)
     assert targets == set(kept)
     assert torch.equal(found, logits(full, make, without=set(names) - set(kept))[1])
@@ -117,7 +114,10 @@ def test_all_else_of_the_config_is_kept(tmp_path):
     }
     save_adapter(tmp_path / "full", **options)
     prune(tmp_path / "full", tmp_path / "cut")
-    before, after = adapter_config(tmp_path / "full"), adapter_config(tmp_path / "cut")
+    before, after = (
+        json.loads((tmp_path / name / "adapter_config.json").read_text())
+        for name in ("full", "cut")
+    )
     changed = {key for key in before if before[key] != after[key]}
     assert before.keys() == after.keys()
     assert changed == {"target_modules", "rank_pattern", "alpha_pattern"}
@@ -154,28 +154,18 @@ def test_layers_that_peft_nests_move_up_when_an_outer_one_goes():
     assert kept_tensors(names, paths, ["experts.down"])[names[1]] == names[0]
 
 
-REFUSED = {
-    "names": ({}, r"must have the names.*down_proj has none"),
-}
-
-
-@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
-def test_an_adapter_whose_modules_do_not_stand_alone_is_refused(tmp_path, options, message):
-    from keylayers.apply.prune import prune_adapter
+def test_an_adapter_without_the_names_of_its_modules_is_refused(tmp_path):
     from keylayers.errors import ModelError
 
-    full, cut = tmp_path / "full", tmp_path / "cut"
-    save_adapter(full)
-    model = PeftModel.from_pretrained(tiny_llama(), full)
-    config = adapter_config(full) | options
-    (full / "adapter_config.json").write_text(json.dumps(config))
-    if not options:
-        renamed = {name.replace("down_proj", "w2"): value for name, value in weights(full).items()}
-        save_file(renamed, full / "adapter_model.safetensors")
-    cut.mkdir()
-    with pytest.raises(ModelError, match=message):
-        prune_adapter(str(full), cut, model, [Q0])
-    assert list(cut.iterdir()) == []
+    save_adapter(tmp_path / "full")
+    path = tmp_path / "full" / "adapter_model.safetensors"
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "full")
+    save_file(
+        {name.replace("down_proj", "w2"): value for name, value in load_file(path).items()}, path
+    )
+    with pytest.raises(ModelError, match=r"must have the names.*down_proj has none"):
+        prune(tmp_path / "full", tmp_path / "cut", model=model)
+    assert list((tmp_path / "cut").iterdir()) == []
 
 
 PRUNED = [Q0, DOWN1]
@@ -209,8 +199,6 @@ def restore(folder):
 
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
 def test_exactly_the_pruned_modules_get_the_bases_weights_back(tmp_path, base_dtype):
-    from transformers import AutoModelForCausalLM
-
     checkpoints(tmp_path, base=base_dtype)
     written, base, tuned = restore(tmp_path)
     assert len(set(tuned.files.values())) > 3
@@ -221,9 +209,6 @@ def test_exactly_the_pruned_modules_get_the_bases_weights_back(tmp_path, base_dt
     from_tuned = {n for n in written if torch.equal(written[n], tuned[n])}
     assert from_base == RESTORED
     assert from_tuned == set(tuned) - RESTORED
-    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
 
 
 def _one_is_not_restored(path, values, write):
@@ -240,14 +225,14 @@ def _a_tensor_is_lost(path, values, write):
     save_file(left, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(
-    ("damage", "first"),
-    [
-        (_one_is_not_restored, f"{Q0}.bias"),
-        (_another_is_restored, "model.norm.weight"),
-        (_a_tensor_is_lost, "model.norm.weight"),
-    ],
-)
+DAMAGES = [
+    (_one_is_not_restored, f"{Q0}.bias"),
+    (_another_is_restored, "model.norm.weight"),
+    (_a_tensor_is_lost, "model.norm.weight"),
+]
+
+
+@pytest.mark.parametrize(("damage", "first"), DAMAGES)
 def test_the_proof_of_a_pruned_checkpoint_can_fail(tmp_path, monkeypatch, damage, first):
     from keylayers.apply import prune as module
     from keylayers.errors import GuardError
