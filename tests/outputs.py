@@ -18,12 +18,10 @@ def differences(first, second):
     """What differs between two folders' contents: a line for each file, short enough for a log."""
     lines = []
     for path in sorted(first.keys() | second.keys()):
-        one, other = (str(held[path]) if path in held else None for held in (first, second))
-        if one is None or other is None:
-            lines.append(f"{path}: only in the {'second' if one is None else 'first'}")
-        elif one != other:
+        one, other = str(first.get(path)), str(second.get(path))
+        if one != other:
             pairs = enumerate(zip(one, other, strict=False))
-            at = next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
+            at = next((index for index, (a, b) in pairs if a != b), 0)
             around = slice(max(0, at - 40), at + 40)
             lines.append(f"{path}: {one[around]!r} and {other[around]!r}")
     return lines

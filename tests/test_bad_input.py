@@ -5,30 +5,29 @@ import json
 import os
 import shutil
 import subprocess
-from pathlib import Path
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import preloaded
 from commands import QUICK, complaint, complaint_in, keylayers, listing
 from tiny_files import write_partial_adapter
 
-LONG_QUESTION = "Why? " * 60
-DATA_FILES = {
+LONG = "".join(
+    json.dumps({"prompt": f"{index} {'Why? ' * 60}", "completion": "Because."}) + "\n"
+    for index in range(8)
+)
+QUESTIONS = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
+FILES = {
     "empty.jsonl": "",
-    "columns.jsonl": json.dumps({"frage": "Was?", "antwort": "Das."}) + "\n",
-    "long.jsonl": "".join(
-        json.dumps({"prompt": f"{index} {LONG_QUESTION}", "completion": "Because."}) + "\n"
-        for index in range(8)
-    ),
+    "columns.jsonl": '{"frage": "Was?", "antwort": "Das."}\n',
+    "long.jsonl": LONG,
     "broken.json": '[{"prompt": "a", ',
-}
-OTHER_FILES = {
     "nothing.jinja": "{# renders nothing #}",
-    "no_answer.jinja": "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}"
-    "{% endif %}{% endfor %}",
+    "no_answer.jinja": QUESTIONS,
     "broken.jinja": "{% for m in messages %}",
     "typo.yaml": "mask_stps: 3\n",
     "list.yaml": "- model\n",
@@ -36,19 +35,17 @@ OTHER_FILES = {
 }
 
 
-def _with_modules(change):
+def with_modules(change):
     return lambda content: content | {"modules": change(content["modules"])}
 
 
 # File -> how it differs from a sound ranking
 RANKINGS = {
-    "renamed": _with_modules(
+    "renamed": with_modules(
         lambda modules: [one | {"name": one["name"].replace("mlp", "ffn")} for one in modules]
     ),
-    "few": _with_modules(lambda modules: [one for one in modules if one["rank"] <= 12]),
-    "resized": _with_modules(
-        lambda modules: [modules[0] | {"num_parameters": 1}, *modules[1:]],
-    ),
+    "few": with_modules(lambda modules: [one for one in modules if one["rank"] <= 12]),
+    "resized": with_modules(lambda modules: [modules[0] | {"num_parameters": 1}, *modules[1:]]),
     "no_options": lambda content: content | {"provenance": {}},
     "no_stage_1": lambda content: (
         content | {"provenance": content["provenance"] | {"stage_1": None}}
@@ -60,17 +57,14 @@ RANKINGS = {
 def here(tiny, ranked, tmp_path_factory):
     """Broken files next to good ones, and a ranking in `own` next to damaged versions of it."""
     folder = tmp_path_factory.mktemp("files")
-    for name, content in (DATA_FILES | OTHER_FILES).items():
+    for name, content in FILES.items():
         (folder / name).write_text(content)
     (folder / "no_model").mkdir()
-    shutil.copytree(tiny / "adapter", folder / "pickled")
-    torch.save({}, folder / "pickled" / "adapter_model.bin")
-    (folder / "pickled" / "adapter_model.safetensors").unlink()
     (folder / "circle" / "deep").mkdir(parents=True)
     (folder / "circle" / "deep" / "up").symlink_to(folder / "circle")
     (folder / "circle" / "loop.jsonl").symlink_to(folder / "circle" / "loop.jsonl")
     write_partial_adapter(tiny, folder / "fewer", ["q_proj", "v_proj"])
-    _write_broken_models(tiny, folder)
+    write_broken_models(tiny, folder)
     shutil.copytree(ranked, folder / "own")
     text = (folder / "own" / "ranking.json").read_text()
     (folder / "own" / "half.json").write_text(text[: len(text) // 2])
@@ -80,18 +74,20 @@ def here(tiny, ranked, tmp_path_factory):
     return folder
 
 
-def _write_broken_models(tiny, folder):
+def write_broken_models(tiny, folder):
     """Code that comes with a model, weights in a pickle, and weights of which one is missing."""
-    evil, pickled, lacking = (
-        Path(shutil.copytree(tiny / "model", folder / name))
-        for name in ("evil", "pickled_model", "lacking")
-    )
+    for source, name, weights, pickle in (
+        ("adapter", "pickled", "adapter_model.safetensors", "adapter_model.bin"),
+        ("model", "pickled_model", "model.safetensors", "pytorch_model.bin"),
+    ):
+        shutil.copytree(tiny / source, folder / name)
+        (folder / name / weights).unlink()
+        torch.save({}, folder / name / pickle)
+    evil, lacking = (shutil.copytree(tiny / "model", folder / n) for n in ("evil", "lacking"))
     config = json.loads((evil / "config.json").read_text())
     config |= {"model_type": "evil", "auto_map": {"AutoModelForCausalLM": "evil.Evil"}}
     (evil / "config.json").write_text(json.dumps(config))
     (evil / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
-    (pickled / "model.safetensors").unlink()
-    torch.save({}, pickled / "pytorch_model.bin")
     weights = load_file(lacking / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, lacking / "model.safetensors", metadata={"format": "pt"})
@@ -259,24 +255,27 @@ def test_ctrl_c_leaves_no_half_written_file(tiny, tmp_path, capsys, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
+TELEMETRY = """
+import sys
+import keylayers.training.run
+import trl.trainer.base_trainer
+import huggingface_hub.utils._telemetry as telemetry
+assert not telemetry.constants.HF_HUB_OFFLINE
+telemetry._TELEMETRY_QUEUE = type("Q", (), {"put": lambda self, x: sys.exit("SENT")})()
+from keylayers.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_no_telemetry_is_sent(tiny, tmp_path):
     """With the hub online as far as the libraries know, every attempt to send would be seen."""
-    code = (
-        "import sys, threading\n"
-        "import keylayers.training.run\n"
-        "import trl.trainer.base_trainer as base\n"
-        "import huggingface_hub.utils._telemetry as telemetry\n"
-        "telemetry._TELEMETRY_QUEUE = type('Q', (), {'put': lambda self, x: sys.exit('SENT')})()\n"
-        "from keylayers.cli import main\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
     options = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", tmp_path / "o")
     environment = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith("HF_") and name not in ("CI", "DISABLE_TELEMETRY", "DO_NOT_TRACK")
     }
-    command = [preloaded.python(), "-W", "ignore", "-c", code, "rank", *map(str, options), *QUICK]
+    command = [sys.executable, "-W", "ignore", "-c", TELEMETRY, "rank", *map(str, options), *QUICK]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "SENT" not in done.stderr

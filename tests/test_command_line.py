@@ -5,43 +5,28 @@ import shlex
 
 import pytest
 
-from commands import keylayers, rank, read, record_of
+from commands import keylayers, rank, read
+from tiny_files import NUM_BLOCKS
 
 from rankings import ranking_of
 
 
-def again(command, options, output, ranked_with=None):
-    """Run the command that repeats a run, into another folder; the command."""
+def test_a_ranking_repeated_by_its_command_is_the_same(tiny, tmp_path):
     from keylayers.commands.repeat import command_line
 
-    line = command_line(command, options, ranked_with)
-    words = shlex.split(line)
-    assert words[:2] == ["keylayers", command]
-    assert keylayers(*words[1:], "--output", output) == 0
-    return line
-
-
-def test_a_ranking_repeated_by_its_command_is_the_same(tiny, tmp_path):
     more = ("--granularity", "block", "--seed", "3", "--mask-data", "train", "--epsilon", "0")
     assert rank(tiny, tmp_path / "one", *more) == 0
     one = read(tmp_path / "one")
-    line = again("rank", one["provenance"]["options"], tmp_path / "two")
+    assert len({module["score"] for module in one["modules"]}) == NUM_BLOCKS
+    line = command_line("rank", one["provenance"]["options"])
+    assert "--granularity block" in line
+    assert "--max-length" not in line  # it is at its default
+    program, *words = shlex.split(line)
+    assert (program, words[0]) == ("keylayers", "rank")
+    assert keylayers(*words, "--output", tmp_path / "two") == 0
     two = read(tmp_path / "two")
     assert two["provenance"]["options"] == one["provenance"]["options"]
     assert two["modules"] == one["modules"]
-    assert "--granularity block" in line
-    assert "--max-length" not in line  # it is at its default
-
-
-def test_a_training_repeated_by_its_command_is_the_same(ranked, trained, tmp_path):
-    one = record_of(trained)
-    ranked_with = read(ranked)["provenance"]["options"]
-    line = again("train", one["options"], tmp_path / "two", ranked_with)
-    two = record_of(tmp_path / "two")
-    assert "--controls random" in line
-    assert "--batch-size" not in line  # it is that of the ranking
-    for part in ("options", "losses", "results"):
-        assert two[part] == one[part]
 
 
 RANKED_WITH = {"lora_rank": 4, "batch_size": 4}

@@ -13,13 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.fixture
-def experiments(monkeypatch):
-    """The folder whose scripts make the tables is on the path."""
+def test_every_table_of_the_pages_comes_from_the_records(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "experiments")
-
-
-def test_every_table_of_the_pages_comes_from_the_records(experiments):
     import pages
     from tables import filled
 
@@ -32,9 +27,10 @@ def test_every_table_of_the_pages_comes_from_the_records(experiments):
 
 
 def test_the_default_is_better_than_leave_one_out_and_every_rival_at_a_fifth_of_the_cost(
-    experiments,
+    monkeypatch,
 ):
     """What the README says, recomputed from the record."""
+    monkeypatch.syspath_prepend(ROOT / "experiments")
     from keylayers.scores.scoring_options import scoring_options
 
     import findings
@@ -89,14 +85,14 @@ def test_the_architecture_names_every_folder_and_only_files_that_exist():
         assert (source / name).is_file() or (ROOT / name).is_file(), name
 
 
-COMMANDS = [
+README_COMMANDS = [
     shlex.split(line.split("#")[0].strip())
     for line in README.splitlines()
     if line.startswith("    keylayers ")
 ]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("command", README_COMMANDS, ids=" ".join)
 def test_commands_of_the_readme_parse(command, tmp_path, monkeypatch):
     from keylayers.cli import app
 
@@ -109,19 +105,11 @@ def test_commands_of_the_readme_parse(command, tmp_path, monkeypatch):
     assert bound.arguments or len(command) == 2
 
 
-def test_help_of_the_whole_is_that_of_the_parts():
-    from keylayers.cli import COMMANDS as SHOWN
-    from keylayers.cli import app
+def test_help_shows_examples_as_code_and_is_that_of_the_whole(capsys):
+    from keylayers.cli import COMMANDS, app, main
 
-    for name, text in SHOWN.items():
+    for name, text in COMMANDS.items():
         assert app[name].default_command.__doc__.splitlines()[0] == text
-
-
-def test_help_shows_examples_as_code_and_not_the_marks_around_it(capsys):
-    from keylayers.cli import COMMANDS as SHOWN
-    from keylayers.cli import main
-
-    for name in SHOWN:
         assert main([name, "--help"]) == 0
         printed = capsys.readouterr().out
         assert f"keylayers {name}" in printed.partition("Examples")[2], name

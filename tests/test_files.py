@@ -1,9 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 import errno
 import json
+import shutil
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
+
+from keylayers.errors import OutputError
+from keylayers.files import (
+    RECORD,
+    check_replaceable,
+    output_folder,
+    replaced_folder,
+    says_full,
+    unfinished,
+    write_json,
+    write_text,
+)
 
 
 def names(folder):
@@ -11,8 +25,6 @@ def names(folder):
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
-    from keylayers.files import write_json
-
     path = tmp_path / "record.json"
     write_json(path, {"a": 1})
     write_json(path, {"a": 2})
@@ -23,39 +35,23 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
 
 
 def test_a_write_removes_what_a_killed_write_left(tmp_path):
-    from keylayers.files import write_text
-
     for name in (".a.json.0123abcd.tmp", ".aXjson.0123abcd.tmp"):
         (tmp_path / name).touch()
     write_text(tmp_path / "a.json", "new")
     assert names(tmp_path) == [".aXjson.0123abcd.tmp", "a.json"]
 
 
-def test_an_output_folder_of_failed_work_vanishes_with_its_parents(tmp_path):
-    from keylayers.files import output_folder
-
-    with pytest.raises(KeyError), output_folder(tmp_path / "a" / "b" / "c"):
-        raise KeyError
-    assert names(tmp_path) == []
-
-
-def test_an_output_folder_keeps_what_was_there_and_what_was_made(tmp_path):
-    from keylayers.files import output_folder
-
+def test_an_output_folder_of_failed_work_keeps_what_was_there_and_what_was_made(tmp_path):
     (tmp_path / "old").mkdir()
-    with suppress(KeyError), output_folder(tmp_path / "old"):
-        raise KeyError
-    with suppress(KeyError), output_folder(tmp_path / "new"):
-        (tmp_path / "new" / "made").touch()
-        raise KeyError
+    for name, made in (("a/b/c", "."), ("old", "."), ("new", "made")):
+        with suppress(KeyError), output_folder(tmp_path / name) as folder:
+            (folder / made).touch()
+            raise KeyError
     assert names(tmp_path) == ["new", "old"]
     assert names(tmp_path / "new") == ["made"]
 
 
 def test_an_output_below_a_file_is_refused(tmp_path):
-    from keylayers.errors import OutputError
-    from keylayers.files import output_folder
-
     (tmp_path / "file").touch()
     with (
         pytest.raises(OutputError, match=r"must be a place that can be written, but '.*file/out'"),
@@ -64,22 +60,17 @@ def test_an_output_below_a_file_is_refused(tmp_path):
         pass
 
 
-@pytest.mark.parametrize(
-    ("error", "num_free", "is_full"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), 2**40, True),
-        (OSError(errno.EACCES, "Permission denied"), 0, False),
-        (Exception("I/O error: Disk quota exceeded (os error 122)"), 2**40, True),
-        (RuntimeError("unexpected pos 576 vs 470"), 1000, True),
-        (RuntimeError("unexpected pos 576 vs 470"), 2**40, False),
-    ],
-)
-def test_a_full_disk_is_told_from_other_errors(tmp_path, monkeypatch, error, num_free, is_full):
-    import shutil
-    from types import SimpleNamespace
+ERRORS = [
+    (OSError(errno.ENOSPC, "No space left on device"), 2**40, True),
+    (OSError(errno.EACCES, "Permission denied"), 0, False),
+    (Exception("I/O error: Disk quota exceeded (os error 122)"), 2**40, True),
+    (RuntimeError("unexpected pos 576 vs 470"), 1000, True),
+    (RuntimeError("unexpected pos 576 vs 470"), 2**40, False),
+]
 
-    from keylayers.errors import OutputError
-    from keylayers.files import output_folder, says_full
+
+@pytest.mark.parametrize(("error", "num_free", "is_full"), ERRORS)
+def test_a_full_disk_is_told_from_other_errors(tmp_path, monkeypatch, error, num_free, is_full):
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=num_free))
     with pytest.raises(Exception, match=r".") as raised, output_folder(tmp_path / "out"):
@@ -90,8 +81,6 @@ def test_a_full_disk_is_told_from_other_errors(tmp_path, monkeypatch, error, num
 
 def put(path, text):
     """Replace the folder `path` as commands do."""
-    from keylayers.files import RECORD, replaced_folder, unfinished
-
     with unfinished(path), replaced_folder(path) as folder:
         (folder / RECORD).write_text(text)
         if text == "bad":
@@ -99,8 +88,6 @@ def put(path, text):
 
 
 def test_a_replaced_folder_is_all_new_or_all_old(tmp_path):
-    from keylayers.files import RECORD
-
     put(tmp_path / "a", "first")
     (tmp_path / "a" / "more").touch()
     with pytest.raises(KeyError):
@@ -115,8 +102,6 @@ def test_a_replaced_folder_is_all_new_or_all_old(tmp_path):
 @pytest.mark.parametrize("is_moved", [True, False])
 def test_a_replacement_that_was_killed_is_undone_or_completed(tmp_path, is_moved):
     """Killed between the two renames, and after them."""
-    from keylayers.files import RECORD, unfinished
-
     held = {"old": "old", "new": "half"} if is_moved else {"old": "old", "a": "new"}
     for name, text in held.items():
         folder = tmp_path / (name if name == "a" else f".a.{name}")
@@ -130,8 +115,6 @@ def test_a_replacement_that_was_killed_is_undone_or_completed(tmp_path, is_moved
 
 
 def test_unfinished_work_is_kept_until_its_result_is_whole(tmp_path):
-    from keylayers.files import unfinished
-
     with suppress(KeyError), unfinished(tmp_path / "a"):
         raise KeyError
     assert names(tmp_path) == []
@@ -146,9 +129,6 @@ def test_unfinished_work_is_kept_until_its_result_is_whole(tmp_path):
 
 
 def test_a_second_run_on_the_same_output_is_refused(tmp_path):
-    from keylayers.errors import OutputError
-    from keylayers.files import unfinished
-
     with unfinished(tmp_path / "a") as folder:
         (folder / "checkpoint").touch()
         with (
@@ -160,9 +140,6 @@ def test_a_second_run_on_the_same_output_is_refused(tmp_path):
 
 
 def test_a_folder_that_somebody_else_made_is_not_replaced(tmp_path):
-    from keylayers.errors import OutputError
-    from keylayers.files import check_replaceable
-
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(OutputError, match="holds other files"):
         check_replaceable(tmp_path)

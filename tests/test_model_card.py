@@ -53,11 +53,17 @@ def test_a_trained_adapter_says_how_it_was_made_and_how_good_it_is(ranked, train
 
 
 def test_the_commands_of_a_card_make_the_same_adapter_again(trained, tmp_path):
-    words = shlex.split(commands(card_of(trained))[1])
-    assert keylayers(*words[1:], "--output", tmp_path / "again") == 0
+    command = commands(card_of(trained))[1]
+    assert "--controls random" in command
+    assert "--batch-size" not in command  # it is that of the ranking
+    again = tmp_path / "again"
+    assert keylayers(*shlex.split(command)[1:], "--output", again) == 0
     weights = "adapter_model.safetensors"
-    assert (tmp_path / "again" / weights).read_bytes() == (trained / weights).read_bytes()
-    assert card_of(tmp_path / "again").text == card_of(trained).text
+    assert (again / weights).read_bytes() == (trained / weights).read_bytes()
+    assert card_of(again).text == card_of(trained).text
+    one, two = record_of(trained), record_of(again)
+    for part in ("options", "losses", "results"):
+        assert two[part] == one[part]
 
 
 def test_stage_1_says_that_all_modules_were_tuned(ranked):

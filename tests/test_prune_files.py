@@ -8,6 +8,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from keylayers.apply import prune as module
+from keylayers.apply.prune import kept_tensors, prune_adapter, prune_checkpoint, pruned_config
+from keylayers.errors import GuardError, ModelError
+from keylayers.model.checkpoint import Checkpoint
+from keylayers.model.options import ModelOptions
+from keylayers.ranking.targets import target_regex
+
 from tiny_models import some_tokens, tiny_gpt2, tiny_llama
 
 Q0, V0, DOWN1 = (
@@ -22,8 +29,6 @@ HEAD = "base_model.model.lm_head.weight"
 
 def save_adapter(folder, names=ALL, make=tiny_llama, dtype=torch.float32, **options):
     """An adapter whose every matrix is far from zero, on exactly `names`."""
-    from keylayers.ranking.targets import target_regex
-
     config = LoraConfig(**{"r": 2, "target_modules": target_regex(names)} | options)
     adapted = get_peft_model(make(), config)
     torch.manual_seed(1)
@@ -35,8 +40,6 @@ def save_adapter(folder, names=ALL, make=tiny_llama, dtype=torch.float32, **opti
 
 
 def prune(source, folder, kept=KEPT, names=ALL, make=tiny_llama, model=None):
-    from keylayers.apply.prune import prune_adapter
-
     folder.mkdir()
     model = model or PeftModel.from_pretrained(make(), source)
     prune_adapter(str(source), folder, model, [name for name in names if name not in kept])
@@ -126,8 +129,6 @@ def test_all_else_of_the_config_is_kept(tmp_path):
 
 
 def test_an_entry_of_adaloras_ranks_goes_with_its_module():
-    from keylayers.apply.prune import pruned_config
-
     ranks = {f"{name}.lora_E": [True, False] for name in (V0, Q0)}
     changed = pruned_config({"rank_pattern": ranks, "r": 8}, [V0])
     assert changed == {
@@ -139,8 +140,6 @@ def test_an_entry_of_adaloras_ranks_goes_with_its_module():
 
 
 def test_layers_that_peft_nests_move_up_when_an_outer_one_goes():
-    from keylayers.apply.prune import kept_tensors
-
     paths = {
         "experts.down": "experts",
         "experts.gate": "experts.base_layer",
@@ -155,8 +154,6 @@ def test_layers_that_peft_nests_move_up_when_an_outer_one_goes():
 
 
 def test_an_adapter_without_the_names_of_its_modules_is_refused(tmp_path):
-    from keylayers.errors import ModelError
-
     save_adapter(tmp_path / "full")
     path = tmp_path / "full" / "adapter_model.safetensors"
     model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "full")
@@ -186,10 +183,6 @@ def checkpoints(folder, base=torch.float32, shard="2KB"):
 
 def restore(folder):
     """The tuned checkpoint with the base's values in PRUNED; written, base, tuned."""
-    from keylayers.apply.prune import prune_checkpoint
-    from keylayers.model.checkpoint import Checkpoint
-    from keylayers.model.options import ModelOptions
-
     (folder / "cut").mkdir()
     base = ModelOptions(model=str(folder / "base"))
     tuned, restored = prune_checkpoint(str(folder / "tuned"), base, folder / "cut", PRUNED)
@@ -234,9 +227,6 @@ DAMAGES = [
 
 @pytest.mark.parametrize(("damage", "first"), DAMAGES)
 def test_the_proof_of_a_pruned_checkpoint_can_fail(tmp_path, monkeypatch, damage, first):
-    from keylayers.apply import prune as module
-    from keylayers.errors import GuardError
-
     checkpoints(tmp_path, shard="1GB")
     write = module._overwrite
     monkeypatch.setattr(module, "_overwrite", lambda path, values: damage(path, values, write))
@@ -252,8 +242,6 @@ def test_the_proof_of_a_pruned_checkpoint_can_fail(tmp_path, monkeypatch, damage
     ],
 )
 def test_a_base_that_lacks_a_tensor_or_has_another_shape_is_refused(tmp_path, instead, message):
-    from keylayers.errors import ModelError
-
     checkpoints(tmp_path, shard="1GB")
     path = tmp_path / "base" / "model.safetensors"
     tensors = load_file(path)

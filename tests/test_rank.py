@@ -7,20 +7,21 @@ import pytest
 from safetensors.torch import load_file
 
 from commands import keylayers, plain_loss, rank, read, record_of, scores
+from keylayers.cli import COMMANDS, app
 from tiny_files import NUM_MODULES
 
 
-def test_both_stages_give_a_ranking_with_its_provenance(tiny, ranked, tmp_path, capsys):
-    assert rank(tiny, tmp_path / "out") == 0
-    content = read(tmp_path / "out")
-    modules = content["modules"]
-    assert len(modules) == NUM_MODULES
+def test_both_stages_give_a_ranking_with_its_provenance_and_an_adapter(
+    tiny, ranked, tmp_path, capsys
+):
+    output = tmp_path / "out"
+    assert rank(tiny, output) == 0
+    content = read(output)
+    modules, made_by = content["modules"], content["provenance"]
     assert sorted(module["rank"] for module in modules) == list(range(1, NUM_MODULES + 1))
-    assert modules[0]["name"] == "model.layers.0.self_attn.q_proj"
-    assert modules[0]["projection"] == "q_proj"
-    assert modules[0]["num_parameters"] == 32 * 32
+    first = {"name": "model.layers.0.self_attn.q_proj", "projection": "q_proj"}
+    assert modules[0].items() >= (first | {"num_parameters": 32 * 32}).items()
     assert all(module["standard_error"] > 0 for module in modules)
-    made_by = content["provenance"]
     assert len(made_by["stage_1"]["losses"]) == 6
     assert made_by["stage_1"]["stopped_by"] == "max_steps"
     assert len(made_by["mask"]["losses"]) == 6 * 2  # 21, 15, 10, 7, 5, 4 modules
@@ -33,10 +34,13 @@ def test_both_stages_give_a_ranking_with_its_provenance(tiny, ranked, tmp_path, 
     assert made_by["held_out_loss_nats"]["tuned"] < made_by["held_out_loss_nats"]["base"]
     out, err = capsys.readouterr()
     assert "21 modules, " in out
-    assert "q_proj" in out
     assert "written to" in out
     assert "stage 1 ended after 6 steps: the cap is reached" in err
-    assert scores(tmp_path / "out") == scores(ranked)  # the same seed, bit for bit
+    assert scores(output) == scores(ranked)  # the same seed, bit for bit
+    weights = load_file(output / "adapter" / "adapter_model.safetensors")
+    assert len(weights) == 2 * NUM_MODULES
+    assert not any("keygate" in name for name in weights)
+    assert record_of(output / "adapter")
 
 
 def test_stage_1_stops_when_the_loss_is_stable(tiny, tmp_path):
@@ -64,12 +68,6 @@ def test_two_checkpoints_need_stage_2_only_and_open_gates_are_the_tuned_one(tiny
     assert loss == pytest.approx(made_by["held_out_loss_nats"]["tuned"], rel=1e-5)
 
 
-@pytest.mark.parametrize("granularity", ["block", "projection"])
-def test_coarser_gates_share_scores(tiny, tmp_path, granularity):
-    assert rank(tiny, tmp_path / "out", "--granularity", granularity) == 0
-    assert len(set(scores(tmp_path / "out"))) == {"block": 3, "projection": 7}[granularity]
-
-
 def test_options_come_from_yaml_and_flags_win(tiny, tmp_path):
     config = tmp_path / "rank.yaml"
     config.write_text(
@@ -78,26 +76,20 @@ def test_options_come_from_yaml_and_flags_win(tiny, tmp_path):
     )
     output = tmp_path / "out"
     assert keylayers("rank", "--config", config, "--mask-steps", "2", "--output", output) == 0
-    options = read(output)["provenance"]["options"]
     wanted = {"max_steps": 4, "mask_steps": 2, "mask_optimizer": "adam"}
-    assert {name: options[name] for name in wanted} == wanted
+    assert read(output)["provenance"]["options"].items() >= wanted.items()
 
 
 def test_lists_in_yaml_are_options_too(ranked, tmp_path):
-    config = tmp_path / "train.yaml"
-    config.write_text(
-        f"ranking: {ranked}\nbudget: 0.3\nsteps: 1\ncontrols: [all, random]\n"
-        f"output: {tmp_path / 'best'}\n"
-    )
-    assert keylayers("train", "--config", config) == 0
-    rows = record_of(tmp_path / "best")["results"]
-    assert [row["label"] for row in rows][-2:] == ["all", "random"]
+    content = f"ranking: {ranked}\nbudget: 0.3\ncontrols: [all, random]\n"
+    (tmp_path / "train.yaml").write_text(content)
+    words = ["train", "--config", str(tmp_path / "train.yaml")]
+    _, bound, _ = app.parse_args(words, print_error=False, exit_on_error=False)
+    assert bound.arguments["options"].selection.controls == ("all", "random")
 
 
 def test_no_option_has_the_name_of_a_sub_command():
     """cyclopts drops keys of a YAML file that are also names of sub-commands, without a word."""
-    from keylayers.cli import COMMANDS, app
-
     names = {
         argument.name.removeprefix("--")
         for command in COMMANDS
@@ -109,8 +101,6 @@ def test_no_option_has_the_name_of_a_sub_command():
 
 @pytest.mark.parametrize("command", ["train", "prune"])
 def test_a_ranking_file_cannot_switch_on_the_code_of_a_model(ranking_copy, command):
-    from keylayers.cli import app
-
     content = read(ranking_copy)
     content["provenance"]["options"] |= {"trust_remote_code": True, "revision": "abc"}
     (ranking_copy / "ranking.json").write_text(json.dumps(content))
@@ -133,15 +123,6 @@ def test_show_and_compare_print_the_ranking_json_and_chance(ranked, capsys):
     row = " ".join(capsys.readouterr().out.split())
     assert "1, 2 same data and seed 1.00" in row
     assert " 0.18 1.00 " in row  # chance for 6 of 21, and corrected
-
-
-def test_stage_1s_adapter_is_an_ordinary_one(ranked):
-    folder = ranked / "adapter"
-    names = {path.name for path in folder.iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "keylayers.json"} <= names
-    weights = load_file(folder / "adapter_model.safetensors")
-    assert len(weights) == 2 * NUM_MODULES
-    assert not any("keygate" in name for name in weights)
 
 
 def test_a_finished_stage_1_of_the_same_inputs_is_not_run_again(tiny, ranking_copy, capsys):

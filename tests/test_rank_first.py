@@ -1,11 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`keylayers train --rank-first`: one run that ranks inside itself, from flags to files."""
 
-import contextlib
-import io
-
-import pytest
-
 from commands import PLAIN_PEFT, best, fresh_process, keylayers, read, record_of, updated_modules
 from tiny_files import NUM_MODULES
 
@@ -21,43 +16,32 @@ def worst(output, count):
     return best(output, NUM_MODULES) - best(output, NUM_MODULES - count)
 
 
-@pytest.fixture(scope="module")
-def done(tiny, tmp_path_factory):
-    """The folder of a run, and what it printed."""
-    output, out, err = tmp_path_factory.mktemp("first") / "t", io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        assert rank_first(tiny, output, "--mask-seed", "0") == 0
-    return output, out.getvalue(), err.getvalue()
-
-
-def test_the_worst_quarter_is_frozen_halfway_and_the_output_holds_all(done, capsys):
-    output, out, err = done
-    assert len(fresh_process(PLAIN_PEFT, output)) == NUM_MODULES
+def test_the_worst_quarter_is_frozen_halfway_and_the_output_holds_all(tiny, tmp_path, capsys):
+    output = tmp_path / "t"
+    assert rank_first(tiny, output, "--mask-seed", "0") == 0
+    out, err = capsys.readouterr()
+    worst_5 = worst(output, 5)  # 5.25 of 21
+    assert len(fresh_process(PLAIN_PEFT, output)) == len(updated_modules(output)) == NUM_MODULES
     record = record_of(output)
-    assert record["frozen"]["at_step"] == 4
-    assert (record["frozen"]["reason"], record["frozen"]["action"]) == ("max_steps", "freeze")
-    assert set(record["frozen"]["modules"]) == worst(output, 5)  # 5.25 of 21
-    assert not set(record["selection"]["modules"]) & worst(output, 5)
+    frozen = record["frozen"]
+    assert (frozen["at_step"], frozen["reason"]) == (4, "max_steps")
+    assert (frozen["action"], set(frozen["modules"])) == ("freeze", worst_5)
+    assert not set(record["selection"]["modules"]) & worst_5
     assert len(record["losses"]) == 8
-    assert len(updated_modules(output)) == NUM_MODULES
     base, selected = record["results"]
     assert selected["num_modules"] == NUM_MODULES - 5
     assert selected["held_out_loss_nats"] < base["held_out_loss_nats"]
     assert "selected (others frozen at step 4)" in out
     assert "step 4: the cap is reached; ranking by elimination" in err
     assert "step 4: 5 of 21 modules are frozen" in err
-    capsys.readouterr()
     assert keylayers("show", output) == 0
     assert "inside a run, until step 4 of 8 (max_steps)" in capsys.readouterr().out
-
-
-def test_its_ranking_is_that_of_a_first_stage_of_as_many_steps(tiny, done, tmp_path):
-    """The run until then is an ordinary stage 1, and scoring in its middle changes no score."""
+    # The run until then is an ordinary stage 1, and scoring in its middle changes no score.
     options = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--max-steps", "4")
     assert keylayers("rank", *options, *QUICK, "--output", tmp_path / "r") == 0
-    assert read(done[0])["modules"] == read(tmp_path / "r")["modules"]
+    assert read(output)["modules"] == read(tmp_path / "r")["modules"]
     more = ("--budget", "5", "--steps", "1", "--output", tmp_path / "again")
-    assert keylayers("train", "--ranking", done[0], *more) == 0
+    assert keylayers("train", "--ranking", output, *more) == 0
     assert len(fresh_process(PLAIN_PEFT, tmp_path / "again")) == 5
 
 

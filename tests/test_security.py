@@ -7,19 +7,13 @@ from pathlib import Path
 from commands import STEPS, everything_below, keylayers, rank
 
 SECRET = "hf_" + "kEyLaYeRs" * 4
-NAMES = (
-    "HF_TOKEN",
-    "HUGGING_FACE_HUB_TOKEN",
-    "OPENAI_API_KEY",
-    "WANDB_API_KEY",
-    "AWS_SECRET_ACCESS_KEY",
-)
+NAMES = "HF_TOKEN HUGGING_FACE_HUB_TOKEN OPENAI_API_KEY WANDB_API_KEY AWS_SECRET_ACCESS_KEY"
 
 
 def test_no_key_or_token_is_in_anything_that_is_written_or_printed(
     tiny, tmp_path, monkeypatch, capfd
 ):
-    for name in NAMES:
+    for name in NAMES.split():
         monkeypatch.setenv(name, SECRET)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
     out, more = tmp_path / "out", ("--output", tmp_path / "tuned")
