@@ -17,6 +17,7 @@ SCORES = [0.4, 0.1, None, 0.3, 0.3, -0.1]
 LOSSES = [3.0 - step / 1000 for step in range(1000)]
 TRAINED = {
     "stage_1": {"num_steps": 1000, "stopped_by": "cap", "seconds": 1, "losses": LOSSES},
+    "mask": {"losses": [2.0, 1.9], "seconds": 1, "learning_rate": 0.1},
     "held_out_loss_nats": {"base": 3.0, "tuned": 2.0},
 }
 
@@ -42,7 +43,7 @@ SHOWN = {
     "heatmap": {"one", "two", "a_proj", "b_proj", "block", "rank", "?"},
     "agreement": {"one", "two"},
     "curve": {"best first", "random (± sd)", "worst first", "recommended", "this budget"},
-    "losses": {"stage 1, training", "held out, base", "held out, tuned"},
+    "losses": {"stage 1, training", "stage 2, learning the scores", "held out, base"},
 }
 
 

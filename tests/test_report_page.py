@@ -13,19 +13,15 @@ from functools import partial
 
 import pytest
 
-from commands import keylayers, rank
+from commands import keylayers
+from keylayers.ranking.ranking import Ranking
 
-from rankings import ranking_of
+from rankings import ranking_of, verification_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
 )
 pytestmark = [
     pytest.mark.long,
@@ -49,13 +45,12 @@ SLIDER = f"{SECTION} input[type=range]"
 def by_hand():
     """Ties, a module without a score, standard errors on most, and one outside the blocks."""
     sizes = [10 * (index + 1) for index in range(len(SCORES))]
-    ranking = ranking_of(SCORES, num_parameters=sizes)
-    modules = [
-        replace(one, standard_error=None if one.score is None or index == 1 else 0.04)
-        for index, one in enumerate(ranking.modules)
-    ]
-    modules[0] = replace(modules[0], name="model.embed_tokens", block_index=None)
-    return replace(ranking, modules=tuple(modules))
+    errors = [None if score is None else 0.04 for score in SCORES]
+    errors[1] = None
+    ranking = ranking_of(SCORES, num_parameters=sizes, errors=errors)
+    first, *others = ranking.modules
+    outside = replace(first, name="model.embed_tokens", block_index=None)
+    return replace(ranking, modules=(outside, *others))
 
 
 HAND = by_hand()
@@ -67,7 +62,7 @@ def page_of():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
         yield partial(drawn_page, browser)
         browser.close()
 
@@ -78,9 +73,8 @@ def drawn_page(browser, path, **options):
     context = browser.new_context(offline=True, **options)
     page = context.new_page()
     heard = []
-    page.on("console", lambda message: heard.append(f"{message.type}: {message.text}"))
-    page.on("pageerror", lambda error: heard.append(f"error: {error}"))
-    page.on("dialog", lambda dialog: heard.append(f"dialog: {dialog.message}"))
+    for event in ("console", "pageerror", "dialog"):
+        page.on(event, lambda what, event=event: heard.append(f"{event}: {what}"))
     page.on("request", lambda request: heard.append(f"request: {request.url}"))
     address = path.resolve().as_uri()
     page.goto(address)
@@ -110,14 +104,12 @@ def hand(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def verified(tiny, tmp_path_factory):
-    """A folder with a report of rankings `a`, from a real run with its verification, and `b`."""
+def verified(ranked, ranked_full, tmp_path_factory):
+    """A folder with a report of rankings `a`, which is verified, and `b`."""
     folder = tmp_path_factory.mktemp("verified")
-    one = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--max-steps", "6")
-    more = ("--batch-size", "4", "--lora-rank", "4", "--method", "price", "--mask-steps", "20")
-    assert keylayers("rank", *one, *more, "--output", folder / "a") == 0
-    assert keylayers("verify", "--ranking", folder / "a", "--random-orders", "2") == 0
-    assert rank(tiny, folder / "b", "--seed", "1") == 0
+    shutil.copytree(ranked, folder / "a")
+    shutil.copytree(ranked_full, folder / "b")
+    verification_of(Ranking.load(ranked)).save(folder / "a" / "verification.json")
     assert keylayers("show", folder / "a", folder / "b", "--html", folder / "report.html") == 0
     return folder
 
@@ -178,10 +170,8 @@ def test_the_table_is_sorted_and_filtered_by_keyboard_alone(page_of, hand):
         page.locator("th[data-key=parameters] button").focus()
         sizes = [str(size) for size in sorted(one.num_parameters for one in HAND.modules)]
         head = page.locator("th[data-key=parameters]")
-        for key, order, shown in (
-            ("Enter", "descending", sizes[::-1]),
-            ("Space", "ascending", sizes),
-        ):
+        turned = ("Enter", "descending", sizes[::-1]), ("Space", "ascending", sizes)
+        for key, order, shown in turned:
             page.keyboard.press(key)
             assert column(page, 8) == shown
             assert head.get_attribute("aria-sort") == order
@@ -252,7 +242,6 @@ def test_no_other_script_runs_even_if_one_got_in(page_of, hand, tmp_path):
 
 def test_a_verified_ranking_is_shown_whole_and_another_is_chosen_by_radio(page_of, verified):
     from keylayers.ranking.compare import agreement
-    from keylayers.ranking.ranking import Ranking
 
     rankings = [Ranking.load(verified / name) for name in "ab"]
     with page_of(verified / "report.html") as page:
@@ -261,12 +250,12 @@ def test_a_verified_ranking_is_shown_whole_and_another_is_chosen_by_radio(page_o
         for chart in ("curve", "losses"):
             assert page.locator(f"{SECTION} [data-chart={chart}] svg").is_visible()
         legend = page.locator("[data-chart=losses] .role-legend-label text").all_text_contents()
-        assert legend == ["stage 1, training", "stage 2, learning the scores"]
+        assert legend == ["stage 1, training"]
         assert "normalised area" in page.locator(f"{SECTION} .reading").inner_text()
         use, again = page.locator(f"{SECTION} .command").all_inner_texts()
         assert use.startswith(f"keylayers train --ranking {verified / 'a'} --budget 6\n")
         assert again.startswith("keylayers rank --model ")
-        assert "--method price" in again
+        assert "--lora-rank 4" in again
         page.locator("input[type=radio]").first.focus()
         page.keyboard.press("ArrowDown")
         assert page.locator(f"{SECTION} h2").inner_text() == "b"
@@ -282,13 +271,18 @@ def test_a_verified_ranking_is_shown_whole_and_another_is_chosen_by_radio(page_o
         assert chart.all_text_contents() == [text, text]
 
 
+SCREEN = {"width": 1200, "height": 900}
+PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
 VIEWS = {
-    "light": {"viewport": {"width": 1200, "height": 900}},
-    "dark": {"viewport": {"width": 1200, "height": 900}, "color_scheme": "dark"},
-    "phone": {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True},
+    "light": {"viewport": SCREEN},
+    "dark": {"viewport": SCREEN, "color_scheme": "dark"},
+    "print": {"viewport": SCREEN, "color_scheme": "dark"},
+    "phone": PHONE,
 }
-BACKGROUND = "getComputedStyle(document.body).backgroundColor"
-WHITE = "rgb(255, 255, 255)"
+TEXTS = (
+    "h2, p, .hint, .bought, td, .role-axis-label text, .role-axis-title text, "
+    ".role-legend-label text"
+)
 CONTRAST = """element => {
   const channels = text => text.match(/[\\d.]+/g).slice(0, 3).map(one => one / 255)
     .map(one => one <= 0.04045 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4);
@@ -301,29 +295,20 @@ CONTRAST = """element => {
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_text_is_readable_and_nothing_is_wider_than_the_screen(page_of, verified, view):
+def test_text_is_readable_and_fits_and_print_is_light_without_controls(page_of, verified, view):
     """WCAG AA asks for a contrast of 4.5 for text."""
     with page_of(verified / "report.html", **VIEWS[view]) as page:
+        page.emulate_media(media="print" if view == "print" else "screen")
         widths = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
         assert widths[0] <= widths[1]
-        texts = page.locator(
-            f"{SECTION} :is(h2, p, .hint, .bought, td, .role-axis-label text, "
-            ".role-axis-title text, .role-legend-label text)"
-        )
+        texts = page.locator(f"{SECTION} :is({TEXTS})")
         assert texts.count() > 50
         contrasts = [texts.nth(place).evaluate(CONTRAST) for place in range(0, texts.count(), 7)]
         assert min(contrasts) >= 4.5
-        assert (page.evaluate(BACKGROUND) != WHITE) == (view == "dark")
-
-
-def test_in_print_the_page_is_light_and_has_no_controls(page_of, verified):
-    with page_of(verified / "report.html", color_scheme="dark") as page:
-        page.emulate_media(media="print")
-        assert page.evaluate(BACKGROUND) == WHITE
-        label = page.locator("[data-chart=curve] .role-axis-label text").first
-        assert label.evaluate(CONTRAST) >= 4.5
-        assert not page.locator("input[type=range]:visible, input.filter:visible").count()
-        assert page.locator(f"{SECTION} .bought").is_visible()
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (background != "rgb(255, 255, 255)") == (view == "dark")
+        controls = page.locator("input[type=range]:visible, input.filter:visible")
+        assert (controls.count() == 0) == (view == "print")
 
 
 def test_without_scripts_the_tables_are_complete(page_of, verified):
