@@ -61,10 +61,7 @@ def test_models_without_a_common_projection_are_refused():
         match(grid_of({"q": [1.0], "v": [2.0]}), grid_of({"up": [1.0, 2.0]}))
 
 
-def test_results_do_not_depend_on_the_hash_seed():
-    script = """
-import sys
-sys.path[:0] = sys.argv[1:]
+SCRIPT = """
 from rankings import grid_of
 from keylayers.ranking.compare import agreement
 from keylayers.ranking.consensus import consensus
@@ -72,16 +69,15 @@ a = grid_of({"q": [3.0, 2.0, 2.0], "v": [1.0, 1.0, 0.0], "x": [1.0] * 3}, errors
 b = grid_of({"v": [3.0, 2.0, 2.0, 1.0], "q": [1.0] * 4, "y": [1.0] * 4}, errors=1.0)
 print(agreement([a, b, a], 0.5), consensus([a, a]).modules, b.ordered(), b.select(3).names)
 """
+
+
+def test_results_do_not_depend_on_the_hash_seed():
     tests = Path(__file__).parent
-    command = [sys.executable, "-c", script, tests.parent / "src", tests]
+    path = {"PYTHONPATH": os.pathsep.join([str(tests.parent / "src"), str(tests)])}
     outputs = {
-        subprocess.run(
-            command,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        subprocess.check_output(
+            [sys.executable, "-c", SCRIPT], env={**os.environ, **path, "PYTHONHASHSEED": seed}
+        )
         for seed in ("0", "1")
     }
     assert len(outputs) == 1

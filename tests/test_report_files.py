@@ -156,30 +156,12 @@ def test_labels_are_the_shortest_ends_of_the_paths_that_differ(paths, names):
     assert len(set(labels([Path("out"), Path("out/ranking.json")]))) == 2  # given twice
 
 
-def test_the_range_of_budgets_is_where_a_place_is_undecided():
-    from keylayers.ranking.certainty import undecided
-    from keylayers.report.html import open_budgets
-
-    errors = [0.0, 0.02, 0.04, 0.06, 0.08, 0.1, None, 0.14]
-    ranking = ranking_of([0.9, 0.5, 0.5, 0.48, 0.2, 0.1, None, 0.19], errors=errors)
-    ranges = open_budgets(ranking)
-    assert ranges
-    for count in range(1, 8):
-        within = {name for name, (least, most) in ranges.items() if least <= count <= most}
-        assert within == set(undecided(ranking, count))
-
-
+OPTIONS = {"model": "m", "data": "d"}
+IMPORTED = {"tool": "Spectrum", "file": "snr.json"}
 REPEATED = {
-    "keylayers rank --model m --data d --seed 3": {
-        "options": {"model": "m", "data": "d", "seed": 3}
-    },
-    "keylayers train --rank-first --model m --data d --window 5": {
-        "options": {"rank_first": True, "model": "m", "data": "d", "window": 5}
-    },
-    "keylayers import snr.json --model 'a b'": {
-        "imported": {"tool": "Spectrum", "file": "snr.json"},
-        "model": {"name": "a b"},
-    },
+    "keylayers rank --model m --data d --seed 3": {"options": OPTIONS | {"seed": 3}},
+    "train --rank-first --model m --data d": {"options": {"rank_first": True} | OPTIONS},
+    "keylayers import snr.json --model 'a b'": {"imported": IMPORTED, "model": {"name": "a b"}},
     "rank_modules on a DPOTrainer": {"options": {"method": "path"}, "trainer": "DPOTrainer"},
     "made from Python": {},
 }
