@@ -21,17 +21,16 @@ PUBLISHED = {
 
 
 def scan_of(folder, change=lambda rows: None):
-    """A scan of the tiny model: ratios fall from module to module; norms are infinite."""
+    """A scan of the tiny model, changed or replaced by a text: ratios fall, norms are infinite."""
     from tiny_files import tiny_model, tiny_tokenizer
 
-    infos = map_modules(tiny_model(len(tiny_tokenizer())))
-    rows = {
-        one.name: {"snr": 100.0 - place, "type": one.projection} for place, one in enumerate(infos)
-    }
+    places = enumerate(map_modules(tiny_model(len(tiny_tokenizer()))))
+    rows = {one.name: {"snr": 100.0 - place, "type": one.projection} for place, one in places}
     rows["model.norm"] = {"snr": float("inf"), "type": "model.norm"}
-    change(rows)
     path = folder / "snr_results_tiny.json"
-    path.write_text(json.dumps(rows))
+    if callable(change):
+        change(rows)
+    path.write_text(json.dumps(rows) if callable(change) else change)
     return path
 
 
@@ -67,44 +66,40 @@ BAD = [
 
 @pytest.mark.parametrize(("change", "message"), BAD)
 def test_a_bad_scan_is_refused(tiny, tmp_path, capsys, change, message):
-    scan, output = scan_of(tmp_path), tmp_path / "r.json"
-    if isinstance(change, str):
-        scan.write_text(change)
-    else:
-        scan_of(tmp_path, change)
+    output = tmp_path / "r.json"
+    scan = scan_of(tmp_path, change)
     assert keylayers("import", scan, "--model", tiny / "model", "--output", output) == 2
     assert message in complaint(capsys)
     assert not output.exists()
 
 
 def test_a_missing_scan_or_model_is_refused(tiny, tmp_path, capsys):
-    assert keylayers("import", tmp_path / "none.json", "--model", tiny / "model") == 2
-    assert "the scan must exist, but there is no" in complaint(capsys)
-    assert keylayers("import", scan_of(tmp_path), "--model", tmp_path) == 2
-    assert "holds no config.json" in complaint(capsys)
+    for scan, model, message in (
+        (tmp_path / "none.json", tiny / "model", "the scan must exist, but there is no"),
+        (scan_of(tmp_path), tmp_path, "holds no config.json"),
+    ):
+        assert keylayers("import", scan, "--model", model) == 2
+        assert message in complaint(capsys)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs Spectrum's published scans in ../shared")
 def test_published_scans_are_shown_compared_and_exported(tmp_path, capsys):
-    files = []
-    for name, config in PUBLISHED.items():
+    files = [tmp_path / f"ranking-{name}" for name in PUBLISHED]
+    for file, (name, config) in zip(files, PUBLISHED.items(), strict=True):
         config.save_pretrained(tmp_path / name)
-        files.append(tmp_path / f"ranking-{name}")
-        options = ("--model", tmp_path / name, "--output", files[-1])
-        assert keylayers("import", SHARED / name, *options) == 0
-        assert keylayers("show", files[-1]) == 0
-        assert len(Ranking.load(files[-1]).modules) == 224
+        options = ("--model", tmp_path / name, "--output", file)
+        assert keylayers("import", SHARED / name, *options) == keylayers("show", file) == 0
     assert keylayers("compare", *files, "--budget", "0.5") == 0
     assert "0.33" in capsys.readouterr().out  # two random halves share a third
     ranking = Ranking.load(files[0])
+    assert len(ranking.modules) == 224
     scan = json.loads((SHARED / next(iter(PUBLISHED))).read_text())
     for kind in ("self_attn.q_proj", "mlp.down_proj"):
         rows = {name: row["snr"] for name, row in scan.items() if row["type"] == kind}
         best = sorted(rows, key=lambda name: -rows[name])[:8]
         scores = {one.name: one.score for one in ranking.modules if one.name in rows}
         assert {name for name, score in scores.items() if score > 1 - 8 / 32} == set(best)
-    for tool in ("peft", "axolotl"):
-        options = ("--budget", "0.25", "--to", tool, "--output", tmp_path / tool)
-        assert keylayers("export", files[0], *options, "--update", "full") == 0
-    patterns = yaml.safe_load((tmp_path / "axolotl" / "axolotl.yaml").read_text())
+    words = "--budget 0.25 --to axolotl --update full --output".split()
+    assert keylayers("export", files[0], *words, tmp_path / "e") == 0
+    patterns = yaml.safe_load((tmp_path / "e" / "axolotl.yaml").read_text())
     assert len(patterns["unfrozen_parameters"]) == 7

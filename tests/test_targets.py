@@ -72,113 +72,83 @@ def by_hand(model, way):
 
 
 AXOLOTL = {"base_model": "b", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "adapter": "lora"}
-FACTORY = {"model_name_or_path": "base", "stage": "sft", "lora_rank": 4}
-TRL = {"use_peft": True, "lora_r": 4}
+LINEAR = AXOLOTL | {"lora_target_linear": True}
+SFT = {"model_name_or_path": "b", "stage": "sft"}
+FREEZE = {"finetuning_type": "freeze", "freeze_trainable_layers": 1}
 QUERY, DENSE = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
-OUTPUT = r"model\.layers\.1\.self_attn\.o_proj"
 SAVED = lora("dummy-target-modules", modules_to_save=["model.layers.1.mlp.up_proj"])
 OF_W = ["o_proj", "w1", "w2", "w3"]
+OUTPUT = r"model\.layers\.1\.self_attn\.o_proj"
 UNFROZEN = ["^lm_head.weight$[:32]", QUERY, "model.layers.[0-9]+.mlp.up_proj.weight$"]
+LANGUAGE = r"model\.language_model\.layers\..*_proj"
+VISION = "model.vision_tower.encoder.layers.0.self_attn.q_proj"
 REWRITES = "PEFT rewrites the targets of this mixture of experts: it "
-# model, config, the same by hand (None: it is PEFT's own), parts of its warnings
+# tool/model/case -> config, the same by hand (None: it is PEFT's own), parts of its warnings
 CASES = {
-    "peft-list": ("Llama", lora(["q_proj", "v_proj"]), None),
-    "peft-regex": ("Llama", lora(r".*\.1\.mlp\.(up|down)_proj"), None),
-    "peft-all-linear": ("Llama", lora("all-linear"), None),
-    "peft-layers": ("Llama", lora(["q_proj", "down_proj"], layers_to_transform=[1]), None),
-    "peft-excluded": ("Llama", lora(["q_proj", "k_proj"], exclude_modules=[QUERY]), None),
-    "peft-dora": ("Llama", lora(["k_proj", "q_proj"], use_dora=True), None),
-    "peft-ranks": ("Llama", lora(["k_proj", "q_proj"], rank_pattern={"k_proj": 2}), None),
-    "peft-conv1d": ("GPT-2", lora(["c_attn"], fan_in_fan_out=True), None),
-    "peft-experts": ("Mixtral", lora(["q_proj"], target_parameters=["experts.down_proj"]), None),
-    "peft-mixture-regex": (
-        "Mixtral", lora(OUTPUT), None,
-        REWRITES + "adds model.layers.0.self_attn",
-    ),
-    "peft-mixture-dense": (
-        "Qwen3-MoE", lora([DENSE]), None,
-        REWRITES + "adds model.layers.1.mlp.experts", f"it leaves out {DENSE}",
-    ),
-    "peft-vision": (
-        "LLaVA", lora(["q_proj", "fc1"]), None,
-        "outside the language model: model.vision_tower.encoder.layers.0.self_attn.q_proj and 3",
-    ),
-    "peft-typo": ("Llama", lora(["q_proj", "v_prj"]), None, "'v_prj' matches nothing"),
-    "peft-regex-in-list": (
-        "Llama", lora(["q_proj", r".*\.v_proj"]), None,
-        "matches nothing; PEFT reads an entry of a list as a name, not as an expression",
-    ),
-    "peft-no-block": (
-        "Llama", lora(["q_proj"], layers_to_transform=[1, 7]), None,
-        "`layers_to_transform`: there is no block 7 among the 2 of the model",
-    ),
-    "peft-no-rank": (
-        "Llama", lora(["q_proj"], rank_pattern={"w_proj": 2}), None,
-        "rank_pattern keys did not match any targeted module and were ignored: ['w_proj']",
-    ),
-    "peft-unknown": (
-        "Llama", lora(["q_proj"], peft_type="LORA", new_option=1), lora(["q_proj"]),
-        "this PEFT ignores new_option",
-    ),
-    "trl-default-rank": (
-        "Llama", {"use_peft": True, "lora_target_modules": ["q_proj", "up_proj"]},
-        lora(["q_proj", "up_proj"], r=16),
-    ),
-    "trl-saved": (
-        "Llama", TRL | {f"lora_{name}": SAVED[name] for name in SAVED if name != "r"}, SAVED,
-    ),
-    "trl-without-peft": (
-        "Llama", {"use_peft": False, "lora_target_modules": ["q_proj"]}, bool,
+    "peft/Llama/list": (lora(["q_proj", "v_proj"]), None),
+    "peft/Llama/regex": (lora(r".*\.1\.mlp\.(up|down)_proj"), None),
+    "peft/Llama/linear": (lora("all-linear"), None),
+    "peft/Llama/layers": (lora(["q_proj", "down_proj"], layers_to_transform=[1]), None),
+    "peft/Llama/excluded": (lora(["q_proj", "k_proj"], exclude_modules=[QUERY]), None),
+    "peft/Llama/dora": (lora(["k_proj", "q_proj"], use_dora=True), None),
+    "peft/Llama/ranks": (lora(["k_proj", "q_proj"], rank_pattern={"k_proj": 2}), None),
+    "peft/GPT-2/conv1d": (lora(["c_attn"], fan_in_fan_out=True), None),
+    "peft/Mixtral/experts": (lora(["q_proj"], target_parameters=["experts.down_proj"]), None),
+    "peft/Mixtral/regex": (lora(OUTPUT), None, REWRITES + "adds model.layers.0.self_attn"),
+    "peft/Qwen3-MoE/dense": (
+        lora([DENSE]), None, REWRITES + "adds model.layers.1.mlp.experts", f"leaves out {DENSE}"),
+    "peft/LLaVA/vision": (
+        lora(["q_proj", "fc1"]), None, f"outside the language model: {VISION} and 3 more"),
+    "peft/Llama/typo": (lora(["q_proj", "v_prj"]), None, "'v_prj' matches nothing"),
+    "peft/Llama/regex in list": (
+        lora(["q_proj", r".*\.v_proj"]), None,
+        "matches nothing; PEFT reads an entry of a list as a name, not as an expression"),
+    "peft/Llama/no such block": (
+        lora(["q_proj"], layers_to_transform=[1, 7]), None,
+        "`layers_to_transform`: there is no block 7 among the 2 of the model"),
+    "peft/Llama/no such rank": (
+        lora(["q_proj"], rank_pattern={"w_proj": 2}), None,
+        "rank_pattern keys did not match any targeted module and were ignored: ['w_proj']"),
+    "peft/Llama/unknown": (
+        lora(["q_proj"], new_option=1), lora(["q_proj"]), "this PEFT ignores new_option"),
+    "trl/Llama/default rank": (
+        {"use_peft": True, "lora_target_modules": ["q_proj", "up_proj"]},
+        lora(["q_proj", "up_proj"], r=16)),
+    "trl/Llama/saved": (
+        {"use_peft": True, **{f"lora_{name}": SAVED[name] for name in SAVED}}, SAVED),
+    "trl/Llama/without peft": (
+        {"use_peft": False, "lora_target_modules": ["q_proj"]}, bool,
         "TRL reads a list of one name as a regular expression over whole names",
-        "without `use_peft: true` TRL ignores every lora_ key and trains all weights",
-    ),
-    "axolotl-linear": (
-        "Llama", AXOLOTL | {"lora_target_linear": True, "lora_target_modules": ["x"]},
-        lora("all-linear"), "'x' matches nothing",
-    ),
-    "axolotl-mixture": (
-        "Mixtral", AXOLOTL | {"adapter": "qlora", "lora_target_modules": OF_W}, lora(OF_W),
-        "rank_pattern keys", "alpha_pattern keys", REWRITES + "adds",
-    ),
-    "axolotl-unfrozen": (
-        "Llama", {"base_model": "b", "unfrozen_parameters": UNFROZEN},
-        re.compile(rf"lm_head|{QUERY}|.*mlp\.up_proj").match,
-    ),
-    "axolotl-escaped-dots": (
-        "Llama", {"base_model": "b", "unfrozen_parameters": ["lm_head", r"model\.layers\.0"]},
-        re.compile("lm_head").match, "matches nothing; do not escape dots",
-    ),
-    "axolotl-frozen-lora": (
-        "Llama", AXOLOTL | {"lora_target_linear": True, "unfrozen_parameters": ["x"]},
-        lora("all-linear"),
-        "axolotl freezes LoRA's own matrices as well: leave `unfrozen_parameters` out",
-    ),
-    "llamafactory-default-rank": (
-        "Llama", {"model_name_or_path": "b", "stage": "sft", "lora_target": "all"},
-        lora("all-linear", r=8),
-    ),
-    "llamafactory-text": (
-        "Llama", FACTORY | {"lora_target": "q_proj, v_proj"}, lora(["q_proj", "v_proj"]),
-    ),
-    "llamafactory-vision": (
-        "LLaVA", FACTORY | {"lora_target": "all"},
-        lora(r"model\.language_model\.layers\..*_proj"),
-    ),
-    "llamafactory-freeze": (
-        "Llama",
-        {"model_name_or_path": "b", "stage": "sft", "finetuning_type": "freeze"}
-        | {"freeze_trainable_layers": 1, "freeze_trainable_modules": "mlp"},
-        re.compile(r".*\.1\.mlp").match,
-    ),
+        "without `use_peft: true` TRL ignores every lora_ key and trains all weights"),
+    "axolotl/Llama/linear": (
+        LINEAR | {"lora_target_modules": ["x"]}, lora("all-linear"), "'x' matches nothing"),
+    "axolotl/Mixtral/regex": (
+        AXOLOTL | {"adapter": "qlora", "lora_target_modules": OF_W}, lora(OF_W),
+        "rank_pattern keys", "alpha_pattern keys", REWRITES + "adds"),
+    "axolotl/Llama/unfrozen": (
+        {"base_model": "b", "unfrozen_parameters": UNFROZEN},
+        re.compile(rf"lm_head|{QUERY}|.*mlp\.up_proj").match),
+    "axolotl/Llama/escaped dots": (
+        {"base_model": "b", "unfrozen_parameters": ["lm_head", r"model\.layers\.0"]},
+        re.compile("lm_head").match, "matches nothing; do not escape dots"),
+    "axolotl/Llama/frozen lora": (
+        LINEAR | {"unfrozen_parameters": ["x"]}, lora("all-linear"),
+        "axolotl freezes LoRA's own matrices as well: leave `unfrozen_parameters` out"),
+    "llamafactory/Llama/default rank": (SFT | {"lora_target": "all"}, lora("all-linear", r=8)),
+    "llamafactory/Llama/text": (
+        SFT | {"lora_target": "q_proj, v_proj", "lora_rank": 4}, lora(["q_proj", "v_proj"])),
+    "llamafactory/LLaVA/language": (SFT | {"lora_target": "all", "lora_rank": 4}, lora(LANGUAGE)),
+    "llamafactory/Llama/freeze": (
+        SFT | FREEZE | {"freeze_trainable_modules": "mlp"}, re.compile(r".*\.1\.mlp").match),
 }  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's, about configs that the test gives on purpose
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_shown_is_what_training_changes_and_surprises_are_said(name, shown):
-    title, config, way, *warnings = CASES[name]
+    (tool, title, _), (config, way, *warnings) = name.split("/"), CASES[name]
     found = shown(title, config)
-    assert found["tool"] == name.split("-")[0]
+    assert found["tool"] == tool
     assert named(found) == trained(by_hand(BUILT[title].build(), way or config), BUILT[title])
     for part, warning in zip(warnings, found["warnings"], strict=True):
         assert part in warning
@@ -189,7 +159,7 @@ REFUSED = [
     (lora(["qq"]), "PEFT must accept this adapter for the model: Target"),
     ({"peft_type": "IA3"}, "the adapter must be LORA or ADALORA, got IA3"),
     (["q_proj"], "must be a mapping, got a list"),
-    (TRL | {"lora_target_modules": ["q_proj"]}, "TRL reads a list of one name as a"),
+    ({"use_peft": True, "lora_target_modules": ["q_proj"]}, "TRL reads a list of one name"),
     ({"finetuning_type": "oft"}, "must be lora, freeze or full, got 'oft'"),
     (lora(["q_proj"], target_parameters="x"), "peft must accept the con"),
     ({"base_model": "x", "unfrozen_parameters": [r"model\.layers"]}, "must train something"),
