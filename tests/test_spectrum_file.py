@@ -99,7 +99,7 @@ def test_published_scans_are_shown_compared_and_exported(tmp_path, capsys):
         best = sorted(rows, key=lambda name: -rows[name])[:8]
         scores = {one.name: one.score for one in ranking.modules if one.name in rows}
         assert {name for name, score in scores.items() if score > 1 - 8 / 32} == set(best)
-    words = "--budget 0.25 --to axolotl --update full --output".split()
+    words = ["--budget", "0.25", "--to", "axolotl", "--update", "full", "--output"]
     assert keylayers("export", files[0], *words, tmp_path / "e") == 0
     patterns = yaml.safe_load((tmp_path / "e" / "axolotl.yaml").read_text())
     assert len(patterns["unfrozen_parameters"]) == 7
