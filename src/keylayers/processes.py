@@ -13,11 +13,8 @@ from torch import Tensor, distributed
 
 def is_one_of_many() -> bool:
     """Whether other processes share this run."""
-    return (
-        distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-    )
+    is_started = distributed.is_available() and distributed.is_initialized()
+    return is_started and distributed.get_world_size() > 1
 
 
 def summed(values: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def train_only(model: nn.Module, names: Sequence[str]) -> None:
 
 def prove_trainable(model: nn.Module, names: Collection[str]) -> None:
     """Raise a GuardError unless the modules that hold trainable parameters are exactly `names`."""
-    differ = trainable_modules(model) ^ set(names)
+    differ = trainable_modules(model).keys() ^ set(names)
     if differ:
         raise GuardError(
             f"the trainable modules must be exactly the selection, but {len(differ)} differ, first "
@@ -73,8 +73,8 @@ def prove_trainable(model: nn.Module, names: Collection[str]) -> None:
         )
 
 
-def trainable_modules(model: nn.Module) -> set[str]:
-    """Names, in the base model, of the modules that hold a trainable parameter.
+def trainable_modules(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Name in the base model of each module that is trained -> its trainable parameters.
 
     A PEFT layer counts for the module that it wraps. The adapter's `modules_to_save`, such as the
     head of a reward model, which PEFT trains and saves whole, do not count.
@@ -86,12 +86,12 @@ def trainable_modules(model: nn.Module) -> set[str]:
     }
     experts = {info.name for info in map_modules(model, "all")}
     heads = tuple(f"{name}." for name in always_on(model))
-    found = set()
+    found: dict[str, list[nn.Parameter]] = {}
     for name, parameter in base_model_of(model).named_parameters():
         if parameter.requires_grad and not name.startswith(heads):
             plain = name.replace(".base_layer", "")
             own = plain if plain in experts else plain.rpartition(".")[0]
-            found.add(owners.get(id(parameter), own))
+            found.setdefault(owners.get(id(parameter), own), []).append(parameter)
     return found
 
 

@@ -48,8 +48,8 @@ def _missing(trainer: Trainer, dataset: Dataset) -> list[str]:
 
 def _prepared(trainer: Trainer, dataset: Dataset, missing: list[str]) -> Dataset:
     """`dataset` after the trainer's own preparation, which may lack columns still."""
-    tokens = [name for name in missing if not name.startswith(REFERENCE)]
-    arguments = _arguments(trainer) if tokens else None
+    is_tokenised = all(name.startswith(REFERENCE) for name in missing)
+    arguments = None if is_tokenised else _arguments(trainer)
     with preserved(trainer.model), torch.no_grad():  # a reference switches adapters
         to_evaluation(trainer.model)
         if arguments is not None:
@@ -60,7 +60,7 @@ def _prepared(trainer: Trainer, dataset: Dataset, missing: list[str]) -> Dataset
                     f"the examples must have the columns that {type(trainer).__name__} was given, "
                     f"but it lacks {error}; it has {', '.join(dataset.column_names)}"
                 ) from error
-        needs_reference = len(tokens) < len(missing) and len(dataset) > 0
+        needs_reference = any(name.startswith(REFERENCE) for name in missing) and len(dataset) > 0
         if needs_reference and hasattr(trainer, "_precompute_ref_logps"):
             size = trainer.args.per_device_train_batch_size
             dataset = trainer._precompute_ref_logps(dataset, "mask", size)

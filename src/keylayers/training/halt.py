@@ -75,7 +75,7 @@ def halt_updates(
 
     `freeze` leaves the updates as they are, `remove` sets them to zero.
     """
-    kept = trainable_modules(model) - set(names)
+    kept = trainable_modules(model).keys() - set(names)
     parameters = {
         f"{update.module.name}.{name}": parameter
         for update in adapter_updates(model)

@@ -114,14 +114,8 @@ def _trained_modules(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     trained, layers = trainable_modules(model), tuner_layers(model)
     if layers:
         return {name: own_parameters(layer) for name, layer in layers.items() if name in trained}
-    weights = dict(model.named_parameters())
-    return {
-        info.name: [weights[info.name]]
-        if info.is_stacked
-        else list(model.get_submodule(info.name).parameters())
-        for info in map_modules(model, "all")
-        if info.name in trained
-    }
+    known = (info.name for info in map_modules(model, "all"))
+    return {name: trained[name] for name in known if name in trained}
 
 
 def _longest_batch(trainer: Trainer) -> Any:
