@@ -7,6 +7,7 @@ Only safetensors are read, never pickle.
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -42,14 +43,10 @@ class Checkpoint(Mapping[str, Tensor]):
         """The checkpoint at `source`; only its headers are read."""
         check_folder(source.model, "config.json", "a model")
         files: dict[str, Path] = {}
-        try:
+        with required(f"{source.model!r} must hold its weights as safetensors"):
             for path in _safetensors_files(source):
                 with safe_open(path, framework="pt") as file:
                     files |= dict.fromkeys(file.keys(), path)
-        except NOT_FOUND as error:
-            raise ModelError(
-                f"{source.model!r} must hold its weights as safetensors: {first_line(error)}"
-            ) from error
         return Checkpoint(files)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -86,10 +83,8 @@ def local_folder(name: str, patterns: Sequence[str], kind: str) -> Path:
     """The folder `name`, or a copy of the files of the hub repository that match `patterns`."""
     if Path(name).is_dir():
         return Path(name)
-    try:
+    with required(f"{name!r} must be {kind}"):
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except NOT_FOUND as error:
-        raise ModelError(f"{name!r} must be {kind}: {first_line(error)}") from error
 
 
 def check_folder(name: str, wanted: str, kind: str) -> None:
@@ -106,7 +101,16 @@ def check_folder(name: str, wanted: str, kind: str) -> None:
         raise ModelError(f"{name!r} must be {kind}, but there is no such folder")
 
 
-def first_line(error: Exception) -> str:
+@contextmanager
+def required(must: str, errors: tuple[type[Exception], ...] = NOT_FOUND) -> Iterator[None]:
+    """Turn the errors of libraries into one that says what must hold."""
+    try:
+        yield
+    except errors as error:
+        raise ModelError(f"{must}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
     """The first line of a library's message, or that the hub cannot be reached."""
     cause: BaseException | None = error
     while cause is not None:

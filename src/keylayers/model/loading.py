@@ -26,18 +26,12 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available
 
 from keylayers.errors import ModelError
-from keylayers.model.checkpoint import (
-    ADAPTER_FILES,
-    NOT_FOUND,
-    check_folder,
-    first_line,
-    local_folder,
-)
+from keylayers.model.checkpoint import ADAPTER_FILES, check_folder, local_folder, required
 from keylayers.model.options import Dtype, ModelOptions, Objective
 from keylayers.updates.adapter import refuse_changed_base, refuse_trained_biases
 
 # What PEFT and safetensors raise for configs and weights with wrong values; found by fuzzing.
-FROM_A_BAD_ADAPTER = (
+BAD_ADAPTER = (
     *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError),
     *(AssertionError, ImportError, re.error, SafetensorError),
 )
@@ -58,7 +52,7 @@ def load_model(source: ModelOptions, objective: Objective = "sft") -> PreTrained
     is_reward = objective == "reward"
     kind = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
     more = _quantisation(source) | ({"num_labels": 1} if is_reward else {})
-    try:
+    with required(f"{source.model!r} must be a causal language model"):
         model, info = kind.from_pretrained(
             source.model,
             revision=source.revision,
@@ -68,10 +62,6 @@ def load_model(source: ModelOptions, objective: Objective = "sft") -> PreTrained
             output_loading_info=True,
             **more,
         )
-    except NOT_FOUND as error:
-        raise ModelError(
-            f"{source.model!r} must be a causal language model: {first_line(error)}"
-        ) from error
     missing = sorted(info["missing_keys"])
     if is_reward:
         body = f"{model.base_model_prefix}."
@@ -110,12 +100,10 @@ def _quantisation(source: ModelOptions) -> dict[str, Any]:
 def load_tokenizer(source: ModelOptions) -> PreTrainedTokenizerBase:
     """The tokenizer at `source`, with a padding token (by default the end token)."""
     check_folder(source.model, "config.json", "a model")
-    try:
+    with required(f"{source.model!r} must hold a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-    except NOT_FOUND as error:
-        raise ModelError(f"{source.model!r} must hold a tokenizer: {first_line(error)}") from error
     if tokenizer.eos_token is None:
         raise ModelError(
             f"the tokenizer must have an end token, but that of {source.model!r} has none"
@@ -148,33 +136,21 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
             f"the adapter {adapter!r} must hold adapter_model.safetensors, but does not; pickled "
             f"weights are not loaded"
         )
-    try:
+    with required(f"the adapter {adapter!r} must have a config that PEFT takes", BAD_ADAPTER):
         config = PeftConfig.from_pretrained(str(folder))
-    except FROM_A_BAD_ADAPTER as error:
-        raise ModelError(
-            f"the adapter {adapter!r} must have a config that PEFT takes: {first_line(error)}"
-        ) from error
     refuse_changed_base(config)
-    try:
-        with warnings.catch_warnings():
-            # PEFT 0.21 saves AdaLoRA's ranks by names of parameters, and warns when it reads them.
-            warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
-            # AdaLoRA's model cannot compute a loss unless it was loaded to be trained.
-            is_trainable = config.peft_type == PeftType.ADALORA
-            tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+    must = f"the adapter must be one for this base model, but {adapter!r}"
+    with required(f"{must} does not fit", BAD_ADAPTER), warnings.catch_warnings():
+        # PEFT 0.21 saves AdaLoRA's ranks by names of parameters, and warns when it reads them.
+        warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+        # AdaLoRA's model cannot compute a loss unless it was loaded to be trained.
+        is_trainable = config.peft_type == PeftType.ADALORA
+        tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
         tuned.requires_grad_(False)
         odd = _differing_weights(tuned, folder)
-    except FROM_A_BAD_ADAPTER as error:
-        raise ModelError(
-            f"the adapter must be one for this base model, but {adapter!r} does not fit: "
-            f"{first_line(error)}"
-        ) from error
     refuse_trained_biases(tuned)
     if odd:
-        raise ModelError(
-            f"the adapter must be one for this base model, but {adapter!r} and the model differ in "
-            f"{len(odd)} weights, first {odd[0]}"
-        )
+        raise ModelError(f"{must} and the model differ in {len(odd)} weights, first {odd[0]}")
     return tuned
 
 
@@ -192,14 +168,10 @@ def _differing_weights(tuned: PeftModel, folder: Path) -> list[str]:
 def empty_model(source: ModelOptions, *, is_as_saved: bool = False) -> PreTrainedModel:
     """The model on the meta device, by its config; `is_as_saved` takes the checkpoint's class."""
     check_folder(source.model, "config.json", "a model")
-    try:
+    with required(f"{source.model!r} must be a model with a config"):
         config = AutoConfig.from_pretrained(
             source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{source.model!r} must be a model with a config: {first_line(error)}"
-        ) from error
     name = (config.architectures or [""])[0] if is_as_saved else ""
     with torch.device("meta"):
         if hasattr(transformers, name):  # for example one with a vision tower
