@@ -58,8 +58,7 @@ def run_of(
 def verification_of(ranking, **options):
     """What `keylayers verify` might have found of a ranking of six modules."""
     from keylayers.files import json_sha256
-    from keylayers.ranking.curve import MaskCurve
-    from keylayers.ranking.verification import Verification
+    from keylayers.ranking.verification import MaskCurve, Verification
 
     def curve(*losses):
         rows = tuple((loss, loss + 0.1) for loss in losses)

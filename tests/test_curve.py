@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from keylayers.evaluation.held_out import held_out_loss, mask_curve
 from keylayers.gates import gated
-from keylayers.ranking.curve import MaskCurve
+from keylayers.ranking.verification import MaskCurve
 from keylayers.updates import adapter_updates
 from scored import PLANTED, data, noisy_model, planted_model, trainer_of
 

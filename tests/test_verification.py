@@ -8,8 +8,7 @@ import pytest
 
 from keylayers.errors import ConfigError, RankingError
 from keylayers.files import json_sha256
-from keylayers.ranking.curve import MaskCurve
-from keylayers.ranking.verification import Verification, auto_budget, verification_file
+from keylayers.ranking.verification import MaskCurve, Verification, auto_budget, verification_file
 from keylayers.report.curve import verification_report
 
 from rankings import ranking_of

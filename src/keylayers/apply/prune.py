@@ -40,10 +40,7 @@ PREFIX = "base_model.model."  # PEFT's, before the names of the base model
 
 
 def prune_adapter(adapter: str, folder: Path, model: PeftModel, pruned: Collection[str]) -> Path:
-    """Write the adapter that `model` carries to `folder` without the modules `pruned`.
-
-    Returns the folder that it was read from.
-    """
+    """Write the adapter without the modules `pruned`; the folder that it was read from."""
     source = local_folder(adapter, (*ADAPTER_FILES, *TOKENIZER_FILES), "a PEFT adapter")
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
     paths = _layer_paths(model)
@@ -162,10 +159,8 @@ def pruned_config(
 
 
 def _concerns(pattern: str, name: str) -> bool:
-    """Whether an entry of a rank or alpha pattern is for the module, by PEFT's own rule.
-
-    AdaLoRA names a parameter of the module instead.
-    """
+    """Whether an entry of a rank or alpha pattern is for the module, by PEFT's own rule."""
+    # AdaLoRA names a parameter of the module instead.
     is_of_parameter = pattern.removeprefix(PREFIX).startswith(f"{name}.")
     return is_of_parameter or re.match(rf"(.*\.)?({pattern})$", name) is not None
 

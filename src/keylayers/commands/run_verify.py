@@ -13,9 +13,8 @@ from keylayers.commands.session import Session
 from keylayers.evaluation.held_out import mask_curve
 from keylayers.files import json_sha256, output_folder
 from keylayers.progress import Progress
-from keylayers.ranking.curve import MaskCurve
 from keylayers.ranking.ranking import FILE, Ranking
-from keylayers.ranking.verification import Verification, verification_file
+from keylayers.ranking.verification import MaskCurve, Verification, verification_file
 from keylayers.scores.score_modules import score_modules
 from keylayers.scores.scoring_options import scoring_options
 from keylayers.training.options import LOSS_UNITS

@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from keylayers.gates import gated
 from keylayers.progress import OnStep
-from keylayers.ranking.curve import MaskCurve
+from keylayers.ranking.verification import MaskCurve
 from keylayers.trainers.data import prepared_for
 from keylayers.trainers.loss import BatchLosses, TrainerLoss
 from keylayers.updates import Update

@@ -156,10 +156,7 @@ def example_losses(
     batch_size: int,
     on_step: OnStep,
 ) -> list[tuple[float, int]]:
-    """The loss of each example in nats, summed over its labelled tokens, and the number of these.
-
-    The model runs as it is; it should be in evaluation mode.
-    """
+    """The loss of each example in nats, summed over its labelled tokens, and their number."""
     # The longest first: what does not fit into memory shows at once, and little is padding.
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index][0]))
     found: list[tuple[float, int]] = [(0.0, 0)] * len(examples)

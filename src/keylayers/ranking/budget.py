@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
-from keylayers.errors import ConfigError
+from keylayers.errors import ConfigError, check_fraction
 
 GIB = 2**30
 Unit = Literal["GiB", "MiB", "GB", "MB"]
@@ -115,8 +115,7 @@ class Freeze:
     fraction: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction < 1:
-            raise ConfigError(f"`freeze` must be above 0 and below 1, got {self.fraction}")
+        check_fraction("freeze", self.fraction)
 
     def __str__(self) -> str:
         return f"all but the worst {self.fraction}"

@@ -15,11 +15,7 @@ NUM_STANDARD_ERRORS = 1.96  # to each side of a normal mean, for 95 %
 
 
 def undecided(ranking: Ranking, budget: WrittenBudget) -> tuple[str, ...]:
-    """Names of the modules, in model order, whose 95 % interval contains the budget's cut.
-
-    If the last score taken and the first left out are equal, all modules with this score are
-    named: the model's order places them, not the data.
-    """
+    """Names of the modules, in model order, whose 95 % interval contains the budget's cut."""
     known = decisions(ranking, budget)
     return tuple(name for name, is_decided in known.items() if is_decided is False)
 

@@ -91,8 +91,7 @@ def agreement(
         has_intervals: Whether to compute the intervals, which takes most of the time.
 
     Raises:
-        RankingError: two rankings share no projection, or the budget reaches modules without a
-            score.
+        RankingError: two rankings share no projection, or modules in the budget have no score.
         ConfigError: the budget has no known form, or buys nothing or more than there is.
     """
     parsed = parse_budget(budget)
@@ -195,10 +194,7 @@ def _chance(
 
 
 def _groups(modules: Sequence[RankedModule], standings: Standings) -> Places | None:
-    """The number of each module's block or projection, if only whole ones are ordered.
-
-    None where single modules have standings of their own, or all have the same.
-    """
+    """The number of each module's block or projection, if only whole ones have an order."""
     if np.isnan(standings).any() or len(np.unique(standings)) < 2:
         return None
     kinds = [(str(module.block_index), module.projection) for module in modules]

@@ -22,9 +22,6 @@ def consensus(rankings: Sequence[Ranking]) -> Ranking:
     A relative rank is rank / number of scored modules, with average ranks for ties. Mean and
     standard error are over the rankings that score the module; the error of fewer than two is None.
     A module that no ranking scores has no score.
-
-    Raises:
-        RankingError: there is no ranking, or they are not of the same modules.
     """
     if not rankings:
         raise RankingError("a consensus must have at least one ranking, got none")

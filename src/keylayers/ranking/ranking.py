@@ -17,10 +17,9 @@ from typing import Any, Literal
 from keylayers.errors import RankingError
 from keylayers.files import write_json
 from keylayers.ranking.budget import WrittenBudget, parse_budget
-from keylayers.ranking.cost import StepTime
 from keylayers.ranking.ranked_module import Name, RankedModule, best_first
 from keylayers.ranking.record import MadeBy
-from keylayers.ranking.selection import Selection, StepMemory, select
+from keylayers.ranking.selection import Selection, StepMemory, StepTime, select
 from keylayers.validation import ListOf, Part, Text, read_json, validated
 
 FILE = "ranking.json"  # in the folder of a run
@@ -30,19 +29,12 @@ COMMAND = "keylayers rank"
 
 @dataclass(frozen=True)
 class Ranking:
-    """Modules in model order with their scores, and where they come from.
-
-    Attributes:
-        modules: In the model's order.
-        method: Name of the scoring method, such as `ila`.
-        granularity: `module`, `block` or `projection`: which modules share a score.
-        provenance: What made the ranking, as JSON; `made_by` is its typed form.
-    """
+    """Modules in model order with their scores, and where they come from."""
 
     modules: tuple[RankedModule, ...]
-    method: str
-    granularity: str = "module"
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    method: str  # name of the scoring method, such as `ila`
+    granularity: str = "module"  # or `block` or `projection`: which modules share a score
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # as JSON; as types in `made_by`
 
     def __post_init__(self) -> None:
         counts = Counter(module.name for module in self.modules)
@@ -95,8 +87,7 @@ class Ranking:
             memory: What a training step holds (`keylayers.measured_memory`), for a budget in GiB.
 
         Raises:
-            ConfigError: the budget has no known form, or buys nothing or more than there is; it is
-                in GiB and `memory` is missing, or the other way round.
+            ConfigError: the budget has no known form, buys nothing, or does not go with `memory`.
             RankingError: the budget reaches modules that have no score.
         """
         return select(self.modules, parse_budget(budget), self.step_time, memory)
@@ -124,21 +115,13 @@ class Ranking:
 
     @staticmethod
     def load(path: str | Path) -> "Ranking":
-        """Read a ranking file.
-
-        Raises:
-            RankingError: it is missing, cut off, of another schema, or holds values that cannot be.
-        """
+        """Read a ranking file, or that of a folder; a RankingError says what is wrong with it."""
         path = ranking_file(path)
         return Ranking.from_json(read_json(path, "the ranking file", COMMAND), str(path))
 
     @staticmethod
     def from_json(content: Any, source: str) -> "Ranking":
-        """The ranking in a ranking file's content; `source` is its name in messages.
-
-        Raises:
-            RankingError: it is of another schema, or holds values that cannot be.
-        """
+        """The ranking in a ranking file's content; `source` is its name in messages."""
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             raise RankingError(
                 f"{source!r} must be a ranking file of keylayers (schema {SCHEMA!r}), but is not"

@@ -42,10 +42,7 @@ CURVES: Mapping[str, tuple[str, list[int]]] = {
 
 
 def heatmap_chart(ranking: Ranking, budget: BudgetExpression) -> Chart:
-    """Ranks by block (rows) and projection (columns); modules in the budget fill their cells.
-
-    Brighter is more important.
-    """
+    """Ranks by block (rows) and projection (columns); modules in the budget fill their cells."""
     rows, blocks = module_rows(ranking), list(grid(ranking))
     num = len(rows)
     height = 20 if len(blocks) <= 40 else LABELLED_HEIGHT if len(blocks) <= 90 else 8
@@ -138,10 +135,7 @@ def curve_chart(found: Verification, budget: BudgetExpression) -> Chart:
 def _rule(
     base: alt.Chart, text: str, is_late: str, *, row: int, dash: Sequence[int] = (1, 0)
 ) -> list[alt.Chart]:
-    """A vertical rule with a label at its top, to the left if the expression `is_late` is true.
-
-    Labels of different rows do not overlap.
-    """
+    """A vertical rule with a label in this row at its top, to the left if `is_late` is true."""
     align = alt.ExprRef(f"{is_late} ? 'right' : 'left'")
     label = base.mark_text(text=text, align=align, dx=alt.ExprRef(f"{is_late} ? -4 : 4"))
     return [
@@ -151,10 +145,7 @@ def _rule(
 
 
 def agreement_chart(pairs: Sequence[Agreement], names: Sequence[str]) -> Chart:
-    """Jaccard index of every pair, its chance level in brackets; the colour is the corrected value.
-
-    `names` are unique names of the rankings, by index.
-    """
+    """Jaccard index of every pair, its chance level in brackets; the colour is corrected for it."""
     rows = [
         asdict(pair)
         | {"first": names[first], "second": names[second]}
@@ -189,10 +180,7 @@ def agreement_chart(pairs: Sequence[Agreement], names: Sequence[str]) -> Chart:
 
 
 def losses_chart(ranking: Ranking) -> Chart | None:
-    """Loss by step, with the held-out losses of base and tuned model as rules.
-
-    None if the ranking's record holds no loss curve.
-    """
+    """Loss by step, with the held-out losses as rules; None if no loss curve is recorded."""
     made_by = ranking.made_by
     stage_1, mask, held_out = made_by.stage_1, made_by.mask, made_by.held_out_loss_nats
     curves = {"stage 1, training": stage_1.losses if stage_1 else ()}

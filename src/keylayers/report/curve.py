@@ -8,8 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from keylayers.ranking.curve import MaskCurve
-from keylayers.ranking.verification import Verification
+from keylayers.ranking.verification import MaskCurve, Verification
 from keylayers.report.terminal import in_nats, plain_table
 
 BAR_WIDTH = 30

@@ -40,10 +40,7 @@ class _Fitting:
 
 
 def _table(found: Evaluation, between: str) -> Table:
-    """A block for each measure, with a row for each model: value and differences.
-
-    `between` separates a number from its interval.
-    """
+    """Measures, with a row for each model; `between` separates a number from its interval."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("")
     table.add_column("value")

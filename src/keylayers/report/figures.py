@@ -40,15 +40,9 @@ NOT_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe
 def draw_figures(
     sources: Sequence[Source], paths: Sequence[Path], budget: WrittenBudget = 0.3
 ) -> dict[Path, bytes]:
-    """The bytes of each figure's file, which `figure_kind` describes.
-
-    With several rankings, a figure shows each under its label. The budget is also that of the
-    agreement.
-    """
-    return {
-        path: drawn_chart(_figure(figure_kind(path), sources, budget), path.suffix.lower())
-        for path in paths
-    }
+    """The bytes of each figure's file; of several rankings, a figure shows each with its label."""
+    charts = {path: _figure(figure_kind(path), sources, budget) for path in paths}
+    return {path: drawn_chart(chart, path.suffix.lower()) for path, chart in charts.items()}
 
 
 def figure_kind(path: Path) -> FigureKind:
