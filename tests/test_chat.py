@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss counts the answers with what closes them, and nothing else."""
 
-import json
 from itertools import groupby
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from keylayers.data import chat
 from keylayers.data.chat import IGNORED
-from keylayers.data.formats import FORMATS, Conversation
+from keylayers.data.formats import Conversation
 from keylayers.data.templates import BUILT_IN, ChatTemplate, resolve_template
 from keylayers.errors import DataError
 from tiny_files import CHAT_TEMPLATE as MARKED
@@ -58,23 +57,20 @@ TURNS = [
 ]
 
 # A template that cannot be used, and the message.
-BROKEN = {
-    "syntax": ("{% for %}", "'t' must render every conversation, it failed with: Expected"),
-    "its own refusal": ("{{ raise_exception('No system role') }}", "failed with: No system role"),
-    "Python error": ("{{ 1 / 0 }}", "it failed with: division by zero"),
-    "wrong key": ("{{ messages[0]['text'] + 'a' }}", "it failed with: 'dict object' has no attr"),
-    "empty": (
-        "",
-        "it rendered nothing; fix the template, or choose another `--chat-template`: alp",
-    ),
-    "no answer": ("{{ messages[0]['content'] }}", "render the whole answer, it lost 'good day"),
-    "no place": (
+BROKEN = [
+    ("{% for %}", "'t' must render every conversation, it failed with: Expected"),
+    ("{{ raise_exception('No system role') }}", "failed with: No system role"),
+    ("{{ 1 / 0 }}", "it failed with: division by zero"),
+    ("{{ messages[0]['text'] + 'a' }}", "it failed with: 'dict object' has no attr"),
+    ("", "it rendered nothing; fix the template, or choose another `--chat-template`: alpaca or"),
+    ("{{ messages[0]['content'] }}", "render the whole answer, it lost 'good day"),
+    (  # the turns before the answer are not rendered the same without it
         "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
         "must show where the answer 'good day.*markers",
     ),
-    "markers elsewhere": (MARKED.replace("== 'assistant'", "== 'user'"), "show where the answer"),
-    "no stop token": (BARE, "set the tokenizer's `eos_token`"),
-}
+    (MARKED.replace("== 'assistant'", "== 'user'"), "show where the answer"),  # marks elsewhere
+    (BARE, "set the tokenizer's `eos_token`"),
+]
 
 
 def build_tokenizer(*, trim_offsets=True, start=False, eos="</s>"):
@@ -194,9 +190,8 @@ def test_a_built_in_template_starts_and_ends_as_the_tokenizer_does():
     assert labelled_runs(encoded, tokenizer)[-1] == TURNS[3][1] + "<|im_end|>"
 
 
-@pytest.mark.parametrize("case", BROKEN)
-def test_a_template_that_cannot_be_used_is_refused_in_one_line(case):
-    template, message = BROKEN[case]
+@pytest.mark.parametrize(("template", "message"), BROKEN)
+def test_a_template_that_cannot_be_used_is_refused_in_one_line(template, message):
     with pytest.raises(DataError, match=message) as caught:
         encode(TURNS, build_tokenizer(eos=None), template)
     assert "\n" not in str(caught.value)
@@ -230,6 +225,8 @@ def test_the_models_own_template_is_used_unless_another_is_chosen(tmp_path):
     own.chat_template = MARKED
     assert resolve_template(own, None) == ChatTemplate("model", MARKED, "model")
     assert resolve_template(own, "alpaca").source == "built-in"
+    own.chat_template = "{{ 1 / 0 }}"  # a failure in TRL, which looks for its form with marks
+    assert resolve_template(own, None).text == "{{ 1 / 0 }}"
     own.chat_template = {"default": BARE, "tool_use": MARKED}
     assert resolve_template(own, None).text == BARE
     file = tmp_path / "mine.jinja"
@@ -240,22 +237,3 @@ def test_the_models_own_template_is_used_unless_another_is_chosen(tmp_path):
         resolve_template(own, None)
     with pytest.raises(ValueError, match="got 'chatlm', did you mean 'chatml'"):
         resolve_template(own, "chatlm")
-
-
-def test_a_real_model_and_real_answers_agree_with_transformers_own_mask(shared):
-    tokenizer = AutoTokenizer.from_pretrained(shared / "models/english-2m")
-    rows = json.loads((shared / "data/sft/alpaca_gpt4_999.json").read_text(encoding="utf-8"))
-    own = resolve_template(tokenizer, None)
-    bare = ChatTemplate("bare", unmarked(own.text), "file")
-    for row in rows[:200]:
-        [conversation] = FORMATS["alpaca"][1](row)
-        encoded = encode(conversation, tokenizer, own)
-        assert encoded == encode(conversation, tokenizer, bare)
-        theirs = tokenizer.apply_chat_template(
-            conversation.messages, return_assistant_tokens_mask=True
-        )
-        assert encoded.row["input_ids"] == theirs["input_ids"]
-        counted = [int(label >= 0) for label in encoded.row["labels"]]
-        assert counted == theirs["assistant_masks"]
-        answer = conversation.messages[-1]["content"] + "</s>"
-        assert labelled_runs(encoded, tokenizer) == [answer]

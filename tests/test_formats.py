@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which format rows have, and which conversation or preference each row holds."""
 
+import json
 from functools import partial
 
 import pytest
@@ -131,15 +132,10 @@ def test_rows_of_joined_data_sets_are_read_whatever_is_null(rows, nothing):
 
 
 WITHOUT_ANSWER = [
-    {"instruction": "q", "output": " \n"},
-    {"instruction": "q", "output": None},
-    {"conversations": ["only a question"]},
-    {"conversations": []},
-    {"messages": new("U: q")},
-    {"messages": new("A:  | U: q")},
-    {"messages": None},
-    {"text": ""},
-]
+    {"instruction": "q", "output": " \n"}, {"instruction": "q", "output": None}, {"text": ""},
+    {"conversations": ["only a question"]}, {"conversations": []}, {"messages": None},
+    {"messages": new("U: q")}, {"messages": new("A:  | U: q")},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("row", WITHOUT_ANSWER, ids=str)
@@ -173,6 +169,9 @@ PREFERRED = [
     ({"prompt": "Hi?"} | WHOLE, "U: Hi?", None),
     ({"conversations": old("U: Hi?")} | OLD_PAIR, "U: Hi?", None),
     ({"conversations": old(SEVERAL)} | OLD_PAIR, SEVERAL, None),
+    ({"prompt": "Hi?"} | OLD_PAIR | {"rejected": new("A: Bad.")[0]}, "U: Hi?", None),
+    ({"conversations": old("U: Hi?")} | TURNS | {"chosen": old("A: Good.")}, "U: Hi?", None),
+    ({"prompt": "Hi?"} | WHOLE | {"rejected": new("U: Hi? | A: Bad. | U: More?")}, "U: Hi?", None),
     ({"prompt": "Hi?", "completion": "Good.", "label": True}, "U: Hi?", True),
     ({"prompt": "Hi?", "response": "Good.", "label": 0}, "U: Hi?", False),
     (PARTS | {"label": True}, "U: Hi?", True),
@@ -184,31 +183,14 @@ PREFERRED = [
 
 @pytest.mark.parametrize(("row", "prompt", "rating"), PREFERRED)
 def test_preferences_of_all_formats_are_the_same(row, prompt, rating):
-    format = require_columns("dpo" if rating is None else "kto", row)
-    bad = [new("A: Bad.")] if rating is None else []
-    expected = Preference(new(prompt), (new("A: Good."), *bad), rating)
-    assert list(PREFERENCES[format](row)) == [expected]
-
-
-EQUAL = {"chosen": "Good.", "rejected": "Good."}
-SHARED = new("U: Hi? | A: Good.")
-# Pairs of equal answers in every spelling.
-EQUAL_PAIRS = [
-    {"prompt": "Hi?"} | EQUAL,
-    {"prompt": new("U: Hi?"), "chosen": new("A: Good."), "rejected": new("A: Good.")},
-    {"prompt": "Hi?", "chosen": old("A: Good.")[0], "rejected": new("A: Good.")[0]},
-    {"conversations": old("U: Hi?"), "chosen": old("A: Good."), "rejected": new("A: Good.")},
-    {"chosen": SHARED, "rejected": SHARED},
-    {"prompt": "Hi?", "chosen": SHARED, "rejected": [*SHARED, *new("U: More?")]},
-]
-
-
-@pytest.mark.parametrize("row", EQUAL_PAIRS, ids=str)
-def test_equal_answers_are_equal_in_every_spelling(row):
-    [found] = PREFERENCES["pairs"](row)
-    assert (found.prompt, found.is_equal, found.has_answer) == (new("U: Hi?"), True, True)
-    [found] = PREFERENCES["pairs"]({"prompt": "Hi?"} | TEXT)
-    assert not found.is_equal
+    convert = PREFERENCES[require_columns("dpo" if rating is None else "kto", row)]
+    good, bad = new("A: Good."), new("A: Bad.")
+    expected = Preference(new(prompt), (good, bad) if rating is None else (good,), rating)
+    assert (list(convert(row)), expected.is_equal) == ([expected], False)
+    if rating is None:
+        [same] = convert(json.loads(json.dumps(row).replace("Bad.", "Good.")))
+        assert same == Preference(new(prompt), (good, good))
+        assert (same.is_equal, same.has_answer) == (True, True)
 
 
 RATINGS = {True: (True, 1, 1.0, "true", "True", "1"), False: (False, 0, 0.0, "false", "False", "0")}

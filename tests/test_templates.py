@@ -188,16 +188,10 @@ def test_a_thought_of_any_name_that_transformers_hands_on_is_used_or_counted_as_
     assert (unused, example.num_lost) == ((), num_lost)
 
 
-def test_a_template_that_fails_with_an_error_of_python_is_left_as_it_is():
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ 1 / 0 }}"
-    assert resolve_template(tokenizer, None).text == tokenizer.chat_template
-
-
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if "generation %}" in TEMPLATES[name]])
 def test_labels_are_the_mask_of_transformers_where_it_has_one(name):
     """But for the tokens that close an answer, which some templates write after the marks."""
-    turns = [{"role": "user", "content": "ask one"}, said("say two")]
+    turns = [{"role": "user", "content": "ask one"}, said("say é☃\n\ntwo  blanks, 1.5 or 'so'?")]
     tokenizer, template, _, example = encoded(name, turns)
     theirs = tokenizer.apply_chat_template(
         Renderer(template, tokenizer).in_form(turns),
