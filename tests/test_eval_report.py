@@ -15,12 +15,7 @@ from eval_files import evaluation_of
 from keylayers.evaluation.documents import Measured
 from keylayers.evaluation.measures import Difference, Measure, Part, Result, correct, measures_of
 from keylayers.evaluation.statistics import Interval
-from keylayers.report.evaluation import (
-    chance_words,
-    difference_words,
-    evaluation_report,
-    reading,
-)
+from keylayers.report.evaluation import chance_words, difference_words, evaluation_report, reading
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 RECORD = EXPERIMENTS / "records" / "evaluation_english_2m_mmlu.json"
@@ -33,38 +28,44 @@ def rendered(found, width):
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
 
-def measured(name, metric, values):
-    rows = {"task": name, "metric": metric, "document": range(len(values)), "document_sha256": "x"}
-    rows |= {"value": values, "size": 1.0, "chance": math.nan}
-    totals = {metric: sum(values) / len(values)}
-    return Measured(name, pd.DataFrame(rows), totals, {metric: True})
+def measures(values, metric=None):
+    """Measures of tasks of one metric, from the values of each model."""
+    found = {
+        model: {
+            task: Measured(task, documents(task, own), {"acc": sum(own) / len(own)}, {"acc": True})
+            for task, own in tasks.items()
+        }
+        for model, tasks in values.items()
+    }
+    parts = [Part(task, (task,), metric) for task in values["base model"]]
+    made = [one for part in parts for one in measures_of(part, found, None, 0)]
+    correct(made)
+    return made
+
+
+def documents(task, values):
+    rows = {"task": task, "metric": "acc", "document": range(len(values)), "document_sha256": "x"}
+    return pd.DataFrame(rows | {"value": values, "size": 1.0, "chance": math.nan})
 
 
 def test_documents_that_only_some_models_have_give_no_interval():
     """As where a task leaves out answers that it cannot score."""
-
-    def measures(num, metric=None):
-        sizes = {"base model": 9, "a": num}
-        found = {name: {"t": measured("t", "f1", [0.5] * size)} for name, size in sizes.items()}
-        return list(measures_of(Part("t", ("t",), metric), found, None, 0))
-
-    (same,), (other,) = measures(9), measures(8)
-    assert same.num_documents == 9
-    assert same.results[1].differences[0].interval is not None
-    assert other.results[1].differences[0].interval is None
-    assert measures(8, "f1") == []
+    for num in (9, 8):
+        values = {"base model": {"t": [0.5] * 9}, "a": {"t": [0.5] * num}}
+        [found] = measures(values)
+        has_none = found.results[1].differences[0].interval is None
+        assert (found.num_documents, has_none) == ((9, False) if num == 9 else (0, True))
+    assert measures(values, "acc") == []
 
 
 def test_what_has_no_interval_is_no_comparison():
     """One document has no interval, so its difference is none of those that Holm corrects."""
     sizes = {"one": 1} | {f"many {number}": 40 for number in range(5)}
-    models = {
-        model: {name: measured(name, "acc", [value] * size) for name, size in sizes.items()}
+    values = {
+        model: {task: [value] * size for task, size in sizes.items()}
         for model, value in (("base model", 0.0), ("a", 1.0))
     }
-    parts = [Part(name, (name,)) for name in sizes]
-    found = [one for part in parts for one in measures_of(part, models, None, 0)]
-    correct(found)
+    found = measures(values)
     one, *many = [measure.results[1].differences[0] for measure in found]
     assert one.interval is one.p is one.p_holm is None
     assert [each.p_holm for each in many] == [5 * each.p for each in many]

@@ -96,6 +96,7 @@ def test_digests_tell_conversations_apart():
     found = (
         *(Conversation(new(turns)) for turns in ("U: ab", "U: a | U: b", "A: ab")),
         *(Conversation([], text=text) for text in ("ab", "", None)),
+        Conversation([new("U: ab")[0] | {"name": "x"}]),
         Preference(new("U: ab"), (new("A: c"),), is_good=True),
         Preference(new("U: ab"), (new("A: c"),), is_good=False),
         Preference(new("U: ab"), (new("A: c"), [])),

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tiny_files import write_rows
+
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes" / "inspect"
 INSPECT = os.environ.get("INSPECT")
@@ -27,33 +29,31 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
 @pytest.fixture(scope="module")
-def driver():
-    """One process of inspect for all tasks: importing it takes seconds."""
+def inspected(tmp_path_factory):
+    """Runs a task with mocks that answer by what they are asked; gives what it came to.
+
+    In one process of inspect for all tasks: importing it takes seconds.
+    """
+    folder = tmp_path_factory.mktemp("inspected")
     command = [INSPECT, Path(__file__).with_name("inspected.py")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as it:
-        yield it
-        it.stdin.close()
-
-
-@pytest.fixture
-def inspected(driver, tmp_path):
-    """Runs a task with mocks that answer by what they are asked; gives what it came to."""
 
     def run(task, arguments, model=(), grader=(), is_run=True):
-        file = "problems.py" if task == "problems" else "mt_bench.py"
-        job = {"file": str(RECIPES / file), "task": task, "arguments": arguments}
+        for name in arguments:
+            if isinstance(arguments[name], list):
+                write_rows(folder / f"{name}.jsonl", arguments[name])
+                arguments = arguments | {name: str(folder / f"{name}.jsonl")}
+        file = RECIPES / ("problems.py" if task == "problems" else "mt_bench.py")
+        job = {"file": str(file), "task": task, "arguments": arguments, "folder": str(folder)}
         job["replies"] = {"model": list(model), "grader": list(grader)} if is_run else None
-        driver.stdin.write(json.dumps({**job, "folder": str(tmp_path)}) + "\n")
+        driver.stdin.write(json.dumps(job) + "\n")
         driver.stdin.flush()
         return json.loads(driver.stdout.readline())
 
-    return run
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as driver:
+        yield run
+        driver.stdin.close()
 
 
 QUESTIONS = [
@@ -61,28 +61,21 @@ QUESTIONS = [
     {"question_id": 2, "category": "math", "turns": ["Add one.", "Add two."]},
 ]
 REFERENCES = [{"question_id": 2, "choices": [{"turns": ["three", "five"]}]}]
+ASKED = {"questions": QUESTIONS, "references": REFERENCES}
 ANSWERS = [["Write one.", "w1"], ["Write two.", "w2"], ["Add one.", "a1"], ["Add two.", "a2"]]
 
 
-def question_files(folder):
-    return {
-        "questions": lines(folder / "questions.jsonl", QUESTIONS),
-        "references": lines(folder / "references.jsonl", REFERENCES),
-    }
-
-
-def test_both_turns_are_rated_and_an_unreadable_rating_is_in_no_mean(inspected, tmp_path):
+def test_both_turns_are_rated_and_an_unreadable_rating_is_in_no_mean(inspected):
     grader = [["Write two.", "<think>[[2]]</think> [[4]]"], ["Add two.", "either [[3]] or [[4]]"]]
     grader += [["Write one.", "Good. Rating: [[8]]"], ["Add one.", "[[6.5]]"]]
-    found = inspected("rating", question_files(tmp_path), ANSWERS, grader)
+    found = inspected("rating", ASKED, ANSWERS, grader)
     first, second = found["values"]
     assert first == {"turn_1": 8.0, "turn_2": 4.0, "rating": 6.0}
     assert second["turn_1"] == 6.5
     assert math.isnan(second["turn_2"])
-    metrics = found["metrics"]
-    assert metrics["turn_1  mean"] == pytest.approx((8 + 6.5) / 2)
-    assert metrics["turn_2  mean"] == 4
-    assert metrics["rating  mean"] == metrics["rating  grouped_writing"] == 6
+    means = {"turn_1  mean": 7.25, "turn_2  mean": 4, "rating  mean": 6}
+    means["rating  grouped_writing"] = 6
+    assert {name: found["metrics"][name] for name in means} == means
     asked = [(one["text"], one["turn"], one["temperature"]) for one in found["prompts"]["model"]]
     assert asked == [
         ("Write one.", 1, 0.7),
@@ -99,14 +92,11 @@ def test_both_turns_are_rated_and_an_unreadable_rating_is_in_no_mean(inspected, 
     assert "<assistant 2>\nw2\n" in two
 
 
-def test_a_win_counts_only_if_both_orders_agree(inspected, tmp_path):
-    rating = [["rating", "[[5]]"]]
-    files = question_files(tmp_path)
-    ours, theirs = (
-        inspected("rating", files, [[key, name + reply] for key, reply in ANSWERS], rating)
-        for name in ("ours", "theirs")
-    )
-    arguments = {"log": ours["log"], "against": theirs["log"]}
+def test_a_win_counts_only_if_both_orders_agree(inspected):
+    logs = {}
+    for key, name in (("log", "ours"), ("against", "theirs")):
+        answers = [[asked, name + reply] for asked, reply in ANSWERS]
+        logs[key] = inspected("rating", ASKED, answers, [["rating", "[[5]]"]])["log"]
     # by the last answers: A is ours in the first of the two prompts of each pair
     verdicts = [
         ["<assistant A 2>\noursw2", "[[A]]"],
@@ -118,7 +108,7 @@ def test_a_win_counts_only_if_both_orders_agree(inspected, tmp_path):
         ["<assistant A 1>\noursw1", "[[B]]"],
         ["<assistant A 1>\ntheirsw1", "[[A]]"],  # agrees: a loss
     ]
-    found = inspected("pairwise", arguments, grader=verdicts)
+    found = inspected("pairwise", logs, grader=verdicts)
     assert found["prompts"]["model"] == []  # the answers come from the logs
     writing, math_ = found["values"]
     assert writing == {"turn_1": 0.0, "turn_2": 1.0, "orders_agree": 1.0}
@@ -136,24 +126,21 @@ PROBLEMS = [
 ]
 
 
-def test_answers_are_checked_and_text_without_an_answer_is_wrong(inspected, tmp_path):
-    arguments = {"data": lines(tmp_path / "p.jsonl", [row for row, _ in PROBLEMS])}
+def test_answers_are_checked_and_text_without_an_answer_is_wrong(inspected):
     for place, right in enumerate("CI"):
         replies = [[row.get("problem") or row["question"], said[place]] for row, said in PROBLEMS]
-        found = inspected("problems", arguments, replies)
+        found = inspected("problems", {"data": [row for row, _ in PROBLEMS]}, replies)
         assert found["values"] == [right] * len(PROBLEMS)
     assert all("\\boxed{}" in one["text"] for one in found["prompts"]["model"])
     assert {one["temperature"] for one in found["prompts"]["model"]} == {0.0}
 
 
-def test_samples_give_pass_at_k_and_a_vote_over_answers(inspected, tmp_path):
-    arguments = {"samples": 4}
+def test_samples_give_pass_at_k_and_a_vote_over_answers(inspected):
     rows = [{"problem": "A?", "answer": "1/2"}, {"problem": "B?", "answer": "2"}]
-    arguments["data"] = lines(tmp_path / "p.jsonl", rows)
     # A: two ways to write the right answer win over two different wrong ones. B: a tie of two.
     replies = [["A?", f"\\boxed{{{answer}}}"] for answer in ("0.5", "\\frac{1}{2}", "3", "4")]
     replies += [["B?", f"\\boxed{{{answer}}}"] for answer in ("2", "7", "2", "7")]
-    found = inspected("problems", arguments, replies)
+    found = inspected("problems", {"samples": 4, "data": rows}, replies)
     metrics = {key: value for key, value in found["metrics"].items() if "accuracy" in key}
     by_reducer = {key.split(" ")[1]: value for key, value in metrics.items()}
     both_wrong = math.comb(2, 2) / math.comb(4, 2)
@@ -163,9 +150,8 @@ def test_samples_give_pass_at_k_and_a_vote_over_answers(inspected, tmp_path):
     assert {one["temperature"] for one in found["prompts"]["model"]} == {0.7}
 
 
-def test_a_row_without_an_answer_is_refused(inspected, tmp_path):
-    data = lines(tmp_path / "p.jsonl", [{"problem": "A?", "answer": None}])
-    found = inspected("problems", {"data": data})
+def test_a_row_without_an_answer_is_refused(inspected):
+    found = inspected("problems", {"data": [{"problem": "A?", "answer": None}]})
     assert "every row must have a problem and an answer" in found["error"]
 
 
@@ -214,9 +200,9 @@ def test_a_served_model_is_asked_and_graded_by_the_command_line(served, tiny, tm
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout
 
-    questions = lines(tmp_path / "q.jsonl", QUESTIONS)
+    write_rows(tmp_path / "q.jsonl", QUESTIONS)
     model = f"openai-api/local/{tiny / 'model'}"
-    command = ["eval", RECIPES / "mt_bench.py@rating", "-T", f"questions={questions}"]
+    command = ["eval", RECIPES / "mt_bench.py@rating", "-T", f"questions={tmp_path / 'q.jsonl'}"]
     command += ["--model", model, "--model-role", f"grader={model}", "--max-tokens", "8"]
     inspect(*command, "--log-dir", tmp_path / "logs", "--display", "plain")
     (path,) = (tmp_path / "logs").iterdir()
