@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YAML that is larger than it looks, links in circles, and adapters that claim to be huge."""
+"""Odd, huge and secret values in YAML, links in circles, adapters that claim to be huge.
+
+Each is refused in one line, and soon.
+"""
 
 import json
 import shutil
@@ -10,13 +13,54 @@ import yaml
 
 from commands import keylayers
 from damage import begin, run
+from keylayers.errors import ConfigError
+from keylayers.yaml_values import yaml_value
+
+# Each entry of the last one stands for a billion values.
+LISTS = "a0: &a0 [1]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 11)
+)
+MERGES = "a0: &a0 {k: 1}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 30)
+)
+REFUSED = [
+    (LISTS, "must be smaller, with aliases written out"),
+    (MERGES, "must be valid YAML, but is not: its merges must be smaller"),
+    ("a: &a {b: [*a]}", "must hold texts, .* alone, but: Circular reference"),
+    ("a: .nan", "but: Out of range float values are not JSON compliant.*; put a text in quotes"),
+    ("a: 2026-01-01", "but: Object of type date is not JSON serializable; put a text in quotes"),
+    ("a: !!binary aGk=", "but: Object of type bytes"),
+    ("a: !!set {1, 2}", "but: Object of type set"),
+    ("a: {b: 1, b: 2}", "the key 'b' appears twice in one mapping"),
+    ("a: !!map [x]", "must be valid YAML, but is not: a .*:map must be a mapping"),
+    ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
+    ("a: [", "must be valid YAML"),
+    ("[" * 2000, "must be valid YAML"),
+    (f"a: {'1' * 5000}", "must be valid YAML"),
+    ("a: !!bool abc", "must be valid YAML"),
+    ("a: !!int ''", "must be valid YAML"),
+    ("a: !!int '-'", "must be valid YAML"),
+    ("a: !!float ''", "must be valid YAML"),
+    ("a: !!timestamp abc", "must be valid YAML"),
+    ("a: !!set [x]", "must be valid YAML"),
+    ("a: {b: ['https://me:hunter2@host/m']}", "it must hold no password"),
+    ("'https://me:hunter2@host/m': 1", "it must hold no password"),
+]
 
 
-def bomb(where):
-    """A few hundred bytes that stand for a thousand million values."""
-    lines = ["a0: &a0 [0, 1, 2, 3, 4, 5, 6, 7, 8]"]
-    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
-    return where.format("\n  ".join(lines))
+@pytest.mark.parametrize(("text", "message"), REFUSED, ids=range(len(REFUSED)))
+def test_yaml_that_is_not_plain_is_refused(text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        yaml_value(text, "it")
+    assert "hunter2" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_plain_values_of_yaml_anchors_and_merges_are_read():
+    text = "a: &a {b: 1, c: [2.5, x, null, true]}\nd: {<<: *a, b: 4}\ne: *a"
+    held = {"b": 1, "c": [2.5, "x", None, True]}
+    assert yaml_value(text, "it") == {"a": held, "d": held | {"b": 4}, "e": held}
+    assert yaml_value("", "it") is None
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,30 +71,21 @@ def imported(tiny):
     begin("study", tiny / "nowhere.yaml", "--dry-run")
 
 
-def test_yaml_that_is_larger_than_it_looks_is_one_line_and_soon(tmp_path, capsys):
-    path = tmp_path / "study.yaml"
-    path.write_text(bomb("options:\n  model: m\n  data: d\n  {}"))
-    assert keylayers("study", path, "--dry-run") == 2
-    assert "must be smaller, with aliases written out" in capsys.readouterr().err
-    assert run("study", path, "--dry-run") == 2
+def test_yaml_that_is_larger_than_it_looks_is_one_line_and_soon(tmp_path):
+    (tmp_path / "study.yaml").write_text(LISTS)
+    assert run("study", tmp_path / "study.yaml", "--dry-run") == 2
 
 
-@pytest.fixture
-def circle(tmp_path):
-    """A folder that a link inside leads back to, and a link to itself."""
-    folder = tmp_path / "circle"
-    (folder / "deep").mkdir(parents=True)
-    (folder / "deep" / "up").symlink_to(folder)
-    (folder / "self.jsonl").symlink_to(folder / "self.jsonl")
-    return folder
-
-
-def test_a_study_of_data_with_links_in_a_circle_is_planned(tiny, circle, tmp_path):
-    content = {"options": {"model": str(tiny / "model"), "data": str(circle)}}
-    path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump(content))
+def test_a_study_of_data_with_links_in_a_circle_is_planned(tiny, tmp_path):
+    """A folder that a link inside leads back to, with a link to itself."""
+    circle, path = tmp_path / "circle", tmp_path / "study.yaml"
+    (circle / "deep").mkdir(parents=True)
+    (circle / "deep" / "up").symlink_to(circle)
+    (circle / "self.jsonl").symlink_to(circle / "self.jsonl")
+    path.write_text(
+        yaml.safe_dump({"options": {"model": str(tiny / "model"), "data": str(circle)}})
+    )
     assert run("study", path, "--dry-run", "--output", tmp_path / "out") == 0
-    path.write_text(yaml.safe_dump(content | {"options": content["options"] | {"model": "m"}}))
     assert run("study", path, "--dry-run", "--output", circle / "self.jsonl") == 0
     for words in ((path, "--output", circle / "self.jsonl"), (circle / "self.jsonl",), (circle,)):
         assert run("study", *words) == 2

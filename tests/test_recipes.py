@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes are planned without a network, and what they build on holds."""
+"""Recipes are planned without a network, and what they say and build on holds."""
 
-import json
 import re
+import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
-from commands import keylayers
+from commands import keylayers, read
+from eval_files import evaluation_of
 from studies import plan_of
+from tiny_files import add_noise
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = sorted((ROOT / "recipes" / "paper").glob("*.yaml"))
@@ -91,12 +97,54 @@ def test_a_ranking_that_ranks_nothing_is_no_row_of_the_record(tmp_path, monkeypa
 @pytest.mark.long
 def test_a_shorter_stage_1_is_the_checkpoint_of_a_longer_one(tiny, tmp_path):
     """What recipes/*/checkpoints.yaml builds on."""
-    options = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--epsilon", "0")
-    losses = {}
+    losses, options = {}, ("--model", tiny / "model", "--data", tiny / "data.jsonl")
+    options += ("--method", "update-norm", "--epsilon", "0", "--max-steps")
     for steps in (3, 12):
-        place = tmp_path / str(steps)
-        more = ("--method", "update-norm", "--max-steps", steps, "--output", place)
-        assert keylayers("rank", *options, *more) == 0
-        made_by = json.loads((place / "ranking.json").read_text())["provenance"]
-        losses[steps] = made_by["stage_1"]["losses"]
+        assert keylayers("rank", *options, steps, "--output", tmp_path / str(steps)) == 0
+        losses[steps] = read(tmp_path / str(steps))["provenance"]["stage_1"]["losses"]
     assert losses[3] == losses[12][:3]
+
+
+MMLU = (ROOT / "recipes" / "mmlu" / "README.md").read_text()
+
+
+def block(language):
+    (found,) = re.findall(rf"```{language}\n(.*?)```", MMLU, re.DOTALL)
+    return found
+
+
+def test_two_adapters_on_six_subjects_of_mmlu_are_near_chance_and_the_table_says_so(
+    shared, tmp_path, monkeypatch, capsys
+):
+    """In the task folder of recipes/mmlu, with the small real model and two adapters of noise."""
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile(shared / "data" / "bench" / "mmlu.zip") as file:
+        file.extractall(tmp_path)
+    Path("data").rename("mmlu")
+    Path("tasks").mkdir()
+    Path("tasks", "mmlu.template").write_text(block("yaml"))
+    subprocess.run(["bash", "-c", block("bash")], check=True)
+    Path("english-2m").symlink_to(shared / "models" / "english-2m")
+    torch.manual_seed(0)
+    for name in ("one", "two"):
+        model = AutoModelForCausalLM.from_pretrained("english-2m", dtype=torch.float32)
+        tuned = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+        add_noise(tuned, 0.02, "lora_B")
+        tuned.save_pretrained(name)
+    arguments = ["--model", "english-2m", "--adapter", "one", "two", "--task-folder", "tasks"]
+    arguments += ["--tasks", "mmlu_six", "--limit", "5", "--output", "out"]
+    assert keylayers("eval", *arguments) == 0
+    shown = capsys.readouterr().out
+    group, *subjects = evaluation_of(Path("out")).measures
+    assert (group.task, group.metric, group.num_documents) == ("mmlu_six", "acc", 6 * 5)
+    assert group.chance == pytest.approx(0.25)
+    assert [one.task for one in subjects] == list(group.members)
+    assert len(subjects) == 6
+    for result in group.results:
+        own = [each.value for one in subjects for each in one.results if each.model == result.model]
+        assert result.value == pytest.approx(sum(own) / 6)
+        assert result.interval.low <= 0.25
+    blocks = shown.split("mmlu_six, acc")[1].split("anatomy, acc")[0]
+    assert blocks.count("chance") == 4  # what it is, and of each model that it is not above it
+    assert "no model is above chance, so there is nothing to compare: mmlu_six" in shown
+    assert "better" not in shown.replace("lower is better", "")
