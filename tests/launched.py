@@ -17,10 +17,6 @@ import warnings
 from pathlib import Path
 
 
-def is_asked(name):
-    return os.environ.get(f"ACCELERATE_USE_{name}") == "true"
-
-
 def spread_by_fsdp():
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
@@ -44,9 +40,9 @@ def spread_by_deepspeed():
 
     def init(self, *arguments, **named):
         begin(self, *arguments, **named)
-        self.num_processes = int(os.environ["WORLD_SIZE"])
-        self.process_index = int(os.environ["RANK"])
-        self.local_process_index = int(os.environ["LOCAL_RANK"])
+        self.num_processes, self.process_index, self.local_process_index = (
+            int(os.environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+        )
 
     PartialState.__init__ = init
     settings = keylayers.training.run._settings
@@ -67,19 +63,15 @@ def stop_at(step):
     Checkpoints.on_step_end = stop
 
 
-def main():
+if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    if is_asked("FSDP"):
+    if "ACCELERATE_USE_FSDP" in os.environ:
         spread_by_fsdp()
-    if is_asked("DEEPSPEED"):
+    if "ACCELERATE_USE_DEEPSPEED" in os.environ:
         spread_by_deepspeed()
     if "STOP_AT" in os.environ:
         stop_at(int(os.environ["STOP_AT"]))
-    from keylayers.cli import main as keylayers
+    from keylayers.cli import main
 
-    codes = [keylayers(words) for words in json.loads(Path(sys.argv[1]).read_text())]
+    codes = [main(words) for words in json.loads(Path(sys.argv[1]).read_text())]
     sys.stdout.write(json.dumps({os.environ["RANK"]: codes}) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -78,28 +78,27 @@ def test_a_registered_method_ranks_in_python_and_inside_a_run(table):
 
 
 UNUSABLE = [
-    ("ila", {}, "'ila' is taken"),
-    ("other", {"mask_batches": 8}, "`mask_batches` of method other must have type and default"),
-    ("other", {"mask_seed": 0}, "got `mask_seed`"),
+    ("ila", [], "'ila' is taken"),
+    ("other", [("mask_batches", int, 8)], "`mask_batches` of method other must have type and def"),
+    ("other", [("mask_seed", int, 0)], "got `mask_seed`"),
 ]
 
 
 @pytest.mark.parametrize(("name", "options", "message"), UNUSABLE)
 def test_a_method_that_collides_with_another_is_refused(name, options, message, table):
-    fields = [(option, int, default) for option, default in options.items()]
-    method = keylayers.Method(name, "", "module:function", make_dataclass("Options", fields))
+    method = keylayers.Method(name, "", "module:function", make_dataclass("Options", options))
     with pytest.raises(keylayers.KeylayersError, match=message):
         keylayers.register_method(method)
     assert "other" not in table()
 
 
-@pytest.mark.parametrize(
-    ("file", "message"),
-    [
-        ("import no_such_module", "the method slope cannot be loaded from slope:SLOPE"),
-        ("SLOPE = 1", "the entry point slope:SLOPE must be a keylayers.Method, got 1"),
-    ],
-)
+BROKEN = {
+    "import no_such_module": "the method slope cannot be loaded from slope:SLOPE",
+    "SLOPE = 1": "the entry point slope:SLOPE must be a keylayers.Method, got 1",
+}
+
+
+@pytest.mark.parametrize(("file", "message"), BROKEN.items())
 def test_a_package_that_is_broken_is_named(package, file, message):
     (package / "slope.py").write_text(file)
     done = in_process(package, "rank", "--help")

@@ -34,10 +34,8 @@ def test_a_llama_has_seven_modules_a_block_in_model_order():
     assert [module.block_index for module in modules] == sorted([0, 1, 2] * 7)
     assert modules[8].name == "model.layers.1.self_attn.k_proj"
     assert (modules[8].shape, modules[8].num_parameters) == ((8, 16), 128)
-
-
-def test_biases_count_as_parameters():
-    assert map_modules(tiny_llama(attention_bias=True))[0].num_parameters == 16 * 16 + 16
+    with_bias = map_modules(tiny_llama(attention_bias=True))
+    assert with_bias[8].num_parameters == 128 + 8
 
 
 def test_names_that_repeat_in_a_block_are_told_apart():
@@ -96,6 +94,7 @@ def test_a_trainable_set_that_is_not_the_selection_is_refused():
     names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
     model = add_lora(tiny_llama(), names, r=2)
     prove_trainable(model, names)
+    assert trainable_modules(model) == set(names)
     with pytest.raises(ModelError, match=r"missed \['model.layers.0.mlp.no_proj'\]"):
         add_lora(tiny_llama(), [*names, "model.layers.0.mlp.no_proj"], r=2)
     model.get_input_embeddings().weight.requires_grad_(True)

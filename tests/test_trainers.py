@@ -112,7 +112,7 @@ def test_a_trainer_whose_loss_thaws_weights_or_casts_gates_is_stopped(meddle, me
                 meddle(name, parameter)
             return super().compute_loss(model, inputs, **named)
 
-    trainer = build("own loss", "model", trainer_class=Meddling)
+    trainer = build("own loss", "model", own=Meddling)
     with unchanged(trainer, everything), pytest.raises(GuardError, match=message):
         rank(trainer, method)
 

@@ -36,40 +36,35 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(**SIZES)).eval()
 
 
+class Experts(nn.Module):
+    """Three of them, which all take part in equal shares: every step of it runs in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(0.3 * torch.randn(3, 16, 8))
+        self.down_proj = nn.Parameter(0.3 * torch.randn(3, 8, 16))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        inner = torch.tanh(torch.einsum("bti,eoi->beto", hidden, self.up_proj))
+        return torch.einsum("beto,eio->bti", inner, self.down_proj) / 3
+
+
 class TinyExperts(nn.Module):
-    """A mixture whose experts all take part in equal shares: every step of it runs in float64."""
-
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up_proj = nn.Parameter(0.3 * torch.randn(3, 16, 8))
-            self.down_proj = nn.Parameter(0.3 * torch.randn(3, 8, 16))
-
-        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-            inner = torch.tanh(torch.einsum("bti,eoi->beto", hidden, self.up_proj))
-            return torch.einsum("beto,eio->bti", inner, self.down_proj) / 3
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mix = nn.Linear(8, 8)
-            self.experts = TinyExperts.Experts()
-
-        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-            mixed = self.mix(hidden).cumsum(dim=1)
-            return hidden + torch.tanh(mixed) + self.experts(hidden)
+    """A mixture of two blocks."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embed_tokens = nn.Embedding(VOCABULARY, 8)
-        self.layers = nn.ModuleList([TinyExperts.Block() for _ in range(2)])
+        blocks = [nn.ModuleDict({"mix": nn.Linear(8, 8), "experts": Experts()}) for _ in range(2)]
+        self.layers = nn.ModuleList(blocks)
         self.lm_head = nn.Linear(8, VOCABULARY)
 
     def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
         hidden = self.embed_tokens(input_ids)
         for block in self.layers:
-            hidden = block(hidden)
+            mixed = block["mix"](hidden).cumsum(dim=1)
+            hidden = hidden + torch.tanh(mixed) + block["experts"](hidden)
         return SimpleNamespace(logits=self.lm_head(hidden))
 
 

@@ -84,17 +84,14 @@ CASES = [(kind, "config") for kind in FROM_TRL] + [(kind, "model") for kind in D
 OPTIONS = {
     "KTO": {"beta": 0.5},
     "ORPO": {"max_length": 64},
+    # With a reference, with a loss that depends on the model's own probabilities, and without a
+    # kink where tests take differences.
     "GRPO": {
-        "beta": 0.1,  # with a reference
-        "num_generations": 2,
-        "max_completion_length": 6,
-        "num_iterations": 2,  # so that the loss depends on the model's own probabilities
-        "epsilon": 0.9,  # without a kink where the tests take differences
-        "epsilon_high": 9.0,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
+        "beta": 0.1, "num_iterations": 2, "epsilon": 0.9, "epsilon_high": 9.0,
+        "num_generations": 2, "max_completion_length": 6,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
     },
-}
+}  # fmt: skip
 
 
 def lora(kind, **options):
@@ -124,18 +121,8 @@ def with_noise(model, std=0.1, seed=3):
     return model
 
 
-def build(
-    kind,
-    way,
-    *,
-    is_trained=True,
-    is_moved=True,
-    data=None,
-    peft=None,
-    trainer_class=None,
-    **options,
-):
-    """A trainer of one kind, given its adapter as `peft_config` or as a ready `PeftModel`."""
+def build(kind, way, *, is_trained=True, is_moved=True, data=None, peft=None, own=None, **options):
+    """A trainer, or one of an `own` class, with a `peft_config` or around a ready `PeftModel`."""
     usual_class, config_class = classes_of(kind)
     named = {"processing_class": TOKENIZER} if kind in FROM_TRL else {}
     if kind == "GRPO":
@@ -145,12 +132,12 @@ def build(
         named["peft_config"] = peft
     else:
         model = with_noise(get_peft_model(model, peft))
-    own = {"max_steps": 2, "learning_rate": 0.01} | OPTIONS.get(kind, {}) | options
+    options = {"max_steps": 2, "learning_rate": 0.01} | OPTIONS.get(kind, {}) | options
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what TRL says of its own defaults
-        trainer = (trainer_class or usual_class)(
+        trainer = (own or usual_class)(
             model=model,
-            args=arguments(config_class, **own),
+            args=arguments(config_class, **options),
             train_dataset=DATA[kind]() if data is None else data,
             **named,
         )
