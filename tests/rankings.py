@@ -35,22 +35,16 @@ def grid_of(columns, errors=None):
     return Ranking(modules, "by hand")
 
 
-def run_of(
-    scores=(3.0, 2.0, 1.0, 0.0),
-    *,
-    name="m",
-    weights="w",
-    content="a",
-    options=None,
-    sections=None,
-    **more,
-):
+FALLING = (3.0, 2.0, 1.0, 0.0)
+
+
+def run_of(scores=FALLING, name="m", weights="w", content="a", options=(), sections=(), **more):
     """A ranking with a record such as `keylayers rank` writes, and other sections of it."""
     made_by = {
         "model": {"name": name, "weights_sha256": weights},
         "data": {"data": f"{content}.jsonl", "content_sha256": content},
-        "options": {"seed": 0, "mask_seed": 3} | (options or {}),
-        **(sections or {}),
+        "options": {"seed": 0, "mask_seed": 3, **dict(options)},
+        **dict(sections),
     }
     return ranking_of(list(scores), provenance=made_by, **{"method": "ila"} | more)
 

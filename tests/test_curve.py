@@ -15,16 +15,16 @@ def curve_of(counts, losses):
     return MaskCurve(counts=counts, losses=losses)
 
 
-@pytest.mark.parametrize(
-    ("counts", "losses", "area", "best"),
-    [
-        # heights 1, 0.25, 0 over counts 0, 1, 4: 1 * 0.625 + 3 * 0.125, over 4
-        ((0, 1, 4), (3.0, 1.5, 1.0), 0.25, (4, 1.0)),
-        ((0, 1, 2), (1.0, 1.0, 1.0), None, (0, 1.0)),
-        ((0, 1, 2), (1.0, 0.5, 2.0), None, (1, 0.5)),
-        ((0, 2, 4), (3.0, 1.0, 1.0), 0.25, (2, 1.0)),
-    ],
-)
+AREAS = [
+    # heights 1, 0.25, 0 over counts 0, 1, 4: 1 * 0.625 + 3 * 0.125, over 4
+    ((0, 1, 4), (3.0, 1.5, 1.0), 0.25, (4, 1.0)),
+    ((0, 1, 2), (1.0, 1.0, 1.0), None, (0, 1.0)),
+    ((0, 1, 2), (1.0, 0.5, 2.0), None, (1, 0.5)),
+    ((0, 2, 4), (3.0, 1.0, 1.0), 0.25, (2, 1.0)),
+]
+
+
+@pytest.mark.parametrize(("counts", "losses", "area", "best"), AREAS)
 def test_the_area_and_the_first_best_point_by_hand(counts, losses, area, best):
     curve = curve_of(counts, losses)
     assert (curve.normalised_area, curve.best) == (pytest.approx(area), best)
@@ -72,9 +72,7 @@ WITHIN = [
 
 
 @pytest.mark.parametrize(("curve", "margin", "count", "difference", "upper"), WITHIN)
-def test_the_smallest_budget_that_is_surely_within_the_margin_is_taken(
-    curve, margin, count, difference, upper
-):
+def test_the_smallest_budget_surely_within_the_margin(curve, margin, count, difference, upper):
     found = curve.smallest_within(margin)
     assert (found.num_modules, found.margin_nats) == (count, margin)
     assert (found.difference_nats, found.upper_nats) == pytest.approx((difference, upper))

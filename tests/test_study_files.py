@@ -72,12 +72,11 @@ def test_defaults_nulls_and_options_without_effect_make_the_same_cells():
 
 
 def test_other_software_makes_other_cells(monkeypatch):
-    from keylayers.environment import environment
+    from keylayers.commands import study_cells
 
-    made_by, before = environment(), names(planned(budget=0.3))
+    made_by, before = study_cells.environment(), names(planned(budget=0.3))
     for part in ("commit", "libraries"):
-        other = made_by | {part: "another"}
-        monkeypatch.setattr("keylayers.commands.study_cells.environment", lambda other=other: other)
+        monkeypatch.setattr(study_cells, "environment", {**made_by, part: "another"}.copy)
         after = names(planned(budget=0.3))
         assert all(after[kind] != before[kind] for kind in before)
 

@@ -55,10 +55,9 @@ FOUND = [
 ]
 
 
-@pytest.mark.parametrize(("best_first", "random", "margin", "count", "is_overfit"), FOUND)
-def test_the_file_holds_what_was_found_and_concluded(
-    tmp_path, best_first, random, margin, count, is_overfit
-):
+@pytest.mark.parametrize("case", FOUND)
+def test_the_file_holds_what_was_found_and_concluded(tmp_path, case):
+    best_first, random, margin, count, is_overfit = case
     made_by = {"options": {"points": 4, "data": "chäts.jsonl"}}
     found = verification_of(best_first, random, margin=margin, provenance=made_by, **LEFT_OUT)
     path = tmp_path / "verification.json"
@@ -144,9 +143,7 @@ AUTO = [
 
 
 @pytest.mark.parametrize(("options", "expected"), AUTO)
-def test_the_automatic_budget_is_recommended_by_a_curve_of_the_same_run(
-    tmp_path, options, expected
-):
+def test_auto_takes_what_a_curve_of_the_same_run_recommends(tmp_path, options, expected):
     ranking, path = ranking_of(SIX, provenance=MADE_BY), tmp_path / "verification.json"
     if options is not None:
         own = {"ranking_sha256": json_sha256(ranking.to_json())}
@@ -180,22 +177,20 @@ REPORTED = {
     # heights 1, 0.3, 0.01, 0; random 1, 0.75, 0.25, 0; worst 1, 0.95, 0.5, 0; one out 1, 0.5, 0.25
     "one random order": (
         {"margin": 0.03} | LEFT_OUT,
-        "normalised area (0 is best): 0.270, random orders 0.500, worst first 0.650, "
+        "normalised area (0 is best): 0.270, random orders 0.500, worst first 0.650, leave-one-out",
         "leave-one-out 0.417",
         "base 3.0000, all 6 modules 1.0000, best point 1.0000 with 6 modules",
         "recommended budget: 4 of 6 modules, which lose +0.0200 nats against all",
         "the margin is 0.0600, 3 % of what the fine-tune gained",
     ),
+    # the areas of the random orders are 1 / 2 and 1 / 6
     "several": (
         {"random": [(3.0, 2.0, 2.0, 1.0), (3.0, 1.0, 1.0, 1.0)], "margin": 0.0333},
-        "1.5000 ± 0.707",
-        "random orders 0.333 ± 0.236",  # mean and spread of 1 / 2 and 1 / 6
+        "1.5000 ± 0.707", "random orders 0.333 ± 0.236",
     ),
     "overfit": (
         {"best_first": (3.0, 1.6, 0.7, 1.0)},
-        "some updates hurt",
-        "best point 0.7000 with 4 modules",
-        "train for fewer steps",
+        "some updates hurt", "best point 0.7000 with 4 modules", "train for fewer steps",
     ),
     "undefined": (
         {"best_first": (1.0, 1.1, 1.2, 1.3)} | LEFT_OUT,
@@ -208,7 +203,7 @@ REPORTED = {
         | {"leave_one_out": curve_of((30.0, 20.0, 15.0, 10.0))},
         "25.0000 ± 0.000",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REPORTED)
