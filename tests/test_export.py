@@ -12,7 +12,6 @@ import random
 import re
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import yaml
@@ -123,6 +122,9 @@ def by_torchtune(model, folder):
     found = content(folder, "torchtune")["model"]
     assert (found["lora_rank"], found["lora_alpha"]) == (2, 4)
     keep = [name.replace("attn.", "self_attn.").rpartition(".") for name in found["keep"]]
+    kinds, dense = {own for _, _, own in keep}, {"w1", "w2", "w3"}
+    assert found["apply_lora_to_mlp"] == bool(kinds & dense)  # LoRA at first only where needed
+    assert set(found["lora_attn_modules"]) == (kinds - dense or {"q_proj"})
     return {f"model.{parent}.{OF_TORCHTUNE.get(own, own)}" for parent, _, own in keep}
 
 
@@ -209,16 +211,6 @@ def test_a_tool_trains_exactly_the_selection_or_is_refused(tool, kind, trained, 
 
 def test_every_tool_is_tried():
     assert {tool for tool, _, _ in WAYS} == set(TOOLS)
-
-
-def test_torchtune_puts_lora_only_where_it_is_needed_at_first(tmp_path):
-    ranking = ranking_of_model("Llama")
-    best = next(one for one in ranking.modules if one.projection == "v_proj")
-    scored = tuple(replace(one, score=float(one == best)) for one in ranking.modules)
-    export_selection(replace(ranking, modules=scored), 1, "torchtune", tmp_path)
-    model = content(tmp_path, "torchtune")["model"]
-    assert model["lora_attn_modules"] == ["v_proj"]
-    assert model["apply_lora_to_mlp"] is False
 
 
 FOLDER = os.environ.get("TORCHTUNE")
