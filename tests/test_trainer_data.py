@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples that a trainer did not see when it was built, and means over batches of any kind."""
+"""What a user's trainer is measured on: examples that it did not see when it was built, means over
+batches of any kind, and the reference of a preference loss, which is never what is ranked.
+"""
 
 import math
 
@@ -7,18 +9,24 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer
+from trl.trainer.utils import add_fused_lm_head
 
-from keylayers import mask_curve, rank_modules
-from keylayers.errors import DataError
+from keylayers import rank_modules
+from keylayers.errors import ConfigError, DataError
 from keylayers.evaluation.held_out import held_out_loss
+from keylayers.gates import gated
 from keylayers.trainers.data import prepared_for
+from keylayers.trainers.loss import TrainerLoss
 from keylayers.updates import adapter_updates
 from scored import arguments
-from trainers import DATA, FROM_TRL, build
+from trainers import DATA, FROM_TRL, base_model, build, with_noise
 
 from tiny_models import SIZES, VOCABULARY
 
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
+pytestmark = [  # TRL's
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+]
 PREPARED_BY_TRAINER = ["SFT", "DPO", "KTO", "Reward", "GRPO"]
 
 
@@ -81,42 +89,78 @@ def test_examples_that_the_trainer_cannot_prepare_are_refused_in_one_line(kind, 
     assert "\n" not in str(refused.value)
 
 
-def one_by_one(trainer, dataset):
-    """The mean over rows of the loss of each alone."""
-    losses = [held_out_loss(trainer, dataset.select([row])) for row in range(len(dataset))]
-    return sum(losses) / len(losses)
-
-
-@pytest.mark.parametrize("kind", ["DPO", "KTO", "Reward"])
+@pytest.mark.parametrize("kind", ["DPO", "KTO", "Reward", "classes"])
 def test_a_held_out_loss_is_the_mean_over_pairs_or_rows_whatever_the_batches(kind):
-    # KTO's other loss compares with an estimate from the batch, so it is no mean over rows
-    options = {"loss_type": "apo_zero_unpaired"} if kind == "KTO" else {}
-    trainer = build(kind, "config", per_device_eval_batch_size=3, **options)
-    held_out = DATA[kind](first=8)
-    assert held_out_loss(trainer, held_out) == pytest.approx(
-        one_by_one(trainer, held_out), rel=1e-4
-    )
+    if kind == "classes":  # labels without an axis of tokens; the last batch is smaller
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=3))
+        rows = torch.randint(3, VOCABULARY, (7, 5)).tolist()
+        held_out = Dataset.from_dict({"input_ids": rows, "labels": [0, 1, 2, 0, 1, 2, 0]})
+        args = arguments(per_device_eval_batch_size=3)
+        trainer = Trainer(model=model, args=args, train_dataset=held_out)
+    else:
+        # KTO's other loss compares with an estimate from the batch, so it is no mean over rows
+        options = {"loss_type": "apo_zero_unpaired"} if kind == "KTO" else {}
+        trainer = build(kind, "config", per_device_eval_batch_size=3, **options)
+        held_out = DATA[kind](first=8)
+    one_by_one = [held_out_loss(trainer, held_out.select([row])) for row in range(len(held_out))]
+    mean = sum(one_by_one) / len(one_by_one)
+    assert held_out_loss(trainer, held_out) == pytest.approx(mean, rel=1e-4)
 
 
-def test_a_held_out_loss_of_classes_counts_every_row():
-    """Labels without an axis of tokens: the last, smaller batch must not weigh too little."""
-    torch.manual_seed(0)
-    model = LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=3))
-    rows = torch.randint(3, VOCABULARY, (7, 5)).tolist()
-    held_out = Dataset.from_dict({"input_ids": rows, "labels": [0, 1, 2, 0, 1, 2, 0]})
-    args = arguments(per_device_eval_batch_size=3)
-    trainer = Trainer(model=model, args=args, train_dataset=held_out)
-    assert held_out_loss(trainer, held_out) == pytest.approx(
-        one_by_one(trainer, held_out), rel=1e-5
-    )
+UNMOVED = {"DPO": math.log(2), "KTO": 0.5}  # the loss of a model that is its own reference
 
 
-def test_the_mask_curve_of_a_preference_trainer_starts_at_its_reference():
-    """All gates closed, DPO's model is its reference: each margin is zero and the loss is ln 2."""
-    trainer = build("DPO", "config")
-    ranking = rank_modules(trainer, method="update-norm")
-    order = [module.name for module in ranking.modules]
+def around_a_finished_adapter(kind, **options):
+    """As users do who rank what they have: TRL copies the finished adapter as the reference."""
+    return build(kind, "model", is_trained=False, is_moved=False, **options)
+
+
+def reference_model(kind):
+    model = base_model(kind)
+    add_fused_lm_head(model)  # as the trainer does with one that it is built with
+    return model
+
+
+def losses_at(trainer, gate):
+    source = TrainerLoss(trainer)
     updates = adapter_updates(trainer.model)
-    curve = mask_curve(trainer, updates, order, DATA["DPO"](first=8), num_points=3)
-    assert curve.losses[0] == pytest.approx(math.log(2), rel=1e-6)
-    assert abs(curve.losses[-1] - curve.losses[0]) > 1e-3
+    with source.quiet(), gated(trainer.model, updates, initial_score=gate, link="identity"):
+        return source.held_out(list(trainer.get_eval_dataloader(trainer.train_dataset))).losses
+
+
+@pytest.mark.parametrize("kind", UNMOVED)
+def test_a_finished_adapter_is_compared_with_the_base_model_and_not_with_itself(kind):
+    trainer = around_a_finished_adapter(kind)
+    explicit = around_a_finished_adapter(kind)
+    explicit.ref_model = reference_model(kind)
+    found = losses_at(trainer, 1.0)
+    assert found == pytest.approx(losses_at(explicit, 1.0), abs=1e-6)
+    closed = losses_at(trainer, 0.0)
+    assert closed == pytest.approx([UNMOVED[kind]] * len(closed), abs=1e-6)
+    assert all(abs(loss - UNMOVED[kind]) > 1e-3 for loss in found)
+    assert list(trainer.model.peft_config) == ["default", "ref"]
+
+
+def test_a_record_says_what_the_reference_was():
+    def reference(trainer):
+        return rank_modules(trainer, mask_batches=1).provenance["reference"]
+
+    trainer = around_a_finished_adapter("DPO")
+    assert reference(trainer) == "base"
+    with_noise(trainer.model, seed=5)  # training has begun: "ref" is where it started from
+    assert reference(trainer) == "adapter ref"
+    assert reference(build("DPO", "config")) == "base"
+    trainer.ref_model = reference_model("DPO")
+    assert reference(trainer) == "ref_model"
+    assert reference(build("SFT", "config")) is None
+
+
+def test_references_that_cannot_be_right_are_refused():
+    trainer = around_a_finished_adapter("DPO", precompute_ref_log_probs=True)
+    with pytest.raises(ConfigError, match="computed with the finished adapter"):
+        rank_modules(trainer)
+    trainer = around_a_finished_adapter("DPO")
+    trainer.ref_model = trainer.model.get_base_model()
+    with pytest.raises(ConfigError, match="`ref_model` must be another copy"):
+        rank_modules(trainer)
