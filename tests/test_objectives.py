@@ -120,14 +120,6 @@ def test_a_full_update_trains_exactly_the_selection_against_the_base_model(ranke
     assert selected != base
 
 
-def test_a_ranking_for_another_objective_is_used_with_a_note(ranked, tmp_path, capsys):
-    options = ("--budget", "2", "--steps", "1", "--output", tmp_path / "t")
-    assert keylayers("train", "--ranking", ranked["dpo"], "--objective", "orpo", *options) == 0
-    out, err = capsys.readouterr()
-    assert "the ranking was made for objective dpo, not for orpo" in err
-    assert "stage 1 of the ranking" not in out
-
-
 @pytest.mark.parametrize("objective", ["dpo", "orpo"])  # TRL tokenises these in two ways
 def test_a_field_of_some_turns_is_no_null_of_the_others_in_trls_trainer(
     tiny, preferences, objective, tmp_path
@@ -145,7 +137,9 @@ def test_a_field_of_some_turns_is_no_null_of_the_others_in_trls_trainer(
     assert keylayers("rank", *options, "--objective", objective, "--max-steps", "1", *QUICK) == 0
 
 
-def test_beta_is_taken_over_with_its_objective_only(tiny, preferences, tmp_path):
+def test_a_ranking_gives_its_beta_to_its_own_objective_and_is_noted_with_another(
+    tiny, preferences, tmp_path, capsys
+):
     assert rank(tiny, preferences, "dpo", tmp_path / "out", "--beta", "0.5", steps=1) == 0
     assert made_by(tmp_path / "out")["options"]["beta"] == 0.5
     options = ("--ranking", tmp_path / "out", "--budget", "2", "--steps", "1")
@@ -154,6 +148,9 @@ def test_beta_is_taken_over_with_its_objective_only(tiny, preferences, tmp_path)
         assert keylayers("train", *options, *more, "--output", output) == 0
         found = record_of(output)["options"]
         assert (found["objective"], found["beta"]) == expected
+    out, err = capsys.readouterr()
+    assert "the ranking was made for objective dpo, not for reward" in err
+    assert out.count("stage 1 of the ranking") == 1
 
 
 REFUSED = [

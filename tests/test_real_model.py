@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On a small pre-trained model and real data; skipped where they are absent."""
+"""On a small model, data and inputs that people really have; skipped where they are absent."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from commands import PLAIN_PEFT, best, fresh_process, keylayers, read, record_of
 
+pytestmark = pytest.mark.long
 
-@pytest.mark.long
+
 def test_ranking_and_training_on_real_data(shared, tmp_path):
     data = ("--data", shared / "data/sft/alpaca_gpt4_999.json")
     short = ("--max-length", 64, "--max-examples", 200, "--max-steps", 30, "--mask-batches", 2)
@@ -24,3 +30,17 @@ def test_ranking_and_training_on_real_data(shared, tmp_path):
     }
     assert list(losses) == ["base model", "selected", "all (stage 1 of the ranking)"]
     assert losses["selected"] < losses["base model"]
+
+
+def test_inputs_that_once_went_wrong_come_out_right(shared):
+    run = shared / "cases" / "run"
+    if not run.is_file():
+        pytest.skip("needs ../shared/cases, which is not here")
+    own = {"KL": str(Path(sys.executable).with_name("keylayers")), "PY": sys.executable}
+    path = os.pathsep.join(part for part in sys.path if part)
+    done = subprocess.run(
+        [run], capture_output=True, text=True, env={**os.environ, **own, "PYTHONPATH": path}
+    )
+    wrong = [line for line in done.stdout.splitlines() if not line.startswith("ok ")]
+    assert done.returncode == 0, "\n".join(wrong)
+    assert wrong[-1].endswith("cases hold")

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer
 from trl.trainer.utils import add_fused_lm_head
 
-from keylayers import rank_modules
+from keylayers import mask_curve, rank_modules
 from keylayers.errors import ConfigError, DataError
 from keylayers.evaluation.held_out import held_out_loss
 from keylayers.gates import gated
@@ -140,6 +140,11 @@ def test_a_finished_adapter_is_compared_with_the_base_model_and_not_with_itself(
     assert closed == pytest.approx([UNMOVED[kind]] * len(closed), abs=1e-6)
     assert all(abs(loss - UNMOVED[kind]) > 1e-3 for loss in found)
     assert list(trainer.model.peft_config) == ["default", "ref"]
+    updates = adapter_updates(trainer.model)
+    order = [update.module.name for update in updates]
+    curve = mask_curve(trainer, updates, order, DATA[kind](first=8), num_points=2)
+    assert curve.losses[0] == pytest.approx(UNMOVED[kind], abs=1e-6)
+    assert abs(curve.losses[1] - UNMOVED[kind]) > 1e-3
 
 
 def test_a_record_says_what_the_reference_was():
