@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from commands import keylayers
 from eval_files import ALL, NAMES, evaluation_of, write_place
-from keylayers.data.options import DataOptions
-from keylayers.data.prepare import prepare
 from keylayers.evaluation.documents import Store
+from prepared import prepare
 from tiny_files import tiny_tokenizer
 
 
@@ -73,8 +72,8 @@ def test_every_number_is_that_of_the_harness(evaluated, place, name, peft):
 
 def test_a_loss_is_that_of_transformers_on_each_model_by_itself(evaluated, place):
     """On the base after both adapters were on it, too: it is measured first and hashed after."""
-    data = DataOptions(data=str(place / "data.jsonl"), max_length=32)
-    held_out = prepare(data, tiny_tokenizer(), 64).held_out  # as `rank` and `train` split it
+    # as `rank` and `train` split it
+    held_out = prepare(place / "data.jsonl", 64, "sft", tiny_tokenizer(), max_length=32).held_out
     found = values(evaluated[0], "held-out data", "loss")
     for name in NAMES:
         source = place / ("tuned" if name == "tuned" else "model")
@@ -138,34 +137,29 @@ def test_the_table_says_what_is_noise_and_shows_gain_beside_forgetting(evaluated
 
 def test_what_is_recorded_says_how_it_came_about(evaluated):
     found, _, _ = evaluated
-    made = found.provenance
+    made, about = found.provenance, found.models
     assert made["options"]["tasks"] == ["foods", "written", "rolling"]
     assert made["environment"]["evaluation_libraries"]["lm_eval"]
-    assert list(found.models) == NAMES
-    assert found.reference == "adapter"
-    about = found.models
+    assert (list(about), found.reference) == (NAMES, "adapter")
     assert about["base model"]["weights_sha256"] != about["tuned"]["weights_sha256"]
     assert about["adapter"]["adapter_sha256"] != about["other"]["adapter_sha256"]
-    assert len(made["pairs"]) == 4 * 6
-    assert len({one["pair"] for one in made["pairs"]}) == 24
+    assert len(made["pairs"]) == len({one["pair"] for one in made["pairs"]}) == 4 * 6
     assert {one["inputs_sha256"] for one in made["pairs"] if one["task"] == "three"}
     assert made["inputs"]["held-out data"]["content_sha256"]
 
 
-class Stop:
-    """Raises what Ctrl-C raises when pair number `at` is to be measured; counts those before."""
+def watch(monkeypatch, stop_at=None):
+    """The keys of the pairs that are measured, until Ctrl-C comes at number `stop_at`."""
+    kept, put = [], Store.put
 
-    def __init__(self, monkeypatch, at=None):
-        self.kept = []
-        put = Store.put
+    def counted(store, key, found):
+        if len(kept) == stop_at:
+            raise KeyboardInterrupt
+        kept.append(key)
+        put(store, key, found)
 
-        def counted(store, key, found):
-            if len(self.kept) == at:
-                raise KeyboardInterrupt
-            self.kept.append(key)
-            put(store, key, found)
-
-        monkeypatch.setattr(Store, "put", counted)
+    monkeypatch.setattr(Store, "put", counted)
+    return kept
 
 
 def test_a_run_that_was_stopped_goes_on(evaluated, table, place, tmp_path, monkeypatch, capsys):
@@ -173,20 +167,19 @@ def test_a_run_that_was_stopped_goes_on(evaluated, table, place, tmp_path, monke
     out, kept = tmp_path / "out", []
     for at, code in ((4, 130), (11, 130), (None, 0)):
         with monkeypatch.context() as patched:
-            stop = Stop(patched, at)
+            kept.append(watch(patched, at))
             assert keylayers("eval", *ALL, "--output", out) == code
         assert (out / "evaluation.json").exists() == (code == 0)
-        kept += stop.kept
-    assert len(kept) == len(set(kept)) == 24
+    assert sum(map(len, kept)) == len(set().union(*kept)) == 24
     whole = (out / "documents.parquet").read_bytes()
     pd.testing.assert_frame_equal(table, pd.read_parquet(out / "documents.parquet"))
     records = [json.loads((one / "evaluation.json").read_text()) for one in (evaluated[2], out)]
     for one in records:
         del one["provenance"]["environment"]  # the commit may change while tests run
     assert records[0] == records[1]
-    again = Stop(monkeypatch)
+    again = watch(monkeypatch)
     assert keylayers("eval", *ALL, "--output", out) == 0
-    assert again.kept == []
+    assert again == []
     assert "tuned: all measured before" in capsys.readouterr().err
     assert (out / "documents.parquet").read_bytes() == whole
     assert evaluation_of(out).measures == evaluated[0].measures
@@ -201,12 +194,12 @@ def test_only_what_changes_is_measured_again(evaluated, table, tiny, tmp_path, m
     task.write_text(task.read_text().replace("eats", "likes", 1))
     shutil.copytree(evaluated[2], out)
     monkeypatch.chdir(place)
-    stop = Stop(monkeypatch)
+    kept = watch(monkeypatch)
     assert keylayers("eval", *ALL, "--output", out) == 0
     changed = {"five", "written", "rolling"}  # the tasks that read the file
     record = json.loads((out / "evaluation.json").read_text())
     again = {one["pair"]: one["task"] for one in record["provenance"]["pairs"]}
-    assert sorted(again[key] for key in stop.kept) == sorted([*changed] * 4)
+    assert sorted(again[key] for key in kept) == sorted([*changed] * 4)
     later = pd.read_parquet(out / "documents.parquet")  # has what was measured before, too
     assert set(table["pair"]) < set(later["pair"])
     assert set(later["model"]) == set(NAMES)
