@@ -22,15 +22,8 @@ import tempfile
 from pathlib import Path
 
 VARIABLE = "PRELOADED_PYTHON"  # where the executable is, for the workers of xdist
-READ_AT_IMPORT = (
-    "HF_",
-    "HUGGINGFACE_",
-    "TRANSFORMERS_",
-    "DATASETS_",
-    "TORCH",
-    "CUDA_",
-    "PYTHONHASHSEED",
-)
+LIBRARIES = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "DATASETS_", "TORCH", "CUDA_")
+READ_AT_IMPORT = (*LIBRARIES, "PYTHONHASHSEED")  # beginnings of names
 READ_LATER = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 IMPORTED = (
     *("torch", "torch._dynamo", "transformers", "peft", "trl", "datasets", "accelerate"),
@@ -184,52 +177,46 @@ def _fork_would_do(request):
 
 def _parsed(arguments):
     """Filters of warnings, whether output is unbuffered, and the rest; None for other options."""
-    filters, is_unbuffered, rest = [], False, list(arguments)
-    while rest and rest[0].startswith("-") and rest[0] not in ("-c", "-m"):
-        option = rest.pop(0)
-        if option == "-W":
+    filters, options, rest = [], [], list(arguments)
+    while rest and rest[0] in ("-W", "-u", "-B"):
+        options.append(rest.pop(0))
+        if options[-1] == "-W":
             filters.append(rest.pop(0))
-        elif option == "-u":
-            is_unbuffered = True
-        elif option != "-B":
-            return None
-    return (filters, is_unbuffered, rest) if rest else None
+    is_known = bool(rest) and (rest[0] in ("-c", "-m") or not rest[0].startswith("-"))
+    return (filters, "-u" in options, rest) if is_known else None
 
 
 def _become(request, streams):
     """Be the process that was asked for; does not return."""
     import atexit
     import threading
-    import traceback
 
-    code = 1
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()
+    for target, stream in enumerate(streams):
+        os.dup2(stream, target)
+    for stream in streams:
+        if stream > 2:
+            os.close(stream)
+    code = 0
     try:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        os.setsid()
-        for target, stream in enumerate(streams):
-            os.dup2(stream, target)
-        for stream in streams:
-            if stream > 2:
-                os.close(stream)
-        code = _run(request)
+        _run(request)
     except SystemExit as error:
-        if error.code is None or isinstance(error.code, int):
-            code = error.code or 0
-        else:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
             sys.stderr.write(f"{error.code}\n")
-    except KeyboardInterrupt:
-        traceback.print_exc()
-        sys.stdout.flush()
-        _end_by(signal.SIGINT)
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     try:
         threading._shutdown()
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
+        if code < 0:
+            _end_by(-code)
         os._exit(code & 0xFF)
 
 
@@ -252,28 +239,22 @@ def _run(request):
     threads = os.environ.get("OMP_NUM_THREADS", "")
     sys.modules["torch"].set_num_threads(int(threads) if threads.isdigit() else os.cpu_count())
     warnings.resetwarnings()
-    for kind in (ResourceWarning, ImportWarning, PendingDeprecationWarning, DeprecationWarning):
-        warnings.simplefilter("ignore", kind)
-    warnings.filterwarnings("default", category=DeprecationWarning, module="__main__")
-    given = os.environ.get("PYTHONWARNINGS", "")
-    warnings._processoptions([*filter(None, given.split(",")), *filters])
+    kinds = ("Resource", "Import", "PendingDeprecation", "Deprecation")
+    usual = [*(f"ignore::{kind}Warning" for kind in kinds), "default::DeprecationWarning:__main__"]
+    given = filter(None, os.environ.get("PYTHONWARNINGS", "").split(","))
+    warnings._processoptions([*usual, *given, *filters])
     path = [one for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one]
     sys.path[:] = [*path, *sys.path[1:]]  # the first was that of this file
     if first == "-c":
-        code, *rest = rest
-        sys.argv, sys.path[:0] = ["-c", *rest], [""]
+        sys.argv, sys.path[:0] = ["-c", *rest[1:]], [""]
         main = sys.modules["__main__"] = types.ModuleType("__main__")
-        exec(compile(code, "<string>", "exec"), main.__dict__)
+        exec(compile(rest[0], "<string>", "exec"), main.__dict__)
     elif first == "-m":
-        module, *rest = rest
-        sys.argv, sys.path[:0] = [module, *rest], [request["folder"]]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        sys.argv, sys.path[:0] = rest, [request["folder"]]
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv, sys.path[:0] = [first, *rest], [str(Path(first).resolve().parent)]
-        main = sys.modules["__main__"] = types.ModuleType("__main__")
-        main.__file__ = first
-        exec(compile(Path(first).read_bytes(), first, "exec"), main.__dict__)
-    return 0
+        runpy.run_path(first, run_name="__main__")
 
 
 if __name__ == "__main__":

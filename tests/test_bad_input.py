@@ -155,6 +155,7 @@ CASES = {
         ({"controls": "middle"}, "random"),
         ({"ranking": None, "model": "m", "data": "d"}, "exactly one of `ranking` (a file) and"),
         ({"action": "remove"}, "`action` must be left out without"),
+        ({"output": "{tiny}"}, "holds other files"),
         ({"ranking": LOOP}, "Too many levels of symbolic links"),
         ({"window": "3"}, "`window` must be left out without `rank_first`"),
         ({"method": "ila"}, "`method` must be left out without `rank_first`"),

@@ -46,7 +46,7 @@ def test_larger_selections_stay_exact(ranked, tmp_path, budget, count):
     assert set(fresh_process(PLAIN_PEFT, tmp_path / "t")) == best(ranked, count)
 
 
-def test_the_chat_template_that_was_trained_with_is_saved(tiny, ranked, tmp_path):
+def test_the_chat_template_that_was_trained_with_is_saved_and_replaced(tiny, ranked, tmp_path):
     from transformers import AutoTokenizer
 
     from keylayers.data.templates import BUILT_IN
@@ -104,14 +104,3 @@ def test_controls_are_as_large_as_the_selection_and_follow_their_names():
     draws = {tuple(chosen("random", seed)) for seed in range(20)}
     assert len(draws) > 5
     assert {len(draw) for draw in draws} == {2}
-
-
-def test_an_earlier_result_is_replaced_and_other_files_are_not(ranked, tmp_path, capsys):
-    options = ("--ranking", ranked, "--budget", "2", "--steps", "1", "--output", tmp_path / "t")
-    assert keylayers("train", *options) == 0
-    assert keylayers("train", *options) == 0
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").touch()
-    assert keylayers("train", *options[:-1], tmp_path / "mine") == 2
-    assert "holds other files" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
