@@ -204,10 +204,6 @@ def test_exactly_the_pruned_modules_get_the_bases_weights_back(tmp_path, base_dt
     assert from_tuned == set(tuned) - RESTORED
 
 
-def _one_is_not_restored(path, values, write):
-    write(path, ((name, value) for name, value in values if name != f"{Q0}.bias"))
-
-
 def _another_is_restored(path, values, write):
     write(path, [*values, ("model.norm.weight", torch.zeros(16, dtype=torch.bfloat16))])
 
@@ -218,19 +214,12 @@ def _a_tensor_is_lost(path, values, write):
     save_file(left, path, metadata={"format": "pt"})
 
 
-DAMAGES = [
-    (_one_is_not_restored, f"{Q0}.bias"),
-    (_another_is_restored, "model.norm.weight"),
-    (_a_tensor_is_lost, "model.norm.weight"),
-]
-
-
-@pytest.mark.parametrize(("damage", "first"), DAMAGES)
-def test_the_proof_of_a_pruned_checkpoint_can_fail(tmp_path, monkeypatch, damage, first):
+@pytest.mark.parametrize("damage", [_another_is_restored, _a_tensor_is_lost])
+def test_the_proof_of_a_pruned_checkpoint_can_fail(tmp_path, monkeypatch, damage):
     checkpoints(tmp_path, shard="1GB")
     write = module._overwrite
     monkeypatch.setattr(module, "_overwrite", lambda path, values: damage(path, values, write))
-    with pytest.raises(GuardError, match=f"1 tensors differ, first {first}"):
+    with pytest.raises(GuardError, match=r"1 tensors differ, first model\.norm\.weight"):
         restore(tmp_path)
 
 
