@@ -208,10 +208,8 @@ def _unfrozen_blocks(content: Content, model: PreTrainedModel) -> list[str]:
 
 
 def _not_frozen_towers(content: Content, model: PreTrainedModel) -> Callable[[str], bool]:
-    """Whether LLaMA-Factory leaves a name trainable: by default not towers and projector.
-
-    It lists names for each model type; we take whatever lies outside the language model.
-    """
+    """Whether LLaMA-Factory leaves a name trainable: by default not towers and projector."""
+    # It lists names for each model type; we take whatever lies outside the language model.
     if not _has_towers(model) or not content.get("freeze_vision_tower", True):
         return lambda name: True
     language = {info.stack.rpartition(".")[0] for info in map_modules(model)}

@@ -219,13 +219,13 @@ class Benchmark:
         if num_cut:
             lost = f"{num_cut:,} requests lost the beginning of their prompt to fit the model"
             warnings.insert(0, lost)
-        all_totals = {
+        values = {
             metric_name(*key.split(",", 1)): float(value)
             for key, value in found["results"][name].items()
             if "," in key and "_stderr," not in key and isinstance(value, Real)
         }
-        totals = {metric: value for metric, value in all_totals.items() if math.isfinite(value)}
-        left_out = [metric for metric in all_totals if metric not in totals]
+        totals = {metric: value for metric, value in values.items() if math.isfinite(value)}
+        left_out = (metric for metric in values if metric not in totals)
         warnings += [f"{metric} is not finite, and left out" for metric in left_out]
         num_fewshot = self.task.get_config("num_fewshot")
         if options.num_fewshot not in (None, num_fewshot):
@@ -237,11 +237,7 @@ class Benchmark:
             rows=self._rows(found["samples"][name], totals),
             totals=totals,
             higher_is_better={metric: directions.get(metric.split(" (")[0]) for metric in totals},
-            facts={
-                "num_fewshot": num_fewshot,
-                "num_cut_prompts": num_cut,
-                "warnings": warnings,
-            },
+            facts={"num_fewshot": num_fewshot, "num_cut_prompts": num_cut, "warnings": warnings},
         )
 
     def _rows(self, samples: list[dict[str, Any]], totals: Mapping[str, float]) -> pd.DataFrame:

@@ -44,7 +44,7 @@ def export_selection(
         The paths of the files.
 
     Raises:
-        ConfigError: the tool cannot train exactly this selection, or the budget selects nothing.
+        ConfigError: the tool cannot train exactly this selection, or there is none.
         OutputError: a file exists with other contents, or the folder cannot be written.
     """
     options, model = ranking.made_by.options, ranking.made_by.model.name
@@ -53,15 +53,9 @@ def export_selection(
             "the ranking must name its model (`provenance.model.name`), but does not; "
             "rank with a model that has a name"
         )
-    settings = Settings(
-        selection=ranking.select(budget),
-        model=model,
-        fine_tune=kind,
-        lora_rank=options.lora_rank,
-        lora_alpha=options.lora_alpha,
-    )
-    files = TOOLS[to](settings)
-    paths = {output / name: text for name, text in files.items()}
+    selection = ranking.select(budget)
+    settings = Settings(selection, model, kind, options.lora_rank, options.lora_alpha)
+    paths = {output / name: text for name, text in TOOLS[to](settings).items()}
     for path, text in paths.items():
         if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
             raise OutputError(

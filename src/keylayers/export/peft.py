@@ -4,7 +4,7 @@
 import json
 from pprint import pformat
 
-from keylayers.export.settings import Files, Settings, python_list
+from keylayers.export.settings import Files, Settings
 
 _LORA = '''# LoRA on exactly {count} modules of {model}.
 from peft import LoraConfig, get_peft_model
@@ -46,13 +46,7 @@ def train_only_selected(model):
 
 def export(settings: Settings) -> Files:
     """The config of a new adapter, and the Python code that creates it."""
-    shown = {
-        "count": len(settings.names),
-        "model": settings.model_line,
-        "names": python_list(settings.names),
-        "rank": settings.lora_rank,
-        "alpha": settings.lora_alpha,
-    }
+    shown = settings.shown()
     if settings.fine_tune == "full":
         return {"selected.py": _FULL.format(**shown)}
     targets = settings.selection.lora_targets

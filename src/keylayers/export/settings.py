@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all exports share: their input, YAML and LoRA settings, and refusals."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -39,10 +39,11 @@ class Settings:
         """Rank, by the name that the tool has for it, alpha and dropout."""
         return {rank: self.lora_rank, "lora_alpha": self.lora_alpha, "lora_dropout": 0.0}
 
-
-def python_list(names: Sequence[str]) -> str:
-    """Python source of a list of the names, one per line."""
-    return "[\n" + "".join(f"    {name!r},\n" for name in names) + "]"
+    def shown(self) -> dict[str, Any]:
+        """The fields of templates for Python: the names are source of a list, one per line."""
+        names = "[\n" + "".join(f"    {name!r},\n" for name in self.names) + "]"
+        found = {"count": len(self.names), "model": self.model_line, "names": names}
+        return found | {"rank": self.lora_rank, "alpha": self.lora_alpha}
 
 
 def yaml_text(content: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ also for vision-language models, needs a string, which it passes on to PEFT; it 
 in a list.
 """
 
-from keylayers.export.settings import Files, Settings, python_list, refuse
+from keylayers.export.settings import Files, Settings, refuse
 from keylayers.ranking.targets import target_regex
 
 _TEXT = '''# LoRA on exactly {count} modules of {model}.
@@ -38,12 +38,5 @@ def export(settings: Settings) -> Files:
         refuse("unsloth", "it has no full fine-tune of chosen modules; use `update` lora")
     if settings.selection.is_of_mixture:
         refuse("unsloth", "in a mixture of experts PEFT rewrites what it is given; choose peft")
-    text = _TEXT.format(
-        count=len(settings.names),
-        model=settings.model_line,
-        names=python_list(settings.names),
-        pattern=repr(target_regex(settings.names)),
-        rank=settings.lora_rank,
-        alpha=settings.lora_alpha,
-    )
-    return {"selected_unsloth.py": text}
+    pattern = repr(target_regex(settings.names))
+    return {"selected_unsloth.py": _TEXT.format(**settings.shown(), pattern=pattern)}

@@ -99,7 +99,7 @@ def agreement(
         _Side(index, ranking, _drawn_scores(ranking, index) if has_intervals else None)
         for index, ranking in enumerate(rankings)
     ]
-    return [_agreement_of(first, second, parsed) for first, second in combinations(sides, 2)]
+    return [_agreement_of(*pair, parsed) for pair in combinations(sides, 2)]
 
 
 def mean_by_kind(pairs: Sequence[Agreement]) -> list[KindMean]:
@@ -249,12 +249,10 @@ def _intervals(
     if first.draws is None or second.draws is None:
         return None, None
     of_first, of_second = matched.to_standings
-    jaccards, taus = [], []
-    for scores, other_scores in zip(first.draws, second.draws, strict=True):
-        own, other = of_first(scores), of_second(other_scores)
-        jaccards.append(_jaccard(own, other, sizes))
-        taus.append(_tau(own, other))
-    return _interval(jaccards), _interval([tau for tau in taus if tau is not None])
+    drawn = zip(map(of_first, first.draws), map(of_second, second.draws), strict=True)
+    found = [(_jaccard(*pair, sizes), _tau(*pair)) for pair in drawn]
+    taus = [tau for _, tau in found if tau is not None]
+    return _interval([jaccard for jaccard, _ in found]), _interval(taus)
 
 
 def _jaccard(first: Standings, second: Standings, sizes: tuple[int, int]) -> float:

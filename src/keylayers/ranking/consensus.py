@@ -12,7 +12,6 @@ from keylayers.environment import environment
 from keylayers.errors import RankingError
 from keylayers.files import json_sha256
 from keylayers.ranking.matching import relative_ranks, scores_of
-from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import Ranking
 
 
@@ -39,7 +38,14 @@ def consensus(rankings: Sequence[Ranking]) -> Ranking:
                 ranks[module.name].append(rank)
     granularities = {ranking.granularity for ranking in rankings}
     return Ranking(
-        modules=tuple(_with_mean_rank(m, ranks[m.name]) for m in rankings[0].modules),
+        modules=tuple(
+            replace(
+                module,
+                score=1 - fmean(own) if own else None,
+                standard_error=float(scipy.stats.sem(own)) if len(own) > 1 else None,
+            )
+            for module, own in zip(rankings[0].modules, ranks.values(), strict=True)
+        ),
         method="consensus",
         granularity=rankings[0].granularity if len(granularities) == 1 else "module",
         provenance={
@@ -54,12 +60,4 @@ def consensus(rankings: Sequence[Ranking]) -> Ranking:
             ],
             "environment": environment(),
         },
-    )
-
-
-def _with_mean_rank(module: RankedModule, ranks: Sequence[float]) -> RankedModule:
-    return replace(
-        module,
-        score=1 - fmean(ranks) if ranks else None,
-        standard_error=float(scipy.stats.sem(ranks)) if len(ranks) > 1 else None,
     )

@@ -33,10 +33,9 @@ OF_TRAINING = (
 def difference(first: Ranking, second: Ranking) -> Difference:
     """What sets two runs apart; "unknown" where a record lacks what it takes to tell.
 
-    Models are told apart by the hash of their weights, or by name where a hash is missing; data by
-    the hash of their content; methods by name and granularity; seeds are those of the training and
-    of the mask. The update is another one where the options of the training differ, or those of
-    the data (its length, its split), or, where it existed before, its hash.
+    Models are told apart by the hash of their weights, or else by name; data by that of their
+    content. Seeds are those of the training and of the mask. Updates are told apart by the options
+    of training and data, or, where they existed before, by their hash.
     """
     own, other = first.made_by, second.made_by
     is_same_model = are_same(own.model.weights_sha256, other.model.weights_sha256)

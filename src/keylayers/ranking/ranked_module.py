@@ -36,9 +36,8 @@ class RankedModule:
         module: "ModuleInfo", score: float | None, standard_error: float | None = None
     ) -> "RankedModule":
         """A module of a model with its score."""
-        position = module.name, module.block_index, module.projection
-        numbers = module.num_parameters, score, standard_error
-        return RankedModule(*position, *numbers, is_stacked=module.is_stacked)
+        position = module.name, module.block_index, module.projection, module.num_parameters
+        return RankedModule(*position, score, standard_error, module.is_stacked)
 
 
 def best_first(modules: Sequence[RankedModule]) -> list[RankedModule]:

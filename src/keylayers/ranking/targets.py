@@ -48,7 +48,7 @@ def _any_of(expressions: Sequence[str]) -> str:
 
 
 def by_block(names: Iterable[str]) -> dict[tuple[str, str], list[str]]:
-    """(prefix, suffix) of names that differ only in their block -> the block numbers, as text.
+    """(prefix, suffix) of names that differ only in their block -> block numbers, as text.
 
     A name without a number is a prefix with an empty suffix and an empty number.
     """

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from keylayers.ranking.compare import Agreement, Interval, KindMean
+from keylayers.ranking.compare import Agreement, KindMean
 from keylayers.report.terminal import plain_table
 
 MEASURES = ("Jaccard", "by chance", "corrected", "tau-b", "top-weighted")
@@ -32,25 +32,13 @@ def kind_table(means: Sequence[KindMean]) -> Table:
 
 def measures(found: Agreement | KindMean) -> list[str]:
     """The cells of a row, with 95 % intervals in brackets; empty if undefined or unknown."""
-    jaccard, tau = (
-        (found.jaccard_interval, found.tau_interval)
-        if isinstance(found, Agreement)
-        else (None, None)
-    )
-    return [
-        _measure(found.jaccard, jaccard),
-        _measure(found.chance_jaccard),
-        _measure(found.corrected),
-        _measure(found.tau, tau),
-        _measure(found.top_weighted_tau),
-    ]
-
-
-def _measure(value: float | None, interval: Interval | None = None) -> str:
-    if value is None:
-        return ""
-    suffix = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
-    return f"{value:.2f}{suffix}"
+    values = [found.jaccard, found.chance_jaccard, found.corrected, found.tau]
+    cells = ["" if v is None else f"{v:.2f}" for v in (*values, found.top_weighted_tau)]
+    if isinstance(found, Agreement):
+        for place, interval in ((0, found.jaccard_interval), (3, found.tau_interval)):
+            if cells[place] and interval is not None:
+                cells[place] += f" [{interval[0]:.2f}, {interval[1]:.2f}]"
+    return cells
 
 
 def pair_name(pair: Agreement, names: Sequence[str]) -> str:

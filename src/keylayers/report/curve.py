@@ -84,19 +84,15 @@ def _area_line(found: Verification) -> str:
     """The normalised areas of the curve and of its controls, or why they are undefined."""
     area = found.best_first.normalised_area
     if area is None:
-        return (
-            "normalised area: undefined, because all updates together do not lower the held-out "
-            "loss"
-        )
+        reason = "because all updates together do not lower the held-out loss"
+        return f"normalised area: undefined, {reason}"
     parts = [f"normalised area (0 is best): {area:.3f}"]
     at_random = found.random_area()
     if at_random is not None:
         spread = f" ± {at_random[1]:.3f}" if len(found.random) > 1 else ""
         parts.append(f"random orders {at_random[0]:.3f}{spread}")
-    for name, curve in (
-        ("worst first", found.worst_first),
-        ("leave-one-out", found.leave_one_out),
-    ):
+    others = {"worst first": found.worst_first, "leave-one-out": found.leave_one_out}
+    for name, curve in others.items():
         if curve is not None:
             area = curve.normalised_area
             parts.append(f"{name} {'undefined' if area is None else f'{area:.3f}'}")

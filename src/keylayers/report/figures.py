@@ -13,13 +13,7 @@ import vl_convert
 from keylayers.errors import ConfigError
 from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.compare import agreement
-from keylayers.report.charts import (
-    Chart,
-    agreement_chart,
-    curve_chart,
-    heatmap_chart,
-    losses_chart,
-)
+from keylayers.report.charts import Chart, agreement_chart, curve_chart, heatmap_chart, losses_chart
 from keylayers.report.source import Source, num_best
 
 AnyChart: TypeAlias = Chart | alt.ConcatChart

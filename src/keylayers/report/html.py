@@ -24,13 +24,7 @@ from keylayers.ranking.certainty import undecided
 from keylayers.ranking.compare import agreement, mean_by_kind
 from keylayers.ranking.ranking import Ranking
 from keylayers.report.agreement import agreement_notes, measures, pair_name
-from keylayers.report.charts import (
-    Chart,
-    agreement_chart,
-    curve_chart,
-    heatmap_chart,
-    losses_chart,
-)
+from keylayers.report.charts import Chart, agreement_chart, curve_chart, heatmap_chart, losses_chart
 from keylayers.report.curve import reading
 from keylayers.report.figures import VEGA_LITE
 from keylayers.report.modules import module_rows
@@ -44,16 +38,13 @@ BUDGET = "budget"  # the charts' parameter that the slider sets: number of selec
 def render_report(
     sources: Sequence[Source], budget: WrittenBudget, how_to_repeat: Callable[[Ranking], str]
 ) -> bytes:
-    """The HTML report of one or several rankings.
-
-    The budget is the one shown first, which is also that of the agreement. `how_to_repeat` returns
-    the command that made a ranking.
-    """
+    """The HTML report of rankings at a budget; `how_to_repeat` is the command that made one."""
     views = [_view(source, budget, how_to_repeat(source.ranking)) for source in sources]
     pairs = _agreement(sources, budget) if len(sources) > 1 else None
     data = {"rankings": [view["data"] for view in views], "agreement": pairs and pairs["chart"]}
     libraries = vl_convert.javascript_bundle(vl_version=VEGA_LITE)  # type: ignore[call-arg]
-    scripts = [libraries, _text("page.js")]
+    script = files("keylayers.report").joinpath("page", "page.js").read_text(encoding="utf-8")
+    scripts = [libraries, script]
     environment = page_templates(autoescape=True)
     environment.filters["shell"] = shlex.quote
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
@@ -61,7 +52,6 @@ def render_report(
         views=views,
         pairs=pairs,
         budget=budget,
-        style=Markup(_text("page.css")),
         data=data,
         scripts=[Markup(script) for script in scripts],
         hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
@@ -97,8 +87,7 @@ def _view(source: Source, budget: WrittenBudget, repeat: str) -> dict[str, Any]:
 def open_budgets(ranking: Ranking) -> dict[str, tuple[int, int]]:
     """Module name -> smallest and largest budget, in modules, for which it is undecided.
 
-    The score at the cut falls as the budget grows, so a module's interval contains it for a single
-    range of budgets. Modules that every budget decides are absent.
+    As the score at the cut falls with the budget, it is a single range. Absent if all decide.
     """
     found: dict[str, tuple[int, int]] = {}
     for count in range(1, _num_scored(ranking) + 1):
@@ -150,7 +139,3 @@ def _spec(chart: Chart, count: int = 0) -> dict[str, Any]:
 
 def _sha256(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
-def _text(name: str) -> str:
-    return files("keylayers.report").joinpath("page", name).read_text(encoding="utf-8")

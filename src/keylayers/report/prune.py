@@ -21,16 +21,11 @@ def _table(found: Pruned) -> Table:
     title = held_out_title(found.loss_unit)
     table = plain_table("update", "modules", "parameters", "MiB on disk", title)
     table.add_row("none (base model)", "0", "0", "", f"{found.base_loss_nats:.4f}")
-    for label, size, loss in (
-        ("full", found.full, found.full_loss_nats),
-        ("pruned", found.pruned, found.pruned_loss_nats),
-    ):
+    full, pruned = (found.full, found.full_loss_nats), (found.pruned, found.pruned_loss_nats)
+    for label, (size, loss) in (("full", full), ("pruned", pruned)):
+        counts = f"{size.num_modules:,}", f"{size.num_parameters:,}"
         table.add_row(
-            f"{label} {found.kind}",
-            f"{size.num_modules:,}",
-            f"{size.num_parameters:,}",
-            f"{size.num_bytes / MIB:,.2f}",
-            f"{loss:.4f}",
+            f"{label} {found.kind}", *counts, f"{size.num_bytes / MIB:,.2f}", f"{loss:.4f}"
         )
     return table
 
