@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from commands import complaint, everything_below, keylayers
@@ -234,15 +234,6 @@ def test_consensus_lists_its_sources_and_takes_each_module_from_those_that_score
     assert merged.provenance["sources"] == [own | {"json_sha256": sha256} for sha256 in hashes]
     assert (merged.method, merged.granularity) == ("consensus", "module")
     assert consensus(runs[1:]).granularity == "block"
-
-
-@settings(max_examples=20)  # each asks git for the commit
-@given(st.lists(st.integers(-3, 3).map(float), min_size=2, max_size=12))
-def test_the_consensus_of_one_ranking_has_its_order(scores):
-    ranking = ranking_of(scores)
-    merged = consensus([ranking])
-    assert merged.ranks() == ranking.ranks()
-    assert all(module.standard_error is None for module in merged.modules)
 
 
 def test_no_rankings_have_no_consensus():

@@ -5,7 +5,6 @@ The browser is the Chromium that is installed, headless and without a network.
 """
 
 import json
-import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
@@ -152,16 +151,6 @@ def test_the_slider_shows_what_select_takes_at_every_budget(page_of, hand):
             shown = sorted(text for text in labels.all_text_contents() if text != "?")
             assert shown == sorted(str(ranks[name]) for name in chosen.names)
         assert "?" in labels.all_text_contents()
-
-
-def test_hovering_over_a_cell_shows_the_module(page_of, hand):
-    with page_of(hand) as page:
-        cells = page.locator("[data-chart=heatmap] .mark-rect.role-mark").last.locator("path")
-        cells.nth(4).hover(force=True)
-        text = page.locator("#vg-tooltip-element").inner_text()
-        assert re.sub(r"\s+", " ", text) == (
-            "module model.layers.1.b_proj rank 5 score 0.45 ± standard error 0.04 parameters 40"
-        )
 
 
 def test_the_table_is_sorted_and_filtered_by_keyboard_alone(page_of, hand):

@@ -182,7 +182,6 @@ REFUSED = [
     # Options that no cell takes
     ({"options": {**BASE, "points": 4}, "verify": False}, "takes `points`"),
     ({"options": BASE, "grid": {"order_seed": [0, 1]}, "verify": False}, "takes `order_seed`"),
-    ({"options": {**BASE, "train_data": "other"}}, "takes `train_data`"),
     ({"options": {**BASE, "steps": 100}}, "takes `steps`"),
     ({"options": {**BASE, "freeze": 0.3, "rank_first": True, "train_data": "x"}}, "`train_data`"),
     ({"evaluate": {"tasks": ["mmlu"]}}, "takes `evaluate: tasks`"),

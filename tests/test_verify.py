@@ -150,10 +150,11 @@ def test_leave_one_out_adds_a_curve_and_its_area(ranking_copy):
     assert (left_out["losses"][0], left_out["losses"][-1]) == (best_first[0], best_first[-1])
 
 
-def test_an_update_or_a_mask_split_that_rank_was_given_is_taken_over(tiny, tmp_path):
+def test_an_update_or_a_mask_split_that_rank_was_given_is_taken_over(tiny, ranked_full, tmp_path):
+    assert rank(tiny, tmp_path / "adapter", "--adapter", tiny / "adapter") == 0
+    shutil.copytree(ranked_full, tmp_path / "tuned")
     for option in ("adapter", "tuned"):
         folder = tmp_path / option
-        assert rank(tiny, folder, f"--{option}", tiny / option) == 0
         assert said(verify(folder)) == set()
         check_ends(folder)
         assert update_of(folder) == {option: str(tiny / option)}
