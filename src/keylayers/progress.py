@@ -26,11 +26,7 @@ class Silent:
 
     def stage(self, title: str, num_steps: int | None) -> AbstractContextManager[OnStep]:
         """A part of the run that is not shown."""
-
-        def ignore(step: int, loss: float | None) -> None:
-            return None
-
-        return nullcontext(ignore)
+        return nullcontext(lambda step, loss: None)
 
     def note(self, text: str) -> None:
         """A note that is not shown."""

@@ -163,20 +163,15 @@ class _Maker:
         own = {**options, **{name: options[t] for t, name in OF_TRAINING.items() if t in options}}
         if own.get("model") != options.get("model") and "train_revision" not in options:
             own.pop("revision", None)  # that of the ranked model
-        needed, is_any = ranked["ranking"], False
+        needed = ranked["ranking"]
         if options.get("budget") == AUTO:
             needed = ranked["verification"]
-        elif str(options.get("budget")) in ("1.0", "1.0x-params") and "stage-1" in ranked:
-            # All modules are the same set whatever ranks them: the ranking that comes with stage 1
-            # serves every method and, if `steps` is given, every stage 1 of the same modules.
-            needed = ranked["stage-1"]
-            is_same = all(own.get(n) == options.get(n) for n in ("model", "revision", "towers"))
-            is_any = is_same and "steps" in options
-        place = {"ranking": needed.folder}
+        elif str(options.get("budget")) in ("1.0", "1.0x-params"):
+            # All modules are the same set whatever ranks them: one training serves every method.
+            needed = ranked.get("stage-1", needed)
         names = defaults_of("train", ("stability", "scoring"))
-        cell = self._cell("training", own, names, place, [] if is_any else [needed])
-        scope = cell.scope.union(ranked["ranking"].scope, needed.scope, OF_TRAINING)
-        return replace(cell, needs=(needed.name,), scope=scope)
+        cell = self._cell("training", own, names, {"ranking": needed.folder}, [needed])
+        return replace(cell, scope=cell.scope.union(ranked["ranking"].scope, OF_TRAINING))
 
     def _evaluation(self, training: Cell) -> Cell:
         """What was trained, against its base model."""
