@@ -19,11 +19,7 @@ from keylayers.training.options import FreezeAction, StabilityOptions
 
 
 def run_rank_first(options: TrainOptions, output: Path, progress: Progress) -> list[TrainedSet]:
-    """Fine-tune all modules, freeze the lowest-ranked when the loss is stable, and continue.
-
-    The output gets the adapter, its record and ranking.json. The rows are those of the base model,
-    the run, and the controls; resuming is as for `run_train`.
-    """
+    """Fine-tune all modules, freeze the lowest-ranked when the loss is stable, and continue."""
     wanted = options.selection
     with open_job(options, output, progress) as job:
         callback = _callback(job, wanted, options.stability, options.scoring.scoring())

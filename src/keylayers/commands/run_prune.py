@@ -40,10 +40,7 @@ EVAL_BATCH_SIZE = 8
 
 
 def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned:
-    """Write an adapter or a tuned checkpoint with only the selected modules, and prove it.
-
-    An error leaves nothing behind.
-    """
+    """Write an adapter or a tuned checkpoint with only the selected modules, and prove it."""
     ranking = Ranking.load(options.selection.ranking)
     selection = ranking.select(options.selection.budget_for(ranking))
     check_replaceable(output)

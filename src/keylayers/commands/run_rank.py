@@ -37,12 +37,7 @@ from keylayers.updates.existing import TunedModel, existing_update
 
 
 def run_rank(options: RankOptions, output: Path, progress: Progress, stage_1_in: Path) -> Ranking:
-    """Run both stages, or stage 2 on an existing update, and write `output`/ranking.json.
-
-    If a run was interrupted in stage 1, calling this again resumes from the last checkpoint and
-    gives the same result as an uninterrupted run. An error leaves nothing behind. Stage 1's
-    adapter or checkpoint is written below `stage_1_in`.
-    """
+    """Run both stages, the first below `stage_1_in`, or stage 2 alone; write ranking.json."""
     start = time.perf_counter()
     training, scoring = options.training, options.scoring.scoring()
     with output_folder(output):
@@ -102,10 +97,7 @@ def _find_update(session: Session, options: RankOptions, folder: Path) -> TunedM
 def _stage_1(
     session: Session, options: RankOptions, folder: Path
 ) -> tuple[Tuned | None, dict[str, Any]]:
-    """Train all modules and write them to `folder`, unless a run of the same inputs has.
-
-    The tuned model, if it was trained, and the record of stage 1.
-    """
+    """The tuned model, unless `folder` has it of the same inputs already, and stage 1's record."""
     training = options.training
     inputs = inputs_sha256(session, training, stability=asdict(options.stability))
     with suppress(RankingError):

@@ -93,10 +93,7 @@ class TrainJob:
         ranking: Ranking,
         controls: Mapping[str, Callable[[], Trained]],
     ) -> list[TrainedSet]:
-        """Train the controls, by label, that have no row yet; all rows.
-
-        Record and card are updated after each.
-        """
+        """Train the controls, by label, that have no row yet, and record each; all rows."""
         rows = [TrainedSet(**row) for row in record["results"]]
         for label, train in controls.items():
             if label in {row.label for row in rows}:
@@ -134,12 +131,7 @@ def open_job(
 
 
 def run_train(options: TrainOptions, output: Path, progress: Progress) -> list[TrainedSet]:
-    """Train the selected modules, prove that only they were trained, and write the result.
-
-    If a run was interrupted, calling this again resumes from the last checkpoint and gives the same
-    result as an uninterrupted run. An error leaves nothing behind. The rows are those of the base
-    model, the selection, and the controls.
-    """
+    """Train the selected modules, prove that only they were trained, and write the result."""
     wanted = options.selection
     assert wanted.ranking is not None
     ranking = Ranking.load(wanted.ranking)

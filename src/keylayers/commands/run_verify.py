@@ -26,11 +26,7 @@ NUM_LEAVE_ONE_OUT_EXAMPLES = 64
 def run_verify(
     ranking: Path, options: VerifyOptions, progress: Progress, output: Path | None = None
 ) -> Verification:
-    """Measure the mask curve of a ranking, and write verification.json.
-
-    With the options of the ranking's own run, which the command line takes over, neither stage 1
-    nor the scores saw the held-out examples. An error leaves nothing behind.
-    """
+    """Measure the mask curve of a ranking, and write verification.json."""
     loaded = Ranking.load(ranking)
     with nullcontext() if output is None else output_folder(output):
         found = _verification(loaded, options, progress)

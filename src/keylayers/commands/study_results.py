@@ -48,8 +48,6 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     axes = list(study.grid)
     record = {"environment": environment(), **study.model_dump(), "grid": study.axes}
-    names = ("name", "kind", "options", "words", "needs", "points")
-    record["cells"] = [{name: getattr(cell, name) for name in names} for cell in cells]
     write_json(folder / "study.json", record)
     table = results_table(cells, states, axes)
     write_bytes(folder / "results.parquet", table.to_parquet(index=False))
@@ -128,11 +126,7 @@ def _measures(kind: str, content: Any) -> Iterator[tuple[str, float | None, str]
 def agreement_table(
     cells: Sequence[Cell], axes: Sequence[str], fractions: Sequence[float]
 ) -> pd.DataFrame:
-    """Agreement of each two rankings that differ in one axis, at each fraction of the modules.
-
-    Pairs that differ in the seed are the ceiling for the others. Measures are empty where a ranking
-    gives all modules the same score.
-    """
+    """Agreement of each two rankings that differ in one axis; empty if one ranks nothing."""
     ranked = [cell for cell in cells if cell.kind == "ranking"]
     rankings = {cell.name: Ranking.load(cell.folder) for cell in ranked}
     points = [(point, rankings[cell.name]) for cell in ranked for point in cell.points]
@@ -159,8 +153,8 @@ def agreement_means(table: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
     pairs = table.assign(**{name: table[name].mask(of_seeds, "any") for name in PAIR[1:]})
     groups = [*PAIR, *_groups(table, axes), "best"]
     by = pairs.groupby(groups, sort=False, dropna=False)
-    extremes = by["jaccard"].agg(["min", "max", "size"])
-    return by[AGREED].mean().join(extremes).reset_index().rename(columns={"size": "pairs"})
+    extremes = by["jaccard"].agg(["min", "max", ("pairs", "size")])
+    return by[AGREED].mean().join(extremes).reset_index()
 
 
 def _means(table: pd.DataFrame, axes: Sequence[str]) -> dict[str, pd.DataFrame]:

@@ -20,10 +20,9 @@ from urllib.parse import urlsplit
 
 from keylayers.commands.study_cells import Cell
 from keylayers.commands.study_grid import printable
-from keylayers.errors import ConfigError, OutputError
+from keylayers.errors import ConfigError, KeylayersError, OutputError
 from keylayers.files import WHAT_TO_DO, says_full, write_json
 
-ERROR = "keylayers: "  # begins the line that says why a command failed
 HEAVY = ["torch", "transformers", "trl", "peft", "datasets"]  # what the commands import
 CONNECT_SECONDS = 10.0
 
@@ -94,15 +93,13 @@ def run_cell(cell: Cell) -> State:
         contextlib.redirect_stderr(log),
     ):
         try:
-            code = main(cell.words)
+            if code := main([*cell.words, "--traceback"]):
+                error = f"exit code {code}"
         except (Exception, SystemExit) as raised:  # recorded; the other cells go on
             traceback.print_exc()
-            code, error = 1, f"{type(raised).__name__}: {' '.join(str(raised).split())}"
-    if code and not error:
-        lines = (cell.folder / "log.txt").read_text(encoding="utf-8").splitlines()
-        told = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
-        error = told[-1] if told else f"exit code {code}"
-    state = State("failed" if code else "finished", error, time.perf_counter() - start)
+            name = "" if isinstance(raised, KeylayersError) else f"{type(raised).__name__}: "
+            error = name + " ".join(str(raised).split())
+    state = State("failed" if error else "finished", error, time.perf_counter() - start)
     write_json(cell.folder / "cell.json", {"command": list(cell.words), "state": asdict(state)})
     return state
 
