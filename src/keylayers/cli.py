@@ -16,7 +16,7 @@ from cyclopts import App, CycloptsError, Parameter
 from keylayers._version import __version__
 from keylayers.commands.config import from_config_file, from_ranking_file, refuse_grpo
 from keylayers.environment import check_no_password
-from keylayers.errors import KeylayersError, OutputError
+from keylayers.errors import ConfigError, KeylayersError, OutputError
 from keylayers.files import FULL, WHAT_TO_DO
 
 app = App(
@@ -67,38 +67,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (`head`) closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except CycloptsError as error:
-        if is_traceback_wanted:
+    except (CycloptsError, KeylayersError, OSError) as error:
+        known = None if is_traceback_wanted else _known(error)
+        if known is None:
             raise
-        # cyclopts 4 names a whole group of options if none of them is given: name the one missing
-        while error.argument is not None and error.argument.children:
-            error.argument = next(part for part in error.argument.children if part.required)
-        _complain(str(error))
-        return 2
-    except KeylayersError as error:
-        if is_traceback_wanted:
-            raise
-        _complain(str(error))
-        return error.exit_code
-    except OSError as error:
-        if is_traceback_wanted:
-            raise
-        if error.errno == errno.ENAMETOOLONG:
-            _complain(
-                f"a file or a folder must have a name that the system takes, but one that begins "
-                f"with {str(error.filename)[:40]!r} is too long"
-            )
-            return 2
-        if error.errno not in FULL:
-            raise
-        _complain(f"the disk must have room for what libraries keep on it, {WHAT_TO_DO}")
-        return OutputError.exit_code
+        _complain(str(known))
+        return known.exit_code
     return 0
 
 
 def run() -> None:
     """The console script: `main` with the process's arguments, as its exit code."""
     sys.exit(main())
+
+
+def _known(error: CycloptsError | KeylayersError | OSError) -> KeylayersError | None:
+    """The error as one of ours; None for a failure that is nobody's mistake."""
+    if isinstance(error, KeylayersError):
+        return error
+    if isinstance(error, CycloptsError):
+        # cyclopts 4 names a whole group of options if none of them is given: name the one missing
+        while error.argument is not None and error.argument.children:
+            error.argument = next(part for part in error.argument.children if part.required)
+        return ConfigError(str(error))
+    if error.errno == errno.ENAMETOOLONG:
+        return OutputError(
+            f"a file or a folder must have a name that the system takes, but one that begins with "
+            f"{str(error.filename)[:40]!r} is too long"
+        )
+    if error.errno in FULL:
+        return OutputError(f"the disk must have room for what libraries keep on it, {WHAT_TO_DO}")
+    return None
 
 
 def _quiet_libraries() -> None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`keylayers train --rank-first`: train, rank and freeze in one run, the paper's algorithm."""
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -29,12 +28,9 @@ def run_rank_first(options: TrainOptions, output: Path, progress: Progress) -> l
             trained = job.sets.train(job.session.names, "selected", callback, measure_base=True)
             record = _save(job, trained, callback, inputs)
         step = record["frozen"]["at_step"]
-        controls: dict[str, Callable[[], Trained]] = {}
-        for control in wanted.controls:
-            controls[_label(control, wanted.action, step)] = partial(
-                _control, job, wanted, control, step
-            )
-        return job.compare(record, Ranking.load(output), controls)
+        labels = {_label(control, wanted.action, step): control for control in wanted.controls}
+        train = partial(_control, job, wanted, step)
+        return job.compare(record, Ranking.load(output), labels, train)
 
 
 def _save(
@@ -65,7 +61,7 @@ def _save(
     return job.save(trained, replace(callback.ranking, provenance=provenance), record)
 
 
-def _control(job: TrainJob, wanted: SelectionOptions, control: Control, step: int) -> Trained:
+def _control(job: TrainJob, wanted: SelectionOptions, step: int, control: Control) -> Trained:
     """A run without a freeze, or with a freeze of other modules after the same step."""
     if control == "all":
         return job.sets.train(job.session.names, "all")

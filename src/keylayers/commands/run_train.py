@@ -3,9 +3,8 @@
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +53,14 @@ class TrainJob:
 
     def finished(self, inputs_sha256: str, ranking: Ranking | None) -> dict[str, Any] | None:
         """The record in the output, if it is of a training of these inputs and this ranking."""
-        try:
+        with suppress(RankingError):
             found = read_run(self.output / RECORD)
-        except RankingError:
-            return None
-        is_of_ranking = ranking is None or found.ranking_sha256 == json_sha256(ranking.to_json())
-        if found.inputs_sha256 != inputs_sha256 or not is_of_ranking:
-            return None
-        self.session.progress.note(f"the training of the same inputs is taken from {self.output}")
-        return found.content
+            is_same = ranking is None or found.ranking_sha256 == json_sha256(ranking.to_json())
+            if is_same and found.inputs_sha256 == inputs_sha256:
+                note = f"the training of the same inputs is taken from {self.output}"
+                self.session.progress.note(note)
+                return found.content
+        return None
 
     def save(self, trained: Trained, ranking: Ranking, record: dict[str, Any]) -> dict[str, Any]:
         """Write the adapter, or the checkpoint after a proof that only selected weights changed.
@@ -91,14 +89,14 @@ class TrainJob:
         self,
         record: dict[str, Any],
         ranking: Ranking,
-        controls: Mapping[str, Callable[[], Trained]],
+        controls: Mapping[str, Control],
+        train: Callable[[Control], Trained],
     ) -> list[TrainedSet]:
         """Train the controls, by label, that have no row yet, and record each; all rows."""
         rows = [TrainedSet(**row) for row in record["results"]]
-        for label, train in controls.items():
-            if label in {row.label for row in rows}:
-                continue
-            rows.append(train().row)
+        done = {row.label for row in rows}
+        for label in (label for label in controls if label not in done):
+            rows.append(train(controls[label]).row)
             record = record | {"results": [row.model_dump() for row in rows]}
             write_text(self.output / CARD, card_of("train", record, ranking))
             write_json(self.output / RECORD, record)
@@ -149,11 +147,12 @@ def run_train(options: TrainOptions, output: Path, progress: Progress) -> list[T
             results = {"results": [row.model_dump() for row in rows]}
             own = {"inputs_sha256": inputs, "selection": selection.record()}
             record = job.save(trained, ranking, own | results)
-        controls: dict[str, Callable[[], Trained]] = {}
-        for control in wanted.controls:
+
+        def train(control: Control) -> Trained:
             names = control_modules(ranking, selection, control, options.training.seed)
-            controls[control] = partial(job.sets.train, names, control)
-        return job.compare(record, ranking, controls)
+            return job.sets.train(names, control)
+
+        return job.compare(record, ranking, {name: name for name in wanted.controls}, train)
 
 
 def _select_within(job: TrainJob, ranking: Ranking, budget: Budget) -> Selection:

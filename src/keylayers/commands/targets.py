@@ -69,8 +69,7 @@ def targets(
     for title, table in _heatmaps(found):
         console.print(f"\n{title}", markup=False)
         console.print(table)
-    outside = sorted(found.names - {info.name for info in found.modules})
-    if outside:
+    if outside := _outside(found):
         shown = (f"{name} ({found.lora.get(name, 'whole')})" for name in outside)
         console.print(f"\noutside the blocks: {', '.join(shown)}", markup=False, soft_wrap=True)
     for warning in found.warnings:
@@ -88,28 +87,24 @@ def _summary(found: "Trained") -> str:
     return f"{', '.join(parts) or 'no module of a block'}; {found.num_parameters:,} parameters"
 
 
+def _outside(found: "Trained") -> list[str]:
+    return sorted(found.names - {info.name for info in found.modules})
+
+
 def _content(found: "Trained") -> dict[str, Any]:
+    def of(name: str) -> dict[str, int | None]:
+        return {"lora_rank": found.lora.get(name), "num_trained_weights": found.whole.get(name, 0)}
+
     return {
         "num_modules": len(found.modules),
         "num_lora_parameters": found.num_lora_parameters,
         "num_trained_parameters": found.num_parameters,
         "modules": [
-            {
-                "name": info.name,
-                "block_index": info.block_index,
-                "projection": info.projection,
-                "lora_rank": found.lora.get(info.name),
-                "num_trained_weights": found.whole.get(info.name, 0),
-            }
+            {name: getattr(info, name) for name in ("name", "block_index", "projection")}
+            | of(info.name)
             for info in found.modules
         ],
-        "outside": {
-            name: {
-                "lora_rank": found.lora.get(name),
-                "num_trained_weights": found.whole.get(name, 0),
-            }
-            for name in sorted(found.names - {info.name for info in found.modules})
-        },
+        "outside": {name: of(name) for name in _outside(found)},
         "warnings": list(found.warnings),
     }
 
