@@ -73,8 +73,8 @@ def planted_model():
     return model
 
 
-def trainer_of(model, **options):
-    return Trainer(model=model, args=arguments(**options), train_dataset=data())
+def trainer_of(model, num_rows=24, **options):
+    return Trainer(model=model, args=arguments(**options), train_dataset=data(num_rows))
 
 
 @cache

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Budgets in GiB: real steps of a trainer are measured; the best modules that fit are chosen."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -15,23 +17,33 @@ from rankings import ranking_of
 MIB = 2**20
 
 
+@dataclass
 class Held:
     """A step that holds 100 bytes, and a number of bytes for each module."""
 
-    batch = "2 x 8 tokens"
-
-    def __init__(self, each):
-        self.each = each
-        self.num_measured = 0
+    each: int
+    batch: str = "2 x 8 tokens"
+    num_measured: int = 0
 
     def of(self, names):
         self.num_measured += 1
         return float(100 + self.each * len(names))
 
 
-@pytest.mark.parametrize(
-    ("budget", "num_modules"), [("0.00012MB", 2), ("0.000129MB", 2), ("0.00013MB", 3), ("1GiB", 5)]
-)
+FITTING = [("0.00012MB", 2), ("0.000129MB", 2), ("0.00013MB", 3), ("1GiB", 5)]
+REFUSED = [
+    ("0GiB", None, "as memory must be above 0"),
+    ("-1GiB", None, "as memory must be above 0"),
+    ("manyGiB", None, "`budget` must be a fraction .* got 'manyGiB'"),
+    ("nanGB", None, "as memory must be above 0"),
+    ("12GiB", None, "needs a measured training step: use it with `keylayers train`"),
+    ("12G", None, "must be a fraction such as 0.3"),
+    (2, Held(1), "`memory` must be left out with `budget` 2"),
+    ("0.0001MiB", Held(1000), "a step of the best module, which .*2 x 8 tokens"),
+]
+
+
+@pytest.mark.parametrize(("budget", "num_modules"), FITTING)
 def test_as_many_of_the_best_as_fit_are_found_by_bisection(budget, num_modules):
     memory, ranking = Held(10), ranking_of([4.0, -1.0, 5.0, None, 2.0, 3.0])
     selected = ranking.select(budget, memory)
@@ -40,19 +52,7 @@ def test_as_many_of_the_best_as_fit_are_found_by_bisection(budget, num_modules):
     assert (selected.budget, selected.num_tied_out) == (budget, 0)
 
 
-@pytest.mark.parametrize(
-    ("budget", "memory", "message"),
-    [
-        ("0GiB", None, "as memory must be above 0"),
-        ("-1GiB", None, "as memory must be above 0"),
-        ("manyGiB", None, "`budget` must be a fraction .* got 'manyGiB'"),
-        ("nanGB", None, "as memory must be above 0"),
-        ("12GiB", None, "needs a measured training step: use it with `keylayers train`"),
-        ("12G", None, "must be a fraction such as 0.3"),
-        (2, Held(1), "`memory` must be left out with `budget` 2"),
-        ("0.0001MiB", Held(1000), "a step of the best module, which .*2 x 8 tokens"),
-    ],
-)
+@pytest.mark.parametrize(("budget", "memory", "message"), REFUSED)
 def test_memory_that_makes_no_sense_or_lacks_a_step_is_refused(budget, memory, message):
     with pytest.raises(ValueError, match=message):
         ranking_of([2.0, 1.0, 0.5, 0.2]).select(budget, memory)

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from collections import ChainMap
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,32 +124,26 @@ def one(tiny, preferences, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def launched(tiny, preferences, tmp_path_factory):
-    """Wrapper -> folder of the results of two processes, and what they printed; each once."""
-
-    @cache
-    def under(wrapper):
-        root = tmp_path_factory.mktemp(wrapper)
-        asked = commands(tiny, preferences, root, 2)
-        asked = [asked[name] for name in RUN_UNDER[wrapper]]
-        codes, out, err = launch(root, asked, wrapper)
-        assert codes == {"0": [0] * len(asked), "1": [0] * len(asked)}, err[-3000:]
-        return SimpleNamespace(root=root, out=out, err=err, wrapper=wrapper)
-
-    return under
-
-
-@pytest.fixture
-def two(request, launched):
-    if request.param == "zero2" and find_spec("deepspeed") is None:
+def two(request, tiny, preferences, tmp_path_factory):
+    """The results of two processes under a wrapper, and what they printed."""
+    wrapper = request.param
+    if wrapper == "zero2" and find_spec("deepspeed") is None:
         pytest.skip(NEEDS_DEEPSPEED)
-    return launched(request.param)
+    root = tmp_path_factory.mktemp(wrapper)
+    asked = commands(tiny, preferences, root, 2)
+    asked = [asked[name] for name in RUN_UNDER[wrapper]]
+    codes, out, err = launch(root, asked, wrapper)
+    assert codes == {"0": [0] * len(asked), "1": [0] * len(asked)}, err[-3000:]
+    return SimpleNamespace(root=root, out=out, err=err, wrapper=wrapper)
 
 
 def under_each_wrapper(*names):
-    """A test of these commands under each wrapper that they are run under."""
+    """A long test of these commands under each wrapper that they are run under."""
     cases = [
-        (wrapper, name) for wrapper in WRAPPERS for name in names if name in RUN_UNDER[wrapper]
+        pytest.param(wrapper, name, marks=pytest.mark.long)
+        for wrapper in WRAPPERS
+        for name in names
+        if name in RUN_UNDER[wrapper]
     ]
     return pytest.mark.parametrize(("two", "name"), cases, indirect=["two"])
 
@@ -164,7 +157,6 @@ def difference(first, second):
     return float((first - second).abs().max() / first.abs().max())
 
 
-@pytest.mark.long
 @under_each_wrapper(*METHODS, "dpo", "full", "dora")
 def test_the_ranking_of_two_processes_is_that_of_one(one, two, name):
     found = two.root / name
@@ -177,7 +169,6 @@ def test_the_ranking_of_two_processes_is_that_of_one(one, two, name):
         assert first["step_scores"] == pytest.approx(second["step_scores"], rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.long
 @under_each_wrapper(*LOOKS_INSIDE)
 def test_a_method_that_looks_inside_sees_every_batch_in_every_process(
     tiny, one, two, tmp_path, name
@@ -192,7 +183,6 @@ def test_a_method_that_looks_inside_sees_every_batch_in_every_process(
     assert difference(scores(one / name), scores(found)) > 1e-4
 
 
-@pytest.mark.long
 @under_each_wrapper("train", "rank-first", "train-full")
 def test_so_is_what_is_trained(one, two, name):
     found = two.root / name
@@ -218,7 +208,6 @@ def test_only_the_first_process_speaks_and_writes(two):
     assert [path.name for path in two.root.rglob(".*")] == []
 
 
-@pytest.mark.long
 @under_each_wrapper("rank-first")
 def test_a_stopped_run_of_two_processes_goes_on_bit_for_bit(tiny, preferences, two, tmp_path, name):
     words = commands(tiny, preferences, tmp_path, 2)[name]
@@ -238,23 +227,19 @@ def test_a_mistake_ends_every_process_with_one_line(tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# What is asked of a trainer, under which wrapper -> what is said.
-REFUSED = {
-    "FSDP1": (place_model, "fsdp", {"fsdp_version": 1}, "FSDP must be of version 2, got 1"),
-    "checkpointing by FSDP": (
-        *(place_model, "fsdp", {"fsdp_version": 2, "activation_checkpointing": True}),
-        "`fsdp_activation_checkpointing` must be false",
-    ),
-    "AdaLoRA": (fine_tune, "fsdp", {"fsdp_version": 2}, "must be another than adalora under FSDP"),
-    "ZeRO-3": (place_model, "deepspeed", {"zero_stage": 3}, "must be of stage 0 to 2, got 3"),
-    "freezing": (
-        *(check_can_freeze_inside, "deepspeed", {"zero_stage": 2}),
-        "DeepSpeed's optimiser holds all weights as one",
-    ),
-}
+FSDP2 = {"fsdp_version": 2}
+CHECKPOINTED = {"activation_checkpointing": True, **FSDP2}
+# What is asked of a trainer, its wrapper and the wrapper's settings, what is said.
+REFUSED = [
+    (place_model, "fsdp", {"fsdp_version": 1}, "FSDP must be of version 2, got 1"),
+    (place_model, "fsdp", CHECKPOINTED, "`fsdp_activation_checkpointing` must be false"),
+    (fine_tune, "fsdp", FSDP2, "`update` must be another than adalora under FSDP"),
+    (place_model, "deepspeed", {"zero_stage": 3}, "must be of stage 0 to 2, got 3"),
+    (check_can_freeze_inside, "deepspeed", {"zero_stage": 2}, "holds all weights as one"),
+]
 
 
-@pytest.mark.parametrize(("ask", "wrapper", "plugin", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("ask", "wrapper", "plugin", "message"), REFUSED)
 def test_what_a_wrapper_cannot_do_is_refused(ask, wrapper, plugin, message):
     trainer = Trainer.__new__(Trainer)  # as on accelerators, where it would be whole
     trainer.model = get_peft_model(tiny_llama(), AdaLoraConfig(total_step=2, target_r=8))

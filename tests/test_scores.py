@@ -14,7 +14,6 @@ from keylayers.updates import adapter_updates
 from scored import (
     PLANTED,
     by_name,
-    data,
     everything,
     noisy,
     noisy_model,
@@ -55,9 +54,7 @@ DOES_NOT_DEPEND_ON = {
 
 @cache
 def eight_rows():
-    trainer = trainer_of(noisy_model())
-    trainer.train_dataset = data(8)
-    return trainer
+    return trainer_of(noisy_model(), 8)
 
 
 @cache
