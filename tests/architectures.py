@@ -45,10 +45,6 @@ def text_batch() -> dict[str, Tensor]:
     return {"input_ids": some_tokens(4, 12), "labels": some_tokens(4, 12)}
 
 
-def labelled_batch() -> dict[str, Tensor]:
-    return {"input_ids": some_tokens(4, 12), "labels": torch.tensor([0, 1, 1, 0])}
-
-
 def image_batch() -> dict[str, Tensor]:
     ids = some_tokens(4, 12).clamp(max=VOCABULARY - 2)
     ids[:, :4] = VOCABULARY - 1  # places of the image's four patches
@@ -82,7 +78,8 @@ HEAD_DIM = {"head_dim": 8}
 VISION = Architecture("LLaVA", llava, model=hf.AutoModelForImageTextToText, batch=image_batch)
 CLASSIFIER = Architecture(
     "BERT, classification", hf.BertConfig, {"num_labels": 2},
-    hf.AutoModelForSequenceClassification, "SEQ_CLS", batch=labelled_batch,
+    hf.AutoModelForSequenceClassification, "SEQ_CLS",
+    batch=lambda: text_batch() | {"labels": torch.tensor([0, 1, 1, 0])},
 )  # fmt: skip
 ARCHITECTURES = (
     Architecture("Llama", hf.LlamaConfig),

@@ -20,11 +20,10 @@ NUM_STEPS = 7
 class Ear(TrainerCallback):
     """A callback of a user: it takes every log for one of training."""
 
-    def __init__(self):
-        self.logs = []
+    logs = ()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self.logs.append(logs)
+        self.logs += (logs,)
 
 
 def events(folder):
@@ -59,7 +58,7 @@ def test_every_step_of_learned_scores_and_gates_is_a_point(tmp_path, monkeypatch
     state = dict(vars(trainer.state))
     ranking = learned(trainer)
     assert vars(trainer.state) == state
-    assert ear.logs == []
+    assert ear.logs == ()
     curves = events(tmp_path)
     for module in ranking.modules:
         scores = curves[f"train/mask_score/{module.name}"]
