@@ -31,20 +31,13 @@ def data(num_rows=24):
 
 
 def arguments(kind=TrainingArguments, **options):
-    return kind(
-        **{
-            "output_dir": tempfile.mkdtemp(),  # trainers make their folder
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "per_device_train_batch_size": 4,
-            "dataloader_pin_memory": False,
-            "activation_checkpointing": False,
-        }
-        | options
-    )
+    own = {
+        "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no",
+        "disable_tqdm": True, "per_device_train_batch_size": 4, "dataloader_pin_memory": False,
+        "activation_checkpointing": False,
+        "output_dir": tempfile.mkdtemp(),  # trainers make their folder
+    }  # fmt: skip
+    return kind(**own | options)
 
 
 def noisy_model():
@@ -81,6 +74,12 @@ def trainer_of(model, num_rows=24, **options):
 def noisy():
     """A trainer for tests that leave it as it was."""
     return trainer_of(noisy_model())
+
+
+@cache
+def eight_rows():
+    """A trainer for tests that leave it as it was: two batches are all of its data."""
+    return trainer_of(noisy_model(), 8)
 
 
 @cache

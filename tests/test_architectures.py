@@ -18,14 +18,14 @@ DOCS = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
 SHORT = ("Llama", "GPT-2", "Mixtral", "Mamba", "T5", "LLaVA, all towers", "BERT, classification")
 
 
+CASES = [
+    pytest.param(each, id=title, marks=[] if title in SHORT else [pytest.mark.long])
+    for title, each in NAMED.items()
+]
+
+
 @pytest.mark.filterwarnings("ignore")  # every architecture has deprecations of its own
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        pytest.param(each, id=title, marks=[] if title in SHORT else [pytest.mark.long])
-        for title, each in NAMED.items()
-    ],
-)
+@pytest.mark.parametrize("architecture", CASES)
 def test_lora_rank_select_train_save_and_reload(architecture, tmp_path):
     names = [module.name for module in modules_of(architecture)]
     options = {"r": 2, "lora_alpha": 8, "task_type": architecture.task}

@@ -10,13 +10,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from keylayers.apply.trainable import (
-    add_lora,
-    prove_trainable,
-    prove_unchanged_elsewhere,
-    train_only,
-    trainable_modules,
-)
+from keylayers.apply import trainable
 from keylayers.errors import GuardError, ModelError
 from keylayers.model.modules import map_modules
 from keylayers.model.weights import weights_sha256
@@ -92,28 +86,30 @@ def test_the_target_expression_is_short():
 
 def test_a_trainable_set_that_is_not_the_selection_is_refused():
     names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
-    model = add_lora(tiny_llama(), names, r=2)
-    prove_trainable(model, names)
-    assert trainable_modules(model) == set(names)
+    model = trainable.add_lora(tiny_llama(), names, r=2)
+    trainable.prove_trainable(model, names)
+    assert trainable.trainable_modules(model) == set(names)
     with pytest.raises(ModelError, match=r"missed \['model.layers.0.mlp.no_proj'\]"):
-        add_lora(tiny_llama(), [*names, "model.layers.0.mlp.no_proj"], r=2)
+        trainable.add_lora(tiny_llama(), [*names, "model.layers.0.mlp.no_proj"], r=2)
     model.get_input_embeddings().weight.requires_grad_(True)
     with pytest.raises(GuardError, match=r"1 differ, first model.embed_tokens"):
-        prove_trainable(model, names)
+        trainable.prove_trainable(model, names)
 
 
 def test_full_training_of_a_selection_frees_exactly_it():
     model, name = tiny_llama(attention_bias=True), "model.layers.1.self_attn.v_proj"
-    train_only(model, [name])
+    trainable.train_only(model, [name])
     free = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert free == {f"{name}.weight", f"{name}.bias"}
     with pytest.raises(ModelError, match="but lm_head is not"):
-        train_only(model, ["lm_head"])
+        trainable.train_only(model, ["lm_head"])
 
 
 def test_an_adapter_on_a_conv1d_selection_warns_nobody():
     names = ["transformer.h.1.mlp.c_proj", "transformer.h.0.attn.c_attn"]
-    assert trainable_modules(add_lora(tiny_gpt2(), names, r=2)).keys() == set(names)
+    assert trainable.trainable_modules(trainable.add_lora(tiny_gpt2(), names, r=2)).keys() == set(
+        names
+    )
 
 
 def test_weights_that_changed_outside_the_selection_are_reported():
@@ -121,6 +117,6 @@ def test_weights_that_changed_outside_the_selection_are_reported():
     model = tiny_llama()
     with torch.no_grad():
         model.get_submodule(UP_PROJ).weight += 1
-    prove_unchanged_elsewhere(model, base, [UP_PROJ])
+    trainable.prove_unchanged_elsewhere(model, base, [UP_PROJ])
     with pytest.raises(GuardError, match=rf"1 others did, first {UP_PROJ}"):
-        prove_unchanged_elsewhere(model, base, ["model.layers.1.mlp.up_proj"])
+        trainable.prove_unchanged_elsewhere(model, base, ["model.layers.1.mlp.up_proj"])

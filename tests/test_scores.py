@@ -11,18 +11,7 @@ from keylayers.errors import ConfigError
 from keylayers.scores.methods import methods
 from keylayers.scores.scoring_options import scoring_options
 from keylayers.updates import adapter_updates
-from scored import (
-    PLANTED,
-    by_name,
-    everything,
-    noisy,
-    noisy_model,
-    options_of,
-    planted,
-    score,
-    scores_of,
-    trainer_of,
-)
+from scored import PLANTED, by_name, eight_rows, everything, options_of, planted, score, scores_of
 
 from tiny_models import unchanged
 
@@ -50,11 +39,6 @@ DOES_NOT_DEPEND_ON = {
     "size of batches": MEANS,
     "order of batches": [*MEANS, "gradient-norm", "aletheia"],
 }
-
-
-@cache
-def eight_rows():
-    return trainer_of(noisy_model(), 8)
 
 
 @cache
@@ -139,7 +123,7 @@ GROUPED = [("elimination", "projection", 7), ("elimination", "block", 2), ("ila"
 
 @pytest.mark.parametrize(("method", "granularity", "num_gates"), GROUPED)
 def test_modules_that_share_a_gate_share_its_score(method, granularity, num_gates):
-    values = scores_of(noisy(), method, granularity=granularity)
+    values = scores_of(eight_rows(), method, granularity=granularity)
     part = {"block": 2, "projection": -1}[granularity]  # of a module's name
     found = {(name.split(".")[part], value) for name, value in values.items()}
     assert len(found) == len(set(values.values())) == num_gates

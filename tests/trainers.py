@@ -69,15 +69,9 @@ def classes_of(kind):
 
 
 DATA = {
-    "SFT": answered,
-    "DPO": preferences,
-    "KTO": judged,
-    "ORPO": preferences,
-    "Reward": preferences,
-    "GRPO": prompts,
-    "plain": tokens,
-    "own loss": tokens,
-}
+    "SFT": answered, "DPO": preferences, "KTO": judged, "ORPO": preferences, "Reward": preferences,
+    "GRPO": prompts, "plain": tokens, "own loss": tokens,
+}  # fmt: skip
 # TRL's trainers take a `peft_config` or a ready model; transformers' own takes a ready model.
 FROM_TRL = ("SFT", "DPO", "KTO", "ORPO", "Reward", "GRPO")
 CASES = [(kind, "config") for kind in FROM_TRL] + [(kind, "model") for kind in DATA]
