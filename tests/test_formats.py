@@ -105,17 +105,15 @@ def test_digests_tell_conversations_apart():
     assert len({each.digest() for each in found}) == len(found)
 
 
+QA, SPOKEN = new("U: q | A: a"), old("U: q | A: a")
 NULLS = {"role": None, "content": None, "from": None, "value": None}
 # Rows of two data sets that were joined, so that each has the columns of both.
 JOINED = [
-    (
-        {"messages": [NULLS | turn for turn in new("U: q | A: a")]},
-        {"messages": [NULLS | turn for turn in old("U: q | A: a")]},
-    ),
-    ({"messages": new("U: q | A: a")}, {"conversations": old("U: q | A: a")}),
-    ({"instruction": "q", "output": "a"}, {"prompt": "q", "completion": "a"}),
-    ({"question": "q", "answer": "a"}, {"instruction": "q", "response": "a"}),
-    ({"messages": new("U: q | A: a")}, {"instruction": "q", "output": "a"}),
+    [{"messages": [NULLS | turn for turn in turns]} for turns in (QA, SPOKEN)],
+    [{"messages": QA}, {"conversations": SPOKEN}],
+    [{"instruction": "q", "output": "a"}, {"prompt": "q", "completion": "a"}],
+    [{"question": "q", "answer": "a"}, {"instruction": "q", "response": "a"}],
+    [{"messages": QA}, {"instruction": "q", "output": "a"}],
 ]
 
 
@@ -124,11 +122,10 @@ JOINED = [
 def test_rows_of_joined_data_sets_are_read_whatever_is_null(rows, nothing):
     columns = dict.fromkeys([*rows[0], *rows[1]], nothing)
     for both in (rows, rows[::-1]):
-        first = both[0]  # read_format gets the columns that hold something
-        format = read_format(first, None)
+        format = read_format(both[0], None)  # gets the columns that hold something
         convert = partial(conversations_of, format=format, is_forced=False)
         found = convert_rows([columns | row for row in both], format, convert)
-        assert [each.messages for each in found.examples] == 2 * [new("U: q | A: a")]
+        assert [each.messages for each in found.examples] == 2 * [QA]
         assert [each.row_number for each in found.examples] == [1, 2]
 
 

@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-import warnings
 from pathlib import Path
 from typing import get_args
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from commands import best, complaint, file_for, fresh_process, keylayers, read, record_of, scores
+from prepared import PAIRS
 from tiny_files import CHAT_TEMPLATE, NUM_MODULES, write_rows
 
 OBJECTIVES = ("dpo", "kto", "orpo", "reward")
@@ -121,18 +121,16 @@ def test_a_full_update_trains_exactly_the_selection_against_the_base_model(ranke
 
 
 @pytest.mark.parametrize("objective", ["dpo", "orpo"])  # TRL tokenises these in two ways
-def test_a_field_of_some_turns_is_no_null_of_the_others_in_trls_trainer(
-    tiny, preferences, objective, tmp_path
-):
+def test_a_field_of_some_turns_is_no_null_of_the_others_in_trls_trainer(tiny, objective, tmp_path):
     folder = shutil.copytree(tiny / "model", tmp_path / "model")
     thought = "{% if m.thinking is defined %}{{ m.thinking + '' }}{% endif %}"  # no null
     template = CHAT_TEMPLATE.replace("{{ m['content'] }}</s>", thought + "{{ m['content'] }}</s>")
     (folder / "chat_template.jinja").write_text(template)
-    pairs = [json.loads(line) for line in (preferences / "pairs.jsonl").read_text().splitlines()]
-    for place, pair in enumerate(pairs):
-        said = {"role": "assistant", "content": f"Good {place}."}
-        pair["chosen"] = [said | {"thinking": "So so so."} if place % 2 else said]
-    write_rows(tmp_path / "data.jsonl", pairs)
+    said = {"role": "assistant", "content": "Good."}
+    answers = ([said], [said | {"thinking": "So so so."}])
+    write_rows(
+        tmp_path / "data.jsonl", [row | {"chosen": answers[i % 2]} for i, row in enumerate(PAIRS)]
+    )
     options = ("--model", folder, "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out")
     assert keylayers("rank", *options, "--objective", objective, "--max-steps", "1", *QUICK) == 0
 
@@ -154,23 +152,20 @@ def test_a_ranking_gives_its_beta_to_its_own_objective_and_is_noted_with_another
 
 
 REFUSED = [
-    (["--objective", "grpo"], "call keylayers.rank_modules"),
-    (["--objective", "sft", "--beta", "0.1"], "`beta` must be left out with `objective` sft"),
-    (["--objective", "dpo", "--beta", "-1"], "`beta` must be above 0"),
-    (["--objective", "kto", "--batch-size", "1"], "`batch_size` must be at least 2"),
-    (["--objective", "kto"], "`objective` kto needs the columns label"),
-    (
-        ["--objective", "reward", "--update", "full"],
-        "`update` must be an adapter with `objective` r",
-    ),
-    (["--objective", "sft"], "choose an objective for preferences with `--objective`"),
+    ("--objective grpo", "call keylayers.rank_modules"),
+    ("--objective sft --beta 0.1", "`beta` must be left out with `objective` sft"),
+    ("--objective dpo --beta -1", "`beta` must be above 0"),
+    ("--objective kto --batch-size 1", "`batch_size` must be at least 2"),
+    ("--objective kto", "`objective` kto needs the columns label"),
+    ("--objective reward --update full", "`update` must be an adapter with `objective` reward"),
+    ("--objective sft", "choose an objective for preferences with `--objective`"),
 ]
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED)
 def test_mistakes_are_one_clear_line(tiny, preferences, tmp_path, options, message, capsys):
     base = ("--model", tiny / "model", "--data", preferences / "pairs.jsonl")
-    assert keylayers("rank", *base, "--output", tmp_path / "o", *options) == 2
+    assert keylayers("rank", *base, "--output", tmp_path / "o", *options.split()) == 2
     assert message in complaint(capsys)
     assert not (tmp_path / "o").exists()
 
@@ -179,13 +174,12 @@ def test_a_new_head_is_the_same_whatever_the_seed(tiny):
     from keylayers.model.loading import load_model
     from keylayers.model.options import ModelOptions
 
-    heads = []
-    for seed in (1, 2):
+    def head(seed):
         torch.manual_seed(seed)
-        model = load_model(ModelOptions(model=str(tiny / "model")), "reward")
-        heads.append(model.score.weight)
-    assert torch.equal(*heads)
-    assert bool(heads[0].any())
+        return load_model(ModelOptions(model=str(tiny / "model")), "reward").score.weight
+
+    assert torch.equal(head(1), head(2))
+    assert bool(head(1).any())
 
 
 def test_a_trainer_that_thaws_weights_is_refused(ranked, tmp_path, monkeypatch, capsys):
@@ -207,15 +201,14 @@ def test_a_trainer_that_thaws_weights_is_refused(ranked, tmp_path, monkeypatch, 
 DOCS = (Path(__file__).resolve().parents[1] / "docs" / "objectives.md").read_text()
 
 
+@pytest.mark.filterwarnings("ignore")  # those of a user's own trainer are the user's
 def test_the_example_of_the_docs_runs(tiny, preferences, tmp_path, monkeypatch):
     [code] = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
     (tmp_path / "base").symlink_to(tiny / "model")
     (tmp_path / "pairs.jsonl").symlink_to(preferences / "pairs.jsonl")
     monkeypatch.chdir(tmp_path)
     found = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of a user's own trainer are the user's
-        exec(code, found)
+    exec(code, found)
     assert len(found["ranking"].modules) == NUM_MODULES
     assert found["ranking"].provenance["reference"] == "base"
     assert found["config"].r == 16
