@@ -84,10 +84,6 @@ def copy(place, tmp_path):
     return shutil.copytree(place / "model", tmp_path / "copy")
 
 
-def edit(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 CHANGES = {  # of a model's or its tokenizer's attributes
     "rope": lambda model, _: model.config.rope_parameters.update(rope_theta=5.0),
     "infinite": lambda model, _: setattr(model.config, "time_step_limit", (0.0, float("inf"))),
@@ -118,7 +114,9 @@ def test_what_changes_results_changes_the_hash_but_neither_place_nor_use(place, 
 
 
 def test_models_that_differ_in_their_config_alone_are_two_models(said, copy, tmp_path):
-    edit(copy / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 2})
+    config = json.loads((copy / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 2}
+    (copy / "config.json").write_text(json.dumps(config))
 
     def losses(*models):
         said(*models, *FORGETTING)
@@ -134,21 +132,21 @@ def test_models_that_differ_in_their_config_alone_are_two_models(said, copy, tmp
 SMALL = ["--max-steps", "2", "--batch-size", "4", "--mask-batches", "1"]
 
 
-@pytest.mark.parametrize(("trained", "template"), [("trained", "model"), ("stage 1", "chatml")])
+@pytest.mark.parametrize(("template", "other"), [("model", "alpaca"), ("chatml", "model")])
 def test_training_on_another_split_or_in_another_chat_template_is_said(
-    tmp_path, said, trained, template
+    tmp_path, said, template, other
 ):
-    given = [] if template == "model" else ["--chat-template", template]
+    given, elsewhere = (
+        [] if name == "model" else ["--chat-template", name] for name in (template, other)
+    )
     data = ["--model", "model", "--data", "data.jsonl", "--max-length", "64", "--held-out", "5"]
     assert keylayers("rank", *data, *given, *SMALL, "--output", tmp_path / "rank") == 0
-    source = tmp_path / "rank" / "adapter"
-    if trained == "trained":
+    source = tmp_path / "rank" / "adapter"  # of stage 1, or else of a training of its own
+    if template == "model":
         source = tmp_path / "adapter"
-        train = ["--ranking", tmp_path / "rank" / "ranking.json", "--budget", "3", "--steps", "1"]
+        train = ["--ranking", tmp_path / "rank", "--budget", "3", "--steps", "1"]
         assert keylayers("train", *train, "--output", source) == 0
-    other = "alpaca" if template == "model" else "model"
     text = f"adapter was trained in the chat template {template!r}, but is measured in {other!r}"
-    elsewhere = ["--chat-template", "alpaca"] if template == "model" else []
     tasks = ["--model", "model", "--task-folder", "tasks", "--tasks", "three", "--limit", "2"]
     for measured in (data, [*tasks, "--apply-chat-template"]):
         assert text in said("--adapter", source, *measured, *elsewhere)[0]

@@ -191,18 +191,6 @@ def test_preferences_of_all_formats_are_the_same(row, prompt, rating):
         assert (same.is_equal, same.has_answer) == (True, True)
 
 
-RATINGS = {True: (True, 1, 1.0, "true", "True", "1"), False: (False, 0, 0.0, "false", "False", "0")}
-
-
-@pytest.mark.parametrize(("column", "other"), [("label", "kto_tag"), ("kto_tag", "label")])
-def test_ratings_are_read_in_every_spelling(column, other):
-    row = {"prompt": "q", "completion": "a", other: None}
-    for is_good, cells in RATINGS.items():
-        rows = [row | {column: cell} for cell in cells]
-        found = convert_rows(rows, "rated", PREFERENCES["rated"]).examples
-        assert [each.is_good for each in found] == [is_good] * len(cells)
-
-
 # The format or the objective, the columns, and the message.
 UNFIT = [
     (None, ["body", "title"], r"got body, title; known are messages \(messages\); .*`--format`"),

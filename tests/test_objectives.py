@@ -11,7 +11,17 @@ from typing import get_args
 import pytest
 import torch
 
-from commands import best, complaint, file_for, fresh_process, keylayers, read, record_of, scores
+from commands import (
+    PLAIN_PEFT,
+    best,
+    complaint,
+    file_for,
+    fresh_process,
+    keylayers,
+    read,
+    record_of,
+    scores,
+)
 from prepared import PAIRS
 from tiny_files import CHAT_TEMPLATE, NUM_MODULES, write_rows
 
@@ -20,16 +30,6 @@ STEPS = 12
 QUICK = ["--mask-batches", "1", "--batch-size", "4", "--lora-rank", "2", "--lora-alpha", "4"]
 QUICK += ["--epsilon", "0", "--learning-rate", "0.02", "--warmup-steps", "0"]
 UNMOVED = {"dpo": math.log(2), "kto": 0.5}  # losses without a preference
-PLAIN_PEFT = """
-import sys
-import peft
-if sys.argv[2] == "reward":
-    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(sys.argv[1], num_labels=1)
-else:
-    model = peft.AutoPeftModelForCausalLM.from_pretrained(sys.argv[1])
-assert "keylayers" not in sys.modules
-print(*model.targeted_module_names)
-"""
 
 
 def rank(tiny, data, objective, output, *more, steps=STEPS):
@@ -81,7 +81,12 @@ def test_from_ranking_to_an_adapter_that_plain_peft_loads(
     out, err = capsys.readouterr()
     assert "all (stage 1 of the ranking)" in out
     assert "was made" not in err
-    assert set(fresh_process(PLAIN_PEFT, tuned, objective)) == best(folder, 6)
+    code = PLAIN_PEFT
+    if objective == "reward":
+        code = code.replace("CausalLM", "SequenceClassification").replace(
+            "])", "], num_labels=1)", 1
+        )
+    assert set(fresh_process(code, tuned)) == best(folder, 6)
     record = record_of(tuned)
     base, selected, *_ = record["results"]
     assert (base["label"], selected["label"]) == ("base model", "selected")

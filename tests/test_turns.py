@@ -7,7 +7,7 @@ import pytest
 
 from keylayers.data.formats import conversations_of
 from keylayers.errors import DataError
-from prepared import PAIRS, RATED, ROWS, learned, prepare, texts, write
+from prepared import PAIRS, RATED, ROWS, learned, numbers, prepare, texts, write
 from test_formats import new, old, read
 
 
@@ -139,6 +139,7 @@ def test_answers_that_are_empty_or_marked_are_read_and_not_learned(tmp_path):
 
 
 RATINGS = [[None, True, False], [0, 1, 1], [None, 1, 1], [1.0, 0.0], ["True", "false"], ["1", "0"]]
+RATINGS += [["true", "False"]]
 OTHER_LABELS = [[0, 1, 2], ["dog", "cat"], [0.5, 1.0], [None, None], [[0], [1]]]
 
 
@@ -154,10 +155,13 @@ def test_rated_answers_are_not_taken_for_answers_to_imitate(tmp_path, column, la
     with pytest.raises(DataError, match=f"got preference data .*; {column} rates them"):
         prepare(path)
     given = [label for label in labels if label is not None]
-    rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in RATED]
+    rows = [row | {"label": None, "kto_tag": None} for row in RATED]
     if len({str(label) for label in given}) == 2:
-        path = labelled(path, column, given, rows)
-        assert prepare(path, objective="kto").counts.num_examples == 20
+        found = prepare(labelled(path, column, given, rows), objective="kto", held_out=1.0)
+        is_good = [str(label).lower() in ("true", "1", "1.0") for label in given]
+        said = zip(numbers(found.train), found.train["label"], strict=True)
+        assert all(label == is_good[number % len(given)] for number, label in said)
+        assert found.counts.num_examples == 20
 
 
 @pytest.mark.parametrize("labels", OTHER_LABELS, ids=str)
