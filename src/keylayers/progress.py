@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a run reports what it is doing: the command line shows it, the library stays silent."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, runtime_checkable
 
 OnStep = Callable[[int, float | None], None]
@@ -30,3 +31,16 @@ class Silent:
 
     def note(self, text: str) -> None:
         """A note that is not shown."""
+
+
+@contextmanager
+def quiet(*libraries: str) -> Iterator[None]:
+    """Keep the loggers of libraries from printing: exceptions say what went wrong."""
+    before = [(logger, logger.level) for logger in map(logging.getLogger, libraries)]
+    for logger, _ in before:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in before:
+            logger.setLevel(level)

@@ -130,13 +130,10 @@ def conversations_of(row: Row, format: DataFormat, *, is_forced: bool) -> Iterat
 
 def _fits(row: Row, format: DataFormat) -> bool:
     if format in ("sharegpt", "lima") and "conversations" in row:
-        return _is_lima(row) is (format == "lima")
+        turns = row["conversations"]
+        is_text = isinstance(turns, list) and bool(turns) and isinstance(turns[0], str)
+        return is_text is (format == "lima")
     return any(row.keys() >= set(names) for names in FORMATS[format][0])
-
-
-def _is_lima(row: Row) -> bool:
-    turns = row["conversations"]
-    return isinstance(turns, list) and bool(turns) and isinstance(turns[0], str)
 
 
 def _conversation(row: Row, turns: list[Message]) -> Conversation:

@@ -2,7 +2,6 @@
 """Reads a file, a folder or a hub data set; never runs code that comes with data."""
 
 import gzip
-import logging
 import re
 import tempfile
 import zlib
@@ -25,6 +24,7 @@ from keylayers.data.preferences import PREFERENCES, Preference, rated_column, re
 from keylayers.data.turns import DOCUMENT_COLUMNS, SYSTEM_COLUMNS, Row, in_row
 from keylayers.errors import ConfigError, DataError, did_you_mean
 from keylayers.model.options import Objective
+from keylayers.progress import quiet
 
 if TYPE_CHECKING:
     import datasets
@@ -135,7 +135,7 @@ def convert_rows(
 def _opened(options: DataOptions) -> Iterator["datasets.Dataset"]:
     """The data, which must have a row, for the length of the block."""
     # The user's cache would hide edits of a file from the next run, and keep a copy of the data.
-    with tempfile.TemporaryDirectory(prefix="keylayers-data-") as cache, quiet_datasets():
+    with tempfile.TemporaryDirectory(prefix="keylayers-data-") as cache, quiet("datasets"):
         try:
             data = _load(options, cache)
             if next(_rows_of(data), None) is None:
@@ -163,23 +163,6 @@ def _first_cells(data: "datasets.Dataset") -> dict[str, object]:
         if len(found) == len(row):
             break
     return {name: found.get(name) for name in data.column_names if name in found or not found}
-
-
-@contextmanager
-def quiet_datasets() -> Iterator[None]:
-    """Keep `datasets` from printing; its exceptions say what went wrong."""
-    import datasets
-
-    verbosity = datasets.logging.get_verbosity()
-    had_bars = not datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if had_bars:
-            datasets.enable_progress_bars()
 
 
 def _load(options: DataOptions, cache: str) -> "datasets.Dataset":

@@ -147,12 +147,6 @@ def _said(message: Message) -> str:
     return said.strip()
 
 
-def _thought_of(message: Message) -> str:
-    """What an answer thinks before it says something, if it is written into the answer."""
-    before, end, _ = message["content"].rpartition(THOUGHT_END)
-    return before.replace("<think>", "").strip() if end else ""
-
-
 def _probed(message: Message) -> Message:
     """The turn with a character more at the end of what it says, or else of its first call."""
     if message["content"].strip() or not message.get("tool_calls"):
@@ -254,13 +248,13 @@ class Renderer:
 
     def num_lost(self, messages: list[Message], text: str) -> int:
         """How many of the answers to learn lack their thought or what they say in the text."""
-        answers = [turn for turn in messages if is_learned(turn)]
         names = [name for name in _THOUGHTS if self.template.reads(name)]
-        parts = [
-            (_said(turn), _thought_of(turn), *(str(turn.get(name, "")).strip() for name in names))
-            for turn in answers
-        ]
-        return sum(any(part not in text for part in own) for own in parts)
+        num_lost = 0
+        for turn in filter(is_learned, messages):
+            thought, _, said = turn["content"].rpartition(THOUGHT_END)
+            parts = [said, thought.replace("<think>", ""), *(turn.get(name, "") for name in names)]
+            num_lost += any(str(part).strip() not in text for part in parts)
+        return num_lost
 
     def _owners(
         self, messages: list[Message], tools: Any, text: str, spans: list[Span]

@@ -32,7 +32,6 @@ from lm_eval.tasks import TaskManager
 from transformers import set_seed
 from yaml import YAMLError
 
-from keylayers.data.reading import quiet_datasets
 from keylayers.errors import ConfigError, DataError, did_you_mean
 from keylayers.evaluation.documents import COLUMNS, Measured
 from keylayers.evaluation.measures import Part, metric_name
@@ -41,7 +40,7 @@ from keylayers.evaluation.subjects import Loaded
 from keylayers.files import json_sha256
 from keylayers.model.modules import base_model_of
 from keylayers.model.preserve import to_evaluation
-from keylayers.progress import OnStep
+from keylayers.progress import OnStep, quiet
 
 OF_CHOICES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")  # a guess is right 1 in n times
 CUT = re.compile("[Tt]runcat")  # in the harness's warning of a prompt that loses its beginning
@@ -201,7 +200,7 @@ class Benchmark:
         with (
             base.register_forward_hook(lambda *_: on_step(next(passes), None)),
             _logged() as logged,
-            quiet_datasets(),
+            quiet("datasets"),
             torch.no_grad(),
         ):
             found = lm_eval.evaluate(
@@ -294,7 +293,7 @@ def source_of(value: Any) -> Any:
 def _built(must: str) -> Iterator[None]:
     """Report in one line what a task raises in the block."""
     try:
-        with _logged(), quiet_datasets():
+        with _logged(), quiet("datasets"):
             yield
     except FROM_A_BAD_TASK as error:
         reason = f"{type(error).__name__} {' '.join(str(error).split())[:300]}".strip()

@@ -6,7 +6,6 @@ We set all of them, so that two runs of keylayers differ only in what their reco
 """
 
 import contextlib
-import logging
 import math
 import tempfile
 import time
@@ -31,10 +30,9 @@ from transformers import (
 )
 
 from keylayers.apply.trainable import add_lora
-from keylayers.data.reading import quiet_datasets
 from keylayers.errors import ConfigError, LossError, ModelError
 from keylayers.model.sharding import place_model
-from keylayers.progress import OnStep
+from keylayers.progress import OnStep, quiet
 from keylayers.trainers.log import check_loggers, name_loggers
 from keylayers.trainers.reference import REFERENCE_ADAPTER
 from keylayers.training.checkpoints import NUM_CHECKPOINTS, Checkpoints
@@ -98,7 +96,8 @@ def make_trainer(
         arguments["ref_model"] = load_reference()
     trained = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
     # trainers create their output folder
-    with tempfile.TemporaryDirectory() as scratch, _silence(trainer_class), quiet_datasets():
+    told = quiet("datasets", trainer_class.__module__)  # TRL advises on what users cannot set
+    with tempfile.TemporaryDirectory() as scratch, told, _no_telemetry():
         settings = _settings(model, options) | {"output_dir": scratch}
         settings |= {"max_steps": num_steps, "max_length": max_length, **own}
         trainer = trainer_class(args=config_class(**settings), **arguments)
@@ -117,17 +116,14 @@ def make_trainer(
 
 
 @contextlib.contextmanager
-def _silence(trainer_class: type[Trainer]) -> Iterator[None]:
-    """Keep TRL 1.16 from reporting to a server and from advice on options that users cannot set."""
-    logger = logging.getLogger(trainer_class.__module__)
-    before = constants.HF_HUB_DISABLE_TELEMETRY, logger.level
+def _no_telemetry() -> Iterator[None]:
+    """Keep TRL 1.16 from reporting to a server when it builds a trainer."""
+    before = constants.HF_HUB_DISABLE_TELEMETRY
     constants.HF_HUB_DISABLE_TELEMETRY = True
-    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        constants.HF_HUB_DISABLE_TELEMETRY = before[0]
-        logger.setLevel(before[1])
+        constants.HF_HUB_DISABLE_TELEMETRY = before
 
 
 def _settings(model: PreTrainedModel | PeftModel, options: TrainingOptions) -> dict[str, Any]:
