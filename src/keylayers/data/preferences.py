@@ -13,7 +13,7 @@ from keylayers.data.turns import (
     Message,
     Row,
     digest,
-    is_flag,
+    flag_of,
     is_silent,
     read_answer,
     read_flag,
@@ -166,7 +166,7 @@ def rated_column(data: "datasets.Dataset") -> str | None:
         cells = data[name] if name in data.column_names else ()
         given = {cell if isinstance(cell, Hashable) else "a list" for cell in cells}
         given -= {None, ""}
-        if given and all(is_flag(value) for value in given):
+        if given and all(flag_of(value) is not None for value in given):
             return name
     return None
 

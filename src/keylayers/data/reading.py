@@ -243,11 +243,7 @@ def _on_hub(data: str) -> dict[str, object]:
 
 
 def _check_text(path: Path, *, is_json: bool) -> None:
-    """Refuse UTF-16, and JSON that ends the process without a message in pyarrow 26.0.1.
-
-    Its reader overflows the stack on deep nesting, and reads a bad address where the first rows of
-    a block are `null`.
-    """
+    """Refuse UTF-16, and JSON on which pyarrow 26.0.1 ends the process: deep or with null rows."""
     depth = row_depth = 0  # row_depth is 1 in a list of rows
     broken = suppress(OSError, EOFError, zlib.error)  # the reader says what is wrong
     with broken, gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:

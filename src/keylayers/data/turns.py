@@ -89,18 +89,18 @@ def _read_part(part: dict[str, object], name: str) -> str:
     return str(part["text"])
 
 
-def is_flag(value: object) -> bool:
-    """Whether a value is a boolean, 0 or 1 (floats if nulls were between), or such as text."""
+def flag_of(value: object) -> bool | None:
+    """The boolean that a value means: also 0 or 1 (floats if nulls were between) or such as text."""
     if isinstance(value, str):
-        return value.lower() in _FLAGS
-    return isinstance(value, (int, float)) and value in (0, 1)  # a bool is an int too
+        return _FLAGS.get(value.lower())
+    return bool(value) if isinstance(value, (int, float)) and value in (0, 1) else None
 
 
 def read_flag(value: object, name: str) -> bool:
     """The boolean that a cell or a field means."""
-    if not is_flag(value):
+    if (flag := flag_of(value)) is None:
         raise DataError(f"`{name}` must be true or false, got {value!r:.60}; fix the row.")
-    return _FLAGS[value.lower()] if isinstance(value, str) else bool(value)
+    return flag
 
 
 def read_messages(value: object, column: str) -> list[Message]:
@@ -124,8 +124,7 @@ def _read_message(turn: object) -> Message:
     role = str(given.get("role") or given.get("from"))[:60]
     if role not in (*_ROLES, *_CALL_ROLES):
         raise DataError(f"A role must be one of {', '.join(_ROLES)}, got {role!r}; rename it.")
-    content = "content" if given.get("content") not in (None, "") else "value"
-    content = content if content in given else "content"
+    content = "value" if given.get("content", "") == "" and "value" in given else "content"
     message = Message(role=_ROLES.get(role, "assistant"), content="")
     message |= {name: given[name] for name in given if name not in _SPELLINGS}
     if role in _CALL_ROLES:

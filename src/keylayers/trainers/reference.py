@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference model of a preference loss must not contain the update that is ranked.
 
-TRL 1.16 copies the adapter of a trainer's model to a second adapter, "ref", and uses that as the
-reference (introduced in https://github.com/huggingface/trl/pull/4723). If the adapter is trained
-afterwards, "ref" is the start of training, and we leave it alone. If the trainer is built around a
-finished adapter, "ref" equals the update and the loss would compare the update with itself. Then we
-hide "ref", so that TRL disables the adapter for the reference pass and uses the base model.
+TRL 1.16 copies the adapter of a trainer's model to a second one, "ref", as the reference
+(https://github.com/huggingface/trl/pull/4723). If the adapter is trained afterwards, that is the
+start of training. If it was finished, the loss would compare the update with itself: we hide "ref",
+so that TRL disables the adapter for the reference pass and uses the base model.
 """
 
 import contextlib

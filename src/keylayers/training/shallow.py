@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Let the backward pass stop at the lowest trained module, whatever the libraries switch on.
 
-Nothing below that module needs a gradient, and autograd stops there by itself. Gradient
-checkpointing takes that away: TRL 1.16, PEFT and transformers 5.23 then make the embeddings' output
-require a gradient, which only reentrant checkpointing needs, and every block down to the first is
-recomputed and passed through backward. Losses and gradients are the same without it.
+Autograd stops there by itself. Under gradient checkpointing TRL 1.16, PEFT and transformers 5.23
+make the embeddings' output require a gradient, which only reentrant checkpointing needs: every
+block down to the first is recomputed and passed through backward, for the same gradients.
 """
 
 from typing import Any

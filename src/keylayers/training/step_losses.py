@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a callback needs and is not told: its trainer, and the loss of each step.
 
-The trainer's own methods call the callbacks, so the trainer is on the call stack while it handles
-an event. We find it there, whichever library or subclass it comes from. Logged losses are means
-over `logging_steps`, and their windows shift when a run resumes, so we read the loss of each batch
-from `training_step`, the method that transformers documents for subclasses to override.
+The trainer's own methods call the callbacks, so it is on the call stack while it handles an event.
+Logged losses are means over `logging_steps`, whose windows shift when a run resumes, so we read the
+loss of each batch from `training_step`, which transformers documents for subclasses to override.
 """
 
 import sys
