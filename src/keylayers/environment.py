@@ -65,16 +65,14 @@ def source_commit() -> str | None:
     if not (root / ".git").exists():
         return None
 
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    command = ["git", "status", "--porcelain=v2", "--branch", "--untracked-files=no", "--", "src"]
     try:
-        commit = git("rev-parse", "HEAD")
-        is_dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", "src"))
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None  # git is not installed, or refuses to read the folder
-    return commit + ("+dirty" if is_dirty else "")
+    commit, *others = done.stdout.splitlines()
+    is_dirty = not all(line.startswith("#") for line in others)
+    return commit.removeprefix("# branch.oid ") + ("+dirty" if is_dirty else "")
 
 
 def check_no_password(text: str, name: str) -> None:

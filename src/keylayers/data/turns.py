@@ -90,7 +90,7 @@ def _read_part(part: dict[str, object], name: str) -> str:
 
 
 def flag_of(value: object) -> bool | None:
-    """The boolean that a value means: also 0 or 1 (floats if nulls were between) or such as text."""
+    """The boolean that a value means: 0 or 1 too (floats if nulls were between) or such text."""
     if isinstance(value, str):
         return _FLAGS.get(value.lower())
     return bool(value) if isinstance(value, (int, float)) and value in (0, 1) else None

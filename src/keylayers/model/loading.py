@@ -43,25 +43,25 @@ def _torch_dtype(dtype: Dtype) -> torch.dtype:
     return getattr(torch, dtype)
 
 
+def _from_pretrained(kind: Any, source: ModelOptions, must: str, **options: Any) -> Any:
+    """What a class of transformers loads from `source`, or an error that says what it must be."""
+    check_folder(source.model, "config.json", "a model")
+    options |= {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    with required(f"{source.model!r} must {must}"):
+        return kind.from_pretrained(source.model, **options)
+
+
 def load_model(source: ModelOptions, objective: Objective = "sft") -> PreTrainedModel:
     """The model at `source`, on the CPU: a causal one, or for `reward` one with a head of a number.
 
     A head that the checkpoint lacks is drawn, the same each time.
     """
-    check_folder(source.model, "config.json", "a model")
     is_reward = objective == "reward"
     kind = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
     more = _quantisation(source) | ({"num_labels": 1} if is_reward else {})
-    with required(f"{source.model!r} must be a causal language model"):
-        model, info = kind.from_pretrained(
-            source.model,
-            revision=source.revision,
-            dtype=_torch_dtype(source.dtype),
-            trust_remote_code=source.trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            **more,
-        )
+    more |= {"dtype": _torch_dtype(source.dtype), "use_safetensors": True}
+    must = "be a causal language model"
+    model, info = _from_pretrained(kind, source, must, output_loading_info=True, **more)
     missing = sorted(info["missing_keys"])
     if is_reward:
         body = f"{model.base_model_prefix}."
@@ -99,11 +99,7 @@ def _quantisation(source: ModelOptions) -> dict[str, Any]:
 
 def load_tokenizer(source: ModelOptions) -> PreTrainedTokenizerBase:
     """The tokenizer at `source`, with a padding token (by default the end token)."""
-    check_folder(source.model, "config.json", "a model")
-    with required(f"{source.model!r} must hold a tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
+    tokenizer = _from_pretrained(AutoTokenizer, source, "hold a tokenizer")
     if tokenizer.eos_token is None:
         raise ModelError(
             f"the tokenizer must have an end token, but that of {source.model!r} has none"
@@ -167,11 +163,7 @@ def _differing_weights(tuned: PeftModel, folder: Path) -> list[str]:
 
 def empty_model(source: ModelOptions, *, is_as_saved: bool = False) -> PreTrainedModel:
     """The model on the meta device, by its config; `is_as_saved` takes the checkpoint's class."""
-    check_folder(source.model, "config.json", "a model")
-    with required(f"{source.model!r} must be a model with a config"):
-        config = AutoConfig.from_pretrained(
-            source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
+    config = _from_pretrained(AutoConfig, source, "be a model with a config")
     name = (config.architectures or [""])[0] if is_as_saved else ""
     with torch.device("meta"):
         if hasattr(transformers, name):  # for example one with a vision tower
