@@ -64,7 +64,8 @@ class Session:
         self.dtype = opened.dtype
         self.data: PreparedData = prepare(data, self.tokenizer, max_positions(opened), objective)
         check_tokens(opened, self.tokenizer, max(self.data.max_id, self.tokenizer.pad_token_id))
-        self.data.give_template(self.tokenizer)
+        if self.data.chat_template is not None:  # what is saved renders chats as training did
+            self.tokenizer.chat_template = self.data.chat_template.text
         for line in self.data.summary():
             progress.note(line)
         self.record: dict[str, Any] = {

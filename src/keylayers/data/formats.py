@@ -143,12 +143,8 @@ def _conversation(row: Row, turns: list[Message]) -> Conversation:
     num_empty = sum(map(is_silent, not_learned))
     while turns and not is_learned(turns[-1]):
         turns = turns[:-1]
-    return Conversation(
-        turns,
-        tools=read_tools(row.get("tools")),
-        num_empty=num_empty,
-        num_masked=len(not_learned) - num_empty,
-    )
+    num_masked, tools = len(not_learned) - num_empty, read_tools(row.get("tools"))
+    return Conversation(turns, tools=tools, num_empty=num_empty, num_masked=num_masked)
 
 
 def _from_messages(row: Row) -> Iterator[Conversation]:

@@ -89,11 +89,6 @@ class PreparedData:
         parts = {"held_out": self.held_out, "mask": self.mask}
         return {name: part for name, part in parts.items() if part is not None}
 
-    def give_template(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Let the tokenizer that is saved with the result render chats as training did."""
-        if self.chat_template is not None:
-            tokenizer.chat_template = self.chat_template.text
-
     def summary(self) -> list[str]:
         """A few lines for users: how many examples are used, and what was left out."""
         counts = self.counts

@@ -37,6 +37,9 @@ def training_batches(trainer: Trainer, seed: int) -> Iterator[Any]:
     # data in order, and gets whole batches in another order. Streams have no rows to reorder.
     strategy = getattr(trainer.args, "train_sampling_strategy", "random")
     is_in_order = strategy == "sequential" and isinstance(dataset, Dataset)
+    num_repeats = 1
+    if samples(trainer):  # the loader repeats prompts, as it uses completions for several steps
+        num_repeats = trainer.args.steps_per_generation * getattr(trainer, "num_iterations", 1)
     for epoch in count():
         if loader is None or is_in_order:
             if is_in_order:
@@ -46,7 +49,7 @@ def training_batches(trainer: Trainer, seed: int) -> Iterator[Any]:
             trainer.train_dataset = dataset
         if hasattr(loader, "set_epoch"):  # accelerate's loaders need it to reshuffle
             loader.set_epoch(epoch)
-        batches = islice(loader, None, None, _num_repeats(trainer))
+        batches = islice(loader, None, None, num_repeats)
         first = next(batches, None)
         if first is None:
             raise DataError("the trainer's data must give at least one batch, but it gives none")
@@ -60,13 +63,6 @@ def _in_other_blocks(dataset: Dataset, size: int, generator: torch.Generator) ->
     blocks = torch.randperm(num_whole, generator=generator).tolist()
     order = [size * block + row for block in blocks for row in range(size)]
     return dataset.select([*order, *range(size * num_whole, len(dataset))])
-
-
-def _num_repeats(trainer: Trainer) -> int:
-    """How often in a row the loader gives the same prompts: GRPO and RLOO use completions often."""
-    if not samples(trainer):
-        return 1
-    return int(trainer.args.steps_per_generation * getattr(trainer, "num_iterations", 1))
 
 
 def samples(trainer: Trainer) -> bool:
