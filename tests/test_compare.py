@@ -261,13 +261,9 @@ def folder(tmp_path, monkeypatch):
 FILES = ("seed-0.json", "seed-1.json", "data.json")
 
 
-def test_compare_shows_pairs_means_and_notes(folder, capsys):
-    assert keylayers("compare", *FILES, "deep.json", "--budget", "0.5") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 120
-    text = "\n".join(" ".join(line.split()) for line in lines)
-    owners = "1, 4; 2, 4; 3, 4"
-    for part in (
+OWNERS = "1, 4; 2, 4; 3, 4: "
+SHOWN = {
+    "seed-0.json seed-1.json data.json deep.json --budget 0.5": (
         "pair kind Jaccard by chance corrected tau-b top-weighted",
         "1, 2 same data, other seed 1.00 [0.33, 1.00] 0.39 1.00 1.00 [",
         "\n1, 3 other data 1.00 0.39 1.00 1.00 1.00\n",
@@ -276,17 +272,24 @@ def test_compare_shows_pairs_means_and_notes(folder, capsys):
         "same data, other seed 1 1.00",
         "other data 2 1.00",
         "unknown kind 3 1.00",
-        f"{owners}: other modules, matched by projection and relative depth on 2",
-        f"{owners}: left out, as only one of the two has it: b_proj, c_proj",
+        OWNERS + "other modules, matched by projection and relative depth on 2",
+        OWNERS + "left out, as only one of the two has it: b_proj, c_proj",
         "[ ] is the 95 % interval from the noise of the batches",
-    ):
-        assert part in text
-    assert keylayers("compare", "seed-0.json", "odd.json", "some.json", "--budget", "2") == 0
+    ),
+    "seed-0.json odd.json some.json --budget 2": (
+        "1, 2 other data and method 0.00 [0.00, 0.33] 0.39 -0.64 -1.00 [-1.00, -0.",
+        "1, 3; 2, 3: tau of the 2 of 4 modules that both score",
+    ),
+}
+
+
+@pytest.mark.parametrize("words", SHOWN)
+def test_compare_shows_pairs_means_and_notes(folder, capsys, words):
+    assert keylayers("compare", *words.split()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 120
     text = "\n".join(" ".join(line.split()) for line in lines)
-    assert "1, 2 other data and method 0.00 [0.00, 0.33] 0.39 -0.64 -1.00 [-1.00, -0." in text
-    assert "1, 3; 2, 3: tau of the 2 of 4 modules that both score" in text
+    assert [part for part in SHOWN[words] if part not in text] == []
 
 
 def test_compare_writes_pairs_and_means_as_json_and_the_consensus(folder, capsys):
@@ -303,10 +306,8 @@ def test_compare_writes_pairs_and_means_as_json_and_the_consensus(folder, capsys
     seeds, data = "same data, other seed", "other data"
     assert pairs == [(0, 1, seeds), (0, 2, data), (1, 2, data)]
     assert content["pairs"][1]["tau_interval"] is None
-    assert [(mean["kind"], mean["num_pairs"]) for mean in content["means"]] == [
-        (seeds, 1),
-        (data, 2),
-    ]
+    means = [(mean["kind"], mean["num_pairs"]) for mean in content["means"]]
+    assert means == [(seeds, 1), (data, 2)]
 
 
 MISTAKES = [
