@@ -43,7 +43,8 @@ def prune_adapter(adapter: str, folder: Path, model: PeftModel, pruned: Collecti
     """Write the adapter without the modules `pruned`; the folder that it was read from."""
     source = local_folder(adapter, (*ADAPTER_FILES, *TOKENIZER_FILES), "a PEFT adapter")
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
-    paths = _layer_paths(model)
+    base = {id(layer): path for path, layer in base_model_of(model).named_modules()}
+    paths = {name: base[id(layer)] for name, layer in tuner_layers(model).items()}
     with safe_open(source / WEIGHTS, framework="pt") as file:
         metadata = file.metadata()
         names = kept_tensors(list(file.keys()), paths, pruned)
@@ -63,9 +64,8 @@ def prune_checkpoint(
 ) -> tuple[Checkpoint, list[str]]:
     """Write the tuned checkpoint to `folder` with the base's weights in the modules `pruned`.
 
-    The files are copied, then the base's values are written over those of these modules. So shards,
-    dtypes and all other tensors stay as they are, and no more than one tensor is in memory. Returns
-    the tuned checkpoint, and the names of the tensors that have the base's values now.
+    Shards, dtypes and all other tensors stay as they are, and one tensor at a time is in memory.
+    Returns the tuned checkpoint, and the names of the tensors that have the base's values now.
     """
     patterns = (*CONFIG_FILES, *TOKENIZER_FILES, "model.safetensors.index.json")
     _copy_files(local_folder(tuned, patterns, "a model"), folder, patterns)
@@ -88,11 +88,8 @@ def prune_checkpoint(
 
 
 def _overwrite(path: Path, values: Iterable[tuple[str, Tensor]]) -> None:
-    """Write tensors of the same dtypes and shapes over those in a safetensors file.
-
-    The format: eight bytes with the length of a JSON header, the header with each tensor's place
-    behind it, the values in row-major order.
-    """
+    """Write tensors of the same dtypes and shapes over those in a safetensors file."""
+    # Eight bytes with the length of a JSON header, the header with places behind it, the values.
     with path.open("r+b") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -163,12 +160,6 @@ def _concerns(pattern: str, name: str) -> bool:
     # AdaLoRA names a parameter of the module instead.
     is_of_parameter = pattern.removeprefix(PREFIX).startswith(f"{name}.")
     return is_of_parameter or re.match(rf"(.*\.)?({pattern})$", name) is not None
-
-
-def _layer_paths(model: PeftModel) -> dict[str, str]:
-    """Module name -> path of the PEFT layer around it in the base model."""
-    paths = {id(layer): path for path, layer in base_model_of(model).named_modules()}
-    return {name: paths[id(layer)] for name, layer in tuner_layers(model).items()}
 
 
 def kept_tensors(

@@ -70,10 +70,9 @@ class MaskCurve(Part):
 
     @property
     def normalised_area(self) -> float | None:
-        """Area under the curve, "no update" mapped to 1 and "all updates" to 0; lower is better.
+        """Area under the curve, by trapezoids, "no update" mapped to 1 and "all updates" to 0.
 
-        Trapezoids over the fraction of modules. None where the update does not lower the held-out
-        loss, because the map is undefined then.
+        Lower is better. None where the update does not lower the held-out loss.
         """
         if self.reduction_nats <= 0:
             return None
@@ -89,10 +88,9 @@ class MaskCurve(Part):
         return self.counts[index], self.losses[index]
 
     def smallest_within(self, margin_nats: float) -> Recommendation:
-        """The smallest budget that is surely within `margin_nats` of all modules.
+        """The smallest budget that is surely within `margin_nats` of all modules, which always are.
 
-        All modules always are, so there is one. Without several held-out batches nothing is known
-        about the uncertainty and the difference itself is taken.
+        Of a single held-out batch, whose uncertainty is unknown, the difference itself is taken.
         """
         for index in range(1, len(self.counts)):
             difference = self.losses[index] - self.losses[-1]

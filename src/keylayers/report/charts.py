@@ -16,7 +16,7 @@ from keylayers.ranking.compare import Agreement
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.verification import Verification
 from keylayers.report.curve import random_spreads
-from keylayers.report.modules import grid, module_rows
+from keylayers.report.source import grid, module_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -220,8 +220,8 @@ def losses_chart(ranking: Ranking) -> Chart | None:
 def means_chart(title: str, runs: "pd.DataFrame", means: "pd.DataFrame") -> Chart:
     """Runs as dots, their means as ticks and references as grey ticks, one row per group.
 
-    `runs` has one row per run: its `value` and the columns that name its group. `means` has one
-    row per group: these columns, then `mean`; the last column is the reference.
+    The groups are named by the columns before `mean`, of which `runs` has a `value` for each run;
+    the last column is the reference.
     """
     groups = list(means.columns[: means.columns.get_loc("mean")])
 

@@ -27,8 +27,7 @@ from keylayers.report.agreement import agreement_notes, measures, pair_name
 from keylayers.report.charts import Chart, agreement_chart, curve_chart, heatmap_chart, losses_chart
 from keylayers.report.curve import reading
 from keylayers.report.figures import VEGA_LITE
-from keylayers.report.modules import module_rows
-from keylayers.report.source import Source, num_best
+from keylayers.report.source import Source, module_rows, num_best
 from keylayers.report.templates import page_templates
 from keylayers.report.terminal import provenance_lines
 

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import RunRecord
-from keylayers.report.modules import grid
+from keylayers.report.source import grid
 from keylayers.report.templates import page_templates
 from keylayers.report.terminal import in_nats
 

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rankings from files, each with a unique label and its verification. Imports no torch."""
+"""Rankings as reports take them: from files, as a grid, as rows of a table. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from keylayers.errors import ConfigError
 from keylayers.files import distinct_ends
 from keylayers.ranking.budget import WrittenBudget
-from keylayers.ranking.ranked_module import are_best
+from keylayers.ranking.ranked_module import RankedModule, are_best
 from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.ranking.verification import Verification, verification_file
 
@@ -54,3 +55,40 @@ def num_best(ranking: Ranking, budget: WrittenBudget) -> int:
             f"0.3x-params do, but {budget} goes by cost and takes others; give a number of modules"
         )
     return len(chosen)
+
+
+def grid(ranking: Ranking) -> dict[str, list[RankedModule | None]]:
+    """Block -> its module of each projection, or None. Embeddings and head are `outside`, first."""
+    blocks: dict[str, dict[str, RankedModule]] = {}
+    for module in sorted(ranking.modules, key=_block_order):
+        blocks.setdefault(_block(module), {})[module.projection] = module
+    return {
+        block: [modules.get(projection) for projection in ranking.projections]
+        for block, modules in blocks.items()
+    }
+
+
+def module_rows(ranking: Ranking) -> list[dict[str, Any]]:
+    """One row per module, best first; `place` counts from 1 in the order that budgets follow."""
+    ranks = ranking.ranks()
+    return [
+        {
+            "module": module.name,
+            "block": _block(module),
+            "projection": module.projection,
+            "rank": ranks[module.name],
+            "place": place,
+            "score": module.score,
+            "error": module.standard_error,
+            "parameters": module.num_parameters,
+        }
+        for place, module in enumerate(ranking.ordered(), start=1)
+    ]
+
+
+def _block(module: RankedModule) -> str:
+    return "outside" if module.block_index is None else str(module.block_index)
+
+
+def _block_order(module: RankedModule) -> int:
+    return -1 if module.block_index is None else module.block_index

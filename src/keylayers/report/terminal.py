@@ -16,7 +16,7 @@ from keylayers.ranking.certainty import decisions, undecided
 from keylayers.ranking.matching import scores_of
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import MadeBy, TrainedSet
-from keylayers.report.modules import grid
+from keylayers.report.source import grid
 
 # Cividis, dark to bright, by relative rank: readable for colour-blind people and in grey.
 SHADES = (
