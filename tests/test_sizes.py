@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Half precision, both kinds of checkpointing, packing, many modules, long sequences."""
 
-import json
-
 import pytest
 import torch
 from datasets import Dataset
@@ -13,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 from commands import keylayers, read
 from keylayers import rank_modules
 from scored import arguments
-from tiny_files import rows, tiny_model, tiny_tokenizer
+from tiny_files import rows, tiny_model, tiny_tokenizer, write_rows
 from trainers import TOKENIZER, lora, with_noise
 
 
@@ -58,35 +56,23 @@ def test_packed_texts_give_the_scores_of_a_batch_of_them():
     torch.testing.assert_close(packed, apart, atol=1e-6, rtol=1e-4)
 
 
-def write_random_model(folder, num_blocks, max_positions):
+@pytest.mark.long
+@pytest.mark.parametrize(("num_blocks", "num_tokens"), [(80, 64), (2, 4096)])
+def test_many_modules_and_long_sequences_are_ranked_and_trained(num_blocks, num_tokens, tmp_path):
     tokenizer = tiny_tokenizer()
     config = tiny_model(len(tokenizer), hidden_size=16).config
-    config.num_hidden_layers, config.max_position_embeddings = num_blocks, max_positions
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-@pytest.mark.long
-def test_eighty_blocks_of_seven_modules_are_ranked(tiny, tmp_path):
-    write_random_model(tmp_path / "model", 80, 64)
-    inputs = ("--model", tmp_path / "model", "--data", tiny / "data.jsonl", "--output", tmp_path)
-    more = ("--max-steps", 2, "--mask-batches", 1, "--lora-rank", 2, "--batch-size", 4)
-    assert keylayers("rank", *inputs, *more) == 0
-    ranks = [module["rank"] for module in read(tmp_path)["modules"]]
-    assert sorted(ranks) == list(range(1, 561))
-
-
-@pytest.mark.long
-def test_sequences_of_4096_tokens_are_ranked_and_trained_on(tmp_path):
-    write_random_model(tmp_path / "model", 2, 4096)
+    config.num_hidden_layers, config.max_position_embeddings = num_blocks, num_tokens
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
     text = "The fox eats mice and the hen eats seeds while the bear eats honey. " * 400
-    lines = [json.dumps({"text": f"{number} {text}"}) for number in range(6)]
-    (tmp_path / "long.jsonl").write_text("\n".join(lines))
-    inputs = ("--model", tmp_path / "model", "--data", tmp_path / "long.jsonl")
-    small = ("--max-length", 4096, "--batch-size", 1, "--lora-rank", 2, "--held-out", 1)
+    write_rows(tmp_path / "long.jsonl", [{"text": f"{number} {text}"} for number in range(6)])
+
+    inputs = ("--model", tmp_path / "model", "--data", tmp_path / "long.jsonl", "--held-out", 1)
+    small = ("--max-length", num_tokens, "--batch-size", 1, "--lora-rank", 2, "--max-steps", 2)
     output = tmp_path / "out"
-    quick = ("--max-steps", 2, "--mask-batches", 1)
-    assert keylayers("rank", *inputs, *small, *quick, "--output", output) == 0
-    assert read(output)["provenance"]["data"]["max_length"] == 4096
-    train = ("train", "--ranking", output, "--budget", "0.3", "--gradient-checkpointing")
+    assert keylayers("rank", *inputs, *small, "--mask-batches", 1, "--output", output) == 0
+    assert read(output)["provenance"]["data"]["max_length"] == num_tokens
+    ranks = [module["rank"] for module in read(output)["modules"]]
+    assert sorted(ranks) == list(range(1, 7 * num_blocks + 1))
+    train = ("train", "--ranking", output, "--budget", 0.3, "--gradient-checkpointing")
     assert keylayers(*train, "--output", tmp_path / "tuned") == 0

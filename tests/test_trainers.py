@@ -22,7 +22,6 @@ from trainers import CASES, DATA, TOKENIZER, WithOwnLoss, build, lora
 
 from tiny_models import unchanged
 
-IDS = ["-".join(case).replace(" ", "-") for case in CASES]
 # trl 1.16 asks transformers 5.23 for names that transformers renamed; gone when trl follows
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
 
@@ -73,7 +72,7 @@ def hold_what_has_no_gradient(trainer, source, batch):
     trainer._compute_kl_logps = lambda *_: next(held)
 
 
-@pytest.mark.parametrize(("kind", "way"), CASES, ids=IDS)
+@pytest.mark.parametrize(("kind", "way"), CASES)
 def test_the_gradient_of_the_gates_is_the_slope_of_the_trainers_own_loss(kind, way):
     trainer = trainer_of(kind, way)
     with masked(trainer, 0.0) as (gates, source):
