@@ -165,11 +165,6 @@ class SelectionOptions(BudgetOptions):
                 "train it on the ranking that this run writes"
             )
 
-    @property
-    def resolved_freeze(self) -> float:
-        """The share that is no longer trained with `rank_first`; a quarter as in the paper."""
-        return 0.25 if self.freeze is None else self.freeze
-
 
 @dataclass(frozen=True, kw_only=True)
 class CurveOptions:

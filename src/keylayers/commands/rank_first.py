@@ -76,7 +76,7 @@ def _callback(
     job: TrainJob, wanted: SelectionOptions, stability: StabilityOptions, scoring: ScoringOptions
 ) -> FreezeUnimportant:
     return FreezeUnimportant(
-        wanted.resolved_freeze,
+        0.25 if wanted.freeze is None else wanted.freeze,  # a quarter as in the paper
         action=wanted.action,
         **asdict(stability),
         method=scoring,

@@ -65,14 +65,12 @@ def how_to_repeat(ranking: Ranking) -> str:
     )
 
 
-def how_it_was_made(command: Command, options: Mapping[str, Any], ranking: Ranking | None) -> str:
-    """The commands that lead to a result: how its ranking was made, and its own command."""
-    if ranking is None or options.get("rank_first"):
-        return command_line(command, options)
-    own = command_line(command, options, ranking.made_by.options.given)
-    return f"{how_to_repeat(ranking)}\n{own}"
-
-
 def card_of(command: Command, record: Mapping[str, Any], ranking: Ranking | None) -> str:
-    """The model card of a result, with the commands that lead to it."""
-    return model_card(record, ranking, how_it_was_made(command, record["options"], ranking))
+    """The model card of a result, with the commands that made its ranking and itself."""
+    options = record["options"]
+    if ranking is None or options.get("rank_first"):
+        commands = command_line(command, options)
+    else:
+        own = command_line(command, options, ranking.made_by.options.given)
+        commands = f"{how_to_repeat(ranking)}\n{own}"
+    return model_card(record, ranking, commands)
