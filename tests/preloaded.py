@@ -22,9 +22,7 @@ import tempfile
 from pathlib import Path
 
 VARIABLE = "PRELOADED_PYTHON"  # where the executable is, for the workers of xdist
-LIBRARIES = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "DATASETS_", "TORCH", "CUDA_")
-READ_AT_IMPORT = (*LIBRARIES, "PYTHONHASHSEED")  # beginnings of names
-READ_LATER = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+READ_AT_IMPORT = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "DATASETS_", "CUDA_", "PYTHONHASHSEED")
 IMPORTED = (
     *("torch", "torch._dynamo", "transformers", "peft", "trl", "datasets", "accelerate"),
     *("safetensors.torch", "pandas", "pyarrow.parquet", "scipy.stats", "yaml", "rich.console"),
@@ -171,7 +169,7 @@ def _keep(connection):
 
 def _fork_would_do(request):
     given = {name for name, _ in request["environment"].items() - os.environ.items()}
-    is_read = any(name.startswith(READ_AT_IMPORT) for name in given - {*READ_LATER})
+    is_read = any(name.startswith(READ_AT_IMPORT) for name in given)
     return not is_read and _parsed(request["arguments"]) is not None
 
 

@@ -25,6 +25,8 @@ from commands import (
     read,
     record_of,
 )
+from keylayers.ranking.record import Pruned, Size
+from keylayers.report.prune import reading
 from tiny_files import NUM_MODULES, tiny_tokenizer, write_partial_adapter
 
 PREFIX = "base_model.model."
@@ -190,20 +192,10 @@ READINGS = [
 
 @pytest.mark.parametrize(("losses", "kept", "said"), READINGS)
 def test_it_says_plainly_what_is_better(losses, kept, said):
-    from keylayers.ranking.record import Pruned, Size
-    from keylayers.report.prune import reading
-
-    base, full, pruned = losses
     size = Size(num_modules=10, num_parameters=1)
-    found = Pruned(
-        modules=("x",) * kept,
-        full=size,
-        pruned=size,
-        base_loss_nats=base,
-        full_loss_nats=full,
-        pruned_loss_nats=pruned,
-        num_held_out=7,
-    )
+    parts = ("base", "full", "pruned")
+    values = {f"{part}_loss_nats": loss for part, loss in zip(parts, losses, strict=True)}
+    found = Pruned(modules=("x",) * kept, full=size, pruned=size, num_held_out=7, **values)
     lines = reading(found)
     assert len(lines) == len(said)
     assert all(part in line for part, line in zip(said, lines, strict=True))
