@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 
+import keylayers
+from keylayers.cli import COMMANDS, app, main
+from keylayers.ranking.ranking import Ranking
+from keylayers.scores.scoring_options import scoring_options
+
 from rankings import ranking_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,8 +36,6 @@ def test_the_default_is_better_than_leave_one_out_and_every_rival_at_a_fifth_of_
 ):
     """What the README says, recomputed from the record."""
     monkeypatch.syspath_prepend(ROOT / "experiments")
-    from keylayers.scores.scoring_options import scoring_options
-
     import findings
 
     assert scoring_options().method == "elimination"
@@ -60,8 +63,6 @@ def test_the_readme_is_short_and_its_links_exist():
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")
 def test_the_example_of_the_callback_runs(tmp_path, monkeypatch, capsys):
     """As it is printed, in a folder of its own."""
-    from keylayers import Ranking
-
     text = (ROOT / "docs" / "callback.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
@@ -94,8 +95,6 @@ README_COMMANDS = [
 
 @pytest.mark.parametrize("command", README_COMMANDS, ids=" ".join)
 def test_commands_of_the_readme_parse(command, tmp_path, monkeypatch):
-    from keylayers.cli import app
-
     options = {"model": "base", "data": "chats.jsonl"}
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
@@ -106,8 +105,6 @@ def test_commands_of_the_readme_parse(command, tmp_path, monkeypatch):
 
 
 def test_help_shows_examples_as_code_and_is_that_of_the_whole(capsys):
-    from keylayers.cli import COMMANDS, app, main
-
     for name, text in COMMANDS.items():
         assert app[name].default_command.__doc__.splitlines()[0] == text
         assert main([name, "--help"]) == 0
@@ -117,6 +114,4 @@ def test_help_shows_examples_as_code_and_is_that_of_the_whole(capsys):
 
 
 def test_the_version_is_in_the_changelog():
-    import keylayers
-
     assert f"## {keylayers.__version__}" in (ROOT / "CHANGELOG.md").read_text()
