@@ -68,22 +68,15 @@ def test_the_table_of_the_docs_holds_every_architecture():
     assert rows[1:] == table()
 
 
-def test_layers_that_a_state_space_mixer_only_reads_are_no_modules():
+def test_modules_of_mixers_experts_encoders_and_decoders():
+    """Layers that a mixer only reads are none, experts of a kind are one per block."""
     assert {info.projection for info in modules_of(NAMED["Mamba"])} == {"in_proj", "x_proj"}
-
-
-def test_experts_of_a_kind_are_one_module_per_block():
     experts = [info for info in modules_of(NAMED["Mixtral"]) if info.is_stacked]
+    kinds = ("gate_up_proj", "down_proj")
     assert [info.name for info in experts] == [
-        f"model.layers.{block}.mlp.experts.{kind}_proj"
-        for block in (0, 1)
-        for kind in ("gate_up", "down")
+        f"model.layers.{block}.mlp.experts.{kind}" for block in (0, 1) for kind in kinds
     ]
-    assert experts[0].shape == (4, 48, 16)
-    assert experts[0].num_parameters == 4 * 48 * 16
-
-
-def test_the_decoders_blocks_are_numbered_on_from_the_encoders():
+    assert (experts[0].shape, experts[0].num_parameters) == ((4, 48, 16), 4 * 48 * 16)
     stacks = {info.name.split(".layer.")[0]: info.block_index for info in modules_of(NAMED["T5"])}
     names = ("encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1")
     assert stacks == {name: index for index, name in enumerate(names)}

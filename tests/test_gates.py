@@ -180,15 +180,12 @@ def test_a_weight_that_changes_and_a_gate_that_takes_no_part_are_reported():
         model.get_input_embeddings().weight[0, 0] += 1
 
 
-def test_a_merged_adapter_is_refused():
+def test_merged_adapters_and_checkpoints_of_other_shapes_are_refused():
     model = with_random_lora(tiny_llama(), bias="all")  # which does not matter without biases
     assert len(adapter_updates(model)) == 14
     model.merge_adapter()
     with pytest.raises(ModelError, match="merged into the base weights"):
         adapter_updates(model)
-
-
-def test_checkpoints_of_different_shapes_are_refused():
     model = tiny_llama()
     tuned = dict(model.state_dict())
     with pytest.raises(ModelError, match="must differ from the base"):
