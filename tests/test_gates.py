@@ -8,11 +8,11 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from differences import slopes
 from keylayers.errors import GuardError, ModelError
 from keylayers.gates import gated
 from keylayers.model.preserve import preserved
 from keylayers.updates import adapter_updates, dense_updates
+from scored import slopes
 
 from tiny_models import (
     TinyExperts,

@@ -9,14 +9,13 @@ import pytest
 import torch
 from transformers import set_seed
 
-from differences import check_gradient, masked
 from keylayers import rank_modules
 from keylayers.errors import ConfigError, GuardError
 from keylayers.evaluation.held_out import held_out_loss
 from keylayers.model.preserve import preserved
 from keylayers.trainers.loss import TrainerLoss
 from keylayers.updates import adapter_updates
-from scored import everything
+from scored import check_gradient, everything, masked
 from tiny_files import NUM_MODULES
 from trainers import CASES, DATA, TOKENIZER, WithOwnLoss, build, lora
 

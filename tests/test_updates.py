@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from architectures import changed_modules
 from commands import best, complaint, fresh_process, keylayers, rank, read, record_of, scores
-from differences import check_gradient, masked
 from keylayers import module_weights, rank_modules
 from keylayers.apply.trainable import train_only
 from keylayers.data.options import DataOptions
@@ -29,6 +28,7 @@ from keylayers.scores.scoring_options import scoring_options
 from keylayers.training.options import TrainingOptions
 from keylayers.training.run import fine_tune, make_trainer, new_adapter
 from keylayers.updates import dense_updates
+from scored import check_gradient, masked
 from tiny_files import NUM_MODULES, tiny_tokenizer
 
 from tiny_models import SIZES
