@@ -141,12 +141,11 @@ def test_counts_record_and_summary_say_what_was_used_and_left_out(tmp_path):
     record, train = json.loads(json.dumps(prepared.record())), prepared.train.to_list()
     num_labels = sum(label != -100 for example in train for label in example["labels"])
     expected = {
-        **{"num_examples": 22, "num_train": 19, "num_held_out": 2},
-        **{"num_dropped_empty": 1, "num_duplicates": 1},
-        **{"num_truncated": 1, "num_truncated_away": 1},
+        **{"num_examples": 22, "num_train": 19, "num_held_out": 2, "num_duplicates": 1},
+        **{"num_dropped_empty": 1, "num_truncated": 1, "num_truncated_away": 1},
+        **{"max_length": 80, "max_length_asked": 1024, "format": "alpaca", "split_seed": 3},
         "num_train_tokens": sum(len(example["input_ids"]) for example in train),
         "num_label_tokens": num_labels,
-        **{"max_length": 80, "max_length_asked": 1024, "format": "alpaca", "split_seed": 3},
     }
     assert {name: record[name] for name in expected} == expected
     assert max(len(example["input_ids"]) for example in train) == 80
@@ -243,21 +242,21 @@ def place(tmp_path, monkeypatch):
     """The working directory, with data that can be read."""
     for name, rows in ROWS_OF.items():
         write(tmp_path / name, rows)
+    for name, (content, _) in UNREADABLE.items():
+        (tmp_path / name).write_bytes(content)
     write_saved_splits(tmp_path / "saved splits", ROWS)
     (tmp_path / "mixed").mkdir()
     write(tmp_path / "mixed" / "a.jsonl", ROWS)
     write_csv(tmp_path / "mixed" / "b.csv", ROWS)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
+@pytest.mark.usefixtures("place")
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [*((name, {}, message) for name, (_, message) in UNREADABLE.items()), *UNFIT],
 )
-def test_data_that_cannot_be_used_are_refused_in_one_line(place, name, options, message):
-    if name in UNREADABLE:
-        (place / name).write_bytes(UNREADABLE[name][0])
+def test_data_that_cannot_be_used_are_refused_in_one_line(name, options, message):
     with pytest.raises(KeylayersError, match=message) as caught:
         prepare(name, **options)
     assert "\n" not in str(caught.value)

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every loss that is shown is that of a plain loop of transformers: cross-entropy of the answers.
-
-Also for a mixture of experts whose config asks for a loss of its routers, which is no part of it.
-"""
+"""Every loss that is shown is the cross-entropy of the answers in a loop of transformers."""
 
 import json
 
@@ -25,7 +22,7 @@ MIXTURE |= {"hidden_size": 32, "intermediate_size": 48}
 
 @pytest.fixture(scope="module")
 def mixture(tiny, tmp_path_factory):
-    """A folder like `tiny`, with a mixture of experts that shows its routers' loss."""
+    """A folder like `tiny`, with a mixture of experts that asks for a loss of its routers."""
     folder = tmp_path_factory.mktemp("mixture")
     tokenizer = tiny_tokenizer()
     config = MixtralConfig(**SIZES | MIXTURE | {"vocab_size": len(tokenizer)})

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Odd, huge and secret values in YAML, links in circles, adapters that claim to be huge.
-
-Each is refused in one line, and soon.
-"""
+"""Odd, huge and secret YAML, links in circles, adapters that claim to be huge: one line, soon."""
 
 import json
 import shutil

@@ -23,10 +23,7 @@ from trainers import DATA, FROM_TRL, base_model, build, with_noise
 
 from tiny_models import SIZES, VOCABULARY
 
-pytestmark = [  # TRL's
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # TRL's
 PREPARED_BY_TRAINER = ["SFT", "DPO", "KTO", "Reward", "GRPO"]
 
 

@@ -52,7 +52,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def restored(dictionaries: Iterable[dict[str, Any]]) -> Iterator[None]:
+def restored(dictionaries: Iterable[dict[Any, Any]]) -> Iterator[None]:
     """Refill the dictionaries after the block; a hook's handle refers to the dictionary itself."""
     copies = [(dictionary, dict(dictionary)) for dictionary in dictionaries]
     try:
