@@ -106,6 +106,12 @@ CASES = {
     "peft/Llama/no such block": (
         lora(["q_proj"], layers_to_transform=[1, 7]), None,
         "`layers_to_transform`: there is no block 7 among the 2 of the model"),
+    "peft/Llama/blocks of full names": (
+        lora(["model.layers.0.self_attn.q_proj"], layers_to_transform=[1]), None,
+        "`layers_to_transform` does not hold for full names such as model.layers.0.self_attn.q"),
+    "peft/Llama/no blocks": (
+        lora(["q_proj"], layers_to_transform=[]), None,
+        "`layers_to_transform` is empty, which PEFT reads as all blocks"),
     "peft/Llama/no such rank": (
         lora(["q_proj"], rank_pattern={"w_proj": 2}), None,
         "rank_pattern keys did not match any targeted module and were ignored: ['w_proj']"),

@@ -7,7 +7,7 @@ LoRA is put on by PEFT itself, on a model without storage, so the answer is what
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -65,7 +65,7 @@ def trained_by(wanted: Wanted, model: PreTrainedModel) -> Trained:
         if any(info.is_stacked for info in modules):
             known = {info.name for info in modules}
             found += _rewritten(_named(wanted.lora, names, parameters) & known, known & {*lora})
-        found += _absent_blocks(wanted.lora, modules)
+        found += _layers_not_as_asked(wanted.lora, modules, names)
     whole = _whole(model, modules)
     trained = {*lora, *whole}
     if not trained:
@@ -157,13 +157,19 @@ def _and_more(names: list[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _absent_blocks(config: LoraConfig, modules: Iterable[ModuleInfo]) -> list[str]:
+def _layers_not_as_asked(
+    config: LoraConfig, modules: Iterable[ModuleInfo], names: Iterable[str]
+) -> Iterator[str]:
+    """Where `layers_to_transform` does not mean what it seems to."""
     layers = config.layers_to_transform
-    wanted = [layers] if isinstance(layers, int) else layers or []
+    if layers is None:
+        return
+    wanted = [layers] if isinstance(layers, int) else layers
     num_blocks = len({info.block_index for info in modules})
-    absent = ", ".join(str(layer) for layer in wanted if not 0 <= layer < num_blocks)
-    if not absent:
-        return []
-    return [
-        f"`layers_to_transform`: there is no block {absent} among the {num_blocks} of the model"
-    ]
+    if absent := ", ".join(str(layer) for layer in wanted if not 0 <= layer < num_blocks):
+        among = f"among the {num_blocks} of the model"
+        yield f"`layers_to_transform`: there is no block {absent} {among}"
+    if not wanted:
+        yield "`layers_to_transform` is empty, which PEFT reads as all blocks"
+    elif full := {*(config.target_modules or ())} & {*names}:
+        yield f"`layers_to_transform` does not hold for full names such as {min(full)}"
