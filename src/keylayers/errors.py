@@ -1,5 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exceptions that keylayers raises, each also one of Python's own; checks of options.
+"""The exceptions that keylayers raises, and checks of options.
+
+KeylayersError                exit code
+├── ConfigError (ValueError)      2     an option, a budget or a YAML file
+├── DataError (ValueError)        2     a data set, its columns or its chat template
+├── ModelError (ValueError)       2     a model, adapter or checkpoint that does not fit
+├── RankingError (ValueError)     2     a ranking file, or a ranking of another model
+├── OutputError (OSError)         2     a place that cannot be written
+├── LossError (RuntimeError)      2     the loss became NaN or infinite
+├── StudyError (RuntimeError)     1     cells of a study failed; the others are done
+└── GuardError (RuntimeError)     1     a promise of keylayers itself was about to be broken
 
 Every message says what must hold, what came and what to do, in one line.
 """
