@@ -128,10 +128,6 @@ def test_training_within_memory(ranked, tmp_path, capsys, update):
     assert keylayers("train", *common, "--budget", budget, "--output", tmp_path / "b") == 0
     held = record_of(tmp_path / "b")["step_memory_bytes"]
     assert held <= float(budget.removesuffix("MiB")) * MIB < record["step_memory_bytes"]
-
-
-def test_too_little_memory_leaves_nothing(ranked, tmp_path, capsys):
-    options = ("--ranking", ranked, "--budget", "0.01MiB", "--output", tmp_path / "t")
-    assert keylayers("train", *options) == 2
+    assert keylayers("train", *common, "--budget", "0.01MiB", "--output", tmp_path / "c") == 2
     assert "must allow a step of the best module" in complaint(capsys)
-    assert not (tmp_path / "t").exists()
+    assert not (tmp_path / "c").exists()
