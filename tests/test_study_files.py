@@ -174,7 +174,7 @@ REFUSED = [
     ({"options": {**TRAINED, "freeze": 0.2}}, "exactly one of `budget`"),
     ({"options": {**TRAINED, "train_max_length": "abc"}}, "--max-length: unable to"),
     # Options that no cell takes
-    ({"options": {**BASE, "points": 4}, "verify": False}, "takes `points`"),
+    ({"options": {**BASE, "points": 4}, "verify": False}, "takes `points`; leave"),
     ({"options": BASE, "grid": {"order_seed": [0, 1]}, "verify": False}, "takes `order_seed`"),
     ({"options": {**BASE, "steps": 100}}, "takes `steps`"),
     ({"options": {**BASE, "freeze": 0.3, "rank_first": True, "train_data": "x"}}, "`train_data`"),

@@ -66,7 +66,7 @@ class GuardError(KeylayersError, RuntimeError):
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """`", did you mean 'x'?"` for the nearest of `choices`, or an empty string."""
     near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
-    return f", did you mean {near[0]!r}?" if near else ""
+    return f", did you mean {near[0]!r}?" if near and near[0] != name else ""
 
 
 def check_at_least(name: str, value: int, lowest: int) -> None:
