@@ -6,6 +6,7 @@ failure of keylayers itself, 130 after Ctrl-C. `--traceback` shows where an erro
 """
 
 import errno
+import logging
 import os
 import sys
 import warnings
@@ -108,6 +109,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars
+    # bitsandbytes 0.50 advises to install `kernels` when it is imported, also without 4-bit layers
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for library in ("peft", "transformers", "trl"):  # deprecations between them, not for users
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
 

@@ -135,7 +135,9 @@ def certainty_line(ranking: Ranking, budget: WrittenBudget) -> str:
     known = list(decisions(ranking, budget).values())
     num_unknown, num_open = known.count(None), known.count(False)
     if num_unknown == len(known):
-        return "no intervals: the method gives none, or the budget is by cost and has no cut"
+        has_errors = any(module.standard_error is not None for module in ranking.modules)
+        why = "a budget by cost has no cut" if has_errors else "the method gives none"
+        return f"no intervals: {why}"
     text = f"at budget {selection.budget} ({len(selection.modules)} of {len(known)} modules), "
     if num_open:
         modules, whose = ("module is", "its") if num_open == 1 else ("modules are", "their")
