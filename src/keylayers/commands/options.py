@@ -53,7 +53,7 @@ class BudgetOptions:
     Attributes:
         ranking: Ranking file, or the folder that holds ranking.json.
         budget: How much to select. 0.3: the best 30 % of the modules. 17: the best 17.
-            0.3x-params: the best ones with at most 30 % of the parameters. 0.6x-time: modules
+            0.3x-params: the best modules with at most 30 % of the parameters. 0.6x-time: modules
             chosen by score per cost, so that a training step costs at most 60 % of a full one.
             auto: what `keylayers verify` recommended. 12GiB, for `train` alone: as many of the
             best modules as a training step can hold in this much memory.
