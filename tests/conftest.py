@@ -111,7 +111,6 @@ def place(eval_folder, monkeypatch) -> Path:
 @pytest.fixture
 def said(place, tmp_path, capsys):
     """What a `keylayers eval` into `tmp_path / "out"` prints to stdout and to stderr."""
-    from commands import keylayers
 
     def run(*arguments):
         capsys.readouterr()

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rankings made by hand for tests."""
 
+from keylayers.files import json_sha256
 from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.verification import MaskCurve, Verification
 
 
 def ranking_of(
@@ -51,8 +53,6 @@ def run_of(scores=FALLING, name="m", weights="w", content="a", options=(), secti
 
 def verification_of(ranking, **options):
     """What `keylayers verify` might have found of a ranking of six modules."""
-    from keylayers.files import json_sha256
-    from keylayers.ranking.verification import MaskCurve, Verification
 
     def curve(*losses):
         rows = tuple((loss, loss + 0.1) for loss in losses)

@@ -8,6 +8,9 @@ from pathlib import Path
 import yaml
 
 from commands import keylayers
+from keylayers.commands.study_cells import plan
+from keylayers.commands.study_grid import read_study
+from keylayers.commands.study_workers import run_cell
 from outputs import contents
 
 OPTIONS = {"batch_size": 4, "lora_rank": 4, "max_steps": 6, "learning_rate": 0.02, "points": 4}
@@ -46,16 +49,12 @@ def planned(grid=None, settings=(), parts=None, **options):
 
 
 def _plan(content, root, settings=()):
-    from keylayers.commands.study_cells import plan
-    from keylayers.commands.study_grid import read_study
-
     return plan(read_study(content, "it", settings), Path(root))
 
 
 @contextlib.contextmanager
 def in_this_process(_workers=None):
     """In place of the workers of a study."""
-    from keylayers.commands.study_workers import run_cell
 
     def submit(cell):
         with ThreadPoolExecutor(1) as thread:  # one cell after the other

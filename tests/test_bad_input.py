@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from commands import QUICK, complaint, complaint_in, keylayers, listing
+from keylayers.trainers.loss import TrainerLoss
 from tiny_files import write_partial_adapter
 
 LONG = "".join(
@@ -243,8 +244,6 @@ def test_bad_input_is_one_line_and_writes_nothing(
 
 
 def test_ctrl_c_leaves_no_half_written_file(tiny, tmp_path, capsys, monkeypatch):
-    from keylayers.trainers.loss import TrainerLoss
-
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 

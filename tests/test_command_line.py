@@ -6,14 +6,14 @@ import shlex
 import pytest
 
 from commands import keylayers, rank, read
+from keylayers.cli import app
+from keylayers.commands.repeat import command_line
 from tiny_files import NUM_BLOCKS
 
 from rankings import ranking_of
 
 
 def test_a_ranking_repeated_by_its_command_is_the_same(tiny, tmp_path):
-    from keylayers.commands.repeat import command_line
-
     more = ("--granularity", "block", "--seed", "3", "--mask-data", "train", "--epsilon", "0")
     assert rank(tiny, tmp_path / "one", *more) == 0
     one = read(tmp_path / "one")
@@ -50,15 +50,11 @@ LINES = [
 
 @pytest.mark.parametrize(("command", "options", "line"), LINES)
 def test_what_is_left_out_and_what_is_quoted(command, options, line):
-    from keylayers.commands.repeat import command_line
-
     assert command_line(command, options, RANKED_WITH) == line
 
 
 @pytest.mark.parametrize(("model", "revision"), [(None, "abc"), ("base", "abc"), ("other", None)])
 def test_a_revision_is_taken_over_for_its_own_model_alone(tmp_path, model, revision):
-    from keylayers.cli import app
-
     options = {"model": "base", "revision": "abc", "data": "d"}
     ranking_of([1.0], provenance={"options": options}).save(tmp_path / "ranking.json")
     words = ["train", "--ranking", str(tmp_path), "--budget", "1"]

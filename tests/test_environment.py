@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 
+from keylayers.environment import environment
+
 
 def test_the_environment_names_versions_and_no_variables(monkeypatch):
-    from keylayers.environment import environment
-
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_a_test")
     record = environment()
     assert (record["num_processes"], record["wrapper"]) == (1, None)

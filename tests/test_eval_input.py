@@ -7,6 +7,7 @@ import pytest
 
 from commands import complaint, keylayers
 from eval_files import MODELS, WRITTEN, write_documents
+from keylayers.evaluation import benchmarks, run
 
 ONE = ["--model", "model"]
 BAD = [
@@ -40,8 +41,6 @@ def test_bad_input_is_one_line(place, tmp_path, capsys, arguments, message):
 
 
 def test_a_missing_library_is_one_line(place, tmp_path, monkeypatch, capsys):
-    from keylayers.evaluation import run
-
     monkeypatch.setattr(run, "find_spec", lambda name: None)
     arguments = [*ONE, "--task-folder", "tasks", "--tasks", "three", "--output", tmp_path / "out"]
     assert keylayers("eval", *arguments) == 2
@@ -58,8 +57,6 @@ def test_a_damaged_file_of_results_is_one_line(place, tmp_path, capsys):
 
 def test_a_chat_template_and_examples_are_part_of_the_prompt(said, monkeypatch):
     """The prompts that the harness logs, as the model is asked."""
-    from keylayers.evaluation import benchmarks
-
     seen, evaluate = [], benchmarks.lm_eval.evaluate
 
     def spy(**kwargs):

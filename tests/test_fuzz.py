@@ -16,14 +16,17 @@ from damage import LARGE, begin, changed, damaged_bytes, damaged_json, damaged_y
 from keylayers.data.options import DataOptions
 from keylayers.data.reading import read_conversations
 from keylayers.errors import DataError, ModelError
+from keylayers.model.loading import load_adapter, load_model
+from keylayers.model.options import ModelOptions
+from keylayers.ranking.ranking import Ranking
+from keylayers.updates import adapter_updates
+from test_spectrum_file import scan_of
 
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings(LARGE)]
 
 
 def check_ranking(path):
     """What was accepted is a ranking: finite scores, in order, the same after a round trip."""
-    from keylayers.ranking.ranking import Ranking
-
     ranking = Ranking.load(path)
     scores = [module.score for module in ranking.ordered()]
     known = [score for score in scores if score is not None]
@@ -186,10 +189,6 @@ def test_damaged_data_is_read_or_refused(ending, tmp_path):
 @pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::RuntimeWarning:peft")
 def test_a_damaged_adapter_is_ranked_or_refused(tiny, tmp_path):
     """Its config and its weights; what is loaded must be what a ranking then names."""
-    from keylayers.model.loading import load_adapter, load_model
-    from keylayers.model.options import ModelOptions
-    from keylayers.updates import adapter_updates
-
     folder = shutil.copytree(tiny / "adapter", tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
     weights = (folder / "adapter_model.safetensors").read_bytes()
@@ -212,8 +211,6 @@ def test_a_damaged_adapter_is_ranked_or_refused(tiny, tmp_path):
 
 
 def test_a_damaged_scan_of_spectrum_is_imported_or_refused(tiny, tmp_path):
-    from test_spectrum_file import scan_of
-
     path, ranking = scan_of(tmp_path), tmp_path / "ranking.json"
 
     def check(damaged):

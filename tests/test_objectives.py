@@ -10,6 +10,7 @@ from typing import get_args
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from commands import (
     PLAIN_PEFT,
@@ -22,6 +23,10 @@ from commands import (
     record_of,
     scores,
 )
+from keylayers.data.preferences import FORMAT_OF
+from keylayers.model.loading import load_model
+from keylayers.model.options import ModelOptions, Objective
+from keylayers.training.options import LOSS_UNITS
 from prepared import PAIRS
 from tiny_files import CHAT_TEMPLATE, NUM_MODULES, write_rows
 
@@ -54,8 +59,6 @@ def ranked(tiny, preferences, tmp_path_factory):
 def test_from_ranking_to_an_adapter_that_plain_peft_loads(
     ranked, tiny, objective, tmp_path, capsys
 ):
-    from keylayers.training.options import LOSS_UNITS
-
     folder = ranked[objective]
     ranking = read(folder)
     losses = ranking["provenance"]["held_out_loss_nats"]
@@ -111,8 +114,6 @@ def test_an_adapter_and_a_checkpoint_are_compared_with_the_base_model(
 
 
 def test_a_full_update_trains_exactly_the_selection_against_the_base_model(ranked, tiny, tmp_path):
-    from safetensors.torch import load_file
-
     options = ("--budget", "3", "--update", "full", "--output", tmp_path / "full")
     assert keylayers("train", "--ranking", ranked["dpo"], *options) == 0
     before, after = (
@@ -176,9 +177,6 @@ def test_mistakes_are_one_clear_line(tiny, preferences, tmp_path, options, messa
 
 
 def test_a_new_head_is_the_same_whatever_the_seed(tiny):
-    from keylayers.model.loading import load_model
-    from keylayers.model.options import ModelOptions
-
     def head(seed):
         torch.manual_seed(seed)
         return load_model(ModelOptions(model=str(tiny / "model")), "reward").score.weight
@@ -220,10 +218,7 @@ def test_the_example_of_the_docs_runs(tiny, preferences, tmp_path, monkeypatch):
 
 
 def test_the_docs_name_every_objective_and_its_data():
-    from keylayers.data.preferences import FORMAT_OF
-    from keylayers.model.options import Objective
     from keylayers.training.objectives import OBJECTIVES
-    from keylayers.training.options import LOSS_UNITS
 
     assert set(get_args(Objective)) == set(OBJECTIVES) == set(LOSS_UNITS) == {"sft", *FORMAT_OF}
     kinds = {"pairs": "pairs", "rated": "rated answers"}

@@ -25,6 +25,8 @@ from commands import (
     read,
     record_of,
 )
+from keylayers.apply import prune as pruning
+from keylayers.commands import run_prune
 from keylayers.ranking.record import Pruned, Size
 from keylayers.report.prune import reading
 from tiny_files import NUM_MODULES, tiny_tokenizer, write_partial_adapter
@@ -233,18 +235,16 @@ FAILURES = [
 def test_an_adapter_that_fails_its_proof_leaves_the_earlier_one(
     ranked, prune, monkeypatch, damage, code, message
 ):
-    from keylayers.commands import run_prune as module
-
     earlier = prune(ranked, "--budget", "2")
     before = listing(earlier.folder.parent)
-    prune_adapter = module.prune_adapter
+    prune_adapter = run_prune.prune_adapter
 
     def write_badly(adapter, folder, *more):
         source = prune_adapter(adapter, folder, *more)
         damage(folder)
         return source
 
-    monkeypatch.setattr(module, "prune_adapter", write_badly)
+    monkeypatch.setattr(run_prune, "prune_adapter", write_badly)
     run = prune(ranked, "--budget", "3")
     assert (run.code, run.out) == (code, "")
     assert message in run.err.splitlines()[-1]
@@ -252,10 +252,8 @@ def test_an_adapter_that_fails_its_proof_leaves_the_earlier_one(
 
 
 def test_a_checkpoint_that_fails_its_proof_is_not_written(ranked_full, prune, monkeypatch):
-    from keylayers.apply import prune as module
-
-    overwrite = module._overwrite
-    monkeypatch.setattr(module, "_overwrite", lambda path, values: overwrite(path, [*values][1:]))
+    overwrite = pruning._overwrite
+    monkeypatch.setattr(pruning, "_overwrite", lambda path, values: overwrite(path, [*values][1:]))
     run = prune(ranked_full, "--budget", "3")
     assert (run.code, run.out) == (1, "")
     assert "must hold the kept weights as they were, but 1 tensors differ" in run.err

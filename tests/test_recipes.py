@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from commands import keylayers, read
 from eval_files import evaluation_of
+from keylayers.commands.study_cells import check
+from keylayers.demo.files import BASE
+from keylayers.demo.world import STYLES
 from studies import plan_of
 from tiny_files import add_noise
 
@@ -23,8 +26,6 @@ SMALL = sorted((ROOT / "recipes" / "small").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", [*PAPER, *SMALL], ids=lambda path: "/".join(path.parts[-2:]))
 def test_every_recipe_is_planned_offline(path):
-    from keylayers.commands.study_cells import check
-
     cells = plan_of(path)
     check(cells)
     assert {"stage-1", "ranking"} <= {cell.kind for cell in cells}
@@ -64,9 +65,6 @@ def test_the_small_recipes_share_cells_on_the_files_of_the_demo(demo_files, monk
 
 
 def test_the_files_of_the_demo_are_its_model_and_data(demo_files, tmp_path, capsys):
-    from keylayers.demo.files import BASE
-    from keylayers.demo.world import STYLES
-
     for path in BASE.iterdir():
         assert (demo_files / "demo" / "model" / path.name).read_bytes() == path.read_bytes()
     for style in STYLES:

@@ -9,7 +9,11 @@ from xml.etree import ElementTree
 import pytest
 
 from commands import complaint, keylayers
+from keylayers.commands import show
+from keylayers.commands.repeat import how_to_repeat
+from keylayers.ranking.compare import agreement
 from keylayers.ranking.ranking import Ranking
+from keylayers.report.source import labels
 
 from rankings import ranking_of, verification_of
 
@@ -57,8 +61,6 @@ def test_a_figure_has_the_format_of_its_ending_and_what_its_name_says(folder, ki
 
 
 def test_figures_show_the_ranks_of_what_is_taken_and_jaccard_with_its_chance(folder):
-    from keylayers.ranking.compare import agreement
-
     assert keylayers("show", "one", "--figure", "heatmap.svg", "--budget", "3") == 0
     marks = ElementTree.parse("heatmap.svg").findall(
         ".//*[@class='mark-text role-mark layer_2_marks']/*"
@@ -107,8 +109,6 @@ def test_a_curve_of_an_earlier_ranking_is_refused_and_named(folder, capsys):
 
 
 def test_without_the_extra_the_line_says_what_to_install(folder, monkeypatch, capsys):
-    from keylayers.commands import show
-
     monkeypatch.setattr(show, "NEEDED", (*show.NEEDED, "no_such_library"))
     assert keylayers("show", "one", "--html", "r.html") == 2
     line = complaint(capsys)
@@ -150,8 +150,6 @@ PATHS = [
 
 @pytest.mark.parametrize(("paths", "names"), PATHS)
 def test_labels_are_the_shortest_ends_of_the_paths_that_differ(paths, names):
-    from keylayers.report.source import labels
-
     assert labels([Path(path) for path in paths]) == names
     assert len(set(labels([Path("out"), Path("out/ranking.json")]))) == 2  # given twice
 
@@ -169,6 +167,4 @@ REPEATED = {
 
 @pytest.mark.parametrize("text", REPEATED)
 def test_how_to_make_a_ranking_again(text):
-    from keylayers.commands.repeat import how_to_repeat
-
     assert text in how_to_repeat(ranking_of([1.0], provenance=REPEATED[text]))

@@ -13,6 +13,8 @@ from functools import partial
 import pytest
 
 from commands import keylayers
+from keylayers.ranking.certainty import undecided
+from keylayers.ranking.compare import agreement
 from keylayers.ranking.ranking import Ranking
 
 from rankings import ranking_of, verification_of
@@ -126,8 +128,6 @@ def percent(share):
 
 
 def test_the_slider_shows_what_select_takes_at_every_budget(page_of, hand):
-    from keylayers.ranking.certainty import undecided
-
     ranks, total = HAND.ranks(), sum(one.num_parameters for one in HAND.modules)
     with page_of(hand) as page:
         assert page.locator(SLIDER).get_attribute("max") == "11"  # one of the twelve has no score
@@ -226,8 +226,6 @@ def test_no_other_script_runs_even_if_one_got_in(page_of, hand, tmp_path):
 
 
 def test_a_verified_ranking_is_shown_whole_and_another_is_chosen_by_radio(page_of, verified):
-    from keylayers.ranking.compare import agreement
-
     rankings = [Ranking.load(verified / name) for name in "ab"]
     with page_of(verified / "report.html") as page:
         assert page.locator(f"{SECTION} h2").inner_text() == "a"

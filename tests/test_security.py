@@ -6,6 +6,8 @@ from pathlib import Path
 
 from commands import STEPS, everything_below, keylayers, rank
 
+from rankings import ranking_of
+
 SECRET = "hf_" + "kEyLaYeRs" * 4
 NAMES = "HF_TOKEN HUGGING_FACE_HUB_TOKEN OPENAI_API_KEY WANDB_API_KEY AWS_SECRET_ACCESS_KEY"
 
@@ -41,8 +43,6 @@ def test_no_key_or_token_is_in_anything_that_is_written_or_printed(
 def test_names_in_a_ranking_lead_to_no_file_elsewhere(tiny, tmp_path):
     """A ranking from elsewhere may name its modules, its model and its data as it likes."""
     from dataclasses import replace
-
-    from rankings import ranking_of
 
     ranking = ranking_of([1.0, 0.5], provenance={"model": {"name": "../../outside"}})
     names = ("../../outside/x", "/tmp/keylayers-outside")

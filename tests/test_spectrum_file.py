@@ -11,6 +11,7 @@ from transformers import LlamaConfig, MistralConfig
 from commands import complaint, keylayers
 from keylayers.model.modules import map_modules
 from keylayers.ranking.ranking import Ranking
+from tiny_files import tiny_model, tiny_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "spectrum"
 SIZES = {"hidden_size": 4096, "intermediate_size": 14_336, "num_key_value_heads": 8}
@@ -22,8 +23,6 @@ PUBLISHED = {
 
 def scan_of(folder, change=lambda rows: None):
     """A scan of the tiny model, changed or replaced by a text: ratios fall, norms are infinite."""
-    from tiny_files import tiny_model, tiny_tokenizer
-
     places = enumerate(map_modules(tiny_model(len(tiny_tokenizer()))))
     rows = {one.name: {"snr": 100.0 - place, "type": one.projection} for place, one in places}
     rows["model.norm"] = {"snr": float("inf"), "type": "model.norm"}

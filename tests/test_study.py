@@ -17,6 +17,11 @@ import pytest
 
 import preloaded
 from commands import everything_below, keylayers, listing
+from keylayers.commands.study_cells import Cell
+from keylayers.commands.study_results import agreement_means, agreement_table
+from keylayers.commands.study_workers import run_cell, state_of
+from keylayers.files import one_at_a_time
+from keylayers.ranking.compare import chance_jaccard
 from outputs import differences
 from studies import METHODS, finished, plan_of, run_here, tiny_study, write
 from test_security import NAMES, SECRET
@@ -94,8 +99,6 @@ def test_a_finished_study_runs_only_new_entries(done, tiny, tmp_path, monkeypatc
 
 
 def test_a_failed_cell_is_recorded_and_tried_again(tiny, tmp_path, monkeypatch, capsys):
-    from keylayers.files import one_at_a_time
-
     data = [str(tiny / "data.jsonl"), str(tmp_path / "absent.jsonl")]
     words = (tiny_study(tmp_path, tiny, data=data, budget=[0.3]), "--output", "out")
     assert run_here(monkeypatch, *words) == 1
@@ -116,9 +119,6 @@ def test_a_failed_cell_is_recorded_and_tried_again(tiny, tmp_path, monkeypatch, 
 
 
 def test_whatever_a_command_raises_is_an_error_of_its_cell(tmp_path, monkeypatch):
-    from keylayers.commands.study_cells import Cell
-    from keylayers.commands.study_workers import run_cell, state_of
-
     cell = Cell("ranking", tmp_path / "ranking-a", {}, ("rank",))
     main = Mock(side_effect=[RuntimeError("out of\nmemory"), SystemExit(0), 0])
     monkeypatch.setattr("keylayers.cli.main", main)
@@ -153,10 +153,6 @@ def test_several_files_share_cells_compare_and_evaluate(tiny, tmp_path, monkeypa
 
 
 def test_rankings_that_differ_in_one_axis_are_compared(tmp_path):
-    from keylayers.commands.study_cells import Cell
-    from keylayers.commands.study_results import agreement_means, agreement_table
-    from keylayers.ranking.compare import chance_jaccard
-
     orders = {"x0": [4, 3, 2, 1], "x1": [4, 3, 1, 2], "y0": [1, 2, 3, 4], "f1": [1, 1, 1, 1]}
     cells = []
     for (data, seed), scores in orders.items():

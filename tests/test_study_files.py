@@ -9,6 +9,7 @@ import pytest
 
 from commands import keylayers
 from damage import LARGE, damaged_yaml, fuzz, run
+from keylayers.commands import study_cells
 from studies import METHODS, plan_of, planned, tiny_study, write
 
 pytestmark = pytest.mark.filterwarnings(LARGE)
@@ -66,8 +67,6 @@ def test_defaults_nulls_and_options_without_effect_make_the_same_cells():
 
 
 def test_other_software_makes_other_cells(monkeypatch):
-    from keylayers.commands import study_cells
-
     made_by, before = study_cells.environment(), names(planned(budget=0.3))
     for part in ("commit", "libraries"):
         monkeypatch.setattr(study_cells, "environment", {**made_by, part: "another"}.copy)

@@ -21,6 +21,8 @@ from keylayers.data.prepare import unused_parts
 from keylayers.data.reading import Found
 from keylayers.data.templates import BUILT_IN, Renderer, resolve_template
 from keylayers.errors import DataError
+from keylayers.training.options import TrainingOptions
+from keylayers.training.run import make_trainer, new_adapter
 from prepared import learned, prepare
 from tiny_files import tiny_model, tiny_tokenizer
 
@@ -209,9 +211,6 @@ def test_labels_are_the_mask_of_transformers_where_it_has_one(name):
 @pytest.mark.filterwarnings("ignore")  # TRL's, about a trainer that is only built
 @pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
 def test_preference_objectives_count_the_answers_alone(objective, preferences):
-    from keylayers.training.options import TrainingOptions
-    from keylayers.training.run import make_trainer, new_adapter
-
     tokenizer, options = tiny_tokenizer(), TrainingOptions(objective=objective, batch_size=4)
     names = ["model.layers.0.self_attn.q_proj"]
     model = new_adapter(tiny_model(len(tokenizer)), names, options, num_steps=1)

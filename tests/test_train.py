@@ -3,6 +3,7 @@
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from commands import (
     PLAIN_PEFT,
@@ -15,7 +16,11 @@ from commands import (
     record_of,
     updated_modules,
 )
+from keylayers.commands.run_train import control_modules
+from keylayers.data.templates import BUILT_IN
 from tiny_files import NUM_MODULES
+
+from rankings import ranking_of
 
 
 def test_an_adapter_on_exactly_the_best_modules_that_plain_peft_loads(
@@ -47,10 +52,6 @@ def test_larger_selections_stay_exact(ranked, tmp_path, budget, count):
 
 
 def test_the_chat_template_that_was_trained_with_is_saved_and_replaced(tiny, ranked, tmp_path):
-    from transformers import AutoTokenizer
-
-    from keylayers.data.templates import BUILT_IN
-
     options = ("--ranking", ranked, "--budget", "2", "--steps", "1", "--output", tmp_path / "t")
     assert keylayers("train", *options, "--chat-template", "alpaca") == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "t").chat_template == BUILT_IN["alpaca"]
@@ -86,10 +87,6 @@ def test_controls_are_trained_like_the_selection(ranked, tmp_path):
 
 
 def test_controls_are_as_large_as_the_selection_and_follow_their_names():
-    from keylayers.commands.run_train import control_modules
-
-    from rankings import ranking_of
-
     ranking = ranking_of([5.0, 1.0, 4.0, 2.0, 3.0, 0.0])
     selection = ranking.select(2)
     names = [module.name for module in ranking.modules]

@@ -5,12 +5,11 @@ from statistics import fmean
 
 import pytest
 
+from keylayers.scores.until_stable import StableSelection
 from scored import noisy, planted, score
 
 
 def test_a_selection_is_stable_after_two_that_equal_the_one_before():
-    from keylayers.scores.until_stable import StableSelection
-
     watch = StableSelection(0.5, patience=2)
     orders = [[4, 3, 2, 1], [4, 3, 2, 1], [1, 2, 3, 4], [2, 1, 4, 3], [2, 1, 3, 4]]
     found = [watch.see([float(score) for score in scores]) for scores in orders]

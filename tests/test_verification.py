@@ -5,6 +5,7 @@ import io
 import json
 
 import pytest
+from rich.console import Console
 
 from keylayers.errors import ConfigError, RankingError
 from keylayers.files import json_sha256
@@ -157,8 +158,6 @@ def test_auto_takes_what_a_curve_of_the_same_run_recommends(tmp_path, options, e
 
 def shown(found):
     """What a terminal shows, with single spaces; no line is wider than 120 columns."""
-    from rich.console import Console
-
     console = Console(file=io.StringIO(), width=120, highlight=False)
     console.print(verification_report(found))
     lines = console.file.getvalue().splitlines()

@@ -22,6 +22,8 @@ from commands import (
     record_of,
     updated_modules,
 )
+from keylayers.files import json_sha256
+from keylayers.ranking.ranking import Ranking
 from tiny_files import NUM_MODULES
 
 FAST = ("--points", "5", "--random-orders", "2")
@@ -105,9 +107,6 @@ def test_the_rankings_own_inputs_give_four_curves_an_area_and_a_budget(tiny, run
 def test_only_the_verification_is_written_and_it_comes_out_the_same_elsewhere(
     ranked, verified, own, tmp_path
 ):
-    from keylayers.files import json_sha256
-    from keylayers.ranking.ranking import Ranking
-
     before, after = (
         {path.relative_to(folder): content for path, content in everything_below(folder).items()}
         for folder in (ranked, verified)
