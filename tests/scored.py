@@ -166,10 +166,7 @@ def everything(trainer):
 def masked(trainer, at):
     """Gates at a value in the trainer's model, and the trainer's loss."""
     source, updates = TrainerLoss(trainer), adapter_updates(trainer.model)
-    with (
-        gated(trainer.model, updates, initial_score=at, link="identity") as gates,
-        source.quiet(),
-    ):
+    with gated(trainer.model, updates, initial_score=at, link="identity") as gates, source.quiet():
         yield gates, source
 
 

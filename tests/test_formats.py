@@ -9,12 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keylayers.data.formats import FORMATS, PAIRS, Conversation, conversations_of, read_format
-from keylayers.data.preferences import (
-    FORMAT_OF,
-    PREFERENCES,
-    Preference,
-    require_columns,
-)
+from keylayers.data.preferences import FORMAT_OF, PREFERENCES, Preference, require_columns
 from keylayers.data.reading import convert_rows
 from keylayers.errors import DataError
 
@@ -78,9 +73,7 @@ CASES = {
         ({"instruction": "q", "context": "c", "response": "a"}, "U: q\n\nc | A: a"),  # Dolly
     ],
     "lima": [({"conversations": ["q", "a", "r", "b", "s"]}, "U: q | A: a | U: r | A: b")],
-    "self-instruct": [
-        ({"instruction": "q", "instances": TWO}, "U: q\n\na | A: A", "U: q | A: a"),
-    ],
+    "self-instruct": [({"instruction": "q", "instances": TWO}, "U: q\n\na | A: A", "U: q | A: a")],
 }
 
 

@@ -84,9 +84,7 @@ def words_of(turns, *kinds):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize(
-    "seeds",
-    [range(4), pytest.param(range(4, 60), marks=pytest.mark.long)],
-    ids=["few", "many"],
+    "seeds", [range(4), pytest.param(range(4, 60), marks=pytest.mark.long)], ids=["few", "many"]
 )
 def test_the_loss_counts_the_words_of_learned_answers_and_no_others(name, seeds):
     for seed in seeds:
