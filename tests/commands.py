@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Commands of keylayers as tests give them, what they leave, and plain libraries that read it."""
 
+import contextlib
+import io
 import json
 import subprocess
 
@@ -30,6 +32,14 @@ def keylayers(*arguments):
     from keylayers.cli import main
 
     return main([str(argument) for argument in arguments])
+
+
+def printed(*arguments):
+    """The exit code of a command, and what it prints on both streams."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = keylayers(*arguments)
+    return code, out.getvalue(), err.getvalue()
 
 
 def rank(tiny, output, *more):
@@ -83,19 +93,43 @@ def everything_below(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def updated_modules(folder):
-    """Modules of an adapter whose B is not zero."""
+def weights_in(folder):
+    """The tensors of an adapter or a checkpoint."""
     from safetensors.torch import load_file
 
-    return {
-        name.removeprefix("base_model.model.").rpartition(".lora_")[0]
-        for name, value in load_file(folder / "adapter_model.safetensors").items()
-        if "lora_B" in name and bool(value.any())
-    }
+    (path,) = folder.glob("*model.safetensors")
+    return load_file(path)
+
+
+def changed_weights(first, second):
+    """Names of the tensors that differ between two checkpoints, which hold the same ones."""
+    before, after = weights_in(first), weights_in(second)
+    assert before.keys() == after.keys()
+    return {name for name, value in before.items() if bool((value != after[name]).any())}
+
+
+def module_of(name):
+    """The module that a tensor of an adapter belongs to."""
+    return name.removeprefix("base_model.model.").partition(".lora_")[0]
+
+
+def modules_in(folder):
+    """Modules of an adapter."""
+    return {module_of(name) for name in weights_in(folder)}
+
+
+def updated_modules(folder):
+    """Modules of an adapter whose B is not zero."""
+    tensors = weights_in(folder).items()
+    return {module_of(name) for name, value in tensors if "lora_B" in name and bool(value.any())}
 
 
 def record_of(folder):
     return json.loads((folder / "keylayers.json").read_text())
+
+
+def verified_in(folder):
+    return json.loads((folder / "verification.json").read_text(encoding="utf-8"))
 
 
 def listing(folder):

@@ -3,7 +3,6 @@
 
 import contextlib
 import copy
-import io
 import json
 import os
 import time
@@ -12,7 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from commands import complaint_in, keylayers
+from commands import complaint_in, printed
 
 # A tenth of the cases, and always the same ones, unless FUZZ_SCALE asks for new ones.
 IS_DEEP = "FUZZ_SCALE" in os.environ
@@ -127,11 +126,10 @@ def begin(*arguments):
 
 def run(*arguments):
     """The exit code of a command, which must be 0 or 2, with one line for 2, and soon."""
-    err, start = io.StringIO(), time.process_time()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
-        code = keylayers(*arguments)
+    start = time.process_time()
+    code, _, err = printed(*arguments)
     assert time.process_time() - start < LONGEST_SECONDS
-    assert code in (0, 2), (code, err.getvalue())
+    assert code in (0, 2), (code, err)
     if code == 2:
-        complaint_in(err.getvalue())
+        complaint_in(err)
     return code

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from commands import QUICK, complaint, complaint_in, keylayers, listing
+from commands import QUICK, complaint, complaint_in, keylayers, listing, rank
 from keylayers.trainers.loss import TrainerLoss
 from tiny_files import write_partial_adapter
 
@@ -248,9 +248,7 @@ def test_ctrl_c_leaves_no_half_written_file(tiny, tmp_path, capsys, monkeypatch)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(TrainerLoss, "backward", interrupted)
-    arguments = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--adapter")
-    output = ("--output", tmp_path / "out")
-    assert keylayers("rank", *arguments, tiny / "adapter", *output, *QUICK) == 130
+    assert rank(tiny, tmp_path / "out", "--adapter", tiny / "adapter") == 130
     assert "nothing is half written" in complaint(capsys)
     assert list(tmp_path.iterdir()) == []
 

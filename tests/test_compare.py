@@ -219,6 +219,7 @@ def test_consensus_by_hand():
     errors = [0.5 / 4, 0.75 / 4, 0.25 / 4, 0]
     assert [module.standard_error for module in merged.modules] == pytest.approx(errors)
     assert [module.name for module in merged.ordered()] == [m.name for m in first.modules]
+    assert consensus([first]).ranks() == first.ranks()  # with its tie
 
 
 def test_consensus_lists_its_sources_and_takes_each_module_from_those_that_score_it():

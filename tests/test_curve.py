@@ -28,6 +28,8 @@ AREAS = [
 def test_the_area_and_the_first_best_point_by_hand(counts, losses, area, best):
     curve = curve_of(counts, losses)
     assert (curve.normalised_area, curve.best) == (pytest.approx(area), best)
+    shifted = curve_of(counts, tuple(loss + 8 for loss in losses))
+    assert shifted.normalised_area == curve.normalised_area
 
 
 def test_the_curve_of_a_planted_module_falls_when_it_enters():

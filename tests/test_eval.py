@@ -3,8 +3,7 @@
 
 import json
 import shutil
-from contextlib import chdir, redirect_stderr, redirect_stdout
-from io import StringIO
+from contextlib import chdir
 
 import pandas as pd
 import pytest
@@ -12,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from commands import keylayers
+from commands import keylayers, printed
 from eval_files import ALL, NAMES, evaluation_of, write_place
 from keylayers.evaluation.documents import Store
 from prepared import prepare
@@ -22,11 +21,12 @@ from tiny_files import tiny_tokenizer
 @pytest.fixture(scope="module")
 def evaluated(eval_folder, tmp_path_factory):
     """The whole evaluation, what it printed, and its folder."""
-    out, err, folder = StringIO(), StringIO(), tmp_path_factory.mktemp("evaluated")
-    with chdir(eval_folder), redirect_stdout(out), redirect_stderr(err):
-        assert keylayers("eval", *ALL, "--output", folder) == 0, err.getvalue()
-    assert "it/s" not in err.getvalue()  # bars of the harness
-    return evaluation_of(folder), out.getvalue(), folder
+    folder = tmp_path_factory.mktemp("evaluated")
+    with chdir(eval_folder):
+        code, out, err = printed("eval", *ALL, "--output", folder)
+    assert code == 0, err
+    assert "it/s" not in err  # bars of the harness
+    return evaluation_of(folder), out, folder
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM
 
-from commands import STEPS, best, keylayers, rank, read, record_of
+from commands import STEPS, best, keylayers, rank, read, record_of, verified_in
 from prepared import prepare
-from tiny_files import rows, tiny_tokenizer
+from tiny_files import rows, tiny_tokenizer, write_mixture
 
-from tiny_models import SIZES
-
-MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5}
-MIXTURE |= {"output_router_logits": True, "initializer_range": 0.3}
+MIXTURE = {"router_aux_loss_coef": 0.5, "output_router_logits": True, "initializer_range": 0.3}
 MIXTURE |= {"hidden_size": 32, "intermediate_size": 48}
 
 
@@ -24,12 +21,7 @@ MIXTURE |= {"hidden_size": 32, "intermediate_size": 48}
 def mixture(tiny, tmp_path_factory):
     """A folder like `tiny`, with a mixture of experts that asks for a loss of its routers."""
     folder = tmp_path_factory.mktemp("mixture")
-    tokenizer = tiny_tokenizer()
-    config = MixtralConfig(**SIZES | MIXTURE | {"vocab_size": len(tokenizer)})
-    torch.manual_seed(0)
-    MixtralForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "data.jsonl").symlink_to(tiny / "data.jsonl")
+    write_mixture(tiny, folder, **MIXTURE)
     return folder
 
 
@@ -69,7 +61,7 @@ def test_every_shown_loss_is_that_of_a_plain_loop(kind, request, tmp_path, capsy
     shown = read(out)["provenance"]["held_out_loss_nats"]
     assert shown == pytest.approx({"base": base, "tuned": full}, rel=1e-5)
     assert keylayers("verify", "--ranking", out, "--points", 3, "--random-orders", 1) == 0
-    curve = json.loads((out / "verification.json").read_text())["best_first"]
+    curve = verified_in(out)["best_first"]
     middle = by_hand(place, out / "adapter", best(out, 99) - best(out, curve["counts"][1]))
     assert curve["losses"] == pytest.approx([base, middle, full], rel=1e-5)
     assert keylayers("train", "--ranking", out, "--budget", 3, *STEPS, "--output", tuned) == 0

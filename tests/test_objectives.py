@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every objective from the command line: rank, show, verify, train, and a plain load."""
 
-import json
 import math
 import re
 import shutil
@@ -10,11 +9,11 @@ from typing import get_args
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from commands import (
     PLAIN_PEFT,
     best,
+    changed_weights,
     complaint,
     file_for,
     fresh_process,
@@ -22,6 +21,7 @@ from commands import (
     read,
     record_of,
     scores,
+    verified_in,
 )
 from keylayers.data.preferences import FORMAT_OF
 from keylayers.model.loading import load_model
@@ -74,7 +74,7 @@ def test_from_ranking_to_an_adapter_that_plain_peft_loads(
     assert LOSS_UNITS[objective] in capsys.readouterr().out
     short = ("--random-orders", "1", "--points", "3", "--eval-batch-size", "4")
     assert keylayers("verify", "--ranking", folder, *short) == 0
-    verified = json.loads((folder / "verification.json").read_text())
+    verified = verified_in(folder)
     ends = [verified["best_first"]["losses"][place] for place in (0, -1)]
     assert ends == pytest.approx([losses["base"], losses["tuned"]], rel=1e-4)
     assert verified["provenance"]["options"]["objective"] == objective
@@ -116,10 +116,7 @@ def test_an_adapter_and_a_checkpoint_are_compared_with_the_base_model(
 def test_a_full_update_trains_exactly_the_selection_against_the_base_model(ranked, tiny, tmp_path):
     options = ("--budget", "3", "--update", "full", "--output", tmp_path / "full")
     assert keylayers("train", "--ranking", ranked["dpo"], *options) == 0
-    before, after = (
-        load_file(folder / "model.safetensors") for folder in (tiny / "model", tmp_path / "full")
-    )
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    changed = changed_weights(tiny / "model", tmp_path / "full")
     assert changed == {f"{name}.weight" for name in best(ranked["dpo"], 3)}
     base, selected = (row["held_out_loss_nats"] for row in record_of(tmp_path / "full")["results"])
     assert base == pytest.approx(math.log(2), abs=1e-6)

@@ -17,11 +17,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import AdaLoraConfig, get_peft_model
-from safetensors.torch import load_file
 from transformers import Trainer
 
 import preloaded
-from commands import file_for, keylayers, rank, read, record_of
+from commands import file_for, keylayers, rank, read, record_of, weights_in
 from keylayers.errors import ConfigError
 from keylayers.model.sharding import check_can_freeze_inside, place_model
 from keylayers.training.run import fine_tune
@@ -192,8 +191,7 @@ def test_so_is_what_is_trained(one, two, name):
     for row, other in zip(first["results"], second["results"], strict=True):
         assert row["label"] == other["label"]
         assert row["held_out_loss_nats"] == pytest.approx(other["held_out_loss_nats"], rel=1e-4)
-    weights = "model.safetensors" if name == "train-full" else "adapter_model.safetensors"
-    first, second = (load_file(root / weights) for root in (one / name, found))
+    first, second = (weights_in(root) for root in (one / name, found))
     torch.testing.assert_close(first, second, atol=2e-3, rtol=1e-3, check_dtype=False)
 
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`keylayers prune` on a tiny model, through the command line; what it writes anybody can load."""
 
-import contextlib
-import io
 import json
 import shutil
 from collections import namedtuple
@@ -10,20 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from commands import (
     PLAIN_PEFT,
     PLAIN_TRANSFORMERS,
     best,
+    changed_weights,
     complaint_in,
     fresh_process,
     keylayers,
     listing,
+    modules_in,
     plain_loss,
+    printed,
     rank,
     read,
     record_of,
+    verified_in,
+    weights_in,
 )
 from keylayers.apply import prune as pruning
 from keylayers.commands import run_prune
@@ -41,10 +44,8 @@ def prune(tmp_path):
     """`keylayers prune` into a folder of the test's own, with what it printed."""
 
     def run(ranking, *more):
-        out, err, folder = io.StringIO(), io.StringIO(), tmp_path / "cut"
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = keylayers("prune", "--ranking", ranking, "--output", folder, *more)
-        return Run(folder, code, out.getvalue(), err.getvalue())
+        folder = tmp_path / "cut"
+        return Run(folder, *printed("prune", "--ranking", ranking, "--output", folder, *more))
 
     return run
 
@@ -55,11 +56,6 @@ def row(run, label):
     return line.removeprefix(label).split()
 
 
-def modules_of(folder):
-    names = load_file(folder / WEIGHTS)
-    return {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in names}
-
-
 def assert_same_bits(after, before):
     assert all(torch.equal(value, before[name]) for name, value in after.items())
 
@@ -67,8 +63,8 @@ def assert_same_bits(after, before):
 def test_the_adapter_of_stage_1_is_cut_to_the_best_modules(tiny, ranked, prune):
     cut, full = prune(ranked, "--budget", "0.3"), ranked / "adapter"
     kept, every = best(ranked, 6), best(ranked, NUM_MODULES)
-    assert set(fresh_process(PLAIN_PEFT, cut.folder)) == modules_of(cut.folder) == kept
-    assert_same_bits(load_file(cut.folder / WEIGHTS), load_file(full / WEIGHTS))
+    assert set(fresh_process(PLAIN_PEFT, cut.folder)) == modules_in(cut.folder) == kept
+    assert_same_bits(weights_in(cut.folder), weights_in(full))
     assert f"adapter written to {cut.folder}" in cut.out.replace("\n", "")
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (cut.folder / name).read_bytes() == (full / name).read_bytes()
@@ -88,7 +84,7 @@ def test_the_adapter_of_stage_1_is_cut_to_the_best_modules(tiny, ranked, prune):
         assert row(cut, label)[-1] == f"{loss:.4f}"
     assert found["base_loss_nats"] > found["pruned_loss_nats"] > found["full_loss_nats"]
     for part, folder, count in (("full", full, 21), ("pruned", cut.folder, 6)):
-        num_parameters = sum(value.numel() for value in load_file(folder / WEIGHTS).values())
+        num_parameters = sum(value.numel() for value in weights_in(folder).values())
         num_bytes = (folder / WEIGHTS).stat().st_size
         size = {"num_modules": count, "num_parameters": num_parameters, "num_bytes": num_bytes}
         assert found[part] == size
@@ -100,16 +96,16 @@ def test_a_budget_of_all_writes_the_same_adapter_and_says_so(ranked, prune):
     run = prune(ranked, "--budget", "1.0")
     assert run.code == 0
     assert "the budget keeps every module, so nothing is pruned" in run.err
-    assert modules_of(run.folder) == best(ranked, NUM_MODULES)
-    assert_same_bits(load_file(run.folder / WEIGHTS), load_file(ranked / "adapter" / WEIGHTS))
+    assert modules_in(run.folder) == best(ranked, NUM_MODULES)
+    assert_same_bits(weights_in(run.folder), weights_in(ranked / "adapter"))
 
 
 def test_an_adapter_that_is_given_wins_and_freeze_keeps_all_but_the_worst(tiny, ranked, prune):
     run = prune(ranked, "--freeze", "0.25", "--adapter", tiny / "adapter")
     assert run.code == 0
     assert "the update differs from the one that was ranked" in run.err
-    assert modules_of(run.folder) == best(ranked, 16)
-    assert_same_bits(load_file(run.folder / WEIGHTS), load_file(tiny / "adapter" / WEIGHTS))
+    assert modules_in(run.folder) == best(ranked, 16)
+    assert_same_bits(weights_in(run.folder), weights_in(tiny / "adapter"))
     assert not (run.folder / "tokenizer.json").exists()  # the adapter's folder holds none
 
 
@@ -119,10 +115,10 @@ def test_the_automatic_budget_is_the_verified_one(ranked, ranking_copy, prune):
     assert "make it with `keylayers verify`" in complaint_in(run.err)
     fast = ("--points", "5", "--random-orders", "1", "--margin", "0.5")
     assert keylayers("verify", "--ranking", ranking_copy, *fast) == 0
-    verified = json.loads((ranking_copy / "verification.json").read_text())
+    verified = verified_in(ranking_copy)
     run = prune(ranking_copy, "--budget", "auto")
     count = verified["recommendation"]["num_modules"]
-    assert modules_of(run.folder) == best(ranked, count)
+    assert modules_in(run.folder) == best(ranked, count)
     at = verified["best_first"]["counts"].index(count)
     loss = record_of(run.folder)["result"]["pruned_loss_nats"]
     assert loss == pytest.approx(verified["best_first"]["losses"][at], rel=1e-5)
@@ -135,11 +131,11 @@ def test_the_update_of_an_embedding_is_a_module_like_others(tiny, tmp_path, prun
     names = [f"model.layers.{block}.self_attn.q_proj" for block in range(3)]
     write_partial_adapter(tiny, tmp_path / "adapter", [*names, embedding])
     assert rank(tiny, tmp_path / "out", "--adapter", tmp_path / "adapter") == 0
-    before = load_file(tmp_path / "adapter" / WEIGHTS)
+    before = weights_in(tmp_path / "adapter")
     for budget in (1, 3):
         run = prune(tmp_path / "out", "--budget", budget)
         assert run.code == 0
-        kept, after = best(tmp_path / "out", budget), load_file(run.folder / WEIGHTS)
+        kept, after = best(tmp_path / "out", budget), weights_in(run.folder)
         assert set(fresh_process(PLAIN_PEFT, run.folder)) == kept
         assert after.keys() == {name for name in before if any(f".{m}." in name for m in kept)}
         assert_same_bits(after, before)
@@ -150,19 +146,16 @@ def test_a_checkpoint_carries_only_the_important_differences(tiny, ranked_full, 
     tiny_tokenizer().save_pretrained(tuned)
     run = prune(ranked_full, "--budget", "5", "--tuned", tuned)
     assert run.code == 0
-    base, old, new = (
-        load_file(folder / "model.safetensors") for folder in (tiny / "model", tuned, run.folder)
-    )
+    base, new = weights_in(tiny / "model"), weights_in(run.folder)
     pruned = {f"{name}.weight" for name in best(ranked_full, 21) - best(ranked_full, 5)}
-    assert {name for name in new if not torch.equal(new[name], old[name])} == pruned
+    assert changed_weights(tuned, run.folder) == pruned
     assert {name for name in pruned if torch.equal(new[name], base[name])} == pruned
-    assert new.keys() == old.keys()
     written = {path.name for path in run.folder.iterdir()}
     assert written == {path.name for path in tuned.iterdir()} | {"keylayers.json", "README.md"}
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         assert (run.folder / name).read_bytes() == (tuned / name).read_bytes()
     assert fresh_process(PLAIN_TRANSFORMERS, run.folder) == ["torch.bfloat16"]
-    assert f"wrote {len(old)} tensors, 16 of them from the base" in run.err
+    assert f"wrote {len(new)} tensors, 16 of them from the base" in run.err
     num_bytes = (tuned / "model.safetensors").stat().st_size
     assert record_of(run.folder)["result"]["pruned"]["num_bytes"] == num_bytes
     assert row(run, "pruned checkpoint")[0] == "5"
@@ -204,7 +197,7 @@ def test_it_says_plainly_what_is_better(losses, kept, said):
 
 
 def _a_weight_is_lost(folder):
-    tensors = load_file(folder / WEIGHTS)
+    tensors = weights_in(folder)
     save_file(tensors | {next(iter(tensors)): torch.zeros(4, 32)}, folder / WEIGHTS)
 
 
@@ -216,7 +209,7 @@ def _a_target_too_many(folder):
     name = f"{PREFIX}lm_head.lora_"
     more = {f"{name}A.weight": torch.zeros(4, 32)}
     more |= {f"{name}B.weight": torch.zeros(len(tiny_tokenizer()), 4)}
-    save_file(load_file(folder / WEIGHTS) | more, folder / WEIGHTS)
+    save_file(weights_in(folder) | more, folder / WEIGHTS)
 
 
 def _interrupted(folder):

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from commands import weights_in
 from keylayers.apply import prune as module
 from keylayers.apply.prune import kept_tensors, prune_adapter, prune_checkpoint, pruned_config
 from keylayers.errors import GuardError, ModelError
@@ -45,15 +46,11 @@ def prune(source, folder, kept=KEPT, names=ALL, make=tiny_llama, model=None):
     prune_adapter(str(source), folder, model, [name for name in names if name not in kept])
 
 
-def weights(folder):
-    return load_file(folder / "adapter_model.safetensors")
-
-
 def owners(folder, names):
     """Modules of an adapter file; tensors that belong to none of `names` by their own names."""
     return {
         next((module for module in names if name.startswith(f"base_model.model.{module}.")), name)
-        for name in weights(folder)
+        for name in weights_in(folder)
     }
 
 
@@ -94,7 +91,7 @@ def test_the_pruned_adapter_is_the_full_one_without_the_other_modules(
     prune(full, cut, kept, names, make)
     assert owners(full, names) == {*names, *outside}
     assert owners(cut, names) == {*kept, *outside}
-    before, after = weights(full), weights(cut)
+    before, after = weights_in(full), weights_in(cut)
     for name, value in after.items():
         assert value.dtype == before[name].dtype
         assert torch.equal(value, before[name])

@@ -4,9 +4,8 @@
 import json
 
 import pytest
-from safetensors.torch import load_file
 
-from commands import keylayers, plain_loss, rank, read, record_of, scores
+from commands import keylayers, plain_loss, rank, read, record_of, scores, weights_in
 from keylayers.cli import COMMANDS, app
 from tiny_files import NUM_MODULES
 
@@ -37,7 +36,7 @@ def test_both_stages_give_a_ranking_with_its_provenance_and_an_adapter(
     assert "written to" in out
     assert "stage 1 ended after 6 steps: the cap is reached" in err
     assert scores(output) == scores(ranked)  # the same seed, bit for bit
-    weights = load_file(output / "adapter" / "adapter_model.safetensors")
+    weights = weights_in(output / "adapter")
     assert len(weights) == 2 * NUM_MODULES
     assert not any("keygate" in name for name in weights)
     assert record_of(output / "adapter")

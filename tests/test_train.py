@@ -2,7 +2,6 @@
 """`keylayers train`: exactly the selection is trained, and anybody can load the result."""
 
 import pytest
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from commands import (
@@ -10,6 +9,7 @@ from commands import (
     PLAIN_TRANSFORMERS,
     STEPS,
     best,
+    changed_weights,
     fresh_process,
     keylayers,
     plain_loss,
@@ -63,15 +63,8 @@ def test_the_chat_template_that_was_trained_with_is_saved_and_replaced(tiny, ran
 def test_a_full_update_changes_exactly_the_selected_weights(tiny, ranked, tmp_path, capsys):
     options = ("--ranking", ranked, "--budget", "5", "--update", "full", *STEPS)
     assert keylayers("train", *options, "--output", tmp_path / "t") == 0
-    before = load_file(tiny / "model" / "model.safetensors")
-    after = load_file(tmp_path / "t" / "model.safetensors")
-    assert before.keys() == after.keys()
-    changed = {
-        name.removesuffix(".weight")
-        for name in before
-        if not bool((before[name] == after[name]).all())
-    }
-    assert changed == best(ranked, 5)
+    changed = changed_weights(tiny / "model", tmp_path / "t")
+    assert changed == {f"{name}.weight" for name in best(ranked, 5)}
     assert fresh_process(PLAIN_TRANSFORMERS, tmp_path / "t") == ["torch.bfloat16"]
     assert "checkpoint written to" in capsys.readouterr().out
 

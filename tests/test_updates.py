@@ -9,10 +9,22 @@ import pytest
 import torch
 import transformers as hf
 from peft import PeftModel
-from safetensors.torch import load_file
 
 from architectures import changed_modules
-from commands import best, complaint, fresh_process, keylayers, rank, read, record_of, scores
+from commands import (
+    best,
+    changed_weights,
+    complaint,
+    fresh_process,
+    keylayers,
+    modules_in,
+    rank,
+    read,
+    record_of,
+    scores,
+    verified_in,
+    weights_in,
+)
 from keylayers import module_weights, rank_modules
 from keylayers.apply.trainable import train_only
 from keylayers.data.options import DataOptions
@@ -29,9 +41,7 @@ from keylayers.training.options import TrainingOptions
 from keylayers.training.run import fine_tune, make_trainer, new_adapter
 from keylayers.updates import dense_updates
 from scored import check_gradient, masked
-from tiny_files import NUM_MODULES, tiny_tokenizer
-
-from tiny_models import SIZES
+from tiny_files import NUM_MODULES, write_mixture
 
 ADAPTERS = ("rslora", "dora", "adalora")
 OPTIONS = {
@@ -49,22 +59,12 @@ def kinds(*names):
     return pytest.mark.parametrize("kind", [marked if name == "4 bits" else name for name in names])
 
 
-def write_mixture(folder):
-    """A tiny Mixtral as files."""
-    tokenizer = tiny_tokenizer()
-    torch.manual_seed(0)
-    config = hf.MixtralConfig(**SIZES | {"num_local_experts": 4, "vocab_size": len(tokenizer)})
-    hf.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 @kinds(*OPTIONS)
 def test_rank_again_verify_prune_and_train(tiny, kind, tmp_path, capsys):
     ranked, again, options = tmp_path / "ranked", tmp_path / "again", OPTIONS[kind]
     place = tmp_path if kind == "experts" else tiny
     if kind == "experts":
-        write_mixture(tmp_path / "model")
-        (tmp_path / "data.jsonl").symlink_to(tiny / "data.jsonl")
+        write_mixture(tiny, tmp_path)
     assert rank(place, ranked, *options) == 0
     update = "tuned" if kind == "full" else "adapter"
     assert [path.name for path in ranked.iterdir() if path.is_dir()] == [update]
@@ -78,7 +78,7 @@ def test_rank_again_verify_prune_and_train(tiny, kind, tmp_path, capsys):
     assert scores(again) == scores(ranked) == found
 
     assert keylayers("verify", "--ranking", ranked, "--points", 4, "--random-orders", 1) == 0
-    verified = json.loads((ranked / "verification.json").read_text())
+    verified = verified_in(ranked)
     assert verified["provenance"]["options"]["load_in_4bit"] == (kind == "4 bits")
     losses = verified["best_first"]["losses"]
     assert losses[:: len(losses) - 1] == pytest.approx(recorded, abs=2e-5)
@@ -116,10 +116,6 @@ def check_ranking(ranked, kind):
     return [losses["base"], losses["tuned"]]
 
 
-def modules_in(weights):
-    return {name.removeprefix("base_model.model.").split(".lora_")[0] for name in weights}
-
-
 EXPERTS_OF_PLAIN_PEFT = """
 import sys
 from peft import AutoPeftModelForCausalLM
@@ -136,20 +132,17 @@ def check_pruned(ranked, kind, budget, tiny):
     assert keylayers("prune", "--ranking", ranked, "--budget", budget, "--output", output) == 0
     assert set(record_of(output)["result"]["modules"]) == kept
     if kind == "full":
-        after, base = (load_file(path / "model.safetensors") for path in (output, tiny / "model"))
-        changed = {name for name in base if not torch.equal(after[name].float(), base[name])}
+        changed = changed_weights(tiny / "model", output)
         assert changed == {f"{name}.weight" for name in kept}
         return
-    before, after = (
-        load_file(folder / "adapter_model.safetensors") for folder in (ranked / "adapter", output)
-    )
+    before, after = weights_in(ranked / "adapter"), weights_in(output)
     if kind == "experts":
         experts = sorted(name.rpartition(".")[2] for name in kept if ".experts." in name)
         assert fresh_process(EXPERTS_OF_PLAIN_PEFT, output) == experts
         assert len(after) == 2 * budget
     else:
         assert all(torch.equal(value, before[name]) for name, value in after.items())
-        assert modules_in(after) == kept
+        assert modules_in(output) == kept
 
 
 def check_trained(ranked, kind, tiny, *given):
@@ -157,7 +150,7 @@ def check_trained(ranked, kind, tiny, *given):
     output, kept = ranked.parent / f"trained {kind}", best(ranked, 5)
     options = ("--budget", 5, "--steps", 4, "--output", output, *given)
     assert keylayers("train", "--ranking", ranked, *options) == 0
-    assert modules_in(load_file(output / "adapter_model.safetensors")) == kept
+    assert modules_in(output) == kept
     config = json.loads((output / "adapter_config.json").read_text())
     assert (config["peft_type"] == "ADALORA") == (kind == "adalora")
     assert config.get("use_dora", False) == (kind == "dora")

@@ -128,6 +128,7 @@ MADE_BY = {
     "stage_1": {"num_steps": 1, "stopped_by": "", "seconds": 1.0, "adapter_sha256": "update"},
 }
 SAME = {"adapter": {"weights_sha256": "update"}, "data": {"split_sha256": "split"}}
+OTHER = json_sha256(ranking_of([*SIX[:-1], 1.5], provenance=MADE_BY).to_json())  # by one score
 NEEDS = "a fine-tune that lowers the held-out loss, but this fine-tune "
 # what a ranking was verified with, and the automatic budget or what it is refused for
 AUTO = [
@@ -138,7 +139,7 @@ AUTO = [
     ({"provenance": {"data": {"split_sha256": "x"}}}, "measured with another data or split; run"),
     ({"best_first": (1.0, 0.9, 0.9, 1.2)}, NEEDS + "raises it"),
     ({"best_first": FLAT}, NEEDS + "changes nothing"),
-    ({"ranking_sha256": "0"}, "the ranking changed since; run `keylayers verify` again"),
+    ({"ranking_sha256": OTHER}, "the ranking changed since; run `keylayers verify` again"),
     (None, "the verification of the ranking must exist, but there is no"),
 ]
 

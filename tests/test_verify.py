@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`keylayers verify` and `train --budget auto` on a tiny model, through the command line."""
 
-import contextlib
-import io
 import json
 import shutil
 from pathlib import Path
@@ -17,10 +15,12 @@ from commands import (
     keylayers,
     listing,
     plain_loss,
+    printed,
     rank,
     read,
     record_of,
     updated_modules,
+    verified_in,
 )
 from keylayers.files import json_sha256
 from keylayers.ranking.ranking import Ranking
@@ -36,10 +36,9 @@ OTHER_WEIGHTS = "the ranking was made on other weights of the same shapes"
 
 def verify(ranking, *more, fast=FAST, code=0):
     """What the command prints, on both streams."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        assert keylayers("verify", "--ranking", ranking, *fast, *more) == code
-    return out.getvalue(), err.getvalue()
+    found, *both = printed("verify", "--ranking", ranking, *fast, *more)
+    assert found == code
+    return both
 
 
 def said(printed):
@@ -47,19 +46,15 @@ def said(printed):
     return {note for note in (OTHER_SPLIT, OTHER_UPDATE, OTHER_WEIGHTS) if note in printed[1]}
 
 
-def found_in(folder):
-    return json.loads((folder / "verification.json").read_text(encoding="utf-8"))
-
-
 def update_of(folder):
-    options = found_in(folder)["provenance"]["options"]
+    options = verified_in(folder)["provenance"]["options"]
     return {name: options[name] for name in ("adapter", "tuned") if options[name]}
 
 
 def check_ends(folder):
     """The curves end at the held-out losses that the ranking recorded."""
     recorded = read(folder)["provenance"]["held_out_loss_nats"]
-    found = found_in(folder)
+    found = verified_in(folder)
     for curve in (found["best_first"], found["worst_first"], *found["random"]):
         assert curve["counts"] == COUNTS
         assert curve["losses"][0] == pytest.approx(recorded["base"], rel=1e-4)
@@ -87,7 +82,7 @@ def own(verified, tmp_path):
 def test_the_rankings_own_inputs_give_four_curves_an_area_and_a_budget(tiny, run):
     folder, printed = run
     check_ends(folder)
-    found, made_by = found_in(folder), read(folder)["provenance"]
+    found, made_by = verified_in(folder), read(folder)["provenance"]
     curves = [found["best_first"], found["worst_first"], *found["random"]]
     assert len({tuple(curve["losses"]) for curve in curves}) == 4
     area, count = curves[0]["normalised_area"], found["recommendation"]["num_modules"]
@@ -120,7 +115,7 @@ def test_only_the_verification_is_written_and_it_comes_out_the_same_elsewhere(
     assert listing(own) == left
     assert {path.name for path in output.iterdir()} == {"ranking.json", "verification.json"}
     assert (output / "ranking.json").read_bytes() == file.read_bytes()
-    content, other = found_in(verified), found_in(output)
+    content, other = verified_in(verified), verified_in(output)
     assert content["ranking_sha256"] == json_sha256(Ranking.load(verified).to_json())
     for part in ("best_first", "worst_first", "random", "recommendation", "ranking_sha256"):
         assert other[part] == content[part]
@@ -135,14 +130,14 @@ def test_the_points_are_measured_with_exactly_the_best_modules(tiny, verified):
     worst = modules - best(verified, NUM_MODULES - COUNTS[1])
     for curve, names in (("best_first", kept), ("worst_first", worst)):
         loss = plain_loss(tiny, tiny / "model", verified / "adapter", modules - names)
-        assert found_in(verified)[curve]["losses"][1] == pytest.approx(loss, rel=1e-5)
+        assert verified_in(verified)[curve]["losses"][1] == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.long
 def test_leave_one_out_adds_a_curve_and_its_area(ranking_copy):
     out, _ = verify(ranking_copy, "--leave-one-out")
     check_ends(ranking_copy)
-    found = found_in(ranking_copy)
+    found = verified_in(ranking_copy)
     best_first, left_out = found["best_first"]["losses"], found["leave_one_out"]
     assert f"leave-one-out {left_out['normalised_area']:.3f}" in out
     assert left_out["counts"] == COUNTS
@@ -186,7 +181,7 @@ def test_the_automatic_budget_trains_exactly_the_recommended_modules(verified, t
     output = tmp_path / "t"
     options = ("--budget", "auto", "--steps", "2", "--output", output)
     assert keylayers("train", "--ranking", verified, *options) == 0
-    count = found_in(verified)["recommendation"]["num_modules"]
+    count = verified_in(verified)["recommendation"]["num_modules"]
     assert 0 < count < NUM_MODULES
     record = record_of(output)
     assert record["options"]["budget"] == "auto"

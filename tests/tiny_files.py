@@ -6,7 +6,15 @@ import json
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from tiny_models import SIZES
 
 NUM_BLOCKS = 3
 NUM_MODULES = NUM_BLOCKS * 7
@@ -52,21 +60,21 @@ def tiny_tokenizer(corpus=None):
 
 def tiny_model(num_tokens, hidden_size=32):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=num_tokens,
-        hidden_size=hidden_size,
-        intermediate_size=48,
-        num_hidden_layers=NUM_BLOCKS,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.3,  # large enough that frozen embeddings can still express answers
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config)
+    own = {"vocab_size": num_tokens, "hidden_size": hidden_size, "intermediate_size": 48}
+    own["num_hidden_layers"] = NUM_BLOCKS
+    own["initializer_range"] = 0.3  # large enough that frozen embeddings can still express answers
+    return LlamaForCausalLM(LlamaConfig(**SIZES | own))
+
+
+def write_mixture(tiny, folder, **options):
+    """A folder like `tiny` whose model is a Mixtral with four experts."""
+    tokenizer = tiny_tokenizer()
+    own = {"num_local_experts": 4, "vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**SIZES | own | options))
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "model")
+    (folder / "data.jsonl").symlink_to(tiny / "data.jsonl")
 
 
 def add_noise(model, scale, *parts):
