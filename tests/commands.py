@@ -4,7 +4,9 @@
 import contextlib
 import io
 import json
+import os
 import subprocess
+import sys
 
 import preloaded
 
@@ -75,13 +77,14 @@ def complaint_in(err):
 
 def fresh_process(code, *arguments):
     """What a process without keylayers prints."""
-    done = subprocess.run(
-        [preloaded.python(), "-W", "ignore", "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.split()
+    command = [preloaded.python(), "-W", "ignore", "-c", code, *map(str, arguments)]
+    return subprocess.check_output(command, text=True).split()
+
+
+def with_path(**more):
+    """The environment of a process that imports what this one does, with more in it."""
+    path = os.pathsep.join(filter(None, sys.path))
+    return {**os.environ, "PYTHONPATH": path, **more}
 
 
 def file_for(preferences, objective):
@@ -114,7 +117,6 @@ def module_of(name):
 
 
 def modules_in(folder):
-    """Modules of an adapter."""
     return {module_of(name) for name in weights_in(folder)}
 
 

@@ -10,9 +10,7 @@ from keylayers.evaluation.measures import FORMAT, Evaluation
 from tiny_files import ANIMALS, FOODS, tiny_model, tiny_tokenizer, write_rows
 
 CHOICE = """
-dataset_path: json
 output_type: multiple_choice
-test_split: test
 doc_to_text: "{{question}}"
 doc_to_choice: "{{choices}}"
 doc_to_target: "{{right}}"
@@ -20,9 +18,7 @@ metric_list: [{metric: acc}, {metric: acc_norm}]
 """
 WRITTEN = """
 task: written
-dataset_path: json
 output_type: generate_until
-test_split: test
 doc_to_text: "{{question}}"
 doc_to_target: "{{choices[right]}}"
 generation_kwargs: {max_gen_toks: 2, until: ["."], do_sample: false}
@@ -30,9 +26,7 @@ metric_list: [{metric: exact_match}]
 """
 ROLLING = """
 task: rolling
-dataset_path: json
 output_type: loglikelihood_rolling
-test_split: test
 doc_to_text: ""
 doc_to_target: "{{question}}"
 metric_list: [{metric: word_perplexity}]
@@ -47,13 +41,14 @@ aggregate_metric_list:
 
 
 def write_documents(path, questions, choices):
-    """Questions with a right answer each; gives the lines of a task file that name their file."""
+    """Questions with a right answer each; gives a task file's lines about them."""
     rows = [
         {"question": question, "choices": own, "right": index % len(own)}
         for index, (question, own) in enumerate(zip(questions, choices, strict=True))
     ]
     write_rows(path, rows)
-    return f"dataset_kwargs: {{data_files: {{test: {path}}}}}\n"
+    where = f"dataset_kwargs: {{data_files: {{test: {path}}}}}"
+    return f"dataset_path: json\ntest_split: test\n{where}\n"
 
 
 def write_tasks(folder):

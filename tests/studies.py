@@ -19,7 +19,6 @@ METHODS = ["gradient-norm", {"method": "path", "path_points": 2, "mask_batches":
 
 
 def write(folder, name="study", **content):
-    """A study file."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -27,7 +26,6 @@ def write(folder, name="study", **content):
 
 
 def tiny_study(folder, tiny, options=None, **grid):
-    """A study file on the tiny model."""
     inputs = {"model": str(tiny / "model"), "data": str(tiny / "data.jsonl")}
     return write(folder, options={**inputs, **OPTIONS, **(options or {})}, grid=grid)
 

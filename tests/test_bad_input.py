@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -244,10 +245,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
 
 
 def test_ctrl_c_leaves_no_half_written_file(tiny, tmp_path, capsys, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(TrainerLoss, "backward", interrupted)
+    monkeypatch.setattr(TrainerLoss, "backward", Mock(side_effect=KeyboardInterrupt))
     assert rank(tiny, tmp_path / "out", "--adapter", tiny / "adapter") == 130
     assert "nothing is half written" in complaint(capsys)
     assert list(tmp_path.iterdir()) == []

@@ -2,14 +2,13 @@
 """Scripts for machines that tests do not have still run."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import preloaded
+from commands import with_path
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_MODULES = 28
@@ -18,15 +17,9 @@ NUM_MODULES = 28
 def measured(what, fraction=1.0, place="upper"):
     case = {"shape": "tiny", "tokens": 16, "what": what, "fraction": fraction, "place": place}
     command = [preloaded.python(), "-W", "ignore", "-m", "benchmarks.gpu", "--output", "unused"]
-    done = subprocess.run(
-        [*command, "--steps", "1", "--case", json.dumps(case)],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path])},
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    command += ["--steps", "1", "--case", json.dumps(case)]
+    out = subprocess.check_output(command, text=True, cwd=ROOT, env=with_path())
+    return json.loads(out.splitlines()[-1])
 
 
 @pytest.mark.parametrize(

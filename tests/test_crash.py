@@ -12,12 +12,12 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import preloaded
+from commands import with_path
 from crashing import NO_MOUNTS
 from outputs import contents, differences
 from studies import METHODS, write
@@ -48,7 +48,7 @@ def run(place, words, how="change", at=0):
         cwd=place,
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env=with_path(),
     )
 
 

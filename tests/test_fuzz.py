@@ -99,16 +99,9 @@ def test_links_in_a_circle_are_refused(words, tmp_path):
 
 
 OPTIONS = {
-    "model": "nowhere",
-    "data": "nowhere.jsonl",
-    "max_steps": 3,
-    "epsilon": 0.1,
-    "held_out": 0.2,
-    "load_in_4bit": False,
-    "method": "path",
-    "report_to": ["tensorboard"],
-    "seed": 1,
-}
+    "model": "nowhere", "data": "nowhere.jsonl", "max_steps": 3, "epsilon": 0.1, "held_out": 0.2,
+    "load_in_4bit": False, "method": "path", "report_to": ["tensorboard"], "seed": 1,
+}  # fmt: skip
 
 
 def test_a_damaged_yaml_file_is_one_line(tmp_path, monkeypatch):

@@ -89,7 +89,6 @@ def test_a_study_of_data_with_links_in_a_circle_is_planned(tiny, tmp_path):
 
 
 def weights_file(header, data=b""):
-    """A safetensors file."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
 

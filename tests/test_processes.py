@@ -6,9 +6,7 @@ are avoided: there launchers repeat examples.
 """
 
 import json
-import os
 import subprocess
-import sys
 from collections import ChainMap
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +18,7 @@ from peft import AdaLoraConfig, get_peft_model
 from transformers import Trainer
 
 import preloaded
-from commands import file_for, keylayers, rank, read, record_of, weights_in
+from commands import file_for, keylayers, rank, read, record_of, weights_in, with_path
 from keylayers.errors import ConfigError
 from keylayers.model.sharding import check_can_freeze_inside, place_model
 from keylayers.training.run import fine_tune
@@ -95,13 +93,8 @@ def launch(folder, commands, wrapper="ddp", **environment):
     words = folder / "commands.json"
     words.write_text(json.dumps(commands))
     script = Path(__file__).with_name("launched.py")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "PYTHON_EXEC": preloaded.python(),  # with which torchrun starts its processes
-        **WRAPPERS[wrapper],
-        **environment,
-    }
+    # with PYTHON_EXEC torchrun starts its processes
+    environment = with_path(PYTHON_EXEC=preloaded.python(), **WRAPPERS[wrapper], **environment)
     launcher = [preloaded.python(), "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [*launcher, "--nproc-per-node", "2", script, words],

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -60,9 +61,9 @@ def assert_same_bits(after, before):
     assert all(torch.equal(value, before[name]) for name, value in after.items())
 
 
-def test_the_adapter_of_stage_1_is_cut_to_the_best_modules(tiny, ranked, prune):
+def test_the_adapter_of_stage_1_is_cut_to_the_best_modules(ranked, prune):
     cut, full = prune(ranked, "--budget", "0.3"), ranked / "adapter"
-    kept, every = best(ranked, 6), best(ranked, NUM_MODULES)
+    kept = best(ranked, 6)
     assert set(fresh_process(PLAIN_PEFT, cut.folder)) == modules_in(cut.folder) == kept
     assert_same_bits(weights_in(cut.folder), weights_in(full))
     assert f"adapter written to {cut.folder}" in cut.out.replace("\n", "")
@@ -74,14 +75,9 @@ def test_the_adapter_of_stage_1_is_cut_to_the_best_modules(tiny, ranked, prune):
     assert made["options"]["adapter"] == str(full)
     stage_1 = read(ranked)["provenance"]["stage_1"]
     assert made["adapter"]["weights_sha256"] == stage_1["adapter_sha256"]
-    for part, label, off in (
-        ("base", "none (base model)", every),
-        ("full", "full adapter", ()),
-        ("pruned", "pruned adapter", every - kept),
-    ):
-        loss = found[f"{part}_loss_nats"]
-        assert loss == pytest.approx(plain_loss(tiny, tiny / "model", full, off), rel=1e-5)
-        assert row(cut, label)[-1] == f"{loss:.4f}"
+    labels = {"base": "none (base model)", "full": "full adapter", "pruned": "pruned adapter"}
+    for part, label in labels.items():
+        assert row(cut, label)[-1] == f"{found[f'{part}_loss_nats']:.4f}"
     assert found["base_loss_nats"] > found["pruned_loss_nats"] > found["full_loss_nats"]
     for part, folder, count in (("full", full, 21), ("pruned", cut.folder, 6)):
         num_parameters = sum(value.numel() for value in weights_in(folder).values())
@@ -212,15 +208,11 @@ def _a_target_too_many(folder):
     save_file(weights_in(folder) | more, folder / WEIGHTS)
 
 
-def _interrupted(folder):
-    raise KeyboardInterrupt
-
-
 # what happens to the pruned adapter before it is loaded once more, exit code, what the line says
 FAILURES = [
     (_a_weight_is_lost, 1, "its held-out loss is"),
     (_a_target_too_many, 1, "exactly the kept modules, but 1 differ, first lm_head"),
-    (_interrupted, 130, "nothing is half written"),
+    (Mock(side_effect=KeyboardInterrupt), 130, "nothing is half written"),
 ]
 
 

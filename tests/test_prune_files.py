@@ -103,12 +103,8 @@ def test_the_pruned_adapter_is_the_full_one_without_the_other_modules(
 
 def test_all_else_of_the_config_is_kept(tmp_path):
     options = {
-        "task_type": "CAUSAL_LM",
-        "lora_alpha": 5,
-        "lora_dropout": 0.1,
-        "use_rslora": True,
-        "revision": "abc",
-        "exclude_modules": ["lm_head"],
+        **{"task_type": "CAUSAL_LM", "lora_alpha": 5, "lora_dropout": 0.1, "use_rslora": True},
+        **{"revision": "abc", "exclude_modules": ["lm_head"]},
         "rank_pattern": {V0: 4, Q0: 3, "layers.1.self_attn.q_proj": 1},
         "alpha_pattern": {"q_proj": 5, r"layers\.[01]\.mlp\.down_proj": 7},
     }

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """On a small model, data and inputs that people really have; skipped where they are absent."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from commands import PLAIN_PEFT, best, fresh_process, keylayers, read, record_of
+from commands import PLAIN_PEFT, best, fresh_process, keylayers, read, record_of, with_path
 
 pytestmark = pytest.mark.long
 
@@ -37,10 +36,7 @@ def test_inputs_that_once_went_wrong_come_out_right(shared):
     if not run.is_file():
         pytest.skip("needs ../shared/cases, which is not here")
     own = {"KL": str(Path(sys.executable).with_name("keylayers")), "PY": sys.executable}
-    path = os.pathsep.join(part for part in sys.path if part)
-    done = subprocess.run(
-        [run], capture_output=True, text=True, env={**os.environ, **own, "PYTHONPATH": path}
-    )
+    done = subprocess.run([run], capture_output=True, text=True, env=with_path(**own))
     wrong = [line for line in done.stdout.splitlines() if not line.startswith("ok ")]
     assert done.returncode == 0, "\n".join(wrong)
     assert wrong[-1].endswith("cases hold")

@@ -100,7 +100,6 @@ def report(folder, rankings, *more):
 
 @pytest.fixture(scope="module")
 def hand(tmp_path_factory):
-    """The report of the ranking by hand."""
     return report(tmp_path_factory.mktemp("hand"), {"hand": HAND})
 
 

@@ -2,7 +2,6 @@
 """Scans by Spectrum become rankings: those of a tiny model by hand, and published ones."""
 
 import json
-from pathlib import Path
 
 import pytest
 import yaml
@@ -13,7 +12,6 @@ from keylayers.model.modules import map_modules
 from keylayers.ranking.ranking import Ranking
 from tiny_files import tiny_model, tiny_tokenizer
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "spectrum"
 SIZES = {"hidden_size": 4096, "intermediate_size": 14_336, "num_key_value_heads": 8}
 PUBLISHED = {
     "snr_meta-llama-Meta-Llama-3.1-8B.json": LlamaConfig(vocab_size=128_256, **SIZES),
@@ -81,18 +79,18 @@ def test_a_missing_scan_or_model_is_refused(tiny, tmp_path, capsys):
         assert message in complaint(capsys)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs Spectrum's published scans in ../shared")
-def test_published_scans_are_shown_compared_and_exported(tmp_path, capsys):
+def test_published_scans_are_shown_compared_and_exported(shared, tmp_path, capsys):
+    scans = shared / "data" / "spectrum"
     files = [tmp_path / f"ranking-{name}" for name in PUBLISHED]
     for file, (name, config) in zip(files, PUBLISHED.items(), strict=True):
         config.save_pretrained(tmp_path / name)
         options = ("--model", tmp_path / name, "--output", file)
-        assert keylayers("import", SHARED / name, *options) == keylayers("show", file) == 0
+        assert keylayers("import", scans / name, *options) == keylayers("show", file) == 0
     assert keylayers("compare", *files, "--budget", "0.5") == 0
     assert "0.33" in capsys.readouterr().out  # two random halves share a third
     ranking = Ranking.load(files[0])
     assert len(ranking.modules) == 224
-    scan = json.loads((SHARED / next(iter(PUBLISHED))).read_text())
+    scan = json.loads((scans / next(iter(PUBLISHED))).read_text())
     for kind in ("self_attn.q_proj", "mlp.down_proj"):
         rows = {name: row["snr"] for name, row in scan.items() if row["type"] == kind}
         best = sorted(rows, key=lambda name: -rows[name])[:8]

@@ -3,7 +3,6 @@
 
 import contextlib
 import json
-import os
 import re
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import pandas as pd
 import pytest
 
 import preloaded
-from commands import everything_below, keylayers, listing
+from commands import everything_below, keylayers, listing, with_path
 from keylayers.commands.study_cells import Cell
 from keylayers.commands.study_results import agreement_means, agreement_table
 from keylayers.commands.study_workers import run_cell, state_of
@@ -185,11 +184,6 @@ def test_hostile_names_stay_names(tmp_path, monkeypatch, capsys):
     assert set(pd.read_csv("out/results.csv")[HOSTILE[0]]) == labels
     for cell in Path("out/cells").iterdir():
         assert re.fullmatch(r"stage-1-[0-9a-f]{12}", cell.name)
-
-
-def with_path():
-    """The environment of a process that imports what this one does."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def start(place, path, output, *more):

@@ -58,7 +58,6 @@ def trained(model, architecture):
 
 
 def lora(targets, **more):
-    """PEFT's own config."""
     return {"r": 4, "target_modules": targets} | more
 
 

@@ -12,7 +12,6 @@ from commands import (
     changed_weights,
     fresh_process,
     keylayers,
-    plain_loss,
     record_of,
     updated_modules,
 )
@@ -23,9 +22,7 @@ from tiny_files import NUM_MODULES
 from rankings import ranking_of
 
 
-def test_an_adapter_on_exactly_the_best_modules_that_plain_peft_loads(
-    tiny, ranked, tmp_path, capsys
-):
+def test_an_adapter_on_exactly_the_best_modules_that_plain_peft_loads(ranked, tmp_path, capsys):
     output = tmp_path / "t"
     assert keylayers("train", "--ranking", ranked, "--budget", "0.3", "--output", output) == 0
     names = set(fresh_process(PLAIN_PEFT, output))
@@ -39,8 +36,6 @@ def test_an_adapter_on_exactly_the_best_modules_that_plain_peft_loads(
     base, selected = record["results"][:2]
     assert (base["num_trained_parameters"], selected["num_steps"]) == (0, 6)  # as stage 1
     assert record["options"]["lora_rank"] == 4  # as stage 1
-    loss = plain_loss(tiny, tiny / "model", output)
-    assert selected["held_out_loss_nats"] == pytest.approx(loss, rel=1e-6)
 
 
 @pytest.mark.parametrize(("budget", "count"), [(("--budget", 20), 20), (("--freeze", 0.25), 16)])

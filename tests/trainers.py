@@ -15,7 +15,6 @@ TOKENIZER = tiny_tokenizer()
 
 
 def answered(first=0):
-    """Questions with answers."""
     return Dataset.from_list(rows()[first : first + 8])
 
 
