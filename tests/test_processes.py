@@ -106,26 +106,33 @@ def launch(folder, commands, wrapper="ddp", **environment):
     return dict(ChainMap(*lines)), done.stdout, done.stderr
 
 
-@pytest.fixture(scope="module")
-def one(tiny, preferences, tmp_path_factory):
+@pytest.fixture
+def one(once, tiny, preferences):
     """The results of one process."""
-    root = tmp_path_factory.mktemp("one")
-    for command in commands(tiny, preferences, root, 4).values():
-        assert keylayers(*command) == 0
-    return root
+
+    def write(root):
+        for command in commands(tiny, preferences, root, 4).values():
+            assert keylayers(*command) == 0
+
+    return once("one-process", write)
 
 
-@pytest.fixture(scope="module")
-def two(request, tiny, preferences, tmp_path_factory):
+@pytest.fixture
+def two(request, once, tiny, preferences):
     """The results of two processes under a wrapper, and what they printed."""
     wrapper = request.param
     if wrapper == "zero2" and find_spec("deepspeed") is None:
         pytest.skip(NEEDS_DEEPSPEED)
-    root = tmp_path_factory.mktemp(wrapper)
-    asked = commands(tiny, preferences, root, 2)
-    asked = [asked[name] for name in RUN_UNDER[wrapper]]
-    codes, out, err = launch(root, asked, wrapper)
-    assert codes == {"0": [0] * len(asked), "1": [0] * len(asked)}, err[-3000:]
+
+    def write(root):
+        asked = commands(tiny, preferences, root, 2)
+        asked = [asked[name] for name in RUN_UNDER[wrapper]]
+        codes, *printed = launch(root, asked, wrapper)
+        assert codes == {"0": [0] * len(asked), "1": [0] * len(asked)}, printed[1][-3000:]
+        (root / "printed.json").write_text(json.dumps(printed))
+
+    root = once(f"two-processes-{wrapper}", write)
+    out, err = json.loads((root / "printed.json").read_text())
     return SimpleNamespace(root=root, out=out, err=err, wrapper=wrapper)
 
 
