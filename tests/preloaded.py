@@ -10,6 +10,7 @@ Real Python runs instead where a fork would differ: with other options than -W, 
 an environment that the libraries read while they are imported (`READ_AT_IMPORT`).
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -40,7 +41,6 @@ SET_BY_LIBRARIES = {
     "HF_XET_HIGH_PERFORMANCE": "1",
 }
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-servers = []  # of this process
 LAUNCHER = '#!/bin/sh\nexec "{python}" -IS "{script}" "{address}" "$@"\n'
 
 
@@ -68,7 +68,7 @@ def python():
                 start_new_session=True,
             )
         listener.close()
-        servers.append(server)
+        atexit.register(server.communicate)  # ends its input, and so the server
         os.environ[VARIABLE] = str(launcher)
     return os.environ[VARIABLE]
 
