@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import errno
 import json
+import os
 import shutil
 from contextlib import suppress
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from keylayers.files import (
     RECORD,
     check_replaceable,
     output_folder,
+    remove_unfinished,
     replaced_folder,
     says_full,
     unfinished,
@@ -126,6 +128,18 @@ def test_unfinished_work_is_kept_until_its_result_is_whole(tmp_path):
     with unfinished(tmp_path / "a"):
         pass
     assert names(tmp_path) == []
+
+
+def test_a_result_with_nothing_left_of_its_run_is_not_held(tmp_path):
+    """Several runs share a stage 1, also one in a folder that they may only read."""
+    os.utime(tmp_path, (0, 0))
+    remove_unfinished(tmp_path / "adapter")
+    assert tmp_path.stat().st_mtime_ns == 0
+    with suppress(ValueError), unfinished(tmp_path / "adapter") as left:
+        (left / "checkpoint").mkdir(parents=True)
+        raise ValueError("it failed")
+    remove_unfinished(tmp_path / "adapter")
+    assert not left.exists()
 
 
 def test_a_second_run_on_the_same_output_is_refused(tmp_path):

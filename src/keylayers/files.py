@@ -158,6 +158,16 @@ def unfinished(path: Path) -> Iterator[Path]:
         raise
 
 
+def remove_unfinished(path: Path) -> None:
+    """Remove what is left of a run that was killed right after it completed `path`.
+
+    Several runs may read `path` at the same time, so it is held only if something is left.
+    """
+    if is_first_process() and _hidden(path, "unfinished").is_dir():
+        with unfinished(path):
+            pass
+
+
 @contextlib.contextmanager
 def one_at_a_time(folder: Path, written: Path | None = None) -> Iterator[None]:
     """Hold `folder`, which is made if needed, for this process alone during the block.

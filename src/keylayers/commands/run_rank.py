@@ -20,6 +20,7 @@ from keylayers.files import (
     STAGE_1_CHECKPOINT,
     check_replaceable,
     output_folder,
+    remove_unfinished,
     unfinished,
 )
 from keylayers.gates import group_modules
@@ -103,8 +104,7 @@ def _stage_1(
     with suppress(RankingError):
         found = read_run(folder / RECORD)
         if found.inputs_sha256 == inputs and found.stage_1 is not None:
-            with unfinished(folder):  # removes what a killed run left
-                pass
+            remove_unfinished(folder)
             session.progress.note(f"stage 1 of the same inputs is taken from {folder}")
             return None, found.content["stage_1"]
     with unfinished(folder) as before:
