@@ -89,6 +89,7 @@ def test_rank_again_verify_prune_and_train(tiny, kind, tmp_path, capsys):
     assert ("AdaLoRA's r" in shown) == (kind == "adalora")
     own = "AdaLoRA's own budget (last column) agrees with the scores by tau-b"
     assert (own in shown) == (kind == "adalora")
+    assert ("at budget 0.3 (chance" in shown.replace("\n", " ")) == (kind == "adalora")
 
     for budget in (1, 5, 11) if kind == "experts" else (5,):
         check_pruned(ranked, kind, budget, tiny)

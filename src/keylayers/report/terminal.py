@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A ranking in the terminal: heatmap, best and worst modules, provenance. Imports no torch."""
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 
-import scipy  # loads `scipy.stats` when it is first used
 from rich.console import Group, RenderableType
 from rich.style import Style
 from rich.table import Table
@@ -13,7 +13,7 @@ from rich.text import Text
 from keylayers.errors import RankingError
 from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.certainty import decisions, undecided
-from keylayers.ranking.matching import scores_of
+from keylayers.ranking.compare import agreement
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import MadeBy, TrainedSet
 from keylayers.report.source import grid
@@ -40,8 +40,7 @@ def ranking_report(ranking: Ranking, budget: WrittenBudget = 0.3) -> RenderableT
         notes = [certainty_line(ranking, budget)]
     except RankingError as error:  # the budget includes modules without a score
         notes = [f"nothing is marked at budget {budget}: {error}"]
-    if ranking.made_by.adalora_ranks_left:
-        notes.append(_adalora_line(ranking))
+    notes += _adalora_lines(ranking, budget)
     return Group(
         Text(title, style="bold"),
         heatmap(ranking, marked=marked),
@@ -148,11 +147,22 @@ def certainty_line(ranking: Ranking, budget: WrittenBudget) -> str:
     return text + (f"; {num_unknown} without an interval" if num_unknown else "")
 
 
-def _adalora_line(ranking: Ranking) -> str:
-    left = ranking.made_by.adalora_ranks_left
-    ranks = [left.get(module.name, math.nan) for module in ranking.modules]
-    tau = scipy.stats.kendalltau(ranks, scores_of(ranking), nan_policy="omit").statistic
-    return f"AdaLoRA's own budget (last column) agrees with the scores by tau-b {tau:.2f}"
+def _adalora_lines(ranking: Ranking, budget: WrittenBudget) -> Iterator[str]:
+    """How far the ranking agrees with AdaLoRA's own allocation of ranks, if there is one."""
+    ranks = ranking.made_by.adalora_ranks_left
+    if any(module.name not in ranks for module in ranking.modules):
+        return
+    own = (
+        replace(module, score=float(ranks[module.name]), standard_error=None)
+        for module in ranking.modules
+    )
+    with suppress(RankingError):  # the budget includes modules without a score
+        (found,) = agreement([ranking, replace(ranking, modules=tuple(own))], budget)
+        tau = "none" if found.tau is None else f"{found.tau:.2f}"
+        yield (
+            f"AdaLoRA's own budget (last column) agrees with the scores by tau-b {tau}, Jaccard "
+            f"{found.jaccard:.2f} at budget {budget} (chance {found.chance_jaccard:.2f})"
+        )
 
 
 def provenance_lines(ranking: Ranking) -> list[str]:
