@@ -130,7 +130,7 @@ def num_parameters(path: Path) -> int:
 
 def _copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:
     """Copy those files of `source` that match `patterns` to the same places in `folder`."""
-    for path in (path for pattern in patterns for path in source.glob(pattern)):
+    for path in dict.fromkeys(path for pattern in patterns for path in source.glob(pattern)):
         if path.is_file():
             target = folder / path.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -70,7 +70,8 @@ def trained_by(wanted: Wanted, model: PreTrainedModel) -> Trained:
     trained = {*lora, *whole}
     if not trained:
         raise ConfigError("the config must train something, but it trains no weight of this model")
-    hit = [info.name for info in modules if info.name in trained - language]
+    others = trained - language
+    hit = [info.name for info in modules if info.name in others]
     found += [f"outside the language model: {_and_more(hit)}"] if hit else []
     return Trained(modules, lora, num_lora, whole, tuple(found))
 

@@ -9,7 +9,6 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import mul
 from typing import Any
 
 import torch
@@ -42,7 +41,8 @@ class BatchLosses:
     @property
     def mean(self) -> float:
         """Weighted mean in nats: over all labelled tokens of all batches."""
-        return sum(map(mul, self.losses, self.weights)) / sum(self.weights)
+        products = (loss * weight for loss, weight in zip(self.losses, self.weights, strict=True))
+        return sum(products) / sum(self.weights)
 
 
 class TrainerLoss:
