@@ -5,9 +5,9 @@
     python crashing.py change NUMBER WORD...
     python crashing.py room BYTES WORD...
 
-It is killed after so many seconds, or right before the change of the disk of that number: a file
-opened to be written, a file or folder made, renamed or removed. With 0 it is not killed; its last
-line on stdout then says how long it took and how many changes it made.
+With `moment` the process is killed after SECONDS, with `change` right before change NUMBER of the
+disk: opening a file to write it, or making, renaming or removing a file or folder. With 0 it is not
+killed; its last line on stdout then says how long it took and how many changes it made.
 
 With `room` the working folder is a disk in memory that only this process sees; what it holds in the
 end is copied to FOLDER.full.

@@ -215,7 +215,7 @@ def test_consensus_by_hand():
     # relative ranks: 1, 2.5, 2.5, 4 and 2, 1, 3, 4, each of 4
     means = [1.5 / 4, 1.75 / 4, 2.75 / 4, 4 / 4]
     assert [module.score for module in merged.modules] == pytest.approx([1 - m for m in means])
-    # of two values: half their distance
+    # the standard error of two values is half their distance
     errors = [0.5 / 4, 0.75 / 4, 0.25 / 4, 0]
     assert [module.standard_error for module in merged.modules] == pytest.approx(errors)
     assert [module.name for module in merged.ordered()] == [m.name for m in first.modules]

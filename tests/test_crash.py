@@ -25,7 +25,7 @@ from studies import METHODS, write
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
 KILLS = int(os.environ.get("KILLS", "3"))
 SMALL = ("--batch-size", "4", "--lora-rank", "4", "--save-steps", "2", "--learning-rate", "0.02")
-# Of a study: what its cells said and how long they took is in these.
+# Files of a study that hold the output of its cells, or how long they took
 UNLIKE = ("log.txt", "results.csv", "results.parquet", "report.html")
 COMMANDS = {
     "rank": ("rank", "--max-steps", 6, "--mask-batches", 2),

@@ -13,7 +13,7 @@ from damage import begin, run
 from keylayers.errors import ConfigError
 from keylayers.yaml_values import yaml_value
 
-# Each entry of the last one stands for a billion values.
+# Each entry of the last list expands to a billion values.
 LISTS = "a0: &a0 [1]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 11)
 )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run that was stopped goes on with the same command, and ends bit for bit as if it had not been.
 
-`test_kill.py` kills processes at any moment; here a run is stopped at a known step.
+`test_crash.py` kills processes at any moment; here a run is stopped at a known step.
 """
 
 import pytest

@@ -33,9 +33,9 @@ OF_TRAINING = (
 def difference(first: Ranking, second: Ranking) -> Difference:
     """What sets two runs apart; "unknown" where a record lacks what it takes to tell.
 
-    Models are told apart by the hash of their weights, or else by name; data by that of their
-    content. Seeds are those of the training and of the mask. Updates are told apart by the options
-    of training and data, or, where they existed before, by their hash.
+    Models are compared by the hash of their weights, or by name if there is none, and data by the
+    hash of their content. Seeds are those of the training and the mask. Updates are compared by the
+    options of training and data, and updates that existed before the run by their hash.
     """
     own, other = first.made_by, second.made_by
     is_same_model = are_same(own.model.weights_sha256, other.model.weights_sha256)

@@ -90,7 +90,7 @@ class MaskCurve(Part):
     def smallest_within(self, margin_nats: float) -> Recommendation:
         """The smallest budget that is surely within `margin_nats` of all modules, which always are.
 
-        Of a single held-out batch, whose uncertainty is unknown, the difference itself is taken.
+        With a single held-out batch the uncertainty is unknown, so the difference itself decides.
         """
         for index in range(1, len(self.counts)):
             difference = self.losses[index] - self.losses[-1]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stop training some LoRA updates while the rest of the model goes on, and prove it.
 
-The parameters stay in the optimiser's groups, without a gradient and without state: optimisers skip
-them. Taken out, they would make the optimiser's state in a checkpoint unreadable for a run that
-resumes, because trainers build the optimiser of all parameters before any callback is asked.
+The parameters stay in the optimiser's groups but have no gradient, so optimisers skip them. Without
+them in the groups, a run could not load the optimiser's state from a checkpoint, because trainers
+build the optimiser of all parameters before they call any callback.
 """
 
 from collections.abc import Collection
