@@ -20,7 +20,7 @@ from keylayers.ranking.record import TrainedSet
 from keylayers.trainers.loss import finite
 from keylayers.training.checkpoints import Checkpoints
 from keylayers.training.freeze import FreezeUnimportant
-from keylayers.training.options import StabilityOptions, TrainingOptions
+from keylayers.training.options import FreezeAction, StabilityOptions, TrainingOptions
 from keylayers.training.run import TrainingResult, fine_tune, new_adapter
 from keylayers.training.step_scores import StepScores
 
@@ -28,13 +28,12 @@ Tuned: TypeAlias = PreTrainedModel | PeftModel
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A trained set with its model; `base_loss_nats` is the loss before training, if measured."""
+class FineTuned:
+    """A trained set with its model."""
 
-    row: TrainedSet
+    rows: tuple[TrainedSet, ...]  # of the base model, if it was measured, and of the set
     model: Tuned
     result: TrainingResult
-    base_loss_nats: float
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,7 @@ class FineTuning:
             train_only(model, names)
         else:
             model = new_adapter(model, names, self.options, num_steps=self.num_steps)
-        examples = self.session.data.train
-        trainer = self.session.trainer(
-            model, self.options, examples, num_steps=self.num_steps, title=title
-        )
+        trainer = self.session.trainer(model, self.options, self.num_steps, title)
         prove_trainable(model, names)
         return trainer
 
@@ -108,7 +104,7 @@ class FineTuning:
         label: str,
         callback: FreezeUnimportant | None = None,
         measure_base: bool = False,
-    ) -> Trained:
+    ) -> FineTuned:
         """Fine-tune exactly `names`, or the part of them that `callback` leaves trainable."""
         trainer = self.trainer(names, label.replace(" ", "-"))
         model = trainer.model
@@ -116,24 +112,20 @@ class FineTuning:
             check_can_freeze_inside(trainer)  # before the base model is measured
             callback.mask_dataset = trainer.eval_dataset.get("mask")
         # A LoRA update is zero at first, so this is the loss of the base model.
-        base_loss = loss_of(trainer) if measure_base else float("nan")
+        base = [_row(trainer, "base model", (), 0)] if measure_base else []
         if callback is not None:
             trainer.add_callback(callback)
         inputs = self.inputs_sha256(names, callback)
         result = self._fine_tune(trainer, label, inputs, f"training {label}")
-        if callback is not None and callback.selection is not None:
+        if callback is not None and callback.frozen_at_step is not None:
+            assert callback.selection is not None
             names = callback.selection.names
+            label = frozen_label(label, callback.action, callback.frozen_at_step)
         prove_trainable(model, names)
         if self.options.is_full:
             _round(model, self.stored_dtype)
-        row = TrainedSet(
-            label=label,
-            num_modules=len(names),
-            num_trained_parameters=_num_trained(model),
-            held_out_loss_nats=loss_of(trainer),
-            num_steps=result.num_steps,
-        )
-        return Trained(row, model, result, base_loss)
+        rows = (*base, _row(trainer, label, names, result.num_steps))
+        return FineTuned(rows, model, result)
 
     def _fine_tune(
         self,
@@ -151,6 +143,12 @@ class FineTuning:
             return fine_tune(trainer, stability, on_step, checkpoints=checkpoints)
 
 
+def frozen_label(label: str, action: FreezeAction, step: int) -> str:
+    """The label of a set whose other modules were trained only up to a step."""
+    done = {"freeze": "frozen", "remove": "removed"}[action]
+    return f"{label} (others {done} at step {step})"
+
+
 def inputs_sha256(session: Session, options: TrainingOptions, **more: Any) -> str:
     """A hash of everything that decides the result of a training, `more` included."""
     inputs = {
@@ -160,6 +158,17 @@ def inputs_sha256(session: Session, options: TrainingOptions, **more: Any) -> st
         "training": options.decisive(),
     }
     return json_sha256(inputs | more)
+
+
+def _row(trainer: Trainer, label: str, names: Sequence[str], num_steps: int) -> TrainedSet:
+    """What is recorded of a model in which `names` were trained."""
+    return TrainedSet(
+        label=label,
+        num_modules=len(names),
+        num_trained_parameters=_num_trained(trainer.model) if names else 0,
+        held_out_loss_nats=loss_of(trainer),
+        num_steps=num_steps,
+    )
 
 
 @torch.no_grad()

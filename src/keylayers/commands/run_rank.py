@@ -50,7 +50,7 @@ def run_rank(options: RankOptions, output: Path, progress: Progress, stage_1_in:
             options.model, options.data, training.objective, progress, is_full=is_full
         )
         tuned = _find_update(session, options, folder)
-        trainer = session.scoring_trainer(tuned.model, training)
+        trainer = session.trainer(tuned.model, training)
         modules = [update.module for update in tuned.updates]
         held_out, names = trainer.eval_dataset["held_out"], [m.name for m in modules]
         base, full = subset_losses(trainer, tuned.updates, [[], names], held_out)

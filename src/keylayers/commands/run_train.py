@@ -12,7 +12,7 @@ from peft import PeftModel
 
 from keylayers.apply.saving import save_tuned
 from keylayers.apply.trainable import prove_unchanged_elsewhere
-from keylayers.commands.fine_tuning import FineTuning, Trained
+from keylayers.commands.fine_tuning import FineTuned, FineTuning
 from keylayers.commands.options import Control, TrainOptions, flat_values
 from keylayers.commands.repeat import card_of
 from keylayers.commands.session import Session, note_ties
@@ -62,15 +62,18 @@ class TrainJob:
                 return found.content
         return None
 
-    def save(self, trained: Trained, ranking: Ranking, record: dict[str, Any]) -> dict[str, Any]:
+    def save(
+        self, trained: FineTuned, ranking: Ranking, own: dict[str, Any], *others: TrainedSet
+    ) -> dict[str, Any]:
         """Write the adapter, or the checkpoint after a proof that only selected weights changed.
 
-        The ranking is written too if it was made inside the run. Returns the whole record.
+        The ranking is written too if it was made inside the run. Returns the whole record, with the
+        rows of the trained set and of `others`.
         """
-        is_inside = "frozen" in record
         record = {
             **self.record,
-            **record,
+            **own,
+            "results": [row.model_dump() for row in (*trained.rows, *others)],
             "ranking_sha256": json_sha256(ranking.to_json()),
             "losses": list(trained.result.losses),
             "seconds": trained.result.seconds,
@@ -80,7 +83,7 @@ class TrainJob:
             model = model.to(self.sets.stored_dtype)
             names = record["selection"]["modules"]
             prove_unchanged_elsewhere(model, Checkpoint.open(self.session.source), names)
-        json_files = {FILE: ranking.to_json()} if is_inside else {}
+        json_files = {FILE: ranking.to_json()} if "frozen" in own else {}
         card = card_of("train", record, ranking)
         save_tuned(model, self.session.tokenizer, self.output, record, card, json_files)
         return record
@@ -90,13 +93,13 @@ class TrainJob:
         record: dict[str, Any],
         ranking: Ranking,
         controls: Mapping[str, Control],
-        train: Callable[[Control], Trained],
+        train: Callable[[Control], FineTuned],
     ) -> list[TrainedSet]:
         """Train the controls, by label, that have no row yet, and record each; all rows."""
         rows = [TrainedSet(**row) for row in record["results"]]
         done = {row.label for row in rows}
         for label in (label for label in controls if label not in done):
-            rows.append(train(controls[label]).row)
+            rows += train(controls[label]).rows
             record = record | {"results": [row.model_dump() for row in rows]}
             write_text(self.output / CARD, card_of("train", record, ranking))
             write_json(self.output / RECORD, record)
@@ -143,12 +146,10 @@ def run_train(options: TrainOptions, output: Path, progress: Progress) -> list[T
         record = job.finished(inputs, ranking)
         if record is None:
             trained = job.sets.train(selection.names, "selected", measure_base=True)
-            rows = [base_row(trained), trained.row, *_stage_1_row(job, ranking)]
-            results = {"results": [row.model_dump() for row in rows]}
             own = {"inputs_sha256": inputs, "selection": selection.record()}
-            record = job.save(trained, ranking, own | results)
+            record = job.save(trained, ranking, own, *_stage_1_row(job, ranking))
 
-        def train(control: Control) -> Trained:
+        def train(control: Control) -> FineTuned:
             names = control_modules(ranking, selection, control, options.training.seed)
             return job.sets.train(names, control)
 
@@ -167,17 +168,6 @@ def _select_within(job: TrainJob, ranking: Ranking, budget: Budget) -> Selection
     )
     job.record["step_memory_bytes"] = int(held)
     return selection
-
-
-def base_row(trained: Trained) -> TrainedSet:
-    """The row of the base model."""
-    return TrainedSet(
-        label="base model",
-        num_modules=0,
-        num_trained_parameters=0,
-        held_out_loss_nats=trained.base_loss_nats,
-        num_steps=0,
-    )
 
 
 def _stage_1_row(job: TrainJob, ranking: Ranking) -> list[TrainedSet]:

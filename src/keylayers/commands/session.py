@@ -5,7 +5,6 @@ from collections.abc import Collection
 from dataclasses import asdict, replace
 from typing import Any
 
-from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
@@ -115,32 +114,25 @@ class Session:
         """
         if objective.objective != "kto":  # its loss compares the answers of a batch
             batch_size = max(1, min(batch_size, len(self.data.held_out) // ENOUGH_BATCHES))
-        training = TrainingOptions(**asdict(objective), batch_size=batch_size)
-        return self.scoring_trainer(model, training)
-
-    def scoring_trainer(
-        self, model: PreTrainedModel | PeftModel, options: TrainingOptions
-    ) -> Trainer:
-        """A trainer that never trains; its data are the mask's, or else the training examples."""
-        examples = self.data.mask or self.data.train
-        return self.trainer(model, options, examples, num_steps=1, title="stage-2")
+        return self.trainer(model, TrainingOptions(**asdict(objective), batch_size=batch_size))
 
     def trainer(
         self,
         model: PreTrainedModel | PeftModel,
         options: TrainingOptions,
-        examples: Dataset,
-        *,
-        num_steps: int,
-        title: str,
+        num_steps: int | None = None,
+        title: str = "stage-2",
     ) -> Trainer:
-        """A trainer on these examples; loggers call it `title`."""
+        """A trainer that loggers call `title`.
+
+        Without `num_steps` it never trains, and its data are the mask's examples, if there are any.
+        """
         return make_trainer(
             model,
             self.tokenizer,
-            examples,
+            self.data.train if num_steps else self.data.mask or self.data.train,
             options,
-            num_steps=num_steps,
+            num_steps=num_steps or 1,
             evaluation=self.data.evaluation(),
             max_length=self.data.max_length,
             load_reference=self.load,
