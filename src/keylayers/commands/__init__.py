@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sub-commands of `keylayers`: a file for each, which is loaded when it is called."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from cyclopts import App
+from cyclopts import App, Parameter
+
+Json = Annotated[bool, Parameter(name="--json", negative=())]
 
 
 def sub_command(examples: str, **more: Any) -> App:

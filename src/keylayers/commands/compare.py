@@ -5,17 +5,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from cyclopts import Parameter
-
-from keylayers.commands import sub_command
+from keylayers.commands import Json, sub_command
 from keylayers.errors import ConfigError
 
 if TYPE_CHECKING:
     from keylayers.ranking.ranking import Ranking
 
-JSON = Parameter(name="--json", negative=())
 app = sub_command("""\
 keylayers compare lima/ranking.json alpaca/ranking.json --budget 0.75
 keylayers compare seed-0 seed-1 seed-2 --consensus consensus.json
@@ -28,7 +25,7 @@ def compare(
     *rankings: Path,
     budget: str = "0.3",
     consensus: Path | None = None,
-    as_json: Annotated[bool, JSON] = False,
+    as_json: Json = False,
 ) -> None:
     """Show how far rankings pick the same modules, compared with chance.
 

@@ -5,18 +5,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import Parameter
-
-from keylayers.commands import sub_command
+from keylayers.commands import Json, sub_command
 from keylayers.errors import ConfigError
 
 if TYPE_CHECKING:
     from keylayers.ranking.budget import Budget
     from keylayers.ranking.ranking import Ranking
 
-JSON = Parameter(name="--json", negative=())
 NEEDED = ("altair", "vl_convert")  # of the extra `report`
 app = sub_command("""\
 keylayers show out/ranking.json
@@ -33,7 +30,7 @@ def show(
     budget: str = "0.3",
     html: Path | None = None,
     figure: tuple[Path, ...] = (),
-    as_json: Annotated[bool, JSON] = False,
+    as_json: Json = False,
 ) -> None:
     """Show a ranking: heatmap of blocks by projections, best and worst modules, provenance.
 

@@ -3,11 +3,9 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from cyclopts import Parameter
-
-from keylayers.commands import sub_command
+from keylayers.commands import Json, sub_command
 from keylayers.errors import ConfigError
 from keylayers.model.options import ModelOptions
 
@@ -32,7 +30,7 @@ def targets(
     revision: str | None = None,
     tool: Literal["peft", "trl", "axolotl", "llamafactory"] | None = None,
     trust_remote_code: bool = False,
-    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    as_json: Json = False,
 ) -> None:
     """Show which modules a training config trains, without loading weights.
 
