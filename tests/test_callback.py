@@ -14,8 +14,8 @@ from trl import SFTConfig, SFTTrainer
 from commands import updated_modules
 from keylayers import FreezeUnimportant, Ranking
 from keylayers.errors import ConfigError, GuardError, ModelError
+from keylayers.training.freeze import trainer_of
 from keylayers.training.options import StabilityOptions
-from keylayers.training.step_losses import trainer_of
 from scored import arguments, data
 from tiny_files import tiny_tokenizer
 from trainers import WithOwnLoss, build

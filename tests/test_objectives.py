@@ -183,7 +183,7 @@ def test_a_new_head_is_the_same_whatever_the_seed(tiny):
 
 
 def test_a_trainer_that_thaws_weights_is_refused(ranked, tmp_path, monkeypatch, capsys):
-    from keylayers.training.objectives import OBJECTIVES
+    from keylayers.training.run import OBJECTIVES
 
     trainer_class, *more = OBJECTIVES["dpo"]
 
@@ -215,7 +215,7 @@ def test_the_example_of_the_docs_runs(tiny, preferences, tmp_path, monkeypatch):
 
 
 def test_the_docs_name_every_objective_and_its_data():
-    from keylayers.training.objectives import OBJECTIVES
+    from keylayers.training.run import OBJECTIVES
 
     assert set(get_args(Objective)) == set(OBJECTIVES) == set(LOSS_UNITS) == {"sft", *FORMAT_OF}
     kinds = {"pairs": "pairs", "rated": "rated answers"}

@@ -15,7 +15,7 @@ from keylayers import rank_modules
 from keylayers.apply.trainable import add_lora
 from keylayers.errors import ConfigError, DataError, LossError, ModelError
 from keylayers.model.modules import map_modules
-from keylayers.trainers.batches import _in_other_blocks
+from keylayers.trainers.data import _in_other_blocks
 from keylayers.trainers.loss import TrainerLoss
 from scored import arguments, data, noisy, noisy_model, score, scores_of, trainer_of
 from trainers import build

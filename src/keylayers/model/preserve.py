@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work on a caller's model and restore it exactly."""
+"""Work on a caller's model or trainer and restore it exactly."""
 
 import contextlib
+import copy
 import random
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import Trainer
 
 from keylayers.errors import GuardError
 from keylayers.model.sharding import reshard
@@ -58,9 +61,9 @@ def restored(dictionaries: Iterable[dict[Any, Any]]) -> Iterator[None]:
     try:
         yield
     finally:
-        for dictionary, copy in copies:
+        for dictionary, content in copies:
             dictionary.clear()
-            dictionary.update(copy)
+            dictionary.update(content)
 
 
 @contextlib.contextmanager
@@ -90,3 +93,33 @@ def _same_random_state() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def unchanged_trainer(trainer: Trainer) -> Iterator[None]:
+    """Restore the trainer's state after the block, in which it may compute losses.
+
+    Trainers store metrics, counters, logs and generated text in attributes whose names vary by
+    class and version. So we name none of them: inside the block each attribute that holds a
+    container holds a copy of it, and afterwards all attributes are restored.
+    """
+    # The accelerator is included because it keeps a list of all data loaders it has prepared.
+    owners = (trainer, trainer.state, trainer.accelerator, trainer.accelerator.gradient_state)
+    with restored(map(vars, owners)):
+        for owner in owners:
+            vars(owner).update({name: _copied(value) for name, value in vars(owner).items()})
+        yield
+
+
+def _copied(value: object) -> object:
+    """A copy of nested containers that shares tensors and models, which stay unchanged."""
+    # Exact types only, because a subclass may have more state than its items.
+    if type(value) not in (dict, defaultdict, OrderedDict, list, deque, set):
+        return value
+    copied = copy.copy(value)
+    if isinstance(copied, dict):
+        copied.update({key: _copied(held) for key, held in copied.items()})
+    elif isinstance(copied, (list, deque)):
+        for index, held in enumerate(copied):
+            copied[index] = _copied(held)
+    return copied

@@ -25,7 +25,7 @@ import torch
 
 from keylayers.scores.options import PathOptions
 from keylayers.scores.task import ModuleScores, Task, mean_and_error
-from keylayers.trainers.batches import samples
+from keylayers.trainers.data import samples
 
 
 def path(task: Task, options: PathOptions) -> ModuleScores:

@@ -13,7 +13,7 @@ from keylayers.scores.methods import find_method, methods
 from keylayers.scores.scoring_options import ScoringOptions
 from keylayers.scores.task import ModuleScores, Task
 from keylayers.scores.until_stable import repeated
-from keylayers.trainers.batches import samples
+from keylayers.trainers.data import samples
 from keylayers.trainers.log import TrainerLog
 from keylayers.updates import Update
 

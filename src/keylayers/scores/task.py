@@ -15,7 +15,7 @@ from transformers import Trainer, set_seed
 from keylayers.errors import ModelError
 from keylayers.gates import Gates, gated
 from keylayers.scores.options import Granularity
-from keylayers.trainers.batches import counts_tokens
+from keylayers.trainers.data import counts_tokens
 from keylayers.trainers.log import TrainerLog
 from keylayers.trainers.loss import TrainerLoss
 from keylayers.updates import Update

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, Trainer
 
 from keylayers.errors import ConfigError, LossError
 from keylayers.model.modules import base_model_of
-from keylayers.model.preserve import to_evaluation
+from keylayers.model.preserve import to_evaluation, unchanged_trainer
 from keylayers.processes import is_one_of_many, summed
-from keylayers.trainers.batches import (
+from keylayers.trainers.data import (
     give_every_batch,
     num_labels,
     own_copy,
@@ -27,7 +27,6 @@ from keylayers.trainers.batches import (
     training_batches,
 )
 from keylayers.trainers.reference import without_own_copy
-from keylayers.trainers.state import unchanged_trainer
 from keylayers.updates.adalora import without_penalty
 
 

@@ -6,17 +6,22 @@ resumed run gives the same result as a run that was never stopped.
 """
 
 import json
+import sys
 import warnings
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any, get_args
 
+import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from keylayers.errors import ConfigError, check_fraction
 from keylayers.model.sharding import check_can_freeze_inside
+from keylayers.processes import summed
 from keylayers.progress import Progress, Silent
 from keylayers.ranking.budget import Freeze
 from keylayers.ranking.ranking import FILE, Ranking
@@ -25,7 +30,6 @@ from keylayers.scores.scoring_options import ScoringOptions, scoring_options
 from keylayers.training.halt import HaltedUpdates, check_can_halt, halt_updates
 from keylayers.training.options import FreezeAction, StabilityOptions
 from keylayers.training.rank_modules import rank_modules
-from keylayers.training.step_losses import StepLosses, trainer_of
 from keylayers.updates import adapter_updates
 from keylayers.updates.frozen import kept_frozen
 
@@ -250,3 +254,51 @@ class FreezeUnimportant(TrainerCallback):
             # as text, because the trainer sorts the keys of what it saves
             "ranking": None if self.ranking is None else json.dumps(self.ranking.to_json()),
         }
+
+
+def trainer_of(callback: TrainerCallback) -> Trainer:
+    """The trainer that is calling `callback` right now; its own methods do, so the stack has it."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer) and callback in caller.callback_handler.callbacks:
+            return caller
+        frame = frame.f_back
+    raise ConfigError(
+        f"{type(callback).__name__} must be called by the trainer that holds it, but none is on "
+        f"the call stack; give it as `trainer`"
+    )
+
+
+class StepLosses:
+    """Sees the loss of each batch that a trainer trains on, until closed.
+
+    Logged losses are means over `logging_steps`, whose windows shift when a run resumes, so we read
+    the loss from `training_step`, which transformers documents for subclasses to override.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._replaced = vars(trainer).get("training_step")  # None: the class's own method
+        self._training_step = trainer.training_step
+        self._batches: list[Tensor] = []
+        trainer.training_step = self._seen
+
+    def _seen(self, *arguments: Any, **options: Any) -> Tensor:
+        loss: Tensor = self._training_step(*arguments, **options)
+        self._batches.append(loss.detach())
+        return loss
+
+    def take(self) -> float:
+        """The loss in nats of the step that just ended."""
+        # Batches return shares of it, scaled so that their mean over processes is the step's loss.
+        loss = torch.tensor(float(sum(self._batches)), dtype=torch.float64)
+        self._batches.clear()
+        return float(summed(loss)) / self._trainer.accelerator.num_processes
+
+    def close(self) -> None:
+        """Give the trainer its method back, unless someone else has replaced it since."""
+        if vars(self._trainer).get("training_step") == self._seen:
+            del self._trainer.training_step
+            if self._replaced is not None:
+                self._trainer.training_step = self._replaced

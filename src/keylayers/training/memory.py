@@ -21,11 +21,10 @@ from transformers import Trainer
 from keylayers.apply.trainable import trainable_modules
 from keylayers.errors import ConfigError, RankingError
 from keylayers.model.modules import map_modules
-from keylayers.model.preserve import preserved
+from keylayers.model.preserve import preserved, unchanged_trainer
 from keylayers.model.sharding import is_sharded
 from keylayers.ranking.selection import StepMemory
-from keylayers.trainers.batches import samples
-from keylayers.trainers.state import unchanged_trainer
+from keylayers.trainers.data import samples
 from keylayers.training.shallow import shallow_backward
 from keylayers.updates.adapter import own_parameters, tuner_layers
 

@@ -5,11 +5,11 @@ TRL changes several defaults of transformers (bf16, gradient checkpointing, lear
 We set all of them, so that two runs of keylayers differ only in what their records say.
 """
 
-import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,18 +28,49 @@ from transformers import (
     TrainerState,
     set_seed,
 )
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from keylayers.apply.trainable import add_lora
 from keylayers.errors import ConfigError, LossError, ModelError
+from keylayers.model.options import Objective
+from keylayers.model.preserve import restored
 from keylayers.model.sharding import place_model
 from keylayers.progress import OnStep, quiet
 from keylayers.trainers.log import check_loggers, name_loggers
 from keylayers.trainers.reference import REFERENCE_ADAPTER
 from keylayers.training.checkpoints import NUM_CHECKPOINTS, Checkpoints
-from keylayers.training.objectives import OBJECTIVES
 from keylayers.training.options import StabilityOptions, TrainingOptions
 from keylayers.training.shallow import ShallowBackward
 from keylayers.updates.adalora import is_adalora
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # that it is experimental; docs/objectives.md says so
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+# TRL's trainer and config, and the options that differ from TRL's defaults.
+OBJECTIVES: dict[Objective, tuple[type[Trainer], Callable[..., Any], dict[str, Any]]] = {
+    # Examples of sft are tokenised, labelled and cut already.
+    "sft": (
+        SFTTrainer,
+        SFTConfig,
+        {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}},
+    ),
+    "dpo": (DPOTrainer, DPOConfig, {}),
+    # TRL 1.16 pairs each prompt with its neighbour's answer and therefore reads the examples in
+    # order.
+    "kto": (KTOTrainer, KTOConfig, {"train_sampling_strategy": "sequential"}),
+    "orpo": (ORPOTrainer, ORPOConfig, {"remove_unused_columns": False}),
+    "reward": (RewardTrainer, RewardConfig, {}),
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +128,8 @@ def make_trainer(
     trained = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
     # trainers create their output folder
     told = quiet("datasets", trainer_class.__module__)  # TRL advises on what users cannot set
-    with tempfile.TemporaryDirectory() as scratch, told, _no_telemetry():
+    with tempfile.TemporaryDirectory() as scratch, told, restored([vars(constants)]):
+        constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL 1.16 reports each trainer to a server
         settings = _settings(model, options) | {"output_dir": scratch}
         settings |= {"max_steps": num_steps, "max_length": max_length, **own}
         trainer = trainer_class(args=config_class(**settings), **arguments)
@@ -113,17 +145,6 @@ def make_trainer(
     name_loggers(trainer, title)
     place_model(trainer)
     return trainer
-
-
-@contextlib.contextmanager
-def _no_telemetry() -> Iterator[None]:
-    """Keep TRL 1.16 from reporting to a server when it builds a trainer."""
-    before = constants.HF_HUB_DISABLE_TELEMETRY
-    constants.HF_HUB_DISABLE_TELEMETRY = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_DISABLE_TELEMETRY = before
 
 
 def _settings(model: PreTrainedModel | PeftModel, options: TrainingOptions) -> dict[str, Any]:
