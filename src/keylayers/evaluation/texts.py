@@ -72,9 +72,7 @@ class Examples:
 
     def measured(self, loaded: Loaded, on_step: OnStep) -> Measured:
         """The loss of a model, example by example."""
-        found = example_losses(
-            loaded.model, self.tokens, batch_size=self.batch_size, on_step=on_step
-        )
+        found = self._losses(loaded, on_step)
         if not all(math.isfinite(nats) for nats, _ in found):
             raise LossError(
                 f"the loss must be a finite number, but {loaded.source!r} gives NaN or infinity on "
@@ -93,6 +91,19 @@ class Examples:
         )
         total = rows["value"].sum() / rows["size"].sum()
         return Measured(self.name, rows, {METRIC: float(total)}, {METRIC: False})
+
+    def _losses(self, loaded: Loaded, on_step: OnStep) -> list[tuple[float, int]]:
+        """The loss of each example in nats, summed over its labelled tokens, and their number."""
+        # The longest first: what does not fit into memory shows at once, and little is padding.
+        order = sorted(range(len(self.tokens)), key=lambda index: -len(self.tokens[index][0]))
+        found = {}
+        for step in range(self.num_steps):
+            chosen = order[step * self.batch_size :][: self.batch_size]
+            losses = _batch([self.tokens[index] for index in chosen], loaded.model)
+            found |= dict(zip(chosen, losses, strict=True))
+            mean = sum(nats for nats, _ in losses) / max(1, sum(num for _, num in losses))
+            on_step(step + 1, mean)
+        return [found[index] for index in range(len(self.tokens))]
 
 
 def examples_of(options: LossOptions, base: Loaded, batch_size: int) -> Iterator[Examples]:
@@ -147,26 +158,6 @@ def _pieces(
     pieces = (ids[start : start + length] for start in range(0, len(ids), length))
     for piece in [piece for piece in pieces if len(piece) >= MIN_TOKENS][:at_most]:
         yield piece, piece
-
-
-def example_losses(
-    model: PreTrainedModel | PeftModel,
-    examples: Sequence[Tokens],
-    *,
-    batch_size: int,
-    on_step: OnStep,
-) -> list[tuple[float, int]]:
-    """The loss of each example in nats, summed over its labelled tokens, and their number."""
-    # The longest first: what does not fit into memory shows at once, and little is padding.
-    order = sorted(range(len(examples)), key=lambda index: -len(examples[index][0]))
-    found: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
-    for step, start in enumerate(range(0, len(order), batch_size), start=1):
-        chosen = order[start : start + batch_size]
-        losses = _batch([examples[index] for index in chosen], model)
-        for index, loss in zip(chosen, losses, strict=True):
-            found[index] = loss
-        on_step(step, sum(nats for nats, _ in losses) / max(1, sum(num for _, num in losses)))
-    return found
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ The colours are cividis and three from Okabe and Ito, which colour-blind readers
 lines also differ in their dashes. Names from files are data, never part of a Vega expression.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import permutations
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -33,11 +33,14 @@ NAMES_ON_TOP = alt.Axis(orient="top", labelAngle=-40, labelAlign="left", labelLi
 ON_TOP = alt.Legend(title=None, orient="top")
 FROM_LOWEST = alt.Scale(zero=False)
 RANDOM = "random (± sd)"
-CURVES: Mapping[str, tuple[str, list[int]]] = {
+STAGE_1, STAGE_2 = "stage 1, training", "stage 2, learning the scores"
+LINES: Mapping[str, tuple[str, list[int]]] = {  # colour and dashes
     "best first": (BLUE, [1, 0]),
     "leave-one-out": (GREEN, [6, 2]),
     RANDOM: (GREY, [2, 2]),
     "worst first": (VERMILION, [8, 3, 2, 3]),
+    STAGE_1: (BLUE, [1, 0]),
+    STAGE_2: (GREEN, [6, 2]),
 }
 
 
@@ -88,31 +91,20 @@ def curve_chart(found: Verification, budget: BudgetExpression) -> Chart:
     losses: dict[str, Sequence[float]] = {RANDOM: found.random_means()}
     losses |= {"best first": best.losses, "worst first": found.worst_first.losses}
     losses |= {"leave-one-out": loo.losses} if loo else {}
-    rows = [
-        {"curve": name, "kept": count, "loss": loss}
-        for name in losses
-        for count, loss in zip(best.counts, losses[name], strict=True)
-    ]
     bands = [
         {"kept": count, "low": mean - spread, "high": mean + spread}
         for count, mean, spread in zip(
             best.counts, losses[RANDOM], random_spreads(found), strict=True
         )
     ]
-    names = [name for name in CURVES if name in losses]
-    colours, dashes = zip(*(CURVES[name] for name in names), strict=True)
     kept = alt.X(
         "kept:Q",
         title="modules that keep their update, best first",
         scale=alt.Scale(domain=[0, best.counts[-1]], nice=False),
     )
-    lines = _chart(rows).encode(
-        x=kept,
-        y=alt.Y("loss:Q", title=f"held-out loss, {found.made_by.loss_unit}", scale=FROM_LOWEST),
-        color=alt.Color("curve:N", scale=alt.Scale(domain=names, range=colours), legend=ON_TOP),
-        strokeDash=alt.StrokeDash("curve:N", scale=alt.Scale(domain=names, range=dashes)),
-        tooltip=["curve:N", "kept:Q", alt.Tooltip("loss:Q", format=".4f")],
-    )
+    curves = {name: zip(best.counts, losses[name], strict=True) for name in losses}
+    loss = alt.Y("loss:Q", title=f"held-out loss, {found.made_by.loss_unit}", scale=FROM_LOWEST)
+    lines = _lines("kept", curves, x=kept, y=loss)
     band = _chart(bands).encode(x=kept, y=alt.Y("low:Q", title=""), y2="high:Q")
     middle = best.counts[-1] / 2
     chosen = _chart([{}]).transform_calculate(kept=str(budget)).encode(x=kept)
@@ -183,27 +175,15 @@ def losses_chart(ranking: Ranking) -> Chart | None:
     """Loss by step, with the held-out losses as rules; None if no loss curve is recorded."""
     made_by = ranking.made_by
     stage_1, mask, held_out = made_by.stage_1, made_by.mask, made_by.held_out_loss_nats
-    curves = {"stage 1, training": stage_1.losses if stage_1 else ()}
+    curves = {STAGE_1: stage_1.losses if stage_1 else ()}
     # Without a learning rate the gates are not trained: each loss belongs to another mask.
     if mask and mask.learning_rate is not None:
-        curves["stage 2, learning the scores"] = mask.losses
-    stages = [stage for stage, losses in curves.items() if len(losses) > 1]
-    if not stages:
+        curves[STAGE_2] = mask.losses
+    shown = {name: enumerate(losses, 1) for name, losses in curves.items() if len(losses) > 1}
+    if not shown:
         return None
-    rows = [
-        {"step": step, "loss": loss, "stage": stage}
-        for stage in stages
-        for step, loss in enumerate(curves[stage], start=1)
-    ]
     loss = alt.Y("loss:Q", title=f"loss, {made_by.loss_unit}", scale=FROM_LOWEST)
-    lines = _chart(rows).encode(
-        x=alt.X("step:Q", title="step"),
-        y=loss,
-        color=alt.Color(
-            "stage:N", scale=alt.Scale(domain=stages, range=[BLUE, GREEN]), legend=ON_TOP
-        ),
-        tooltip=["stage:N", "step:Q", alt.Tooltip("loss:Q", format=".4f")],
-    )
+    lines = _lines("step", shown, x=alt.X("step:Q", title="step"), y=loss)
     layers = [lines.mark_line()]
     if held_out:
         levels = {"base": held_out.base, "tuned": held_out.tuned}
@@ -214,6 +194,23 @@ def losses_chart(ranking: Ranking) -> Chart | None:
         layers.append(label.encode(x=alt.value("width"), text="text:N"))
     return alt.layer(*layers).properties(
         width=480, height=220, description="Losses by step, with held-out losses as rules"
+    )
+
+
+def _lines(at: str, curves: Mapping[str, Iterable[tuple[int, float]]], **axes: Any) -> alt.Chart:
+    """Losses by `at`, each curve in the colour and dashes of its name."""
+    rows = [
+        {"curve": name, at: place, "loss": loss}
+        for name, points in curves.items()
+        for place, loss in points
+    ]
+    names = [name for name in LINES if name in curves]
+    colours, dashes = zip(*(LINES[name] for name in names), strict=True)
+    return _chart(rows).encode(
+        color=alt.Color("curve:N", scale=alt.Scale(domain=names, range=colours), legend=ON_TOP),
+        strokeDash=alt.StrokeDash("curve:N", scale=alt.Scale(domain=names, range=dashes)),
+        tooltip=["curve:N", f"{at}:Q", alt.Tooltip("loss:Q", format=".4f")],
+        **axes,
     )
 
 
