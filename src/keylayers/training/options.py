@@ -150,8 +150,8 @@ class StabilityOptions:
     unlike a mask after 1 % (from memory of its text): a window should be a few per cent of a run.
 
     Attributes:
-        max_steps: Largest number of steps of stage 1. Default: 300; with --rank-first, half of the
-            run's steps.
+        max_steps: Largest number of steps of stage 1. Default: 300; inside a training run, half of
+            that run's steps.
         window: Steps in each of the two windows whose mean losses are compared.
         epsilon: The loss is stable when the mean loss of the last window differs by less than this
             many nats from that of the window before. 0: train to the cap.
