@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
-from keylayers.data.reading import _local
+from keylayers.data import reading
 from keylayers.errors import DataError, KeylayersError
 from prepared import LINES, PAIRS, RATED, ROWS, numbers, prepare, texts, write
 
@@ -271,7 +271,7 @@ def test_a_hub_name_is_read_with_its_configuration_or_says_why_not(monkeypatch):
             raise datasets.exceptions.DatasetNotFoundError("'owner/name' doesn't exist\non it")
         return Dataset.from_list(ROWS)
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(reading, "load_dataset", load)
     prepare("owner/name:main", data_split="train[:50%]")
     prepare("owner/name")
     assert asked == [
@@ -339,7 +339,7 @@ def test_json_that_would_crash_arrow_is_refused_by_line(tmp_path, name):
 
     def check(text):
         path.write_bytes(gzip.compress(text.encode()) if ".gz" in name else text.encode())
-        _local(path.parent if "deep" in name else path, str(tmp_path))
+        reading._local(path.parent if "deep" in name else path, str(tmp_path))
 
     for text in SOUND_JSON:
         check(text)

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from keylayers.data.formats import Conversation
 from keylayers.data.preferences import Preference
@@ -18,9 +20,6 @@ from keylayers.data.templates import ChatTemplate, Renderer, Span
 from keylayers.data.turns import in_row
 from keylayers.errors import DataError
 from keylayers.model.options import Objective
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that cross-entropy skips
 ADDED_TOKENS = 2  # ORPO's trainer (TRL 1.16) adds a start and an end token where they are missing
@@ -43,7 +42,7 @@ class Example:
 
 def encode_all(
     conversations: Iterable[Conversation],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     template: ChatTemplate | None,
     max_length: int,
 ) -> Iterator[Example]:
@@ -78,7 +77,7 @@ def encode_all(
         )
 
 
-def _encode_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Plain text as the tokenizer takes it, plus the end-of-sequence token if there is one."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
@@ -89,7 +88,7 @@ def _encode_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[
     return ids, [IGNORED if ids[:1] == [bos] else ids[0], *ids[1:]]
 
 
-def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> str:
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> str:
     """A pattern that matches any special token; without special tokens it never matches."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     found = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
@@ -97,7 +96,7 @@ def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def _close(
-    text: str, spans: list[Span], tokenizer: "PreTrainedTokenizerBase", special: str
+    text: str, spans: list[Span], tokenizer: PreTrainedTokenizerBase, special: str
 ) -> tuple[str, list[Span]]:
     """The text and spans, changed so that the model learns to stop: answers end with a token."""
     start, end = spans[-1]
@@ -117,7 +116,7 @@ def _close(
 
 
 def _tokenise(
-    text: str, spans: Sequence[Span], tokenizer: "PreTrainedTokenizerBase"
+    text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
     """The tokens, and labels for those that hold at least one character of an answer."""
     # The rendered text has all special tokens already; adding them would double the first.
@@ -147,7 +146,7 @@ def _tokenise(
 def measure_all(
     preferences: Iterable[Preference],
     objective: Objective,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     template: ChatTemplate,
     max_length: int,
 ) -> Iterator[Example]:

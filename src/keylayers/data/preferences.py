@@ -7,7 +7,9 @@ The objective says which format it needs.
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, takewhile
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
+
+from datasets import Dataset
 
 from keylayers.data.turns import (
     Message,
@@ -25,9 +27,6 @@ from keylayers.data.turns import (
 )
 from keylayers.errors import DataError
 from keylayers.model.options import Objective
-
-if TYPE_CHECKING:
-    import datasets
 
 PreferenceFormat: TypeAlias = Literal["pairs", "rated"]
 FORMAT_OF: dict[Objective, PreferenceFormat] = {
@@ -160,7 +159,7 @@ def _from_rated(row: Row) -> Iterator[Preference]:
         yield Preference(turns[:-1], (turns[-1:],), rating)
 
 
-def rated_column(data: "datasets.Dataset") -> str | None:
+def rated_column(data: Dataset) -> str | None:
     """The column that says which answers are good ones; a `label` of a classifier does not."""
     for name in _RATED:
         cells = data[name] if name in data.column_names else ()

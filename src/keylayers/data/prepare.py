@@ -11,7 +11,9 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+
+from datasets import Dataset, Features, Json, Value
+from transformers import PreTrainedTokenizerBase
 
 from keylayers.data.chat import Example, encode_all, measure_all
 from keylayers.data.formats import Conversation
@@ -23,11 +25,6 @@ from keylayers.data.turns import in_row, other_fields
 from keylayers.errors import ConfigError, DataError
 from keylayers.files import json_sha256
 from keylayers.model.options import Objective
-
-if TYPE_CHECKING:
-    import datasets
-    from transformers import PreTrainedTokenizerBase
-
 
 _TURNS = ("prompt", "chosen", "rejected", "completion")  # columns of preferences
 
@@ -56,9 +53,9 @@ class DataCounts:
 class PreparedData:
     """Examples in the columns that the objective's trainer takes, and where they come from."""
 
-    train: "datasets.Dataset"
-    mask: "datasets.Dataset | None"  # None if the mask is learned on `train`
-    held_out: "datasets.Dataset"  # neither training nor scoring sees them
+    train: Dataset
+    mask: Dataset | None  # None if the mask is learned on `train`
+    held_out: Dataset  # neither training nor scoring sees them
     options: DataOptions
     format: str
     chat_template: ChatTemplate | None  # None for plain text
@@ -84,7 +81,7 @@ class PreparedData:
             **asdict(self.counts),
         }
 
-    def evaluation(self) -> dict[str, "datasets.Dataset"]:
+    def evaluation(self) -> dict[str, Dataset]:
         """The examples that are not trained on: `held_out`, and `mask` if there is one."""
         parts = {"held_out": self.held_out, "mask": self.mask}
         return {name: part for name, part in parts.items() if part is not None}
@@ -128,7 +125,7 @@ def _counted(*reasons: tuple[str, int]) -> str:
 
 def prepare(
     options: DataOptions,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     max_positions: int | None = None,
     objective: Objective = "sft",
 ) -> PreparedData:
@@ -252,9 +249,7 @@ def _hold_out(keys: Sequence[bytes], options: DataOptions) -> tuple[set[bytes], 
     return set(drawn[:count]), set(drawn[count : count + num_for_mask])
 
 
-def _to_dataset(examples: Iterable[Example]) -> "datasets.Dataset":
-    from datasets import Dataset, Features, Json, Value
-
+def _to_dataset(examples: Iterable[Example]) -> Dataset:
     rows = [example.row for example in examples]
     turns = [name for name in _TURNS if name in rows[0]]
     if not any(other_fields(turn) for row in rows for name in turns for turn in row[name]):

@@ -10,7 +10,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, TypeVar
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 
 from keylayers.data.formats import (
     FORMATS,
@@ -25,9 +28,6 @@ from keylayers.data.turns import DOCUMENT_COLUMNS, SYSTEM_COLUMNS, Row, in_row
 from keylayers.errors import ConfigError, DataError, did_you_mean
 from keylayers.model.options import Objective
 from keylayers.progress import quiet
-
-if TYPE_CHECKING:
-    import datasets
 
 _Example = TypeVar("_Example", Conversation, Preference)
 
@@ -132,7 +132,7 @@ def convert_rows(
 
 
 @contextmanager
-def _opened(options: DataOptions) -> Iterator["datasets.Dataset"]:
+def _opened(options: DataOptions) -> Iterator[Dataset]:
     """The data, which must have a row, for the length of the block."""
     # The user's cache would hide edits of a file from the next run, and keep a copy of the data.
     with tempfile.TemporaryDirectory(prefix="keylayers-data-") as cache, quiet("datasets"):
@@ -148,13 +148,13 @@ def _opened(options: DataOptions) -> Iterator["datasets.Dataset"]:
             raise DataError(f"Data must be UTF-8 text, got: {error}; convert the file.") from error
 
 
-def _rows_of(data: "datasets.Dataset") -> Iterator[Row]:
+def _rows_of(data: Dataset) -> Iterator[Row]:
     for batch in data.iter(batch_size=_READ_ROWS):
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))
 
 
-def _first_cells(data: "datasets.Dataset") -> dict[str, object]:
+def _first_cells(data: Dataset) -> dict[str, object]:
     """The first cell that holds something of each column that has one, or else all columns."""
     found: dict[str, object] = {}
     for row in _rows_of(data):
@@ -165,10 +165,7 @@ def _first_cells(data: "datasets.Dataset") -> dict[str, object]:
     return {name: found.get(name) for name in data.column_names if name in found or not found}
 
 
-def _load(options: DataOptions, cache: str) -> "datasets.Dataset":
-    from datasets import Dataset, load_dataset
-    from datasets.exceptions import DatasetsError
-
+def _load(options: DataOptions, cache: str) -> Dataset:
     path = Path(options.data).expanduser()
     try:
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
@@ -200,10 +197,8 @@ def _load(options: DataOptions, cache: str) -> "datasets.Dataset":
         ) from error
 
 
-def _load_saved(path: Path, split: str) -> "datasets.Dataset":
+def _load_saved(path: Path, split: str) -> Dataset:
     """A folder that `save_to_disk` wrote."""
-    from datasets import DatasetDict, load_from_disk
-
     saved = load_from_disk(str(path))
     splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
     if split not in splits:  # in the words of `load_dataset`

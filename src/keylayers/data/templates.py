@@ -10,14 +10,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+from trl.chat_template_utils import get_training_chat_template
 
 from keylayers.data.formats import Conversation
 from keylayers.data.turns import Message, is_learned
 from keylayers.errors import ConfigError, DataError, did_you_mean
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 THOUGHT_END = "</think>"
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -78,7 +80,7 @@ class ChatTemplate:
         return re.search(rf"\.(?:{either})\b|['\"](?:{either})['\"]", self.text) is not None
 
 
-def resolve_template(tokenizer: "PreTrainedTokenizerBase", choice: str | None) -> ChatTemplate:
+def resolve_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> ChatTemplate:
     """A built-in template or a Jinja file; by default the tokenizer's own, or else "alpaca"."""
     if choice is None and tokenizer.chat_template:
         try:
@@ -105,7 +107,7 @@ def resolve_template(tokenizer: "PreTrainedTokenizerBase", choice: str | None) -
         ) from error
 
 
-def _training_template(tokenizer: "PreTrainedTokenizerBase") -> str:
+def _training_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The tokenizer's own template, or TRL's form of it that marks the answers.
 
     Many templates render an answer in another way once there are later turns, or write part of it
@@ -114,9 +116,6 @@ def _training_template(tokenizer: "PreTrainedTokenizerBase") -> str:
     own = tokenizer.get_chat_template()
     if _MARKER.search(own):
         return own
-    from jinja2 import TemplateError
-    from trl.chat_template_utils import get_training_chat_template
-
     try:
         return get_training_chat_template(tokenizer) or own
     except (TemplateError, *_PYTHON_ERRORS):  # TRL has none, or cannot try this one out
@@ -161,7 +160,7 @@ class Renderer:
     """A template with the tokenizer whose special tokens it writes."""
 
     template: ChatTemplate
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: PreTrainedTokenizerBase
 
     @cached_property
     def wants_parts(self) -> bool:
@@ -191,9 +190,6 @@ class Renderer:
         # transformers 5.23: `apply_chat_template` returns the marked spans as tokens, and loses or
         # overruns spans that begin or end with a character outside all tokens. The function below,
         # which it calls, returns characters.
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         try:
             texts, spans = render_jinja_template(
                 [messages],

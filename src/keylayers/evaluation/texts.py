@@ -96,7 +96,7 @@ class Examples:
         """The loss of each example in nats, summed over its labelled tokens, and their number."""
         # The longest first: what does not fit into memory shows at once, and little is padding.
         order = sorted(range(len(self.tokens)), key=lambda index: -len(self.tokens[index][0]))
-        found = {}
+        found: dict[int, tuple[float, int]] = {}
         for step in range(self.num_steps):
             chosen = order[step * self.batch_size :][: self.batch_size]
             losses = _batch([self.tokens[index] for index in chosen], loaded.model)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rankings, trained sets and pruned updates in the terminal. Imports no torch."""
+"""A ranking in the terminal: heatmap, best and worst modules, provenance. Imports no torch."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +15,7 @@ from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.certainty import decisions, undecided
 from keylayers.ranking.compare import agreement
 from keylayers.ranking.ranking import Ranking
-from keylayers.ranking.record import MadeBy, Pruned, TrainedSet
+from keylayers.ranking.record import MadeBy, TrainedSet
 from keylayers.report.source import grid
 
 # Cividis, dark to bright, by relative rank: readable for colour-blind people and in grey.
@@ -26,7 +26,6 @@ SHADES = (
 FIRST_BRIGHT_SHADE = 5
 UNDECIDED_MARK = "~"
 NUM_EXTREMES = 10  # modules shown at each end
-MIB = 2**20
 
 
 def ranking_report(ranking: Ranking, budget: WrittenBudget = 0.3) -> RenderableType:
@@ -220,50 +219,6 @@ def loss_table(rows: Sequence[TrainedSet], loss_unit: str = "nats per token") ->
             f"{row.held_out_loss_nats:.4f}",
         )
     return table
-
-
-def pruning_report(found: Pruned) -> RenderableType:
-    """What the terminal shows of a pruning."""
-    return Group(_pruning_table(found), Text(), Text("\n".join(pruning_reading(found))))
-
-
-def _pruning_table(found: Pruned) -> Table:
-    """Base model, full and pruned update, one row each, with their mean held-out losses."""
-    title = held_out_title(found.loss_unit)
-    table = plain_table("update", "modules", "parameters", "MiB on disk", title)
-    table.add_row("none (base model)", "0", "0", "", f"{found.base_loss_nats:.4f}")
-    full, pruned = (found.full, found.full_loss_nats), (found.pruned, found.pruned_loss_nats)
-    for label, (size, loss) in (("full", full), ("pruned", pruned)):
-        counts = f"{size.num_modules:,}", f"{size.num_parameters:,}"
-        table.add_row(
-            f"{label} {found.kind}", *counts, f"{size.num_bytes / MIB:,.2f}", f"{loss:.4f}"
-        )
-    return table
-
-
-def pruning_reading(found: Pruned) -> list[str]:
-    """Whether the pruned update is better or worse than the full one, in sentences."""
-    base, full, pruned = found.base_loss_nats, found.full_loss_nats, found.pruned_loss_nats
-    kept, num_modules = len(found.modules), found.full.num_modules
-    on = f"on the {found.num_held_out} held-out examples"
-    difference = f"{abs(full - pruned):.4f}"
-    if kept == num_modules:
-        line = f"all {kept} modules are kept: the weights are those of the full one"
-    elif difference == "0.0000":
-        line = f"the pruned {found.kind} is as good as the full one {on}"
-    else:
-        line = (
-            f"the pruned {found.kind} is {'better' if full > pruned else 'worse'} than the full "
-            f"one, by {difference}{in_nats(found.loss_unit)} {on}"
-        )
-    if full >= base:
-        return [line, "the full update does not lower the held-out loss of the base model"]
-    share = 100 * (base - pruned) / (base - full)
-    return [
-        line,
-        f"with {kept} of {num_modules} modules it keeps {share:.0f} % of what the full one "
-        f"lowers the loss by",
-    ]
 
 
 def held_out_title(loss_unit: str) -> str:
