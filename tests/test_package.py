@@ -101,7 +101,6 @@ LIGHT = [
     "import keylayers.evaluation.measures, keylayers.report.evaluation",
     "import keylayers.ranking.certainty, keylayers.ranking.consensus",
     "import keylayers.export",
-    "import keylayers.data.prepare",
 ]
 
 
