@@ -7,7 +7,7 @@ no torch.
 
 from collections.abc import Collection
 from dataclasses import Field, asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_type_hints
 
 from cyclopts import Group, Parameter
 
@@ -292,6 +292,7 @@ class PruneOptions:
     objective: Objective = ObjectiveOptions()
 
 
+OpensModel: TypeAlias = RankOptions | TrainOptions | VerifyOptions | PruneOptions
 OPTIONS = {
     "rank": RankOptions,
     "train": TrainOptions,

@@ -66,7 +66,7 @@ def _save(
     }
     provenance = {
         **callback.ranking.provenance,
-        **{name: job.record[name] for name in ("environment", "model", "data", "options")},
+        **{name: job.session.record[name] for name in ("environment", "model", "data", "options")},
         "inside_run": frozen | {"num_steps": job.sets.num_steps},
     }
     own = {

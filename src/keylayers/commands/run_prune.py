@@ -50,13 +50,12 @@ def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned
     note_ties(selection, progress)
     objective = options.objective.objective
     with output_folder(output), unfinished(output):
-        session = Session(options.model, options.data, objective, progress, ranking=ranking)
+        session = Session(options, objective, progress, ranking=ranking)
         tuned = session.open_update(options.update, ranking)
         pruned = [m.name for m in ranking.modules if m.name not in selection.names]
         cut = _Cut(options, session, selection, pruned)
         full, masked = cut.full_and_masked_loss(tuned)
-        record = session.record | {"options": flat_values(options)}
-        record |= {"loss_unit": LOSS_UNITS[objective], **tuned.record}
+        record = session.record | tuned.record
         kept = tuner_layers(tuned.model).keys() - set(pruned)
         with replaced_folder(output) as folder:
             sizes = cut.write(tuned.model, folder)

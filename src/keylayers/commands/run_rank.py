@@ -9,7 +9,7 @@ from typing import Any
 
 from keylayers.apply.saving import save_tuned
 from keylayers.commands.fine_tuning import FineTuning, Tuned, inputs_sha256
-from keylayers.commands.options import RankOptions, flat_values
+from keylayers.commands.options import RankOptions
 from keylayers.commands.repeat import card_of
 from keylayers.commands.session import Session
 from keylayers.errors import RankingError
@@ -30,7 +30,6 @@ from keylayers.progress import Progress
 from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.ranking.record import read_run
 from keylayers.scores.score_modules import score_modules
-from keylayers.training.options import LOSS_UNITS
 from keylayers.training.rank_modules import to_ranking
 from keylayers.updates import ZERO, adapter_updates
 from keylayers.updates.adalora import is_adalora
@@ -46,9 +45,7 @@ def run_rank(options: RankOptions, output: Path, progress: Progress, stage_1_in:
         folder = stage_1_in / (STAGE_1_CHECKPOINT if training.is_full else STAGE_1_ADAPTER)
         if options.has_stage_1:
             check_replaceable(folder)
-        session = Session(
-            options.model, options.data, training.objective, progress, is_full=is_full
-        )
+        session = Session(options, training.objective, progress, is_full=is_full)
         tuned = _find_update(session, options, folder)
         trainer = session.trainer(tuned.model, training)
         modules = [update.module for update in tuned.updates]
@@ -62,9 +59,7 @@ def run_rank(options: RankOptions, output: Path, progress: Progress, stage_1_in:
             found = score_modules(trainer, tuned.updates, scoring, on_step)
         provenance = {
             **session.record,
-            "options": flat_values(options),
             **tuned.record,
-            "loss_unit": LOSS_UNITS[training.objective],
             "held_out_loss_nats": {"base": base.mean, "tuned": full.mean},
             "seconds": {
                 "stage_1": tuned.record.get("stage_1", {}).get("seconds", 0.0),
@@ -110,8 +105,7 @@ def _stage_1(
     with unfinished(folder) as before:
         fine_tuning = FineTuning(session, training, options.stability.stage_1_cap, before)
         tuned, stage_1 = fine_tuning.train_all(options.stability, inputs)
-        made = flat_values(options)
-        record = {"inputs_sha256": inputs, "options": made, "stage_1": stage_1}
+        record = {"inputs_sha256": inputs, "options": session.record["options"], "stage_1": stage_1}
         card = card_of("rank", session.record | record, None)
         save_tuned(tuned, session.tokenizer, folder, record, card)
     return tuned, stage_1

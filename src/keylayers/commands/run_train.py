@@ -35,16 +35,14 @@ from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.ranking.record import TrainedSet, read_run
 from keylayers.ranking.selection import Selection
 from keylayers.training.memory import measured_memory
-from keylayers.training.options import LOSS_UNITS
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """One training run: where its result goes, what trains sets of modules, the record so far."""
+    """One training run: where its result goes, and what trains sets of modules."""
 
     output: Path
     sets: FineTuning
-    record: dict[str, Any]
 
     @property
     def session(self) -> Session:
@@ -71,7 +69,7 @@ class TrainJob:
         rows of the trained set and of `others`.
         """
         record = {
-            **self.record,
+            **self.session.record,
             **own,
             "results": [row.model_dump() for row in (*trained.rows, *others)],
             "ranking_sha256": json_sha256(ranking.to_json()),
@@ -115,20 +113,11 @@ def open_job(
     check_replaceable(output)
     with output_folder(output), unfinished(output) as before:
         session = Session(
-            options.model,
-            options.data,
-            training.objective,
-            progress,
-            ranking=ranking,
-            is_full=training.is_full,
+            options, training.objective, progress, ranking=ranking, is_full=training.is_full
         )
-        unused = () if wanted.rank_first else ("stability", "scoring")
-        record = session.record | {
-            "options": flat_values(options, unused),
-            "loss_unit": LOSS_UNITS[training.objective],
-        }
-        sets = FineTuning(session, training, wanted.steps, before)
-        yield TrainJob(output, sets, record)
+        if not wanted.rank_first:  # these have no effect
+            session.record["options"] = flat_values(options, without=("stability", "scoring"))
+        yield TrainJob(output, FineTuning(session, training, wanted.steps, before))
 
 
 def run_train(options: TrainOptions, output: Path, progress: Progress) -> list[TrainedSet]:
@@ -166,7 +155,7 @@ def _select_within(job: TrainJob, ranking: Ranking, budget: Budget) -> Selection
         f"a step of {len(selection.modules)} modules holds {held / GIB:.3g} GiB "
         f"(batches of {memory.batch})"
     )
-    job.record["step_memory_bytes"] = int(held)
+    job.session.record["step_memory_bytes"] = int(held)
     return selection
 
 
@@ -176,8 +165,8 @@ def _stage_1_row(job: TrainJob, ranking: Ranking) -> list[TrainedSet]:
     stage_1, held_out = made_by.stage_1, made_by.held_out_loss_nats
     is_same = (
         made_by.options.objective == job.session.objective
-        and made_by.model.weights_sha256 == job.record["model"]["weights_sha256"]
-        and made_by.data.split_sha256 == job.record["data"]["split_sha256"]
+        and made_by.model.weights_sha256 == job.session.record["model"]["weights_sha256"]
+        and made_by.data.split_sha256 == job.session.record["data"]["split_sha256"]
     )
     is_full = job.sets.options.is_full
     if stage_1 is None or held_out is None or not is_same or is_full:

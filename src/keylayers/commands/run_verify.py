@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import Trainer
 
-from keylayers.commands.options import VerifyOptions, flat_values
+from keylayers.commands.options import VerifyOptions
 from keylayers.commands.session import Session
 from keylayers.evaluation.held_out import mask_curve
 from keylayers.files import json_sha256, output_folder
@@ -17,7 +17,6 @@ from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.ranking.verification import MaskCurve, Verification, verification_file
 from keylayers.scores.score_modules import score_modules
 from keylayers.scores.scoring_options import scoring_options
-from keylayers.training.options import LOSS_UNITS
 from keylayers.updates import Update
 
 NUM_LEAVE_ONE_OUT_EXAMPLES = 64
@@ -38,7 +37,7 @@ def run_verify(
 
 def _verification(ranking: Ranking, options: VerifyOptions, progress: Progress) -> Verification:
     objective, wanted = options.objective, options.curve
-    session = Session(options.model, options.data, objective.objective, progress, ranking=ranking)
+    session = Session(options, objective.objective, progress, ranking=ranking)
     tuned = session.open_update(options.update, ranking)
     trainer = session.loss_trainer(tuned.model, objective, wanted.eval_batch_size)
     held_out = trainer.eval_dataset["held_out"]
@@ -69,12 +68,7 @@ def _verification(ranking: Ranking, options: VerifyOptions, progress: Progress) 
             else None
         ),
         margin=wanted.margin,
-        provenance={
-            **session.record,
-            **tuned.record,
-            "options": flat_values(options),
-            "loss_unit": LOSS_UNITS[objective.objective],
-        },
+        provenance=session.record | tuned.record,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
-from keylayers.data.options import DataOptions
+from keylayers.commands.options import OpensModel, flat_values
 from keylayers.data.prepare import PreparedData, prepare
 from keylayers.environment import environment
 from keylayers.errors import RankingError
@@ -21,13 +21,13 @@ from keylayers.model.loading import (
     max_positions,
 )
 from keylayers.model.modules import map_modules, outside_module
-from keylayers.model.options import ModelOptions, Objective, UpdateOptions
+from keylayers.model.options import Objective, UpdateOptions
 from keylayers.model.weights import weights_sha256
 from keylayers.progress import Progress
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import MadeBy
 from keylayers.ranking.selection import Selection, check_same_modules
-from keylayers.training.options import ObjectiveOptions, TrainingOptions
+from keylayers.training.options import LOSS_UNITS, ObjectiveOptions, TrainingOptions
 from keylayers.training.run import make_trainer
 from keylayers.updates.existing import TunedModel, existing_update
 
@@ -35,12 +35,11 @@ ENOUGH_BATCHES = 20  # of held-out examples, to resample them for an interval
 
 
 class Session:
-    """The model, tokenizer and data of one run; `record` is what a result records of them."""
+    """The model, tokenizer and data of one run; `record` is what a result records of it."""
 
     def __init__(
         self,
-        model: ModelOptions,
-        data: DataOptions,
+        options: OpensModel,
         objective: Objective,
         progress: Progress,
         *,
@@ -52,6 +51,7 @@ class Session:
         A ranking must be of the model's modules; `progress` gets a note of what else differs from
         its own run. With `is_full` the weights themselves are trained, which needs float32.
         """
+        model = options.model
         self.source = replace(model, dtype="float32") if is_full else model
         self.objective = objective
         self.progress = progress
@@ -61,7 +61,9 @@ class Session:
             check_same_modules(ranking.modules, _sizes(opened, ranking))
         self.tokenizer = load_tokenizer(model)
         self.dtype = opened.dtype
-        self.data: PreparedData = prepare(data, self.tokenizer, max_positions(opened), objective)
+        self.data: PreparedData = prepare(
+            options.data, self.tokenizer, max_positions(opened), objective
+        )
         check_tokens(opened, self.tokenizer, max(self.data.max_id, self.tokenizer.pad_token_id))
         if self.data.chat_template is not None:  # what is saved renders chats as training did
             self.tokenizer.chat_template = self.data.chat_template.text
@@ -71,6 +73,8 @@ class Session:
             "environment": environment(),
             "model": describe(self.source, opened) | {"weights_sha256": weights_sha256(opened)},
             "data": self.data.record(),
+            "options": flat_values(options),
+            "loss_unit": LOSS_UNITS[objective],
         }
         if ranking is not None:
             self._note_other_model(ranking)
