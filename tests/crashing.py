@@ -65,8 +65,8 @@ def main():
     place = os.getcwd()
     if how == "room":
         mount_here(at)
-    import keylayers.commands.rank_first
     import keylayers.commands.run_rank  # all imports before the clock starts
+    import keylayers.commands.run_train
     from keylayers.cli import main as keylayers
 
     start = time.perf_counter()

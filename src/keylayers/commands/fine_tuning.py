@@ -1,30 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tunes of one session, each on a fresh model: stage 1 trains all modules, others a set."""
+"""Fine-tunes of one session: each trains a set of modules of a fresh model; what is saved."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
-from keylayers.apply.trainable import prove_trainable, train_only
-from keylayers.commands.session import Session, loss_of
-from keylayers.files import json_sha256
+from keylayers.apply.saving import save_tuned
+from keylayers.apply.trainable import prove_trainable, prove_unchanged_elsewhere, train_only
+from keylayers.commands.options import Control
+from keylayers.commands.repeat import card_of
+from keylayers.commands.session import Session, Tuned, loss_of
+from keylayers.errors import RankingError
+from keylayers.files import CARD, RECORD, json_sha256, write_json, write_text
 from keylayers.model.checkpoint import Checkpoint
 from keylayers.model.sharding import check_can_freeze_inside
-from keylayers.model.weights import adapter_sha256, weights_sha256
-from keylayers.ranking.record import TrainedSet
-from keylayers.trainers.loss import finite
+from keylayers.ranking.ranking import FILE, Ranking
+from keylayers.ranking.record import TrainedSet, read_run
 from keylayers.training.checkpoints import Checkpoints
 from keylayers.training.freeze import FreezeUnimportant
 from keylayers.training.options import FreezeAction, StabilityOptions, TrainingOptions
 from keylayers.training.run import TrainingResult, fine_tune, new_adapter
-from keylayers.training.step_scores import StepScores
-
-Tuned: TypeAlias = PreTrainedModel | PeftModel
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class FineTuned:
     rows: tuple[TrainedSet, ...]  # of the base model, if it was measured, and of the set
     model: Tuned
     result: TrainingResult
+    inputs_sha256: str
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class FineTuning:
     session: Session
     options: TrainingOptions
     num_steps: int  # at most
+    output: Path  # of what is saved
     unfinished: Path  # holds the folders of checkpoints
 
     @property
@@ -71,33 +74,6 @@ class FineTuning:
         prove_trainable(model, names)
         return trainer
 
-    def train_all(self, stability: StabilityOptions, inputs: str) -> tuple[Tuned, dict[str, Any]]:
-        """Stage 1: train all modules until the loss is stable; the model and the record of it."""
-        trainer = self.trainer(self.session.names, "stage-1")
-        model = trainer.model
-        scores = StepScores()
-        if isinstance(model, PeftModel):
-            trainer.add_callback(scores)
-        title = "stage 1, training all modules"
-        result = self._fine_tune(trainer, "stage-1", inputs, title, stability)
-        reason = "the loss is stable" if result.stopped_by == "stable" else "the cap is reached"
-        for score in scores.scores.values():
-            finite(score, "the end of stage 1")
-        self.session.progress.note(f"stage 1 ended after {result.num_steps} steps: {reason}")
-        return model, {
-            "losses": list(result.losses),
-            "num_steps": result.num_steps,
-            "num_trained_parameters": _num_trained(model),
-            "stopped_by": result.stopped_by,
-            "learning_rate": trainer.args.learning_rate,
-            "seconds": result.seconds,
-            "step_scores": dict(scores.scores),
-        } | (
-            {"adapter_sha256": adapter_sha256(model)}
-            if isinstance(model, PeftModel)
-            else {"weights_sha256": weights_sha256(model)}
-        )
-
     def train(
         self,
         names: Sequence[str],
@@ -106,7 +82,7 @@ class FineTuning:
         measure_base: bool = False,
     ) -> FineTuned:
         """Fine-tune exactly `names`, or the part of them that `callback` leaves trainable."""
-        trainer = self.trainer(names, label.replace(" ", "-"))
+        trainer = self.trainer(names, label)
         model = trainer.model
         if callback is not None:
             check_can_freeze_inside(trainer)  # before the base model is measured
@@ -116,7 +92,7 @@ class FineTuning:
         if callback is not None:
             trainer.add_callback(callback)
         inputs = self.inputs_sha256(names, callback)
-        result = self._fine_tune(trainer, label, inputs, f"training {label}")
+        result = self.run(trainer, label, inputs, f"training {label}")
         if callback is not None and callback.frozen_at_step is not None:
             assert callback.selection is not None
             names = callback.selection.names
@@ -125,9 +101,9 @@ class FineTuning:
         if self.options.is_full:
             _round(model, self.stored_dtype)
         rows = (*base, _row(trainer, label, names, result.num_steps))
-        return FineTuned(rows, model, result)
+        return FineTuned(rows, model, result, inputs)
 
-    def _fine_tune(
+    def run(
         self,
         trainer: Trainer,
         label: str,
@@ -135,12 +111,68 @@ class FineTuning:
         title: str,
         stability: StabilityOptions | None = None,
     ) -> TrainingResult:
+        """Train, or go on after the last checkpoint of the same inputs; progress shows `title`."""
         progress = self.session.progress
         checkpoints = Checkpoints(self.unfinished / label, inputs, self.options.save_steps)
         if checkpoints.last is not None:
             progress.note(f"{title}: continues after step {checkpoints.last_step}")
         with progress.stage(title, self.num_steps) as on_step:
             return fine_tune(trainer, stability, on_step, checkpoints=checkpoints)
+
+    def finished(self, inputs_sha256: str, ranking: Ranking | None) -> dict[str, Any] | None:
+        """The record in the output, if it is of a training of these inputs and this ranking."""
+        with suppress(RankingError):
+            found = read_run(self.output / RECORD)
+            is_same = ranking is None or found.ranking_sha256 == json_sha256(ranking.to_json())
+            if is_same and found.inputs_sha256 == inputs_sha256:
+                note = f"the training of the same inputs is taken from {self.output}"
+                self.session.progress.note(note)
+                return found.content
+        return None
+
+    def save(
+        self, trained: FineTuned, ranking: Ranking, own: dict[str, Any], *others: TrainedSet
+    ) -> dict[str, Any]:
+        """Write the adapter, or the checkpoint after a proof that only selected weights changed.
+
+        The ranking is written too if it was made inside the run. Returns the whole record, with the
+        rows of the trained set and of `others`.
+        """
+        record = {
+            **self.session.record,
+            "inputs_sha256": trained.inputs_sha256,
+            **own,
+            "results": [row.model_dump() for row in (*trained.rows, *others)],
+            "ranking_sha256": json_sha256(ranking.to_json()),
+            "losses": list(trained.result.losses),
+            "seconds": trained.result.seconds,
+        }
+        model = trained.model
+        if not isinstance(model, PeftModel):
+            model = model.to(self.stored_dtype)
+            names = record["selection"]["modules"]
+            prove_unchanged_elsewhere(model, Checkpoint.open(self.session.source), names)
+        json_files = {FILE: ranking.to_json()} if "frozen" in own else {}
+        card = card_of("train", record, ranking)
+        save_tuned(model, self.session.tokenizer, self.output, record, card, json_files)
+        return record
+
+    def compare(
+        self,
+        record: dict[str, Any],
+        ranking: Ranking,
+        controls: Mapping[str, Control],
+        train: Callable[[Control], FineTuned],
+    ) -> list[TrainedSet]:
+        """Train the controls, by label, that have no row yet, and record each; all rows."""
+        rows = [TrainedSet(**row) for row in record["results"]]
+        done = {row.label for row in rows}
+        for label in (label for label in controls if label not in done):
+            rows += train(controls[label]).rows
+            record = record | {"results": [row.model_dump() for row in rows]}
+            write_text(self.output / CARD, card_of("train", record, ranking))
+            write_json(self.output / RECORD, record)
+        return rows
 
 
 def frozen_label(label: str, action: FreezeAction, step: int) -> str:
@@ -165,7 +197,7 @@ def _row(trainer: Trainer, label: str, names: Sequence[str], num_steps: int) -> 
     return TrainedSet(
         label=label,
         num_modules=len(names),
-        num_trained_parameters=_num_trained(trainer.model) if names else 0,
+        num_trained_parameters=num_trained(trainer.model) if names else 0,
         held_out_loss_nats=loss_of(trainer),
         num_steps=num_steps,
     )
@@ -178,5 +210,6 @@ def _round(model: Tuned, dtype: torch.dtype) -> None:
         weight.copy_(weight.to(dtype))
 
 
-def _num_trained(model: Tuned) -> int:
+def num_trained(model: Tuned) -> int:
+    """The number of trainable parameters."""
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)

@@ -7,11 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+
 from keylayers.apply.saving import save_tuned
-from keylayers.commands.fine_tuning import FineTuning, Tuned, inputs_sha256
+from keylayers.commands.fine_tuning import FineTuning, inputs_sha256, num_trained
 from keylayers.commands.options import RankOptions
 from keylayers.commands.repeat import card_of
-from keylayers.commands.session import Session
+from keylayers.commands.session import Session, Tuned
 from keylayers.errors import RankingError
 from keylayers.evaluation.held_out import subset_losses
 from keylayers.files import (
@@ -26,11 +28,15 @@ from keylayers.files import (
 from keylayers.gates import group_modules
 from keylayers.model.options import UpdateOptions
 from keylayers.model.sharding import is_sharded
+from keylayers.model.weights import adapter_sha256, weights_sha256
 from keylayers.progress import Progress
 from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.ranking.record import read_run
 from keylayers.scores.score_modules import score_modules
+from keylayers.trainers.loss import finite
+from keylayers.training.options import StabilityOptions
 from keylayers.training.rank_modules import to_ranking
+from keylayers.training.step_scores import StepScores
 from keylayers.updates import ZERO, adapter_updates
 from keylayers.updates.adalora import is_adalora
 from keylayers.updates.existing import TunedModel, existing_update
@@ -103,9 +109,38 @@ def _stage_1(
             session.progress.note(f"stage 1 of the same inputs is taken from {folder}")
             return None, found.content["stage_1"]
     with unfinished(folder) as before:
-        fine_tuning = FineTuning(session, training, options.stability.stage_1_cap, before)
-        tuned, stage_1 = fine_tuning.train_all(options.stability, inputs)
+        sets = FineTuning(session, training, options.stability.stage_1_cap, folder, before)
+        tuned, stage_1 = _train_all(sets, options.stability, inputs)
         record = {"inputs_sha256": inputs, "options": session.record["options"], "stage_1": stage_1}
         card = card_of("rank", session.record | record, None)
         save_tuned(tuned, session.tokenizer, folder, record, card)
     return tuned, stage_1
+
+
+def _train_all(
+    sets: FineTuning, stability: StabilityOptions, inputs: str
+) -> tuple[Tuned, dict[str, Any]]:
+    """Train all modules until the loss is stable; the model and the record of stage 1."""
+    progress = sets.session.progress
+    trainer = sets.trainer(sets.session.names, "stage-1")
+    model, scores = trainer.model, StepScores()
+    if isinstance(model, PeftModel):
+        trainer.add_callback(scores)
+    title = "stage 1, training all modules"
+    result = sets.run(trainer, "stage-1", inputs, title, stability)
+    reason = "the loss is stable" if result.stopped_by == "stable" else "the cap is reached"
+    for score in scores.scores.values():
+        finite(score, "the end of stage 1")
+    progress.note(f"stage 1 ended after {result.num_steps} steps: {reason}")
+    record = {
+        "losses": list(result.losses),
+        "num_steps": result.num_steps,
+        "num_trained_parameters": num_trained(model),
+        "stopped_by": result.stopped_by,
+        "learning_rate": trainer.args.learning_rate,
+        "seconds": result.seconds,
+        "step_scores": dict(scores.scores),
+    }
+    if isinstance(model, PeftModel):
+        return model, record | {"adapter_sha256": adapter_sha256(model)}
+    return model, record | {"weights_sha256": weights_sha256(model)}

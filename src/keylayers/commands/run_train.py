@@ -1,113 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training run: fine-tune only the modules that a ranking and a budget select."""
+"""A training run: the modules that a ranking and a budget select, or `--rank-first`.
+
+With `--rank-first` one run trains, ranks and freezes, which is the paper's algorithm.
+"""
 
 import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-
-from keylayers.apply.saving import save_tuned
-from keylayers.apply.trainable import prove_unchanged_elsewhere
-from keylayers.commands.fine_tuning import FineTuned, FineTuning
+from keylayers.commands.fine_tuning import FineTuned, FineTuning, frozen_label
 from keylayers.commands.options import Control, TrainOptions, flat_values
-from keylayers.commands.repeat import card_of
 from keylayers.commands.session import Session, note_ties
-from keylayers.errors import RankingError
-from keylayers.files import (
-    CARD,
-    RECORD,
-    check_replaceable,
-    json_sha256,
-    output_folder,
-    unfinished,
-    write_json,
-    write_text,
-)
-from keylayers.model.checkpoint import Checkpoint
+from keylayers.files import check_replaceable, output_folder, unfinished
 from keylayers.processes import from_first
 from keylayers.progress import Progress
 from keylayers.ranking.budget import GIB, Budget, Memory
-from keylayers.ranking.ranking import FILE, Ranking
-from keylayers.ranking.record import TrainedSet, read_run
+from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.record import TrainedSet
 from keylayers.ranking.selection import Selection
+from keylayers.scores.scoring_options import ScoringOptions, scoring_options
+from keylayers.training.freeze import FreezeUnimportant
 from keylayers.training.memory import measured_memory
-
-
-@dataclass(frozen=True)
-class TrainJob:
-    """One training run: where its result goes, and what trains sets of modules."""
-
-    output: Path
-    sets: FineTuning
-
-    @property
-    def session(self) -> Session:
-        """Model, tokenizer and data."""
-        return self.sets.session
-
-    def finished(self, inputs_sha256: str, ranking: Ranking | None) -> dict[str, Any] | None:
-        """The record in the output, if it is of a training of these inputs and this ranking."""
-        with suppress(RankingError):
-            found = read_run(self.output / RECORD)
-            is_same = ranking is None or found.ranking_sha256 == json_sha256(ranking.to_json())
-            if is_same and found.inputs_sha256 == inputs_sha256:
-                note = f"the training of the same inputs is taken from {self.output}"
-                self.session.progress.note(note)
-                return found.content
-        return None
-
-    def save(
-        self, trained: FineTuned, ranking: Ranking, own: dict[str, Any], *others: TrainedSet
-    ) -> dict[str, Any]:
-        """Write the adapter, or the checkpoint after a proof that only selected weights changed.
-
-        The ranking is written too if it was made inside the run. Returns the whole record, with the
-        rows of the trained set and of `others`.
-        """
-        record = {
-            **self.session.record,
-            **own,
-            "results": [row.model_dump() for row in (*trained.rows, *others)],
-            "ranking_sha256": json_sha256(ranking.to_json()),
-            "losses": list(trained.result.losses),
-            "seconds": trained.result.seconds,
-        }
-        model = trained.model
-        if not isinstance(model, PeftModel):
-            model = model.to(self.sets.stored_dtype)
-            names = record["selection"]["modules"]
-            prove_unchanged_elsewhere(model, Checkpoint.open(self.session.source), names)
-        json_files = {FILE: ranking.to_json()} if "frozen" in own else {}
-        card = card_of("train", record, ranking)
-        save_tuned(model, self.session.tokenizer, self.output, record, card, json_files)
-        return record
-
-    def compare(
-        self,
-        record: dict[str, Any],
-        ranking: Ranking,
-        controls: Mapping[str, Control],
-        train: Callable[[Control], FineTuned],
-    ) -> list[TrainedSet]:
-        """Train the controls, by label, that have no row yet, and record each; all rows."""
-        rows = [TrainedSet(**row) for row in record["results"]]
-        done = {row.label for row in rows}
-        for label in (label for label in controls if label not in done):
-            rows += train(controls[label]).rows
-            record = record | {"results": [row.model_dump() for row in rows]}
-            write_text(self.output / CARD, card_of("train", record, ranking))
-            write_json(self.output / RECORD, record)
-        return rows
+from keylayers.training.options import StabilityOptions
 
 
 @contextmanager
-def open_job(
+def _open(
     options: TrainOptions, output: Path, progress: Progress, ranking: Ranking | None = None
-) -> Iterator[TrainJob]:
+) -> Iterator[FineTuning]:
     """Everything loaded and checked before any training; the output is this run's alone."""
     training, wanted = options.training, options.selection
     check_replaceable(output)
@@ -117,7 +40,7 @@ def open_job(
         )
         if not wanted.rank_first:  # these have no effect
             session.record["options"] = flat_values(options, without=("stability", "scoring"))
-        yield TrainJob(output, FineTuning(session, training, wanted.steps, before))
+        yield FineTuning(session, training, wanted.steps, output, before)
 
 
 def run_train(options: TrainOptions, output: Path, progress: Progress) -> list[TrainedSet]:
@@ -127,28 +50,86 @@ def run_train(options: TrainOptions, output: Path, progress: Progress) -> list[T
     ranking = Ranking.load(wanted.ranking)
     budget = wanted.budget_for(ranking)
     selection = None if isinstance(budget, Memory) else ranking.select(budget)
-    with open_job(options, output, progress, ranking) as job:
+    with _open(options, output, progress, ranking) as job:
         if selection is None:
             selection = _select_within(job, ranking, budget)
         note_ties(selection, progress)
-        inputs = job.sets.inputs_sha256(selection.names)
-        record = job.finished(inputs, ranking)
+        record = job.finished(job.inputs_sha256(selection.names), ranking)
         if record is None:
-            trained = job.sets.train(selection.names, "selected", measure_base=True)
-            own = {"inputs_sha256": inputs, "selection": selection.record()}
+            trained = job.train(selection.names, "selected", measure_base=True)
+            own = {"selection": selection.record()}
             record = job.save(trained, ranking, own, *_stage_1_row(job, ranking))
 
         def train(control: Control) -> FineTuned:
             names = control_modules(ranking, selection, control, options.training.seed)
-            return job.sets.train(names, control)
+            return job.train(names, control)
 
         return job.compare(record, ranking, {name: name for name in wanted.controls}, train)
 
 
-def _select_within(job: TrainJob, ranking: Ranking, budget: Budget) -> Selection:
+def run_rank_first(options: TrainOptions, output: Path, progress: Progress) -> list[TrainedSet]:
+    """Fine-tune all modules, freeze the lowest-ranked when the loss is stable, and continue."""
+    wanted = options.selection
+
+    def freeze(stability: StabilityOptions, scoring: ScoringOptions) -> FreezeUnimportant:
+        return FreezeUnimportant(
+            0.25 if wanted.freeze is None else wanted.freeze,  # a quarter as in the paper
+            action=wanted.action,
+            **asdict(stability),
+            method=scoring,
+            progress=progress,
+        )
+
+    with _open(options, output, progress) as job:
+        names = job.session.names
+        callback = freeze(options.stability, options.scoring.scoring())
+        record = job.finished(job.inputs_sha256(names, callback), None)
+        if record is None:
+            trained = job.train(names, "selected", callback, measure_base=True)
+            record = _save_ranked(job, trained, callback)
+        step = record["frozen"]["at_step"]
+
+        def train(control: Control) -> FineTuned:
+            if control == "all":
+                return job.train(names, control)
+            at_step = StabilityOptions(max_steps=step, epsilon=0.0)
+            of_others = freeze(at_step, scoring_options(control))  # looks at no data
+            return job.train(names, control, of_others)
+
+        labels = {
+            control if control == "all" else frozen_label(control, wanted.action, step): control
+            for control in wanted.controls
+        }
+        return job.compare(record, Ranking.load(output), labels, train)
+
+
+def _save_ranked(
+    job: FineTuning, trained: FineTuned, callback: FreezeUnimportant
+) -> dict[str, Any]:
+    """Write the result with the ranking that was made inside the run; its record."""
+    assert callback.ranking is not None
+    assert callback.selection is not None
+    frozen = {
+        "at_step": callback.frozen_at_step,
+        "reason": callback.reason,
+        "action": callback.action,
+    }
+    provenance = {
+        **callback.ranking.provenance,
+        **{name: job.session.record[name] for name in ("environment", "model", "data", "options")},
+        "inside_run": frozen | {"num_steps": job.num_steps},
+    }
+    own = {
+        "selection": callback.selection.record(),
+        "frozen": frozen | {"modules": list(callback.frozen)},
+    }
+    return job.save(trained, replace(callback.ranking, provenance=provenance), own)
+
+
+def _select_within(job: FineTuning, ranking: Ranking, budget: Budget) -> Selection:
     """The selection of a budget in GiB, from a measured step that trains every ranked module."""
     names = [module.name for module in ranking.modules]
-    memory = measured_memory(job.sets.trainer(names, "memory"))
+    memory = measured_memory(job.trainer(names, "memory"))
     selection = from_first(ranking.select(budget, memory))
     held = memory.of(selection.names)
     job.session.progress.note(
@@ -159,7 +140,7 @@ def _select_within(job: TrainJob, ranking: Ranking, budget: Budget) -> Selection
     return selection
 
 
-def _stage_1_row(job: TrainJob, ranking: Ranking) -> list[TrainedSet]:
+def _stage_1_row(job: FineTuning, ranking: Ranking) -> list[TrainedSet]:
     """All modules as stage 1 of the ranking trained them, if model and data are the same."""
     made_by = ranking.made_by
     stage_1, held_out = made_by.stage_1, made_by.held_out_loss_nats
@@ -168,8 +149,7 @@ def _stage_1_row(job: TrainJob, ranking: Ranking) -> list[TrainedSet]:
         and made_by.model.weights_sha256 == job.session.record["model"]["weights_sha256"]
         and made_by.data.split_sha256 == job.session.record["data"]["split_sha256"]
     )
-    is_full = job.sets.options.is_full
-    if stage_1 is None or held_out is None or not is_same or is_full:
+    if stage_1 is None or held_out is None or not is_same or job.options.is_full:
         return []
     return [
         TrainedSet(

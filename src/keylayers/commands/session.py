@@ -3,7 +3,7 @@
 
 from collections.abc import Collection
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
@@ -33,6 +33,8 @@ from keylayers.updates.existing import TunedModel, existing_update
 
 ENOUGH_BATCHES = 20  # of held-out examples, to resample them for an interval
 
+Tuned: TypeAlias = PreTrainedModel | PeftModel
+
 
 class Session:
     """The model, tokenizer and data of one run; `record` is what a result records of it."""
@@ -60,7 +62,6 @@ class Session:
         if ranking is not None:
             check_same_modules(ranking.modules, _sizes(opened, ranking))
         self.tokenizer = load_tokenizer(model)
-        self.dtype = opened.dtype
         self.data: PreparedData = prepare(
             options.data, self.tokenizer, max_positions(opened), objective
         )
@@ -109,9 +110,7 @@ class Session:
         _check_same_update(ranking, {update.module.name for update in tuned.updates})
         return tuned
 
-    def loss_trainer(
-        self, model: PreTrainedModel | PeftModel, objective: ObjectiveOptions, batch_size: int
-    ) -> Trainer:
+    def loss_trainer(self, model: Tuned, objective: ObjectiveOptions, batch_size: int) -> Trainer:
         """A trainer that measures losses of `model` and never trains.
 
         A batch has `batch_size` examples at most, and fewer if there are few held-out examples.
@@ -122,7 +121,7 @@ class Session:
 
     def trainer(
         self,
-        model: PreTrainedModel | PeftModel,
+        model: Tuned,
         options: TrainingOptions,
         num_steps: int | None = None,
         title: str = "stage-2",

@@ -40,8 +40,7 @@ def train(
         output: Folder of the adapter or checkpoint.
         config: YAML file with any of these options. Flags take precedence.
     """
-    from keylayers.commands.rank_first import run_rank_first
-    from keylayers.commands.run_train import run_train
+    from keylayers.commands.run_train import run_rank_first, run_train
     from keylayers.report.terminal import loss_table
 
     run = run_rank_first if options.selection.rank_first else run_train
