@@ -356,6 +356,6 @@ def test_an_optimiser_that_moves_frozen_matrices_is_caught(tmp_path):
     trainer = make(Trainer, tmp_path)
     trainer.optimizer = Stubborn(trainer.model.parameters(), lr=0.1)
     trainer.add_callback(freezing(trainer=trainer))
-    with pytest.raises(GuardError, match="what is frozen must stay as it is, but 4 LoRA matrices"):
+    with pytest.raises(GuardError, match="frozen weights must not change, but 4 LoRA matrices"):
         trainer.train()
     assert trainer.state.global_step == FREEZE_STEP + 1

@@ -231,7 +231,7 @@ UNFIT = [
     ("pairs.jsonl", DPO | {"max_length": 4}, "must leave room for an answer in 4 tokens"),
     ("pairs.jsonl", {}, "choose an objective for preferences with `--objective`"),
     ("equal.jsonl", DPO, "Pairs must have different answers, got 20 of equal ones"),
-    ("both.jsonl", {}, "Row 1: Conversations and plain text must be in data sets of their own"),
+    ("both.jsonl", {}, "Row 1: Conversations and plain text must be in separate data sets"),
     ("tool.jsonl", {}, "Row 2: The chat template must render what tools say .* 'alpaca' has no"),
     ("good.jsonl", {"objective": "kto"}, "Rated answers must be good and bad"),
 ]

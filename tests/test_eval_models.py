@@ -74,7 +74,7 @@ NAMES = {
 def test_names_tell_models_apart_and_none_takes_that_of_the_base():
     for sources, names in NAMES.items():
         assert list(ComparedOptions(checkpoint=sources).names.values()) == names
-    with pytest.raises(ConfigError, match="'base model' has that of another"):
+    with pytest.raises(ConfigError, match="'base model' is taken"):
         ComparedOptions(checkpoint=("base model",))
 
 

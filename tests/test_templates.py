@@ -135,7 +135,7 @@ AGENTS = {
     "masked before another": ([ASKED, MASKED, END], {"say-end"}),
     "masked first": ([MASKED, ASKED, END], {"say-end"}),
 }
-REFUSED = "must render what tools say|must render every call|must alternate|show where the answer"
+REFUSED = "must render turns and calls|must render every call|must alternate|show where the answer"
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -121,7 +121,7 @@ def conversations_of(row: Row, format: DataFormat, *, is_forced: bool) -> Iterat
     if (found == "text") != (format == "text"):
         if not any(name in row for name in chain.from_iterable(FORMATS[format][0])):
             raise DataError(
-                f"Conversations and plain text must be in data sets of their own, got a row in the "
+                f"Conversations and plain text must be in separate data sets, got a row in the "
                 f"format {found!r} among those in the format {format!r}; split the data."
             )
         found = format  # its answer is missing

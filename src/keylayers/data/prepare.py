@@ -222,12 +222,12 @@ def unused_parts(
 
 
 def _check_tools(example: Conversation | Preference, template: ChatTemplate) -> None:
-    """Refuse what tools say and their calls with templates that would leave them out in silence."""
+    """Refuse turns and calls of tools with a template that would silently leave them out."""
     needed = ["tool"] if any(turn["role"] == "tool" for turn in example.messages) else []
     needed += ["tool_calls"] if any("tool_calls" in turn for turn in example.messages) else []
     if lacking := [name for name in needed if name not in template.text]:
         raise DataError(
-            f"The chat template must render what tools say and their calls, but {template.name!r} "
+            f"The chat template must render turns and calls of tools, but {template.name!r} "
             f"has no `{lacking[0]}`; choose another `--chat-template`, or remove such rows."
         )
 

@@ -65,13 +65,11 @@ def load_benchmarks(
     for name, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False) and not options.run_generated_code:
             raise ConfigError(
-                f"the task {name!r} runs code that the model writes; do so in a place where it can "
-                f"do no harm, and say `--run-generated-code`"
+                f"the task {name!r} runs code that the model writes; use a sandbox, and give "
+                f"`--run-generated-code`"
             )
         if getattr(task, "MULTIMODAL", False):
-            raise ConfigError(
-                f"tasks must be of text alone, but {name!r} shows images or plays sound"
-            )
+            raise ConfigError(f"tasks must be text only, but {name!r} has images or sound")
         # The harness's own rule: a task that sets 0 keeps it.
         fixed = task.get_config("num_fewshot")
         if fixed is None or (options.num_fewshot is not None and fixed != 0):

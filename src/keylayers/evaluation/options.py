@@ -43,8 +43,8 @@ class ComparedOptions:
                 raise ConfigError(f"every model must be given once, got {name!r} twice")
             if name == BASE:
                 raise ConfigError(
-                    f"every model must have a name of its own in the table, but {BASE!r} has that "
-                    f"of another; rename its folder"
+                    f"every model must have a unique name in the table, but {BASE!r} is taken; "
+                    f"rename its folder"
                 )
         if self.reference not in (None, *self.sources):
             raise ConfigError(

@@ -64,8 +64,8 @@ class Examples:
             )
             if own != base:
                 raise ModelError(
-                    f"losses per token can be compared only between models of one tokenizer, but "
-                    f"{loaded.source!r} cuts text into other tokens than the base model; leave out "
+                    f"models must share a tokenizer to compare losses per token, but "
+                    f"{loaded.source!r} tokenises text differently from the base model; leave out "
                     f"`data` and `forgetting_data`, or evaluate it separately"
                 )
         return json_sha256([self.name, self.tokens])

@@ -35,8 +35,8 @@ def _check_wrapper(trainer: Trainer) -> None:
     enabled = {"FSDP": trainer.is_fsdp_enabled, "DEEPSPEED": trainer.is_deepspeed_enabled}
     if asked is not None and not enabled[asked]:
         raise ConfigError(
-            f"{asked} must have accelerators to spread a model over, but accelerate leaves it out "
-            f"on CPUs; start without it: the same processes under DDP give the same"
+            f"{asked} needs accelerators, but accelerate ignores it on CPUs; start without it: DDP "
+            f"with as many processes gives the same result"
         )
     if trainer.is_fsdp_enabled:
         plugin = trainer.accelerator.state.fsdp_plugin
@@ -53,9 +53,9 @@ def _check_wrapper(trainer: Trainer) -> None:
             )
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
         raise ConfigError(
-            "DeepSpeed's ZeRO must be of stage 0 to 2, got 3, which takes weights apart where no "
-            "gate can scale them; use FSDP2, which spreads them too, or `keylayers export` a "
-            "selection to train it with another tool"
+            "DeepSpeed's ZeRO must be stage 0, 1 or 2, got 3, which splits weights so that no gate "
+            "can scale them; use FSDP2, or `keylayers export` a selection to train it with another "
+            "tool"
         )
 
 
@@ -64,9 +64,9 @@ def check_can_freeze_inside(trainer: Trainer) -> None:
     _check_wrapper(trainer)
     if trainer.is_deepspeed_enabled:
         raise ConfigError(
-            "modules must stay as they are once they are frozen, but DeepSpeed's optimiser holds "
-            "all weights as one and moves them on; use DDP or FSDP2, or rank first and train with "
-            "DeepSpeed on that ranking"
+            "frozen modules must not change, but DeepSpeed's optimiser holds all weights as one "
+            "and keeps moving them; use DDP or FSDP2, or rank first and train with DeepSpeed on "
+            "that ranking"
         )
 
 

@@ -40,7 +40,7 @@ class HaltedUpdates:
         ]
         if moved:
             raise GuardError(
-                f"what is frozen must stay as it is, but {len(moved)} LoRA matrices changed, first "
+                f"frozen weights must not change, but {len(moved)} LoRA matrices did, first "
                 f"{moved[0]}; something else trains or sets them"
             )
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import trl
 from datasets import Dataset, DatasetDict
 from huggingface_hub import constants
 from peft import PeftModel
@@ -27,16 +28,6 @@ from transformers import (
     TrainerControl,
     TrainerState,
     set_seed,
-)
-from trl import (
-    DPOConfig,
-    DPOTrainer,
-    KTOConfig,
-    KTOTrainer,
-    RewardConfig,
-    RewardTrainer,
-    SFTConfig,
-    SFTTrainer,
 )
 
 from keylayers.apply.trainable import add_lora
@@ -60,16 +51,16 @@ with warnings.catch_warnings():
 OBJECTIVES: dict[Objective, tuple[type[Trainer], Callable[..., Any], dict[str, Any]]] = {
     # Examples of sft are tokenised, labelled and cut already.
     "sft": (
-        SFTTrainer,
-        SFTConfig,
+        trl.SFTTrainer,
+        trl.SFTConfig,
         {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}},
     ),
-    "dpo": (DPOTrainer, DPOConfig, {}),
+    "dpo": (trl.DPOTrainer, trl.DPOConfig, {}),
     # TRL 1.16 pairs each prompt with its neighbour's answer and therefore reads the examples in
     # order.
-    "kto": (KTOTrainer, KTOConfig, {"train_sampling_strategy": "sequential"}),
+    "kto": (trl.KTOTrainer, trl.KTOConfig, {"train_sampling_strategy": "sequential"}),
     "orpo": (ORPOTrainer, ORPOConfig, {"remove_unused_columns": False}),
-    "reward": (RewardTrainer, RewardConfig, {}),
+    "reward": (trl.RewardTrainer, trl.RewardConfig, {}),
 }
 
 
