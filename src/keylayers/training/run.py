@@ -33,7 +33,6 @@ from transformers import (
 from keylayers.apply.trainable import add_lora
 from keylayers.errors import ConfigError, LossError, ModelError
 from keylayers.model.options import Objective
-from keylayers.model.preserve import restored
 from keylayers.model.sharding import place_model
 from keylayers.progress import OnStep, quiet
 from keylayers.trainers.log import check_loggers, name_loggers
@@ -117,13 +116,17 @@ def make_trainer(
     if options.objective in ("dpo", "kto") and load_reference and not isinstance(model, PeftModel):
         arguments["ref_model"] = load_reference()
     trained = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
-    # trainers create their output folder
     told = quiet("datasets", trainer_class.__module__)  # TRL advises on what users cannot set
-    with tempfile.TemporaryDirectory() as scratch, told, restored([vars(constants)]):
-        constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL 1.16 reports each trainer to a server
-        settings = _settings(model, options) | {"output_dir": scratch}
-        settings |= {"max_steps": num_steps, "max_length": max_length, **own}
-        trainer = trainer_class(args=config_class(**settings), **arguments)
+    telemetry = constants.HF_HUB_DISABLE_TELEMETRY
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL 1.16 reports each trainer to a server
+    try:
+        # trainers create their output folder
+        with tempfile.TemporaryDirectory() as scratch, told:
+            settings = _settings(model, options) | {"output_dir": scratch}
+            settings |= {"max_steps": num_steps, "max_length": max_length, **own}
+            trainer = trainer_class(args=config_class(**settings), **arguments)
+    finally:
+        constants.HF_HUB_DISABLE_TELEMETRY = telemetry
     # TRL 1.16 rounds trained weights on a 4-bit base to bfloat16, in which small steps are lost.
     for weight, value in trained:
         if weight.dtype != value.dtype:
