@@ -118,7 +118,7 @@ def measures_of(
 ) -> Iterator[Measure]:
     """The measures of one part, for all models, compared with the first and with `reference`.
 
-    Left out is what a model has no number for, and what is no mean but should be averaged.
+    Skips metrics that a model lacks, and metrics of a group that are no means over documents.
     """
     base = next(iter(measured.values()))
     names = dict.fromkeys(name for task in part.tasks for name in base[task].totals)

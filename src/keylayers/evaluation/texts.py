@@ -164,7 +164,7 @@ def _pieces(
 def _batch(
     examples: Sequence[Tokens], model: PreTrainedModel | PeftModel
 ) -> list[tuple[float, int]]:
-    # Padded on the right, where nothing looks.
+    # Padded on the right, which no label and no earlier token sees.
     rows = [torch.tensor(tokens) for tokens, _ in examples]
     ids = pad_sequence(rows, batch_first=True)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)

@@ -52,9 +52,9 @@ def _from_pretrained(kind: Any, source: ModelOptions, must: str, **options: Any)
 
 
 def load_model(source: ModelOptions, objective: Objective = "sft") -> PreTrainedModel:
-    """The model at `source`, on the CPU: a causal one, or for `reward` one with a head of a number.
+    """The model at `source`, on the CPU: a causal one, or for `reward` one with a scalar head.
 
-    A head that the checkpoint lacks is drawn, the same each time.
+    A head that the checkpoint lacks is initialised from a fixed seed.
     """
     is_reward = objective == "reward"
     kind = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM

@@ -34,7 +34,7 @@ NOT_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe
 def draw_figures(
     sources: Sequence[Source], paths: Sequence[Path], budget: WrittenBudget = 0.3
 ) -> dict[Path, bytes]:
-    """The bytes of each figure's file; of several rankings, a figure shows each with its label."""
+    """The bytes of each figure's file; a figure of several rankings labels each of them."""
     charts = {path: _figure(figure_kind(path), sources, budget) for path in paths}
     return {path: drawn_chart(chart, path.suffix.lower()) for path, chart in charts.items()}
 
