@@ -29,7 +29,7 @@ BAD = [
     (["--model", "nan", "--forgetting-data", "known.txt"], "gives NaN or infinity on forgetting"),
     (["--model", "no_row", "--data", "data.jsonl"], " eat' has id"),
     (["--model", "no_row", "--forgetting-data", "data.jsonl"], " eat' has id"),
-    ([*ONE, "--checkpoint", "no_row", "--data", "data.jsonl"], "only between models of one token"),
+    ([*ONE, "--checkpoint", "no_row", "--data", "data.jsonl"], "models must share a tokenizer"),
 ]
 
 
