@@ -232,11 +232,7 @@ UNFIT = [
     ("pairs.jsonl", {}, "choose an objective for preferences with `--objective`"),
     ("equal.jsonl", DPO, "Pairs must have different answers, got 20 of equal ones"),
     ("both.jsonl", {}, "Row 1: Conversations and plain text must be in separate data sets"),
-    (
-        "tool.jsonl",
-        {},
-        "Row 2: The chat template must render turns and calls .* 'alpaca' has no",
-    ),
+    ("tool.jsonl", {}, "Row 2: The chat template must render turns .* 'alpaca' has no `tool`"),
     ("good.jsonl", {"objective": "kto"}, "Rated answers must be good and bad"),
 ]
 
