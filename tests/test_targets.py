@@ -163,7 +163,7 @@ REFUSED = [
     ({"foo": 1}, "must have keys of one tool .*, but has those of foo; say which it is"),
     (lora(["qq"]), "PEFT must accept this adapter for the model: Target"),
     ({"peft_type": "IA3"}, "the adapter must be LORA or ADALORA, got IA3"),
-    (["q_proj"], "must be a mapping, got a list"),
+    (["q_proj"], "must map options to values, got a list"),
     ({"use_peft": True, "lora_target_modules": ["q_proj"]}, "TRL reads a list of one name"),
     ({"finetuning_type": "oft"}, "must be lora, freeze or full, got 'oft'"),
     (lora(["q_proj"], target_parameters="x"), "peft must accept the con"),

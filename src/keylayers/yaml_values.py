@@ -3,6 +3,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,6 +15,24 @@ MOST_PARTS = 500_000  # pieces of JSON text with aliases written out: about 150,
 # What PyYAML 6 raises apart from its own error: for numbers and dates out of range, and for tags
 # that do not fit their value (`!!int ''`).
 BROKEN = (ValueError, RecursionError, LookupError, AttributeError, TypeError)
+
+
+def read_yaml(path: Path, option: str) -> dict[str, Any]:
+    """The mapping that the YAML file of an option holds; empty for an empty file."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"`{option}` must be a YAML file, but {str(path)!r} cannot be read: {error.strerror}"
+        ) from error
+    options = yaml_value(content, repr(str(path)))
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise ConfigError(
+            f"{str(path)!r} must map options to values, got a {type(options).__name__}"
+        )
+    return {str(key): value for key, value in options.items()}
 
 
 def yaml_value(text: str | bytes, source: str) -> Any:

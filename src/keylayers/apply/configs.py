@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from keylayers.errors import ConfigError
 from keylayers.model.modules import map_modules
-from keylayers.yaml_values import yaml_value
+from keylayers.yaml_values import read_yaml
 
 Tool = Literal["peft", "trl", "axolotl", "llamafactory"]
 Content = Mapping[str, Any]
@@ -70,15 +70,7 @@ class Wanted:
 def read_config(path: Path) -> dict[str, Any]:
     """The content of a config file, JSON or YAML. In a folder, adapter_config.json is read."""
     file = path / "adapter_config.json" if path.is_dir() else path
-    try:
-        content = yaml_value(file.read_text(encoding="utf-8"), repr(str(file)))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise ConfigError(f"the config {str(file)!r} cannot be read: {reason}") from error
-    if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise ConfigError(f"the config {str(file)!r} must be a mapping, got a {kind}")
-    return content
+    return read_yaml(file, "config")
 
 
 def tool_of(content: Content) -> Tool:

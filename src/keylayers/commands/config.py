@@ -47,6 +47,8 @@ def from_config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCol
     path = _given(arguments, "config")
     if path is None:
         return
+    from keylayers.yaml_values import read_yaml  # slow to import
+
     options = read_yaml(Path(path), "config")
     known = [name for argument in arguments if (name := _key(argument)) != "config"]
     normal = {key.replace("-", "_"): value for key, value in options.items()}
@@ -100,26 +102,6 @@ def _update_of(path: Path, made_by: "MadeBy", arguments: ArgumentCollection) -> 
         option, name = "tuned", STAGE_1_CHECKPOINT
     is_there = made_by.stage_1 is not None and (folder / name).is_dir()
     return {option: str(folder / name)} if is_there else {}
-
-
-def read_yaml(path: Path, option: str) -> dict[str, Any]:
-    """The mapping that the YAML file of an option holds; empty for an empty file."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"`{option}` must be a YAML file, but {str(path)!r} cannot be read: {error.strerror}"
-        ) from error
-    from keylayers.yaml_values import yaml_value  # slow to import
-
-    options = yaml_value(content, repr(str(path)))
-    if options is None:
-        return {}
-    if not isinstance(options, dict):
-        raise ConfigError(
-            f"{str(path)!r} must map options to values, got a {type(options).__name__}"
-        )
-    return {str(key): value for key, value in options.items()}
 
 
 def _fill(app: App, arguments: ArgumentCollection, options: dict[str, Any], source: str) -> None:

@@ -45,12 +45,12 @@ def study(
         dry_run: Only list the cells and their commands.
     """
     from keylayers.commands import study_workers
-    from keylayers.commands.config import read_yaml
     from keylayers.commands.console import stdout
     from keylayers.commands.study_cells import CELLS, check, plan
     from keylayers.commands.study_grid import printable, read_study
     from keylayers.commands.study_results import COLUMNS, write_results
     from keylayers.files import one_at_a_time, output_folder
+    from keylayers.yaml_values import read_yaml
 
     if workers is not None and (workers < 1 or ray_address is not None):
         raise ConfigError("`workers` must be at least 1, and left out with `ray_address`")

@@ -30,11 +30,6 @@ class Settings:
         """Full names, in model order."""
         return self.selection.names
 
-    @property
-    def model_line(self) -> str:
-        """The model's name without line breaks, for a comment."""
-        return " ".join(self.model.split())
-
     def lora_options(self, rank: str = "lora_rank") -> dict[str, Any]:
         """Rank, by the name that the tool has for it, alpha and dropout."""
         return {rank: self.lora_rank, "lora_alpha": self.lora_alpha, "lora_dropout": 0.0}
@@ -42,7 +37,8 @@ class Settings:
     def shown(self) -> dict[str, Any]:
         """The fields of templates for Python: the names are source of a list, one per line."""
         names = "[\n" + "".join(f"    {name!r},\n" for name in self.names) + "]"
-        found = {"count": len(self.names), "model": self.model_line, "names": names}
+        model = " ".join(self.model.split())  # a comment has no line breaks
+        found = {"count": len(self.names), "model": model, "names": names}
         return found | {"rank": self.lora_rank, "alpha": self.lora_alpha}
 
 

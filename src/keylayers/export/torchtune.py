@@ -82,7 +82,7 @@ def export(settings: Settings) -> Files:
             **settings.lora_options(),
         }
     }
-    head = _HEAD.format(model=settings.model_line)
+    head = _HEAD.format(**settings.shown())
     return {"keylayers_torchtune.py": _BUILDER, "torchtune.yaml": head + yaml_text(content)}
 
 
