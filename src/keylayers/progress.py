@@ -11,26 +11,19 @@ OnStep = Callable[[int, float | None], None]
 
 @runtime_checkable
 class Progress(Protocol):
-    """Receives the reports of a run."""
+    """Receives the reports of a run, and does nothing with them by default."""
 
     def stage(self, title: str, num_steps: int | None) -> AbstractContextManager[OnStep]:
         """A part of the run; yields a function to call after each step with its number and loss."""
-        ...
-
-    def note(self, text: str) -> None:
-        """Report a line that the user should read."""
-        ...
-
-
-class Silent:
-    """Reports nothing."""
-
-    def stage(self, title: str, num_steps: int | None) -> AbstractContextManager[OnStep]:
-        """A part of the run that is not shown."""
         return nullcontext(lambda step, loss: None)
 
     def note(self, text: str) -> None:
-        """A note that is not shown."""
+        """Report a line that the user should read."""
+        return
+
+
+class Silent(Progress):
+    """Shows nothing."""
 
 
 @contextmanager
