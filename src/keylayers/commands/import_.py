@@ -85,8 +85,8 @@ def _spectrum_ranking(path: Path, source: ModelOptions) -> Ranking:
         )
     known = {info.name for info in infos}
     blocks = tuple({f"{info.stack}." for info in infos})
-    odd = [name for name in ratios if name.startswith(blocks) and name not in known]
-    if odd := [name for name in odd if "norm" not in name]:
+    others = [name for name in ratios if name.startswith(blocks) and name not in known]
+    if odd := [name for name in others if "norm" not in name]:
         raise RankingError(
             f"{str(path)!r} must be a scan of {source.model}, but that model has no {odd[0]}; name "
             f"the model that was scanned"

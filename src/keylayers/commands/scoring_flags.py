@@ -18,15 +18,18 @@ HELP = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Flags:
-    """Has the flags as attributes."""
+    """What a type checker knows of the generated class."""
+
+    method: str = DEFAULT_METHOD
 
     def __post_init__(self) -> None:
         self.scoring()  # refuses options of other methods
 
     def scoring(self) -> ScoringOptions:
         """The method and its options."""
-        return scoring_from_flat(asdict(self))  # type: ignore[call-overload]
+        return scoring_from_flat(asdict(self))
 
 
 def option_help(name: str) -> str:
@@ -62,12 +65,6 @@ def _flags_class() -> type:
 
 
 if TYPE_CHECKING:
-
-    @dataclass(frozen=True, kw_only=True)
-    class ScoringFlags(_Flags):
-        """What a type checker knows of the generated class."""
-
-        method: str = DEFAULT_METHOD
-
+    ScoringFlags = _Flags
 else:
     ScoringFlags = _flags_class()

@@ -196,9 +196,6 @@ def _page(means: Mapping[str, pd.DataFrame], table: pd.DataFrame, cells: Sequenc
     lost = table[table["status"] != "finished"][FIXED]
     if len(lost):
         parts.append(("Without a result", "", lost.to_html(**FORMAT)))
-    templates = page_templates(autoescape=True)
-    page = templates.get_template("study.html").render(
-        parts=parts,
-        commands=[cell.command for cell in cells],
-    )
+    template = page_templates(autoescape=True).get_template("study.html")
+    page = template.render(parts=parts, commands=[cell.command for cell in cells])
     return page.encode("utf-8", "replace")
