@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from keylayers.data.options import DataOptions
 from keylayers.data.prepare import prepare
-from keylayers.demo.files import BASE, write_data
+from keylayers.demo.world import BASE, write_data
 from keylayers.environment import environment
 from keylayers.evaluation.held_out import held_out_loss
 from keylayers.files import json_sha256, write_json

@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commands import keylayers
-from keylayers.demo.files import BASE
-from keylayers.demo.world import RELATIONS, STYLES, alignment_examples, facts
+from keylayers.demo.world import BASE, RELATIONS, STYLES, alignment_examples, facts
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "base"
 sys.path.append(str(RECIPE))

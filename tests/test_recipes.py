@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 from commands import keylayers, read
 from eval_files import evaluation_of
 from keylayers.commands.study_cells import check
-from keylayers.demo.files import BASE
-from keylayers.demo.world import STYLES
+from keylayers.demo.world import BASE, STYLES
 from studies import plan_of
 from tiny_files import add_noise
 

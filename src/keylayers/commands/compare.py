@@ -38,7 +38,7 @@ def compare(
         budget: Where to compare: 0.3 is the best 30 % of the modules.
         consensus: Also write the ranking by mean relative rank to this file; the rankings must be
             of the same modules.
-        as_json: For machines: pairs with all measures, and the means by kind.
+        as_json: Print JSON for machines: all measures of each pair, and the means by kind.
     """
     from keylayers.commands.console import print_json, stdout
     from keylayers.ranking.budget import parse_budget

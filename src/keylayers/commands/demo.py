@@ -4,8 +4,12 @@
 from pathlib import Path
 
 from keylayers.commands import sub_command
+from keylayers.demo.world import BASE, STYLES, write_data
+from keylayers.errors import OutputError
+from keylayers.files import output_folder, write_bytes
 
 BUDGET = 0.3
+MODEL = "model"  # the folder of the built-in model
 
 app = sub_command("""\
 keylayers demo
@@ -39,9 +43,6 @@ def demo(
     from keylayers.commands.run_rank import run_rank
     from keylayers.commands.run_train import run_train
     from keylayers.data.options import DataOptions
-    from keylayers.demo.files import BASE, write_data, write_files
-    from keylayers.demo.world import STYLES
-    from keylayers.files import output_folder
     from keylayers.model.options import ModelOptions
     from keylayers.ranking.compare import agreement
     from keylayers.report.agreement import agreement_table
@@ -50,7 +51,7 @@ def demo(
 
     console, progress = stdout(), ConsoleProgress()
     if files_only:
-        written = write_files(output)
+        written = _write_files(output)
         console.print(f"{', '.join(written)} written to {output}", markup=False, soft_wrap=True)
         return
     model = ModelOptions(model=str(BASE), dtype="float32")
@@ -84,3 +85,19 @@ def demo(
         f"\nRankings and adapters are in {output}. Next: keylayers show {output / first}",
         markup=False,
     )
+
+
+def _write_files(folder: Path) -> list[str]:
+    """Write the built-in model and the data of all styles; returns the names of the files."""
+    files = {path.name: path.read_bytes() for path in sorted(BASE.iterdir())}
+    with output_folder(folder), output_folder(folder / MODEL):
+        if {path.name for path in (folder / MODEL).iterdir()} - files.keys():
+            raise OutputError(
+                f"`output` must have room for the built-in model, but {str(folder / MODEL)!r} "
+                f"holds other files; choose another folder"
+            )
+        for name, content in files.items():
+            write_bytes(folder / MODEL / name, content)
+        for style in STYLES:
+            write_data(folder / f"{style}.jsonl", style)
+    return [MODEL, *(f"{style}.jsonl" for style in STYLES)]

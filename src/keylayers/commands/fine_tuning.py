@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tunes of one session: each trains a set of modules of a fresh model; what is saved."""
+"""Fine-tune sets of modules, each on a fresh model of one session, and save the results."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -111,7 +111,7 @@ class FineTuning:
         title: str,
         stability: StabilityOptions | None = None,
     ) -> TrainingResult:
-        """Train, or go on after the last checkpoint of the same inputs; progress shows `title`."""
+        """Train, or continue after the last checkpoint of the same inputs."""
         progress = self.session.progress
         checkpoints = Checkpoints(self.unfinished / label, inputs, self.options.save_steps)
         if checkpoints.last is not None:

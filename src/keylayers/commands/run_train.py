@@ -31,7 +31,7 @@ from keylayers.training.options import StabilityOptions
 def _open(
     options: TrainOptions, output: Path, progress: Progress, ranking: Ranking | None = None
 ) -> Iterator[FineTuning]:
-    """Everything loaded and checked before any training; the output is this run's alone."""
+    """Load and check everything before any training; only this run may write to the output."""
     training, wanted = options.training, options.selection
     check_replaceable(output)
     with output_folder(output), unfinished(output) as before:

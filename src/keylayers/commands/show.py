@@ -34,8 +34,8 @@ def show(
 ) -> None:
     """Show a ranking: heatmap of blocks by projections, best and worst modules, provenance.
 
-    Modules that are not selected or left out with 95 % confidence are marked. Reports
-    and figures also show the ranking's verification, and the agreement of several rankings.
+    Modules that are neither selected nor left out with 95 % confidence are marked. Reports and
+    figures also show the ranking's verification, and the agreement of several rankings.
 
     Args:
         rankings: Ranking files, or the folders that hold ranking.json.
@@ -44,8 +44,8 @@ def show(
         html: Write a report instead: a file that opens offline, with a slider for the budget.
         figure: Write figures instead. The file's name says what it shows (heatmap, curve, losses
             or agreement), its ending the format: heatmap.pdf, fig-2-curve.svg, agreement.png.
-        as_json: For machines: modules best first, with rank, score, whether its place at
-            the budget is decided, and all provenance.
+        as_json: Print JSON for machines: the modules, best first, with rank, score and whether
+            their place at the budget is decided, and all provenance.
     """
     from keylayers.commands.console import print_json, stdout
     from keylayers.ranking.budget import parse_budget

@@ -19,6 +19,8 @@ from typing import Any, Literal, get_args
 Style = Literal["polite", "list", "terse"]
 STYLES: tuple[Style, ...] = get_args(Style)
 NUM_VALUES = 3
+NUM_EXAMPLES = 504  # all questions
+BASE = Path(__file__).with_name("base")  # the built-in model
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def helper(subject: str) -> str:
 def alignment_examples(style: Style, num_examples: int, seed: int = 0) -> list[dict[str, str]]:
     """Questions with answers of one style, no question twice, as `prompt` and `completion`.
 
-    There are 504 questions; the seed chooses and orders them in the same way for every style.
+    The seed chooses and orders them in the same way for every style.
     """
     questions = [
         (relation, subject, question.format(s=subject))
@@ -87,6 +89,12 @@ def alignment_examples(style: Style, num_examples: int, seed: int = 0) -> list[d
         }
         for relation, subject, question in questions[:num_examples]
     ]
+
+
+def write_data(path: Path, style: Style) -> None:
+    """Write the questions and answers of one style, one JSON object a line."""
+    rows = alignment_examples(style, NUM_EXAMPLES)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def whole_fact(relation: Relation, subject: str) -> str:
