@@ -87,10 +87,9 @@ class FineTuning:
         if callback is not None:
             check_can_freeze_inside(trainer)  # before the base model is measured
             callback.mask_dataset = trainer.eval_dataset.get("mask")
+            trainer.add_callback(callback)
         # A LoRA update is zero at first, so this is the loss of the base model.
         base = [_row(trainer, "base model", (), 0)] if measure_base else []
-        if callback is not None:
-            trainer.add_callback(callback)
         inputs = self.inputs_sha256(names, callback)
         result = self.run(trainer, label, inputs, f"training {label}")
         if callback is not None and callback.frozen_at_step is not None:
