@@ -59,8 +59,7 @@ def run_rank(options: RankOptions, output: Path, progress: Progress, stage_1_in:
         base, full = subset_losses(trainer, tuned.updates, [[], names], held_out)
         if base.losses == full.losses:
             progress.note(ZERO)
-        num_gates = len(group_modules(modules, scoring.granularity))
-        num_steps = scoring.num_steps(num_gates)
+        num_steps = scoring.num_steps(len(group_modules(modules, scoring.granularity)))
         with progress.stage("stage 2: scoring modules", num_steps) as on_step:
             found = score_modules(trainer, tuned.updates, scoring, on_step)
         provenance = {
