@@ -28,8 +28,8 @@ def demo(
 ) -> None:
     """Rank, show and train on the built-in model: no network, a minute or two.
 
-    Ranks three data sets that ask the same questions and want different styles of answers, shows
-    how far the rankings agree, and trains the best 30 % of the modules, all, and a random 30 %.
+    Ranks the modules for three data sets with the same questions and different styles of answers,
+    shows how far the rankings agree, and trains the best 30 %, a random 30 % and all of them.
 
     Args:
         output: Folder for data, rankings and adapters.
