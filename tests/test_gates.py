@@ -75,10 +75,12 @@ def updates_of(kind):
     return model, dense_updates(model, tuned)
 
 
+WHOLE = [(kind, "module") for kind in KINDS]
 SHARED = [(kind, shared) for kind in ("lora", *DIFFERENCES) for shared in ("block", "projection")]
+PARTS = [(kind, "part") for kind in ADAPTERS]
 
 
-@pytest.mark.parametrize(("kind", "granularity"), [*((kind, "module") for kind in KINDS), *SHARED])
+@pytest.mark.parametrize(("kind", "granularity"), [*WHOLE, *SHARED, *PARTS])
 def test_gate_gradients_agree_with_finite_differences(kind, granularity):
     model, updates = updates_of(kind)
     tokens = some_tokens()
@@ -93,8 +95,9 @@ def test_gate_gradients_agree_with_finite_differences(kind, granularity):
     assert float((gradient - differences).abs().max() / scale) < 1e-6
 
 
+@pytest.mark.parametrize("granularity", ["module", "part"])
 @pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind != "adalora"])
-def test_a_second_adapter_is_not_gated_and_switching_thaws_nothing(kind):
+def test_a_second_adapter_is_not_gated_and_switching_thaws_nothing(kind, granularity):
     """As trainers with a reference do it."""
     model, updates = updates_of(kind)
     model.add_adapter("ref", model.peft_config["default"])
@@ -107,7 +110,8 @@ def test_a_second_adapter_is_not_gated_and_switching_thaws_nothing(kind):
     expected = token_loss(model, tokens).detach()
     model.set_adapter("default")
     flags = [parameter.requires_grad for parameter in model.parameters()]
-    with gated(model, updates, initial_score=0.3, link="identity") as gates:
+    own = {"link": "identity", "granularity": granularity}
+    with gated(model, updates, initial_score=0.3, **own) as gates:
         gated_loss = token_loss(model, tokens).detach()
         model.set_adapter("ref")
         assert torch.equal(token_loss(model, tokens), expected)
@@ -122,13 +126,14 @@ def test_a_second_adapter_is_not_gated_and_switching_thaws_nothing(kind):
     assert flags == [parameter.requires_grad for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_open_gates_are_the_tuned_model_and_closed_gates_the_base(kind):
+@pytest.mark.parametrize(("kind", "granularity"), [*WHOLE, *PARTS])
+def test_open_gates_are_the_tuned_model_and_closed_gates_the_base(kind, granularity):
     model, updates = updates_of(kind)
     losses = []  # with all gates closed, and open
     with torch.no_grad():
         for value in (0.0, 1.0):
-            with gated(model, updates, initial_score=value, link="identity"):
+            own = {"link": "identity", "granularity": granularity}
+            with gated(model, updates, initial_score=value, **own):
                 losses.append(float(token_loss(model, some_tokens())))
         expected = [token_loss(model, some_tokens())]
         if kind in ADAPTERS:
@@ -144,20 +149,21 @@ def test_open_gates_are_the_tuned_model_and_closed_gates_the_base(kind):
     assert abs(losses[1] - losses[0]) > 1e-3
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_gates_leave_no_trace(kind):
+@pytest.mark.parametrize(("kind", "granularity"), [*WHOLE, *PARTS])
+def test_gates_leave_no_trace(kind, granularity):
     model, updates = updates_of(kind)
     model.train()
     next(model.children()).eval()
     token_loss(model, some_tokens()).backward()  # gradients that must come back
-    with unchanged(model), gated(model, updates, initial_score=2.0) as gates:
+    own = {"initial_score": 2.0, "granularity": granularity}
+    with unchanged(model), gated(model, updates, **own) as gates:
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         assert {id(p) for p in trainable} == {id(p) for p in gates.parameters()}
         model.eval()
         token_loss(model, some_tokens(seed=2)).backward()
         torch.rand(3)
         np.random.rand(3)
-    with unchanged(model), pytest.raises(KeyError), gated(model, updates, initial_score=2.0):
+    with unchanged(model), pytest.raises(KeyError), gated(model, updates, **own):
         raise KeyError
 
 
@@ -208,6 +214,82 @@ def test_the_whole_update_is_what_merging_adds_to_the_weight(kind):
     for update, weight, delta in zip(updates, before, deltas, strict=True):
         merged = (weight_of(update) - weight).float()
         torch.testing.assert_close(delta, merged, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind != "adalora"])
+def test_a_part_is_a_singular_direction_of_the_weight_change(kind):
+    """The loss with some parts closed is that of weights truncated by torch's own SVD."""
+    model, updates = updates_of(kind)
+    losses, tokens = [], some_tokens()
+    with torch.no_grad():
+        with gated(model, updates, initial_score=1.0, link="identity", granularity="part") as gates:
+            is_open = torch.rand(len(gates), generator=torch.Generator().manual_seed(6)) > 0.5
+            kept = is_open.split([len(parameter) for parameter in gates.parameters()])
+            gates.set_scores(is_open.double())
+            losses.append(float(token_loss(model, tokens)))
+        bases = [weight_of(update).clone() for update in updates]
+        model.merge_adapter()
+        merged = [weight_of(update).clone() for update in updates]
+        model.unmerge_adapter()
+        with model.disable_adapter():
+            for update, base, after, keep in zip(updates, bases, merged, kept, strict=True):
+                change, added = after - base, torch.zeros_like(base)
+                if "dora" in kind:
+                    layer = update.layer
+                    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+                    product = layer.scaling["default"] * b @ a
+                    scale = after.norm(dim=1, keepdim=True) / (base + product).norm(
+                        dim=1, keepdim=True
+                    )
+                    change, added = scale * product, keep[-1] * (scale - 1) * base
+                    keep = keep[:-1]
+                left, values, right = torch.linalg.svd(change, full_matrices=False)
+                left, values, right = (
+                    left[..., : len(keep)],
+                    values[..., : len(keep)],
+                    right[..., : len(keep), :],
+                )
+                added += (left * (values * keep)[..., None, :]) @ right
+                set_weight(update, base + added)
+            losses.append(float(token_loss(model, tokens)))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+def set_weight(update, value):
+    """Give the base model a weight of its own, with rows for outputs, even where it was tied."""
+    layer = update.layer.get_base_layer()
+    name = update.module.last_name if update.module.is_stacked else "weight"
+    setattr(layer, name, torch.nn.Parameter(value.T if isinstance(layer, Conv1D) else value))
+
+
+# Those whose gates stand on something of each example.
+OF_EXAMPLES = [kind for kind in ADAPTERS if "expert" not in kind and "weight" not in kind]
+BY_EXAMPLE = [(kind, wide) for kind in OF_EXAMPLES for wide in ("module", "block", "part")]
+
+
+@pytest.mark.parametrize(("kind", "granularity"), BY_EXAMPLE)
+def test_squared_gradients_are_those_of_examples_on_their_own(kind, granularity):
+    model, updates = updates_of(kind)
+    tokens, own = some_tokens(), []
+    if (kind, granularity) == ("adalora", "part"):
+        assert not updates[0].sees_examples("part")
+        return
+    with gated(model, updates, initial_score=0.7, granularity=granularity) as gates:
+        with gates.by_example():
+            token_loss(model, tokens).backward()
+            if "GPT-2" in kind:
+                with pytest.raises(ModelError, match=r"same examples, .*wte and .*wpe do not"):
+                    gates.squared_gradients()
+                return
+            squares, gradient = gates.squared_gradients(), gates.gradient()
+        for row in tokens:
+            for parameter in gates.parameters():
+                parameter.grad = None
+            token_loss(model, row[None]).backward()
+            own.append(gates.gradient() / len(tokens))  # all rows have as many tokens
+    torch.testing.assert_close(gradient, sum(own))
+    slope = torch.sigmoid(torch.tensor(0.7)) * torch.sigmoid(torch.tensor(-0.7))  # of the link
+    torch.testing.assert_close(slope**2 * squares, torch.stack(own).square().sum(0))
 
 
 def weight_of(update):

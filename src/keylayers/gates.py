@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One gate for each module (or block, or projection) on what a fine-tune added: `θ_0 + γ ⊙ Δθ`.
+"""One gate for each module, block, projection or rank-one part of what a fine-tune added.
+
+The model computes with `θ_0 + γ ⊙ Δθ`.
 
 `gated` adds the gates, freezes everything else, and leaves no trace when its block ends.
 """
@@ -11,34 +13,40 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from keylayers.errors import GuardError
-from keylayers.model.modules import ModuleInfo, linear_of
+from keylayers.errors import GuardError, ModelError
+from keylayers.model.modules import linear_of
 from keylayers.model.preserve import preserved
 from keylayers.scores.options import Granularity
 from keylayers.updates import Update
 from keylayers.updates.frozen import kept_frozen
-from keylayers.updates.gate import Gate, Link
+from keylayers.updates.gate import Gate, Link, PartGate
 
 
 class Gates:
     """The gates in a model as one vector in a fixed order.
 
-    `groups` has, for each gate's name, the modules that the gate scales, in model order.
+    `groups` has, for each gate's name, the modules that the gate scales, in model order, and
+    `num_parameters` what each gate's update adds to the size of an adapter if gates are of parts.
     """
 
     def __init__(
-        self, gates: Mapping[str, Gate], groups: Mapping[str, tuple[str, ...]], model: nn.Module
+        self,
+        gates: Mapping[str, Gate],
+        groups: Mapping[str, tuple[str, ...]],
+        model: nn.Module,
+        num_parameters: Sequence[int] | None = None,
     ) -> None:
         self.groups = groups
+        self.num_parameters = num_parameters
         self._gates = gates
         self._model = model
         self._is_checked = False
 
     def __len__(self) -> int:
-        return len(self._gates)
+        return len(self.groups)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The score parameters, one per gate."""
+        """The score parameters: one per gate, or one for all parts of a module."""
         return [gate.score for gate in self._gates.values()]
 
     def scores(self) -> Float[Tensor, " gate"]:
@@ -47,9 +55,11 @@ class Gates:
 
     def set_scores(self, scores: Float[Tensor, " gate"]) -> None:
         """Set the score of every gate, in order."""
+        parameters = self.parameters()
         with torch.no_grad():
-            for parameter, score in zip(self.parameters(), scores, strict=True):
-                parameter.fill_(float(score))
+            sizes = [len(parameter) for parameter in parameters]
+            for parameter, values in zip(parameters, scores.split(sizes), strict=True):
+                parameter.copy_(values)
 
     def gradient(self) -> Float[Tensor, " gate"]:
         """A copy of ∂L/∂score of all gates, on the CPU.
@@ -64,10 +74,42 @@ class Gates:
         silent = [name for name, grad in grads.items() if grad is None]
         if silent:
             raise GuardError(
-                f"every gate must take part in the loss, but {len(silent)} of {len(self)} did not, "
-                f"first {', '.join(silent[:3])}; fused kernels or merged weights bypass them"
+                f"every gate must take part in the loss, but {len(silent)} of {len(grads)} did "
+                f"not, first {', '.join(silent[:3])}; fused kernels or merged weights bypass them"
             )
         return torch.cat([grad for grad in grads.values() if grad is not None]).detach().cpu()
+
+    @contextlib.contextmanager
+    def by_example(self) -> Iterator[None]:
+        """Inside the block, every example has its own copy of the gates in the next loss."""
+        for gate in self._gates.values():
+            gate.example_values = []
+        try:
+            yield
+        finally:
+            for gate in self._gates.values():
+                gate.example_values = None
+
+    def squared_gradients(self) -> Float[Tensor, " gate"]:
+        """Sum over examples of the squared ∂L/∂γ of the last loss; inside `by_example`.
+
+        An example is a row of the batch.
+        """
+        held = {
+            name: [values.grad for values in gate.example_values or () if values.grad is not None]
+            for name, gate in self._gates.items()  # no gradient where checkpointing computed again
+        }
+        numbers = {name: {len(grad) for grad in grads} for name, grads in held.items()}
+        first = next(iter(numbers.values()))
+        odd = [name for name, number in numbers.items() if number != first or len(number) != 1]
+        if odd:
+            raise ModelError(
+                f"every gate must see the same examples, but those of {next(iter(numbers))} and "
+                f"{odd[0]} do not (such as experts, or an embedding of positions); choose a method "
+                f"that needs no single examples, such as elimination"
+            )
+        of_examples = (torch.stack(grads).double().sum(0) for grads in held.values())
+        return torch.cat([own.flatten(0, -2).square().sum(0) for own in of_examples]).cpu()
 
     def check_alone(self) -> None:
         """Raise a GuardError if anything but the gates is trainable, or if gates were cast.
@@ -112,11 +154,20 @@ def gated(
     γ = sigmoid(score) as in the paper, or with the link `identity` γ = score. When the block ends,
     hooks, `requires_grad` flags, gradients, train and eval modes and random state are as they were.
     """
-    groups = group_modules([update.module for update in updates], granularity)
     is_double = next(model.parameters()).dtype == torch.float64
     dtype = torch.float64 if is_double else torch.float32
-    gates = {name: Gate(initial_score, link, dtype) for name in groups}
-    gate_of = {module: gates[name] for name, modules in groups.items() for module in modules}
+    bases = [update.parts() for update in updates] if granularity == "part" else []
+    groups = gate_groups(updates, granularity)
+    gates: dict[str, Gate]
+    if granularity == "part":
+        gate_of = gates = {
+            update.module.name: PartGate(initial_score, link, basis, dtype)
+            for update, basis in zip(updates, bases, strict=True)
+        }
+    else:
+        gates = {name: Gate(initial_score, link, dtype) for name in groups}
+        gate_of = {module: gates[name] for name, modules in groups.items() for module in modules}
+    costs = [cost for basis in bases for cost in basis.num_parameters]
     with preserved(model), kept_frozen(model):
         for update in updates:
             gate = gate_of[update.module.name]
@@ -124,17 +175,21 @@ def gated(
             # A child of the layer, so that the gate is one of the model's parameters.
             update.layer.add_module(f"keygate_{update.module.last_name}", gate)
             update.connect(gate)
-        inside = Gates(gates, groups, model)
+        inside = Gates(gates, groups, model, costs or None)
         yield inside
         inside.check_alone()
 
 
-def group_modules(
-    modules: Sequence[ModuleInfo], granularity: Granularity
-) -> dict[str, tuple[str, ...]]:
+def gate_groups(updates: Sequence[Update], granularity: Granularity) -> dict[str, tuple[str, ...]]:
     """Gate name -> names of the modules that share it, both in model order."""
+    if granularity == "part":
+        return {
+            part_name(update.module.name, index): (update.module.name,)
+            for update in updates
+            for index in range(len(update.parts().num_parameters))
+        }
     names: dict[str, list[str]] = {}
-    for module in modules:
+    for module in (update.module for update in updates):
         is_outside = module.block_index is None  # embeddings and head have a gate each
         group = {
             "module": module.name,
@@ -143,3 +198,8 @@ def group_modules(
         }[granularity]
         names.setdefault(group, []).append(module.name)
     return {group: tuple(members) for group, members in names.items()}
+
+
+def part_name(module_name: str, index: int) -> str:
+    """The name of the gate of one rank-one part, counted from 0 by falling singular value."""
+    return f"{module_name}[{index}]"

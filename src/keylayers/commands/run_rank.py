@@ -25,7 +25,7 @@ from keylayers.files import (
     remove_unfinished,
     unfinished,
 )
-from keylayers.gates import group_modules
+from keylayers.gates import gate_groups
 from keylayers.model.options import UpdateOptions
 from keylayers.model.sharding import is_sharded
 from keylayers.model.weights import adapter_sha256, weights_sha256
@@ -59,7 +59,7 @@ def run_rank(options: RankOptions, output: Path, progress: Progress, stage_1_in:
         base, full = subset_losses(trainer, tuned.updates, [[], names], held_out)
         if base.losses == full.losses:
             progress.note(ZERO)
-        num_steps = scoring.num_steps(len(group_modules(modules, scoring.granularity)))
+        num_steps = scoring.num_steps(len(gate_groups(tuned.updates, scoring.granularity)))
         with progress.stage("stage 2: scoring modules", num_steps) as on_step:
             found = score_modules(trainer, tuned.updates, scoring, on_step)
         provenance = {

@@ -12,7 +12,8 @@
 | `--freeze 0.25` | `Freeze(0.25)` | all but the worst 25 % |
 
 A number with a decimal point is a fraction, a number without is a count: `1.0` means all modules,
-`1` means one module. `str()` of a budget is its written form, which records hold.
+`1` means one module. Where a ranking is of rank-one parts, budgets count parts and the parameters
+of an adapter. `str()` of a budget is its written form, which records hold.
 """
 
 import math
@@ -43,9 +44,9 @@ class _Share:
 
 
 class Fraction(_Share):
-    """A share of the modules."""
+    """A share of the modules, or of the rank-one parts if these are ranked."""
 
-    def num_modules(self, num_candidates: int) -> int:
+    def num_of(self, num_candidates: int, what: str) -> int:
         """The nearest count, a half rounded up; at least 1."""
         return max(1, _rounded(self.fraction * num_candidates))
 
@@ -64,7 +65,7 @@ class Time(_Share):
 
 @dataclass(frozen=True)
 class Count:
-    """A number of modules."""
+    """A number of modules, or of rank-one parts."""
 
     value: int
 
@@ -74,9 +75,9 @@ class Count:
     def __str__(self) -> str:
         return str(self.value)
 
-    def num_modules(self, num_candidates: int) -> int:
-        """The count itself; a ConfigError if the ranking has fewer modules."""
-        rule = f"as a count must be between 1 and {num_candidates}, the ranking's modules"
+    def num_of(self, num_candidates: int, what: str) -> int:
+        """The count itself; a ConfigError if the ranking has fewer modules, or parts (`what`)."""
+        rule = f"as a count must be between 1 and {num_candidates}, the ranking's {what}"
         _check(self.value <= num_candidates, rule, self)
         return self.value
 
@@ -110,7 +111,7 @@ class Auto:
 
 @dataclass(frozen=True)
 class Freeze:
-    """All modules but the worst `fraction` of them."""
+    """All modules, or parts, but the worst `fraction` of them."""
 
     fraction: float
 
@@ -120,8 +121,8 @@ class Freeze:
     def __str__(self) -> str:
         return f"all but the worst {self.fraction}"
 
-    def num_modules(self, num_candidates: int) -> int:
-        """How many modules are left; at least 1."""
+    def num_of(self, num_candidates: int, what: str) -> int:
+        """How many are left; at least 1."""
         return max(1, num_candidates - _rounded(self.fraction * num_candidates))
 
 

@@ -30,6 +30,15 @@ class RankedModule:
     score: StrictFloat | None  # higher is more important; None if the method did not score it
     standard_error: Annotated[StrictFloat, Field(ge=0)] | None = None  # None if it is not known
     is_stacked: StrictBool = False  # one parameter that stacks the matrices of several experts
+    # Of a ranking of rank-one parts, by falling singular value; `score` is their sum.
+    part_scores: tuple[StrictFloat, ...] | None = None
+    part_parameters: tuple[Annotated[StrictInt, Field(ge=1)], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.part_scores or ()) != len(self.part_parameters or ()):
+            raise ValueError(
+                f"`part_scores` and `part_parameters` of {self.name} must be as many as each other"
+            )
 
     @staticmethod
     def of(

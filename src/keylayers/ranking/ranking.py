@@ -17,6 +17,7 @@ from typing import Any, Literal
 from keylayers.errors import RankingError
 from keylayers.files import write_json
 from keylayers.ranking.budget import WrittenBudget, parse_budget
+from keylayers.ranking.parts import select_parts
 from keylayers.ranking.ranked_module import Name, RankedModule, best_first
 from keylayers.ranking.record import MadeBy
 from keylayers.ranking.selection import Selection, StepMemory, StepTime, select
@@ -33,7 +34,8 @@ class Ranking:
 
     modules: tuple[RankedModule, ...]
     method: str  # name of the scoring method, such as `ila`
-    granularity: str = "module"  # or `block` or `projection`: which modules share a score
+    # `module`; `block` or `projection`, whose modules share a score; or `part`, rank-one parts
+    granularity: str = "module"
     provenance: Mapping[str, Any] = field(default_factory=dict)  # as JSON; as types in `made_by`
 
     def __post_init__(self) -> None:
@@ -44,7 +46,13 @@ class Ranking:
         if count > 1:
             raise RankingError(f"a ranking must name each module once, but repeats {name}")
         for module in self.modules:
-            for number in (module.score, module.standard_error):
+            if (module.part_scores is None) == (self.granularity == "part"):
+                raise RankingError(
+                    f"a ranking must hold the scores of rank-one parts if its granularity is part, "
+                    f"and only then, but it is {self.granularity} and {module.name} has "
+                    f"{'none' if module.part_scores is None else 'some'}"
+                )
+            for number in (module.score, module.standard_error, *(module.part_scores or ())):
                 if number is not None and not math.isfinite(number):
                     raise RankingError(
                         f"scores and standard errors must be a finite number or None, got {number} "
@@ -80,7 +88,7 @@ class Ranking:
         return {module.name: rank(module.score) for module in self.modules}
 
     def select(self, budget: WrittenBudget, memory: StepMemory | None = None) -> Selection:
-        """The best modules that `budget` buys.
+        """The best modules, or rank-one parts, that `budget` buys.
 
         Args:
             budget: How much, in any form of `keylayers.ranking.budget`.
@@ -90,6 +98,8 @@ class Ranking:
             ConfigError: the budget has no known form, buys nothing, or does not go with `memory`.
             RankingError: the budget reaches modules that have no score.
         """
+        if self.granularity == "part":
+            return select_parts(self.modules, parse_budget(budget))
         return select(self.modules, parse_budget(budget), self.step_time, memory)
 
     @property
@@ -100,12 +110,17 @@ class Ranking:
     def to_json(self) -> dict[str, Any]:
         """The ranking file's content."""
         ranks = self.ranks()
+
+        def fields(module: RankedModule) -> dict[str, Any]:
+            of_parts = () if module.part_scores is not None else ("part_scores", "part_parameters")
+            return {key: value for key, value in asdict(module).items() if key not in of_parts}
+
         return {
             "schema": SCHEMA,
             "schema_version": 1,
             "method": self.method,
             "granularity": self.granularity,
-            "modules": [{"rank": ranks[module.name], **asdict(module)} for module in self.modules],
+            "modules": [{"rank": ranks[module.name], **fields(module)} for module in self.modules],
             "provenance": dict(self.provenance),
         }
 

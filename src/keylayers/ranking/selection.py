@@ -11,7 +11,7 @@ from keylayers.errors import ConfigError, RankingError
 from keylayers.ranking.budget import GIB, Auto, Budget, Memory, Parameters, Time
 from keylayers.ranking.ranked_module import RankedModule, best_first
 from keylayers.ranking.record import MadeBy
-from keylayers.ranking.targets import lora_targets
+from keylayers.ranking.targets import lora_targets, rank_options
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -73,6 +73,8 @@ class Selection:
     budget: str  # as it was written
     num_tied_out: int  # left out with the score of the last one taken; ties go by model order
     is_of_mixture: bool  # the ranking holds stacked experts, which PEFT has its own ways with
+    # Of a ranking of rank-one parts: module name -> its kept parts, by falling singular value.
+    parts: Mapping[str, Sequence[int]] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -81,8 +83,18 @@ class Selection:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the selected modules' own weights and biases."""
-        return sum(module.num_parameters for module in self.modules)
+        """Parameters of the selected modules' weights and biases, or of the selected parts."""
+        if self.parts is None:
+            return sum(module.num_parameters for module in self.modules)
+        sizes = {module.name: module.part_parameters or () for module in self.modules}
+        return sum(sizes[name][index] for name, kept in self.parts.items() for index in kept)
+
+    @property
+    def ranks(self) -> dict[str, int] | None:
+        """Module name -> LoRA rank, the number of its selected parts; None if these are modules."""
+        if self.parts is None:
+            return None
+        return {name: len(self.parts[name]) for name in self.names}
 
     @property
     def stacked(self) -> set[str] | None:
@@ -97,11 +109,19 @@ class Selection:
         return lora_targets(self.names, self.stacked)
 
     def lora_config(self, **options: Any) -> "LoraConfig":
-        """A `peft.LoraConfig` for exactly these modules; `options` go to it as they are."""
+        """A `peft.LoraConfig` for exactly these modules; `options` go to it as they are.
+
+        Of a ranking of parts, each module gets the rank of its selected parts. Its alpha follows
+        the rank, so that `lora_alpha / r` is the same for all.
+        """
         from peft import LoraConfig
 
-        if "target_modules" in options:
-            raise TypeError("`target_modules` comes from the selection; leave it out")
+        own = {"target_modules"} | ({"r", "rank_pattern", "alpha_pattern"} if self.parts else set())
+        if taken := sorted(own & options.keys()):
+            raise TypeError(f"`{taken[0]}` comes from the selection; leave it out")
+        if self.ranks is not None:
+            alpha = options.get("lora_alpha", LoraConfig.lora_alpha)
+            options |= rank_options(self.ranks, alpha / max(self.ranks.values()))
         return LoraConfig(**{"task_type": "CAUSAL_LM", **options}, **self.lora_targets)
 
     def record(self) -> dict[str, Any]:
@@ -114,7 +134,7 @@ class Selection:
             "num_parameters": self.num_parameters,
             "num_candidate_parameters": self.num_candidate_parameters,
             "num_tied_out": self.num_tied_out,
-        }
+        } | ({} if self.ranks is None else {"lora_ranks": self.ranks})
 
 
 def select(
@@ -139,7 +159,7 @@ def select(
         if isinstance(budget, Parameters):
             count = _count_within_parameters(ordered, budget)
         else:
-            count = budget.num_modules(len(ordered))
+            count = budget.num_of(len(ordered), "modules")
         taken, worst = ordered[:count], ordered[count - 1].score
         if worst is None:
             num_scored = sum(module.score is not None for module in ordered)

@@ -9,7 +9,7 @@ modules by name, and everything that PEFT would rewrite by the names of its para
 """
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 # Last names of modules that PEFT rewrites in the mixtures of experts that it knows.
@@ -29,6 +29,26 @@ def lora_targets(names: Sequence[str], stacked: Collection[str] | None) -> dict[
         else:
             modules.append(name)
     return {"target_modules": modules, "target_parameters": parameters}
+
+
+def rank_options(ranks: Mapping[str, int], scaling: float) -> dict[str, Any]:
+    """The fields of a PEFT config for these ranks by module, with `alpha / rank` equal everywhere.
+
+    `r` is the highest rank, so engines that read `r` and `lora_alpha` alone compute the same.
+    """
+    highest = max(ranks.values())
+
+    def alpha(rank: int) -> float:
+        value = scaling * rank
+        return int(value) if float(value).is_integer() else value
+
+    lower = {name: rank for name, rank in ranks.items() if rank != highest}
+    return {
+        "r": highest,
+        "lora_alpha": alpha(highest),
+        "rank_pattern": lower,
+        "alpha_pattern": {name: alpha(rank) for name, rank in lower.items()},
+    }
 
 
 def target_regex(names: Iterable[str]) -> str:

@@ -7,7 +7,8 @@
     s_i = mean over rounds of s_i^r
 
 This keeps the hard budget on the mask, `‖γ‖ < H` in the definition of importance, and lowers it
-step by step. A round closes one of two modules that can replace each other for good, and the other
+step by step. Rank-one parts differ in size, so a round closes those with the lowest score per
+parameter. A round closes one of two modules that can replace each other for good, and the other
 then carries what both did. The record keeps each round's sum of scores: an estimate, in nats, of
 what the remaining modules achieve together. Each batch is taken at its own point of the integral,
 so a sum has the noise of single batches, about 15 % in the demo; `keylayers verify` measures what
@@ -29,7 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from keylayers.gates import group_modules
+from keylayers.gates import gate_groups
 from keylayers.scores.options import EliminationOptions
 from keylayers.scores.path import gauss_legendre
 from keylayers.scores.task import ModuleScores, Task, mean_and_error
@@ -37,8 +38,7 @@ from keylayers.scores.task import ModuleScores, Task, mean_and_error
 
 def elimination(task: Task, options: EliminationOptions) -> ModuleScores:
     """The mean share of each update's module in what the sets that hold it achieve, in nats."""
-    modules = [update.module for update in task.updates]
-    num_gates = len(group_modules(modules, options.granularity))
+    num_gates = len(gate_groups(task.updates, options.granularity))
     sizes, num_batches = options.round_sizes(num_gates), options.mask_batches
     points = gauss_legendre(num_batches)
     with task.masked(num_batches * len(sizes), granularity=options.granularity) as masked:
@@ -48,7 +48,7 @@ def elimination(task: Task, options: EliminationOptions) -> ModuleScores:
         is_open = torch.ones(num_gates)
         batches = iter(masked.batches)
         for size in sizes:
-            is_open = _best(scores, is_open, size)
+            is_open = best(scores / masked.costs, is_open, size)
             # One pass per batch, each at its own point: only the mean of the shares estimates the
             # integral, so their spread overstates the error of the mean.
             shares = [
@@ -68,7 +68,7 @@ def elimination(task: Task, options: EliminationOptions) -> ModuleScores:
         )
 
 
-def _best(
+def best(
     scores: Float[Tensor, " gate"], is_open: Float[Tensor, " gate"], size: int
 ) -> Float[Tensor, " gate"]:
     """1 for the `size` best of the open gates, 0 for the others; ties in the gates' order."""

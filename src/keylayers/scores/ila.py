@@ -20,9 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from keylayers.gates import Gates
 from keylayers.scores.options import IlaOptions, LearnedOptions
-from keylayers.scores.task import ModuleScores, Task
+from keylayers.scores.task import MaskedModel, ModuleScores, Task
 from keylayers.scores.until_stable import StableSelection
 
 NUM_STRETCHES = 10
@@ -56,7 +55,7 @@ def learn_scores(
         for step in range(1, options.mask_steps + 1):
             optimizer.zero_grad()
             masked.backward(next(masked.stream))
-            _add_price(gates, price)
+            _add_price(masked, price)
             optimizer.step()
             path[step] = gates.scores()
             task.log.gates(step, gates.groups, path[step])
@@ -70,12 +69,14 @@ def learn_scores(
         )
 
 
-def _add_price(gates: Gates, price: float) -> None:
-    """Add the gradient of `price` times the mean gate."""
-    for parameter in gates.parameters():
+def _add_price(masked: MaskedModel, price: float) -> None:
+    """Add the gradient of `price` times the mean gate; parts count by their parameters."""
+    parameters, costs = masked.gates.parameters(), masked.costs
+    shares = (price * costs / costs.sum()).split([len(parameter) for parameter in parameters])
+    for parameter, share in zip(parameters, shares, strict=True):
         assert parameter.grad is not None
         value = torch.sigmoid(parameter.detach())
-        parameter.grad += price / len(gates) * value * (1 - value)
+        parameter.grad += share.to(value) * value * (1 - value)
 
 
 def standard_errors(path: Float[Tensor, "step gate"]) -> Float[Tensor, " gate"] | None:

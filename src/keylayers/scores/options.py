@@ -17,7 +17,7 @@ from keylayers.errors import (
     did_you_mean,
 )
 
-Granularity = Literal["module", "block", "projection"]
+Granularity = Literal["module", "block", "projection", "part"]
 Check = Callable[[str, Any], None]
 
 SMALLEST_ROUND = 4  # gates; a round with fewer is not split again
@@ -65,7 +65,8 @@ class Grouped(MethodOptions):
     """For methods that put gates on the updates.
 
     Attributes:
-        granularity: One gate for each module, for each block, or for each projection.
+        granularity: One gate for each module, block or projection, or for each rank-one part of the
+            updates (part), which ranks what `prune` can cut and the LoRA rank of each module.
     """
 
     granularity: Granularity = "module"

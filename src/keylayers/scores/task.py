@@ -2,6 +2,7 @@
 """What a scoring method is given (a trainer, the updates of its model) and what it returns."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import islice
@@ -28,7 +29,8 @@ class ModuleScores:
 
     Attributes:
         module_names: Full names in the base model.
-        scores: One for each module; modules that share a gate share the score.
+        scores: One for each module; modules that share a gate share the score, and a module whose
+            rank-one parts have gates has their sum.
         unit: What a score counts.
         standard_errors: Standard error of each score, from the spread over batches; None if there
             are too few.
@@ -37,6 +39,7 @@ class ModuleScores:
         num_backward: Backward passes over a batch, for activations through frozen weights.
         findings: What else the method found, JSON-able, for the record.
         seconds: Wall time; `score_modules` measures it.
+        parts: The rank-one parts of each module, if these have gates.
     """
 
     module_names: tuple[str, ...]
@@ -49,6 +52,7 @@ class ModuleScores:
     num_backward: int = 0
     findings: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    parts: tuple["PartScores", ...] | None = field(default=None, repr=False)
 
     @property
     def forward_equivalents(self) -> int:
@@ -58,6 +62,14 @@ class ModuleScores:
         product per weight.
         """
         return self.num_forward + self.num_backward
+
+
+@dataclass(frozen=True)
+class PartScores:
+    """The rank-one parts of one module, by falling singular value."""
+
+    scores: tuple[float, ...]
+    num_parameters: tuple[int, ...]  # that each adds to an adapter
 
 
 @dataclass(frozen=True)
@@ -111,7 +123,7 @@ class Task:
 
         Args:
             num_batches: How many batches are drawn at once; `MaskedModel.stream` has the next.
-            granularity: One gate for each module, for each block, or for each projection.
+            granularity: One gate for each module, block, projection or rank-one part.
             initial_score: Value of each gate's parameter at first.
             link: With `identity` the parameter is γ itself, 0 for the base model and 1 for the
                 fine-tuned one; with `sigmoid` γ is the sigmoid of it.
@@ -135,7 +147,7 @@ class MaskedModel:
     """Losses and gradients of the masked model at any gates, mostly on the same few batches.
 
     Attributes:
-        gates: One for each module, or for each group of modules.
+        gates: One for each module, for each group of modules, or for each rank-one part.
         batches: What the method looks at, drawn once.
         stream: The batches after these, without end.
     """
@@ -146,6 +158,11 @@ class MaskedModel:
     _task: Task
     _source: TrainerLoss
     _losses: list[float] = field(default_factory=list)
+
+    @property
+    def costs(self) -> Float[Tensor, " gate"]:
+        """What it costs to keep each gate's update: its parameters if it is a part, else 1."""
+        return torch.tensor(self.gates.num_parameters or [1] * len(self.gates)).double()
 
     @property
     def loss_unit(self) -> str:
@@ -171,6 +188,17 @@ class MaskedModel:
             parameter.grad = None
         return gradient
 
+    def gradient_by_example(
+        self, values: Float[Tensor, " gate"] | float, batch: Any
+    ) -> tuple[Float[Tensor, " gate"], Float[Tensor, " gate"]]:
+        """∂L/∂γ as `gradient`, and the sum over examples of the squared gradient of each one's own.
+
+        Both come from one pass. An example is a row of the batch.
+        """
+        with self.gates.by_example():
+            gradient = self.gradient(values, batch)
+            return gradient, self.gates.squared_gradients()
+
     def backward(self, batch: Any) -> Float[Tensor, " gate"]:
         """Add ∂L/∂parameter of one batch to the gates' parameters as they are; returns the sums."""
         self._seen(self._source.backward(batch, step=len(self._losses) + 1))
@@ -189,11 +217,18 @@ class MaskedModel:
         standard_errors: Float[Tensor, " gate"] | None = None,
         findings: Mapping[str, Any] | None = None,
     ) -> ModuleScores:
-        """The scores of the gates as scores of modules, with what they cost."""
+        """The scores of the gates as scores of modules, with what they cost.
+
+        Without standard errors where gates are of parts: errors of parts do not add up.
+        """
+        parts = self._parts(scores)
+        if parts is not None:
+            standard_errors = None
         return self._task.result(
             self._to_modules(scores),
             unit=unit,
             standard_errors=None if standard_errors is None else self._to_modules(standard_errors),
+            parts=parts,
             losses=tuple(self._losses),
             num_forward=self._source.num_forward,
             num_backward=self._source.num_backward,
@@ -201,9 +236,19 @@ class MaskedModel:
         )
 
     def _to_modules(self, values: Float[Tensor, " gate"]) -> tuple[float, ...]:
+        if (parts := self._parts(values)) is not None:
+            return tuple(math.fsum(part.scores) for part in parts)
         groups = zip(self.gates.groups.values(), values.tolist(), strict=True)
         of_module = {module: value for modules, value in groups for module in modules}
         return tuple(of_module[name] for name in self._task.module_names)
+
+    def _parts(self, values: Float[Tensor, " gate"]) -> tuple[PartScores, ...] | None:
+        if self.gates.num_parameters is None:
+            return None
+        sizes = [len(parameter) for parameter in self.gates.parameters()]
+        rows = zip(values.tolist(), self.gates.num_parameters, strict=True)
+        of_module = (list(islice(rows, size)) for size in sizes)
+        return tuple(PartScores(*zip(*of_one, strict=True)) for of_one in of_module)
 
     def _set_gates(self, values: Float[Tensor, " gate"] | float) -> None:
         if isinstance(values, (int, float)):

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from keylayers.scores.options import UntilStable
-from keylayers.scores.task import ModuleScores, Task
+from keylayers.scores.task import ModuleScores, PartScores, Task
 
 MOST_REPEATS = 10
 PATIENCE = 2
@@ -55,12 +55,21 @@ def repeated(
     return replace(
         found[0],
         scores=tuple(means),
+        parts=_mean_parts([run.parts for run in found if run.parts is not None]),
         standard_errors=tuple(map(_error_of_mean, zip(*errors, strict=True))) if errors else None,
         losses=tuple(loss for run in found for loss in run.losses),
         num_forward=sum(run.num_forward for run in found),
         num_backward=sum(run.num_backward for run in found),
         findings=dict(found[0].findings) | {"num_repeats": len(found), "is_settled": is_stable},
     )
+
+
+def _mean_parts(runs: Sequence[Sequence[PartScores]]) -> tuple[PartScores, ...] | None:
+    def mean(own: Sequence[PartScores]) -> PartScores:
+        of_runs = zip(*(parts.scores for parts in own), strict=True)
+        return replace(own[0], scores=tuple(map(fmean, of_runs)))
+
+    return tuple(map(mean, zip(*runs, strict=True))) if runs else None
 
 
 def _error_of_mean(errors: Sequence[float]) -> float:

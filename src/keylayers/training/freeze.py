@@ -189,7 +189,7 @@ class FreezeUnimportant(TrainerCallback):
         check_can_freeze_inside(trainer)
         check_can_halt(trainer.model, self.action)
         num_modules = len(adapter_updates(trainer.model))
-        if Freeze(self.freeze_fraction).num_modules(num_modules) == num_modules:
+        if Freeze(self.freeze_fraction).num_of(num_modules, "modules") == num_modules:
             raise ConfigError(
                 f"`freeze_fraction` must be at least one of the adapter's {num_modules} modules, "
                 f"got {self.freeze_fraction}, which freezes none"

@@ -4,6 +4,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset
@@ -114,4 +115,9 @@ def to_ranking(
     modules = [update.module for update in updates]
     errors = found.standard_errors or [None] * len(updates)
     ranked = tuple(map(RankedModule.of, modules, found.scores, errors))
+    if found.parts is not None:
+        ranked = tuple(
+            replace(module, part_scores=parts.scores, part_parameters=parts.num_parameters)
+            for module, parts in zip(ranked, found.parts, strict=True)
+        )
     return Ranking(ranked, scoring.method, scoring.granularity, record)

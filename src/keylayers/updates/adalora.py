@@ -3,18 +3,20 @@
 
 PEFT stores A, Λ and B as parameters, not modules, so there is nothing to hook. The update is linear
 in x and starts with dropout, so a gate in place of the dropout module scales the whole update.
+Gates of parts scale Λ: AdaLoRA's own triplets are the parts.
 """
 
 import contextlib
 from collections.abc import Iterator
 from typing import TypeGuard
 
+import torch
 from jaxtyping import Float
 from peft import PeftModel
 from peft.tuners.adalora import AdaLoraModel
 from torch import Tensor, nn
 
-from keylayers.updates.gate import AdapterUpdate, Gate
+from keylayers.updates.gate import AdapterUpdate, Gate, PartBasis, PartGate, around_forward
 
 
 class AdaLoraUpdate(AdapterUpdate):
@@ -22,20 +24,49 @@ class AdaLoraUpdate(AdapterUpdate):
 
     def delta(self) -> Float[Tensor, "d_out d_in"]:
         """`scaling / r · P Λ Q` in float32."""
-        a = self.layer.lora_A[self.adapter].detach().float()
-        values = self.layer.lora_E[self.adapter].detach().float()
-        b = self.layer.lora_B[self.adapter].detach().float()
-        ranknum = float(self.layer.ranknum[self.adapter].detach())
-        scaling = self.layer.scaling[self.adapter] / (ranknum + 1e-5)  # as PEFT divides
-        return scaling * (b @ (a * values))
+        a, values, b = (tensor.float() for tensor in self._triplets())
+        return self._scaling() * (b @ (a * values))
 
     def ranks_left(self) -> int:
         """Number of singular values that AdaLoRA has not set to zero."""
         return int((self.layer.lora_E[self.adapter].detach() != 0).sum())
 
+    def sees_examples(self, granularity: str) -> bool:
+        """Whether its gate scales something of each example."""
+        return granularity != "part"  # whose gates scale Λ
+
     def connect(self, gate: Gate) -> None:
-        """Put the gate in the place of AdaLoRA's dropout."""
-        self.layer.lora_dropout[self.adapter] = gate
+        """Put the gate in the place of AdaLoRA's dropout, or scale the singular values."""
+        if not isinstance(gate, PartGate):
+            self.layer.lora_dropout[self.adapter] = gate
+            return
+        self.layer.lora_dropout[self.adapter] = nn.Identity()
+        attributes, (_, values, _) = self.layer.__dict__, self._triplets()
+
+        def scale() -> None:
+            scaled = values * gate.value().to(values.device, values.dtype)[:, None]
+            attributes["lora_E"] = {self.adapter: scaled}
+
+        def restore() -> None:
+            attributes.pop("lora_E", None)  # uncovers the parameter
+
+        around_forward(self.layer, scale, restore)
+
+    def parts(self) -> PartBasis:
+        """AdaLoRA's triplets, in its own order."""
+        a, values, b = (tensor.double() for tensor in self._triplets())
+        sizes = values.abs().flatten() * a.norm(dim=1) * b.norm(dim=0)
+        identity = torch.eye(len(values), dtype=torch.float64)
+        cost = a.shape[1] + b.shape[0]
+        return PartBasis(self._scaling() * sizes, (cost,) * len(values), identity, identity)
+
+    def _triplets(self) -> tuple[Tensor, Tensor, Tensor]:
+        layer, name = self.layer, self.adapter
+        return tuple(part[name].detach() for part in (layer.lora_A, layer.lora_E, layer.lora_B))
+
+    def _scaling(self) -> float:
+        ranknum = float(self.layer.ranknum[self.adapter].detach())
+        return float(self.layer.scaling[self.adapter] / (ranknum + 1e-5))  # as PEFT divides
 
 
 def is_adalora(model: nn.Module) -> TypeGuard[PeftModel]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The weight of the base model under an update."""
 
+import torch
 from jaxtyping import Float
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
@@ -12,14 +13,15 @@ from keylayers.model.sharding import whole
 
 
 def base_weight(layer: nn.Module) -> Float[Tensor, "d_out d_in"]:
-    """θ_0 of a module in float32 as (d_out, d_in), also if quantised or a `Conv1D`."""
+    """θ_0 of a module as (d_out, d_in), also if quantised or a `Conv1D`; float32, or float64."""
     check_linear(layer)
     linear = linear_of(layer)
     weight = linear.weight
     assert isinstance(weight, Tensor)
     if not weight.is_floating_point():
         weight = dequantize_module_weight(linear)
-    weight = whole(weight).float()
+    weight = whole(weight)
+    weight = weight if weight.dtype == torch.float64 else weight.float()
     return weight if isinstance(linear, nn.Linear) else weight.T
 
 

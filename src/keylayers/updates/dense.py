@@ -51,6 +51,10 @@ class DenseUpdate(Update):
         """The update of the weight in float32."""
         return self._delta_weight().to(torch.float32, copy=True)
 
+    def sees_examples(self, granularity: str) -> bool:
+        """No: its gate's gradient is summed over the tokens as they come."""
+        return False
+
     def connect(self, gate: Gate) -> None:
         """Let the module, which holds θ_0, compute with `θ_0 + γ Δθ`."""
         is_transposed = not isinstance(self.layer, nn.Linear)  # Conv1D keeps (d_in, d_out)
@@ -116,6 +120,10 @@ class DenseExpertsUpdate(Update):
     def delta(self) -> Float[Tensor, "..."]:
         """The update of the parameter in its own shape, in float32."""
         return difference_of(self.tuned, self.module.name, self._parameter()).float()
+
+    def sees_examples(self, granularity: str) -> bool:
+        """No: its gate's gradient is summed over the tokens as they come."""
+        return False
 
     def connect(self, gate: Gate) -> None:
         """Let the experts, which hold θ_0, compute with `θ_0 + γ Δθ`."""

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA on embeddings: `scaling · B A[token]`, gated through the scaling.
+"""LoRA on embeddings: `scaling · B A[token]`, gated on `A[token]`.
 
-PEFT stores A and B as parameters and has no dropout here, so there is no module to hook. While the
-layer runs, we replace its scaling by a tensor: PEFT's factor times the gate.
+PEFT stores A and B as parameters and has no dropout here, so there is no module to hook. We wrap
+the method that looks up tokens in A (`_embed` of PEFT 0.21).
 """
+
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from keylayers.model.sharding import whole
-from keylayers.updates.gate import AdapterUpdate, Gate, around_forward
+from keylayers.updates.gate import AdapterUpdate, Gate, PartBasis
 
 
 class EmbeddingUpdate(AdapterUpdate):
@@ -17,19 +19,26 @@ class EmbeddingUpdate(AdapterUpdate):
 
     def delta(self) -> Float[Tensor, "num_embeddings d_model"]:
         """`scaling * (B A)^T` in float32."""
-        a = whole(self.layer.lora_embedding_A[self.adapter]).float()
-        b = whole(self.layer.lora_embedding_B[self.adapter]).float()
-        return self.layer.scaling[self.adapter] * (b @ a).T
+        a, b = self._factors()
+        return self.layer.scaling[self.adapter] * (b.float() @ a.float()).T
 
     def connect(self, gate: Gate) -> None:
-        """Scale the scaling."""
-        scaling, adapter = self.layer.scaling, self.adapter
-        factor, weight = scaling[adapter], self.layer.lora_embedding_A[adapter]
+        """Scale what A gives for the tokens."""
+        embed, own = self.layer._embed, self.layer.lora_embedding_A[self.adapter]
 
-        def scale() -> None:
-            scaling[adapter] = factor * gate.value().to(weight.device, weight.dtype)
+        def gated_embed(tokens: Tensor, weight: Tensor, *args: Any, **named: Any) -> Tensor:
+            found: Tensor = embed(tokens, weight, *args, **named)
+            is_own = weight.data_ptr() == own.data_ptr()  # a view; other adapters have none
+            return gate(found) if is_own else found
 
-        def restore() -> None:
-            scaling[adapter] = factor
+        self.layer._embed = gated_embed
 
-        around_forward(self.layer, scale, restore)
+    def parts(self) -> PartBasis:
+        """The singular value decomposition of `scaling * B A`."""
+        return PartBasis.of(*self._factors(), self.layer.scaling[self.adapter])
+
+    def _factors(
+        self,
+    ) -> tuple[Float[Tensor, "lora_rank num_embeddings"], Float[Tensor, "d_model lora_rank"]]:
+        a, b = self.layer.lora_embedding_A, self.layer.lora_embedding_B
+        return whole(a[self.adapter]), whole(b[self.adapter])

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from keylayers.model.sharding import whole
-from keylayers.updates.gate import AdapterUpdate, Gate
+from keylayers.updates.gate import AdapterUpdate, Gate, PartBasis, PartGate
 
 
 class ParameterUpdate(AdapterUpdate):
@@ -20,16 +20,38 @@ class ParameterUpdate(AdapterUpdate):
         """The whole update of the parameter in its own shape, in float32."""
         return whole(self.layer.get_delta_weight(self.adapter)).float()
 
+    def sees_examples(self, granularity: str) -> bool:
+        """Whether its gate scales something of each example."""
+        return False  # it scales weights
+
     def connect(self, gate: Gate) -> None:
         """Scale one factor, or the product where PEFT asks for that."""
         factors, product = self.layer.get_delta_factors, self.layer.get_delta_weight
 
         def gated_factors(adapter: str) -> tuple[Tensor, Tensor, float]:
             left, right, scaling = factors(adapter)
-            return left, gate(right) if adapter == self.adapter else right, scaling
+            # Transposed, because a gate of parts acts on the last dimension.
+            return left, gate(right.mT).mT if adapter == self.adapter else right, scaling
 
         def gated_product(adapter: str) -> Tensor:
-            return gate(product(adapter)) if adapter == self.adapter else product(adapter)
+            if adapter != self.adapter:
+                return product(adapter)
+            if not isinstance(gate, PartGate):
+                return gate(product(adapter))
+            left, right, scaling = gated_factors(adapter)
+            delta = scaling * left @ right
+            if self.layer.num_experts > 1:
+                return delta
+            # PEFT's product of a single matrix is B A, whatever the order of the factors.
+            return delta[0] if self.layer._did_swap_in_out_features else delta[0].mT
 
         self.layer.get_delta_factors = gated_factors
         self.layer.get_delta_weight = gated_product
+
+    def parts(self) -> PartBasis:
+        """The singular value decomposition of each expert's update.
+
+        A part is the j-th singular direction of every expert: PEFT has one rank for all of them.
+        """
+        left, right, scaling = self.layer.get_delta_factors(self.adapter)
+        return PartBasis.of(right, left, scaling)

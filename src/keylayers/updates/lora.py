@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from keylayers.model.sharding import whole
-from keylayers.updates.gate import AdapterUpdate, Gate
+from keylayers.updates.gate import AdapterUpdate, Gate, PartBasis
 
 
 class LoraUpdate(AdapterUpdate):
@@ -25,13 +25,23 @@ class LoraUpdate(AdapterUpdate):
         """Scale the output of A."""
         scale_output(self, self.layer.lora_A[self.adapter], gate)
 
+    def parts(self) -> PartBasis:
+        """The singular value decomposition of `scaling * B A`."""
+        return PartBasis.of(*factors(self), self.layer.scaling[self.adapter])
+
+
+def factors(
+    update: AdapterUpdate,
+) -> tuple[Float[Tensor, "lora_rank d_in"], Float[Tensor, "d_out lora_rank"]]:
+    """A and B as they are, whole even where FSDP2 shards them."""
+    layer, adapter = update.layer, update.adapter
+    return whole(layer.lora_A[adapter].weight), whole(layer.lora_B[adapter].weight)
+
 
 def scaled_product(update: AdapterUpdate) -> Float[Tensor, "d_out d_in"]:
     """`scaling * B A` in float32."""
-    layer, adapter = update.layer, update.adapter
-    a = whole(layer.lora_A[adapter].weight).float()
-    b = whole(layer.lora_B[adapter].weight).float()
-    return layer.scaling[adapter] * (b @ a)
+    a, b = factors(update)
+    return update.layer.scaling[update.adapter] * (b.float() @ a.float())
 
 
 def scale_output(update: AdapterUpdate, part: nn.Module, gate: Gate) -> None:
