@@ -183,11 +183,7 @@ def gated(
 def gate_groups(updates: Sequence[Update], granularity: Granularity) -> dict[str, tuple[str, ...]]:
     """Gate name -> names of the modules that share it, both in model order."""
     if granularity == "part":
-        return {
-            part_name(update.module.name, index): (update.module.name,)
-            for update in updates
-            for index in range(len(update.parts().num_parameters))
-        }
+        return {name: (name.rpartition("[")[0],) for name in part_sizes(updates)}
     names: dict[str, list[str]] = {}
     for module in (update.module for update in updates):
         is_outside = module.block_index is None  # embeddings and head have a gate each
@@ -203,3 +199,12 @@ def gate_groups(updates: Sequence[Update], granularity: Granularity) -> dict[str
 def part_name(module_name: str, index: int) -> str:
     """The name of the gate of one rank-one part, counted from 0 by falling singular value."""
     return f"{module_name}[{index}]"
+
+
+def part_sizes(updates: Sequence[Update]) -> dict[str, int]:
+    """Name of each rank-one part, in the gates' order -> its parameters in an adapter."""
+    return {
+        part_name(update.module.name, index): size
+        for update in updates
+        for index, size in enumerate(update.parts().num_parameters)
+    }

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters and checkpoints on disk without the modules that were not selected.
 
-Files in, files out: what is kept is the original's bits, never numbers that went through a model.
+Files in, files out: a module that is kept whole keeps the original's bits, never numbers that went
+through a model. Rank-one parts are computed in float64 and rounded once.
 """
 
 import json
@@ -11,11 +12,12 @@ import shutil
 import struct
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,7 +32,8 @@ from keylayers.model.checkpoint import (
 )
 from keylayers.model.modules import base_model_of, map_modules
 from keylayers.model.options import ModelOptions
-from keylayers.ranking.targets import lora_targets
+from keylayers.ranking.targets import lora_targets, rank_options
+from keylayers.updates import AdapterUpdate, adapter_updates
 from keylayers.updates.adapter import tuner_layers
 from keylayers.updates.checkpoints import value_like
 
@@ -39,8 +42,18 @@ NESTED = ".base_layer"  # what PEFT adds to the path of a layer in another layer
 PREFIX = "base_model.model."  # PEFT's, before the names of the base model
 
 
-def prune_adapter(adapter: str, folder: Path, model: PeftModel, pruned: Collection[str]) -> Path:
-    """Write the adapter without the modules `pruned`; the folder that it was read from."""
+def prune_adapter(
+    adapter: str,
+    folder: Path,
+    model: PeftModel,
+    pruned: Collection[str],
+    parts: Mapping[str, Sequence[int]] | None = None,
+) -> Path:
+    """Write the adapter without the modules `pruned`; the folder that it was read from.
+
+    With `parts`, the other modules keep these rank-one parts alone, in a LoRA (or DoRA) adapter
+    with a rank for each module and a scaling of 1.
+    """
     source = local_folder(adapter, (*ADAPTER_FILES, *TOKENIZER_FILES), "a PEFT adapter")
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
     base = {id(layer): path for path, layer in base_model_of(model).named_modules()}
@@ -49,14 +62,47 @@ def prune_adapter(adapter: str, folder: Path, model: PeftModel, pruned: Collecti
         metadata = file.metadata()
         names = kept_tensors(list(file.keys()), paths, pruned)
         tensors = {new: file.get_tensor(old) for old, new in names.items()}
-    save_file(tensors, folder / WEIGHTS, metadata=metadata)
     kept = [name for name in paths if name not in pruned]
-    stacked = {info.name for info in map_modules(model, "all") if info.is_stacked}
-    text = json.dumps(pruned_config(config, kept, stacked or None), indent=2, sort_keys=True)
+    stacked = {info.name for info in map_modules(model, "all") if info.is_stacked} or None
+    config = pruned_config(config, kept, stacked)
+    if parts is not None:
+        new_paths = _paths_without(paths, pruned)
+        tensors = _cut_tensors(tensors, adapter_updates(model), new_paths, parts)
+        ranks = {name: len(indices) for name, indices in parts.items()}
+        config = _cut_config(config, rank_options(ranks, 1.0, stacked))
+    save_file(tensors, folder / WEIGHTS, metadata=metadata)
+    text = json.dumps(config, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     _copy_files(source, folder, TOKENIZER_FILES)
     _prove_same_bits(load_file(folder / WEIGHTS), tensors, tensors.__getitem__)
     return source
+
+
+def _cut_tensors(
+    tensors: Mapping[str, Tensor],
+    updates: Sequence[AdapterUpdate],
+    paths: Mapping[str, str],
+    parts: Mapping[str, Sequence[int]],
+) -> dict[str, Tensor]:
+    """The tensors of a file with the kept parts alone in the place of the kept modules' own."""
+    owner = _owners(tensors, paths)
+    cut = {name: tensor for name, tensor in tensors.items() if owner[name] is None}
+    dtypes = {owner[name]: tensor.dtype for name, tensor in tensors.items()}
+    for update in updates:
+        name = update.module.name
+        if name in parts:
+            for key, value in update.cut(parts[name]).items():
+                value = value.to("cpu", dtypes[name]).contiguous()
+                cut[f"{PREFIX}{paths[name]}.{key}"] = value
+    return cut
+
+
+def _cut_config(config: Mapping[str, Any], ranks: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the parts: that of the adapter, as plain LoRA (or DoRA) with these ranks."""
+    known = {option.name for option in fields(LoraConfig)}  # fewer than AdaLoRA's
+    own = {key: value for key, value in config.items() if key in known}
+    plain = {"peft_type": "LORA", "use_rslora": False, "init_lora_weights": True}
+    return own | plain | dict(ranks)
 
 
 def prune_checkpoint(
@@ -170,11 +216,7 @@ def kept_tensors(
     `paths` are those of the PEFT layers by module. PEFT nests the layers of several parameters of
     one module, so a name changes when an outer layer goes.
     """
-    innermost = sorted(paths, key=lambda module: -len(paths[module]))
-    owner = {
-        name: next((own for own in innermost if name.startswith(f"{PREFIX}{paths[own]}.")), None)
-        for name in names
-    }
+    owner = _owners(names, paths)
     bare = [module for module in paths if module not in owner.values()]
     if bare:
         raise ModelError(
@@ -189,6 +231,15 @@ def kept_tensors(
         elif module in new_paths:
             kept[name] = name.replace(f"{paths[module]}.", f"{new_paths[module]}.", 1)
     return kept
+
+
+def _owners(names: Iterable[str], paths: Mapping[str, str]) -> dict[str, str | None]:
+    """Tensor -> the module that it belongs to, or None; an inner layer's is not its outer one's."""
+    innermost = sorted(paths, key=lambda module: -len(paths[module]))
+    return {
+        name: next((own for own in innermost if name.startswith(f"{PREFIX}{paths[own]}.")), None)
+        for name in names
+    }
 
 
 def _paths_without(paths: Mapping[str, str], pruned: Collection[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from cyclopts import Group, Parameter
 
 from keylayers.commands.scoring_flags import ScoringFlags
 from keylayers.data.options import DataOptions
-from keylayers.errors import ConfigError, check_at_least
+from keylayers.errors import ConfigError, check_above_zero, check_at_least
 from keylayers.evaluation.options import EvalOptions
 from keylayers.model.options import ModelOptions, UpdateOptions
 from keylayers.ranking.budget import Auto, Budget, Freeze, parse_budget
@@ -95,14 +95,39 @@ class BudgetOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeptOptions(BudgetOptions):
-    """Which modules are kept."""
+class CutOptions(BudgetOptions):
+    """What is kept of an update.
+
+    Attributes:
+        max_loss: Instead of a budget: keep the fewest modules, or rank-one parts, whose held-out
+            loss is with 95 % confidence at most this much above that of the whole update, in nats.
+        pad_ranks: Of a ranking of rank-one parts (`--granularity part`): keep as many more that the
+            LoRA rank of every module is a multiple of this, for engines that need it.
+    """
 
     ranking: str = field()  # required; without `field()` it would inherit the default
+    max_loss: float | None = None
+    pad_ranks: int = 1
 
     def __post_init__(self) -> None:
+        check_at_least("pad_ranks", self.pad_ranks, 1)
+        if self.max_loss is not None:
+            check_above_zero("max_loss", self.max_loss)
         super().__post_init__()
         self.check()
+
+    def check(self) -> None:
+        """Raise a ConfigError unless exactly one option says how much is kept."""
+        given = [
+            name for name in ("budget", "freeze", "max_loss") if getattr(self, name) is not None
+        ]
+        if self.max_loss is None:
+            super().check()
+        elif len(given) > 1:
+            raise ConfigError(
+                f"exactly one of `budget`, `freeze` and `max_loss` must be given, got "
+                f"{' and '.join(given)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +223,7 @@ class CurveOptions:
 
 # Titles of the groups in `--help`, in the order in which they are shown.
 Selection = Annotated[SelectionOptions, flat("Selection")]
-PruneSelection = Annotated[KeptOptions, flat("Selection")]
+PruneSelection = Annotated[CutOptions, flat("Selection")]
 Model = Annotated[ModelOptions, flat("Model")]
 Data = Annotated[DataOptions, flat("Data")]
 Update = Annotated[UpdateOptions, flat("An update that exists already")]

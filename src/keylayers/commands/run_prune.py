@@ -15,7 +15,7 @@ from keylayers.commands.options import PruneOptions, flat_values
 from keylayers.commands.repeat import card_of
 from keylayers.commands.session import Session, loss_of, note_ties
 from keylayers.errors import GuardError, OutputError
-from keylayers.evaluation.held_out import subset_losses
+from keylayers.evaluation.held_out import smallest_within, subset_losses
 from keylayers.files import (
     CARD,
     RECORD,
@@ -27,11 +27,14 @@ from keylayers.files import (
     write_json,
     write_text,
 )
+from keylayers.gates import gate_groups, part_name
 from keylayers.model.loading import load_adapter, load_model
 from keylayers.progress import Progress
+from keylayers.ranking.budget import Count
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import Pruned, Size
 from keylayers.ranking.selection import Selection
+from keylayers.scores.options import Granularity
 from keylayers.training.options import LOSS_UNITS
 from keylayers.updates.adapter import tuner_layers
 from keylayers.updates.existing import TunedModel
@@ -40,23 +43,28 @@ EVAL_BATCH_SIZE = 8
 
 
 def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned:
-    """Write an adapter or a tuned checkpoint with only the selected modules, and prove it."""
-    ranking = Ranking.load(options.selection.ranking)
-    selection = ranking.select(options.selection.budget_for(ranking))
+    """Write what is selected of an adapter or of a tuned checkpoint, and prove it."""
+    ranking, wanted = Ranking.load(options.selection.ranking), options.selection
+    selection = None
+    if wanted.max_loss is None:
+        budget = wanted.budget_for(ranking)
+        selection = ranking.select(budget, rank_multiple=wanted.pad_ranks)
     check_replaceable(output)
     _check_apart(options, output)
-    if len(selection.modules) == selection.num_candidates:
-        progress.note("the budget keeps every module, so nothing is pruned")
-    note_ties(selection, progress)
     objective = options.objective.objective
     with output_folder(output), unfinished(output):
-        session = Session(options, objective, progress, ranking=ranking)
+        session = Session(options.model, options.data, objective, progress, ranking=ranking)
         tuned = session.open_update(options.update, ranking)
-        pruned = [m.name for m in ranking.modules if m.name not in selection.names]
-        cut = _Cut(options, session, selection, pruned)
+        if selection is None:
+            selection = _smallest(options, session, ranking, tuned)
+        if selection.num_parameters == selection.num_candidate_parameters:
+            progress.note("the budget keeps everything, so nothing is pruned")
+        note_ties(selection, progress)
+        cut = _Cut(options, session, ranking, selection)
         full, masked = cut.full_and_masked_loss(tuned)
-        record = session.record | tuned.record
-        kept = tuner_layers(tuned.model).keys() - set(pruned)
+        record = session.record | {"options": flat_values(options)}
+        record |= {"loss_unit": LOSS_UNITS[objective], **tuned.record}
+        kept = tuner_layers(tuned.model).keys() - set(cut.pruned)
         with replaced_folder(output) as folder:
             sizes = cut.write(tuned.model, folder)
             del tuned  # frees the memory of its model
@@ -80,11 +88,64 @@ def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned
             record |= {
                 "selection": selection.record(),
                 "ranking_sha256": json_sha256(ranking.to_json()),
-                "result": found.model_dump(),
+                "result": found.model_dump(exclude_none=True),
             }
             write_text(folder / CARD, card_of("prune", record, ranking))
             write_json(folder / RECORD, record)
     return found
+
+
+def _loss_trainer(
+    options: PruneOptions, session: Session, model: PreTrainedModel | PeftModel
+) -> Trainer:
+    """A trainer that measures the loss of `model`."""
+    return session.loss_trainer(model, options.objective, EVAL_BATCH_SIZE)
+
+
+def _granularity(selection: Selection) -> Granularity:
+    return "module" if selection.parts is None else "part"
+
+
+def _gates_of(selection: Selection) -> list[str]:
+    """The gates that stay open: of the selected modules, or of their kept parts."""
+    if selection.parts is None:
+        return list(selection.names)
+    kept = selection.parts.items()
+    return [part_name(name, index) for name, indices in kept for index in indices]
+
+
+def _smallest(
+    options: PruneOptions, session: Session, ranking: Ranking, tuned: TunedModel
+) -> Selection:
+    """The smallest selection within `max_loss` of the whole update."""
+    wanted, margin = options.selection, options.selection.max_loss
+    assert margin is not None
+
+    def selected(count: int) -> Selection:
+        return ranking.select(Count(count), rank_multiple=wanted.pad_ranks)
+
+    granularity: Granularity = "part" if ranking.granularity == "part" else "module"
+    names = gate_groups(tuned.updates, granularity)
+    trainer = _loss_trainer(options, session, tuned.model)
+    held_out = trainer.eval_dataset["held_out"]
+    with session.progress.stage("held-out loss of smaller updates", None) as on_step:
+        curve = smallest_within(
+            trainer,
+            tuned.updates,
+            lambda count: _gates_of(selected(count)),
+            len(names),
+            margin,
+            held_out,
+            on_step,
+            granularity,
+        )
+    best = curve.smallest_within(margin)
+    what = "modules" if granularity == "module" else "rank-one parts"
+    session.progress.note(
+        f"{best.num_modules} of {len(names)} {what} are enough: {best.difference_nats:+.4f} "
+        f"against all, below {best.upper_nats:+.4f} with 95 % confidence over held-out batches"
+    )
+    return selected(best.num_modules)
 
 
 @dataclass(frozen=True)
@@ -93,28 +154,33 @@ class _Cut:
 
     options: PruneOptions
     session: Session
+    ranking: Ranking
     selection: Selection
-    pruned: Sequence[str]  # the modules that go
 
-    def trainer(self, model: PreTrainedModel | PeftModel) -> Trainer:
-        """A trainer that measures the loss of `model`."""
-        return self.session.loss_trainer(model, self.options.objective, EVAL_BATCH_SIZE)
+    @property
+    def pruned(self) -> list[str]:
+        """The modules that go as a whole."""
+        kept = set(self.selection.names)
+        return [module.name for module in self.ranking.modules if module.name not in kept]
 
     def full_and_masked_loss(self, tuned: TunedModel) -> tuple[float, float]:
         """Held-out losses of the whole update, and with the gates of the pruned modules closed."""
-        trainer = self.trainer(tuned.model)
-        subsets = [[update.module.name for update in tuned.updates], self.selection.names]
+        trainer = _loss_trainer(self.options, self.session, tuned.model)
+        granularity = _granularity(self.selection)
+        subsets = [list(gate_groups(tuned.updates, granularity)), _gates_of(self.selection)]
         held_out = trainer.eval_dataset["held_out"]
         title = "held-out loss of the full and the masked update"
         with self.session.progress.stage(title, 2) as on_step:
-            full, masked = subset_losses(trainer, tuned.updates, subsets, held_out, on_step)
+            full, masked = subset_losses(
+                trainer, tuned.updates, subsets, held_out, on_step, granularity
+            )
         return full.mean, masked.mean
 
     def write(self, model: PreTrainedModel | PeftModel, folder: Path) -> list[Size]:
         """Write the update without the pruned modules to `folder`; its sizes before and after."""
         selection, update = self.selection, self.options.update
         if isinstance(model, PeftModel):
-            source = prune_adapter(str(update.adapter), folder, model, self.pruned)
+            source = prune_adapter(str(update.adapter), folder, model, self.pruned, selection.parts)
             weights = (source / WEIGHTS, folder / WEIGHTS)
             parameters = [num_parameters(file) for file in weights]
             num_bytes = [file.stat().st_size for file in weights]
@@ -128,9 +194,15 @@ class _Cut:
             parameters = [selection.num_candidate_parameters, selection.num_parameters]
             num_bytes = [sum(path.stat().st_size for path in set(tuned.files.values()))] * 2
         counts = (selection.num_candidates, len(selection.modules))
+        num_parts: Sequence[int | None] = (None, None)
+        if selection.parts is not None:
+            everything = sum(len(module.part_scores or ()) for module in self.ranking.modules)
+            num_parts = (everything, sum(map(len, selection.parts.values())))
         return [
-            Size(num_modules=count, num_parameters=numbers, num_bytes=size)
-            for count, numbers, size in zip(counts, parameters, num_bytes, strict=True)
+            Size(num_modules=count, num_parameters=numbers, num_bytes=size, num_parts=parts)
+            for count, numbers, size, parts in zip(
+                counts, parameters, num_bytes, num_parts, strict=True
+            )
         ]
 
     def adapter_losses(
@@ -142,13 +214,20 @@ class _Cut:
         one does with the other gates closed.
         """
         model = load_adapter(self.session.load(), str(folder))
-        odd = sorted(tuner_layers(model).keys() ^ set(kept))
+        layers = tuner_layers(model)
+        odd = sorted(layers.keys() ^ set(kept))
         if odd:
             raise GuardError(
                 f"PEFT must put the pruned adapter on exactly the kept modules, but {len(odd)} "
                 f"differ, first {odd[0]}"
             )
-        trainer = self.trainer(model)
+        ranks = {name: layer.r[model.active_adapter] for name, layer in layers.items()}
+        for name, rank in (self.selection.ranks or {}).items():
+            if ranks[name] != rank:
+                raise GuardError(
+                    f"PEFT must give {name} the rank of its {rank} parts, but gives {ranks[name]}"
+                )
+        trainer = _loss_trainer(self.options, self.session, model)
         with model.disable_adapter():
             base_loss = loss_of(trainer)
         loss = loss_of(trainer)
@@ -165,7 +244,11 @@ class _Cut:
         base = self.session.source
         pruned = replace(base, model=str(folder), revision=None)
         base_loss, loss = (
-            loss_of(self.trainer(load_model(source, self.session.objective)))
+            loss_of(
+                _loss_trainer(
+                    self.options, self.session, load_model(source, self.session.objective)
+                )
+            )
             for source in (base, pruned)
         )
         return base_loss, loss

@@ -11,10 +11,14 @@ from transformers import Trainer
 from keylayers.commands.options import VerifyOptions
 from keylayers.commands.session import Session
 from keylayers.evaluation.held_out import mask_curve
+from keylayers.evaluation.singular_values import orders_by_singular_values
 from keylayers.files import json_sha256, output_folder
+from keylayers.gates import gate_groups, part_name, part_sizes
 from keylayers.progress import Progress
+from keylayers.ranking.parts import parts_in_order
 from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.ranking.verification import MaskCurve, Verification, verification_file
+from keylayers.scores.options import Granularity
 from keylayers.scores.score_modules import score_modules
 from keylayers.scores.scoring_options import scoring_options
 from keylayers.updates import Update
@@ -41,7 +45,9 @@ def _verification(ranking: Ranking, options: VerifyOptions, progress: Progress) 
     tuned = session.open_update(options.update, ranking)
     trainer = session.loss_trainer(tuned.model, objective, wanted.eval_batch_size)
     held_out = trainer.eval_dataset["held_out"]
-    num_points = min(wanted.points, len(tuned.updates) + 1)
+    granularity: Granularity = "part" if ranking.granularity == "part" else "module"
+    num_gates = len(gate_groups(tuned.updates, granularity))
+    num_points = min(wanted.points, num_gates + 1)
 
     def measure(title: str, order: Sequence[str]) -> MaskCurve:
         with progress.stage(f"mask curve: {title}", num_points) as on_step:
@@ -49,8 +55,18 @@ def _verification(ranking: Ranking, options: VerifyOptions, progress: Progress) 
                 trainer, tuned.updates, order, held_out, num_points=num_points, on_step=on_step
             )
 
-    best_first = [module.name for module in ranking.ordered()]
-    names = [module.name for module in ranking.modules]  # the same orders for every ranking
+    # Random orders are of names in model order, the same for every ranking of a model.
+    rivals: dict[str, MaskCurve] = {}
+    if granularity == "part":
+        best_first = [part_name(p.module_name, p.index) for p in parts_in_order(ranking.modules)]
+        names = list(part_sizes(tuned.updates))
+        rivals = {
+            title: measure(title, order)
+            for title, order in orders_by_singular_values(tuned.updates).items()
+        }
+    else:
+        best_first = [module.name for module in ranking.ordered()]
+        names = [module.name for module in ranking.modules]
     return Verification(
         ranking_sha256=json_sha256(ranking.to_json()),
         best_first=measure("best first", best_first),
@@ -67,6 +83,7 @@ def _verification(ranking: Ranking, options: VerifyOptions, progress: Progress) 
             if wanted.leave_one_out
             else None
         ),
+        rivals=rivals,
         margin=wanted.margin,
         provenance=session.record | tuned.record,
     )

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Held-out losses of a trainer's model: as it is, and with only the best k updates kept."""
+"""Held-out losses of a trainer's model: as it is, and with only the best updates kept."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import Trainer
 
-from keylayers.gates import gated
+from keylayers.gates import gated, part_sizes
 from keylayers.progress import OnStep
 from keylayers.ranking.verification import MaskCurve
+from keylayers.scores.options import Granularity
 from keylayers.trainers.data import prepared_for
 from keylayers.trainers.loss import BatchLosses, TrainerLoss
 from keylayers.updates import Update
@@ -36,26 +38,41 @@ def mask_curve(
     num_points: int | None = None,
     on_step: OnStep | None = None,
 ) -> MaskCurve:
-    """The curve of one order of the modules.
+    """The curve of one order of the modules, or of the rank-one parts of the updates.
 
     Args:
         trainer: Its model carries the updates; its loss is measured.
         updates: From `adapter_updates` or `dense_updates`.
-        order: Names of all updated modules, best first.
+        order: Names of all updated modules, best first, or of all parts (`keylayers.gates`).
         held_out: Examples that neither training nor mask learning saw.
-        num_points: Points on the curve, evenly spaced; every count if not given.
+        num_points: Points on the curve, spaced evenly, or of parts by equal factors; every count if
+            not given.
         on_step: Called after each point with its number, from 1, and its loss in nats.
     """
-    steps = len(order) if num_points is None else min(len(order), num_points - 1)
-    counts = [round(len(order) * step / steps) for step in range(steps + 1)]
+    sizes: dict[str, int] = {}
+    if order and order[0] not in {update.module.name for update in updates}:
+        sizes = part_sizes(updates)
+    counts = _counts(len(order), num_points, is_of_parts=bool(sizes))
     subsets = [order[:count] for count in counts]
-    measured = subset_losses(trainer, updates, subsets, held_out, on_step)
+    measured = subset_losses(
+        trainer, updates, subsets, held_out, on_step, "part" if sizes else "module"
+    )
     return MaskCurve(
         counts=tuple(counts),
         losses=tuple(point.mean for point in measured),
         batch_losses=tuple(point.losses for point in measured),
         batch_weights=measured[0].weights,
+        num_parameters=tuple(sum(sizes[name] for name in kept) for kept in subsets if sizes),
     )
+
+
+def _counts(num: int, num_points: int | None, *, is_of_parts: bool) -> list[int]:
+    """Numbers of kept modules from 0 to all; of parts, the second is a hundredth of all."""
+    steps = num if num_points is None else min(num, num_points - 1)
+    if not is_of_parts or steps < 3 or steps == num:
+        return [round(num * step / steps) for step in range(steps + 1)]
+    spaced = np.geomspace(max(1.0, num / 100), num, steps).round().astype(int).tolist()
+    return sorted({0, *spaced})
 
 
 def subset_losses(
@@ -64,15 +81,18 @@ def subset_losses(
     subsets: Sequence[Collection[str]],
     held_out: Dataset,
     on_step: OnStep | None = None,
+    granularity: Granularity = "module",
 ) -> list[BatchLosses]:
-    """Held-out losses in nats with only the updates of each subset of modules kept."""
+    """Held-out losses in nats with only the updates of each subset of modules, or parts, kept."""
     source = TrainerLoss(trainer, sees_every_batch=True)
     held_out = prepared_for(trainer, held_out)
     measured = []
     with source.quiet():
         batches = list(trainer.get_eval_dataloader(held_out))
-        with gated(trainer.model, updates, initial_score=1.0, link="identity") as gates:
-            names = [modules[0] for modules in gates.groups.values()]
+        with gated(
+            trainer.model, updates, initial_score=1.0, link="identity", granularity=granularity
+        ) as gates:
+            names = list(gates.groups)
             for step, subset in enumerate(subsets, start=1):
                 kept = set(subset)
                 gates.set_scores(torch.tensor([float(name in kept) for name in names]))
@@ -80,3 +100,45 @@ def subset_losses(
                 if on_step is not None:
                     on_step(step, measured[-1].mean)
     return measured
+
+
+def smallest_within(
+    trainer: Trainer,
+    updates: Sequence[Update],
+    kept: Callable[[int], Collection[str]],
+    num_candidates: int,
+    margin_nats: float,
+    held_out: Dataset,
+    on_step: OnStep,
+    granularity: Granularity,
+) -> MaskCurve:
+    """The curve at the counts that a bisection looks at, for the smallest within the margin.
+
+    `kept` gives the names of the best modules or parts of a count. The loss should fall as more are
+    kept: where it does not, a smaller count may be within the margin too.
+    """
+    found: dict[int, BatchLosses] = {}
+
+    def measure(*counts: int) -> None:
+        subsets = [kept(count) if count else [] for count in counts]
+        losses = subset_losses(trainer, updates, subsets, held_out, None, granularity)
+        found.update(zip(counts, losses, strict=True))
+        on_step(len(found), losses[-1].mean)
+
+    def curve(counts: Iterable[int]) -> MaskCurve:
+        points = {count: found[count] for count in sorted(counts)}
+        return MaskCurve(
+            counts=tuple(points),
+            losses=tuple(point.mean for point in points.values()),
+            batch_losses=tuple(point.losses for point in points.values()),
+            batch_weights=found[0].weights,
+        )
+
+    measure(0, num_candidates)
+    low, high = 0, num_candidates
+    while high - low > 1:
+        middle = (low + high) // 2
+        measure(middle)
+        best = curve((0, middle, num_candidates)).smallest_within(margin_nats)
+        low, high = (low, middle) if best.num_modules == middle else (middle, high)
+    return curve(found)

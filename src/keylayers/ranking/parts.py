@@ -5,14 +5,15 @@ Parts differ in size, so they are ordered by their score per parameter. Needs no
 """
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from keylayers.errors import ConfigError
 from keylayers.ranking.budget import Budget, Count, Fraction, Freeze, Parameters
 from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.selection import Selection
+from keylayers.ranking.targets import rank_key
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,29 @@ def parts_in_order(modules: Sequence[RankedModule]) -> list[Part]:
     return sorted(parts, key=lambda part: -part.score_per_parameter)
 
 
-def select_parts(modules: Sequence[RankedModule], budget: Budget) -> Selection:
-    """The best parts that `budget` buys: a share or a number of parts, or of their parameters."""
+def select_parts(
+    modules: Sequence[RankedModule], budget: Budget, rank_multiple: int = 1
+) -> Selection:
+    """The best parts that `budget` buys: a share or a number of parts, or of their parameters.
+
+    Where the rank of a module must be higher than the number of its best parts (a multiple of
+    `rank_multiple`, or PEFT's common rank of the stacked experts of one module), its next parts
+    fill the places.
+    """
     ordered = parts_in_order(modules)
-    sizes = [part.num_parameters for part in ordered]
+    sizes = {module.name: module.part_parameters or () for module in modules}
+
+    def size(count: int) -> int:
+        kept = _with_common_ranks(modules, ordered, count, rank_multiple)
+        return sum(sizes[name][index] for name, indices in kept.items() for index in indices)
+
+    whole = size(len(ordered))
     if isinstance(budget, Parameters):
-        allowed = budget.fraction * sum(sizes)
-        count = bisect_right(list(accumulate(sizes)), allowed * (1 + 1e-12))
+        allowed = budget.fraction * whole * (1 + 1e-12)
+        count = bisect_right(range(1, len(ordered) + 1), allowed, key=size)
         if count == 0:
             raise ConfigError(
-                f"`budget` must allow at least the best part, which has {sizes[0]:,} parameters, "
+                f"`budget` must allow at least the best part, which takes {size(1):,} parameters, "
                 f"but {budget} allows {int(allowed):,}"
             )
     elif isinstance(budget, (Fraction, Count, Freeze)):
@@ -61,16 +75,30 @@ def select_parts(modules: Sequence[RankedModule], budget: Budget) -> Selection:
             f"`budget` {budget} needs a ranking of modules, but this one is of rank-one parts; "
             f"give parameters, such as 0.05x-params, or a share or number of parts"
         )
-    kept: dict[str, list[int]] = {}
-    for part in ordered[:count]:
-        kept.setdefault(part.module_name, []).append(part.index)
+    kept = _with_common_ranks(modules, ordered, count, rank_multiple)
     worst = ordered[count - 1].score_per_parameter
     return Selection(
         modules=tuple(module for module in modules if module.name in kept),
         num_candidates=len(modules),
-        num_candidate_parameters=sum(sizes),
+        num_candidate_parameters=whole,
         budget=str(budget),
         num_tied_out=sum(part.score_per_parameter == worst for part in ordered[count:]),
         is_of_mixture=any(module.is_stacked for module in modules),
-        parts={name: tuple(sorted(indices)) for name, indices in kept.items()},
+        parts=kept,
     )
+
+
+def _with_common_ranks(
+    modules: Sequence[RankedModule], ordered: Sequence[Part], count: int, multiple: int
+) -> dict[str, tuple[int, ...]]:
+    """Module name -> the best `count` of all parts, and those that fill up its rank."""
+    of_module: dict[str, list[int]] = {}  # all parts, best first
+    num_best: Counter[str] = Counter(part.module_name for part in ordered[:count])
+    for part in ordered:
+        of_module.setdefault(part.module_name, []).append(part.index)
+    holders = {module.name: rank_key(module.name, module.is_stacked) for module in modules}
+    ranks: dict[str, int] = {}
+    for name, number in num_best.items():
+        rank = -(-number // multiple) * multiple
+        ranks[holders[name]] = max(rank, ranks.get(holders[name], 0))
+    return {name: tuple(sorted(of_module[name][: ranks[holders[name]]])) for name in num_best}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 
-from keylayers.validation import Text
+from keylayers.validation import ListOf, Text
 
 if TYPE_CHECKING:
     from keylayers.model.modules import ModuleInfo
@@ -31,8 +31,8 @@ class RankedModule:
     standard_error: Annotated[StrictFloat, Field(ge=0)] | None = None  # None if it is not known
     is_stacked: StrictBool = False  # one parameter that stacks the matrices of several experts
     # Of a ranking of rank-one parts, by falling singular value; `score` is their sum.
-    part_scores: tuple[StrictFloat, ...] | None = None
-    part_parameters: tuple[Annotated[StrictInt, Field(ge=1)], ...] | None = None
+    part_scores: ListOf[StrictFloat] | None = None
+    part_parameters: ListOf[Annotated[StrictInt, Field(ge=1)]] | None = None
 
     def __post_init__(self) -> None:
         if len(self.part_scores or ()) != len(self.part_parameters or ()):

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from keylayers.errors import RankingError
+from keylayers.errors import ConfigError, RankingError
 from keylayers.files import write_json
 from keylayers.ranking.budget import WrittenBudget, parse_budget
 from keylayers.ranking.parts import select_parts
@@ -87,19 +87,31 @@ class Ranking:
 
         return {module.name: rank(module.score) for module in self.modules}
 
-    def select(self, budget: WrittenBudget, memory: StepMemory | None = None) -> Selection:
+    def select(
+        self,
+        budget: WrittenBudget,
+        memory: StepMemory | None = None,
+        *,
+        rank_multiple: int = 1,
+    ) -> Selection:
         """The best modules, or rank-one parts, that `budget` buys.
 
         Args:
             budget: How much, in any form of `keylayers.ranking.budget`.
             memory: What a training step holds (`keylayers.measured_memory`), for a budget in GiB.
+            rank_multiple: Of a ranking of parts: every module's rank is a multiple of this.
 
         Raises:
             ConfigError: the budget has no known form, buys nothing, or does not go with `memory`.
             RankingError: the budget reaches modules that have no score.
         """
         if self.granularity == "part":
-            return select_parts(self.modules, parse_budget(budget))
+            return select_parts(self.modules, parse_budget(budget), rank_multiple)
+        if rank_multiple != 1:
+            raise ConfigError(
+                f"ranks are decided by a ranking of rank-one parts, but this one is by "
+                f"{self.granularity}; rank with `granularity` part"
+            )
         return select(self.modules, parse_budget(budget), self.step_time, memory)
 
     @property

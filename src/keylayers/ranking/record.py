@@ -181,6 +181,7 @@ class Size(Part):
     num_modules: CountFromZero
     num_parameters: CountFromZero
     num_bytes: CountFromZero = 0  # on disk
+    num_parts: CountFromZero | None = None  # rank-one parts, where these were cut
 
 
 class Pruned(Part):

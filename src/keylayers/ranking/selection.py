@@ -121,7 +121,8 @@ class Selection:
             raise TypeError(f"`{taken[0]}` comes from the selection; leave it out")
         if self.ranks is not None:
             alpha = options.get("lora_alpha", LoraConfig.lora_alpha)
-            options |= rank_options(self.ranks, alpha / max(self.ranks.values()))
+            scaling = alpha / max(self.ranks.values())
+            options |= rank_options(self.ranks, scaling, self.stacked)
         return LoraConfig(**{"task_type": "CAUSAL_LM", **options}, **self.lora_targets)
 
     def record(self) -> dict[str, Any]:

@@ -31,7 +31,9 @@ def lora_targets(names: Sequence[str], stacked: Collection[str] | None) -> dict[
     return {"target_modules": modules, "target_parameters": parameters}
 
 
-def rank_options(ranks: Mapping[str, int], scaling: float) -> dict[str, Any]:
+def rank_options(
+    ranks: Mapping[str, int], scaling: float, stacked: Collection[str] | None = None
+) -> dict[str, Any]:
     """The fields of a PEFT config for these ranks by module, with `alpha / rank` equal everywhere.
 
     `r` is the highest rank, so engines that read `r` and `lora_alpha` alone compute the same.
@@ -42,13 +44,22 @@ def rank_options(ranks: Mapping[str, int], scaling: float) -> dict[str, Any]:
         value = scaling * rank
         return int(value) if float(value).is_integer() else value
 
-    lower = {name: rank for name, rank in ranks.items() if rank != highest}
+    lower = {
+        rank_key(name, name in (stacked or ())): rank
+        for name, rank in ranks.items()
+        if rank != highest
+    }
     return {
         "r": highest,
         "lora_alpha": alpha(highest),
         "rank_pattern": lower,
         "alpha_pattern": {name: alpha(rank) for name, rank in lower.items()},
     }
+
+
+def rank_key(name: str, is_stacked: bool) -> str:
+    """What PEFT calls the module in a rank pattern: experts share one by the module they are in."""
+    return name.rpartition(".")[0] if is_stacked else name
 
 
 def target_regex(names: Iterable[str]) -> str:

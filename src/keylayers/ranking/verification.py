@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `keylayers verify` finds: a ranking's mask curve and its controls. Needs no torch.
 
-A mask curve is the held-out loss against the number of modules that keep their update: a good
-ranking reaches the loss of all updates with few modules. Nothing is retrained.
+A mask curve is the held-out loss against the number of modules (or rank-one parts) that keep their
+update: a good ranking reaches the loss of all updates with few of them. Nothing is retrained.
 `keylayers.evaluation.held_out` measures it.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -50,6 +51,8 @@ class MaskCurve(Part):
     # For each count, the loss of each held-out batch, and the batches' weights in the mean.
     batch_losses: ListOf[ListOf[float]] = Field(default=(), repr=False)
     batch_weights: ListOf[float] = Field(default=(), repr=False)
+    # Of a curve of rank-one parts: what an adapter with each count of the best parts holds.
+    num_parameters: ListOf[int] = ()
 
     @model_validator(mode="after")
     def _has_a_loss_for_each_count(self) -> "MaskCurve":
@@ -61,6 +64,8 @@ class MaskCurve(Part):
         sizes = {len(row) for row in self.batch_losses}
         if len(self.batch_losses) != num_rows or sizes - {len(self.batch_weights)}:
             raise ValueError(f"a curve with a loss for each of {len(self.batch_weights)} batches")
+        if len(self.num_parameters) not in (0, len(self.counts)):
+            raise ValueError(f"a curve with parameters for each of its {len(self.counts)} counts")
         return self
 
     @property
@@ -72,14 +77,20 @@ class MaskCurve(Part):
     def normalised_area(self) -> float | None:
         """Area under the curve, by trapezoids, "no update" mapped to 1 and "all updates" to 0.
 
-        Lower is better. None where the update does not lower the held-out loss.
+        Lower is better. Of rank-one parts, the area is over the logarithm of their parameters, from
+        the first count above 0. None where the update does not lower the held-out loss.
         """
         if self.reduction_nats <= 0:
             return None
         heights = [(loss - self.losses[-1]) / self.reduction_nats for loss in self.losses]
-        points = pairwise(zip(self.counts, heights, strict=True))
+        places: Sequence[float] = self.counts
+        if self.num_parameters:
+            places, heights = [math.log(size) for size in self.num_parameters[1:]], heights[1:]
+        if len(places) < 2:
+            return None
+        points = pairwise(zip(places, heights, strict=True))
         area = sum((right - left) * (low + high) / 2 for (left, low), (right, high) in points)
-        return area / self.counts[-1]
+        return area / (places[-1] - places[0])
 
     @property
     def best(self) -> tuple[int, float]:
@@ -122,7 +133,8 @@ class MaskCurve(Part):
     def to_json(self) -> dict[str, Any]:
         """The curve for a record."""
         best_count, best_loss = self.best
-        return self.model_dump() | {
+        of_parts = () if self.num_parameters else ("num_parameters",)
+        return self.model_dump(exclude={*of_parts}) | {
             "normalised_area": self.normalised_area,
             "best": {"num_modules": best_count, "loss_nats": best_loss},
         }
@@ -140,6 +152,8 @@ class Verification(Part):
     worst_first: MaskCurve  # the reverse order: a ranking can be good at one end only
     random: ListOf[MaskCurve]  # random orders, the control
     leave_one_out: MaskCurve | None = None
+    # Of rank-one parts: orders by singular values alone, by name.
+    rivals: dict[Text, MaskCurve] = Field(default={})
     # What the recommended budget may lose, as a share of what the fine-tune gained.
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.05
     provenance: dict[Any, Any] = Field(default={})  # keys may hold half a character, unlike `str`
@@ -147,7 +161,8 @@ class Verification(Part):
 
     @model_validator(mode="after")
     def _has_curves_at_the_same_counts(self) -> "Verification":
-        curves = (self.worst_first, *self.random, self.leave_one_out or self.best_first)
+        others = (self.leave_one_out or self.best_first, *self.rivals.values())
+        curves = (self.worst_first, *self.random, *others)
         if not self.random or any(curve.counts != self.best_first.counts for curve in curves):
             raise ValueError("curves at the same counts, with random ones among them")
         return self
@@ -199,6 +214,8 @@ class Verification(Part):
             "leave_one_out": self.leave_one_out and self.leave_one_out.to_json(),
             "provenance": self.provenance,
         }
+        if self.rivals:
+            content["rivals"] = {name: curve.to_json() for name, curve in self.rivals.items()}
         write_json(path, content)
 
     @staticmethod

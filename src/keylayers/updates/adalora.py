@@ -7,7 +7,7 @@ Gates of parts scale Λ: AdaLoRA's own triplets are the parts.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeGuard
 
 import torch
@@ -59,6 +59,16 @@ class AdaLoraUpdate(AdapterUpdate):
         identity = torch.eye(len(values), dtype=torch.float64)
         cost = a.shape[1] + b.shape[0]
         return PartBasis(self._scaling() * sizes, (cost,) * len(values), identity, identity)
+
+    def cut(self, kept: Sequence[int]) -> dict[str, Tensor]:
+        """A and B of plain LoRA that hold the kept triplets."""
+        a, values, b = (tensor.double() for tensor in self._triplets())
+        values = self._scaling() * values[list(kept)]
+        root = values.abs().sqrt()
+        return {
+            "lora_A.weight": root * a[list(kept)],
+            "lora_B.weight": b[:, list(kept)] * (root * values.sign()).T,
+        }
 
     def _triplets(self) -> tuple[Tensor, Tensor, Tensor]:
         layer, name = self.layer, self.adapter

@@ -7,6 +7,7 @@ gate and magnitude, but keeps activations of width d_out. Gates of parts keep th
 update, so that the update is linear in them: `Σ_j γ_j c σ_j u_j v_jᵀ + γ_m (c - 1) θ_0`.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,6 +64,24 @@ class DoraUpdate(AdapterUpdate):
             singular_values=torch.cat([basis.singular_values, of_magnitude[None]]),
             num_parameters=(*basis.num_parameters, len(scale)),
         )
+
+    def cut(self, kept: Sequence[int]) -> dict[str, Tensor]:
+        """A, B and the magnitude of the kept parts; a rank of zeros if only the magnitude is."""
+        basis, (a, b), (base, _) = self.parts(), factors(self), self._weights()
+        scale = self._scale().double()[:, None]
+        directions = [index for index in kept if index < len(basis.down)]
+        has_magnitude = len(directions) < len(kept)
+        new_a, new_b = basis.cut(
+            a, b if has_magnitude else scale * b, self.layer.scaling[self.adapter], directions
+        )
+        norm = (base + new_b @ new_a).norm(dim=1)
+        if not directions:
+            new_a, new_b = torch.zeros_like(a[:1]), torch.zeros_like(b[:, :1])
+        return {
+            "lora_A.weight": new_a,
+            "lora_B.weight": new_b,
+            "lora_magnitude_vector": scale[:, 0] * norm if has_magnitude else norm,
+        }
 
     def _weights(self) -> tuple[Float[Tensor, "d_out d_in"], Float[Tensor, "d_out d_in"]]:
         """θ_0, and θ_0 + scaling B A."""

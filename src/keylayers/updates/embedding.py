@@ -5,6 +5,7 @@ PEFT stores A and B as parameters and has no dropout here, so there is no module
 the method that looks up tokens in A (`_embed` of PEFT 0.21).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Float
@@ -36,6 +37,11 @@ class EmbeddingUpdate(AdapterUpdate):
     def parts(self) -> PartBasis:
         """The singular value decomposition of `scaling * B A`."""
         return PartBasis.of(*self._factors(), self.layer.scaling[self.adapter])
+
+    def cut(self, kept: Sequence[int]) -> dict[str, Tensor]:
+        """A and B of the kept parts."""
+        a, b = self.parts().cut(*self._factors(), self.layer.scaling[self.adapter], kept)
+        return {"lora_embedding_A": a, "lora_embedding_B": b}
 
     def _factors(
         self,

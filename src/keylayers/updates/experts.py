@@ -6,6 +6,8 @@ A and B instead of calling them, so hooks on them do not fire. We wrap the metho
 (PEFT 0.21); the gate scales one rank-r factor, not the whole stack.
 """
 
+from collections.abc import Sequence
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -55,3 +57,14 @@ class ParameterUpdate(AdapterUpdate):
         """
         left, right, scaling = self.layer.get_delta_factors(self.adapter)
         return PartBasis.of(right, left, scaling)
+
+    def cut(self, kept: Sequence[int]) -> dict[str, Tensor]:
+        """A and B of the kept parts, laid out as PEFT stacks the experts in them."""
+        left, right, scaling = self.layer.get_delta_factors(self.adapter)
+        a, b = self.parts().cut(right, left, scaling, kept)
+        if not self.layer._did_swap_in_out_features:  # then PEFT's factors are Aᵀ and Bᵀ
+            a, b = b.mT, a.mT
+        return {
+            "lora_A.weight": a.reshape(-1, a.shape[-1]),
+            "lora_B.weight": b.permute(1, 2, 0).reshape(b.shape[1], -1),
+        }

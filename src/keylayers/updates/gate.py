@@ -3,7 +3,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -121,6 +121,18 @@ class PartBasis:
             up=(r_a.mT @ right.mT) * root[..., None, :],
         )
 
+    def cut(
+        self,
+        a: Float[Tensor, "*expert lora_rank d_in"],
+        b: Float[Tensor, "*expert d_out lora_rank"],
+        scaling: float,
+        kept: Sequence[int],
+    ) -> tuple[Float[Tensor, "*expert rank d_in"], Float[Tensor, "*expert d_out rank"]]:
+        """New A and B that hold the kept parts; their scaling is 1, and both have `√σ_j`."""
+        root, kept = scaling**0.5, list(kept)
+        new_a = root * self.down[..., kept, :].to(a.device) @ a.double()
+        return new_a, root * b.double() @ self.up[..., kept].to(b.device)
+
 
 @dataclass(frozen=True)
 class Update(ABC):
@@ -161,6 +173,10 @@ class AdapterUpdate(Update):
 
     layer: LoraLayer
     adapter: str
+
+    @abstractmethod
+    def cut(self, kept: Sequence[int]) -> dict[str, Tensor]:
+        """What PEFT saves for this layer with the kept parts alone, by name, at a scaling of 1."""
 
 
 def around_forward(layer: nn.Module, before: Callable[[], None], after: Callable[[], None]) -> None:

@@ -7,6 +7,8 @@ memory over a frozen model. It holds for LoRA and rsLoRA, on linear layers, on `
 quantised ones.
 """
 
+from collections.abc import Sequence
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -28,6 +30,11 @@ class LoraUpdate(AdapterUpdate):
     def parts(self) -> PartBasis:
         """The singular value decomposition of `scaling * B A`."""
         return PartBasis.of(*factors(self), self.layer.scaling[self.adapter])
+
+    def cut(self, kept: Sequence[int]) -> dict[str, Tensor]:
+        """A and B of the kept parts."""
+        a, b = self.parts().cut(*factors(self), self.layer.scaling[self.adapter], kept)
+        return {"lora_A.weight": a, "lora_B.weight": b}
 
 
 def factors(
