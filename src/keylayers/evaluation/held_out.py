@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Held-out losses of a trainer's model: as it is, and with only the best updates kept."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -45,34 +47,35 @@ def mask_curve(
         updates: From `adapter_updates` or `dense_updates`.
         order: Names of all updated modules, best first, or of all parts (`keylayers.gates`).
         held_out: Examples that neither training nor mask learning saw.
-        num_points: Points on the curve, spaced evenly, or of parts by equal factors; every count if
-            not given.
+        num_points: Points on the curve; every count if not given. Modules are spaced evenly, parts
+            by equal factors of their parameters, from a hundredth of all.
         on_step: Called after each point with its number, from 1, and its loss in nats.
     """
     sizes: dict[str, int] = {}
     if order and order[0] not in {update.module.name for update in updates}:
         sizes = part_sizes(updates)
-    counts = _counts(len(order), num_points, is_of_parts=bool(sizes))
-    subsets = [order[:count] for count in counts]
+    held = list(accumulate((sizes[name] for name in order if sizes), initial=0))
+    steps = len(order) if num_points is None else min(len(order), num_points - 1)
+    if sizes and steps < len(order):
+        budgets = np.geomspace(held[-1] / 100, held[-1], steps) * (1 + 1e-12)
+        counts = [0, *(max(1, bisect_right(held, budget) - 1) for budget in budgets)]
+    else:
+        counts = [round(len(order) * step / steps) for step in range(steps + 1)]
     measured = subset_losses(
-        trainer, updates, subsets, held_out, on_step, "part" if sizes else "module"
+        trainer,
+        updates,
+        [order[:count] for count in counts],
+        held_out,
+        on_step,
+        "part" if sizes else "module",
     )
     return MaskCurve(
         counts=tuple(counts),
         losses=tuple(point.mean for point in measured),
         batch_losses=tuple(point.losses for point in measured),
         batch_weights=measured[0].weights,
-        num_parameters=tuple(sum(sizes[name] for name in kept) for kept in subsets if sizes),
+        num_parameters=tuple(held[count] for count in counts) if sizes else (),
     )
-
-
-def _counts(num: int, num_points: int | None, *, is_of_parts: bool) -> list[int]:
-    """Numbers of kept modules from 0 to all; of parts, the second is a hundredth of all."""
-    steps = num if num_points is None else min(num, num_points - 1)
-    if not is_of_parts or steps < 3 or steps == num:
-        return [round(num * step / steps) for step in range(steps + 1)]
-    spaced = np.geomspace(max(1.0, num / 100), num, steps).round().astype(int).tolist()
-    return sorted({0, *spaced})
 
 
 def subset_losses(

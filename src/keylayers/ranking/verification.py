@@ -56,7 +56,8 @@ class MaskCurve(Part):
 
     @model_validator(mode="after")
     def _has_a_loss_for_each_count(self) -> "MaskCurve":
-        if self.counts[:1] != (0,) or any(low >= high for low, high in pairwise(self.counts)):
+        steps = [high - low for low, high in pairwise(self.counts)]
+        if self.counts[:1] != (0,) or min(steps, default=1) < (0 if self.num_parameters else 1):
             raise ValueError(f"a curve whose counts rise from 0, not {self.counts[:9]}")
         if len(self.counts) < 2 or len(self.losses) != len(self.counts):
             raise ValueError(f"a curve with a loss for each of its {len(self.counts)} counts")
@@ -163,7 +164,9 @@ class Verification(Part):
     def _has_curves_at_the_same_counts(self) -> "Verification":
         others = (self.leave_one_out or self.best_first, *self.rivals.values())
         curves = (self.worst_first, *self.random, *others)
-        if not self.random or any(curve.counts != self.best_first.counts for curve in curves):
+        own = self.best_first  # orders of parts have their own counts at the same parameters
+        is_same = len if own.num_parameters else tuple
+        if not self.random or any(is_same(c.counts) != is_same(own.counts) for c in curves):
             raise ValueError("curves at the same counts, with random ones among them")
         return self
 
