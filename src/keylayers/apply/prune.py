@@ -32,6 +32,7 @@ from keylayers.model.checkpoint import (
 )
 from keylayers.model.modules import base_model_of, map_modules
 from keylayers.model.options import ModelOptions
+from keylayers.ranking.selection import Selection
 from keylayers.ranking.targets import lora_targets, rank_options
 from keylayers.updates import AdapterUpdate, adapter_updates
 from keylayers.updates.adapter import tuner_layers
@@ -47,12 +48,12 @@ def prune_adapter(
     folder: Path,
     model: PeftModel,
     pruned: Collection[str],
-    parts: Mapping[str, Sequence[int]] | None = None,
+    cut: Selection | None = None,
 ) -> Path:
     """Write the adapter without the modules `pruned`; the folder that it was read from.
 
-    With `parts`, the other modules keep these rank-one parts alone, in a LoRA (or DoRA) adapter
-    with a rank for each module and a scaling of 1.
+    With `cut`, a selection of rank-one parts, the other modules keep these parts alone, in a LoRA
+    (or DoRA) adapter with a rank for each module and a scaling of 1.
     """
     source = local_folder(adapter, (*ADAPTER_FILES, *TOKENIZER_FILES), "a PEFT adapter")
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
@@ -65,11 +66,10 @@ def prune_adapter(
     kept = [name for name in paths if name not in pruned]
     stacked = {info.name for info in map_modules(model, "all") if info.is_stacked} or None
     config = pruned_config(config, kept, stacked)
-    if parts is not None:
+    if cut is not None and cut.parts is not None and cut.ranks is not None:
         new_paths = _paths_without(paths, pruned)
-        tensors = _cut_tensors(tensors, adapter_updates(model), new_paths, parts)
-        ranks = {name: len(indices) for name, indices in parts.items()}
-        config = _cut_config(config, rank_options(ranks, 1.0, stacked))
+        tensors = _cut_tensors(tensors, adapter_updates(model), new_paths, cut.parts)
+        config = _cut_config(config, rank_options(cut.ranks, 1.0, stacked))
     save_file(tensors, folder / WEIGHTS, metadata=metadata)
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")

@@ -180,7 +180,7 @@ class _Cut:
         """Write the update without the pruned modules to `folder`; its sizes before and after."""
         selection, update = self.selection, self.options.update
         if isinstance(model, PeftModel):
-            source = prune_adapter(str(update.adapter), folder, model, self.pruned, selection.parts)
+            source = prune_adapter(str(update.adapter), folder, model, self.pruned, selection)
             weights = (source / WEIGHTS, folder / WEIGHTS)
             parameters = [num_parameters(file) for file in weights]
             num_bytes = [file.stat().st_size for file in weights]

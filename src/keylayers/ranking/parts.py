@@ -5,7 +5,6 @@ Parts differ in size, so they are ordered by their score per parameter. Needs no
 """
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,7 +49,7 @@ def select_parts(
 
     Where the rank of a module must be higher than the number of its best parts (a multiple of
     `rank_multiple`, or PEFT's common rank of the stacked experts of one module), its next parts
-    fill the places.
+    fill the places. A DoRA module that is kept has a magnitude and a rank of at least 1 anyway.
     """
     ordered = parts_in_order(modules)
     sizes = {module.name: module.part_parameters or () for module in modules}
@@ -93,12 +92,23 @@ def _with_common_ranks(
 ) -> dict[str, tuple[int, ...]]:
     """Module name -> the best `count` of all parts, and those that fill up its rank."""
     of_module: dict[str, list[int]] = {}  # all parts, best first
-    num_best: Counter[str] = Counter(part.module_name for part in ordered[:count])
     for part in ordered:
         of_module.setdefault(part.module_name, []).append(part.index)
-    holders = {module.name: rank_key(module.name, module.is_stacked) for module in modules}
+    magnitudes = {module.name for module in modules if module.has_magnitude_part}
+    num_best = dict.fromkeys((part.module_name for part in ordered[:count]), 0)
+    for part in ordered[:count]:
+        is_last = part.index == len(of_module[part.module_name]) - 1
+        num_best[part.module_name] += not (is_last and part.module_name in magnitudes)
+    kept_modules = [module for module in modules if module.name in num_best]
     ranks: dict[str, int] = {}
-    for name, number in num_best.items():
-        rank = -(-number // multiple) * multiple
-        ranks[holders[name]] = max(rank, ranks.get(holders[name], 0))
-    return {name: tuple(sorted(of_module[name][: ranks[holders[name]]])) for name in num_best}
+    for module in kept_modules:
+        rank = max(multiple, -(-num_best[module.name] // multiple) * multiple)
+        key = rank_key(module.name, module.is_stacked)
+        ranks[key] = max(rank, ranks.get(key, 0))
+    kept = {}
+    for module in kept_modules:
+        magnitude = [len(of_module[module.name]) - 1] if module.has_magnitude_part else []
+        directions = [index for index in of_module[module.name] if index not in magnitude]
+        rank = ranks[rank_key(module.name, module.is_stacked)]
+        kept[module.name] = (*sorted(directions[:rank]), *magnitude)
+    return kept

@@ -33,6 +33,7 @@ class RankedModule:
     # Of a ranking of rank-one parts, by falling singular value; `score` is their sum.
     part_scores: ListOf[StrictFloat] | None = None
     part_parameters: ListOf[Annotated[StrictInt, Field(ge=1)]] | None = None
+    has_magnitude_part: StrictBool = False  # the last part is DoRA's magnitude, which has no rank
 
     def __post_init__(self) -> None:
         if len(self.part_scores or ()) != len(self.part_parameters or ()):

@@ -26,6 +26,7 @@ from keylayers.validation import ListOf, Part, Text, read_json, validated
 FILE = "ranking.json"  # in the folder of a run
 SCHEMA = "keylayers/ranking"
 COMMAND = "keylayers rank"
+OF_PARTS = ("part_scores", "part_parameters", "has_magnitude_part")  # absent in other files
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,8 @@ class Ranking:
         ranks = self.ranks()
 
         def fields(module: RankedModule) -> dict[str, Any]:
-            of_parts = () if module.part_scores is not None else ("part_scores", "part_parameters")
-            return {key: value for key, value in asdict(module).items() if key not in of_parts}
+            left_out = () if module.part_scores is not None else OF_PARTS
+            return {key: value for key, value in asdict(module).items() if key not in left_out}
 
         return {
             "schema": SCHEMA,

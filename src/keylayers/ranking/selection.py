@@ -94,7 +94,10 @@ class Selection:
         """Module name -> LoRA rank, the number of its selected parts; None if these are modules."""
         if self.parts is None:
             return None
-        return {name: len(self.parts[name]) for name in self.names}
+        return {
+            module.name: len(self.parts[module.name]) - module.has_magnitude_part
+            for module in self.modules
+        }
 
     @property
     def stacked(self) -> set[str] | None:

@@ -40,7 +40,7 @@ def rank_options(
     """
     highest = max(ranks.values())
 
-    def alpha(rank: int) -> float:
+    def alpha(rank: int) -> int | float:
         value = scaling * rank
         return int(value) if float(value).is_integer() else value
 

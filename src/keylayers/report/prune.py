@@ -36,7 +36,7 @@ def reading(found: Pruned) -> list[str]:
     kept, num_modules = len(found.modules), found.full.num_modules
     on = f"on the {found.num_held_out} held-out examples"
     difference = f"{abs(full - pruned):.4f}"
-    if kept == num_modules:
+    if found.pruned.num_parameters == found.full.num_parameters:
         line = f"all {kept} modules are kept: the weights are those of the full one"
     elif difference == "0.0000":
         line = f"the pruned {found.kind} is as good as the full one {on}"
@@ -48,8 +48,14 @@ def reading(found: Pruned) -> list[str]:
     if full >= base:
         return [line, "the full update does not lower the held-out loss of the base model"]
     share = 100 * (base - pruned) / (base - full)
+    what = f"{kept} of {num_modules} modules"
+    if found.full.num_parts is not None:
+        size = 100 * found.pruned.num_parameters / found.full.num_parameters
+        what = (
+            f"{found.pruned.num_parts} of {found.full.num_parts} rank-one parts ({size:.1f} % of "
+            f"the parameters)"
+        )
     return [
         line,
-        f"with {kept} of {num_modules} modules it keeps {share:.0f} % of what the full one "
-        f"lowers the loss by",
+        f"with {what} it keeps {share:.1f} % of what the full one lowers the loss by",
     ]

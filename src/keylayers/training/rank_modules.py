@@ -24,6 +24,7 @@ from keylayers.trainers.data import prepared_for
 from keylayers.trainers.reference import reference_of
 from keylayers.updates import ZERO, AdaLoraUpdate, Update, adapter_updates, are_zero, dense_updates
 from keylayers.updates.checkpoints import back_at_base
+from keylayers.updates.dora import DoraUpdate
 
 
 def rank_modules(
@@ -117,7 +118,12 @@ def to_ranking(
     ranked = tuple(map(RankedModule.of, modules, found.scores, errors))
     if found.parts is not None:
         ranked = tuple(
-            replace(module, part_scores=parts.scores, part_parameters=parts.num_parameters)
-            for module, parts in zip(ranked, found.parts, strict=True)
+            replace(
+                module,
+                part_scores=parts.scores,
+                part_parameters=parts.num_parameters,
+                has_magnitude_part=isinstance(update, DoraUpdate),
+            )
+            for module, parts, update in zip(ranked, found.parts, updates, strict=True)
         )
     return Ranking(ranked, scoring.method, scoring.granularity, record)

@@ -66,7 +66,7 @@ class DoraUpdate(AdapterUpdate):
         )
 
     def cut(self, kept: Sequence[int]) -> dict[str, Tensor]:
-        """A, B and the magnitude of the kept parts; a rank of zeros if only the magnitude is."""
+        """A, B and the magnitude of the kept parts, of which one at least is a direction."""
         basis, (a, b), (base, _) = self.parts(), factors(self), self._weights()
         scale = self._scale().double()[:, None]
         directions = [index for index in kept if index < len(basis.down)]
@@ -75,8 +75,6 @@ class DoraUpdate(AdapterUpdate):
             a, b if has_magnitude else scale * b, self.layer.scaling[self.adapter], directions
         )
         norm = (base + new_b @ new_a).norm(dim=1)
-        if not directions:
-            new_a, new_b = torch.zeros_like(a[:1]), torch.zeros_like(b[:, :1])
         return {
             "lora_A.weight": new_a,
             "lora_B.weight": new_b,

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rankings of rank-one parts: their order, what budgets buy, and adapters cut to them."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from commands import (
+    PLAIN_PEFT,
+    complaint_in,
+    fresh_process,
+    keylayers,
+    printed,
+    rank,
+    read,
+    record_of,
+    verified_in,
+)
+from keylayers.apply.prune import prune_adapter
+from keylayers.errors import ConfigError, KeylayersError, RankingError
+from keylayers.evaluation.singular_values import orders_by_singular_values
+from keylayers.gates import gated, part_name, part_sizes
+from keylayers.ranking.parts import parts_in_order
+from keylayers.ranking.ranked_module import RankedModule
+from keylayers.ranking.ranking import Ranking
+from keylayers.updates import adapter_updates
+from scored import noisy, score
+
+from rankings import ranking_of
+from tiny_models import TinyExperts, in_float64, some_tokens, tiny_gpt2, tiny_llama, token_loss
+
+SCORES = [(8.0, 4.0, 2.0), (90.0, 1.0, 0.0), (6.0, 5.0, 3.0)]
+SIZES = [(1, 1, 1), (30, 30, 30), (2, 2, 2)]
+
+
+def of_parts(scores=SCORES, sizes=SIZES, stacked=()):
+    modules = tuple(
+        RankedModule(
+            f"layers.{index}.experts.{'ab'[index % 2]}",
+            *(index, "ab"[index % 2], 100, sum(own)),
+            is_stacked=index in stacked,
+            part_scores=own,
+            part_parameters=size,
+        )
+        for index, (own, size) in enumerate(zip(scores, sizes, strict=True))
+    )
+    return Ranking(modules, "by hand", "part")
+
+
+def taken(selection):
+    return {int(name.split(".")[1]): list(kept) for name, kept in selection.parts.items()}
+
+
+# budget, parts of each module: per parameter their order is 8, 4, 3, 3, 2.5, 2, 1.5, 1/30, 0
+BOUGHT = [
+    (1, {0: [0]}),
+    ("3", {0: [0, 1], 1: [0]}),  # of equal parts the first in the model
+    ("0.03x-params", {0: [0, 1]}),
+    ("0.4x-params", {0: [0, 1, 2], 1: [0], 2: [0, 1, 2]}),
+    (0.5, {0: [0, 1], 1: [0], 2: [0, 1]}),
+    (1.0, {0: [0, 1, 2], 1: [0, 1, 2], 2: [0, 1, 2]}),
+]
+
+
+@pytest.mark.parametrize(("budget", "parts"), BOUGHT)
+def test_parts_are_bought_by_score_per_parameter(budget, parts):
+    ranking = of_parts()
+    selection = ranking.select(budget)
+    assert taken(selection) == parts
+    assert selection.ranks == {
+        module.name: len(parts[place])
+        for place, module in enumerate(ranking.modules)
+        if place in parts
+    }
+    sizes = [SIZES[place][index] for place, kept in parts.items() for index in kept]
+    assert selection.num_parameters == sum(sizes)
+    assert selection.num_candidate_parameters == 99
+
+
+def test_ranks_that_must_be_equal_or_multiples_are_filled_with_the_next_parts():
+    assert taken(of_parts().select(1, rank_multiple=2)) == {0: [0, 1]}
+    # never more than there are, and never above the budget
+    assert taken(of_parts().select(3, rank_multiple=4)) == {0: [0, 1, 2], 1: [0, 1, 2]}
+    assert taken(of_parts().select("0.1x-params", rank_multiple=3)) == {0: [0, 1, 2]}
+    experts = of_parts()
+    modules = [
+        replace(m, name=f"x.experts.{'abc'[i]}", is_stacked=True)
+        for i, m in enumerate(experts.modules)
+    ]
+    common = replace(experts, modules=tuple(modules)).select(3)  # PEFT has one rank for all three
+    assert common.ranks == {"x.experts.a": 2, "x.experts.b": 2}
+    assert common.lora_config().rank_pattern == {}
+
+
+REFUSED = [
+    ("0.5x-time", "needs a ranking of modules, but this one is of rank-one parts"),
+    ("2GiB", "needs a ranking of modules, but this one is of rank-one parts"),
+    ("10", "between 1 and 9, the ranking's parts, got 10"),
+    ("0.001x-params", "at least the best part, which takes 1 parameters, but .* allows 0"),
+]
+
+
+@pytest.mark.parametrize(("budget", "message"), REFUSED)
+def test_budgets_that_buy_no_parts_are_refused(budget, message):
+    with pytest.raises(KeylayersError, match=message):
+        of_parts().select(budget)
+
+
+def test_ranks_go_into_the_config_with_alphas_that_keep_the_scaling():
+    ranking = of_parts()
+    config = ranking.select(0.5).lora_config(lora_alpha=4)
+    names = [module.name for module in ranking.modules]
+    assert (config.r, config.lora_alpha) == (2, 4)
+    assert (config.rank_pattern, config.alpha_pattern) == ({names[1]: 1}, {names[1]: 2})
+    with pytest.raises(TypeError, match="`r` comes from the selection"):
+        ranking.select(0.5).lora_config(r=3)
+    with pytest.raises(ConfigError, match=r"by rank-one parts, but this one is by module|part"):
+        ranking_of([1.0, 2.0]).select(1, rank_multiple=2)
+
+
+def test_a_ranking_of_parts_is_the_same_from_its_file(tmp_path):
+    of_parts().save(tmp_path / "ranking.json")
+    assert Ranking.load(tmp_path) == of_parts()
+    plain = ranking_of([1.0])
+    plain.save(tmp_path / "plain.json")
+    assert "part" not in (tmp_path / "plain.json").read_text().replace("by part", "")
+    content = json.loads((tmp_path / "ranking.json").read_text())
+    content["modules"][0]["part_scores"].pop()
+    (tmp_path / "ranking.json").write_text(json.dumps(content))
+    with pytest.raises(RankingError, match="as many as each other"):
+        Ranking.load(tmp_path)
+    with pytest.raises(RankingError, match="scores of rank-one parts if its granularity is part"):
+        replace(of_parts(), granularity="module")
+
+
+ON_PARTS = ("elimination", "fisher-pruning", "path", "price", "ila", "leave-one-out", "shapley")
+
+
+@pytest.mark.parametrize("method", ON_PARTS)
+def test_methods_score_parts(method):
+    found = score(noisy(), method, granularity="part")
+    updates = adapter_updates(noisy().model)
+    assert [len(parts.scores) for parts in found.parts] == [
+        update.layer.r["default"] for update in updates
+    ]
+    assert found.scores == pytest.approx([sum(parts.scores) for parts in found.parts])
+    sizes = [size for parts in found.parts for size in parts.num_parameters]
+    assert sizes == list(part_sizes(updates).values())
+    assert sum(sizes) == sum(
+        value.numel() for name, value in noisy().model.named_parameters() if "lora_" in name
+    )
+
+
+def test_path_integrals_of_parts_sum_to_those_of_modules():
+    """Up to rounding: a module's gate moves all of its parts together."""
+    of_modules, of_parts = (score(noisy(), "path", granularity=own) for own in ("module", "part"))
+    assert of_parts.scores == pytest.approx(of_modules.scores, rel=1e-4, abs=1e-6)
+    assert of_parts.standard_errors is None
+
+
+ALL = "all-linear"
+EXPERTS = {"target_modules": ["mix"], "target_parameters": ["experts.up_proj", "experts.down_proj"]}
+LINEAR_WEIGHT = {"target_modules": ["lm_head"], "target_parameters": ["mix.weight"]}
+GPT2 = {"target_modules": ["wte", "wpe", "c_attn"], "fan_in_fan_out": True}
+KINDS = {
+    "LoRA": (tiny_llama, {}),
+    "rsLoRA": (tiny_llama, {"use_rslora": True}),
+    "DoRA": (tiny_llama, {"use_dora": True}),
+    "own ranks": (tiny_llama, {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"v_proj": 7}}),
+    "saved whole": (tiny_llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "embeddings": (tiny_llama, {"target_modules": ["embed_tokens", "q_proj", "lm_head"]}),
+    "Conv1D and two embeddings": (tiny_gpt2, GPT2),
+    "experts": (TinyExperts, EXPERTS),
+    "the weight of a linear layer": (
+        TinyExperts,
+        {"target_modules": ["lm_head"], "target_parameters": ["mix.weight"]},
+    ),
+    "AdaLoRA": (tiny_llama, {"kind": AdaLoraConfig, "r": 8, "init_r": 4, "total_step": 10}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.filterwarnings("ignore:Could not identify embedding layer")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("make", "options"), KINDS.values(), ids=KINDS)
+def test_a_cut_adapter_loads_with_plain_peft_and_computes_what_its_gates_do(
+    tmp_path, make, options, dtype
+):
+    options = {"r": 4, "target_modules": ALL, "lora_alpha": 6} | options
+    kind = options.pop("kind", LoraConfig)
+    full, cut = tmp_path / "full", tmp_path / "cut"
+    made = get_peft_model(in_float64(make()), kind(**options))
+    torch.manual_seed(3)
+    for name, parameter in made.named_parameters():
+        if "lora_magnitude" in name:
+            parameter.data *= 1 + 0.3 * torch.rand_like(parameter)
+        elif "lora_" in name and "ranknum" not in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    made.to(dtype).save_pretrained(full)
+    cut.mkdir()
+
+    def loaded(folder):
+        found = PeftModel.from_pretrained(
+            in_float64(make()), folder, is_trainable=kind is AdaLoraConfig and folder == full
+        )
+        return found.to(torch.float64).eval()
+
+    model, tokens = loaded(full), some_tokens()
+    updates = adapter_updates(model)
+    generator, ranked = torch.Generator().manual_seed(1), []
+    for update in updates:
+        sizes = update.parts().num_parameters
+        scores = tuple(torch.rand(len(sizes), generator=generator).tolist())
+        module = RankedModule.of(update.module, 0.0)
+        own = {"part_scores": scores, "part_parameters": sizes}
+        ranked.append(replace(module, **own, has_magnitude_part="use_dora" in options))
+    selection = Ranking(tuple(ranked), "by hand", "part").select(0.3)
+    pruned = [update.module.name for update in updates if update.module.name not in selection.names]
+    prune_adapter(str(full), cut, model, pruned, selection)
+    kept = {part_name(name, index) for name, own in selection.parts.items() for index in own}
+    with gated(model, updates, initial_score=0.0, link="identity", granularity="part") as gates:
+        gates.set_scores(torch.tensor([float(name in kept) for name in gates.groups]))
+        with torch.no_grad():
+            expected = float(token_loss(model, tokens))
+    after = loaded(cut)
+    with torch.no_grad():
+        found = float(token_loss(after, tokens))
+        after.merge_adapter()
+        merged = float(token_loss(after, tokens))
+    tolerance = 1e-9 if dtype == torch.float64 else 0.02
+    assert found == pytest.approx(expected, rel=tolerance)
+    if make is not tiny_gpt2:  # whose head is tied to a merged embedding
+        assert merged == pytest.approx(found, rel=1e-9)
+    stored = load_file(cut / "adapter_model.safetensors")
+    assert {value.dtype for value in stored.values()} == {dtype}
+    config = json.loads((cut / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["lora_alpha"]) == ("LORA", config["r"])
+    num_saved = sum(value.numel() for name, value in stored.items() if "lora_" in name)
+    assert num_saved == selection.num_parameters
+
+
+def test_orders_by_singular_values_by_hand():
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    values = ((3.0, 2.0), (10.0, 1.0))
+    for layer, own in zip(model.get_base_model().model.layers, values, strict=True):
+        lora = layer.self_attn.q_proj
+        scaling = lora.scaling["default"]
+        with torch.no_grad():
+            lora.lora_A["default"].weight.copy_(torch.eye(2, 16))
+            lora.lora_B["default"].weight.copy_(torch.eye(16, 2) * torch.tensor(own) / scaling)
+    found = orders_by_singular_values(adapter_updates(model))
+    short = {
+        rule: [(int(name.split(".")[2]), int(name[-2])) for name in order]
+        for rule, order in found.items()
+    }
+    assert short["uniform rank"] == [(1, 0), (0, 0), (0, 1), (1, 1)]
+    assert short["singular value"] == [(1, 0), (0, 0), (0, 1), (1, 1)]
+    assert short["energy per parameter"] == [(1, 0), (0, 0), (0, 1), (1, 1)]
+    assert short["share of energy"] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    assert short["ratio to the largest"] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+
+
+@pytest.fixture(scope="module")
+def ranked_parts(tiny, ranked, once):
+    """A ranking of rank-one parts of the adapter of another ranking's stage 1."""
+    own = ("--adapter", ranked / "adapter", "--granularity", "part", "--method", "fisher-pruning")
+    return once("ranked_parts", lambda folder: rank(tiny, folder, *own))
+
+
+def test_prune_cuts_to_parts_and_says_what_it_costs(ranked_parts, tmp_path):
+    ranking, cut = Ranking.load(ranked_parts), tmp_path / "cut"
+    code, out, err = printed(
+        "prune", "--ranking", ranked_parts, "--budget", "0.4x-params", "--output", cut
+    )
+    assert code == 0, err
+    selection = ranking.select("0.4x-params")
+    assert set(fresh_process(PLAIN_PEFT, cut)) == set(selection.names)
+    made = record_of(cut)
+    assert made["selection"]["lora_ranks"] == selection.ranks
+    found = made["result"]
+    assert found["pruned"]["num_parameters"] == selection.num_parameters
+    assert found["pruned"]["num_parts"] == sum(selection.ranks.values())
+    assert found["full"]["num_parts"] == len(parts_in_order(ranking.modules))
+    assert f"{found['pruned']['num_parts']} of {found['full']['num_parts']} rank-one parts" in out
+
+
+def test_prune_keeps_the_fewest_parts_within_a_loss(ranked_parts, ranked, tmp_path):
+    for ranking, what in ((ranked_parts, "rank-one parts"), (ranked, "modules")):
+        cut = tmp_path / what
+        code, _, err = printed("prune", "--ranking", ranking, "--max-loss", "0.05", "--output", cut)
+        assert code == 0, err
+        found = record_of(cut)["result"]
+        assert found["pruned_loss_nats"] - found["full_loss_nats"] <= 0.05
+        assert f"{what} are enough" in err
+    code, _, err = printed("prune", "--ranking", ranked, "--max-loss", "0.05", "--budget", "0.3")
+    assert code == 2
+    assert "exactly one of `budget`, `freeze` and `max_loss` must be given" in complaint_in(err)
+    code, _, err = printed("prune", "--ranking", ranked, "--budget", "0.3", "--pad-ranks", "8")
+    assert code == 2
+    assert "rank with `granularity` part" in complaint_in(err)
+
+
+def test_verify_compares_parts_with_orders_by_singular_values(ranked_parts, tmp_path):
+    fast = ("--points", "4", "--random-orders", "1", "--output", tmp_path / "seen")
+    assert keylayers("verify", "--ranking", ranked_parts, *fast) == 0
+    found = verified_in(tmp_path / "seen")
+    assert len(found["rivals"]) == 5
+    total = read(ranked_parts)
+    every = sum(size for module in total["modules"] for size in module["part_parameters"])
+    for curve in (found["best_first"], *found["random"], *found["rivals"].values()):
+        assert curve["num_parameters"][-1] == every
+        assert curve["losses"][0] == found["best_first"]["losses"][0]
+        assert curve["losses"][-1] == found["best_first"]["losses"][-1]
