@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from keylayers.scores.elimination import _best
+from keylayers.scores.elimination import best
 from keylayers.scores.options import EliminationOptions
 from scored import PLANTED, batches_of, by_name, data, noisy, planted, score, slopes_of
 
@@ -84,6 +84,6 @@ def test_a_round_sums_to_what_its_modules_achieve_together(monkeypatch):
 def test_of_two_modules_that_stand_in_for_each_other_one_is_kept_late():
     """Twins share the credit of a path; elimination drops one and pays the other."""
     scores = torch.tensor([0.5, 0.5, 0.4, 0.1])
-    assert _best(scores, torch.ones(4), 2).tolist() == [1, 1, 0, 0]
-    assert _best(scores, torch.tensor([1.0, 0, 1, 1]), 2).tolist() == [1, 0, 1, 0]
-    assert _best(scores, torch.ones(4), 1).tolist() == [1, 0, 0, 0]  # ties in the gates' order
+    assert best(scores, torch.ones(4), 2).tolist() == [1, 1, 0, 0]
+    assert best(scores, torch.tensor([1.0, 0, 1, 1]), 2).tolist() == [1, 0, 1, 0]
+    assert best(scores, torch.ones(4), 1).tolist() == [1, 0, 0, 0]  # ties in the gates' order

@@ -16,13 +16,14 @@ from scored import PLANTED, by_name, eight_rows, everything, options_of, planted
 from tiny_models import unchanged
 
 NAMES = [
-    "elimination", "path", "price", "ila", "leave-one-out", "shapley", "update-norm",
-    "gradient-norm", "fisher", "aletheia", "adalora", "lora-drop", "eva", "plop", "spectrum",
+    "elimination", "path", "price", "fisher-pruning", "ila", "leave-one-out", "shapley",
+    "update-norm", "gradient-norm", "fisher", "aletheia", "adalora", "lora-drop", "eva", "plop", "spectrum",
     "kappatune", "block-influence", "cka", "first", "last", "middle", "random",
 ]  # fmt: skip
 NO_DATA = ["update-norm", "spectrum", "kappatune", "first", "last", "middle", "random"]
 FINDS_THE_UPDATE = [
-    "elimination", "path", "price", "ila", "leave-one-out", "shapley", "update-norm", "lora-drop",
+    "elimination", "path", "price", "fisher-pruning", "ila", "leave-one-out", "shapley",
+    "update-norm", "lora-drop",
 ]  # fmt: skip
 BY_BLOCK = ["aletheia", "block-influence", "cka", "first", "last", "middle"]
 HAS_ERRORS = [
@@ -46,6 +47,7 @@ PASSES = {
     "ila": (20, 20),
     "path": (4 * 2 + 2 * 2, 4 * 2),
     "elimination": (2 * 5, 2 * 5),  # rounds of 14, 10, 7, 5 and 4 modules
+    "fisher-pruning": (2 * 5, 2 * 5),
     "spectrum": (0, 0),
 }
 

@@ -36,7 +36,7 @@ def reading(found: Pruned) -> list[str]:
     kept, num_modules = len(found.modules), found.full.num_modules
     on = f"on the {found.num_held_out} held-out examples"
     difference = f"{abs(full - pruned):.4f}"
-    if found.pruned.num_parameters == found.full.num_parameters:
+    if kept == num_modules and found.pruned.num_parts == found.full.num_parts:
         line = f"all {kept} modules are kept: the weights are those of the full one"
     elif difference == "0.0000":
         line = f"the pruned {found.kind} is as good as the full one {on}"
@@ -47,15 +47,12 @@ def reading(found: Pruned) -> list[str]:
         )
     if full >= base:
         return [line, "the full update does not lower the held-out loss of the base model"]
-    share = 100 * (base - pruned) / (base - full)
-    what = f"{kept} of {num_modules} modules"
+    share = (base - pruned) / (base - full)
+    kept_share = f"{kept} of {num_modules} modules it keeps {share:.0%}"
     if found.full.num_parts is not None:
-        size = 100 * found.pruned.num_parameters / found.full.num_parameters
-        what = (
-            f"{found.pruned.num_parts} of {found.full.num_parts} rank-one parts ({size:.1f} % of "
-            f"the parameters)"
+        size = found.pruned.num_parameters / found.full.num_parameters
+        kept_share = (
+            f"{found.pruned.num_parts} of {found.full.num_parts} rank-one parts ({size:.1%} of the "
+            f"parameters) it keeps {share:.1%}"
         )
-    return [
-        line,
-        f"with {what} it keeps {share:.1f} % of what the full one lowers the loss by",
-    ]
+    return [line, f"with {kept_share.replace('%', ' %')} of what the full one lowers the loss by"]

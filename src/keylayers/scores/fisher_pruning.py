@@ -68,7 +68,9 @@ def fisher_pruning(task: Task, options: EliminationOptions) -> ModuleScores:
             share = float((is_open * costs).sum() / costs.sum())
             scores = _relative(squared) + (1 - share) ** SIGNED_POWER * _relative(signed)
             place = (scores / costs).argsort(stable=True).argsort()  # in the round, worst first
-            total = torch.where(is_open > 0, round_index + place / num_gates, total)
+            # A zero update ties with others like it, whatever round it was closed in.
+            is_new = (is_open > 0) & (scores != 0)
+            total = torch.where(is_new, round_index + (1 + place) / num_gates, total)
         is_of_parts = options.granularity == "part"
         return masked.result(
             total * costs, unit="rounds survived" + (" x parameters" if is_of_parts else "")
