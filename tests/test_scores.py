@@ -17,8 +17,8 @@ from tiny_models import unchanged
 
 NAMES = [
     "elimination", "path", "price", "fisher-pruning", "ila", "leave-one-out", "shapley",
-    "update-norm", "gradient-norm", "fisher", "aletheia", "adalora", "lora-drop", "eva", "plop", "spectrum",
-    "kappatune", "block-influence", "cka", "first", "last", "middle", "random",
+    "update-norm", "gradient-norm", "fisher", "aletheia", "adalora", "lora-drop", "eva", "plop",
+    "spectrum", "kappatune", "block-influence", "cka", "first", "last", "middle", "random",
 ]  # fmt: skip
 NO_DATA = ["update-norm", "spectrum", "kappatune", "first", "last", "middle", "random"]
 FINDS_THE_UPDATE = [

@@ -53,7 +53,7 @@ def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned
     _check_apart(options, output)
     objective = options.objective.objective
     with output_folder(output), unfinished(output):
-        session = Session(options.model, options.data, objective, progress, ranking=ranking)
+        session = Session(options, objective, progress, ranking=ranking)
         tuned = session.open_update(options.update, ranking)
         if selection is None:
             selection = _smallest(options, session, ranking, tuned)
@@ -62,8 +62,7 @@ def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned
         note_ties(selection, progress)
         cut = _Cut(options, session, ranking, selection)
         full, masked = cut.full_and_masked_loss(tuned)
-        record = session.record | {"options": flat_values(options)}
-        record |= {"loss_unit": LOSS_UNITS[objective], **tuned.record}
+        record = session.record | tuned.record
         kept = tuner_layers(tuned.model).keys() - set(cut.pruned)
         with replaced_folder(output) as folder:
             sizes = cut.write(tuned.model, folder)

@@ -33,7 +33,7 @@ from keylayers.scores.elimination import best
 from keylayers.scores.options import EliminationOptions
 from keylayers.scores.path import gauss_legendre
 from keylayers.scores.task import ModuleScores, Task
-from keylayers.trainers.batches import num_labels
+from keylayers.trainers.data import num_labels
 
 SIGNED_POWER = 10  # experiments/LOG.md, "which score for the rank-one parts"
 
