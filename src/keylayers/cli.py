@@ -40,6 +40,7 @@ COMMANDS = {
     "train": "Train only the modules that a ranking and a budget select.",
     "prune": "Cut an adapter, or a tuned checkpoint, to the modules that a ranking and a budget "
     "select.",
+    "extract": "Make a small LoRA adapter of the difference of two checkpoints.",
     "eval": "Compare a model with adapters and checkpoints: benchmarks and losses in one table.",
     "import": "Make a ranking of a scan by Spectrum: it can be shown, compared, trained on and "
     "exported.",

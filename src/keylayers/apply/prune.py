@@ -174,6 +174,12 @@ def num_parameters(path: Path) -> int:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
+def bytes_per_parameter(adapter: str) -> float:
+    """How much a number of an adapter takes on disk; only the header of its file is read."""
+    path = local_folder(adapter, ADAPTER_FILES, "a PEFT adapter") / WEIGHTS
+    return path.stat().st_size / num_parameters(path)
+
+
 def _copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:
     """Copy those files of `source` that match `patterns` to the same places in `folder`."""
     for path in dict.fromkeys(path for pattern in patterns for path in source.glob(pattern)):

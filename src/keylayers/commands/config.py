@@ -100,6 +100,8 @@ def _update_of(path: Path, made_by: "MadeBy", arguments: ArgumentCollection) -> 
     option, name = "adapter", STAGE_1_ADAPTER
     if made_by.options.update == "full":
         option, name = "tuned", STAGE_1_CHECKPOINT
+    if made_by.extracted is not None:
+        return {"adapter": str(folder / name), "tuned": None}
     is_there = made_by.stage_1 is not None and (folder / name).is_dir()
     return {option: str(folder / name)} if is_there else {}
 

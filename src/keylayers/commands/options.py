@@ -259,6 +259,11 @@ class RankOptions:
         """Whether the update is still to be made."""
         return self.update == UpdateOptions()
 
+    @property
+    def is_extracted(self) -> bool:
+        """Whether rank-one parts are ranked of a difference of checkpoints, made an adapter."""
+        return self.update.tuned is not None and self.scoring.scoring().granularity == "part"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:

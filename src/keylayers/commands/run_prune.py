@@ -10,7 +10,13 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
-from keylayers.apply.prune import WEIGHTS, num_parameters, prune_adapter, prune_checkpoint
+from keylayers.apply.prune import (
+    WEIGHTS,
+    bytes_per_parameter,
+    num_parameters,
+    prune_adapter,
+    prune_checkpoint,
+)
 from keylayers.commands.options import PruneOptions, flat_values
 from keylayers.commands.repeat import card_of
 from keylayers.commands.session import Session, loss_of, note_ties
@@ -30,7 +36,7 @@ from keylayers.files import (
 from keylayers.gates import gate_groups, part_name
 from keylayers.model.loading import load_adapter, load_model
 from keylayers.progress import Progress
-from keylayers.ranking.budget import Count
+from keylayers.ranking.budget import Count, Memory, Parameters
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import Pruned, Size
 from keylayers.ranking.selection import Selection
@@ -48,6 +54,8 @@ def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned
     selection = None
     if wanted.max_loss is None:
         budget = wanted.budget_for(ranking)
+        if isinstance(budget, Memory) and ranking.granularity == "part" and options.update.adapter:
+            budget = _within_file(budget, ranking, options.update.adapter)
         selection = ranking.select(budget, rank_multiple=wanted.pad_ranks)
     check_replaceable(output)
     _check_apart(options, output)
@@ -92,6 +100,12 @@ def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned
             write_text(folder / CARD, card_of("prune", record, ranking))
             write_json(folder / RECORD, record)
     return found
+
+
+def _within_file(budget: Memory, ranking: Ranking, adapter: str) -> Parameters:
+    """A budget in MiB as a share of the adapter's parameters."""
+    sizes = sum(sum(module.part_parameters or ()) for module in ranking.modules)
+    return Parameters(min(1.0, budget.num_bytes / bytes_per_parameter(adapter) / sizes))
 
 
 def _loss_trainer(

@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from keylayers.apply.extract import extract_adapter
 from keylayers.apply.saving import save_tuned
 from keylayers.commands.fine_tuning import FineTuning, inputs_sha256, num_trained
 from keylayers.commands.options import RankOptions
@@ -49,7 +50,7 @@ def run_rank(options: RankOptions, output: Path, progress: Progress, stage_1_in:
     with output_folder(output):
         is_full = options.has_stage_1 and training.is_full
         folder = stage_1_in / (STAGE_1_CHECKPOINT if training.is_full else STAGE_1_ADAPTER)
-        if options.has_stage_1:
+        if options.has_stage_1 or options.is_extracted:
             check_replaceable(folder)
         session = Session(options, training.objective, progress, is_full=is_full)
         tuned = _find_update(session, options, folder)
@@ -80,6 +81,8 @@ def run_rank(options: RankOptions, output: Path, progress: Progress, stage_1_in:
 def _find_update(session: Session, options: RankOptions, folder: Path) -> TunedModel:
     """The model with the update to rank: an existing one, or that of stage 1 in `folder`."""
     towers, is_full = options.model.towers, options.training.is_full
+    if options.is_extracted:
+        return _extracted(session, options, folder)
     if not options.has_stage_1:
         return existing_update(session.fresh(), options.update, session.progress, towers)
     tuned, stage_1 = _stage_1(session, options, folder)
@@ -93,6 +96,32 @@ def _find_update(session: Session, options: RankOptions, folder: Path) -> TunedM
     if not is_full:
         stage_1 |= {"adapter_sha256": found.record["adapter"]["weights_sha256"]}
     return TunedModel(found.model, found.updates, {"stage_1": stage_1})
+
+
+def _extracted(session: Session, options: RankOptions, folder: Path) -> TunedModel:
+    """The base with the leading singular directions of the difference to the tuned checkpoint."""
+    training, tuned = options.training, options.update.tuned
+    assert tuned is not None
+    found = extract_adapter(
+        session.fresh(), tuned, training.lora_rank, session.progress, options.model.towers
+    )
+    extracted = {
+        "tuned": tuned,
+        "lora_rank": training.lora_rank,
+        "share_of_energy": found.share_of_energy,
+        "other_weights_that_differ": found.other_weights_that_differ,
+    }
+    session.progress.note(
+        f"rank {training.lora_rank} of {found.num_modules} modules holds "
+        f"{found.share_of_energy:.1%} of the squared difference; the adapter is in {folder}"
+    )
+    record = {"options": session.record["options"], "extracted": extracted}
+    card = card_of("rank", session.record | record, None)
+    save_tuned(found.model, session.tokenizer, folder, record, card)
+    adapter = {"name": str(folder), "weights_sha256": adapter_sha256(found.model), "always_on": []}
+    return TunedModel(
+        found.model, adapter_updates(found.model), {"adapter": adapter, "extracted": extracted}
+    )
 
 
 def _stage_1(

@@ -81,6 +81,14 @@ class Stage1(Part):
     weights_sha256: Text | None = None
 
 
+class Extracted(Part):
+    """An adapter that was made of the difference of two checkpoints."""
+
+    tuned: Text
+    lora_rank: CountFromOne
+    share_of_energy: float
+
+
 class InsideRun(Part):
     """A ranking that was made inside a training run."""
 
@@ -127,6 +135,7 @@ class MadeBy(Part):
     adapter: UpdateSource | None = None
     tuned: UpdateSource | None = None
     stage_1: Stage1 | None = None
+    extracted: Extracted | None = None
     inside_run: InsideRun | None = None
     mask: Mask | None = None
     held_out_loss_nats: HeldOutLoss | None = None

@@ -55,15 +55,24 @@ def take_other_weights(
     the names of the parameters whose values differed.
     """
     _refuse_own_head(model, tuned)
+    changed = other_differences(model, tuned, towers)
+    for name in changed:
+        parameter = model.get_parameter(name)
+        parameter.copy_(value_like(tuned, name, parameter))
+    return changed
+
+
+def other_differences(
+    model: nn.Module, tuned: Mapping[str, Tensor], towers: Towers = "language"
+) -> list[str]:
+    """The names of the parameters outside the gated modules whose values differ."""
     infos = map_modules(model, towers)
     gated = {name for info in infos for name, _ in parameters_of(model, info)}
-    changed = []
-    for name, parameter in model.named_parameters():
-        value = None if name in gated else value_like(tuned, name, parameter)
-        if value is not None and not torch.equal(value, parameter):
-            changed.append(name)
-            parameter.copy_(value)
-    return changed
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if name not in gated and not torch.equal(value_like(tuned, name, parameter), parameter)
+    ]
 
 
 def _refuse_own_head(model: nn.Module, tuned: Mapping[str, Tensor]) -> None:

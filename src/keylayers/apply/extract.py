@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A LoRA adapter out of the difference of two checkpoints, by a randomised SVD of each module.
+
+One module's difference is in memory at a time. Scaling is 1, and A and B both have `√σ`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from keylayers.apply.trainable import add_lora
+from keylayers.errors import ModelError
+from keylayers.model.checkpoint import Checkpoint
+from keylayers.model.options import ModelOptions, Towers
+from keylayers.progress import Progress
+from keylayers.ranking.targets import rank_options
+from keylayers.updates import dense_updates
+from keylayers.updates.checkpoints import other_differences
+
+OVERSAMPLING = 8  # directions beyond the rank, and power iterations: Halko, Martinsson, Tropp 2011
+POWER_ITERATIONS = 4
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """The adapter, and what the record says of it."""
+
+    model: PeftModel
+    num_modules: int
+    # Share of the squared norm of all modules' differences that their leading directions have.
+    share_of_energy: float
+    other_weights_that_differ: list[str]
+
+
+@torch.no_grad()
+def extract_adapter(
+    model: PreTrainedModel, tuned: str, rank: int, progress: Progress, towers: Towers = "language"
+) -> Extracted:
+    """`model` with an adapter of the leading `rank` singular directions of each difference.
+
+    Modules that do not differ have no adapter. Norms, embeddings, biases and the head stay those of
+    the base; `progress` gets a note if they differ.
+    """
+    checkpoint = Checkpoint.open(ModelOptions(model=tuned))
+    updates = dense_updates(model, checkpoint, towers)
+    stacked = [update.module.name for update in updates if update.module.is_stacked]
+    if stacked:
+        raise ModelError(
+            f"an adapter can be extracted from plain weight matrices, but {stacked[0]} stacks "
+            f"those of several experts; rank the difference with `granularity` module"
+        )
+    factors, kept, whole = {}, 0.0, 0.0
+    with progress.stage("singular directions of the difference", len(updates)) as on_step:
+        for step, update in enumerate(updates, start=1):
+            delta = update.delta()
+            energy = float(delta.double().square().sum())
+            if energy > 0:
+                a, b = _leading(delta, rank)
+                factors[update.module.name] = (a.cpu(), b.cpu())
+                whole += energy
+                kept += float(b.double().square().sum(0).square().sum())
+            on_step(step, 1 - kept / whole if whole else 0.0)
+    others = other_differences(model, checkpoint, towers)
+    if others:
+        progress.note(
+            f"not extracted, as in the base: {len(others)} other weights that differ "
+            f"({', '.join(others[:2])}{', ...' if len(others) > 2 else ''})"
+        )
+    ranks = {name: len(a) for name, (a, _) in factors.items()}
+    adapted = add_lora(model, list(factors), **rank_options(ranks, 1.0))
+    for name, (a, b) in factors.items():
+        layer = adapted.get_base_model().get_submodule(name)
+        layer.lora_A[adapted.active_adapter].weight.copy_(a)
+        layer.lora_B[adapted.active_adapter].weight.copy_(b)
+    return Extracted(adapted, len(ranks), kept / whole, others)
+
+
+def _leading(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of the leading directions of a (d_out, d_in) matrix; the same for the same matrix."""
+    rank = min(rank, *delta.shape)
+    with torch.random.fork_rng(device_type=delta.device.type if delta.is_cuda else "cuda"):
+        torch.manual_seed(SEED)
+        left, values, right = torch.svd_lowrank(
+            delta, q=min(rank + OVERSAMPLING, *delta.shape), niter=POWER_ITERATIONS
+        )
+    root = values[:rank].sqrt()
+    return (right[:, :rank] * root).T, left[:, :rank] * root
