@@ -17,16 +17,23 @@ BAR_WIDTH = 30
 def verification_report(found: Verification) -> RenderableType:
     """What the terminal shows of a verification."""
     unit = found.made_by.loss_unit
-    title = f"Held-out loss by the number of modules that keep their update, in {unit}"
+    what = "number of modules that keep their update"
+    if found.best_first.num_parameters:
+        what = "parameters of the rank-one parts that are kept"
+    title = f"Held-out loss by the {what}, in {unit}"
     text = Text("\n".join(reading(found)))
     return Group(Text(title, style="bold"), _curve_table(found), Text(), text)
 
 
 def _curve_table(found: Verification) -> Table:
     """One row per count: the curve with bars, and the losses of the control orders."""
-    leave_one_out = found.leave_one_out
-    titles = ["kept", "best first", "", "random (± sd)", "worst first"]
-    table = plain_table(*titles, *(["leave-one-out"] if leave_one_out else []), num_left=0)
+    others = {"leave-one-out": found.leave_one_out.losses} if found.leave_one_out else {}
+    if found.rivals:
+        of_rivals = zip(*(curve.losses for curve in found.rivals.values()), strict=True)
+        others["best by singular values"] = tuple(map(min, of_rivals))
+    titles = ["kept", "best first", "", "random (± sd)", "worst first", *others]
+    table = plain_table(*titles, num_left=0)
+    sizes = found.best_first.num_parameters
     means, spreads = found.random_means(), random_spreads(found)
     shown = [*found.best_first.losses, *means]
     low, high = min(shown), max(shown)
@@ -36,12 +43,12 @@ def _curve_table(found: Verification) -> Table:
         loss = found.best_first.losses[index]
         spread = f" ± {spreads[index]:.3f}" if len(found.random) > 1 else ""
         table.add_row(
-            str(count),
+            f"{sizes[index] / sizes[-1]:.1%}" if sizes else str(count),
             f"{loss:.4f}",
             Bar(high - low, 0, max(0.0, loss - low), width=BAR_WIDTH, color="cyan"),
             f"{means[index]:.4f}{spread}",
             f"{found.worst_first.losses[index]:.4f}",
-            *([f"{leave_one_out.losses[index]:.4f}"] if leave_one_out else []),
+            *(f"{losses[index]:.4f}" for losses in others.values()),
         )
     return table
 
@@ -56,10 +63,11 @@ def reading(found: Verification) -> list[str]:
     """Sentences on the area of the curve and on what it says about budgets."""
     curve = found.best_first
     count, loss = curve.best
+    what = "parts" if curve.num_parameters else "modules"
     lines = [
         _area_line(found),
-        f"base {curve.losses[0]:.4f}, all {curve.counts[-1]} modules {curve.losses[-1]:.4f}, best "
-        f"point {loss:.4f} with {count} modules",
+        f"base {curve.losses[0]:.4f}, all {curve.counts[-1]} {what} {curve.losses[-1]:.4f}, best "
+        f"point {loss:.4f} with {count} {what}",
     ]
     if found.is_overfit:
         lines += [
@@ -73,7 +81,7 @@ def reading(found: Verification) -> list[str]:
         return [*lines, "no budget is recommended: the fine-tune as a whole does not help"]
     return [
         *lines,
-        f"recommended budget: {best.num_modules} of {curve.counts[-1]} modules, which lose "
+        f"recommended budget: {best.num_modules} of {curve.counts[-1]} {what}, which lose "
         f"{best.difference_nats:+.4f}{in_nats(found.made_by.loss_unit)} against all",
         f"  below {best.upper_nats:+.4f} with 95 % confidence over held-out batches; the margin is "
         f"{best.margin_nats:.4f}, {100 * found.margin:g} % of what the fine-tune gained",
@@ -92,6 +100,7 @@ def _area_line(found: Verification) -> str:
         spread = f" ± {at_random[1]:.3f}" if len(found.random) > 1 else ""
         parts.append(f"random orders {at_random[0]:.3f}{spread}")
     others = {"worst first": found.worst_first, "leave-one-out": found.leave_one_out}
+    others |= found.rivals
     for name, curve in others.items():
         if curve is not None:
             area = curve.normalised_area
@@ -106,6 +115,12 @@ def _carried(curve: MaskCurve) -> str | None:
     shown = [(count, loss) for count, loss in points if count <= curve.counts[-1] / 2]
     if not gained > 0 or not shown:
         return None
+    shares = [f"{100 * (curve.losses[0] - loss) / gained:.0f} %" for _, loss in shown]
+    if curve.num_parameters:
+        sizes = [f"{100 * size / curve.num_parameters[-1]:.0f} %" for size in curve.num_parameters]
+        return (
+            f"the best {', '.join(sizes[1 : len(shown) + 1 : 3])} of the parameters carry "
+            f"{', '.join(shares[::3])} of what all of them gained"
+        )
     counts = ", ".join(str(count) for count, _ in shown)
-    shares = ", ".join(f"{100 * (curve.losses[0] - loss) / gained:.0f} %" for _, loss in shown)
-    return f"the best {counts} modules carry {shares} of what all of them gained"
+    return f"the best {counts} modules carry {', '.join(shares)} of what all of them gained"

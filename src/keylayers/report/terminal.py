@@ -29,7 +29,12 @@ NUM_EXTREMES = 10  # modules shown at each end
 
 
 def ranking_report(ranking: Ranking, budget: WrittenBudget = 0.3) -> RenderableType:
-    """Everything the terminal shows of a ranking; modules undecided at the budget are marked."""
+    """Everything the terminal shows of a ranking; modules undecided at the budget are marked.
+
+    Of a ranking of rank-one parts, the LoRA ranks that the budget buys.
+    """
+    if ranking.granularity == "part":
+        return _parts_report(ranking, budget)
     num_parameters = sum(module.num_parameters for module in ranking.modules)
     title = (
         f"{len(ranking.modules)} modules, {num_parameters:,} parameters; 1 is the most important"
@@ -47,6 +52,32 @@ def ranking_report(ranking: Ranking, budget: WrittenBudget = 0.3) -> RenderableT
         Text(),
         _extremes(ranking, marked),
         Text("\n".join(notes)),
+        Text(),
+        Text("\n".join(provenance_lines(ranking)), style="dim"),
+    )
+
+
+def _parts_report(ranking: Ranking, budget: WrittenBudget) -> RenderableType:
+    selection = ranking.select(budget)
+    ranks, whole = selection.ranks or {}, sum(len(m.part_scores or ()) for m in ranking.modules)
+    num_parts = sum(map(len, (selection.parts or {}).values()))
+    size = selection.num_parameters / selection.num_candidate_parameters
+    cells = {}
+    for block, modules in grid(ranking).items():
+        for module, projection in zip(modules, ranking.projections, strict=True):
+            rank = 0 if module is None else ranks.get(module.name, 0)
+            shade = _shade(rank / max(ranks.values())) if rank else Style(dim=True)
+            text = "" if module is None else str(rank or ".")
+            cells[block, projection] = (text, shade)
+    return Group(
+        Text(f"LoRA rank of each module at budget {selection.budget}", style="bold"),
+        block_table(cells),
+        Text(),
+        Text(
+            f"{num_parts:,} of {whole:,} rank-one parts in {len(ranks)} of {len(ranking.modules)} "
+            f"modules: {selection.num_parameters:,} of {selection.num_candidate_parameters:,} "
+            f"parameters ({size:.1%})"
+        ),
         Text(),
         Text("\n".join(provenance_lines(ranking)), style="dim"),
     )
