@@ -2,13 +2,16 @@
 """Rankings of rank-one parts: their order, what budgets buy, and adapters cut to them."""
 
 import json
+import random
 from dataclasses import replace
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+import yaml
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
+from architectures import ARCHITECTURES
 from commands import (
     PLAIN_PEFT,
     complaint_in,
@@ -19,15 +22,20 @@ from commands import (
     read,
     record_of,
     verified_in,
+    weights_in,
 )
+from keylayers import export_selection
 from keylayers.apply.prune import prune_adapter
 from keylayers.errors import ConfigError, KeylayersError, RankingError
 from keylayers.evaluation.singular_values import orders_by_singular_values
+from keylayers.export import TOOLS
 from keylayers.gates import gated, part_name, part_sizes
+from keylayers.model.modules import map_modules
 from keylayers.ranking.parts import parts_in_order
 from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import Ranking
 from keylayers.updates import adapter_updates
+from keylayers.updates.adapter import tuner_layers
 from scored import noisy, score
 
 from rankings import ranking_of
@@ -37,12 +45,11 @@ SCORES = [(8.0, 4.0, 2.0), (90.0, 1.0, 0.0), (6.0, 5.0, 3.0)]
 SIZES = [(1, 1, 1), (30, 30, 30), (2, 2, 2)]
 
 
-def of_parts(scores=SCORES, sizes=SIZES, stacked=()):
+def of_parts(scores=SCORES, sizes=SIZES):
     modules = tuple(
         RankedModule(
             f"layers.{index}.experts.{'ab'[index % 2]}",
             *(index, "ab"[index % 2], 100, sum(own)),
-            is_stacked=index in stacked,
             part_scores=own,
             part_parameters=size,
         )
@@ -81,19 +88,11 @@ def test_parts_are_bought_by_score_per_parameter(budget, parts):
     assert selection.num_candidate_parameters == 99
 
 
-def test_ranks_that_must_be_equal_or_multiples_are_filled_with_the_next_parts():
+def test_ranks_that_must_be_multiples_are_filled_with_the_next_parts():
     assert taken(of_parts().select(1, rank_multiple=2)) == {0: [0, 1]}
     # never more than there are, and never above the budget
     assert taken(of_parts().select(3, rank_multiple=4)) == {0: [0, 1, 2], 1: [0, 1, 2]}
     assert taken(of_parts().select("0.1x-params", rank_multiple=3)) == {0: [0, 1, 2]}
-    experts = of_parts()
-    modules = [
-        replace(m, name=f"x.experts.{'abc'[i]}", is_stacked=True)
-        for i, m in enumerate(experts.modules)
-    ]
-    common = replace(experts, modules=tuple(modules)).select(3)  # PEFT has one rank for all three
-    assert common.ranks == {"x.experts.a": 2, "x.experts.b": 2}
-    assert common.lora_config().rank_pattern == {}
 
 
 REFUSED = [
@@ -262,6 +261,82 @@ def test_orders_by_singular_values_by_hand():
     assert short["energy per parameter"] == [(1, 0), (0, 0), (0, 1), (1, 1)]
     assert short["share of energy"] == [(0, 0), (1, 0), (0, 1), (1, 1)]
     assert short["ratio to the largest"] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+
+
+MODELS = {one.title: one for one in ARCHITECTURES if one.title in ("Llama", "GPT-2", "Mixtral")}
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+@pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path`")
+# PEFT 0.21 looks for them among modules only, but uses those of parameters all the same.
+@pytest.mark.filterwarnings(
+    "ignore:The following .*_pattern keys did not match any"
+)
+@pytest.mark.parametrize("title", MODELS)
+@pytest.mark.parametrize("budget", [0.1, 0.6])
+def test_exported_ranks_are_what_peft_gives_the_modules(tmp_path, title, budget):
+    made_by = {"model": {"name": "org/base"}, "options": {"lora_rank": 4, "lora_alpha": 12}}
+    draw = random.Random(0)
+    ranked = tuple(
+        replace(
+            RankedModule.of(module, 0.0),
+            part_scores=tuple(draw.random() for _ in range(4)),
+            part_parameters=(sum(module.shape[-2:]),) * 4,
+        )
+        for module in map_modules(MODELS[title].build())
+    )
+    ranking = Ranking(ranked, "by hand", "part", made_by)
+    ranks = ranking.select(budget).ranks
+    export_selection(ranking, budget, "peft", tmp_path / "peft")
+    export_selection(ranking, budget, "axolotl", tmp_path / "axolotl")
+    of_axolotl = yaml.safe_load((tmp_path / "axolotl" / "axolotl.yaml").read_text())
+    names = ("r", "alpha", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters")
+    own = {name: of_axolotl.get(f"lora_{name}") for name in names}
+    own["lora_alpha"] = own.pop("alpha")
+    config = PeftConfig.from_pretrained(tmp_path / "peft")
+    for given in (config, LoraConfig(**own), ranking.select(budget).lora_config(lora_alpha=12)):
+        layers = tuner_layers(get_peft_model(MODELS[title].build(), given))
+        assert {name: layer.r["default"] for name, layer in layers.items()} == ranks
+        assert len({layer.scaling["default"] for layer in layers.values()}) == 1
+    defined = {}
+    exec((tmp_path / "peft" / "selected.py").read_text(), defined)
+    layers = tuner_layers(defined["selected_lora"](MODELS[title].build()))
+    assert {name: layer.r["default"] for name, layer in layers.items()} == ranks
+    for tool in TOOLS.keys() - {"peft", "axolotl"}:
+        with pytest.raises(ConfigError, match="ranks of modules are for LoRA with peft or axolotl"):
+            export_selection(ranking, budget, tool, tmp_path / tool)
+    with pytest.raises(ConfigError, match="ranks of modules are for LoRA"):
+        export_selection(ranking, budget, "peft", tmp_path / "full", kind="full")
+
+
+def test_a_difference_of_checkpoints_becomes_a_small_adapter(tiny, tmp_path):
+    out, own = tmp_path / "out", ("--model", tiny / "model", "--tuned", tiny / "tuned")
+    own = (*own, "--data", tiny / "data.jsonl", "--lora-rank", "12")
+    code, said, err = printed("extract", *own, "--budget", "0.5x-params", "--output", out)
+    assert code == 0, err
+    base, tuned = weights_in(tiny / "model"), weights_in(tiny / "tuned")
+    adapter, cut = weights_in(out / "adapter"), weights_in(out / "pruned")
+    name = "model.layers.0.mlp.up_proj"
+    left, values, right = torch.linalg.svd(
+        (tuned[f"{name}.weight"] - base[f"{name}.weight"]).float()
+    )
+    a, b = (adapter[f"base_model.model.{name}.lora_{letter}.weight"].float() for letter in "AB")
+    rank = min(12, len(values))
+    expected = (left[:, :rank] * values[:rank]) @ right[:rank]
+    torch.testing.assert_close(b @ a, expected, rtol=0.02, atol=float(values[0]) / 100)
+    found = record_of(out / "pruned")["result"]
+    size = sum(value.numel() for value in cut.values())
+    assert found["pruned"]["num_parameters"] == size
+    assert size <= 0.5 * sum(value.numel() for value in adapter.values())
+    assert "other weights that differ" in err
+    assert f"adapter written to {out / 'pruned'}" in said.replace("\n", "")
+    # the ranking cuts again, and a budget in MiB is what the file takes
+    again = tmp_path / "again"
+    assert keylayers("prune", "--ranking", out, "--budget", "0.02MiB", "--output", again) == 0
+    assert (
+        sum(value.numel() * value.element_size() for value in weights_in(again).values())
+        <= 0.02 * 2**20
+    )
 
 
 @pytest.fixture(scope="module")

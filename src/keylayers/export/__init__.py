@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from keylayers.errors import ConfigError, OutputError
 from keylayers.export import axolotl, llamafactory, ms_swift, peft, torchtune, trl, unsloth
-from keylayers.export.settings import Files, FineTune, Settings
+from keylayers.export.settings import Files, FineTune, Settings, refuse
 from keylayers.files import output_folder, write_text
 from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.ranking import Ranking
@@ -24,6 +24,7 @@ TOOLS: dict[Tool, Callable[[Settings], Files]] = {
     "unsloth": unsloth.export,
 }
 assert set(TOOLS) == set(get_args(Tool))
+WITH_RANKS = ("peft", "axolotl")  # a rank for each module; the others have one for all
 
 
 def export_selection(
@@ -31,7 +32,8 @@ def export_selection(
 ) -> list[Path]:
     """Write the files with which a training tool trains exactly the modules in `budget`.
 
-    The model's name and LoRA's rank and alpha are those of the run that made the ranking.
+    The model's name and LoRA's rank and alpha are those of the run that made the ranking; a ranking
+    of rank-one parts gives each module the rank of its selected parts.
 
     Args:
         ranking: The modules with their scores.
@@ -54,6 +56,8 @@ def export_selection(
             "rank with a model that has a name"
         )
     selection = ranking.select(budget)
+    if selection.ranks is not None and (to not in WITH_RANKS or kind == "full"):
+        refuse(to, f"ranks of modules are for LoRA with {' or '.join(WITH_RANKS)}")
     settings = Settings(selection, model, kind, options.lora_rank, options.lora_alpha)
     paths = {output / name: text for name, text in TOOLS[to](settings).items()}
     for path, text in paths.items():

@@ -22,7 +22,7 @@ def export(settings: Settings) -> Files:
         content["gradient_checkpointing"] = True
         content["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     else:
-        content |= {"adapter": "lora", **settings.lora_options("lora_r")}
+        content |= {"adapter": "lora", **settings.lora_options("lora_r", "lora_")}
         targets = settings.selection.lora_targets
         content |= {f"lora_{name}": value for name, value in targets.items() if value}
     return {"axolotl.yaml": yaml_text(content)}

@@ -50,12 +50,17 @@ def export(settings: Settings) -> Files:
     if settings.fine_tune == "full":
         return {"selected.py": _FULL.format(**shown)}
     targets = settings.selection.lora_targets
-    lines = (f"        {name}={pformat(value, width=80)}," for name, value in targets.items())
+    options = settings.lora_options("r")
+    patterns = {name: value for name, value in options.items() if name.endswith("_pattern")}
+    lines = (
+        f"        {name}={pformat(value, width=80)},"
+        for name, value in (targets | patterns).items()
+    )
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": settings.model,
-        **settings.lora_options("r"),
+        **options,
         "bias": "none",
         **targets,
     }

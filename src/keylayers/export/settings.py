@@ -9,6 +9,7 @@ import yaml
 
 from keylayers.errors import ConfigError
 from keylayers.ranking.selection import Selection
+from keylayers.ranking.targets import rank_options
 
 FineTune = Literal["lora", "full"]
 Files = Mapping[str, str]
@@ -30,16 +31,32 @@ class Settings:
         """Full names, in model order."""
         return self.selection.names
 
-    def lora_options(self, rank: str = "lora_rank") -> dict[str, Any]:
-        """Rank, by the name that the tool has for it, alpha and dropout."""
-        return {rank: self.lora_rank, "lora_alpha": self.lora_alpha, "lora_dropout": 0.0}
+    @property
+    def model_line(self) -> str:
+        """The model's name without line breaks, for a comment."""
+        return " ".join(self.model.split())
+
+    def lora_options(self, rank: str = "lora_rank", pattern_prefix: str = "") -> dict[str, Any]:
+        """Rank, by the name that the tool has for it, alpha and dropout; ranks of modules if any.
+
+        Alphas follow the ranks, so that their ratio is that of the ranking's own run.
+        """
+        found: dict[str, Any] = {rank: self.lora_rank, "lora_alpha": self.lora_alpha}
+        if self.selection.ranks is not None:
+            scaling = self.lora_alpha / self.lora_rank
+            own = rank_options(self.selection.ranks, scaling, self.selection.stacked)
+            found = {rank: own["r"], "lora_alpha": own["lora_alpha"]}
+            found |= {
+                f"{pattern_prefix}{key}": own[key] for key in ("rank_pattern", "alpha_pattern")
+            }
+        return found | {"lora_dropout": 0.0}
 
     def shown(self) -> dict[str, Any]:
         """The fields of templates for Python: the names are source of a list, one per line."""
         names = "[\n" + "".join(f"    {name!r},\n" for name in self.names) + "]"
-        model = " ".join(self.model.split())  # a comment has no line breaks
-        found = {"count": len(self.names), "model": model, "names": names}
-        return found | {"rank": self.lora_rank, "alpha": self.lora_alpha}
+        found = {"count": len(self.names), "model": self.model_line, "names": names}
+        options = self.lora_options("rank")
+        return found | {"rank": options["rank"], "alpha": options["lora_alpha"]}
 
 
 def yaml_text(content: Mapping[str, Any]) -> str:

@@ -12,7 +12,6 @@ from keylayers.errors import ConfigError
 from keylayers.ranking.budget import Budget, Count, Fraction, Freeze, Parameters
 from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.selection import Selection
-from keylayers.ranking.targets import rank_key
 
 
 @dataclass(frozen=True)
@@ -47,15 +46,14 @@ def select_parts(
 ) -> Selection:
     """The best parts that `budget` buys: a share or a number of parts, or of their parameters.
 
-    Where the rank of a module must be higher than the number of its best parts (a multiple of
-    `rank_multiple`, or PEFT's common rank of the stacked experts of one module), its next parts
-    fill the places. A DoRA module that is kept has a magnitude and a rank of at least 1 anyway.
+    The next parts of a module fill its rank up to a multiple of `rank_multiple`. A DoRA module that
+    is kept has a magnitude and a rank of at least 1 anyway.
     """
     ordered = parts_in_order(modules)
     sizes = {module.name: module.part_parameters or () for module in modules}
 
     def size(count: int) -> int:
-        kept = _with_common_ranks(modules, ordered, count, rank_multiple)
+        kept = _filled(modules, ordered, count, rank_multiple)
         return sum(sizes[name][index] for name, indices in kept.items() for index in indices)
 
     whole = size(len(ordered))
@@ -74,7 +72,7 @@ def select_parts(
             f"`budget` {budget} needs a ranking of modules, but this one is of rank-one parts; "
             f"give parameters, such as 0.05x-params, or a share or number of parts"
         )
-    kept = _with_common_ranks(modules, ordered, count, rank_multiple)
+    kept = _filled(modules, ordered, count, rank_multiple)
     worst = ordered[count - 1].score_per_parameter
     return Selection(
         modules=tuple(module for module in modules if module.name in kept),
@@ -87,28 +85,21 @@ def select_parts(
     )
 
 
-def _with_common_ranks(
+def _filled(
     modules: Sequence[RankedModule], ordered: Sequence[Part], count: int, multiple: int
 ) -> dict[str, tuple[int, ...]]:
     """Module name -> the best `count` of all parts, and those that fill up its rank."""
     of_module: dict[str, list[int]] = {}  # all parts, best first
-    for part in ordered:
+    best: dict[str, set[int]] = {}
+    for place, part in enumerate(ordered):
         of_module.setdefault(part.module_name, []).append(part.index)
-    magnitudes = {module.name for module in modules if module.has_magnitude_part}
-    num_best = dict.fromkeys((part.module_name for part in ordered[:count]), 0)
-    for part in ordered[:count]:
-        is_last = part.index == len(of_module[part.module_name]) - 1
-        num_best[part.module_name] += not (is_last and part.module_name in magnitudes)
-    kept_modules = [module for module in modules if module.name in num_best]
-    ranks: dict[str, int] = {}
-    for module in kept_modules:
-        rank = max(multiple, -(-num_best[module.name] // multiple) * multiple)
-        key = rank_key(module.name, module.is_stacked)
-        ranks[key] = max(rank, ranks.get(key, 0))
+        if place < count:
+            best.setdefault(part.module_name, set()).add(part.index)
     kept = {}
-    for module in kept_modules:
-        magnitude = [len(of_module[module.name]) - 1] if module.has_magnitude_part else []
-        directions = [index for index in of_module[module.name] if index not in magnitude]
-        rank = ranks[rank_key(module.name, module.is_stacked)]
-        kept[module.name] = (*sorted(directions[:rank]), *magnitude)
+    for module in modules:
+        if module.name in best:
+            magnitude = {len(of_module[module.name]) - 1} if module.has_magnitude_part else set()
+            directions = [part for part in of_module[module.name] if part not in magnitude]
+            rank = max(1, -(-len(best[module.name] - magnitude) // multiple)) * multiple
+            kept[module.name] = tuple(sorted({*directions[:rank], *magnitude}))
     return kept

@@ -20,15 +20,16 @@ def lora_targets(names: Sequence[str], stacked: Collection[str] | None) -> dict[
     """The fields of a PEFT config that put LoRA on exactly `names`, as PEFT takes them."""
     if stacked is None:
         return {"target_modules": target_regex(names)}
-    modules, parameters = [], []
-    for name in names:
-        if name in stacked:
-            parameters.append(name)
-        elif name.rpartition(".")[2] in REWRITTEN:
-            parameters.append(f"{name}.weight")
-        else:
-            modules.append(name)
+    keys = {name: peft_key(name, stacked) for name in names}
+    parameters = [key for name, key in keys.items() if name in stacked or key != name]
+    modules = [name for name in names if keys[name] not in parameters]
     return {"target_modules": modules, "target_parameters": parameters}
+
+
+def peft_key(name: str, stacked: Collection[str] | None) -> str:
+    """What a module is called in a config: by its parameter where PEFT would rewrite its name."""
+    is_rewritten = stacked is not None and name.rpartition(".")[2] in REWRITTEN
+    return f"{name}.weight" if is_rewritten and name not in (stacked or ()) else name
 
 
 def rank_options(
@@ -44,22 +45,13 @@ def rank_options(
         value = scaling * rank
         return int(value) if float(value).is_integer() else value
 
-    lower = {
-        rank_key(name, name in (stacked or ())): rank
-        for name, rank in ranks.items()
-        if rank != highest
-    }
+    lower = {peft_key(name, stacked): rank for name, rank in ranks.items() if rank != highest}
     return {
         "r": highest,
         "lora_alpha": alpha(highest),
         "rank_pattern": lower,
         "alpha_pattern": {name: alpha(rank) for name, rank in lower.items()},
     }
-
-
-def rank_key(name: str, is_stacked: bool) -> str:
-    """What PEFT calls the module in a rank pattern: experts share one by the module they are in."""
-    return name.rpartition(".")[0] if is_stacked else name
 
 
 def target_regex(names: Iterable[str]) -> str:
