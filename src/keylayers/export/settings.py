@@ -31,11 +31,6 @@ class Settings:
         """Full names, in model order."""
         return self.selection.names
 
-    @property
-    def model_line(self) -> str:
-        """The model's name without line breaks, for a comment."""
-        return " ".join(self.model.split())
-
     def lora_options(self, rank: str = "lora_rank", pattern_prefix: str = "") -> dict[str, Any]:
         """Rank, by the name that the tool has for it, alpha and dropout; ranks of modules if any.
 
@@ -54,8 +49,8 @@ class Settings:
     def shown(self) -> dict[str, Any]:
         """The fields of templates for Python: the names are source of a list, one per line."""
         names = "[\n" + "".join(f"    {name!r},\n" for name in self.names) + "]"
-        found = {"count": len(self.names), "model": self.model_line, "names": names}
-        options = self.lora_options("rank")
+        model, options = " ".join(self.model.split()), self.lora_options("rank")
+        found = {"count": len(self.names), "model": model, "names": names}  # no line breaks
         return found | {"rank": options["rank"], "alpha": options["lora_alpha"]}
 
 
