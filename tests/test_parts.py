@@ -269,9 +269,7 @@ MODELS = {one.title: one for one in ARCHITECTURES if one.title in ("Llama", "GPT
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 @pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path`")
 # PEFT 0.21 looks for them among modules only, but uses those of parameters all the same.
-@pytest.mark.filterwarnings(
-    "ignore:The following .*_pattern keys did not match any"
-)
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match any")
 @pytest.mark.parametrize("title", MODELS)
 @pytest.mark.parametrize("budget", [0.1, 0.6])
 def test_exported_ranks_are_what_peft_gives_the_modules(tmp_path, title, budget):
