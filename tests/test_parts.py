@@ -388,3 +388,35 @@ def test_verify_compares_parts_with_orders_by_singular_values(ranked_parts, tmp_
         assert curve["num_parameters"][-1] == every
         assert curve["losses"][0] == found["best_first"]["losses"][0]
         assert curve["losses"][-1] == found["best_first"]["losses"][-1]
+
+
+def test_training_gives_modules_the_ranks_of_their_parts(ranked_parts, tmp_path):
+    out = tmp_path / "tuned"
+    more = ("--steps", "2", "--controls", "random", "worst", "uniform", "first", "last", "all")
+    budget = ("--budget", "0.4x-params")
+    code, said, err = printed("train", "--ranking", ranked_parts, *budget, *more, "--output", out)
+    assert code == 0, err
+    selection = Ranking.load(ranked_parts).select("0.4x-params")
+    ranks = {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): len(value)
+        for name, value in weights_in(out).items()
+        if name.endswith("lora_A.weight")
+    }
+    assert ranks == selection.ranks
+    rows = {row["label"]: row for row in record_of(out)["results"]}
+    own = rows["selected"]["num_trained_parameters"]
+    assert own == selection.num_parameters
+    assert rows["uniform"]["num_trained_parameters"] <= own
+    for control in ("random", "worst", "first", "last"):
+        assert 0 < rows[control]["num_trained_parameters"] != own
+        assert control in said
+
+
+def test_what_does_not_go_with_ranks_is_refused(ranked, ranked_parts, tmp_path):
+    for update in ("full", "adalora"):
+        wanted = ("--budget", "3", "--update", update, "--output", tmp_path / "out")
+        code, _, err = printed("train", "--ranking", ranked_parts, *wanted)
+        assert (code, "`update` must be lora, rslora or dora" in complaint_in(err)) == (2, True)
+    wanted = ("--budget", "3", "--controls", "uniform", "--output", tmp_path / "out")
+    code, _, err = printed("train", "--ranking", ranked, *wanted)
+    assert (code, "needs a ranking of rank-one parts" in complaint_in(err)) == (2, True)

@@ -15,7 +15,6 @@ from keylayers.errors import ModelError
 from keylayers.model.checkpoint import Checkpoint
 from keylayers.model.options import ModelOptions, Towers
 from keylayers.progress import Progress
-from keylayers.ranking.targets import rank_options
 from keylayers.updates import dense_updates
 from keylayers.updates.checkpoints import other_differences
 
@@ -70,7 +69,7 @@ def extract_adapter(
             f"({', '.join(others[:2])}{', ...' if len(others) > 2 else ''})"
         )
     ranks = {name: len(a) for name, (a, _) in factors.items()}
-    adapted = add_lora(model, list(factors), **rank_options(ranks, 1.0))
+    adapted = add_lora(model, ranks, r=rank, lora_alpha=rank)
     for name, (a, b) in factors.items():
         layer = adapted.get_base_model().get_submodule(name)
         layer.lora_A[adapted.active_adapter].weight.copy_(a)

@@ -17,19 +17,25 @@ from transformers.pytorch_utils import Conv1D
 from keylayers.errors import GuardError, ModelError
 from keylayers.model.modules import base_model_of, map_modules
 from keylayers.model.sharding import whole
-from keylayers.ranking.targets import lora_targets
+from keylayers.ranking.targets import lora_targets, rank_options
 from keylayers.updates.adapter import always_on, own_parameters, tuner_layers
 
 
-def add_lora(model: PreTrainedModel, names: Sequence[str], **options: Any) -> PeftModel:
+def add_lora(
+    model: PreTrainedModel, names: Sequence[str] | Mapping[str, int], **options: Any
+) -> PeftModel:
     """`model` wrapped by PEFT with new LoRA matrices on exactly `names`, only these trainable.
 
     The options are those of `LoraConfig`, or of `AdaLoraConfig` if `total_step` is among them.
+    With ranks by name, their scaling is `lora_alpha / r` of the options in every module.
     """
     known = dict(model.named_modules())
     options.setdefault("task_type", "CAUSAL_LM")
     experts = {info.name for info in map_modules(model, "all") if info.is_stacked}
-    options |= lora_targets(names, experts or None)
+    options |= lora_targets(list(names), experts or None)
+    if isinstance(names, Mapping):
+        scaling = options["lora_alpha"] / options["r"]
+        options |= rank_options(names, scaling, experts or None)
     if any(isinstance(known.get(name), Conv1D) for name in names):
         options["fan_in_fan_out"] = True
     kind = AdaLoraConfig if "total_step" in options else LoraConfig
@@ -38,13 +44,17 @@ def add_lora(model: PreTrainedModel, names: Sequence[str], **options: Any) -> Pe
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"PEFT cannot put this adapter on the model: {reason}") from error
-    hit, asked = set(tuner_layers(tuned)), set(names)
+    layers = tuner_layers(tuned)
+    hit, asked = set(layers), set(names)
     if hit != asked:
         raise ModelError(
             f"PEFT must put an adapter on exactly the selected modules, but missed "
             f"{sorted(asked - hit)[:3]} and added {sorted(hit - asked)[:3]}; for some mixtures of "
             f"experts PEFT rewrites the targets"
         )
+    for name, rank in names.items() if isinstance(names, Mapping) else ():
+        if (own := layers[name].r[tuned.active_adapter]) != rank:
+            raise ModelError(f"PEFT must give {name} the rank {rank}, but gives it {own}")
     prove_trainable(tuned, names)
     return tuned
 

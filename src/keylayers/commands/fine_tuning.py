@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
@@ -26,6 +26,8 @@ from keylayers.training.checkpoints import Checkpoints
 from keylayers.training.freeze import FreezeUnimportant
 from keylayers.training.options import FreezeAction, StabilityOptions, TrainingOptions
 from keylayers.training.run import TrainingResult, fine_tune, new_adapter
+
+Wanted: TypeAlias = Sequence[str] | Mapping[str, int]  # modules, or modules with LoRA ranks
 
 
 @dataclass(frozen=True)
@@ -53,21 +55,21 @@ class FineTuning:
         """The dtype in which a full fine-tune is saved: the base model's own."""
         return Checkpoint.open(self.session.source).dtype()
 
-    def inputs_sha256(self, names: Sequence[str], callback: FreezeUnimportant | None = None) -> str:
+    def inputs_sha256(self, names: Wanted, callback: FreezeUnimportant | None = None) -> str:
         """A hash of everything that decides the result of training `names`."""
         return inputs_sha256(
             self.session,
             self.options,
             num_steps=self.num_steps,
-            modules=list(names),
+            modules=dict(names) if isinstance(names, Mapping) else list(names),
             freeze=None if callback is None else callback.decisive(),
         )
 
-    def trainer(self, names: Sequence[str], title: str) -> Trainer:
+    def trainer(self, names: Wanted, title: str) -> Trainer:
         """A trainer of exactly the modules `names` of a fresh model; loggers call it `title`."""
         model: Tuned = self.session.fresh()
         if self.options.is_full:
-            train_only(model, names)
+            train_only(model, list(names))
         else:
             model = new_adapter(model, names, self.options, num_steps=self.num_steps)
         trainer = self.session.trainer(model, self.options, self.num_steps, title)
@@ -76,7 +78,7 @@ class FineTuning:
 
     def train(
         self,
-        names: Sequence[str],
+        names: Wanted,
         label: str,
         callback: FreezeUnimportant | None = None,
         measure_base: bool = False,
@@ -99,7 +101,7 @@ class FineTuning:
         prove_trainable(model, names)
         if self.options.is_full:
             _round(model, self.stored_dtype)
-        rows = (*base, _row(trainer, label, names, result.num_steps))
+        rows = (*base, _row(trainer, label, list(names), result.num_steps))
         return FineTuned(rows, model, result, inputs)
 
     def run(

@@ -28,7 +28,7 @@ from keylayers.training.options import (
 if TYPE_CHECKING:
     from keylayers.ranking.ranking import Ranking
 
-Control = Literal["all", "random", "first", "last", "worst"]
+Control = Literal["all", "random", "first", "last", "worst", "uniform"]
 FLAT = Parameter(name="*")  # shows the fields of an options class as flags of their own
 
 
@@ -143,7 +143,8 @@ class SelectionOptions(BudgetOptions):
         steps: Optimiser steps.
         controls: Also train these sets in the same way and show their held-out loss. all: all
             modules. random, first, last (in the network) or worst (in the ranking): as many modules
-            as are selected.
+            as are selected, or rank-one parts. uniform, for a ranking of parts: the same rank in
+            all modules with no more parameters.
     """
 
     rank_first: bool = False
@@ -184,10 +185,10 @@ class SelectionOptions(BudgetOptions):
                 f"`steps` must be at least 2 with `rank_first`, one before the ranking and one "
                 f"after it, got {self.steps}"
             )
-        if "worst" in self.controls:
+        for control in {"worst", "uniform"}.intersection(self.controls):
             raise ConfigError(
-                "`controls` with `rank_first` must be of all, random, first and last, got worst; "
-                "train it on the ranking that this run writes"
+                f"`controls` with `rank_first` must be of all, random, first and last, got "
+                f"{control}; train it on the ranking that this run writes"
             )
 
 

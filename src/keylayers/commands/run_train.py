@@ -5,19 +5,22 @@ With `--rank-first` one run trains, ranks and freezes, which is the paper's algo
 """
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from keylayers.commands.fine_tuning import FineTuned, FineTuning, frozen_label
+from keylayers.commands.fine_tuning import FineTuned, FineTuning, Wanted, frozen_label
 from keylayers.commands.options import Control, TrainOptions, flat_values
 from keylayers.commands.session import Session, note_ties
+from keylayers.errors import ConfigError
 from keylayers.files import check_replaceable, output_folder, unfinished
 from keylayers.processes import from_first
 from keylayers.progress import Progress
 from keylayers.ranking.budget import GIB, Budget, Memory
+from keylayers.ranking.parts import parts_in_order
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import TrainedSet
 from keylayers.ranking.selection import Selection
@@ -48,15 +51,17 @@ def run_train(options: TrainOptions, output: Path, progress: Progress) -> list[T
     wanted = options.selection
     assert wanted.ranking is not None
     ranking = Ranking.load(wanted.ranking)
+    _check_ranks(ranking, options)
     budget = wanted.budget_for(ranking)
     selection = None if isinstance(budget, Memory) else ranking.select(budget)
     with _open(options, output, progress, ranking) as job:
         if selection is None:
             selection = _select_within(job, ranking, budget)
         note_ties(selection, progress)
-        record = job.finished(job.inputs_sha256(selection.names), ranking)
+        selected: Wanted = selection.ranks or selection.names
+        record = job.finished(job.inputs_sha256(selected), ranking)
         if record is None:
-            trained = job.train(selection.names, "selected", measure_base=True)
+            trained = job.train(selected, "selected", measure_base=True)
             own = {"selection": selection.record()}
             record = job.save(trained, ranking, own, *_stage_1_row(job, ranking))
 
@@ -162,14 +167,33 @@ def _stage_1_row(job: FineTuning, ranking: Ranking) -> list[TrainedSet]:
     ]
 
 
-def control_modules(
-    ranking: Ranking, selection: Selection, control: Control, seed: int
-) -> tuple[str, ...]:
-    """The modules of a control, in model order; as many as selected, except for `all`."""
+def _check_ranks(ranking: Ranking, options: TrainOptions) -> None:
+    """Refuse what does not go with a ranking of rank-one parts, or needs one."""
+    is_of_parts, update = ranking.granularity == "part", options.training.update
+    if is_of_parts and update in ("full", "adalora"):
+        raise ConfigError(
+            f"`update` must be lora, rslora or dora with a ranking of rank-one parts, which gives "
+            f"each module its LoRA rank, got {update}"
+        )
+    if not is_of_parts and "uniform" in options.selection.controls:
+        raise ConfigError(
+            f"`controls` uniform needs a ranking of rank-one parts, but this one is by "
+            f"{ranking.granularity}; rank with `granularity` part"
+        )
+
+
+def control_modules(ranking: Ranking, selection: Selection, control: Control, seed: int) -> Wanted:
+    """The modules of a control, in model order; as many as selected, except for `all`.
+
+    Of a ranking of rank-one parts, LoRA ranks from as many other parts; `uniform` is the highest
+    common rank of all modules that has no more parameters.
+    """
     names = [module.name for module in ranking.modules]
-    size = len(selection.modules)
     if control == "all":
         return tuple(names)
+    if selection.ranks is not None:
+        return _control_ranks(ranking, selection, control, seed)
+    size = len(selection.modules)
     if control == "random":
         chosen = set(random.Random(seed).sample(names, size))
     elif control == "worst":
@@ -177,3 +201,23 @@ def control_modules(
     else:
         chosen = set(names[:size] if control == "first" else names[-size:])
     return tuple(name for name in names if name in chosen)
+
+
+def _control_ranks(
+    ranking: Ranking, selection: Selection, control: Control, seed: int
+) -> dict[str, int]:
+    best = [part for part in parts_in_order(ranking.modules) if not part.is_magnitude]
+    places = {module.name: place for place, module in enumerate(ranking.modules)}
+    if control == "uniform":
+        one_of_each = sum(part.num_parameters for part in best if part.index == 0)
+        return dict.fromkeys(places, max(1, selection.num_parameters // one_of_each))
+    size = sum((selection.ranks or {}).values())
+    in_order = sorted(best, key=lambda part: (places[part.module_name], part.index))
+    chosen = {
+        "random": lambda: random.Random(seed).sample(in_order, size),
+        "worst": lambda: best[-size:],
+        "first": lambda: in_order[:size],
+        "last": lambda: in_order[-size:],
+    }[control]()
+    counts = Counter(part.module_name for part in chosen)
+    return {name: counts[name] for name in places if name in counts}

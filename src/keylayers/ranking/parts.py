@@ -22,6 +22,7 @@ class Part:
     index: int  # from 0, by falling singular value
     score: float
     num_parameters: int  # that it adds to an adapter
+    is_magnitude: bool  # of DoRA: it adds nothing to the rank
 
     @property
     def score_per_parameter(self) -> float:
@@ -31,13 +32,14 @@ class Part:
 
 def parts_in_order(modules: Sequence[RankedModule]) -> list[Part]:
     """All parts, best first; ties in model order, and in a module by falling singular value."""
-    parts = [
-        Part(module.name, index, score, size)
-        for module in modules
-        for index, (score, size) in enumerate(
-            zip(module.part_scores or (), module.part_parameters or (), strict=True)
-        )
-    ]
+    parts = []
+    for module in modules:
+        own = zip(module.part_scores or (), module.part_parameters or (), strict=True)
+        magnitude = len(module.part_scores or ()) - 1 if module.has_magnitude_part else None
+        parts += [
+            Part(module.name, index, score, size, index == magnitude)
+            for index, (score, size) in enumerate(own)
+        ]
     return sorted(parts, key=lambda part: -part.score_per_parameter)
 
 
@@ -89,17 +91,17 @@ def _filled(
     modules: Sequence[RankedModule], ordered: Sequence[Part], count: int, multiple: int
 ) -> dict[str, tuple[int, ...]]:
     """Module name -> the best `count` of all parts, and those that fill up its rank."""
-    of_module: dict[str, list[int]] = {}  # all parts, best first
-    best: dict[str, set[int]] = {}
+    of_module: dict[str, list[Part]] = {}  # all parts, best first
+    num_best: dict[str, int] = {}
     for place, part in enumerate(ordered):
-        of_module.setdefault(part.module_name, []).append(part.index)
+        of_module.setdefault(part.module_name, []).append(part)
         if place < count:
-            best.setdefault(part.module_name, set()).add(part.index)
+            own = num_best.setdefault(part.module_name, 0)
+            num_best[part.module_name] = own + (not part.is_magnitude)
     kept = {}
-    for module in modules:
-        if module.name in best:
-            magnitude = {len(of_module[module.name]) - 1} if module.has_magnitude_part else set()
-            directions = [part for part in of_module[module.name] if part not in magnitude]
-            rank = max(1, -(-len(best[module.name] - magnitude) // multiple)) * multiple
-            kept[module.name] = tuple(sorted({*directions[:rank], *magnitude}))
+    for name in (module.name for module in modules if module.name in num_best):
+        rank = max(1, -(-num_best[name] // multiple)) * multiple
+        directions = [part.index for part in of_module[name] if not part.is_magnitude]
+        magnitude = [part.index for part in of_module[name] if part.is_magnitude]
+        kept[name] = tuple(sorted([*directions[:rank], *magnitude]))
     return kept

@@ -173,11 +173,16 @@ def _settings(model: PreTrainedModel | PeftModel, options: TrainingOptions) -> d
 
 
 def new_adapter(
-    model: PreTrainedModel, names: Sequence[str], options: TrainingOptions, *, num_steps: int
+    model: PreTrainedModel,
+    names: Sequence[str] | Mapping[str, int],
+    options: TrainingOptions,
+    *,
+    num_steps: int,
 ) -> PeftModel:
     """`model` with a new adapter on exactly `names`, initialised from the options' seed.
 
-    AdaLoRA spreads its budget over the `num_steps` of the training to come.
+    Names may come with the LoRA rank of each, instead of the options' for all. AdaLoRA spreads its
+    budget over the `num_steps` of the training to come.
     """
     set_seed(options.seed)
     rank, kind = options.lora_rank, options.update
