@@ -2,7 +2,7 @@
 """A mask step against its limit: time, and memory kept for the backward pass.
 
 The limit is a bare forward and backward pass for activations through the frozen model with its LoRA
-updates. For comparison: gates on the output of B (the naive place), autograd through the merged
+updates. Gates are of modules, or of rank-one parts. For comparison: gates on the output of B (the naive place), autograd through the merged
 weight, and training all LoRA matrices.
 """
 
@@ -64,6 +64,14 @@ def gates_on_b(model: PeftModel) -> Iterator[None]:
 
 
 @contextmanager
+def by_example(model: PeftModel) -> Iterator[None]:
+    """Gates of rank-one parts, of which every example has its own copy (`fisher-pruning`)."""
+    own = {"initial_score": 1.0, "link": "identity", "granularity": "part"}
+    with gated(model, adapter_updates(model), **own) as gates, gates.by_example():
+        yield
+
+
+@contextmanager
 def dense_autograd(model: PeftModel) -> Iterator[None]:
     """Full autograd through `θ_0 + γ Δθ`: every merged weight is made in the forward pass."""
     updates = adapter_updates(model)
@@ -89,6 +97,10 @@ LIMIT = "frozen (limit)"
 MODES: dict[str, Callable[[PeftModel], AbstractContextManager[object]]] = {
     LIMIT: frozen,
     "gates on A (keylayers)": lambda model: gated(model, adapter_updates(model), initial_score=2.0),
+    "gates on parts (keylayers)": lambda model: gated(
+        model, adapter_updates(model), initial_score=2.0, granularity="part"
+    ),
+    "gates on parts, by example": by_example,
     "gates on B (naive)": gates_on_b,
     "full autograd on θ_0 + γΔθ": dense_autograd,
     "training all LoRA": lambda model: nullcontext(),

@@ -6,13 +6,15 @@
 A page holds a table between `<!-- name -->` and `<!-- /name -->`, where name is a function below.
 """
 
+import small_adapters
+
 import findings
 import performance
 import small_study
 from tables import ROOT, filled
 
-TABLES = (*findings.TABLES, *small_study.TABLES, *performance.TABLES)
-DOCS = ("docs/methods.md", "docs/claims.md", "docs/performance.md")
+TABLES = (*findings.TABLES, *small_study.TABLES, *performance.TABLES, *small_adapters.TABLES)
+DOCS = ("docs/methods.md", "docs/claims.md", "docs/performance.md", "docs/parts.md")
 PAGES = tuple(ROOT / page for page in ("README.md", *DOCS, "experiments/RESULTS.md"))
 
 if __name__ == "__main__":

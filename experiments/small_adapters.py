@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of docs/parts.md from the record of `parts.py`: how small an adapter can be."""
+
+import numpy as np
+import pandas as pd
+
+from findings import DATA
+from tables import load, markdown
+
+RIVALS = (
+    "uniform rank",
+    "singular value",
+    "energy per parameter",
+    "share of energy",
+    "ratio to the largest",
+)
+OURS = ("fisher-pruning", "elimination", "path", "price", "ila", "modules by elimination")
+GRID = np.geomspace(0.01, 1, 40)  # shares of the adapter's parameters
+MARGIN_NATS = 0.01
+
+
+def curves():
+    """Each order in each cell: excess loss over the full adapter at `GRID`, at 5 %, and size."""
+    rows = []
+    for cell in load("parts")["cells"]:
+        for found in cell["results"]:
+            sizes = np.array(found["num_parameters"][1:]) / found["num_parameters"][-1]
+            excess = np.array(found["losses"][1:]) - found["losses"][-1]
+            last = np.append(np.diff(sizes) > 0, True)  # of counts that buy the same parts
+            logs, excess = np.log(sizes[last]), excess[last]
+            kind = "random" if found["order"].startswith("random") else found["order"]
+            rows.append(
+                cell["cell"]
+                | {"order": kind, "curve": np.interp(np.log(GRID), logs, excess)}
+                | {"at 5 %": float(np.interp(np.log(0.05), logs, excess))}
+                | {"log size": _smallest(logs, excess)}
+            )
+    return pd.DataFrame(rows)
+
+
+def _smallest(logs, excess):
+    """Log of the smallest size from which on the excess stays within the margin."""
+    above = np.nonzero(excess > MARGIN_NATS)[0]
+    if len(above) == 0:
+        return float(logs[0])
+    low = above[-1]
+    share = (excess[low] - MARGIN_NATS) / (excess[low] - excess[low + 1])
+    return float(logs[low] + share * (logs[low + 1] - logs[low]))
+
+
+def of_data(data):
+    """Order -> means over the seeds of one data set: curve, area, at 5 %, size; and how many."""
+    found = curves()
+    own = found[found["data"] == data]
+    means = {}
+    for order, of_order in own.groupby("order", sort=False):
+        curve = np.mean(np.stack(of_order["curve"].to_list()), axis=0)
+        means[order] = {
+            "curve": curve,
+            "area": float(np.trapezoid(curve, np.log(GRID))),
+            "at 5 %": of_order["at 5 %"].mean(),
+            "size": float(np.exp(of_order["log size"].mean())),
+        }
+    return means, own["seed"].nunique()
+
+
+def parts_table():
+    """Fisher pruning of parts next to the best rival by singular values, by data set."""
+    rows = []
+    for data, title in DATA.items():
+        means, num_seeds = of_data(data)
+        if not means:
+            continue
+        ours, rivals = means["fisher-pruning"], [means[name] for name in RIVALS]
+        best = {key: min(rival[key] for rival in rivals) for key in ("area", "at 5 %", "size")}
+        lowest = np.min([rival["curve"] for rival in rivals], axis=0)
+        rows.append(
+            [
+                f"{title} ({num_seeds})",
+                *(f"{ours[key] / best[key]:.2f}" for key in ("area", "at 5 %", "size")),
+                f"{max(ours['curve'] - lowest):+.4f}",
+                f"{ours['at 5 %']:.3f} / {best['at 5 %']:.3f}",
+                f"{means['modules by elimination']['at 5 %']:.2f}",
+                f"{ours['size']:.0%} / {best['size']:.0%}",
+            ]
+        )
+    titles = ["data (seeds)", "area", "at 5 %", "size", "worst", "nats at 5 %", "modules"]
+    return markdown([*titles, "size within 0.01 nats"], rows)
+
+
+def parts_orders():
+    """Every order of the parts, in areas of the best rival's, mean over data sets."""
+    rows = []
+    for order in (*OURS, *RIVALS, "random"):
+        cells = []
+        for data in DATA:
+            means, _ = of_data(data)
+            if means:
+                best = min(means[rival]["area"] for rival in RIVALS)
+                cells.append(f"{means[order]['area'] / best:.2f}")
+        rows.append([order, *cells])
+    shown = [title for data, title in DATA.items() if of_data(data)[0]]
+    return markdown(["order", *shown], rows)
+
+
+TABLES = (parts_table, parts_orders)
