@@ -2,8 +2,8 @@
 """A mask step against its limit: time, and memory kept for the backward pass.
 
 The limit is a bare forward and backward pass for activations through the frozen model with its LoRA
-updates. Gates are of modules, or of rank-one parts. For comparison: gates on the output of B (the naive place), autograd through the merged
-weight, and training all LoRA matrices.
+updates. Gates are of modules, or of rank-one parts. For comparison: gates on the output of B (the
+naive place), autograd through the merged weight, and training all LoRA matrices.
 """
 
 from collections.abc import Callable, Iterator

@@ -14,7 +14,10 @@ SHOWN = 5  # differences shown for each case
 # Expected differences, as a pattern of `case:path` (`case` alone: it may be missing), with reasons.
 ALLOWED = {
     "*:*options/prefix_cache_gib": "the option is removed",
-    **dict.fromkeys(("*:*options/max_loss", "*:*options/pad_ranks"), "new options of prune"),
+    **dict.fromkeys(
+        ("*:*options/max_loss", "*:*options/pad_ranks", "*:*options/heal_steps"),
+        "new options of prune",
+    ),
     **dict.fromkeys(
         ("*:*num_equal_pairs", "*:*num_empty_answers", "*:*num_masked_answers"), "new counts"
     ),

@@ -420,3 +420,30 @@ def test_what_does_not_go_with_ranks_is_refused(ranked, ranked_parts, tmp_path):
     wanted = ("--budget", "3", "--controls", "uniform", "--output", tmp_path / "out")
     code, _, err = printed("train", "--ranking", ranked, *wanted)
     assert (code, "needs a ranking of rank-one parts" in complaint_in(err)) == (2, True)
+
+
+def test_a_cut_adapter_can_be_healed(ranked, ranked_parts, ranked_full, tmp_path):
+    losses = {}
+    for steps in (0, 12):
+        wanted = (
+            "--budget",
+            "0.1x-params",
+            "--heal-steps",
+            steps,
+            "--output",
+            tmp_path / f"{steps}",
+        )
+        code, said, err = printed("prune", "--ranking", ranked_parts, *wanted)
+        assert code == 0, err
+        losses[steps] = record_of(tmp_path / f"{steps}")["result"]
+    plain, healed = losses.values()
+    assert "healed_loss_nats" not in plain
+    assert healed["pruned_loss_nats"] == plain["pruned_loss_nats"]
+    assert healed["healed_loss_nats"] < healed["pruned_loss_nats"]
+    assert f"{healed['healed_loss_nats']:.4f}" in said
+    before, after = (weights_in(tmp_path / f"{steps}") for steps in losses)
+    assert {name: (v.shape, v.dtype) for name, v in before.items()} == {
+        name: (v.shape, v.dtype) for name, v in after.items()
+    }
+    code, _, err = printed("prune", "--ranking", ranked_full, "--budget", "0.3", "--heal-steps", 2)
+    assert (code, "it trains the LoRA matrices of an adapter" in complaint_in(err)) == (2, True)

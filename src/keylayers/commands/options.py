@@ -103,14 +103,18 @@ class CutOptions(BudgetOptions):
             loss is with 95 % confidence at most this much above that of the whole update, in nats.
         pad_ranks: Of a ranking of rank-one parts (`--granularity part`): keep as many more that the
             LoRA rank of every module is a multiple of this, for engines that need it.
+        heal_steps: Train the cut adapter afterwards for this many steps on the training examples,
+            with the defaults of `train`.
     """
 
     ranking: str = field()  # required; without `field()` it would inherit the default
     max_loss: float | None = None
     pad_ranks: int = 1
+    heal_steps: int = 0
 
     def __post_init__(self) -> None:
         check_at_least("pad_ranks", self.pad_ranks, 1)
+        check_at_least("heal_steps", self.heal_steps, 0)
         if self.max_loss is not None:
             check_above_zero("max_loss", self.max_loss)
         super().__post_init__()

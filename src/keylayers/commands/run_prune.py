@@ -3,11 +3,12 @@
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Trainer
 
 from keylayers.apply.prune import (
@@ -17,10 +18,11 @@ from keylayers.apply.prune import (
     prune_adapter,
     prune_checkpoint,
 )
+from keylayers.apply.trainable import prove_trainable
 from keylayers.commands.options import PruneOptions, flat_values
 from keylayers.commands.repeat import card_of
 from keylayers.commands.session import Session, loss_of, note_ties
-from keylayers.errors import GuardError, OutputError
+from keylayers.errors import ConfigError, GuardError, OutputError
 from keylayers.evaluation.held_out import smallest_within, subset_losses
 from keylayers.files import (
     CARD,
@@ -41,8 +43,9 @@ from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import Pruned, Size
 from keylayers.ranking.selection import Selection
 from keylayers.scores.options import Granularity
-from keylayers.training.options import LOSS_UNITS
-from keylayers.updates.adapter import tuner_layers
+from keylayers.training.options import LOSS_UNITS, TrainingOptions
+from keylayers.training.run import fine_tune
+from keylayers.updates.adapter import own_parameters, tuner_layers
 from keylayers.updates.existing import TunedModel
 
 EVAL_BATCH_SIZE = 8
@@ -57,6 +60,10 @@ def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned
         if isinstance(budget, Memory) and ranking.granularity == "part" and options.update.adapter:
             budget = _within_file(budget, ranking, options.update.adapter)
         selection = ranking.select(budget, rank_multiple=wanted.pad_ranks)
+    if wanted.heal_steps and options.update.adapter is None:
+        raise ConfigError(
+            "`heal_steps` must be left out with `tuned`: it trains the LoRA matrices of an adapter"
+        )
     check_replaceable(output)
     _check_apart(options, output)
     objective = options.objective.objective
@@ -81,6 +88,7 @@ def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned
                 else:
                     base, loss = cut.adapter_losses(folder, kept, masked)
                 on_step(2, loss)
+            healed = cut.heal(folder, kept) if wanted.heal_steps else None
             found = Pruned(
                 kind="checkpoint" if options.update.adapter is None else "adapter",
                 modules=selection.names,
@@ -89,6 +97,7 @@ def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned
                 base_loss_nats=base,
                 full_loss_nats=full,
                 pruned_loss_nats=loss,
+                healed_loss_nats=healed,
                 num_held_out=len(session.data.held_out),
                 loss_unit=LOSS_UNITS[objective],
             )
@@ -251,6 +260,26 @@ class _Cut:
                 f"pruned modules off, but its held-out loss is {loss} instead of {masked_loss}"
             )
         return base_loss, loss
+
+    def heal(self, folder: Path, kept: Collection[str]) -> float:
+        """Train the adapter in `folder` for a few steps; the held-out loss of what is stored."""
+        model = load_adapter(self.session.load(), str(folder))
+        for layer in tuner_layers(model).values():
+            for weight in own_parameters(layer):
+                weight.requires_grad_(True)
+        prove_trainable(model, kept)
+        steps = self.options.selection.heal_steps
+        training = TrainingOptions(**asdict(self.options.objective))
+        trainer = self.session.trainer(model, training, steps, "heal")
+        with self.session.progress.stage("training the cut adapter", steps) as on_step:
+            fine_tune(trainer, None, on_step)
+        prove_trainable(model, kept)
+        trained, stored = get_peft_model_state_dict(model), load_file(folder / WEIGHTS)
+        for name, old in stored.items():  # PEFT holds bfloat16 adapters in float32
+            stored[name] = trained[name].detach().to("cpu", old.dtype).contiguous()
+        save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+        again = load_adapter(self.session.load(), str(folder))
+        return loss_of(_loss_trainer(self.options, self.session, again))
 
     def checkpoint_losses(self, folder: Path) -> tuple[float, float]:
         """Losses of the base and of the checkpoint in `folder`, one after the other in memory."""

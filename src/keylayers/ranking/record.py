@@ -203,6 +203,7 @@ class Pruned(Part):
     base_loss_nats: float
     full_loss_nats: float
     pruned_loss_nats: float
+    healed_loss_nats: float | None = None  # after the steps of training that followed
     num_held_out: CountFromZero = 0
     loss_unit: Text = "nats per token"
 

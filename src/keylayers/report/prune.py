@@ -27,6 +27,8 @@ def _table(found: Pruned) -> Table:
         table.add_row(
             f"{label} {found.kind}", *counts, f"{size.num_bytes / MIB:,.2f}", f"{loss:.4f}"
         )
+    if found.healed_loss_nats is not None:
+        table.add_row("the same, trained again", "", "", "", f"{found.healed_loss_nats:.4f}")
     return table
 
 
