@@ -54,7 +54,7 @@ class AdaLoraUpdate(AdapterUpdate):
 
     def parts(self) -> PartBasis:
         """AdaLoRA's triplets, in its own order."""
-        a, values, b = (tensor.double() for tensor in self._triplets())
+        a, values, b = (tensor.cpu().double() for tensor in self._triplets())
         sizes = values.abs().flatten() * a.norm(dim=1) * b.norm(dim=0)
         identity = torch.eye(len(values), dtype=torch.float64)
         cost = a.shape[1] + b.shape[0]
@@ -62,7 +62,7 @@ class AdaLoraUpdate(AdapterUpdate):
 
     def cut(self, kept: Sequence[int]) -> dict[str, Tensor]:
         """A and B of plain LoRA that hold the kept triplets."""
-        a, values, b = (tensor.double() for tensor in self._triplets())
+        a, values, b = (tensor.cpu().double() for tensor in self._triplets())
         values = self._scaling() * values[list(kept)]
         root = values.abs().sqrt()
         return {

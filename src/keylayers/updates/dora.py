@@ -56,9 +56,9 @@ class DoraUpdate(AdapterUpdate):
         `c = m / ‖θ_0 + scaling B A‖` is that of the whole update, whatever parts are closed.
         """
         a, b = factors(self)
-        scale = self._scale().double()
-        basis = PartBasis.of(a, scale[:, None] * b, self.layer.scaling[self.adapter])
-        of_magnitude = ((scale - 1)[:, None] * base_weight(self.layer).double()).norm()
+        scale = self._scale().cpu().double()
+        basis = PartBasis.of(a, scale[:, None] * b.cpu(), self.layer.scaling[self.adapter])
+        of_magnitude = ((scale - 1)[:, None] * base_weight(self.layer).cpu()).norm()
         return replace(
             basis,
             singular_values=torch.cat([basis.singular_values, of_magnitude[None]]),
@@ -67,8 +67,8 @@ class DoraUpdate(AdapterUpdate):
 
     def cut(self, kept: Sequence[int]) -> dict[str, Tensor]:
         """A, B and the magnitude of the kept parts, of which one at least is a direction."""
-        basis, (a, b), (base, _) = self.parts(), factors(self), self._weights()
-        scale = self._scale().double()[:, None]
+        basis, (a, b), base = self.parts(), factors(self), base_weight(self.layer).cpu()
+        scale, b = self._scale().cpu().double()[:, None], b.cpu()
         directions = [index for index in kept if index < len(basis.down)]
         has_magnitude = len(directions) < len(kept)
         new_a, new_b = basis.cut(

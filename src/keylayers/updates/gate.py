@@ -105,10 +105,11 @@ class PartBasis:
     ) -> "PartBasis":
         """The singular value decomposition of `scaling · B A`, through the small factors of both.
 
-        With `A = R_aᵀ Q_aᵀ` and `B = Q_b R_b`, it is that of `R_b R_aᵀ`, an r x r matrix.
+        With `A = R_aᵀ Q_aᵀ` and `B = Q_b R_b`, it is that of `R_b R_aᵀ`, an r x r matrix. On the
+        CPU, because not every accelerator has float64.
         """
-        r_a = torch.linalg.qr(a.double().mT).R
-        r_b = torch.linalg.qr(b.double()).R
+        r_a = torch.linalg.qr(a.cpu().double().mT).R
+        r_b = torch.linalg.qr(b.cpu().double()).R
         left, values, right = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
         largest = values.amax(-1, keepdim=True)
         is_part = values > largest * torch.finfo(torch.float64).eps * a.shape[-2]
@@ -130,8 +131,8 @@ class PartBasis:
     ) -> tuple[Float[Tensor, "*expert rank d_in"], Float[Tensor, "*expert d_out rank"]]:
         """New A and B that hold the kept parts; their scaling is 1, and both have `√σ_j`."""
         root, kept = scaling**0.5, list(kept)
-        new_a = root * self.down[..., kept, :].to(a.device) @ a.double()
-        return new_a, root * b.double() @ self.up[..., kept].to(b.device)
+        new_a = root * self.down[..., kept, :] @ a.cpu().double()
+        return new_a, root * b.cpu().double() @ self.up[..., kept]
 
 
 @dataclass(frozen=True)
