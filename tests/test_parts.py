@@ -3,6 +3,7 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import yaml
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from architectures import ARCHITECTURES
 from commands import (
@@ -31,12 +33,14 @@ from keylayers.evaluation.singular_values import orders_by_singular_values
 from keylayers.export import TOOLS
 from keylayers.gates import gated, part_name, part_sizes
 from keylayers.model.modules import map_modules
+from keylayers.ranking.compare import agreement
 from keylayers.ranking.parts import parts_in_order
 from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import Ranking
 from keylayers.updates import adapter_updates
 from keylayers.updates.adapter import tuner_layers
 from scored import noisy, score
+from tiny_files import add_noise
 
 from rankings import ranking_of
 from tiny_models import TinyExperts, in_float64, some_tokens, tiny_gpt2, tiny_llama, token_loss
@@ -331,10 +335,59 @@ def test_a_difference_of_checkpoints_becomes_a_small_adapter(tiny, tmp_path):
     # the ranking cuts again, and a budget in MiB is what the file takes
     again = tmp_path / "again"
     assert keylayers("prune", "--ranking", out, "--budget", "0.02MiB", "--output", again) == 0
-    assert (
-        sum(value.numel() * value.element_size() for value in weights_in(again).values())
-        <= 0.02 * 2**20
-    )
+    assert size_of(again) <= 0.02 * 2**20
+
+
+def size_of(folder):
+    return (folder / "adapter_model.safetensors").stat().st_size
+
+
+def difference_in(name, value):
+    """A change of the tuned checkpoint: a weight gets this value in one place."""
+
+    def change(model):
+        with torch.no_grad():
+            model.get_parameter(name).view(-1)[0] = value
+
+    return change
+
+
+NOTHING_TO_EXTRACT = [
+    (["--lora-rank", "2"], None, "exactly one of `budget` .* and `max_loss` .*, got neither"),
+    (["--budget", "3", "--max-loss", "1"], None, "exactly one of `budget` .*, got both"),
+    (["--budget", "auto"], None, "`budget` must be of parts, .* got auto"),
+    (["--budget", "0.5x-time"], None, "`budget` must be of parts, .* got 0.5x-time"),
+    (["--budget", "3"], difference_in("model.norm.weight", 7.0), "but every module is equal"),
+    (
+        ["--budget", "3"],
+        difference_in("model.layers.1.self_attn.q_proj.bias", 7.0),
+        "in a weight matrix of the model's blocks, but only biases differ",
+    ),
+    (
+        ["--budget", "3"],
+        difference_in("model.layers.1.mlp.up_proj.weight", float("nan")),
+        r"must be finite, but that of model\.layers\.1\.mlp\.up_proj is not",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "change", "message"), NOTHING_TO_EXTRACT)
+def test_what_cannot_be_extracted_is_refused(tiny, tmp_path, options, change, message):
+    model = LlamaForCausalLM.from_pretrained(tiny / "model")
+    model.config.attention_bias = True
+    biased = LlamaForCausalLM(model.config)
+    biased.load_state_dict(model.state_dict(), strict=False)
+    for name in ("model", "tuned"):
+        biased.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(tmp_path / name)
+        if change is not None:
+            change(biased)
+    own = ("--model", tmp_path / "model", "--tuned", tmp_path / "tuned")
+    own = (*own, "--data", tiny / "data.jsonl", "--output", tmp_path / "out")
+    code, _, err = printed("extract", *own, *options)
+    assert code == 2, err
+    assert re.search(message, complaint_in(err))
+    assert not (tmp_path / "out" / "adapter").exists()
 
 
 @pytest.fixture(scope="module")
@@ -417,6 +470,12 @@ def test_what_does_not_go_with_ranks_is_refused(ranked, ranked_parts, tmp_path):
         wanted = ("--budget", "3", "--update", update, "--output", tmp_path / "out")
         code, _, err = printed("train", "--ranking", ranked_parts, *wanted)
         assert (code, "`update` must be lora, rslora or dora" in complaint_in(err)) == (2, True)
+    wanted = ("--budget", "1", "--controls", "uniform", "--output", tmp_path / "out")
+    code, _, err = printed("train", "--ranking", ranked_parts, *wanted)
+    assert (code, "uniform needs a budget of rank 1 in every module" in complaint_in(err)) == (
+        2,
+        True,
+    )
     wanted = ("--budget", "3", "--controls", "uniform", "--output", tmp_path / "out")
     code, _, err = printed("train", "--ranking", ranked, *wanted)
     assert (code, "needs a ranking of rank-one parts" in complaint_in(err)) == (2, True)
@@ -447,3 +506,83 @@ def test_a_cut_adapter_can_be_healed(ranked, ranked_parts, ranked_full, tmp_path
     }
     code, _, err = printed("prune", "--ranking", ranked_full, "--budget", "0.3", "--heal-steps", 2)
     assert (code, "it trains the LoRA matrices of an adapter" in complaint_in(err)) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["prune", "verify"])
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        (("--adapter", "adapter"), "must have the rank-one parts that were ranked, but .* has 2"),
+        (("--tuned", "tuned"), "make an adapter of the difference with `keylayers extract`"),
+    ],
+)
+def test_an_update_without_the_ranked_parts_is_refused(
+    tiny, ranked_parts, tmp_path, command, update, message
+):
+    flag, name = update
+    wanted = ("--ranking", ranked_parts, flag, tiny / name, "--output", tmp_path / "out")
+    budget = ("--budget", "0.3") if command == "prune" else ()
+    code, _, err = printed(command, *wanted, *budget)
+    assert code == 2, err
+    assert re.search(message, complaint_in(err))
+
+
+def test_modules_are_neither_frozen_nor_averaged_by_parts(tiny, ranked_parts, tmp_path):
+    own = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", tmp_path / "out")
+    code, _, err = printed("train", "--rank-first", "--granularity", "part", *own)
+    assert (code, "where modules are frozen, got part" in complaint_in(err)) == (2, True)
+    both = (ranked_parts, ranked_parts)
+    code, _, err = printed("compare", *both, "--consensus", tmp_path / "consensus.json")
+    assert (code, "one is of rank-one parts" in complaint_in(err)) == (2, True)
+
+
+def test_rankings_of_parts_of_other_models_are_compared_by_modules():
+    ranking = of_parts()
+    deeper = replace(
+        ranking,
+        modules=tuple(
+            replace(module, name=f"{place}.{module.name}", block_index=index)
+            for place in (0, 1)
+            for index, module in enumerate(ranking.modules, start=3 * place)
+        ),
+    )
+    (found,) = agreement([ranking, deeper], 0.5)
+    assert (found.is_by_depth, found.jaccard) == (True, 1.0)
+
+
+KEPT_WHOLE = {"r": 4, "target_modules": ["q_proj", "up_proj"], "modules_to_save": ["lm_head"]}
+
+
+@pytest.fixture(scope="module")
+def ranked_bfloat16(tiny, once):
+    """A ranking of the parts of a bfloat16 adapter that saves the head, used in float32."""
+
+    def write(folder):
+        base = LlamaForCausalLM.from_pretrained(tiny / "model", dtype=torch.float32)
+        torch.manual_seed(0)
+        made = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **KEPT_WHOLE))
+        add_noise(made, 0.3, "lora_B")
+        made.to(torch.bfloat16).save_pretrained(folder / "adapter")
+        own = ("--adapter", folder / "adapter", "--granularity", "part")
+        return rank(tiny, folder, *own, "--method", "fisher-pruning")
+
+    return once("ranked_bfloat16", write)
+
+
+def test_a_bfloat16_adapter_is_cut_although_its_parts_are_rounded(ranked_bfloat16, tmp_path):
+    wanted = ("--ranking", ranked_bfloat16, "--budget", "0.5x-params", "--output", tmp_path / "cut")
+    code, _, err = printed("prune", *wanted)
+    assert code == 0, err
+    assert {value.dtype for value in weights_in(tmp_path / "cut").values()} == {torch.bfloat16}
+
+
+def test_a_budget_on_disk_counts_what_is_always_kept(ranked_bfloat16, tmp_path):
+    full = size_of(ranked_bfloat16 / "adapter")
+    head = weights_in(ranked_bfloat16 / "adapter")["base_model.model.lm_head.weight"]
+    allowed = (full + head.numel() * head.element_size()) / 2 / 2**20
+    wanted = ("--ranking", ranked_bfloat16, "--output", tmp_path / "cut")
+    code, _, err = printed("prune", *wanted, "--budget", f"{allowed}MiB")
+    assert code == 0, err
+    assert 0.8 * allowed * 2**20 <= size_of(tmp_path / "cut") <= allowed * 2**20
+    code, _, err = printed("prune", *wanted, "--budget", "0.01MiB")
+    assert (code, "more than what the adapter holds besides rank-one parts" in err) == (2, True)

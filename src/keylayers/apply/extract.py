@@ -4,6 +4,7 @@
 One module's difference is in memory at a time. Scaling is 1, and A and B both have `√σ`.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -56,12 +57,22 @@ def extract_adapter(
         for step, update in enumerate(updates, start=1):
             delta = update.delta()
             energy = float(delta.double().square().sum())
+            if not math.isfinite(energy):
+                raise ModelError(
+                    f"the difference of the checkpoints must be finite, but that of "
+                    f"{update.module.name} is not; one of them holds NaN or infinite weights"
+                )
             if energy > 0:
                 a, b = _leading(delta, rank)
                 factors[update.module.name] = (a.cpu(), b.cpu())
                 whole += energy
                 kept += float(b.double().square().sum(0).square().sum())
             on_step(step, 1 - kept / whole if whole else 0.0)
+    if not factors:
+        raise ModelError(
+            "the tuned checkpoint must differ from the base in a weight matrix of the model's "
+            "blocks, but only biases differ"
+        )
     others = other_differences(model, checkpoint, towers)
     if others:
         progress.note(

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -135,13 +135,18 @@ def prune_checkpoint(
 
 def _overwrite(path: Path, values: Iterable[tuple[str, Tensor]]) -> None:
     """Write tensors of the same dtypes and shapes over those in a safetensors file."""
-    # Eight bytes with the length of a JSON header, the header with places behind it, the values.
     with path.open("r+b") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
+        header, start = _header(file)
         for name, value in values:
-            file.seek(8 + length + header[name]["data_offsets"][0])
+            file.seek(start + header[name]["data_offsets"][0])
             file.write(_bits(value).numpy().data)
+
+
+def _header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file by tensor, and where the values start."""
+    # Eight bytes with the length of a JSON header, the header with places behind it, the values.
+    (length,) = struct.unpack("<Q", file.read(8))
+    return json.loads(file.read(length)), 8 + length
 
 
 def _prove_same_bits(
@@ -174,10 +179,15 @@ def num_parameters(path: Path) -> int:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
-def bytes_per_parameter(adapter: str) -> float:
-    """How much a number of an adapter takes on disk; only the header of its file is read."""
+def bytes_on_disk(adapter: str) -> tuple[float, int]:
+    """What a number of LoRA takes on disk, and what everything else in the adapter's file takes."""
     path = local_folder(adapter, ADAPTER_FILES, "a PEFT adapter") / WEIGHTS
-    return path.stat().st_size / num_parameters(path)
+    with path.open("rb") as file:
+        header, _ = _header(file)
+    own = [tensor for name, tensor in header.items() if ".lora_" in name]
+    num_bytes = sum(end - start for start, end in (tensor["data_offsets"] for tensor in own))
+    each = num_bytes / sum(math.prod(tensor["shape"]) for tensor in own)
+    return each, path.stat().st_size - num_bytes
 
 
 def _copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:

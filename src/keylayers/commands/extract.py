@@ -18,7 +18,9 @@ from keylayers.commands.options import (
     flat,
 )
 from keylayers.commands.scoring_flags import ScoringFlags
+from keylayers.errors import ConfigError
 from keylayers.model.options import UpdateOptions
+from keylayers.ranking.budget import Auto, Time, parse_budget
 from keylayers.training.options import ObjectiveOptions, TrainingOptions
 
 app = sub_command("""\
@@ -50,6 +52,18 @@ class SizeOptions:
     pad_ranks: int = 1
     batch_size: int = 4
     mask_batches: int = 4
+
+    def __post_init__(self) -> None:
+        if (self.budget is None) == (self.max_loss is None):
+            given = "neither" if self.budget is None else "both"
+            raise ConfigError(
+                f"exactly one of `budget` (such as 64MiB) and `max_loss` (such as 0.01) must be "
+                f"given, got {given}"
+            )
+        if self.budget is not None and isinstance(parse_budget(self.budget), (Auto, Time)):
+            raise ConfigError(
+                f"`budget` must be of parts, such as 0.1x-params or 64MiB, got {self.budget}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

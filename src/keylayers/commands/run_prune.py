@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer
 
 from keylayers.apply.prune import (
     WEIGHTS,
-    bytes_per_parameter,
+    bytes_on_disk,
     num_parameters,
     prune_adapter,
     prune_checkpoint,
@@ -112,9 +112,15 @@ def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned
 
 
 def _within_file(budget: Memory, ranking: Ranking, adapter: str) -> Parameters:
-    """A budget in MiB as a share of the adapter's parameters."""
-    sizes = sum(sum(module.part_parameters or ()) for module in ranking.modules)
-    return Parameters(min(1.0, budget.num_bytes / bytes_per_parameter(adapter) / sizes))
+    """A budget in MiB as a share of the parts' parameters."""
+    each, of_others = bytes_on_disk(adapter)
+    if budget.num_bytes <= of_others:
+        raise ConfigError(
+            f"`budget` must allow more than what the adapter holds besides rank-one parts, which "
+            f"takes {of_others / 2**20:.3g}MiB with the file's header, got {budget}"
+        )
+    whole = each * sum(sum(module.part_parameters or ()) for module in ranking.modules)
+    return Parameters(min(1.0, (budget.num_bytes - of_others) / whole))
 
 
 def _loss_trainer(
@@ -253,8 +259,16 @@ class _Cut:
         with model.disable_adapter():
             base_loss = loss_of(trainer)
         loss = loss_of(trainer)
-        tolerance = 1e-5 if model.dtype in (torch.float32, torch.float64) else 1e-3
-        if not math.isclose(loss, masked_loss, rel_tol=tolerance, abs_tol=tolerance):
+        exact = (torch.float32, torch.float64)
+        tolerance = 1e-5 if model.dtype in exact else 1e-3
+        margin = tolerance
+        dtypes = {value.dtype for value in load_file(folder / WEIGHTS).values()}
+        if self.selection.parts is not None and not dtypes <= {*exact}:
+            # The factors of the parts are rounded, and so is what they do.
+            tolerance = 1e-3
+            coarsest = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+            margin = max(tolerance, coarsest * abs(base_loss - masked_loss))
+        if not math.isclose(loss, masked_loss, rel_tol=tolerance, abs_tol=margin):
             raise GuardError(
                 f"the pruned adapter must compute what the full one does with the updates of the "
                 f"pruned modules off, but its held-out loss is {loss} instead of {masked_loss}"

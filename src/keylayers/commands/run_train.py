@@ -58,6 +58,10 @@ def run_train(options: TrainOptions, output: Path, progress: Progress) -> list[T
         if selection is None:
             selection = _select_within(job, ranking, budget)
         note_ties(selection, progress)
+        sets = {  # before any training, which a refused control would waste
+            control: control_modules(ranking, selection, control, options.training.seed)
+            for control in wanted.controls
+        }
         selected: Wanted = selection.ranks or selection.names
         record = job.finished(job.inputs_sha256(selected), ranking)
         if record is None:
@@ -66,8 +70,7 @@ def run_train(options: TrainOptions, output: Path, progress: Progress) -> list[T
             record = job.save(trained, ranking, own, *_stage_1_row(job, ranking))
 
         def train(control: Control) -> FineTuned:
-            names = control_modules(ranking, selection, control, options.training.seed)
-            return job.train(names, control)
+            return job.train(sets[control], control)
 
         return job.compare(record, ranking, {name: name for name in wanted.controls}, train)
 
@@ -85,9 +88,9 @@ def run_rank_first(options: TrainOptions, output: Path, progress: Progress) -> l
             progress=progress,
         )
 
+    callback = freeze(options.stability, options.scoring.scoring())
     with _open(options, output, progress) as job:
         names = job.session.names
-        callback = freeze(options.stability, options.scoring.scoring())
         record = job.finished(job.inputs_sha256(names, callback), None)
         if record is None:
             trained = job.train(names, "selected", callback, measure_base=True)
@@ -210,7 +213,14 @@ def _control_ranks(
     places = {module.name: place for place, module in enumerate(ranking.modules)}
     if control == "uniform":
         one_of_each = sum(part.num_parameters for part in best if part.index == 0)
-        return dict.fromkeys(places, max(1, selection.num_parameters // one_of_each))
+        rank = selection.num_parameters // one_of_each
+        if rank == 0:
+            raise ConfigError(
+                f"`controls` uniform needs a budget of rank 1 in every module, which takes "
+                f"{one_of_each:,} parameters, but {selection.budget} selects "
+                f"{selection.num_parameters:,}; raise the budget, or leave the control out"
+            )
+        return dict.fromkeys(places, rank)
     size = sum((selection.ranks or {}).values())
     in_order = sorted(best, key=lambda part: (places[part.module_name], part.index))
     chosen = {

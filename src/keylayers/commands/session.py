@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model, tokenizer, data and update of one run: opened once, and checked against a ranking."""
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, TypeAlias
 
@@ -29,6 +29,7 @@ from keylayers.ranking.record import MadeBy
 from keylayers.ranking.selection import Selection, check_same_modules
 from keylayers.training.options import LOSS_UNITS, ObjectiveOptions, TrainingOptions
 from keylayers.training.run import make_trainer
+from keylayers.updates import Update
 from keylayers.updates.existing import TunedModel, existing_update
 
 ENOUGH_BATCHES = 20  # of held-out examples, to resample them for an interval
@@ -107,7 +108,7 @@ class Session:
         opened = MadeBy.model_validate(tuned.record).update_sha256s
         if made_by.update_sha256s and made_by.update_sha256s.isdisjoint(opened):
             self.progress.note("the update differs from the one that was ranked")
-        _check_same_update(ranking, {update.module.name for update in tuned.updates})
+        _check_same_update(ranking, tuned.updates)
         return tuned
 
     def loss_trainer(self, model: Tuned, objective: ObjectiveOptions, batch_size: int) -> Trainer:
@@ -159,10 +160,11 @@ def loss_of(trainer: Trainer) -> float:
 
 
 def note_ties(selection: Selection, progress: Progress) -> None:
-    """Say how many modules were left out by their place in the model alone."""
+    """Say how many modules, or parts, were left out by their place in the model alone."""
     if selection.num_tied_out:
+        what = "modules" if selection.parts is None else "rank-one parts"
         progress.note(
-            f"{selection.num_tied_out} modules left out have the same score as the last one taken; "
+            f"{selection.num_tied_out} {what} left out have the same score as the last one taken; "
             f"ties go by the model's order"
         )
 
@@ -179,9 +181,10 @@ def _sizes(model: PreTrainedModel, ranking: Ranking) -> dict[str, int]:
     return {info.name: info.num_parameters for info in infos}
 
 
-def _check_same_update(ranking: Ranking, updated: Collection[str]) -> None:
-    """Refuse an update of more or of fewer modules than were ranked."""
+def _check_same_update(ranking: Ranking, updates: Sequence[Update]) -> None:
+    """Refuse an update of more or of fewer modules than were ranked, or of other parts."""
     names = [module.name for module in ranking.modules]
+    updated = {update.module.name for update in updates}
     absent = [name for name in names if name not in updated]
     if absent:
         raise RankingError(
@@ -194,3 +197,15 @@ def _check_same_update(ranking: Ranking, updated: Collection[str]) -> None:
             f"the ranking must hold every module of the update, but {len(unranked)} are missing in "
             f"it, first {min(unranked)}; rank this update"
         )
+    if ranking.granularity != "part":
+        return
+    ranked = {module.name: list(module.part_parameters or ()) for module in ranking.modules}
+    for update in updates:
+        name, sizes = update.module.name, list(update.parts().num_parameters)
+        if sizes != ranked[name]:
+            raise RankingError(
+                f"the update must have the rank-one parts that were ranked, but {name} has "
+                f"{len(sizes)} with {sum(sizes):,} parameters, and in the ranking "
+                f"{len(ranked[name])} with {sum(ranked[name]):,}; give the update that was "
+                f"ranked, or rank this one"
+            )

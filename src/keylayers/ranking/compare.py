@@ -171,7 +171,7 @@ def _names(ranking: Ranking, standings: Standings, matched: Matched, budget: Bud
     if not matched.is_by_depth:
         return set(ranking.select(budget).names)
     modules = tuple(
-        replace(module, score=None if math.isnan(standing) else standing)
+        replace(module, score=None if math.isnan(standing) else standing).without_parts()
         for module, standing in zip(matched.modules, standings.tolist(), strict=True)
     )
     return set(Ranking(modules, ranking.method).select(budget).names)

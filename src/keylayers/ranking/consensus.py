@@ -24,6 +24,11 @@ def consensus(rankings: Sequence[Ranking]) -> Ranking:
     """
     if not rankings:
         raise RankingError("a consensus must have at least one ranking, got none")
+    if any(ranking.granularity == "part" for ranking in rankings):
+        raise RankingError(
+            "a consensus must be of rankings of modules, but one is of rank-one parts, which are "
+            "others in every adapter; rank with `granularity` module"
+        )
     ranks: dict[str, list[float]] = {module.name: [] for module in rankings[0].modules}
     for number, ranking in enumerate(rankings, start=1):
         odd = sorted(ranks.keys() ^ {module.name for module in ranking.modules})

@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt
@@ -48,6 +48,10 @@ class RankedModule:
         """A module of a model with its score."""
         position = module.name, module.block_index, module.projection, module.num_parameters
         return RankedModule(*position, score, standard_error, module.is_stacked)
+
+    def without_parts(self) -> "RankedModule":
+        """The same for a ranking of modules."""
+        return replace(self, part_scores=None, part_parameters=None, has_magnitude_part=False)
 
 
 def best_first(modules: Sequence[RankedModule]) -> list[RankedModule]:

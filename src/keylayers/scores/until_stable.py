@@ -39,8 +39,8 @@ def repeated(
 ) -> ModuleScores:
     """Mean scores over repeats that see batches in other orders.
 
-    Stops when the best `options.until_stable` of the modules by mean score has stayed the same for
-    two repeats in a row, or after ten.
+    Stops when the best `options.until_stable` of the modules, or rank-one parts, by mean score has
+    stayed the same for two repeats in a row, or after ten.
     """
     assert options.until_stable is not None
     watch = StableSelection(options.until_stable, PATIENCE)
@@ -50,12 +50,13 @@ def repeated(
     while not is_stable and len(found) < MOST_REPEATS:
         found.append(score(replace(task, seed=task.seed + 1000 * len(found)), once))
         means = [fmean(scores) for scores in zip(*(run.scores for run in found), strict=True)]
-        is_stable = watch.see(means)
+        parts = _mean_parts([run.parts for run in found if run.parts is not None])
+        is_stable = watch.see(means if parts is None else _per_parameter(parts))
     errors = [run.standard_errors for run in found if run.standard_errors is not None]
     return replace(
         found[0],
         scores=tuple(means),
-        parts=_mean_parts([run.parts for run in found if run.parts is not None]),
+        parts=parts,
         standard_errors=tuple(map(_error_of_mean, zip(*errors, strict=True))) if errors else None,
         losses=tuple(loss for run in found for loss in run.losses),
         num_forward=sum(run.num_forward for run in found),
@@ -70,6 +71,12 @@ def _mean_parts(runs: Sequence[Sequence[PartScores]]) -> tuple[PartScores, ...] 
         return replace(own[0], scores=tuple(map(fmean, of_runs)))
 
     return tuple(map(mean, zip(*runs, strict=True))) if runs else None
+
+
+def _per_parameter(parts: Sequence[PartScores]) -> list[float]:
+    """What decides the places of all parts."""
+    pairs = (zip(own.scores, own.num_parameters, strict=True) for own in parts)
+    return [score / size for own in pairs for score, size in own]
 
 
 def _error_of_mean(errors: Sequence[float]) -> float:

@@ -94,6 +94,11 @@ class FreezeUnimportant(TrainerCallback):
         self.action = action
         self.stability = StabilityOptions(max_steps=max_steps, window=window, epsilon=epsilon)
         self.scoring = scoring_options(method, mask_seed=mask_seed, **options)
+        if self.scoring.granularity == "part":
+            raise ConfigError(
+                "`granularity` must be module, block or projection where modules are frozen, got "
+                "part; rank parts with `keylayers rank`"
+            )
         self.mask_dataset = mask_dataset
         self.progress = progress or Silent()
         self.ranking: Ranking | None = None
