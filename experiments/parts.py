@@ -97,6 +97,28 @@ def run(cell, folder, shared):
     }
 
 
+def verified(path):
+    """The curves of a verification as the results of a cell; `path` is DATA-SEED/parts/FILE."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    data, _, seed = path.parent.parent.name.rpartition("-")
+    curves = {
+        "fisher-pruning": found["best_first"],
+        **found["rivals"],
+        "random": found["random"][0],
+    }
+    made_by = found["provenance"]
+    return {
+        "cell": {"data": data, "seed": int(seed)},
+        "environment": {"commit": made_by["environment"]["commit"]},
+        "split_sha256": made_by["data"]["split_sha256"],
+        "results": [
+            {"order": order, "num_parameters": curve["num_parameters"]}
+            | {"losses": [round(loss, 6) for loss in curve["losses"]]}
+            for order, curve in curves.items()
+        ],
+    }
+
+
 def main():
     """Run the cells that are left, or collect what is there."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -104,9 +126,14 @@ def main():
     parser.add_argument("--shared", type=Path)
     parser.add_argument("--data", nargs="+", default=[*cells.DEMO, *cells.REAL])
     parser.add_argument("--collect", type=Path)
+    parser.add_argument("--verified", action="store_true")
     given = parser.parse_args()
     wanted = [PartCell(data, seed) for seed in range(5) for data in given.data]
     homes = {cell: given.folder / cell.name / "parts.json" for cell in wanted}
+    if given.verified:
+        files = sorted(given.folder.glob("*/parts/verification.json"))
+        write_json(given.collect, {"cells": [verified(path) for path in files]})
+        return
     if given.collect:
         texts = [home.read_text(encoding="utf-8") for home in homes.values() if home.exists()]
         write_json(given.collect, {"cells": [json.loads(text) for text in texts]})

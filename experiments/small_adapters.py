@@ -19,10 +19,10 @@ GRID = np.geomspace(0.01, 1, 40)  # shares of the adapter's parameters
 MARGIN_NATS = 0.01
 
 
-def curves():
+def curves(record):
     """Each order in each cell: excess loss over the full adapter at `GRID`, at 5 %, and size."""
     rows = []
-    for cell in load("parts")["cells"]:
+    for cell in load(record)["cells"]:
         for found in cell["results"]:
             sizes = np.array(found["num_parameters"][1:]) / found["num_parameters"][-1]
             excess = np.array(found["losses"][1:]) - found["losses"][-1]
@@ -48,9 +48,9 @@ def _smallest(logs, excess):
     return float(logs[low] + share * (logs[low + 1] - logs[low]))
 
 
-def of_data(data):
+def of_data(data, record="parts"):
     """Order -> means over the seeds of one data set: curve, area, at 5 %, size; and how many."""
-    found = curves()
+    found = curves(record)
     own = found[found["data"] == data]
     means = {}
     for order, of_order in own.groupby("order", sort=False):
@@ -65,10 +65,19 @@ def of_data(data):
 
 
 def parts_table():
-    """Fisher pruning of parts next to the best rival by singular values, by data set."""
+    """Fisher pruning of LoRA's parts next to the best rival by singular values, by data set."""
+    return _against_rivals("parts", "modules by elimination")
+
+
+def extract_table():
+    """The same for adapters that are extracted from checkpoints."""
+    return _against_rivals("extract", "uniform rank")
+
+
+def _against_rivals(record, shown):
     rows = []
     for data, title in DATA.items():
-        means, num_seeds = of_data(data)
+        means, num_seeds = of_data(data, record)
         if not means:
             continue
         ours, rivals = means["fisher-pruning"], [means[name] for name in RIVALS]
@@ -79,13 +88,19 @@ def parts_table():
                 f"{title} ({num_seeds})",
                 *(f"{ours[key] / best[key]:.2f}" for key in ("area", "at 5 %", "size")),
                 f"{max(ours['curve'] - lowest):+.4f}",
-                f"{ours['at 5 %']:.3f} / {best['at 5 %']:.3f}",
-                f"{means['modules by elimination']['at 5 %']:.2f}",
+                f"{ours['at 5 %']:.3f} / {best['at 5 %']:.3f} / {means[shown]['at 5 %']:.3f}",
                 f"{ours['size']:.0%} / {best['size']:.0%}",
             ]
         )
-    titles = ["data (seeds)", "area", "at 5 %", "size", "worst", "nats at 5 %", "modules"]
-    return markdown([*titles, "size within 0.01 nats"], rows)
+    titles = [
+        "data (seeds)",
+        "area",
+        "at 5 %",
+        "size",
+        "worst",
+        f"nats at 5 %: ours / best / {shown}",
+    ]
+    return markdown([*titles, "size: ours / best"], rows)
 
 
 def parts_orders():
@@ -103,4 +118,4 @@ def parts_orders():
     return markdown(["order", *shown], rows)
 
 
-TABLES = (parts_table, parts_orders)
+TABLES = (parts_table, extract_table, parts_orders)
