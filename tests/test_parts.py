@@ -2,6 +2,7 @@
 """Rankings of rank-one parts: their order, what budgets buy, and adapters cut to them."""
 
 import json
+import math
 import random
 import re
 from dataclasses import replace
@@ -131,13 +132,30 @@ def test_a_ranking_of_parts_is_the_same_from_its_file(tmp_path):
     plain = ranking_of([1.0])
     plain.save(tmp_path / "plain.json")
     assert "part" not in (tmp_path / "plain.json").read_text().replace("by part", "")
-    content = json.loads((tmp_path / "ranking.json").read_text())
-    content["modules"][0]["part_scores"].pop()
-    (tmp_path / "ranking.json").write_text(json.dumps(content))
-    with pytest.raises(RankingError, match="as many as each other"):
-        Ranking.load(tmp_path)
     with pytest.raises(RankingError, match="scores of rank-one parts if its granularity is part"):
         replace(of_parts(), granularity="module")
+
+
+BY_HAND = [
+    ({"part_scores": [8.0]}, r"as many `part_scores` as `part_parameters`, which .* \(1 and 3\)"),
+    ({"part_scores": [8.0, 1.0, math.nan]}, r"part_scores\[2\]` must be a finite number"),
+    ({"part_parameters": [1, 1, 0]}, r"part_parameters\[2\]` must be greater than or equal to 1"),
+    ({"part_parameters": [1, 1, 10**400]}, r"part_parameters\[2\]` must be less than"),
+    ({"part_scores": [], "part_parameters": []}, "must hold at least one, got none"),
+    (
+        {"part_scores": [8.0], "part_parameters": [1], "has_magnitude_part": True},
+        "a module with a part besides DoRA's magnitude",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BY_HAND)
+def test_a_file_with_other_parts_is_refused(tmp_path, change, message):
+    content = of_parts(SCORES[:1], SIZES[:1]).to_json()
+    content["modules"][0] |= change
+    (tmp_path / "ranking.json").write_text(json.dumps(content))
+    with pytest.raises(RankingError, match=message):
+        Ranking.load(tmp_path)
 
 
 ON_PARTS = ("elimination", "fisher-pruning", "path", "price", "ila", "leave-one-out", "shapley")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Far above any model's names; figures and tables hold what is shorter.
 Name = Annotated[Text, Field(max_length=1000)]
+Size = Annotated[StrictInt, Field(ge=1, lt=2**63)]  # a number of parameters
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,25 @@ class RankedModule:
     name: Name  # full name in the base model
     block_index: StrictInt | None  # from 0; None outside the blocks (embeddings, head)
     projection: Name  # its kind, such as `q_proj`
-    num_parameters: Annotated[StrictInt, Field(ge=1)]  # weight and bias together
+    num_parameters: Size  # weight and bias together
     score: StrictFloat | None  # higher is more important; None if the method did not score it
     standard_error: Annotated[StrictFloat, Field(ge=0)] | None = None  # None if it is not known
     is_stacked: StrictBool = False  # one parameter that stacks the matrices of several experts
     # Of a ranking of rank-one parts, by falling singular value; `score` is their sum.
     part_scores: ListOf[StrictFloat] | None = None
-    part_parameters: ListOf[Annotated[StrictInt, Field(ge=1)]] | None = None
+    part_parameters: ListOf[Size] | None = None
     has_magnitude_part: StrictBool = False  # the last part is DoRA's magnitude, which has no rank
 
     def __post_init__(self) -> None:
-        if len(self.part_scores or ()) != len(self.part_parameters or ()):
+        num_parts, num_sizes = (len(own or ()) for own in (self.part_scores, self.part_parameters))
+        if num_parts != num_sizes:
             raise ValueError(
-                f"`part_scores` and `part_parameters` of {self.name} must be as many as each other"
+                f"a module with as many `part_scores` as `part_parameters`, which {self.name} "
+                f"({num_parts} and {num_sizes}) is not"
+            )
+        if self.has_magnitude_part and num_parts < 2:
+            raise ValueError(
+                f"a module with a part besides DoRA's magnitude, which {self.name} is not"
             )
 
     @staticmethod

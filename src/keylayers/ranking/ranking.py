@@ -46,6 +46,8 @@ class Ranking:
         name, count = counts.most_common(1)[0]
         if count > 1:
             raise RankingError(f"a ranking must name each module once, but repeats {name}")
+        if self.granularity == "part" and not any(module.part_scores for module in self.modules):
+            raise RankingError("a ranking of rank-one parts must hold at least one, got none")
         for module in self.modules:
             if (module.part_scores is None) == (self.granularity == "part"):
                 raise RankingError(
