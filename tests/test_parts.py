@@ -41,7 +41,7 @@ from keylayers.ranking.ranking import Ranking
 from keylayers.updates import adapter_updates
 from keylayers.updates.adapter import tuner_layers
 from scored import noisy, score
-from tiny_files import add_noise
+from tiny_files import add_noise, write_mixture
 
 from rankings import ranking_of
 from tiny_models import TinyExperts, in_float64, some_tokens, tiny_gpt2, tiny_llama, token_loss
@@ -408,6 +408,14 @@ def test_what_cannot_be_extracted_is_refused(tiny, tmp_path, options, change, me
     assert not (tmp_path / "out" / "adapter").exists()
 
 
+def test_no_adapter_is_extracted_from_stacked_experts(tiny, tmp_path):
+    write_mixture(tiny, tmp_path)
+    model, output = tmp_path / "model", tmp_path / "out"
+    own = ("--model", model, "--tuned", model, "--data", tmp_path / "data.jsonl")
+    code, _, err = printed("extract", *own, "--budget", "3", "--output", output)
+    assert (code, "stacks those of several experts" in complaint_in(err)) == (2, True)
+
+
 @pytest.fixture(scope="module")
 def ranked_parts(tiny, ranked, once):
     """A ranking of rank-one parts of the adapter of another ranking's stage 1."""
@@ -433,13 +441,21 @@ def test_prune_cuts_to_parts_and_says_what_it_costs(ranked_parts, tmp_path):
 
 
 def test_prune_keeps_the_fewest_parts_within_a_loss(ranked_parts, ranked, tmp_path):
-    for ranking, what in ((ranked_parts, "rank-one parts"), (ranked, "modules")):
+    padded = ("--pad-ranks", "3")
+    runs = ((ranked_parts, "rank-one parts", padded), (ranked, "modules", ()))
+    for ranking, what, more in runs:
         cut = tmp_path / what
-        code, _, err = printed("prune", "--ranking", ranking, "--max-loss", "0.05", "--output", cut)
+        wanted = ("--ranking", ranking, "--max-loss", "0.05", *more, "--output", cut)
+        code, _, err = printed("prune", *wanted)
         assert code == 0, err
         found = record_of(cut)["result"]
         assert found["pruned_loss_nats"] - found["full_loss_nats"] <= 0.05
-        assert f"{what} are enough" in err
+        (said,) = re.findall(rf"(\d+) of \d+ {what} are enough", err)
+        assert int(said) == found["pruned"].get("num_parts", found["pruned"]["num_modules"])
+        assert "with 95 % confidence" in err
+    wanted = ("--ranking", ranked_parts, "--max-loss", "0.05", "--output", tmp_path / "one")
+    code, _, err = printed("prune", *wanted, "--held-out", "1")
+    assert (code, "with unknown certainty, from a single held-out batch" in err) == (0, True)
     code, _, err = printed("prune", "--ranking", ranked, "--max-loss", "0.05", "--budget", "0.3")
     assert code == 2
     assert "exactly one of `budget`, `freeze` and `max_loss` must be given" in complaint_in(err)
@@ -604,3 +620,24 @@ def test_a_budget_on_disk_counts_what_is_always_kept(ranked_bfloat16, tmp_path):
     assert 0.8 * allowed * 2**20 <= size_of(tmp_path / "cut") <= allowed * 2**20
     code, _, err = printed("prune", *wanted, "--budget", "0.01MiB")
     assert (code, "more than what the adapter holds besides rank-one parts" in err) == (2, True)
+
+
+UNSEEN = [
+    (("--update", "full"), "`granularity` part needs a LoRA update, got `update` full"),
+    (("--update", "full", "--granularity", "module"), "which the difference of two checkpoints"),
+    (("--tuned", "tuned", "--granularity", "module"), "which the difference of two checkpoints"),
+    (("--update", "adalora"), "which the AdaLoraUpdate of .* does not have"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), UNSEEN)
+def test_updates_without_gradients_of_examples_are_refused_before_training(
+    tiny, tmp_path, monkeypatch, more, message
+):
+    monkeypatch.chdir(tiny)
+    own = ("--model", "model", "--data", "data.jsonl", "--output", tmp_path / "out")
+    parts = () if "--granularity" in more else ("--granularity", "part")
+    code, _, err = printed("rank", *own, "--method", "fisher-pruning", *parts, *more)
+    assert code == 2, err
+    assert re.search(message, complaint_in(err))
+    assert "stage 1 ended" not in err

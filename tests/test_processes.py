@@ -39,12 +39,17 @@ METHODS = {
     "path": f"{BATCHES} --path-points 3",
     "update-norm": "",
 }
-LOOKS_INSIDE = ("fisher", "cka", "gradient-norm")  # every process sees every batch
+LOOKS_INSIDE = {  # every process sees every batch
+    "fisher": "--method fisher",
+    "cka": "--method cka",
+    "gradient-norm": "--method gradient-norm",
+    "parts": "--method fisher-pruning --granularity part",
+}
 TRAIN = "train --ranking RANKING --budget 0.3"
 # Name of the output -> the command; DATA, PAIRS and RANKING stand for files.
 COMMANDS = {
     **{name: f"{RANK} --method {name} {more}" for name, more in METHODS.items()},
-    **{name: f"{RANK} --method {name} {BATCHES}" for name in LOOKS_INSIDE},
+    **{name: f"{RANK} {method} {BATCHES}" for name, method in LOOKS_INSIDE.items()},
     "dpo": f"rank --data PAIRS --objective dpo {SMALL} --held-out 4 --max-steps 4 --mask-batches 1",
     "full": f"{RANK} --update full {BATCHES}",
     "dora": f"{RANK} --update dora {BATCHES}",
@@ -174,7 +179,7 @@ def test_a_method_that_looks_inside_sees_every_batch_in_every_process(
 ):
     """So it gives what one process gives with the batch of one of them, not of both."""
     found = two.root / name
-    adapter = ("--adapter", found / "adapter", "--method", name, *BATCHES.split())
+    adapter = ("--adapter", found / "adapter", *LOOKS_INSIDE[name].split(), *BATCHES.split())
     inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--held-out", 8)
     output = ("--batch-size", 2, "--output", tmp_path / "small")
     assert keylayers("rank", *inputs, *adapter, *output) == 0

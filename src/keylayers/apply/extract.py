@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from keylayers.apply.trainable import add_lora
 from keylayers.errors import ModelError
 from keylayers.model.checkpoint import Checkpoint
+from keylayers.model.modules import map_modules
 from keylayers.model.options import ModelOptions, Towers
 from keylayers.progress import Progress
 from keylayers.updates import dense_updates
@@ -45,13 +46,13 @@ def extract_adapter(
     the base; `progress` gets a note if they differ.
     """
     checkpoint = Checkpoint.open(ModelOptions(model=tuned))
-    updates = dense_updates(model, checkpoint, towers)
-    stacked = [update.module.name for update in updates if update.module.is_stacked]
+    stacked = [module.name for module in map_modules(model, towers) if module.is_stacked]
     if stacked:
         raise ModelError(
             f"an adapter can be extracted from plain weight matrices, but {stacked[0]} stacks "
             f"those of several experts; rank the difference with `granularity` module"
         )
+    updates = dense_updates(model, checkpoint, towers)
     factors, kept, whole = {}, 0.0, 0.0
     with progress.stage("singular directions of the difference", len(updates)) as on_step:
         for step, update in enumerate(updates, start=1):

@@ -17,6 +17,7 @@ from keylayers.errors import ConfigError, check_above_zero, check_at_least
 from keylayers.evaluation.options import EvalOptions
 from keylayers.model.options import ModelOptions, UpdateOptions
 from keylayers.ranking.budget import Auto, Budget, Freeze, parse_budget
+from keylayers.scores.methods import find_method
 from keylayers.training.options import (
     FreezeAction,
     ObjectiveOptions,
@@ -251,6 +252,18 @@ class RankOptions:
     scoring: Scoring = ScoringFlags()
 
     def __post_init__(self) -> None:
+        scoring = self.scoring.scoring()
+        is_dense = self.training.is_full if self.has_stage_1 else self.update.tuned is not None
+        if self.has_stage_1 and is_dense and scoring.granularity == "part":
+            raise ConfigError(
+                "`granularity` part needs a LoRA update, got `update` full; fine-tune as a whole "
+                "first, and rank with `tuned`, which makes an adapter of the difference"
+            )
+        if is_dense and not self.is_extracted and find_method(scoring.method).needs == "examples":
+            raise ConfigError(
+                f"`method` {scoring.method} needs the gradient of single examples, which the "
+                f"difference of two checkpoints does not have; choose elimination"
+            )
         if self.has_stage_1:
             self.training.check_weights(self.model)
         elif self.update.tuned is not None and self.model.load_in_4bit:

@@ -168,12 +168,16 @@ def _smallest(
             granularity,
         )
     best = curve.smallest_within(margin)
+    found = selected(best.num_modules)
     what = "modules" if granularity == "module" else "rank-one parts"
+    how_sure = f"below {best.upper_nats:+.4f} with 95 % confidence over held-out batches"
+    if len(curve.batch_weights) == 1:
+        how_sure = "with unknown certainty, from a single held-out batch"
     session.progress.note(
-        f"{best.num_modules} of {len(names)} {what} are enough: {best.difference_nats:+.4f} "
-        f"against all, below {best.upper_nats:+.4f} with 95 % confidence over held-out batches"
+        f"{len(_gates_of(found))} of {len(names)} {what} are enough: "
+        f"{best.difference_nats:+.4f} against all, {how_sure}"
     )
-    return selected(best.num_modules)
+    return found
 
 
 @dataclass(frozen=True)

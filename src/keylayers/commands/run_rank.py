@@ -33,9 +33,8 @@ from keylayers.model.weights import adapter_sha256, weights_sha256
 from keylayers.progress import Progress
 from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.ranking.record import read_run
-from keylayers.scores.score_modules import score_modules
+from keylayers.scores.score_modules import check_updates, score_modules
 from keylayers.trainers.loss import finite
-from keylayers.training.options import StabilityOptions
 from keylayers.training.rank_modules import to_ranking
 from keylayers.training.step_scores import StepScores
 from keylayers.updates import ZERO, adapter_updates
@@ -138,24 +137,23 @@ def _stage_1(
             return None, found.content["stage_1"]
     with unfinished(folder) as before:
         sets = FineTuning(session, training, options.stability.stage_1_cap, folder, before)
-        tuned, stage_1 = _train_all(sets, options.stability, inputs)
+        tuned, stage_1 = _train_all(sets, options, inputs)
         record = {"inputs_sha256": inputs, "options": session.record["options"], "stage_1": stage_1}
         card = card_of("rank", session.record | record, None)
         save_tuned(tuned, session.tokenizer, folder, record, card)
     return tuned, stage_1
 
 
-def _train_all(
-    sets: FineTuning, stability: StabilityOptions, inputs: str
-) -> tuple[Tuned, dict[str, Any]]:
+def _train_all(sets: FineTuning, options: RankOptions, inputs: str) -> tuple[Tuned, dict[str, Any]]:
     """Train all modules until the loss is stable; the model and the record of stage 1."""
     progress = sets.session.progress
     trainer = sets.trainer(sets.session.names, "stage-1")
     model, scores = trainer.model, StepScores()
     if isinstance(model, PeftModel):
+        check_updates(adapter_updates(model), options.scoring.scoring())  # before the long part
         trainer.add_callback(scores)
     title = "stage 1, training all modules"
-    result = sets.run(trainer, "stage-1", inputs, title, stability)
+    result = sets.run(trainer, "stage-1", inputs, title, options.stability)
     reason = "the loss is stable" if result.stopped_by == "stable" else "the cap is reached"
     for score in scores.scores.values():
         finite(score, "the end of stage 1")

@@ -27,7 +27,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from keylayers.errors import ConfigError
 from keylayers.gates import gate_groups
 from keylayers.scores.elimination import best
 from keylayers.scores.options import EliminationOptions
@@ -40,13 +39,6 @@ SIGNED_POWER = 10  # experiments/LOG.md, "which score for the rank-one parts"
 
 def fisher_pruning(task: Task, options: EliminationOptions) -> ModuleScores:
     """The order in which gates close: the later, the more important."""
-    unseen = [update for update in task.updates if not update.sees_examples(options.granularity)]
-    if unseen:
-        raise ConfigError(
-            f"`method` fisher-pruning needs the gradient of single examples, which the "
-            f"{type(unseen[0]).__name__} of {unseen[0].module.name} does not have; choose "
-            f"elimination"
-        )
     num_gates = len(gate_groups(task.updates, options.granularity))
     sizes, num_batches = options.round_sizes(num_gates), options.mask_batches
     points = [((1 + point) / 2, weight) for point, weight in gauss_legendre(num_batches)]

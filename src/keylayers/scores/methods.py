@@ -32,7 +32,7 @@ RESERVED = ("method", "mask_seed")  # options of every method
 
 # What a method looks at. A trainer that samples its data (GRPO) has a gradient, but its losses at
 # two masks cannot be compared and its batches hold no tokens.
-Needs = Literal["nothing", "gradient", "activations", "loss"]
+Needs = Literal["nothing", "gradient", "activations", "loss", "examples"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Method:
         num_steps: Steps that the method reports, from its options and the number of gates. None if
             there are none, or if their number is not known beforehand.
         needs: What the method looks at; only `nothing` and `gradient` work with a trainer that
-            samples its data.
+            samples its data, and `examples` (the gradient of single ones) not with every update.
         source: Where the method was published.
     """
 
@@ -99,7 +99,7 @@ BUILT_IN = (
     Method("fisher-pruning", "what closing each gate costs, to second order, in rounds",
            HERE + "fisher_pruning:fisher_pruning", EliminationOptions,
            lambda options, num_gates: options.mask_batches * len(options.round_sizes(num_gates)),
-           source="Theis et al. 2018, arXiv:1801.05787"),
+           "examples", "Theis et al. 2018, arXiv:1801.05787"),
     Method("ila", "the gates that gradient descent learns on what a fine-tune added",
            HERE + "ila:ila", IlaOptions, _mask_steps, "gradient",
            "Shi et al. 2025, arXiv:2410.17875"),

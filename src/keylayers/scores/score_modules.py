@@ -30,6 +30,7 @@ def score_modules(
     own loggers (`report_to`) receive losses and scores.
     """
     start = time.perf_counter()
+    check_updates(updates, scoring)
     method, options = find_method(scoring.method), scoring.options
     if samples(trainer) and method.needs not in ("nothing", "gradient"):
         others = [other.name for other in methods().values() if other.needs == "gradient"]
@@ -45,3 +46,16 @@ def score_modules(
     if not scoring.learns_gates:
         log.modules(len(found.losses), dict(zip(found.module_names, found.scores, strict=True)))
     return replace(found, seconds=time.perf_counter() - start)
+
+
+def check_updates(updates: Sequence[Update], scoring: ScoringOptions) -> None:
+    """Refuse updates that the method cannot score."""
+    if find_method(scoring.method).needs != "examples":
+        return
+    unseen = [update for update in updates if not update.sees_examples(scoring.granularity)]
+    if unseen:
+        raise ConfigError(
+            f"`method` {scoring.method} needs the gradient of single examples, which the "
+            f"{type(unseen[0]).__name__} of {unseen[0].module.name} does not have; choose "
+            f"elimination"
+        )
