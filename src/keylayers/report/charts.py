@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Altair charts of a ranking, used by the HTML report and by figures for papers.
 
-The colours are cividis and three from Okabe and Ito, which colour-blind readers can tell apart;
+The colours are cividis and four from Okabe and Ito, which colour-blind readers can tell apart;
 lines also differ in their dashes. Names from files are data, never part of a Vega expression.
 """
 
@@ -27,18 +27,21 @@ BudgetExpression: TypeAlias = int | str
 
 SCHEME = "cividis"
 BLUE, VERMILION, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"
+PURPLE = "#cc79a7"
 CELL_WIDTH = 44
 LABELLED_HEIGHT = 14  # smallest cell height, in pixels, that has room for a number
 NAMES_ON_TOP = alt.Axis(orient="top", labelAngle=-40, labelAlign="left", labelLimit=220)
 ON_TOP = alt.Legend(title=None, orient="top")
 FROM_LOWEST = alt.Scale(zero=False)
 RANDOM = "random (± sd)"
+SINGULAR = "best by singular values"
 STAGE_1, STAGE_2 = "stage 1, training", "stage 2, learning the scores"
 LINES: Mapping[str, tuple[str, list[int]]] = {  # colour and dashes
     "best first": (BLUE, [1, 0]),
     "leave-one-out": (GREEN, [6, 2]),
     RANDOM: (GREY, [2, 2]),
     "worst first": (VERMILION, [8, 3, 2, 3]),
+    SINGULAR: (PURPLE, [4, 2]),
     STAGE_1: (BLUE, [1, 0]),
     STAGE_2: (GREEN, [6, 2]),
 }
@@ -82,6 +85,106 @@ def heatmap_chart(ranking: Ranking, budget: BudgetExpression) -> Chart:
         width=CELL_WIDTH * len(ranking.projections),
         height=height * len(blocks),
         description="Heatmap of ranks: blocks down, projections across, brighter is more important",
+    )
+
+
+def ranks_chart(
+    ranking: Ranking,
+    ranks: Mapping[str, Sequence[int]],
+    position: BudgetExpression,
+    highest: int,
+) -> Chart:
+    """LoRA ranks by block (rows) and projection (columns): of each module, that at `position`.
+
+    Colours go up to the `highest` rank that a module can have.
+    """
+    blocks = list(grid(ranking))
+    rows = [
+        {key: row[key] for key in ("module", "block", "projection")}
+        | {"ranks": list(ranks[row["module"]])}
+        for row in module_rows(ranking)
+    ]
+    height = 20 if len(blocks) <= 40 else LABELLED_HEIGHT if len(blocks) <= 90 else 8
+    base = (
+        _chart(rows)
+        .transform_calculate(rank=f"datum.ranks[{position}]")
+        .encode(
+            x=alt.X("projection:N", sort=list(ranking.projections), title=None, axis=NAMES_ON_TOP),
+            y=alt.Y("block:N", sort=blocks, title="block"),
+            tooltip=["module:N", alt.Tooltip("rank:Q", title="kept rank")],
+        )
+    )
+    shade = alt.Color(
+        "rank:Q",
+        scale=alt.Scale(scheme=SCHEME, domain=[0, highest]),
+        legend=alt.Legend(title="LoRA rank", orient="right", gradientLength=110, tickMinStep=1),
+    )
+    layers = [base.mark_rect(stroke=GREY, strokeWidth=0.5).encode(color=shade)]
+    if height >= LABELLED_HEIGHT:
+        ink = alt.when(f"datum.rank > {highest / 2}").then(alt.value("black"))
+        label = base.mark_text(fontSize=10)
+        layers.append(label.encode(text="rank:Q", color=ink.otherwise(alt.value("white"))))
+    return alt.layer(*layers).properties(
+        width=CELL_WIDTH * len(ranking.projections),
+        height=height * len(blocks),
+        description="Heatmap of LoRA ranks: blocks down, projections across, brighter keeps more",
+    )
+
+
+def parts_curve_chart(found: Verification, num_parameters: BudgetExpression) -> Chart:
+    """Held-out loss by the parameters of the kept parts, with a rule at `num_parameters`.
+
+    The axis is logarithmic, so the base, which has none, is left out.
+    """
+    sizes = found.best_first.num_parameters[1:]
+    losses: dict[str, Sequence[float]] = {"best first": found.best_first.losses}
+    losses |= {RANDOM: found.random_means(), "worst first": found.worst_first.losses}
+    if found.leave_one_out:
+        losses["leave-one-out"] = found.leave_one_out.losses
+    if found.rivals:
+        of_rivals = zip(*(curve.losses for curve in found.rivals.values()), strict=True)
+        losses[SINGULAR] = tuple(map(min, of_rivals))
+    title = "parameters of the parts that are kept"
+    scale = alt.Scale(type="log", domain=[sizes[0], sizes[-1]], nice=False)
+    axis = alt.Axis(format="~s", labelOverlap=True)
+    kept = alt.X("parameters:Q", title=title, scale=scale, axis=axis)
+    loss = alt.Y("loss:Q", title=f"held-out loss, {found.made_by.loss_unit}", scale=FROM_LOWEST)
+    curves = {name: zip(sizes, own[1:], strict=True) for name, own in losses.items()}
+    lines = _lines("parameters", curves, x=kept, y=loss)
+    rivals = [
+        {"order": name, "parameters": size, "loss": value}
+        for name, curve in found.rivals.items()
+        for size, value in zip(sizes, curve.losses[1:], strict=True)
+    ]
+    bands = [
+        {"parameters": size, "low": mean - spread, "high": mean + spread}
+        for size, mean, spread in zip(
+            sizes, losses[RANDOM][1:], random_spreads(found)[1:], strict=True
+        )
+    ]
+    band = _chart(bands).encode(x=kept, y=alt.Y("low:Q", title=""), y2="high:Q")
+    single = _chart(rivals).mark_line(color=PURPLE, opacity=0.35, strokeWidth=1)
+    chosen = _chart([{}]).transform_calculate(parameters=str(num_parameters)).encode(x=kept)
+    is_late = f"{num_parameters} > {(sizes[0] * sizes[-1]) ** 0.5}"
+    layers = [
+        band.mark_area(color=GREY, opacity=0.25),
+        *([single.encode(x=kept, y=loss, detail="order:N")] if rivals else []),
+        *_rule(chosen, "this budget", is_late, row=1),
+        lines.mark_line(point=True),
+    ]
+    if found.recommendation:
+        size = next(
+            size
+            for count, size in zip(found.best_first.counts[1:], sizes, strict=True)
+            if count == found.recommendation.num_modules
+        )
+        recommended = _chart([{"parameters": size}]).encode(x=kept)
+        is_late = f"{size} > {(sizes[0] * sizes[-1]) ** 0.5}"
+        layers += _rule(recommended, "recommended", is_late, row=0, dash=[4, 3])
+    return alt.layer(*layers).properties(
+        width=480,
+        height=260,
+        description="Mask curve: held-out loss against the parameters kept, with other orders",
     )
 
 

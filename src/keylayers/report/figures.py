@@ -13,8 +13,16 @@ import vl_convert
 from keylayers.errors import ConfigError
 from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.compare import agreement
-from keylayers.report.charts import Chart, agreement_chart, curve_chart, heatmap_chart, losses_chart
-from keylayers.report.source import Source, num_best
+from keylayers.report.charts import (
+    Chart,
+    agreement_chart,
+    curve_chart,
+    heatmap_chart,
+    losses_chart,
+    parts_curve_chart,
+    ranks_chart,
+)
+from keylayers.report.source import Source, highest_rank, num_best
 
 AnyChart: TypeAlias = Chart | alt.ConcatChart
 FigureKind = Literal["heatmap", "curve", "losses", "agreement"]
@@ -69,9 +77,14 @@ def _figure(kind: FigureKind, sources: Sequence[Source], budget: WrittenBudget) 
 
 
 def _single(kind: FigureKind, source: Source, budget: WrittenBudget) -> Chart:
-    count = num_best(source.ranking, budget)
+    ranking = source.ranking
+    is_of_parts = ranking.granularity == "part"
     if kind == "heatmap":
-        return heatmap_chart(source.ranking, count)
+        if is_of_parts:
+            ranks = ranking.select(budget).ranks or {}
+            own = {module.name: [ranks.get(module.name, 0)] for module in ranking.modules}
+            return ranks_chart(ranking, own, 0, highest_rank(ranking))
+        return heatmap_chart(ranking, num_best(ranking, budget))
     if kind == "curve":
         if source.verification is None:
             came = "is of an earlier ranking" if source.is_stale else "is missing"
@@ -79,8 +92,10 @@ def _single(kind: FigureKind, source: Source, budget: WrittenBudget) -> Chart:
                 f"the figure of a curve needs the verification of {source.path!r}, but it "
                 f"{came}; run `keylayers verify`"
             )
-        return curve_chart(source.verification, count)
-    chart = losses_chart(source.ranking)
+        if is_of_parts:
+            return parts_curve_chart(source.verification, ranking.select(budget).num_parameters)
+        return curve_chart(source.verification, num_best(ranking, budget))
+    chart = losses_chart(ranking)
     if chart is None:
         raise ConfigError(
             f"the figure of losses needs a ranking whose own run trained, but {source.path!r} "

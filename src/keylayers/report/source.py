@@ -57,6 +57,11 @@ def num_best(ranking: Ranking, budget: WrittenBudget) -> int:
     return len(chosen)
 
 
+def highest_rank(ranking: Ranking) -> int:
+    """Of a ranking of rank-one parts: the highest LoRA rank that a module can keep."""
+    return max(len(one.part_scores or ()) - one.has_magnitude_part for one in ranking.modules)
+
+
 def grid(ranking: Ranking) -> dict[str, list[RankedModule | None]]:
     """Block -> its module of each projection, or None. Embeddings and head are `outside`, first."""
     blocks: dict[str, dict[str, RankedModule]] = {}
