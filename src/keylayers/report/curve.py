@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A verification in the terminal: the mask curve, its area and controls, the recommendation."""
 
+import math
 from statistics import stdev
 
 from rich.bar import Bar
@@ -124,3 +125,15 @@ def _carried(curve: MaskCurve) -> str | None:
         )
     counts = ", ".join(str(count) for count, _ in shown)
     return f"the best {counts} modules carry {', '.join(shares)} of what all of them gained"
+
+
+def carried_near(found: Verification, num_parameters: int) -> str | None:
+    """Of a curve of parts: what the measured point nearest to this size carries, if all gain."""
+    curve = found.best_first
+    if not curve.reduction_nats > 0:
+        return None
+    points = list(zip(curve.num_parameters, curve.losses, strict=True))[1:]
+    size, loss = min(points, key=lambda point: abs(math.log(point[0] / num_parameters)))
+    share = 100 * (curve.losses[0] - loss) / curve.reduction_nats
+    whole = curve.num_parameters[-1]
+    return f"{100 * size / whole:.3g} % of the adapter carry {share:.0f} % of the gain"

@@ -9,9 +9,9 @@ page's own scripts, by their hashes, and no connections.
 import base64
 import hashlib
 import json
+import math
 import shlex
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 from typing import Any
 
 import vl_convert
@@ -23,14 +23,24 @@ from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.certainty import undecided
 from keylayers.ranking.compare import agreement, mean_by_kind
 from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.selection import Selection
 from keylayers.report.agreement import agreement_notes, measures, pair_name
-from keylayers.report.charts import Chart, agreement_chart, curve_chart, heatmap_chart, losses_chart
-from keylayers.report.curve import reading
+from keylayers.report.charts import (
+    Chart,
+    agreement_chart,
+    curve_chart,
+    heatmap_chart,
+    losses_chart,
+    parts_curve_chart,
+    ranks_chart,
+)
+from keylayers.report.curve import carried_near, reading
 from keylayers.report.figures import VEGA_LITE
-from keylayers.report.source import Source, module_rows, num_best
+from keylayers.report.source import Source, highest_rank, module_rows, num_best
 from keylayers.report.templates import page_templates
 from keylayers.report.terminal import provenance_lines
 
+NUM_POSITIONS = 60  # of the slider over parameters
 BUDGET = "budget"  # the charts' parameter that the slider sets: number of selected modules
 
 
@@ -42,9 +52,10 @@ def render_report(
     pairs = _agreement(sources, budget) if len(sources) > 1 else None
     data = {"rankings": [view["data"] for view in views], "agreement": pairs and pairs["chart"]}
     libraries = vl_convert.javascript_bundle(vl_version=VEGA_LITE)  # type: ignore[call-arg]
-    script = files("keylayers.report").joinpath("page", "page.js").read_text(encoding="utf-8")
-    scripts = [libraries, script]
     environment = page_templates(autoescape=True)
+    has_parts = any(view["data"].get("is_of_parts") for view in views)
+    script = environment.get_template("page.js").render(has_parts=has_parts)
+    scripts = [libraries, script + "\n"]  # Jinja takes the last line break
     environment.filters["shell"] = shlex.quote
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     page = environment.get_template("page.html").render(
@@ -62,6 +73,8 @@ def render_report(
 def _view(source: Source, budget: WrittenBudget, repeat: str) -> dict[str, Any]:
     """What the page shows of one ranking; its script reads `data`."""
     ranking, found = source.ranking, source.verification
+    if ranking.granularity == "part":
+        return _parts_view(source, budget, repeat)
     count = num_best(ranking, budget)
     charts = {"heatmap": heatmap_chart(ranking, BUDGET), "losses": losses_chart(ranking)}
     if found is not None:
@@ -81,6 +94,74 @@ def _view(source: Source, budget: WrittenBudget, repeat: str) -> dict[str, Any]:
             "count": count,
         },
     }
+
+
+def _parts_view(source: Source, budget: WrittenBudget, repeat: str) -> dict[str, Any]:
+    """What the page shows of a ranking of rank-one parts; the slider goes over parameters."""
+    ranking, found = source.ranking, source.verification
+    chosen, position = _parts_budgets(ranking, budget)
+    rows = module_rows(ranking)
+    ranks = {
+        row["module"]: [(one.ranks or {}).get(row["module"], 0) for one in chosen] for row in rows
+    }
+    charts: dict[str, Chart | None] = {
+        "heatmap": ranks_chart(ranking, ranks, BUDGET, highest_rank(ranking)),
+        "losses": losses_chart(ranking),
+    }
+    if found is not None:
+        sizes = ",".join(str(one.num_parameters) for one in chosen)
+        charts["curve"] = parts_curve_chart(found, f"[{sizes}][{BUDGET}]")
+    budgets = [
+        {
+            "budget": one.budget,
+            "parts": sum(map(len, (one.parts or {}).values())),
+            "parameters": one.num_parameters,
+            "ranks": [ranks[row["module"]][place] for row in rows],
+            "carried": None if found is None else carried_near(found, one.num_parameters),
+        }
+        for place, one in enumerate(chosen)
+    ]
+    return {
+        "source": source,
+        "count": position,
+        "rows": rows,
+        "open": {},
+        "lines": provenance_lines(ranking),
+        "reading": [] if found is None else reading(found),
+        "repeat": repeat,
+        "provenance": json.dumps(ranking.provenance, indent=2, ensure_ascii=False),
+        "data": {
+            "is_of_parts": True,
+            "charts": {name: _spec(chart, position) for name, chart in charts.items() if chart},
+            "budgets": budgets,
+            "count": position,
+        },
+    }
+
+
+def _parts_budgets(ranking: Ranking, budget: WrittenBudget) -> tuple[list[Selection], int]:
+    """Selections from one part to all in equal factors of parameters, and the place of `budget`.
+
+    `budget` itself takes the place of the nearest one.
+    """
+    wanted, least = ranking.select(budget), ranking.select(1)
+    whole = wanted.num_candidate_parameters
+    smallest = least.num_parameters / whole
+    shares = [smallest ** (1 - place / (NUM_POSITIONS - 1)) for place in range(1, NUM_POSITIONS)]
+    chosen = [least, *(ranking.select(f"{_written(share)}x-params") for share in shares)]
+    own = math.log(wanted.num_parameters)
+    position = min(
+        range(len(chosen)), key=lambda place: abs(math.log(chosen[place].num_parameters) - own)
+    )
+    if position < len(chosen) - 1:  # the last one stays all parts
+        chosen[position] = wanted
+    return chosen, position
+
+
+def _written(share: float) -> str:
+    """A share with three digits, rounded up, without an exponent."""
+    digits = 2 - math.floor(math.log10(share))
+    return f"{min(1.0, math.ceil(share * 10**digits) / 10**digits):.{digits}f}"
 
 
 def open_budgets(ranking: Ranking) -> dict[str, tuple[int, int]]:

@@ -127,7 +127,15 @@
     }
   }
 
+{% if has_parts %}
+{% include "parts.js" %}
+  const rankings = sections.map((section, index) => {
+    const content = data.rankings[index];
+    return content.is_of_parts ? new Parts(section, content) : new Ranking(section, content);
+  });
+{% else %}
   const rankings = sections.map((section, index) => new Ranking(section, data.rankings[index]));
+{% endif %}
 
   function show(index) {
     sections.forEach((section, other) => { section.hidden = other !== index; });
