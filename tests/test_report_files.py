@@ -168,3 +168,32 @@ REPEATED = {
 @pytest.mark.parametrize("text", REPEATED)
 def test_how_to_make_a_ranking_again(text):
     assert text in how_to_repeat(ranking_of([1.0], provenance=REPEATED[text]))
+
+
+def test_figures_of_parts_show_the_kept_ranks_and_the_curve_over_parameters(folder):
+    whole = ranking_of([6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+    modules = tuple(
+        replace(module, part_scores=(module.score, 0.1), part_parameters=(10, 10))
+        for module in whole.modules
+    )
+    ranking = replace(whole, modules=modules, granularity="part")
+    (folder / "parts").mkdir()
+    ranking.save(folder / "parts" / "ranking.json")
+    found = verification_of(ranking)
+
+    def sized(curve):
+        return curve.model_copy(update={"num_parameters": (0, 10, 20, 40, 60, 90, 120)})
+
+    replaced = {"best_first": sized(found.best_first), "worst_first": sized(found.worst_first)}
+    replaced |= {"random": tuple(map(sized, found.random))}
+    replaced |= {"rivals": {"energy": replaced["worst_first"]}}
+    found.model_copy(update=replaced).save(folder / "parts" / "verification.json")
+    figures = ("--figure", "heatmap.svg", "curve.svg", "--html", "report.html")
+    assert keylayers("show", "parts", *figures, "--budget", "0.25x-params") == 0
+    marks = ElementTree.parse("heatmap.svg").findall(
+        ".//*[@class='mark-text role-mark layer_1_marks']/*"
+    )
+    assert [mark.text for mark in marks] == ["1", "1", "1", "0", "0", "0"]
+    shown = {"best first", "worst first", "best by singular values", "this budget", "recommended"}
+    assert shown | {"parameters of the parts that are kept"} <= set(texts("curve.svg"))
+    assert "33.3 % of the adapter carry 95 % of the gain" in Path("report.html").read_text()

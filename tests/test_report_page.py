@@ -294,3 +294,46 @@ def test_without_scripts_the_tables_are_complete(page_of, verified):
         assert page.locator("section.ranking").count() == page.locator(SECTION).count() == 2
         assert page.locator(f"{ROWS}:visible").count() == 42
         assert page.locator("noscript").is_visible()
+
+
+PARTS = [(8.0, 4.0, 2.0), (90.0, 1.0, 0.0), (6.0, 5.0, 3.0), (0.1, 0.05, 0.01)]
+PART_SIZES = [10, 300, 20, 40]
+
+
+def of_parts():
+    whole = ranking_of([sum(scores) for scores in PARTS])
+    modules = tuple(
+        replace(module, part_scores=scores, part_parameters=(size,) * 3)
+        for module, scores, size in zip(whole.modules, PARTS, PART_SIZES, strict=True)
+    )
+    return replace(whole, modules=modules, granularity="part")
+
+
+def test_the_slider_of_parts_goes_over_parameters_and_shows_the_ranks_that_are_kept(
+    page_of, tmp_path
+):
+    ranking = of_parts()
+    with page_of(report(tmp_path, {"parts": ranking}, "--budget", "0.1x-params")) as page:
+        assert page.locator(".command").first.inner_text() == (
+            f"keylayers prune --ranking {tmp_path / 'parts'} --budget 0.1x-params"
+        )
+        last = int(page.locator(SLIDER).get_attribute("max"))
+        for position in (0, last // 2, last):
+            page.locator(SLIDER).fill(str(position))
+            budget = page.locator(".chosen").inner_text()
+            chosen = ranking.select(int(budget) if budget.isdigit() else budget)
+            shown = dict(zip(column(page, 3), map(int, column(page, 1)), strict=True))
+            assert {name: rank for name, rank in shown.items() if rank} == chosen.ranks
+            share = percent(chosen.num_parameters / 1110)
+            text = page.locator(".bought").inner_text()
+            assert f" of 12 parts in {len(chosen.ranks)} of 4 modules; " in text
+            assert f"{chosen.num_parameters:,} of 1,110 parameters ({share})" in text
+            labels = page.locator("[data-chart=heatmap] .mark-text.role-mark text")
+            page.wait_for_timeout(100)  # Vega draws after the event
+            assert sorted(map(int, labels.all_text_contents())) == sorted(shown.values())
+        assert (position, chosen.num_parameters) == (last, 1110)
+        number = page.locator("input.count")
+        for typed, taken in (("0", "0.901"), ("100", "100"), ("", "0.901")):  # 10 of 1110
+            number.fill(typed)
+            number.press("Enter")
+            assert number.input_value() == taken

@@ -53,7 +53,7 @@ def render_report(
     data = {"rankings": [view["data"] for view in views], "agreement": pairs and pairs["chart"]}
     libraries = vl_convert.javascript_bundle(vl_version=VEGA_LITE)  # type: ignore[call-arg]
     environment = page_templates(autoescape=True)
-    has_parts = any(view["data"].get("is_of_parts") for view in views)
+    has_parts = any(view["is_of_parts"] for view in views)
     script = environment.get_template("page.js").render(has_parts=has_parts)
     scripts = [libraries, script + "\n"]  # Jinja takes the last line break
     environment.filters["shell"] = shlex.quote
@@ -81,6 +81,7 @@ def _view(source: Source, budget: WrittenBudget, repeat: str) -> dict[str, Any]:
         charts["curve"] = curve_chart(found, BUDGET)
     return {
         "source": source,
+        "is_of_parts": False,
         "count": count,
         "rows": module_rows(ranking),
         "open": open_budgets(ranking),
@@ -123,6 +124,7 @@ def _parts_view(source: Source, budget: WrittenBudget, repeat: str) -> dict[str,
     ]
     return {
         "source": source,
+        "is_of_parts": True,
         "count": position,
         "rows": rows,
         "open": {},
