@@ -24,19 +24,28 @@ from studies import METHODS, write
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
 KILLS = int(os.environ.get("KILLS", "3"))
-SMALL = ("--batch-size", "4", "--lora-rank", "4", "--save-steps", "2", "--learning-rate", "0.02")
+SMALL = ("--batch-size", "4", "--lora-rank", "4")
+TRAINS = (*SMALL, "--save-steps", "2", "--learning-rate", "0.02")
 # Files of a study that hold the output of its cells, or how long they took
 UNLIKE = ("log.txt", "results.csv", "results.parquet", "report.html")
 COMMANDS = {
-    "rank": ("rank", "--max-steps", 6, "--mask-batches", 2),
-    "train": ("train", "--rank-first", "--steps", 8, "--mask-batches", 2, "--controls", "random"),
-    "full": ("rank", "--max-steps", 4, "--mask-batches", 2, "--update", "full"),
+    "rank": ("rank", "--max-steps", 6, "--mask-batches", 2, *TRAINS),
+    "train": (
+        *("train", "--rank-first", "--steps", 8, "--mask-batches", 2, "--controls", "random"),
+        *TRAINS,
+    ),
+    "full": ("rank", "--max-steps", 4, "--mask-batches", 2, "--update", "full", *TRAINS),
+    "extract": (
+        *("extract", "--tuned", "TUNED", "--budget", "0.3x-params", "--mask-batches", 2),
+        *SMALL,
+    ),
 }
 
 
 def command_on(tiny, words):
     inputs = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", "out")
-    return [str(word) for word in (*words, *SMALL, *inputs)]
+    files = {"TUNED": tiny / "tuned"}
+    return [str(files.get(word, word)) for word in (*words, *inputs)]
 
 
 def run(place, words, how="change", at=0):

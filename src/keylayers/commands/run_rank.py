@@ -116,7 +116,8 @@ def _extracted(session: Session, options: RankOptions, folder: Path) -> TunedMod
     )
     record = {"options": session.record["options"], "extracted": extracted}
     card = card_of("rank", session.record | record, None)
-    save_tuned(found.model, session.tokenizer, folder, record, card)
+    with unfinished(folder):
+        save_tuned(found.model, session.tokenizer, folder, record, card)
     adapter = {"name": str(folder), "weights_sha256": adapter_sha256(found.model), "always_on": []}
     return TunedModel(
         found.model, adapter_updates(found.model), {"adapter": adapter, "extracted": extracted}
