@@ -21,7 +21,7 @@ from keylayers.scores.score_modules import score_modules
 from keylayers.scores.scoring_options import ScoringOptions, scoring_options
 from keylayers.scores.task import ModuleScores
 from keylayers.trainers.data import prepared_for
-from keylayers.trainers.reference import reference_of
+from keylayers.trainers.loss import reference_of
 from keylayers.updates import ZERO, AdaLoraUpdate, Update, adapter_updates, are_zero, dense_updates
 from keylayers.updates.checkpoints import back_at_base
 from keylayers.updates.dora import DoraUpdate

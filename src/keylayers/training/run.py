@@ -36,7 +36,7 @@ from keylayers.model.options import Objective
 from keylayers.model.sharding import place_model
 from keylayers.progress import OnStep, quiet
 from keylayers.trainers.log import check_loggers, name_loggers
-from keylayers.trainers.reference import REFERENCE_ADAPTER
+from keylayers.trainers.loss import REFERENCE_ADAPTER
 from keylayers.training.checkpoints import NUM_CHECKPOINTS, Checkpoints
 from keylayers.training.options import StabilityOptions, TrainingOptions
 from keylayers.training.shallow import ShallowBackward

@@ -16,6 +16,7 @@ from peft import PeftModel
 from peft.tuners.adalora import AdaLoraModel
 from torch import Tensor, nn
 
+from keylayers.model.preserve import restored
 from keylayers.updates.gate import AdapterUpdate, Gate, PartBasis, PartGate, around_forward
 
 
@@ -92,11 +93,7 @@ def without_penalty(model: nn.Module) -> Iterator[None]:
     in evaluation mode too. No gate scales it, and with it the loss would not be in nats.
     """
     configs = list(model.peft_config.values()) if is_adalora(model) else []
-    weights = [config.orth_reg_weight for config in configs]
-    for config in configs:
-        config.orth_reg_weight = 0.0
-    try:
+    with restored(map(vars, configs)):
+        for config in configs:
+            config.orth_reg_weight = 0.0
         yield
-    finally:
-        for config, weight in zip(configs, weights, strict=True):
-            config.orth_reg_weight = weight
