@@ -29,8 +29,8 @@ from commands import (
 )
 from keylayers import export_selection
 from keylayers.apply.prune import prune_adapter
+from keylayers.commands.run_verify import orders_by_singular_values
 from keylayers.errors import ConfigError, KeylayersError, RankingError
-from keylayers.evaluation.singular_values import orders_by_singular_values
 from keylayers.export import TOOLS
 from keylayers.gates import gated, part_name, part_sizes
 from keylayers.model.modules import map_modules

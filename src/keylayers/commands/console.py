@@ -8,15 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich import progress
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from keylayers.environment import is_first_process
 from keylayers.progress import OnStep
@@ -36,18 +29,19 @@ class ConsoleProgress:
     def stage(self, title: str, num_steps: int | None) -> Iterator[OnStep]:
         """A bar for one part of the run."""
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=24),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[loss]}"),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
         )
         last = 0
         start = told_at = time.perf_counter()
         is_hidden = not self.console.is_terminal
-        with Progress(*columns, console=self.console, transient=True, disable=is_hidden) as bars:
+        shown = progress.Progress(*columns, console=self.console, transient=True, disable=is_hidden)
+        with shown as bars:
             bar = bars.add_task(title, total=num_steps, loss="")
 
             def on_step(step: int, loss: float | None) -> None:

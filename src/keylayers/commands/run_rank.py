@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from keylayers import files
 from keylayers.apply.extract import extract_adapter
 from keylayers.apply.saving import save_tuned
 from keylayers.commands.fine_tuning import FineTuning, inputs_sha256, num_trained
@@ -17,15 +18,6 @@ from keylayers.commands.repeat import card_of
 from keylayers.commands.session import Session, Tuned
 from keylayers.errors import RankingError
 from keylayers.evaluation.held_out import subset_losses
-from keylayers.files import (
-    RECORD,
-    STAGE_1_ADAPTER,
-    STAGE_1_CHECKPOINT,
-    check_replaceable,
-    output_folder,
-    remove_unfinished,
-    unfinished,
-)
 from keylayers.gates import gate_groups
 from keylayers.model.options import UpdateOptions
 from keylayers.model.sharding import is_sharded
@@ -46,11 +38,12 @@ def run_rank(options: RankOptions, output: Path, progress: Progress, stage_1_in:
     """Run both stages, the first below `stage_1_in`, or stage 2 alone; write ranking.json."""
     start = time.perf_counter()
     training, scoring = options.training, options.scoring.scoring()
-    with output_folder(output):
+    with files.output_folder(output):
         is_full = options.has_stage_1 and training.is_full
-        folder = stage_1_in / (STAGE_1_CHECKPOINT if training.is_full else STAGE_1_ADAPTER)
+        name = files.STAGE_1_CHECKPOINT if training.is_full else files.STAGE_1_ADAPTER
+        folder = stage_1_in / name
         if options.has_stage_1 or options.is_extracted:
-            check_replaceable(folder)
+            files.check_replaceable(folder)
         session = Session(options, training.objective, progress, is_full=is_full)
         tuned = _find_update(session, options, folder)
         trainer = session.trainer(tuned.model, training)
@@ -131,12 +124,12 @@ def _stage_1(
     training = options.training
     inputs = inputs_sha256(session, training, stability=asdict(options.stability))
     with suppress(RankingError):
-        found = read_run(folder / RECORD)
+        found = read_run(folder / files.RECORD)
         if found.inputs_sha256 == inputs and found.stage_1 is not None:
-            remove_unfinished(folder)
+            files.remove_unfinished(folder)
             session.progress.note(f"stage 1 of the same inputs is taken from {folder}")
             return None, found.content["stage_1"]
-    with unfinished(folder) as before:
+    with files.unfinished(folder) as before:
         sets = FineTuning(session, training, options.stability.stage_1_cap, folder, before)
         tuned, stage_1 = _train_all(sets, options, inputs)
         record = {"inputs_sha256": inputs, "options": session.record["options"], "stage_1": stage_1}

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
 from transformers import Trainer
 
 from keylayers.commands.options import VerifyOptions
 from keylayers.commands.session import Session
 from keylayers.evaluation.held_out import mask_curve
-from keylayers.evaluation.singular_values import orders_by_singular_values
 from keylayers.files import json_sha256, output_folder
 from keylayers.gates import gate_groups, part_name, part_sizes
 from keylayers.progress import Progress
@@ -100,3 +100,36 @@ def _leave_one_out_order(
         found = score_modules(trainer, updates, options, on_step)
     by_name = dict(zip(found.module_names, found.scores, strict=True))
     return sorted(by_name, key=lambda name: -by_name[name])
+
+
+def orders_by_singular_values(updates: Sequence[Update]) -> dict[str, list[str]]:
+    """Name of a rule by singular values alone -> all rank-one parts, best first.
+
+    Other tools cut a LoRA by these rules. They need no data, so a ranking of parts must be better.
+    `uniform rank`: the same rank in every module (mergekit's extraction, PEFT's and kohya's
+    resizing to a rank). `singular value`: the largest of all modules. `energy per parameter`: its
+    square by the part's size. `share of energy` and `ratio to the largest`: the rank at which a
+    module keeps a share of its squared norm, or drops values below a ratio (kohya's `sv_fro` and
+    `sv_ratio`).
+    """
+    values, index, share, ratio = [], [], [], []
+    for update in updates:
+        own = update.parts().singular_values.double().cpu()
+        energy = own.square() / own.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
+        values.append(own)
+        index.append(torch.arange(len(own)) - 0.5 * energy)  # ties go to the dominant part
+        share.append(energy.cumsum(0) - energy)  # what the parts before it keep
+        ratio.append(own / own.max().clamp(min=torch.finfo(torch.float64).tiny))
+    sizes = part_sizes(updates)
+    names, costs = list(sizes), torch.tensor([*sizes.values()])
+    keys = {
+        "uniform rank": torch.cat(index),
+        "singular value": -torch.cat(values),
+        "energy per parameter": -torch.cat(values).square() / costs,
+        "share of energy": torch.cat(share),
+        "ratio to the largest": -torch.cat(ratio),
+    }
+    return {
+        rule: [names[place] for place in key.argsort(stable=True).tolist()]
+        for rule, key in keys.items()
+    }

@@ -12,15 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from keylayers.evaluation import statistics
 from keylayers.evaluation.documents import Measured
-from keylayers.evaluation.statistics import (
-    Documents,
-    Interval,
-    difference_interval,
-    holm,
-    interval,
-    sign_flip_p,
-)
 from keylayers.files import write_json
 
 EVALUATION = "evaluation.json"
@@ -37,7 +30,7 @@ class Difference:
 
     against: str  # name of the other model
     value: float
-    interval: Interval | None = None  # None where the documents do not allow it
+    interval: statistics.Interval | None = None  # None where the documents do not allow it
     p: float | None = None  # of "no difference", by flipping signs; None without an interval
     p_holm: float | None = None  # corrected for all differences in the table, by `correct`
 
@@ -55,7 +48,7 @@ class Result:
 
     model: str
     value: float
-    interval: Interval | None
+    interval: statistics.Interval | None
     differences: tuple[Difference, ...] = ()
 
 
@@ -147,7 +140,7 @@ def measures_of(
 
 def _documents(
     metric: str, tasks: Sequence[str], measured: AllMeasured, is_by_size: bool
-) -> tuple[dict[str, Documents] | None, float | None]:
+) -> tuple[dict[str, statistics.Documents] | None, float | None]:
     """The documents of each model in one order, and the chance level if it is known.
 
     Without documents if the metric is no mean (such as a perplexity), or if a task left out
@@ -169,9 +162,11 @@ def _documents(
     counts = np.bincount(strata)
     weights = counts / counts.sum() if is_by_size else np.full(len(tasks), 1 / len(tasks))
 
-    def documents(own: pd.DataFrame, values: str) -> Documents:
+    def documents(own: pd.DataFrame, values: str) -> statistics.Documents:
         own = own.reindex(base.index)
-        return Documents(own[values].to_numpy(float), own["size"].to_numpy(float), strata, weights)
+        return statistics.Documents(
+            own[values].to_numpy(float), own["size"].to_numpy(float), strata, weights
+        )
 
     chance = documents(base, "chance").mean()
     found = {model: documents(own, "value") for model, own in rows.items()}
@@ -180,7 +175,7 @@ def _documents(
 
 def _results(
     values: Mapping[str, float],
-    documents: Mapping[str, Documents] | None,
+    documents: Mapping[str, statistics.Documents] | None,
     reference: str | None,
     seed: int,
 ) -> Iterator[Result]:
@@ -195,11 +190,11 @@ def _results(
             if documents is not None:
                 less = documents[model].less(documents[other])
                 difference.value = less.mean()
-                difference.interval = difference_interval(less, seed)
+                difference.interval = statistics.difference_interval(less, seed)
                 if difference.interval is not None:
-                    difference.p = sign_flip_p(less, seed)
+                    difference.p = statistics.sign_flip_p(less, seed)
             differences.append(difference)
-        own = None if documents is None else interval(documents[model], seed)
+        own = None if documents is None else statistics.interval(documents[model], seed)
         yield Result(model, value, own, tuple(differences))
 
 
@@ -208,6 +203,6 @@ def correct(measures: Sequence[Measure]) -> None:
     results = [result for measure in measures if measure.is_in_table for result in measure.results]
     every = [found for result in results for found in result.differences]
     tested = [found for found in every if found.p is not None]
-    p_values = holm([found.p for found in tested if found.p is not None])
+    p_values = statistics.holm([found.p for found in tested if found.p is not None])
     for found, p_holm in zip(tested, p_values, strict=True):
         found.p_holm = p_holm
