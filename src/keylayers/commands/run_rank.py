@@ -109,7 +109,7 @@ def _extracted(session: Session, options: RankOptions, folder: Path) -> TunedMod
     )
     record = {"options": session.record["options"], "extracted": extracted}
     card = card_of("rank", session.record | record, None)
-    with unfinished(folder):
+    with files.unfinished(folder):
         save_tuned(found.model, session.tokenizer, folder, record, card)
     adapter = {"name": str(folder), "weights_sha256": adapter_sha256(found.model), "always_on": []}
     return TunedModel(
