@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stop when the selection at the wanted budget no longer changes."""
 
+import itertools
 from statistics import fmean
 
 import pytest
 
-from keylayers.scores.until_stable import StableSelection
+from keylayers.scores.options import EliminationOptions
+from keylayers.scores.task import ModuleScores, PartScores, Task
+from keylayers.scores.until_stable import StableSelection, repeated
+from keylayers.trainers.log import TrainerLog
 from scored import noisy, planted, score
 
 
@@ -44,3 +48,18 @@ def test_repeats_stop_once_the_same_modules_lead():
     assert found.findings["num_repeats"] == 3  # the first, and two that agree with it
     assert found.findings["is_settled"]
     assert all(error >= 0 for error in found.standard_errors)
+
+
+def test_parts_are_stable_when_the_best_of_them_stay():
+    """The sums of their modules are the same in every run here."""
+    draws = itertools.cycle([(4.0, 0.0), (0.0, 4.0), (0.0, 4.0), (4.0, 0.0)])
+
+    def score(task, options):
+        parts = (PartScores(next(draws), (1, 1)), PartScores((0.9, 0.9), (1, 1)))
+        return ModuleScores(("a", "b"), (4.0, 1.8), unit="nats", parts=parts)
+
+    task = Task(noisy(), [], 0, TrainerLog(noisy(), None))
+    found = repeated(score, task, EliminationOptions(until_stable=0.25))
+    # Means of the first part and the second: 4 0, 2 2, 1.3 2.7, 2 2, 2.4 1.6, 2 2
+    assert found.findings == {"num_repeats": 6, "is_settled": True}
+    assert found.parts[0].scores == (2.0, 2.0)
