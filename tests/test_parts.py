@@ -618,6 +618,7 @@ def test_a_budget_on_disk_counts_what_is_always_kept(ranked_bfloat16, tmp_path):
     code, _, err = printed("prune", *wanted, "--budget", f"{allowed}MiB")
     assert code == 0, err
     assert 0.8 * allowed * 2**20 <= size_of(tmp_path / "cut") <= allowed * 2**20
+    assert record_of(tmp_path / "cut")["selection"]["budget"] == f"{allowed}MiB"
     code, _, err = printed("prune", *wanted, "--budget", "0.01MiB")
     assert (code, "more than what the adapter holds besides rank-one parts" in err) == (2, True)
 

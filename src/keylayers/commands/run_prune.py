@@ -56,10 +56,11 @@ def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned
     ranking, wanted = Ranking.load(options.selection.ranking), options.selection
     selection = None
     if wanted.max_loss is None:
-        budget = wanted.budget_for(ranking)
-        if isinstance(budget, Memory) and ranking.granularity == "part" and options.update.adapter:
-            budget = _within_file(budget, ranking, options.update.adapter)
+        budget = given = wanted.budget_for(ranking)
+        if isinstance(given, Memory) and ranking.granularity == "part" and options.update.adapter:
+            budget = _within_file(given, ranking, options.update.adapter)
         selection = ranking.select(budget, rank_multiple=wanted.pad_ranks)
+        selection = replace(selection, budget=str(given))
     if wanted.heal_steps and options.update.adapter is None:
         raise ConfigError(
             "`heal_steps` must be left out with `tuned`: it trains the LoRA matrices of an adapter"
