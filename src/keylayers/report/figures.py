@@ -13,18 +13,10 @@ import vl_convert
 from keylayers.errors import ConfigError
 from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.compare import agreement
-from keylayers.report.charts import (
-    Chart,
-    agreement_chart,
-    curve_chart,
-    heatmap_chart,
-    losses_chart,
-    parts_curve_chart,
-    ranks_chart,
-)
+from keylayers.report import charts
 from keylayers.report.source import Source, highest_rank, num_best
 
-AnyChart: TypeAlias = Chart | alt.ConcatChart
+AnyChart: TypeAlias = charts.Chart | alt.ConcatChart
 FigureKind = Literal["heatmap", "curve", "losses", "agreement"]
 KINDS: tuple[FigureKind, ...] = get_args(FigureKind)
 FORMATS: Mapping[str, Callable[..., bytes | str]] = {
@@ -43,8 +35,8 @@ def draw_figures(
     sources: Sequence[Source], paths: Sequence[Path], budget: WrittenBudget = 0.3
 ) -> dict[Path, bytes]:
     """The bytes of each figure's file; a figure of several rankings labels each of them."""
-    charts = {path: _figure(figure_kind(path), sources, budget) for path in paths}
-    return {path: drawn_chart(chart, path.suffix.lower()) for path, chart in charts.items()}
+    drawn = {path: _figure(figure_kind(path), sources, budget) for path in paths}
+    return {path: drawn_chart(chart, path.suffix.lower()) for path, chart in drawn.items()}
 
 
 def figure_kind(path: Path) -> FigureKind:
@@ -69,22 +61,22 @@ def _figure(kind: FigureKind, sources: Sequence[Source], budget: WrittenBudget) 
                 "the figure of an agreement needs at least two rankings, got 1; give more of them"
             )
         pairs = agreement([source.ranking for source in sources], budget)
-        return agreement_chart(pairs, [source.label for source in sources])
+        return charts.agreement_chart(pairs, [source.label for source in sources])
     if len(sources) == 1:
         return _single(kind, sources[0], budget)
-    charts = [_single(kind, source, budget).properties(title=source.label) for source in sources]
-    return alt.concat(*charts, columns=NUM_COLUMNS).resolve_scale(color="independent")
+    parts = [_single(kind, source, budget).properties(title=source.label) for source in sources]
+    return alt.concat(*parts, columns=NUM_COLUMNS).resolve_scale(color="independent")
 
 
-def _single(kind: FigureKind, source: Source, budget: WrittenBudget) -> Chart:
+def _single(kind: FigureKind, source: Source, budget: WrittenBudget) -> charts.Chart:
     ranking = source.ranking
     is_of_parts = ranking.granularity == "part"
     if kind == "heatmap":
         if is_of_parts:
             ranks = ranking.select(budget).ranks or {}
             own = {module.name: [ranks.get(module.name, 0)] for module in ranking.modules}
-            return ranks_chart(ranking, own, 0, highest_rank(ranking))
-        return heatmap_chart(ranking, num_best(ranking, budget))
+            return charts.ranks_chart(ranking, own, 0, highest_rank(ranking))
+        return charts.heatmap_chart(ranking, num_best(ranking, budget))
     if kind == "curve":
         if source.verification is None:
             came = "is of an earlier ranking" if source.is_stale else "is missing"
@@ -93,9 +85,10 @@ def _single(kind: FigureKind, source: Source, budget: WrittenBudget) -> Chart:
                 f"{came}; run `keylayers verify`"
             )
         if is_of_parts:
-            return parts_curve_chart(source.verification, ranking.select(budget).num_parameters)
-        return curve_chart(source.verification, num_best(ranking, budget))
-    chart = losses_chart(ranking)
+            size = ranking.select(budget).num_parameters
+            return charts.parts_curve_chart(source.verification, size)
+        return charts.curve_chart(source.verification, num_best(ranking, budget))
+    chart = charts.losses_chart(ranking)
     if chart is None:
         raise ConfigError(
             f"the figure of losses needs a ranking whose own run trained, but {source.path!r} "
