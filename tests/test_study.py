@@ -80,6 +80,7 @@ def test_results_are_one_tidy_table_and_a_page_and_hold_no_key(done):
     own = (table["measure"] == "area") & (table["method"] == "gradient-norm")
     assert f"{table[own]['value'].mean():.4f}" in page
     assert "path, path_points 2, mask_batches 2" in page
+    assert page.count("data:image/png;base64,") == 2
     files = everything_below(whole)
     assert {"cell.json", "log.txt", "study.json", "report.html"} <= {path.name for path in files}
     assert not [path for path, content in files.items() if SECRET.encode() in content]

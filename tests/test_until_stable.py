@@ -7,8 +7,8 @@ from statistics import fmean
 import pytest
 
 from keylayers.scores.options import EliminationOptions
-from keylayers.scores.score_modules import StableSelection, repeated
 from keylayers.scores.task import ModuleScores, PartScores, Task
+from keylayers.scores.until_stable import StableSelection, repeated
 from keylayers.trainers.log import TrainerLog
 from scored import noisy, planted, score
 

@@ -84,6 +84,13 @@ def test_rank_again_verify_prune_and_train(tiny, kind, tmp_path, capsys):
     assert losses[:: len(losses) - 1] == pytest.approx(recorded, abs=2e-5)
     assert "differs from the one that was ranked" not in capsys.readouterr().err
 
+    assert keylayers("show", ranked) == 0
+    shown = capsys.readouterr().out
+    assert ("AdaLoRA's r" in shown) == (kind == "adalora")
+    own = "AdaLoRA's own budget (last column) agrees with the scores by tau-b"
+    assert (own in shown) == (kind == "adalora")
+    assert ("at budget 0.3 (chance" in shown.replace("\n", " ")) == (kind == "adalora")
+
     for budget in (1, 5, 11) if kind == "experts" else (5,):
         check_pruned(ranked, kind, budget, tiny)
     if kind not in ("full", "experts"):

@@ -48,11 +48,9 @@ COMMANDS = {
     "targets": "Show which modules a training config trains, without loading weights.",
     "export": "Write the files with which another tool trains exactly the selected modules.",
 }
-_PLACES = {name: f"runs:{name}_app" for name in ("rank", "train", "verify", "prune", "eval")}
-_PLACES["import"] = "import_:app"
 for _name, _help in COMMANDS.items():
-    _place = _PLACES.get(_name, f"{_name}:app")
-    app.command(f"keylayers.commands.{_place}", name=_name, help=_help)
+    _file = {"import": "import_"}.get(_name, _name)
+    app.command(f"keylayers.commands.{_file}:app", name=_name, help=_help)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

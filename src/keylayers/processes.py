@@ -7,29 +7,43 @@ single process these functions return their input.
 
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, reduce
-from torch import Tensor
+import torch
+from torch import Tensor, distributed
 
 
 def is_one_of_many() -> bool:
     """Whether other processes share this run."""
-    return bool(PartialState().use_distributed)
+    is_started = distributed.is_available() and distributed.is_initialized()
+    return is_started and distributed.get_world_size() > 1
 
 
 def summed(values: Tensor) -> Tensor:
     """The sum over all processes, on the CPU; `values` is not changed."""
-    values = values.detach()
-    if is_one_of_many():
-        values = reduce(values.to(PartialState().device), reduction="sum")
-    return values.cpu()
+    if not is_one_of_many():
+        return values.detach().cpu()
+    total = values.detach().clone().to(_device())
+    distributed.all_reduce(total)
+    return total.cpu()
 
 
 def from_first(value: Any) -> Any:
     """The first process's `value`, in every process."""
-    return broadcast_object_list([value])[0]
+    if not is_one_of_many():
+        return value
+    shared = [value]
+    distributed.broadcast_object_list(shared, src=0, device=_device())
+    return shared[0]
 
 
 def wait_for_all() -> None:
     """Wait until every process has called this."""
-    PartialState().wait_for_everyone()
+    if is_one_of_many():
+        distributed.barrier()
+
+
+def _device() -> torch.device:
+    """Where processes exchange tensors; backends such as NCCL only know accelerators."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or "gloo" in str(distributed.get_backend()):
+        return torch.device("cpu")
+    return accelerator

@@ -11,7 +11,6 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Trainer
 
-from keylayers import files
 from keylayers.apply.prune import (
     WEIGHTS,
     bytes_on_disk,
@@ -25,6 +24,17 @@ from keylayers.commands.repeat import card_of
 from keylayers.commands.session import Session, loss_of, note_ties
 from keylayers.errors import ConfigError, GuardError, OutputError
 from keylayers.evaluation.held_out import smallest_within, subset_losses
+from keylayers.files import (
+    CARD,
+    RECORD,
+    check_replaceable,
+    json_sha256,
+    output_folder,
+    replaced_folder,
+    unfinished,
+    write_json,
+    write_text,
+)
 from keylayers.gates import gate_groups, part_name
 from keylayers.model.loading import load_adapter, load_model
 from keylayers.progress import Progress
@@ -55,10 +65,10 @@ def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned
         raise ConfigError(
             "`heal_steps` must be left out with `tuned`: it trains the LoRA matrices of an adapter"
         )
-    files.check_replaceable(output)
+    check_replaceable(output)
     _check_apart(options, output)
     objective = options.objective.objective
-    with files.output_folder(output), files.unfinished(output):
+    with output_folder(output), unfinished(output):
         session = Session(options, objective, progress, ranking=ranking)
         tuned = session.open_update(options.update, ranking)
         if selection is None:
@@ -70,7 +80,7 @@ def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned
         full, masked = cut.full_and_masked_loss(tuned)
         record = session.record | tuned.record
         kept = tuner_layers(tuned.model).keys() - set(cut.pruned)
-        with files.replaced_folder(output) as folder:
+        with replaced_folder(output) as folder:
             sizes = cut.write(tuned.model, folder)
             del tuned  # frees the memory of its model
             with progress.stage("held-out loss of the base and the pruned model", 2) as on_step:
@@ -94,11 +104,11 @@ def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned
             )
             record |= {
                 "selection": selection.record(),
-                "ranking_sha256": files.json_sha256(ranking.to_json()),
+                "ranking_sha256": json_sha256(ranking.to_json()),
                 "result": found.model_dump(exclude_none=True),
             }
-            files.write_text(folder / files.CARD, card_of("prune", record, ranking))
-            files.write_json(folder / files.RECORD, record)
+            write_text(folder / CARD, card_of("prune", record, ranking))
+            write_json(folder / RECORD, record)
     return found
 
 

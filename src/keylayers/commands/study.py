@@ -30,7 +30,8 @@ def study(
 
     Rankings of the same model, data and training share one stage 1. Finished cells are never run
     again. A failed cell does not stop the others; the next run tries it again. Writes
-    results.parquet, results.csv and report.html, and agreement.csv if rankings are compared.
+    results.parquet and results.csv, agreement.csv if rankings are compared, and report.html if the
+    packages for charts are installed.
 
     Args:
         studies: YAML files with `options`, `grid` and what is measured. Several files share their

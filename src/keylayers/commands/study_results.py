@@ -4,10 +4,12 @@
 A cell that serves several combinations of the grid has rows for each. Needs no torch.
 """
 
+import base64
 import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -58,7 +60,8 @@ def write_results(
         means["Agreement of rankings"] = agreement_means(agreed, axes)
     for title, part in means.items():
         sys.stdout.write(f"{title}\n{part.to_string(**FORMAT)}\n\n")
-    write_bytes(folder / "report.html", _page(means, table, cells))
+    if all(find_spec(name) is not None for name in ("altair", "vl_convert")):
+        write_bytes(folder / "report.html", _page(means, table, cells))
     sys.stdout.write(f"results written to {folder}\n")
 
 
@@ -180,10 +183,19 @@ def _groups(rows: pd.DataFrame, axes: Sequence[str]) -> list[str]:
 
 def _page(means: Mapping[str, pd.DataFrame], table: pd.DataFrame, cells: Sequence[Cell]) -> bytes:
     """The same as one HTML file that opens offline, runs no script and loads nothing."""
-    parts = [(title, part.to_html(**FORMAT)) for title, part in means.items()]
+    from keylayers.report.charts import means_chart
+    from keylayers.report.figures import drawn_chart
+
+    parts = []
+    for name, part in means.items():
+        runs, image = table[table["measure"] == name].dropna(subset="value"), ""
+        if len(runs):
+            chart = means_chart(name, runs, part)
+            image = base64.b64encode(drawn_chart(chart, ".png")).decode()
+        parts.append((name, image, part.to_html(**FORMAT)))
     lost = table[table["status"] != "finished"][FIXED]
     if len(lost):
-        parts.append(("Without a result", lost.to_html(**FORMAT)))
+        parts.append(("Without a result", "", lost.to_html(**FORMAT)))
     template = page_templates(autoescape=True).get_template("study.html")
     page = template.render(parts=parts, commands=[cell.command for cell in cells])
     return page.encode("utf-8", "replace")

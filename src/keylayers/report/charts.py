@@ -8,7 +8,7 @@ lines also differ in their dashes. Names from files are data, never part of a Ve
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import permutations
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import altair as alt
 
@@ -17,6 +17,9 @@ from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.verification import Verification
 from keylayers.report.curve import random_spreads
 from keylayers.report.source import grid, module_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Chart: TypeAlias = alt.Chart | alt.LayerChart
 BudgetExpression: TypeAlias = int | str
@@ -312,6 +315,33 @@ def _lines(at: str, curves: Mapping[str, Iterable[tuple[int, float]]], **axes: A
         tooltip=["curve:N", f"{at}:Q", alt.Tooltip("loss:Q", format=".4f")],
         **axes,
     )
+
+
+def means_chart(title: str, runs: "pd.DataFrame", means: "pd.DataFrame") -> Chart:
+    """Runs as dots, their means as ticks and references as grey ticks, one row per group.
+
+    The groups are named by the columns before `mean`, of which `runs` has a `value` for each run;
+    the last column is the reference.
+    """
+    groups = list(means.columns[: means.columns.get_loc("mean")])
+
+    def rows(table: "pd.DataFrame", columns: Mapping[str, str]) -> alt.InlineData:
+        names = table[groups].fillna("-").astype(str).agg(" · ".join, axis=1)
+        found = table[[*columns]].rename(columns=columns).assign(group=names).astype(object)
+        return alt.InlineData(values=found.where(found.notna(), None).to_dict("records"))
+
+    shown = rows(means, {"mean": "value", means.columns[-1]: "reference"})
+    order = [row["group"] for row in shown.values]
+    y = alt.Y("group:N", sort=order, title=None, axis=alt.Axis(labelLimit=420))
+    x = alt.X("value:Q", title=title, scale=FROM_LOWEST)
+    base = alt.Chart(shown).encode(y=y)
+    reference = base.transform_filter("isValid(datum.reference)").encode(x=alt.X("reference:Q"))
+    dots = alt.Chart(rows(runs, {"value": "value"})).mark_circle(color=BLUE, opacity=0.6)
+    return alt.layer(
+        reference.mark_tick(color=GREY, thickness=3),
+        base.mark_tick(color=BLUE, thickness=2).encode(x=x),
+        dots.encode(x=x, y=y),
+    ).properties(width=420, height=22 * len(order), description=f"{title}: runs and their means")
 
 
 def _chart(rows: list[dict[str, Any]]) -> alt.Chart:

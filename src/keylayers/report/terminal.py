@@ -2,6 +2,8 @@
 """A ranking in the terminal: heatmap, best and worst modules, provenance. Imports no torch."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 
 from rich.console import Group, RenderableType
 from rich.style import Style
@@ -11,6 +13,7 @@ from rich.text import Text
 from keylayers.errors import RankingError
 from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.certainty import decisions, undecided
+from keylayers.ranking.compare import agreement
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import MadeBy, TrainedSet
 from keylayers.report.source import grid
@@ -42,6 +45,7 @@ def ranking_report(ranking: Ranking, budget: WrittenBudget = 0.3) -> RenderableT
         notes = [certainty_line(ranking, budget)]
     except RankingError as error:  # the budget includes modules without a score
         notes = [f"nothing is marked at budget {budget}: {error}"]
+    notes += _adalora_lines(ranking, budget)
     return Group(
         Text(title, style="bold"),
         heatmap(ranking, marked=marked),
@@ -127,8 +131,9 @@ def _shade(position: float) -> Style:
 
 def _extremes(ranking: Ranking, marked: Collection[str]) -> Table:
     """The best and the worst modules; ± is the standard error of the score."""
-    ordered, ranks = ranking.ordered(), ranking.ranks()
-    table = plain_table("", "rank", "module", "score", "±", "parameters")
+    ordered, ranks, adalora = ranking.ordered(), ranking.ranks(), ranking.made_by.adalora_ranks_left
+    more = ["AdaLoRA's r"] if adalora else []
+    table = plain_table("", "rank", "module", "score", "±", "parameters", *more)
     table.columns[0].width = len(UNDECIDED_MARK)
     table.columns[1].justify, table.columns[2].justify = "right", "left"
     for place, module in enumerate(ordered):
@@ -144,6 +149,7 @@ def _extremes(ranking: Ranking, marked: Collection[str]) -> Table:
             "not scored" if module.score is None else f"{module.score:.4f}",
             "" if error is None else f"{error:.4f}",
             f"{module.num_parameters:,}",
+            *([str(adalora.get(module.name, "?"))] if adalora else []),
         )
     return table
 
@@ -170,6 +176,24 @@ def certainty_line(ranking: Ranking, budget: WrittenBudget) -> str:
     else:
         text += "every module's place is decided"
     return text + (f"; {num_unknown} without an interval" if num_unknown else "")
+
+
+def _adalora_lines(ranking: Ranking, budget: WrittenBudget) -> Iterator[str]:
+    """How far the ranking agrees with AdaLoRA's own allocation of ranks, if there is one."""
+    ranks = ranking.made_by.adalora_ranks_left
+    if any(module.name not in ranks for module in ranking.modules):
+        return
+    own = (
+        replace(module, score=float(ranks[module.name]), standard_error=None)
+        for module in ranking.modules
+    )
+    with suppress(RankingError):  # the budget includes modules without a score
+        (found,) = agreement([ranking, replace(ranking, modules=tuple(own))], budget)
+        tau = "none" if found.tau is None else f"{found.tau:.2f}"
+        yield (
+            f"AdaLoRA's own budget (last column) agrees with the scores by tau-b {tau}, Jaccard "
+            f"{found.jaccard:.2f} at budget {budget} (chance {found.chance_jaccard:.2f})"
+        )
 
 
 def provenance_lines(ranking: Ranking) -> list[str]:

@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from keylayers.scores.options import IlaOptions, LearnedOptions
-from keylayers.scores.score_modules import StableSelection
 from keylayers.scores.task import MaskedModel, ModuleScores, Task
+from keylayers.scores.until_stable import StableSelection
 
 NUM_STRETCHES = 10
 PATIENCE_STEPS = 10
