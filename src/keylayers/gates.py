@@ -7,7 +7,7 @@ The model computes with `θ_0 + γ ⊙ Δθ`.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,7 @@ from keylayers.model.preserve import preserved
 from keylayers.scores.options import Granularity
 from keylayers.updates import Update
 from keylayers.updates.frozen import kept_frozen
-from keylayers.updates.gate import Gate, Link, PartGate
+from keylayers.updates.gate import Gate, Link, PartBasis, PartGate
 
 
 class Gates:
@@ -156,18 +156,19 @@ def gated(
     """
     is_double = next(model.parameters()).dtype == torch.float64
     dtype = torch.float64 if is_double else torch.float32
-    bases = [update.parts() for update in updates] if granularity == "part" else []
-    groups = gate_groups(updates, granularity)
     gates: dict[str, Gate]
+    num_parameters = None
     if granularity == "part":
+        bases = {update.module.name: update.parts() for update in updates}
         gate_of = gates = {
-            update.module.name: PartGate(initial_score, link, basis, dtype)
-            for update, basis in zip(updates, bases, strict=True)
+            name: PartGate(initial_score, link, basis, dtype) for name, basis in bases.items()
         }
+        sizes = _sizes(bases)
+        groups, num_parameters = _groups_of(sizes), list(sizes.values())
     else:
+        groups = gate_groups(updates, granularity)
         gates = {name: Gate(initial_score, link, dtype) for name in groups}
         gate_of = {module: gates[name] for name, modules in groups.items() for module in modules}
-    costs = [cost for basis in bases for cost in basis.num_parameters]
     with preserved(model), kept_frozen(model):
         for update in updates:
             gate = gate_of[update.module.name]
@@ -175,7 +176,7 @@ def gated(
             # A child of the layer, so that the gate is one of the model's parameters.
             update.layer.add_module(f"keygate_{update.module.last_name}", gate)
             update.connect(gate)
-        inside = Gates(gates, groups, model, costs or None)
+        inside = Gates(gates, groups, model, num_parameters)
         yield inside
         inside.check_alone()
 
@@ -183,7 +184,7 @@ def gated(
 def gate_groups(updates: Sequence[Update], granularity: Granularity) -> dict[str, tuple[str, ...]]:
     """Gate name -> names of the modules that share it, both in model order."""
     if granularity == "part":
-        return {name: (name.rpartition("[")[0],) for name in part_sizes(updates)}
+        return _groups_of(part_sizes(updates))
     names: dict[str, list[str]] = {}
     for module in (update.module for update in updates):
         is_outside = module.block_index is None  # embeddings and head have a gate each
@@ -203,8 +204,16 @@ def part_name(module_name: str, index: int) -> str:
 
 def part_sizes(updates: Sequence[Update]) -> dict[str, int]:
     """Name of each rank-one part, in the gates' order -> its parameters in an adapter."""
+    return _sizes({update.module.name: update.parts() for update in updates})
+
+
+def _sizes(bases: Mapping[str, PartBasis]) -> dict[str, int]:
     return {
-        part_name(update.module.name, index): size
-        for update in updates
-        for index, size in enumerate(update.parts().num_parameters)
+        part_name(name, index): size
+        for name, basis in bases.items()
+        for index, size in enumerate(basis.num_parameters)
     }
+
+
+def _groups_of(parts: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    return {name: (name.rpartition("[")[0],) for name in parts}

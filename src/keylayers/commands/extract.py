@@ -19,6 +19,7 @@ from keylayers.commands.options import (
 )
 from keylayers.commands.scoring_flags import ScoringFlags
 from keylayers.errors import ConfigError
+from keylayers.files import STAGE_1_ADAPTER
 from keylayers.model.options import UpdateOptions
 from keylayers.ranking.budget import Auto, Time, parse_budget
 from keylayers.training.options import ObjectiveOptions, TrainingOptions
@@ -105,7 +106,7 @@ class ExtractOptions:
             ),
             model=self.model,
             data=self.data,
-            update=UpdateOptions(adapter=str(output / "adapter")),
+            update=UpdateOptions(adapter=str(output / STAGE_1_ADAPTER)),
             objective=self.objective,
         )
 

@@ -102,8 +102,8 @@ class CutOptions(BudgetOptions):
     Attributes:
         max_loss: Instead of a budget: keep the fewest modules, or rank-one parts, whose held-out
             loss is with 95 % confidence at most this much above that of the whole update, in nats.
-        pad_ranks: Of a ranking of rank-one parts (`--granularity part`): keep as many more that the
-            LoRA rank of every module is a multiple of this, for engines that need it.
+        pad_ranks: With a ranking of rank-one parts, keep enough further parts that the LoRA rank of
+            every module is a multiple of this, for engines that need it.
         heal_steps: Train the cut adapter afterwards for this many steps on the training examples,
             with the defaults of `train`.
     """

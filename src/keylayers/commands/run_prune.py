@@ -2,7 +2,7 @@
 """A pruning: cut an existing update to the modules that a ranking and a budget select."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from keylayers.apply.prune import (
 from keylayers.apply.trainable import prove_trainable
 from keylayers.commands.options import PruneOptions, flat_values
 from keylayers.commands.repeat import card_of
-from keylayers.commands.session import Session, loss_of, note_ties
+from keylayers.commands.session import Session, loss_of, note_ties, unit_of
 from keylayers.errors import ConfigError, GuardError, OutputError
 from keylayers.evaluation.held_out import smallest_within, subset_losses
 from keylayers.files import (
@@ -42,7 +42,6 @@ from keylayers.ranking.budget import Count, Memory, Parameters
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import Pruned, Size
 from keylayers.ranking.selection import Selection
-from keylayers.scores.options import Granularity
 from keylayers.training.options import LOSS_UNITS, TrainingOptions
 from keylayers.training.run import fine_tune
 from keylayers.updates.adapter import own_parameters, tuner_layers
@@ -57,7 +56,7 @@ def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned
     selection = None
     if wanted.max_loss is None:
         budget = given = wanted.budget_for(ranking)
-        if isinstance(given, Memory) and ranking.granularity == "part" and options.update.adapter:
+        if isinstance(given, Memory) and ranking.is_of_parts and options.update.adapter:
             budget = _within_file(given, ranking, options.update.adapter)
         selection = ranking.select(budget, rank_multiple=wanted.pad_ranks)
         selection = replace(selection, budget=str(given))
@@ -131,10 +130,6 @@ def _loss_trainer(
     return session.loss_trainer(model, options.objective, EVAL_BATCH_SIZE)
 
 
-def _granularity(selection: Selection) -> Granularity:
-    return "module" if selection.parts is None else "part"
-
-
 def _gates_of(selection: Selection) -> list[str]:
     """The gates that stay open: of the selected modules, or of their kept parts."""
     if selection.parts is None:
@@ -153,7 +148,7 @@ def _smallest(
     def selected(count: int) -> Selection:
         return ranking.select(Count(count), rank_multiple=wanted.pad_ranks)
 
-    granularity: Granularity = "part" if ranking.granularity == "part" else "module"
+    granularity = unit_of(ranking)
     names = gate_groups(tuned.updates, granularity)
     trainer = _loss_trainer(options, session, tuned.model)
     held_out = trainer.eval_dataset["held_out"]
@@ -199,7 +194,7 @@ class _Cut:
     def full_and_masked_loss(self, tuned: TunedModel) -> tuple[float, float]:
         """Held-out losses of the whole update, and with the gates of the pruned modules closed."""
         trainer = _loss_trainer(self.options, self.session, tuned.model)
-        granularity = _granularity(self.selection)
+        granularity = unit_of(self.ranking)
         subsets = [list(gate_groups(tuned.updates, granularity)), _gates_of(self.selection)]
         held_out = trainer.eval_dataset["held_out"]
         title = "held-out loss of the full and the masked update"
@@ -227,10 +222,7 @@ class _Cut:
             parameters = [selection.num_candidate_parameters, selection.num_parameters]
             num_bytes = [sum(path.stat().st_size for path in set(tuned.files.values()))] * 2
         counts = (selection.num_candidates, len(selection.modules))
-        num_parts: Sequence[int | None] = (None, None)
-        if selection.parts is not None:
-            everything = sum(len(module.part_scores or ()) for module in self.ranking.modules)
-            num_parts = (everything, sum(map(len, selection.parts.values())))
+        num_parts = (self.ranking.num_parts or None, selection.num_parts)
         return [
             Size(num_modules=count, num_parameters=numbers, num_bytes=size, num_parts=parts)
             for count, numbers, size, parts in zip(

@@ -172,13 +172,13 @@ def _stage_1_row(job: FineTuning, ranking: Ranking) -> list[TrainedSet]:
 
 def _check_ranks(ranking: Ranking, options: TrainOptions) -> None:
     """Refuse what does not go with a ranking of rank-one parts, or needs one."""
-    is_of_parts, update = ranking.granularity == "part", options.training.update
-    if is_of_parts and update in ("full", "adalora"):
+    update = options.training.update
+    if ranking.is_of_parts and update in ("full", "adalora"):
         raise ConfigError(
             f"`update` must be lora, rslora or dora with a ranking of rank-one parts, which gives "
             f"each module its LoRA rank, got {update}"
         )
-    if not is_of_parts and "uniform" in options.selection.controls:
+    if not ranking.is_of_parts and "uniform" in options.selection.controls:
         raise ConfigError(
             f"`controls` uniform needs a ranking of rank-one parts, but this one is by "
             f"{ranking.granularity}; rank with `granularity` part"
@@ -188,8 +188,8 @@ def _check_ranks(ranking: Ranking, options: TrainOptions) -> None:
 def control_modules(ranking: Ranking, selection: Selection, control: Control, seed: int) -> Wanted:
     """The modules of a control, in model order; as many as selected, except for `all`.
 
-    Of a ranking of rank-one parts, LoRA ranks from as many other parts; `uniform` is the highest
-    common rank of all modules that has no more parameters.
+    If rank-one parts are ranked, a control gives LoRA ranks, from as many other parts. `uniform` is
+    the highest rank for all modules alike that needs no more parameters than the selection.
     """
     names = [module.name for module in ranking.modules]
     if control == "all":

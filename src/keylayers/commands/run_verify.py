@@ -10,15 +10,14 @@ import torch
 from transformers import Trainer
 
 from keylayers.commands.options import VerifyOptions
-from keylayers.commands.session import Session
+from keylayers.commands.session import Session, unit_of
 from keylayers.evaluation.held_out import mask_curve
 from keylayers.files import json_sha256, output_folder
-from keylayers.gates import gate_groups, part_name, part_sizes
+from keylayers.gates import gate_groups, part_name
 from keylayers.progress import Progress
 from keylayers.ranking.parts import parts_in_order
 from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.ranking.verification import MaskCurve, Verification, verification_file
-from keylayers.scores.options import Granularity
 from keylayers.scores.score_modules import score_modules
 from keylayers.scores.scoring_options import scoring_options
 from keylayers.updates import Update
@@ -45,9 +44,8 @@ def _verification(ranking: Ranking, options: VerifyOptions, progress: Progress) 
     tuned = session.open_update(options.update, ranking)
     trainer = session.loss_trainer(tuned.model, objective, wanted.eval_batch_size)
     held_out = trainer.eval_dataset["held_out"]
-    granularity: Granularity = "part" if ranking.granularity == "part" else "module"
-    num_gates = len(gate_groups(tuned.updates, granularity))
-    num_points = min(wanted.points, num_gates + 1)
+    names = list(gate_groups(tuned.updates, unit_of(ranking)))
+    num_points = min(wanted.points, len(names) + 1)
 
     def measure(title: str, order: Sequence[str]) -> MaskCurve:
         with progress.stage(f"mask curve: {title}", num_points) as on_step:
@@ -55,18 +53,16 @@ def _verification(ranking: Ranking, options: VerifyOptions, progress: Progress) 
                 trainer, tuned.updates, order, held_out, num_points=num_points, on_step=on_step
             )
 
-    # Random orders are of names in model order, the same for every ranking of a model.
     rivals: dict[str, MaskCurve] = {}
-    if granularity == "part":
+    if ranking.is_of_parts:
         best_first = [part_name(p.module_name, p.index) for p in parts_in_order(ranking.modules)]
-        names = list(part_sizes(tuned.updates))
         rivals = {
             title: measure(title, order)
             for title, order in orders_by_singular_values(tuned.updates).items()
         }
     else:
         best_first = [module.name for module in ranking.ordered()]
-        names = [module.name for module in ranking.modules]
+        names = [module.name for module in ranking.modules]  # the same orders for every ranking
     return Verification(
         ranking_sha256=json_sha256(ranking.to_json()),
         best_first=measure("best first", best_first),
@@ -113,19 +109,22 @@ def orders_by_singular_values(updates: Sequence[Update]) -> dict[str, list[str]]
     `sv_ratio`).
     """
     values, index, share, ratio = [], [], [], []
+    names: list[str] = []
+    costs: list[int] = []
     for update in updates:
-        own = update.parts().singular_values.double().cpu()
+        basis = update.parts()
+        own = basis.singular_values.double().cpu()
+        names += [part_name(update.module.name, place) for place in range(len(own))]
+        costs += basis.num_parameters
         energy = own.square() / own.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
         values.append(own)
         index.append(torch.arange(len(own)) - 0.5 * energy)  # ties go to the dominant part
         share.append(energy.cumsum(0) - energy)  # what the parts before it keep
         ratio.append(own / own.max().clamp(min=torch.finfo(torch.float64).tiny))
-    sizes = part_sizes(updates)
-    names, costs = list(sizes), torch.tensor([*sizes.values()])
     keys = {
         "uniform rank": torch.cat(index),
         "singular value": -torch.cat(values),
-        "energy per parameter": -torch.cat(values).square() / costs,
+        "energy per parameter": -torch.cat(values).square() / torch.tensor(costs),
         "share of energy": torch.cat(share),
         "ratio to the largest": -torch.cat(ratio),
     }

@@ -32,8 +32,8 @@ def export_selection(
 ) -> list[Path]:
     """Write the files with which a training tool trains exactly the modules in `budget`.
 
-    The model's name and LoRA's rank and alpha are those of the run that made the ranking; a ranking
-    of rank-one parts gives each module the rank of its selected parts.
+    The model's name and LoRA's rank and alpha are those of the run that made the ranking. If
+    rank-one parts are ranked, each module gets its own rank, the number of its selected parts.
 
     Args:
         ranking: The modules with their scores.

@@ -3,8 +3,8 @@
 
 Found by structure (a `ModuleList` of blocks that hold linear layers or stacked experts), never by
 the model's name. A module is what the paper calls a layer: one weight matrix, by its full name in
-the base model, so that the name is the same whether or not PEFT has wrapped the model. In a mixture
-of experts, a block stacks the experts' matrices of one kind in a parameter; that is one module.
+the base model, so that the name is the same whether or not PEFT has wrapped the model. A parameter
+that stacks matrices of a block's experts is one module.
 
 If a model has several stacks of blocks, an encoder and a decoder both count, and the decoder's
 block numbers continue the encoder's. Towers for images or sound, which have no text embeddings, are

@@ -12,8 +12,8 @@
 | `--freeze 0.25` | `Freeze(0.25)` | all but the worst 25 % |
 
 A number with a decimal point is a fraction, a number without is a count: `1.0` means all modules,
-`1` means one module. Where a ranking is of rank-one parts, budgets count parts and the parameters
-of an adapter. `str()` of a budget is its written form, which records hold.
+`1` means one module. If rank-one parts are ranked, budgets count parts and the parameters of an
+adapter. Records hold a budget as it is written, which `str()` gives.
 """
 
 import math

@@ -24,7 +24,7 @@ def consensus(rankings: Sequence[Ranking]) -> Ranking:
     """
     if not rankings:
         raise RankingError("a consensus must have at least one ranking, got none")
-    if any(ranking.granularity == "part" for ranking in rankings):
+    if any(ranking.is_of_parts for ranking in rankings):
         raise RankingError(
             "a consensus must be of rankings of modules, but one is of rank-one parts, which are "
             "others in every adapter; rank with `granularity` module"

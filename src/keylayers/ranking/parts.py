@@ -35,7 +35,7 @@ def parts_in_order(modules: Sequence[RankedModule]) -> list[Part]:
     parts = []
     for module in modules:
         own = zip(module.part_scores or (), module.part_parameters or (), strict=True)
-        magnitude = len(module.part_scores or ()) - 1 if module.has_magnitude_part else None
+        magnitude = module.num_parts - 1 if module.has_magnitude_part else None
         parts += [
             Part(module.name, index, score, size, index == magnitude)
             for index, (score, size) in enumerate(own)

@@ -31,7 +31,7 @@ class RankedModule:
     score: StrictFloat | None  # higher is more important; None if the method did not score it
     standard_error: Annotated[StrictFloat, Field(ge=0)] | None = None  # None if it is not known
     is_stacked: StrictBool = False  # one parameter that stacks the matrices of several experts
-    # Of a ranking of rank-one parts, by falling singular value; `score` is their sum.
+    # Scores of rank-one parts, by falling singular value, if these are ranked; `score` is the sum.
     part_scores: ListOf[StrictFloat] | None = None
     part_parameters: ListOf[Size] | None = None
     has_magnitude_part: StrictBool = False  # the last part is DoRA's magnitude, which has no rank
@@ -48,6 +48,11 @@ class RankedModule:
                 f"a module with a part besides DoRA's magnitude, which {self.name} is not"
             )
 
+    @property
+    def num_parts(self) -> int:
+        """How many rank-one parts have scores."""
+        return len(self.part_scores or ())
+
     @staticmethod
     def of(
         module: "ModuleInfo", score: float | None, standard_error: float | None = None
@@ -57,7 +62,7 @@ class RankedModule:
         return RankedModule(*position, score, standard_error, module.is_stacked)
 
     def without_parts(self) -> "RankedModule":
-        """The same for a ranking of modules."""
+        """The module without its parts, for a ranking of modules."""
         return replace(self, part_scores=None, part_parameters=None, has_magnitude_part=False)
 
 

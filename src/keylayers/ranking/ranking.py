@@ -46,10 +46,10 @@ class Ranking:
         name, count = counts.most_common(1)[0]
         if count > 1:
             raise RankingError(f"a ranking must name each module once, but repeats {name}")
-        if self.granularity == "part" and not any(module.part_scores for module in self.modules):
+        if self.is_of_parts and self.num_parts == 0:
             raise RankingError("a ranking of rank-one parts must hold at least one, got none")
         for module in self.modules:
-            if (module.part_scores is None) == (self.granularity == "part"):
+            if (module.part_scores is None) == self.is_of_parts:
                 raise RankingError(
                     f"a ranking must hold the scores of rank-one parts if its granularity is part, "
                     f"and only then, but it is {self.granularity} and {module.name} has "
@@ -66,6 +66,16 @@ class Ranking:
     def projections(self) -> tuple[str, ...]:
         """The kinds of its modules, in model order."""
         return tuple(dict.fromkeys(module.projection for module in self.modules))
+
+    @property
+    def is_of_parts(self) -> bool:
+        """Whether rank-one parts are ranked, and modules by the sums of their parts' scores."""
+        return self.granularity == "part"
+
+    @property
+    def num_parts(self) -> int:
+        """How many rank-one parts are ranked; 0 if modules are."""
+        return sum(module.num_parts for module in self.modules)
 
     @property
     def is_flat(self) -> bool:
@@ -102,13 +112,13 @@ class Ranking:
         Args:
             budget: How much, in any form of `keylayers.ranking.budget`.
             memory: What a training step holds (`keylayers.measured_memory`), for a budget in GiB.
-            rank_multiple: Of a ranking of parts: every module's rank is a multiple of this.
+            rank_multiple: If parts are ranked, every module's rank is a multiple of this.
 
         Raises:
             ConfigError: the budget has no known form, buys nothing, or does not go with `memory`.
             RankingError: the budget reaches modules that have no score.
         """
-        if self.granularity == "part":
+        if self.is_of_parts:
             return select_parts(self.modules, parse_budget(budget), rank_multiple)
         if rank_multiple != 1:
             raise ConfigError(

@@ -73,7 +73,7 @@ class Selection:
     budget: str  # as it was written
     num_tied_out: int  # left out with the score of the last one taken; ties go by model order
     is_of_mixture: bool  # the ranking holds stacked experts, which PEFT has its own ways with
-    # Of a ranking of rank-one parts: module name -> its kept parts, by falling singular value.
+    # Module name -> its kept rank-one parts, by falling singular value, if these are ranked.
     parts: Mapping[str, Sequence[int]] | None = None
 
     @property
@@ -88,6 +88,11 @@ class Selection:
             return sum(module.num_parameters for module in self.modules)
         sizes = {module.name: module.part_parameters or () for module in self.modules}
         return sum(sizes[name][index] for name, kept in self.parts.items() for index in kept)
+
+    @property
+    def num_parts(self) -> int | None:
+        """How many rank-one parts are selected; None if modules are."""
+        return None if self.parts is None else sum(map(len, self.parts.values()))
 
     @property
     def ranks(self) -> dict[str, int] | None:
@@ -114,7 +119,7 @@ class Selection:
     def lora_config(self, **options: Any) -> "LoraConfig":
         """A `peft.LoraConfig` for exactly these modules; `options` go to it as they are.
 
-        Of a ranking of parts, each module gets the rank of its selected parts. Its alpha follows
+        If rank-one parts are ranked, each module gets the rank of its parts. Its alpha follows
         the rank, so that `lora_alpha / r` is the same for all.
         """
         from peft import LoraConfig

@@ -51,7 +51,7 @@ class MaskCurve(Part):
     # For each count, the loss of each held-out batch, and the batches' weights in the mean.
     batch_losses: ListOf[ListOf[float]] = Field(default=(), repr=False)
     batch_weights: ListOf[float] = Field(default=(), repr=False)
-    # Of a curve of rank-one parts: what an adapter with each count of the best parts holds.
+    # Parameters of an adapter with each count of the best parts, if rank-one parts are ranked.
     num_parameters: ListOf[int] = ()
 
     @model_validator(mode="after")
@@ -194,6 +194,11 @@ class Verification(Part):
         """Mean loss in nats over the random orders, for each count."""
         columns = zip(*(curve.losses for curve in self.random), strict=True)
         return [fmean(column) for column in columns]
+
+    def best_of_rivals(self) -> list[float]:
+        """The lowest loss in nats of all orders by singular values, for each count."""
+        columns = zip(*(curve.losses for curve in self.rivals.values()), strict=True)
+        return [min(column) for column in columns]
 
     def random_area(self) -> tuple[float, float] | None:
         """Mean and standard deviation of the random orders' normalised areas, if defined."""

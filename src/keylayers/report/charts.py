@@ -15,7 +15,7 @@ import altair as alt
 from keylayers.ranking.compare import Agreement
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.verification import Verification
-from keylayers.report.curve import random_spreads
+from keylayers.report.curve import BEST_RIVAL, random_spreads
 from keylayers.report.source import grid, module_rows
 
 if TYPE_CHECKING:
@@ -34,14 +34,13 @@ NAMES_ON_TOP = alt.Axis(orient="top", labelAngle=-40, labelAlign="left", labelLi
 ON_TOP = alt.Legend(title=None, orient="top")
 FROM_LOWEST = alt.Scale(zero=False)
 RANDOM = "random (± sd)"
-SINGULAR = "best by singular values"
 STAGE_1, STAGE_2 = "stage 1, training", "stage 2, learning the scores"
 LINES: Mapping[str, tuple[str, list[int]]] = {  # colour and dashes
     "best first": (BLUE, [1, 0]),
     "leave-one-out": (GREEN, [6, 2]),
     RANDOM: (GREY, [2, 2]),
     "worst first": (VERMILION, [8, 3, 2, 3]),
-    SINGULAR: (PURPLE, [4, 2]),
+    BEST_RIVAL: (PURPLE, [4, 2]),
     STAGE_1: (BLUE, [1, 0]),
     STAGE_2: (GREEN, [6, 2]),
 }
@@ -142,8 +141,7 @@ def parts_curve_chart(found: Verification, num_parameters: BudgetExpression) -> 
     if found.leave_one_out:
         losses["leave-one-out"] = found.leave_one_out.losses
     if found.rivals:
-        of_rivals = zip(*(curve.losses for curve in found.rivals.values()), strict=True)
-        losses[SINGULAR] = tuple(map(min, of_rivals))
+        losses[BEST_RIVAL] = found.best_of_rivals()
     title = "parameters of the parts that are kept"
     scale = alt.Scale(type="log", domain=[sizes[0], sizes[-1]], nice=False)
     axis = alt.Axis(format="~s", labelOverlap=True)

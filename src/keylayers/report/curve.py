@@ -2,6 +2,7 @@
 """A verification in the terminal: the mask curve, its area and controls, the recommendation."""
 
 import math
+from collections.abc import Sequence
 from statistics import stdev
 
 from rich.bar import Bar
@@ -13,6 +14,7 @@ from keylayers.ranking.verification import MaskCurve, Verification
 from keylayers.report.terminal import in_nats, plain_table
 
 BAR_WIDTH = 30
+BEST_RIVAL = "best by singular values"
 
 
 def verification_report(found: Verification) -> RenderableType:
@@ -28,10 +30,11 @@ def verification_report(found: Verification) -> RenderableType:
 
 def _curve_table(found: Verification) -> Table:
     """One row per count: the curve with bars, and the losses of the control orders."""
-    others = {"leave-one-out": found.leave_one_out.losses} if found.leave_one_out else {}
+    others: dict[str, Sequence[float]] = {}
+    if found.leave_one_out:
+        others["leave-one-out"] = found.leave_one_out.losses
     if found.rivals:
-        of_rivals = zip(*(curve.losses for curve in found.rivals.values()), strict=True)
-        others["best by singular values"] = tuple(map(min, of_rivals))
+        others[BEST_RIVAL] = found.best_of_rivals()
     titles = ["kept", "best first", "", "random (± sd)", "worst first", *others]
     table = plain_table(*titles, num_left=0)
     sizes = found.best_first.num_parameters
@@ -128,7 +131,7 @@ def _carried(curve: MaskCurve) -> str | None:
 
 
 def carried_near(found: Verification, num_parameters: int) -> str | None:
-    """Of a curve of parts: what the measured point nearest to this size carries, if all gain."""
+    """What the measured point nearest to this size carries; None if nothing was gained."""
     curve = found.best_first
     if not curve.reduction_nats > 0:
         return None

@@ -70,9 +70,8 @@ def _figure(kind: FigureKind, sources: Sequence[Source], budget: WrittenBudget) 
 
 def _single(kind: FigureKind, source: Source, budget: WrittenBudget) -> charts.Chart:
     ranking = source.ranking
-    is_of_parts = ranking.granularity == "part"
     if kind == "heatmap":
-        if is_of_parts:
+        if ranking.is_of_parts:
             ranks = ranking.select(budget).ranks or {}
             own = {module.name: [ranks.get(module.name, 0)] for module in ranking.modules}
             return charts.ranks_chart(ranking, own, 0, highest_rank(ranking))
@@ -84,7 +83,7 @@ def _single(kind: FigureKind, source: Source, budget: WrittenBudget) -> charts.C
                 f"the figure of a curve needs the verification of {source.path!r}, but it "
                 f"{came}; run `keylayers verify`"
             )
-        if is_of_parts:
+        if ranking.is_of_parts:
             size = ranking.select(budget).num_parameters
             return charts.parts_curve_chart(source.verification, size)
         return charts.curve_chart(source.verification, num_best(ranking, budget))

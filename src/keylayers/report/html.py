@@ -73,7 +73,7 @@ def render_report(
 def _view(source: Source, budget: WrittenBudget, repeat: str) -> dict[str, Any]:
     """What the page shows of one ranking; its script reads `data`."""
     ranking, found = source.ranking, source.verification
-    if ranking.granularity == "part":
+    if ranking.is_of_parts:
         return _parts_view(source, budget, repeat)
     count = num_best(ranking, budget)
     charts = {"heatmap": heatmap_chart(ranking, BUDGET), "losses": losses_chart(ranking)}
@@ -115,7 +115,7 @@ def _parts_view(source: Source, budget: WrittenBudget, repeat: str) -> dict[str,
     budgets = [
         {
             "budget": one.budget,
-            "parts": sum(map(len, (one.parts or {}).values())),
+            "parts": one.num_parts,
             "parameters": one.num_parameters,
             "ranks": [ranks[row["module"]][place] for row in rows],
             "carried": None if found is None else carried_near(found, one.num_parameters),

@@ -58,8 +58,8 @@ def num_best(ranking: Ranking, budget: WrittenBudget) -> int:
 
 
 def highest_rank(ranking: Ranking) -> int:
-    """Of a ranking of rank-one parts: the highest LoRA rank that a module can keep."""
-    return max(len(one.part_scores or ()) - one.has_magnitude_part for one in ranking.modules)
+    """The highest LoRA rank that a module can keep, in a ranking of rank-one parts."""
+    return max(one.num_parts - one.has_magnitude_part for one in ranking.modules)
 
 
 def grid(ranking: Ranking) -> dict[str, list[RankedModule | None]]:

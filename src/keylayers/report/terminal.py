@@ -31,9 +31,9 @@ NUM_EXTREMES = 10  # modules shown at each end
 def ranking_report(ranking: Ranking, budget: WrittenBudget = 0.3) -> RenderableType:
     """Everything the terminal shows of a ranking; modules undecided at the budget are marked.
 
-    Of a ranking of rank-one parts, the LoRA ranks that the budget buys.
+    For a ranking of rank-one parts, it shows the LoRA ranks that the budget buys.
     """
-    if ranking.granularity == "part":
+    if ranking.is_of_parts:
         return _parts_report(ranking, budget)
     num_parameters = sum(module.num_parameters for module in ranking.modules)
     title = (
@@ -59,8 +59,7 @@ def ranking_report(ranking: Ranking, budget: WrittenBudget = 0.3) -> RenderableT
 
 def _parts_report(ranking: Ranking, budget: WrittenBudget) -> RenderableType:
     selection = ranking.select(budget)
-    ranks, whole = selection.ranks or {}, sum(len(m.part_scores or ()) for m in ranking.modules)
-    num_parts = sum(map(len, (selection.parts or {}).values()))
+    ranks = selection.ranks or {}
     size = selection.num_parameters / selection.num_candidate_parameters
     cells = {}
     for block, modules in grid(ranking).items():
@@ -74,9 +73,9 @@ def _parts_report(ranking: Ranking, budget: WrittenBudget) -> RenderableType:
         block_table(cells),
         Text(),
         Text(
-            f"{num_parts:,} of {whole:,} rank-one parts in {len(ranks)} of {len(ranking.modules)} "
-            f"modules: {selection.num_parameters:,} of {selection.num_candidate_parameters:,} "
-            f"parameters ({size:.1%})"
+            f"{selection.num_parts:,} of {ranking.num_parts:,} rank-one parts in {len(ranks)} of "
+            f"{len(ranking.modules)} modules: {selection.num_parameters:,} of "
+            f"{selection.num_candidate_parameters:,} parameters ({size:.1%})"
         ),
         Text(),
         Text("\n".join(provenance_lines(ranking)), style="dim"),

@@ -221,13 +221,15 @@ class MaskedModel:
 
         Without standard errors where gates are of parts: errors of parts do not add up.
         """
-        parts = self._parts(scores)
-        if parts is not None:
-            standard_errors = None
+        if (parts := self._parts(scores)) is not None:
+            of_modules, errors = tuple(math.fsum(part.scores) for part in parts), None
+        else:
+            of_modules = self._to_modules(scores)
+            errors = None if standard_errors is None else self._to_modules(standard_errors)
         return self._task.result(
-            self._to_modules(scores),
+            of_modules,
             unit=unit,
-            standard_errors=None if standard_errors is None else self._to_modules(standard_errors),
+            standard_errors=errors,
             parts=parts,
             losses=tuple(self._losses),
             num_forward=self._source.num_forward,
@@ -236,8 +238,6 @@ class MaskedModel:
         )
 
     def _to_modules(self, values: Float[Tensor, " gate"]) -> tuple[float, ...]:
-        if (parts := self._parts(values)) is not None:
-            return tuple(math.fsum(part.scores) for part in parts)
         groups = zip(self.gates.groups.values(), values.tolist(), strict=True)
         of_module = {module: value for modules, value in groups for module in modules}
         return tuple(of_module[name] for name in self._task.module_names)
