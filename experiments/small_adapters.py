@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables of docs/parts.md from the record of `parts.py`: how small an adapter can be."""
 
+from functools import cache
+
 import numpy as np
 import pandas as pd
 
@@ -19,6 +21,7 @@ GRID = np.geomspace(0.01, 1, 40)  # shares of the adapter's parameters
 MARGIN_NATS = 0.01
 
 
+@cache
 def curves(record):
     """Each order in each cell: excess loss over the full adapter at `GRID`, at 5 %, and size."""
     rows = []
@@ -48,6 +51,7 @@ def _smallest(logs, excess):
     return float(logs[low] + share * (logs[low + 1] - logs[low]))
 
 
+@cache
 def of_data(data, record="parts"):
     """Order -> means over the seeds of one data set: curve, area, at 5 %, size; and how many."""
     found = curves(record)
@@ -70,7 +74,7 @@ def parts_table():
 
 
 def extract_table():
-    """The same for adapters that are extracted from checkpoints."""
+    """Fisher pruning of extracted adapters next to the best rival by singular values."""
     return _against_rivals("extract", "uniform rank")
 
 

@@ -126,6 +126,13 @@ def ranked(tiny, once) -> Path:
     return once("ranked", lambda folder: rank(tiny, folder))
 
 
+@pytest.fixture(scope="session")
+def ranked_parts(tiny, ranked, once) -> Path:
+    """A ranking of rank-one parts of the adapter of another ranking's stage 1."""
+    own = ("--adapter", ranked / "adapter", "--granularity", "part", "--method", "fisher-pruning")
+    return once("ranked_parts", lambda folder: rank(tiny, folder, *own))
+
+
 @pytest.fixture
 def ranking_copy(ranked, tmp_path_factory) -> Path:
     return Path(shutil.copytree(ranked, tmp_path_factory.mktemp("copy") / "ranked"))

@@ -4,8 +4,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, get_peft_model
-from transformers import GPT2LMHeadModel
+from peft import AdaLoraConfig
 from transformers.pytorch_utils import Conv1D
 
 from keylayers.errors import GuardError, ModelError
@@ -22,6 +21,7 @@ from tiny_models import (
     tiny_llama,
     token_loss,
     unchanged,
+    with_random_lora,
 )
 
 EMBEDDINGS = {"target_modules": ["embed_tokens", "q_proj", "lm_head"]}
@@ -47,20 +47,6 @@ DIFFERENCES = {
     "difference on experts": TinyExperts,
 }
 KINDS = [*ADAPTERS, *DIFFERENCES]
-
-
-def with_random_lora(model, kind=LoraConfig, **options):
-    """`model` with an adapter whose parameters are random; magnitudes grow by up to a third."""
-    fixed = {"r": 3, "target_modules": "all-linear"}
-    fixed["fan_in_fan_out"] = isinstance(model, GPT2LMHeadModel)
-    tuned = get_peft_model(model, kind(**fixed | options))
-    torch.manual_seed(3)
-    for name, parameter in tuned.named_parameters():
-        if "lora_magnitude" in name:
-            parameter.data *= 1 + 0.3 * torch.rand_like(parameter)
-        elif "lora_" in name and "ranknum" not in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return tuned
 
 
 def updates_of(kind):

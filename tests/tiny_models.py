@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -109,3 +110,17 @@ def unchanged(owner: Any, state: Callable[[Any], dict[str, Any]] = state_of) -> 
     after = state(owner)
     for part, value in before.items():
         assert after[part] == value, part
+
+
+def with_random_lora(model: nn.Module, kind: type = LoraConfig, **options: Any) -> PeftModel:
+    """`model` with an adapter whose parameters are random; magnitudes grow by up to a third."""
+    fixed = {"r": 3, "target_modules": "all-linear"}
+    fixed["fan_in_fan_out"] = isinstance(model, GPT2LMHeadModel)
+    tuned = get_peft_model(model, kind(**fixed | options))
+    torch.manual_seed(3)
+    for name, parameter in tuned.named_parameters():
+        if "lora_magnitude" in name:
+            parameter.data *= 1 + 0.3 * torch.rand_like(parameter)
+        elif "lora_" in name and "ranknum" not in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return tuned
