@@ -14,6 +14,7 @@ import altair as alt
 
 from keylayers.ranking.compare import Agreement
 from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.selection import Selection
 from keylayers.ranking.verification import Verification
 from keylayers.report.curve import BEST_RIVAL, random_spreads
 from keylayers.report.source import grid, module_rows
@@ -31,6 +32,7 @@ PURPLE = "#cc79a7"
 CELL_WIDTH = 44
 LABELLED_HEIGHT = 14  # smallest cell height, in pixels, that has room for a number
 NAMES_ON_TOP = alt.Axis(orient="top", labelAngle=-40, labelAlign="left", labelLimit=220)
+EDGE = {"stroke": GREY, "strokeWidth": 0.5}  # keeps the darkest shade visible on a dark page
 ON_TOP = alt.Legend(title=None, orient="top")
 FROM_LOWEST = alt.Scale(zero=False)
 RANDOM = "random (± sd)"
@@ -48,180 +50,142 @@ LINES: Mapping[str, tuple[str, list[int]]] = {  # colour and dashes
 
 def heatmap_chart(ranking: Ranking, budget: BudgetExpression) -> Chart:
     """Ranks by block (rows) and projection (columns); modules in the budget fill their cells."""
-    rows, blocks = module_rows(ranking), list(grid(ranking))
+    rows = module_rows(ranking)
     num = len(rows)
-    height = 20 if len(blocks) <= 40 else LABELLED_HEIGHT if len(blocks) <= 90 else 8
-    is_taken = f"datum.place <= {budget}"
-    base = _chart(rows).encode(
-        x=alt.X("projection:N", sort=list(ranking.projections), title=None, axis=NAMES_ON_TOP),
-        y=alt.Y("block:N", sort=blocks, title="block"),
-    )
-    ticks = sorted({1, max(1, num // 3), max(1, 2 * num // 3), num})
-    shade = alt.Color(
-        "rank:Q",
-        scale=alt.Scale(scheme=SCHEME, domain=[num, 1]),
-        legend=alt.Legend(title="rank", orient="right", gradientLength=110, values=ticks),
-    )
+    base = _cells(ranking, rows)
     scored = base.transform_filter("isValid(datum.rank)")
+    taken = scored.transform_filter(f"datum.place <= {budget}")
+    ticks = sorted({1, max(1, num // 3), max(1, 2 * num // 3), num})
+    shade = _shade("rank", [num, 1], values=ticks)
     small = alt.RelativeBandSize(0.4)
-    edge = {"stroke": GREY, "strokeWidth": 0.5}  # keeps the darkest shade visible on a dark page
-    layers: list[alt.Chart] = [
-        scored.mark_rect(width=small, height=small, **edge).encode(color=shade),
-        scored.transform_filter(is_taken).mark_rect(**edge).encode(color=shade),
-    ]
-    if height >= LABELLED_HEIGHT:
-        ink = alt.when(f"datum.place <= {num / 2}").then(alt.value("black"))
-        label = scored.transform_filter(is_taken).mark_text(fontSize=10)
-        layers.append(label.encode(text="rank:Q", color=ink.otherwise(alt.value("white"))))
-    layers.append(base.transform_filter("!isValid(datum.rank)").mark_text(text="?"))
     tooltip = [
         *("module:N", "rank:Q", alt.Tooltip("score:Q", format=".5~g")),
         alt.Tooltip("error:Q", title="± standard error", format=".2~g"),
         alt.Tooltip("parameters:Q", format=","),
     ]
-    layers.append(base.mark_rect(opacity=0).encode(tooltip=tooltip))
-    return alt.layer(*layers).properties(
-        width=CELL_WIDTH * len(ranking.projections),
-        height=height * len(blocks),
-        description="Heatmap of ranks: blocks down, projections across, brighter is more important",
-    )
+    layers = [
+        scored.mark_rect(width=small, height=small, **EDGE).encode(color=shade),
+        taken.mark_rect(**EDGE).encode(color=shade),
+        *_numbers(taken, ranking, is_bright=f"datum.place <= {num / 2}"),
+        base.transform_filter("!isValid(datum.rank)").mark_text(text="?"),
+        base.mark_rect(opacity=0).encode(tooltip=tooltip),
+    ]
+    what = "Heatmap of ranks: blocks down, projections across, brighter is more important"
+    return _heatmap(ranking, layers, what)
 
 
-def ranks_chart(
-    ranking: Ranking,
-    ranks: Mapping[str, Sequence[int]],
-    position: BudgetExpression,
-    highest: int,
-) -> Chart:
-    """LoRA ranks by block (rows) and projection (columns): of each module, that at `position`.
+def ranks_chart(ranking: Ranking, chosen: Sequence[Selection], position: BudgetExpression) -> Chart:
+    """LoRA ranks by block (rows) and projection (columns), of the selection at `position`.
 
-    Colours go up to the `highest` rank that a module can have.
+    Colours go up to the highest rank that a module can have.
     """
-    blocks = list(grid(ranking))
+    highest = max(module.num_parts - module.has_magnitude_part for module in ranking.modules)
+    ranks = [selection.ranks or {} for selection in chosen]
     rows = [
         {key: row[key] for key in ("module", "block", "projection")}
-        | {"ranks": list(ranks[row["module"]])}
+        | {"ranks": [own.get(row["module"], 0) for own in ranks]}
         for row in module_rows(ranking)
     ]
-    height = 20 if len(blocks) <= 40 else LABELLED_HEIGHT if len(blocks) <= 90 else 8
-    base = (
-        _chart(rows)
-        .transform_calculate(rank=f"datum.ranks[{position}]")
-        .encode(
-            x=alt.X("projection:N", sort=list(ranking.projections), title=None, axis=NAMES_ON_TOP),
-            y=alt.Y("block:N", sort=blocks, title="block"),
-            tooltip=["module:N", alt.Tooltip("rank:Q", title="kept rank")],
-        )
+    cells = _cells(ranking, rows).transform_calculate(rank=f"datum.ranks[{position}]")
+    cells = cells.encode(tooltip=["module:N", alt.Tooltip("rank:Q", title="kept rank")])
+    shade = _shade("LoRA rank", [0, highest], tickMinStep=1)
+    layers = [
+        cells.mark_rect(**EDGE).encode(color=shade),
+        *_numbers(cells, ranking, is_bright=f"datum.rank > {highest / 2}"),
+    ]
+    what = "Heatmap of LoRA ranks: blocks down, projections across, brighter keeps more"
+    return _heatmap(ranking, layers, what)
+
+
+def _cells(ranking: Ranking, rows: list[dict[str, Any]]) -> alt.Chart:
+    return _chart(rows).encode(
+        x=alt.X("projection:N", sort=list(ranking.projections), title=None, axis=NAMES_ON_TOP),
+        y=alt.Y("block:N", sort=list(grid(ranking)), title="block"),
     )
-    shade = alt.Color(
+
+
+def _shade(title: str, domain: Sequence[int], **legend: Any) -> alt.Color:
+    return alt.Color(
         "rank:Q",
-        scale=alt.Scale(scheme=SCHEME, domain=[0, highest]),
-        legend=alt.Legend(title="LoRA rank", orient="right", gradientLength=110, tickMinStep=1),
+        scale=alt.Scale(scheme=SCHEME, domain=list(domain)),
+        legend=alt.Legend(title=title, orient="right", gradientLength=110, **legend),
     )
-    layers = [base.mark_rect(stroke=GREY, strokeWidth=0.5).encode(color=shade)]
-    if height >= LABELLED_HEIGHT:
-        ink = alt.when(f"datum.rank > {highest / 2}").then(alt.value("black"))
-        label = base.mark_text(fontSize=10)
-        layers.append(label.encode(text="rank:Q", color=ink.otherwise(alt.value("white"))))
+
+
+def _numbers(cells: alt.Chart, ranking: Ranking, is_bright: str) -> list[alt.Chart]:
+    """The ranks in cells that have room, in black where `is_bright` is true."""
+    if _cell_height(ranking) < LABELLED_HEIGHT:
+        return []
+    ink = alt.when(is_bright).then(alt.value("black")).otherwise(alt.value("white"))
+    return [cells.mark_text(fontSize=10).encode(text="rank:Q", color=ink)]
+
+
+def _heatmap(ranking: Ranking, layers: Sequence[alt.Chart], description: str) -> Chart:
     return alt.layer(*layers).properties(
         width=CELL_WIDTH * len(ranking.projections),
-        height=height * len(blocks),
-        description="Heatmap of LoRA ranks: blocks down, projections across, brighter keeps more",
+        height=_cell_height(ranking) * len(grid(ranking)),
+        description=description,
     )
 
 
-def parts_curve_chart(found: Verification, num_parameters: BudgetExpression) -> Chart:
-    """Held-out loss by the parameters of the kept parts, with a rule at `num_parameters`.
-
-    The axis is logarithmic, so the base, which has none, is left out.
-    """
-    sizes = found.best_first.num_parameters[1:]
-    losses: dict[str, Sequence[float]] = {"best first": found.best_first.losses}
-    losses |= {RANDOM: found.random_means(), "worst first": found.worst_first.losses}
-    if found.leave_one_out:
-        losses["leave-one-out"] = found.leave_one_out.losses
-    if found.rivals:
-        losses[BEST_RIVAL] = found.best_of_rivals()
-    title = "parameters of the parts that are kept"
-    scale = alt.Scale(type="log", domain=[sizes[0], sizes[-1]], nice=False)
-    axis = alt.Axis(format="~s", labelOverlap=True)
-    kept = alt.X("parameters:Q", title=title, scale=scale, axis=axis)
-    loss = alt.Y("loss:Q", title=f"held-out loss, {found.made_by.loss_unit}", scale=FROM_LOWEST)
-    curves = {name: zip(sizes, own[1:], strict=True) for name, own in losses.items()}
-    lines = _lines("parameters", curves, x=kept, y=loss)
-    rivals = [
-        {"order": name, "parameters": size, "loss": value}
-        for name, curve in found.rivals.items()
-        for size, value in zip(sizes, curve.losses[1:], strict=True)
-    ]
-    bands = [
-        {"parameters": size, "low": mean - spread, "high": mean + spread}
-        for size, mean, spread in zip(
-            sizes, losses[RANDOM][1:], random_spreads(found)[1:], strict=True
-        )
-    ]
-    band = _chart(bands).encode(x=kept, y=alt.Y("low:Q", title=""), y2="high:Q")
-    single = _chart(rivals).mark_line(color=PURPLE, opacity=0.35, strokeWidth=1)
-    chosen = _chart([{}]).transform_calculate(parameters=str(num_parameters)).encode(x=kept)
-    is_late = f"{num_parameters} > {(sizes[0] * sizes[-1]) ** 0.5}"
-    layers = [
-        band.mark_area(color=GREY, opacity=0.25),
-        *([single.encode(x=kept, y=loss, detail="order:N")] if rivals else []),
-        *_rule(chosen, "this budget", is_late, row=1),
-        lines.mark_line(point=True),
-    ]
-    if found.recommendation:
-        size = next(
-            size
-            for count, size in zip(found.best_first.counts[1:], sizes, strict=True)
-            if count == found.recommendation.num_modules
-        )
-        recommended = _chart([{"parameters": size}]).encode(x=kept)
-        is_late = f"{size} > {(sizes[0] * sizes[-1]) ** 0.5}"
-        layers += _rule(recommended, "recommended", is_late, row=0, dash=[4, 3])
-    return alt.layer(*layers).properties(
-        width=480,
-        height=260,
-        description="Mask curve: held-out loss against the parameters kept, with other orders",
-    )
+def _cell_height(ranking: Ranking) -> int:
+    num_blocks = len(grid(ranking))
+    return 20 if num_blocks <= 40 else LABELLED_HEIGHT if num_blocks <= 90 else 8
 
 
 def curve_chart(found: Verification, budget: BudgetExpression) -> Chart:
-    """Held-out loss by the number of modules that keep their update, with a rule at the budget."""
-    best, loo = found.best_first, found.leave_one_out
+    """Held-out loss by what is kept, modules or parameters of parts, with a rule at the budget.
+
+    The axis of parameters is logarithmic, so the base, which has none, is left out.
+    """
+    best, loo, sizes = found.best_first, found.leave_one_out, found.best_first.num_parameters
     losses: dict[str, Sequence[float]] = {RANDOM: found.random_means()}
     losses |= {"best first": best.losses, "worst first": found.worst_first.losses}
     losses |= {"leave-one-out": loo.losses} if loo else {}
+    losses |= {BEST_RIVAL: found.best_of_rivals()} if found.rivals else {}
+    at, title, places = "kept", "modules that keep their update, best first", best.counts
+    middle, kind, axis = places[-1] / 2, "linear", alt.Axis()
+    if sizes:
+        at, title, places = "parameters", "parameters of the parts that are kept", sizes[1:]
+        middle, kind = (places[0] * places[-1]) ** 0.5, "log"
+        axis = alt.Axis(format="~s", labelOverlap=True)
+    scale = alt.Scale(type=kind, domain=[places[0], places[-1]], nice=False)
+    kept = alt.X(f"{at}:Q", title=title, scale=scale, axis=axis)
+    loss = alt.Y("loss:Q", title=f"held-out loss, {found.made_by.loss_unit}", scale=FROM_LOWEST)
+
+    def points(values: Sequence[float]) -> list[tuple[int, float]]:
+        return list(zip(places, values[-len(places) :], strict=True))
+
+    curves = {name: points(own) for name, own in losses.items()}
     bands = [
-        {"kept": count, "low": mean - spread, "high": mean + spread}
-        for count, mean, spread in zip(
-            best.counts, losses[RANDOM], random_spreads(found), strict=True
+        {at: place, "low": mean - spread, "high": mean + spread}
+        for (place, mean), (_, spread) in zip(
+            curves[RANDOM], points(random_spreads(found)), strict=True
         )
     ]
-    kept = alt.X(
-        "kept:Q",
-        title="modules that keep their update, best first",
-        scale=alt.Scale(domain=[0, best.counts[-1]], nice=False),
-    )
-    curves = {name: zip(best.counts, losses[name], strict=True) for name in losses}
-    loss = alt.Y("loss:Q", title=f"held-out loss, {found.made_by.loss_unit}", scale=FROM_LOWEST)
-    lines = _lines("kept", curves, x=kept, y=loss)
+    rivals = [
+        {"order": name, at: place, "loss": value}
+        for name, curve in found.rivals.items()
+        for place, value in points(curve.losses)
+    ]
     band = _chart(bands).encode(x=kept, y=alt.Y("low:Q", title=""), y2="high:Q")
-    middle = best.counts[-1] / 2
-    chosen = _chart([{}]).transform_calculate(kept=str(budget)).encode(x=kept)
+    single = _chart(rivals).mark_line(color=PURPLE, opacity=0.35, strokeWidth=1)
+    chosen = _chart([{}]).transform_calculate(**{at: str(budget)}).encode(x=kept)
     layers = [
         band.mark_area(color=GREY, opacity=0.25),
+        *([single.encode(x=kept, y=loss, detail="order:N")] if rivals else []),
         *_rule(chosen, "this budget", f"{budget} > {middle}", row=1),
-        lines.mark_line(point=True),
+        _lines(at, curves, x=kept, y=loss).mark_line(point=True),
     ]
     if found.recommendation:
-        count = found.recommendation.num_modules
-        recommended = _chart([{"kept": count}]).encode(x=kept)
-        layers += _rule(recommended, "recommended", f"{count} > {middle}", row=0, dash=[4, 3])
+        place = (sizes or best.counts)[best.counts.index(found.recommendation.num_modules)]
+        recommended = _chart([{at: place}]).encode(x=kept)
+        layers += _rule(recommended, "recommended", f"{place} > {middle}", row=0, dash=[4, 3])
+    what = "parameters" if sizes else "number of modules"
     return alt.layer(*layers).properties(
         width=480,
         height=260,
-        description="Mask curve: held-out loss against the number of modules kept, with controls",
+        description=f"Mask curve: held-out loss against the {what} kept, with other orders",
     )
 
 

@@ -14,7 +14,7 @@ from keylayers.errors import ConfigError
 from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.compare import agreement
 from keylayers.report import charts
-from keylayers.report.source import Source, highest_rank, num_best
+from keylayers.report.source import Source, num_best
 
 AnyChart: TypeAlias = charts.Chart | alt.ConcatChart
 FigureKind = Literal["heatmap", "curve", "losses", "agreement"]
@@ -72,9 +72,7 @@ def _single(kind: FigureKind, source: Source, budget: WrittenBudget) -> charts.C
     ranking = source.ranking
     if kind == "heatmap":
         if ranking.is_of_parts:
-            ranks = ranking.select(budget).ranks or {}
-            own = {module.name: [ranks.get(module.name, 0)] for module in ranking.modules}
-            return charts.ranks_chart(ranking, own, 0, highest_rank(ranking))
+            return charts.ranks_chart(ranking, [ranking.select(budget)], 0)
         return charts.heatmap_chart(ranking, num_best(ranking, budget))
     if kind == "curve":
         if source.verification is None:
@@ -84,9 +82,10 @@ def _single(kind: FigureKind, source: Source, budget: WrittenBudget) -> charts.C
                 f"{came}; run `keylayers verify`"
             )
         if ranking.is_of_parts:
-            size = ranking.select(budget).num_parameters
-            return charts.parts_curve_chart(source.verification, size)
-        return charts.curve_chart(source.verification, num_best(ranking, budget))
+            bought = ranking.select(budget).num_parameters
+        else:
+            bought = num_best(ranking, budget)
+        return charts.curve_chart(source.verification, bought)
     chart = charts.losses_chart(ranking)
     if chart is None:
         raise ConfigError(

@@ -31,12 +31,11 @@ from keylayers.report.charts import (
     curve_chart,
     heatmap_chart,
     losses_chart,
-    parts_curve_chart,
     ranks_chart,
 )
 from keylayers.report.curve import carried_near, reading
 from keylayers.report.figures import VEGA_LITE
-from keylayers.report.source import Source, highest_rank, module_rows, num_best
+from keylayers.report.source import Source, module_rows, num_best
 from keylayers.report.templates import page_templates
 from keylayers.report.terminal import provenance_lines
 
@@ -74,70 +73,47 @@ def _view(source: Source, budget: WrittenBudget, repeat: str) -> dict[str, Any]:
     """What the page shows of one ranking; its script reads `data`."""
     ranking, found = source.ranking, source.verification
     if ranking.is_of_parts:
-        return _parts_view(source, budget, repeat)
-    count = num_best(ranking, budget)
-    charts = {"heatmap": heatmap_chart(ranking, BUDGET), "losses": losses_chart(ranking)}
-    if found is not None:
-        charts["curve"] = curve_chart(found, BUDGET)
-    return {
-        "source": source,
-        "is_of_parts": False,
-        "count": count,
-        "rows": module_rows(ranking),
-        "open": open_budgets(ranking),
-        "lines": provenance_lines(ranking),
-        "reading": [] if found is None else reading(found),
-        "repeat": repeat,
-        "provenance": json.dumps(ranking.provenance, indent=2, ensure_ascii=False),
-        "data": {
-            "charts": {name: _spec(chart, count) for name, chart in charts.items() if chart},
-            "budgets": _budgets(ranking),
-            "count": count,
-        },
-    }
-
-
-def _parts_view(source: Source, budget: WrittenBudget, repeat: str) -> dict[str, Any]:
-    """What the page shows of a ranking of rank-one parts; the slider goes over parameters."""
-    ranking, found = source.ranking, source.verification
-    chosen, position = _parts_budgets(ranking, budget)
-    rows = module_rows(ranking)
-    ranks = {
-        row["module"]: [(one.ranks or {}).get(row["module"], 0) for one in chosen] for row in rows
-    }
-    charts: dict[str, Chart | None] = {
-        "heatmap": ranks_chart(ranking, ranks, BUDGET, highest_rank(ranking)),
+        chosen, position = _parts_budgets(ranking, budget)
+        heatmap = ranks_chart(ranking, chosen, BUDGET)
+        at = f"[{','.join(str(one.num_parameters) for one in chosen)}][{BUDGET}]"
+        budgets = [_parts_budget(source, one) for one in chosen]
+    else:
+        position, at = num_best(ranking, budget), BUDGET
+        heatmap = heatmap_chart(ranking, BUDGET)
+        budgets = _budgets(ranking)
+    charts = {
+        "heatmap": heatmap,
         "losses": losses_chart(ranking),
+        "curve": found and curve_chart(found, at),
     }
-    if found is not None:
-        sizes = ",".join(str(one.num_parameters) for one in chosen)
-        charts["curve"] = parts_curve_chart(found, f"[{sizes}][{BUDGET}]")
-    budgets = [
-        {
-            "budget": one.budget,
-            "parts": one.num_parts,
-            "parameters": one.num_parameters,
-            "ranks": [ranks[row["module"]][place] for row in rows],
-            "carried": None if found is None else carried_near(found, one.num_parameters),
-        }
-        for place, one in enumerate(chosen)
-    ]
     return {
         "source": source,
-        "is_of_parts": True,
+        "is_of_parts": ranking.is_of_parts,
         "count": position,
-        "rows": rows,
-        "open": {},
+        "rows": module_rows(ranking),
+        "open": {} if ranking.is_of_parts else open_budgets(ranking),
         "lines": provenance_lines(ranking),
-        "reading": [] if found is None else reading(found),
+        "reading": reading(found) if found else [],
         "repeat": repeat,
         "provenance": json.dumps(ranking.provenance, indent=2, ensure_ascii=False),
         "data": {
-            "is_of_parts": True,
+            "is_of_parts": ranking.is_of_parts,
             "charts": {name: _spec(chart, position) for name, chart in charts.items() if chart},
             "budgets": budgets,
             "count": position,
         },
+    }
+
+
+def _parts_budget(source: Source, chosen: Selection) -> dict[str, Any]:
+    """What a budget of rank-one parts buys: the rank of each module, best first, and the gain."""
+    ranks, size = chosen.ranks or {}, chosen.num_parameters
+    return {
+        "budget": chosen.budget,
+        "parts": chosen.num_parts,
+        "parameters": size,
+        "ranks": [ranks.get(module.name, 0) for module in source.ranking.ordered()],
+        "carried": source.verification and carried_near(source.verification, size),
     }
 
 

@@ -57,11 +57,6 @@ def num_best(ranking: Ranking, budget: WrittenBudget) -> int:
     return len(chosen)
 
 
-def highest_rank(ranking: Ranking) -> int:
-    """The highest LoRA rank that a module can keep, in a ranking of rank-one parts."""
-    return max(one.num_parts - one.has_magnitude_part for one in ranking.modules)
-
-
 def grid(ranking: Ranking) -> dict[str, list[RankedModule | None]]:
     """Block -> its module of each projection, or None. Embeddings and head are `outside`, first."""
     blocks: dict[str, dict[str, RankedModule]] = {}
