@@ -234,7 +234,7 @@ CURVES = {  # losses -> whether they are stable, with windows of 2 steps and 0.1
 }
 NONSENSE = [
     ({"window": 0}, "`window` must be at least 1, got 0"),
-    ({"epsilon": -1.0}, "`epsilon` must be 0 or more nats, got -1.0"),
+    ({"epsilon": -1.0}, "`epsilon` must be at least 0, got -1.0"),
     ({"max_steps": 0}, "`max_steps` must be at least 1, got 0"),
 ]
 

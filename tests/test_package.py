@@ -13,7 +13,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "keylayers"
 
 # From the lowest layer to the highest: a file imports from its own layer or a lower one.
 LAYERS = (
-    "_version errors environment files validation yaml_values processes progress",
+    "_version errors options environment files validation yaml_values processes progress",
     "model updates trainers",
     "gates scores",
     "ranking",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exceptions that keylayers raises, and checks of options.
+"""The exceptions that keylayers raises.
 
 KeylayersError                exit code
 ├── ConfigError (ValueError)      2     an option, a budget or a YAML file
@@ -15,10 +15,7 @@ Every message says what must hold, what came and what to do, in one line.
 """
 
 import difflib
-import math
 from collections.abc import Iterable
-
-MAX_SEED = 2**32 - 1  # what NumPy's generators take
 
 
 class KeylayersError(Exception):
@@ -67,27 +64,3 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """`", did you mean 'x'?"` for the nearest of `choices`, or an empty string."""
     near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return f", did you mean {near[0]!r}?" if near and near[0] != name else ""
-
-
-def check_at_least(name: str, value: int, lowest: int) -> None:
-    """Raise a ConfigError unless the option `name` is `lowest` or more."""
-    if value < lowest:
-        raise ConfigError(f"`{name}` must be at least {lowest}, got {value}")
-
-
-def check_above_zero(name: str, value: float) -> None:
-    """Raise a ConfigError unless the option `name` is above 0 and finite."""
-    if not 0 < value < math.inf:
-        raise ConfigError(f"`{name}` must be above 0 and finite, got {value}")
-
-
-def check_fraction(name: str, value: float) -> None:
-    """Raise a ConfigError unless the option `name` is a share above 0 and below 1."""
-    if not 0 < value < 1:
-        raise ConfigError(f"`{name}` must be above 0 and below 1, got {value}")
-
-
-def check_seed(name: str, value: int) -> None:
-    """Raise a ConfigError unless the option `name` can seed every generator."""
-    if not 0 <= value <= MAX_SEED:
-        raise ConfigError(f"`{name}` must be from 0 to {MAX_SEED}, got {value}")

@@ -13,9 +13,10 @@ from cyclopts import Group, Parameter
 
 from keylayers.commands.scoring_flags import ScoringFlags
 from keylayers.data.options import DataOptions
-from keylayers.errors import ConfigError, check_above_zero, check_at_least
+from keylayers.errors import ConfigError
 from keylayers.evaluation.options import EvalOptions
 from keylayers.model.options import ModelOptions, UpdateOptions
+from keylayers.options import Options, at_least, check_above_zero, checked
 from keylayers.ranking.budget import Auto, Budget, Freeze, parse_budget
 from keylayers.scores.methods import find_method
 from keylayers.training.options import (
@@ -48,7 +49,7 @@ def flat_values(options: Any, without: Collection[str] = ()) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BudgetOptions:
+class BudgetOptions(Options):
     """Which modules of a ranking are selected.
 
     Attributes:
@@ -66,6 +67,7 @@ class BudgetOptions:
     freeze: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._asked()  # refuses what is no budget
 
     def check(self) -> None:
@@ -109,15 +111,11 @@ class CutOptions(BudgetOptions):
     """
 
     ranking: str = field()  # required; without `field()` it would inherit the default
-    max_loss: float | None = None
-    pad_ranks: int = 1
-    heal_steps: int = 0
+    max_loss: float | None = checked(None, check_above_zero)
+    pad_ranks: int = checked(1, at_least(1))
+    heal_steps: int = checked(0, at_least(0))
 
     def __post_init__(self) -> None:
-        check_at_least("pad_ranks", self.pad_ranks, 1)
-        check_at_least("heal_steps", self.heal_steps, 0)
-        if self.max_loss is not None:
-            check_above_zero("max_loss", self.max_loss)
         super().__post_init__()
         self.check()
 
@@ -154,12 +152,8 @@ class SelectionOptions(BudgetOptions):
 
     rank_first: bool = False
     action: FreezeAction = "freeze"
-    steps: int = 300
+    steps: int = checked(300, at_least(1))
     controls: tuple[Control, ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least("steps", self.steps, 1)
 
     def check(self) -> None:
         """Raise a ConfigError unless the options select one set of modules."""
@@ -198,7 +192,7 @@ class SelectionOptions(BudgetOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurveOptions:
+class CurveOptions(Options):
     """How a ranking is verified.
 
     Attributes:
@@ -212,17 +206,15 @@ class CurveOptions:
         eval_batch_size: Largest number of held-out examples per batch.
     """
 
-    points: int = 15
-    random_orders: int = 5
+    points: int = checked(15, at_least(2))
+    random_orders: int = checked(5, at_least(1))
     order_seed: int = 0
     leave_one_out: bool = False
     margin: float = 0.05
-    eval_batch_size: int = 8
+    eval_batch_size: int = checked(8, at_least(1))
 
     def __post_init__(self) -> None:
-        check_at_least("points", self.points, 2)
-        check_at_least("random_orders", self.random_orders, 1)
-        check_at_least("eval_batch_size", self.eval_batch_size, 1)
+        super().__post_init__()
         if not 0 <= self.margin < 1:
             raise ConfigError(f"`margin` must be a share from 0 to below 1, got {self.margin}")
 

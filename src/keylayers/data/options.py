@@ -4,7 +4,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from keylayers.errors import ConfigError, check_at_least
+from keylayers.errors import ConfigError
+from keylayers.options import Options, at_least, checked
 
 DataFormat = Literal[
     "alpaca", "sharegpt", "messages", "prompt-completion", "lima", "self-instruct", "text"
@@ -13,7 +14,7 @@ MaskData = Literal["train", "held-out"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadingOptions:
+class ReadingOptions(Options):
     """How data is read and split.
 
     Attributes:
@@ -34,15 +35,13 @@ class ReadingOptions:
     data_split: str = "train"
     format: DataFormat | None = None
     chat_template: str | None = None
-    max_length: int = 1024
-    max_examples: int | None = None
+    max_length: int = checked(1024, at_least(2))
+    max_examples: int | None = checked(None, at_least(2))
     held_out: float = 0.1
     split_seed: int = 0
 
     def __post_init__(self) -> None:
-        check_at_least("max_length", self.max_length, 2)
-        if self.max_examples is not None:
-            check_at_least("max_examples", self.max_examples, 2)
+        super().__post_init__()
         is_count = self.held_out >= 1 and self.held_out % 1 == 0
         if not (0 < self.held_out < 1 or is_count):
             raise ConfigError(

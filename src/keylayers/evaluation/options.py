@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from keylayers.data.options import DataOptions, ReadingOptions
-from keylayers.errors import ConfigError, check_at_least, check_seed
+from keylayers.errors import ConfigError
 from keylayers.files import distinct_ends
 from keylayers.model.options import ModelOptions
+from keylayers.options import Options, at_least, check_seed, checked
 
 BASE = "base model"  # its name in tables
 
@@ -65,7 +66,7 @@ class ComparedOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkOptions:
+class BenchmarkOptions(Options):
     """Tasks of lm-evaluation-harness.
 
     Attributes:
@@ -81,18 +82,15 @@ class BenchmarkOptions:
 
     tasks: tuple[str, ...] = ()
     task_folder: str | None = None
-    num_fewshot: int | None = None
+    num_fewshot: int | None = checked(None, at_least(0))
     apply_chat_template: bool = False
     run_generated_code: bool = False
-    limit: int | None = None
+    limit: int | None = checked(None, at_least(1))
 
     def __post_init__(self) -> None:
         names = (name.strip() for given in self.tasks for name in given.split(","))
         object.__setattr__(self, "tasks", tuple(dict.fromkeys(filter(None, names))))
-        if self.num_fewshot is not None:
-            check_at_least("num_fewshot", self.num_fewshot, 0)
-        if self.limit is not None:
-            check_at_least("limit", self.limit, 1)
+        super().__post_init__()
         if not self.tasks:
             _check_left_out(self, [option.name for option in fields(self)], "tasks")
 
@@ -111,11 +109,10 @@ class LossOptions(ReadingOptions):
     """
 
     forgetting_data: str | None = None
-    forgetting_examples: int = 200
+    forgetting_examples: int = checked(200, at_least(2))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least("forgetting_examples", self.forgetting_examples, 2)
         if self.data is None:
             _check_left_out(self, ("format", "max_examples", "held_out", "split_seed"), "data")
         if self.forgetting_data is None:
@@ -131,7 +128,7 @@ class LossOptions(ReadingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalRunOptions:
+class EvalRunOptions(Options):
     """How an evaluation runs.
 
     Attributes:
@@ -139,12 +136,8 @@ class EvalRunOptions:
         seed: Chooses the examples in prompts, and the bootstrap samples of the intervals.
     """
 
-    batch_size: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_at_least("batch_size", self.batch_size, 1)
-        check_seed("seed", self.seed)
+    batch_size: int = checked(8, at_least(1))
+    seed: int = checked(0, check_seed)
 
 
 @dataclass(frozen=True)

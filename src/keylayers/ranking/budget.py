@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
-from keylayers.errors import ConfigError, check_fraction
+from keylayers.errors import ConfigError
+from keylayers.options import check_fraction
 
 GIB = 2**30
 Unit = Literal["GiB", "MiB", "GB", "MB"]

@@ -7,7 +7,7 @@ update: a good ranking reaches the loss of all updates with few of them. Nothing
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import scipy  # loads `scipy.stats` when it is first used
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from keylayers.errors import ConfigError, RankingError
 from keylayers.files import json_sha256, write_json
@@ -131,21 +131,21 @@ class MaskCurve(Part):
         )
         return float(resampled.confidence_interval.high)
 
-    def to_json(self) -> dict[str, Any]:
-        """The curve for a record."""
+    @model_serializer(mode="wrap")
+    def _with_findings(self, write: Callable[["MaskCurve"], dict[str, Any]]) -> dict[str, Any]:
         best_count, best_loss = self.best
-        of_parts = () if self.num_parameters else ("num_parameters",)
-        return self.model_dump(exclude={*of_parts}) | {
+        found = write(self) | {
             "normalised_area": self.normalised_area,
             "best": {"num_modules": best_count, "loss_nats": best_loss},
         }
+        return {name: own for name, own in found.items() if own or name != "num_parameters"}
 
 
 class Verification(Part):
     """The mask curve of a ranking, and of what it must be better than."""
 
     schema_: Literal["keylayers/verification"] = Field(
-        default="keylayers/verification", validation_alias="schema"
+        default="keylayers/verification", alias="schema"
     )
     schema_version: Literal[1] = 1
     ranking_sha256: Text  # of the ranking file's content
@@ -158,7 +158,8 @@ class Verification(Part):
     # What the recommended budget may lose, as a share of what the fine-tune gained.
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.05
     provenance: dict[Any, Any] = Field(default={})  # keys may hold half a character, unlike `str`
-    made_by: MadeBy = Field(default=MadeBy(), validation_alias="provenance")  # the same as types
+    # The same as types.
+    made_by: MadeBy = Field(default=MadeBy(), validation_alias="provenance", exclude=True)
 
     @model_validator(mode="after")
     def _has_curves_at_the_same_counts(self) -> "Verification":
@@ -208,23 +209,10 @@ class Verification(Part):
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
-        recommendation = self.recommendation
-        content = {
-            "schema": self.schema_,
-            "schema_version": self.schema_version,
-            "ranking_sha256": self.ranking_sha256,
-            "margin": self.margin,
-            "recommendation": None if recommendation is None else vars(recommendation),
-            "is_overfit": self.is_overfit,
-            "best_first": self.best_first.to_json(),
-            "worst_first": self.worst_first.to_json(),
-            "random": [curve.to_json() for curve in self.random],
-            "leave_one_out": self.leave_one_out and self.leave_one_out.to_json(),
-            "provenance": self.provenance,
-        }
-        if self.rivals:
-            content["rivals"] = {name: curve.to_json() for name, curve in self.rivals.items()}
-        write_json(path, content)
+        content = self.model_dump(by_alias=True, exclude=set() if self.rivals else {"rivals"})
+        found = self.recommendation
+        conclusions = {"recommendation": found and vars(found), "is_overfit": self.is_overfit}
+        write_json(path, content | conclusions)
 
     @staticmethod
     def load(path: Path) -> "Verification":

@@ -5,59 +5,26 @@ A class for each option that methods share, and one for each method that has its
 description under `Attributes` is its help on the command line. Needs no torch.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin
+from dataclasses import dataclass
+from typing import Literal
 
-from keylayers.errors import (
-    ConfigError,
+from keylayers.options import (
+    Options,
+    at_least,
+    between,
     check_above_zero,
-    check_at_least,
     check_fraction,
-    did_you_mean,
+    checked,
 )
 
 Granularity = Literal["module", "block", "projection", "part"]
-Check = Callable[[str, Any], None]
 
 SMALLEST_ROUND = 4  # gates; a round with fewer is not split again
 
 
-def checked(default: Any, check: Check) -> Any:
-    """A field whose value must pass `check(name, value)`, unless it is None."""
-    return field(default=default, metadata={"check": check})
-
-
-def at_least(lowest: int) -> Check:
-    """A check that refuses values below `lowest`."""
-    return lambda name, value: check_at_least(name, value, lowest)
-
-
-def between(lowest: float, highest: float, why: str) -> Check:
-    """A check that refuses values outside a range; `why` follows the range in the message."""
-
-    def check(name: str, value: float) -> None:
-        if not lowest <= value <= highest:
-            raise ConfigError(f"`{name}` must be from {lowest:g} to {highest:g}{why}, got {value}")
-
-    return check
-
-
 @dataclass(frozen=True, kw_only=True)
-class MethodOptions:
-    """No options; the base of those that have some, which checks every field."""
-
-    def __post_init__(self) -> None:
-        for option in fields(self):
-            value = getattr(self, option.name)
-            choices = get_args(option.type) if get_origin(option.type) is Literal else None
-            if choices is not None and value not in choices:
-                raise ConfigError(
-                    f"`{option.name}` must be one of {', '.join(choices)}, got {value!r}"
-                    f"{did_you_mean(str(value), choices)}"
-                )
-            if value is not None and "check" in option.metadata:
-                option.metadata["check"](option.name, value)
+class MethodOptions(Options):
+    """No options; the base of those that have some."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, fields
 from typing import Any
 
-from keylayers.errors import ConfigError, check_seed, did_you_mean
+from keylayers.errors import ConfigError, did_you_mean
+from keylayers.options import check_seed
 from keylayers.scores.methods import BUILT_IN, DEFAULT_METHOD, find_method, methods
 from keylayers.scores.options import Granularity, LearnedOptions
 

@@ -19,8 +19,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from keylayers.errors import ConfigError, check_fraction
+from keylayers.errors import ConfigError
 from keylayers.model.sharding import check_can_freeze_inside
+from keylayers.options import check_fraction
 from keylayers.processes import summed
 from keylayers.progress import Progress, Silent
 from keylayers.ranking.budget import Freeze

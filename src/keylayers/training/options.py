@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from keylayers.errors import ConfigError, check_above_zero, check_at_least, check_seed
+from keylayers.errors import ConfigError
 from keylayers.model.options import ModelOptions, Objective
+from keylayers.options import Options, at_least, check_above_zero, check_seed, checked
 
 UpdateKind = Literal["lora", "rslora", "dora", "adalora", "full"]
 FreezeAction = Literal["freeze", "remove"]
@@ -22,7 +23,7 @@ LOSS_UNITS: dict[Objective, str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveOptions:
+class ObjectiveOptions(Options):
     """The objective, which decides what a loss is.
 
     Attributes:
@@ -34,16 +35,14 @@ class ObjectiveOptions:
     """
 
     objective: Objective = "sft"
-    beta: float | None = None
+    beta: float | None = checked(None, check_above_zero)
 
     def __post_init__(self) -> None:
-        if self.beta is None:
-            return
-        if self.objective in ("sft", "reward"):
+        super().__post_init__()
+        if self.beta is not None and self.objective in ("sft", "reward"):
             raise ConfigError(
                 f"`beta` must be left out with `objective` {self.objective}: it has no effect there"
             )
-        check_above_zero("beta", self.beta)
 
 
 def check_kto_batch(name: str, batch_size: int, objective: ObjectiveOptions) -> None:
@@ -80,30 +79,20 @@ class TrainingOptions(ObjectiveOptions):
     """
 
     update: UpdateKind = "lora"
-    learning_rate: float | None = None
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    warmup_steps: int = 10
-    lora_rank: int = 16
-    lora_alpha: int = 32
+    learning_rate: float | None = checked(None, check_above_zero)
+    batch_size: int = checked(8, at_least(1))
+    gradient_accumulation: int = checked(1, at_least(1))
+    warmup_steps: int = checked(10, at_least(0))
+    lora_rank: int = checked(16, at_least(1))
+    lora_alpha: int = checked(32, at_least(1))
     gradient_checkpointing: bool = False
-    seed: int = 0
+    seed: int = checked(0, check_seed)
     report_to: tuple[str, ...] = ()
-    save_steps: int | None = None
+    save_steps: int | None = checked(None, at_least(0))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least("batch_size", self.batch_size, 1)
         check_kto_batch("batch_size", self.batch_size, self)
-        check_at_least("gradient_accumulation", self.gradient_accumulation, 1)
-        check_at_least("warmup_steps", self.warmup_steps, 0)
-        check_at_least("lora_rank", self.lora_rank, 1)
-        check_at_least("lora_alpha", self.lora_alpha, 1)
-        if self.save_steps is not None:
-            check_at_least("save_steps", self.save_steps, 0)
-        check_seed("seed", self.seed)
-        if self.learning_rate is not None:
-            check_above_zero("learning_rate", self.learning_rate)
         if self.is_full and self.objective == "reward":
             raise ConfigError(
                 "`update` must be an adapter with `objective` reward, whose new head is trained "
@@ -141,7 +130,7 @@ class TrainingOptions(ObjectiveOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StabilityOptions:
+class StabilityOptions(Options):
     """When stage 1 ends: the loss is stable, or the cap is reached.
 
     The paper asks that the expected loss of every later step changes by less than epsilon. The
@@ -157,16 +146,9 @@ class StabilityOptions:
             many nats from that of the window before. 0: train to the cap.
     """
 
-    max_steps: int | None = None
-    window: int = 30
-    epsilon: float = 0.02
-
-    def __post_init__(self) -> None:
-        if self.max_steps is not None:
-            check_at_least("max_steps", self.max_steps, 1)
-        check_at_least("window", self.window, 1)
-        if not self.epsilon >= 0:
-            raise ConfigError(f"`epsilon` must be 0 or more nats, got {self.epsilon}")
+    max_steps: int | None = checked(None, at_least(1))
+    window: int = checked(30, at_least(1))
+    epsilon: float = checked(0.02, at_least(0))
 
     def is_stable(self, losses: Sequence[float]) -> bool:
         """Whether the loss, one value in nats a step, is stable at its end."""
