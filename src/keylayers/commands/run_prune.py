@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from keylayers.apply.prune import (
     WEIGHTS,
@@ -19,11 +19,11 @@ from keylayers.apply.prune import (
     prune_checkpoint,
 )
 from keylayers.apply.trainable import prove_trainable
-from keylayers.commands.options import PruneOptions, flat_values
+from keylayers.commands.options import CutOptions, PruneOptions, flat_values
 from keylayers.commands.repeat import card_of
 from keylayers.commands.session import Session, loss_of, note_ties, unit_of
 from keylayers.errors import ConfigError, GuardError, OutputError
-from keylayers.evaluation.held_out import smallest_within, subset_losses
+from keylayers.evaluation.held_out import MaskedLoss, masked_losses, smallest_within
 from keylayers.files import (
     CARD,
     RECORD,
@@ -35,7 +35,7 @@ from keylayers.files import (
     write_json,
     write_text,
 )
-from keylayers.gates import gate_groups, part_name
+from keylayers.gates import part_name
 from keylayers.model.loading import load_adapter, load_model
 from keylayers.progress import Progress
 from keylayers.ranking.budget import Count, Memory, Parameters
@@ -45,9 +45,6 @@ from keylayers.ranking.selection import Selection
 from keylayers.training.options import LOSS_UNITS, TrainingOptions
 from keylayers.training.run import fine_tune
 from keylayers.updates.adapter import own_parameters, tuner_layers
-from keylayers.updates.existing import TunedModel
-
-EVAL_BATCH_SIZE = 8
 
 
 def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned:
@@ -66,28 +63,33 @@ def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned
         )
     check_replaceable(output)
     _check_apart(options, output)
-    objective = options.objective.objective
     with output_folder(output), unfinished(output):
-        session = Session(options, objective, progress, ranking=ranking)
+        session = Session(options, options.objective, progress, ranking=ranking)
         tuned = session.open_update(options.update, ranking)
-        if selection is None:
-            selection = _smallest(options, session, ranking, tuned)
+        trainer = session.loss_trainer(tuned.model)
+        held_out, unit = trainer.eval_dataset["held_out"], unit_of(ranking)
+        with masked_losses(trainer, tuned.updates, held_out, unit) as loss:
+            if selection is None:
+                selection = _smallest(wanted, loss, ranking, progress)
+            title = "held-out loss of the full and the masked update"
+            with progress.stage(title, 2) as on_step:
+                full, masked = loss(None).mean, loss(_gates_of(selection)).mean
+                on_step(2, masked)
         if selection.num_parameters == selection.num_candidate_parameters:
             progress.note("the budget keeps everything, so nothing is pruned")
         note_ties(selection, progress)
         cut = _Cut(options, session, ranking, selection)
-        full, masked = cut.full_and_masked_loss(tuned)
         record = session.record | tuned.record
         kept = tuner_layers(tuned.model).keys() - set(cut.pruned)
         with replaced_folder(output) as folder:
             sizes = cut.write(tuned.model, folder)
-            del tuned  # frees the memory of its model
+            del tuned, trainer, loss  # frees the memory of the model
             with progress.stage("held-out loss of the base and the pruned model", 2) as on_step:
                 if options.update.adapter is None:
-                    base, loss = cut.checkpoint_losses(folder)
+                    base, pruned = cut.checkpoint_losses(folder)
                 else:
-                    base, loss = cut.adapter_losses(folder, kept, masked)
-                on_step(2, loss)
+                    base, pruned = cut.adapter_losses(folder, kept, masked)
+                on_step(2, pruned)
             healed = cut.heal(folder, kept) if wanted.heal_steps else None
             found = Pruned(
                 kind="checkpoint" if options.update.adapter is None else "adapter",
@@ -96,10 +98,10 @@ def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned
                 pruned=sizes[1],
                 base_loss_nats=base,
                 full_loss_nats=full,
-                pruned_loss_nats=loss,
+                pruned_loss_nats=pruned,
                 healed_loss_nats=healed,
                 num_held_out=len(session.data.held_out),
-                loss_unit=LOSS_UNITS[objective],
+                loss_unit=LOSS_UNITS[session.objective],
             )
             record |= {
                 "selection": selection.record(),
@@ -123,13 +125,6 @@ def _within_file(budget: Memory, ranking: Ranking, adapter: str) -> Parameters:
     return Parameters(min(1.0, (budget.num_bytes - of_others) / whole))
 
 
-def _loss_trainer(
-    options: PruneOptions, session: Session, model: PreTrainedModel | PeftModel
-) -> Trainer:
-    """A trainer that measures the loss of `model`."""
-    return session.loss_trainer(model, options.objective, EVAL_BATCH_SIZE)
-
-
 def _gates_of(selection: Selection) -> list[str]:
     """The gates that stay open: of the selected modules, or of their kept parts."""
     if selection.parts is None:
@@ -139,41 +134,30 @@ def _gates_of(selection: Selection) -> list[str]:
 
 
 def _smallest(
-    options: PruneOptions, session: Session, ranking: Ranking, tuned: TunedModel
+    wanted: CutOptions, loss: MaskedLoss, ranking: Ranking, progress: Progress
 ) -> Selection:
     """The smallest selection within `max_loss` of the whole update."""
-    wanted, margin = options.selection, options.selection.max_loss
+    margin, num_gates = wanted.max_loss, ranking.num_parts or len(ranking.modules)
     assert margin is not None
 
     def selected(count: int) -> Selection:
         return ranking.select(Count(count), rank_multiple=wanted.pad_ranks)
 
-    granularity = unit_of(ranking)
-    names = gate_groups(tuned.updates, granularity)
-    trainer = _loss_trainer(options, session, tuned.model)
-    held_out = trainer.eval_dataset["held_out"]
-    with session.progress.stage("held-out loss of smaller updates", None) as on_step:
-        curve = smallest_within(
-            trainer,
-            tuned.updates,
-            lambda count: _gates_of(selected(count)),
-            len(names),
-            margin,
-            held_out,
-            on_step,
-            granularity,
-        )
+    def kept(count: int) -> list[str]:
+        return _gates_of(selected(count))
+
+    with progress.stage("held-out loss of smaller updates", None) as on_step:
+        curve = smallest_within(loss, kept, num_gates, margin, on_step)
     best = curve.smallest_within(margin)
-    found = selected(best.num_modules)
-    what = "modules" if granularity == "module" else "rank-one parts"
+    what = "rank-one parts" if ranking.is_of_parts else "modules"
     how_sure = f"below {best.upper_nats:+.4f} with 95 % confidence over held-out batches"
     if len(curve.batch_weights) == 1:
         how_sure = "with unknown certainty, from a single held-out batch"
-    session.progress.note(
-        f"{len(_gates_of(found))} of {len(names)} {what} are enough: "
+    progress.note(
+        f"{len(kept(best.num_modules))} of {num_gates} {what} are enough: "
         f"{best.difference_nats:+.4f} against all, {how_sure}"
     )
-    return found
+    return selected(best.num_modules)
 
 
 @dataclass(frozen=True)
@@ -190,19 +174,6 @@ class _Cut:
         """The modules that go as a whole."""
         kept = set(self.selection.names)
         return [module.name for module in self.ranking.modules if module.name not in kept]
-
-    def full_and_masked_loss(self, tuned: TunedModel) -> tuple[float, float]:
-        """Held-out losses of the whole update, and with the gates of the pruned modules closed."""
-        trainer = _loss_trainer(self.options, self.session, tuned.model)
-        granularity = unit_of(self.ranking)
-        subsets = [list(gate_groups(tuned.updates, granularity)), _gates_of(self.selection)]
-        held_out = trainer.eval_dataset["held_out"]
-        title = "held-out loss of the full and the masked update"
-        with self.session.progress.stage(title, 2) as on_step:
-            full, masked = subset_losses(
-                trainer, tuned.updates, subsets, held_out, on_step, granularity
-            )
-        return full.mean, masked.mean
 
     def write(self, model: PreTrainedModel | PeftModel, folder: Path) -> list[Size]:
         """Write the update without the pruned modules to `folder`; its sizes before and after."""
@@ -252,7 +223,7 @@ class _Cut:
                 raise GuardError(
                     f"PEFT must give {name} the rank of its {rank} parts, but gives {ranks[name]}"
                 )
-        trainer = _loss_trainer(self.options, self.session, model)
+        trainer = self.session.loss_trainer(model)
         with model.disable_adapter():
             base_loss = loss_of(trainer)
         loss = loss_of(trainer)
@@ -290,18 +261,14 @@ class _Cut:
             stored[name] = trained[name].detach().to("cpu", old.dtype).contiguous()
         save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
         again = load_adapter(self.session.load(), str(folder))
-        return loss_of(_loss_trainer(self.options, self.session, again))
+        return loss_of(self.session.loss_trainer(again))
 
     def checkpoint_losses(self, folder: Path) -> tuple[float, float]:
         """Losses of the base and of the checkpoint in `folder`, one after the other in memory."""
         base = self.session.source
         pruned = replace(base, model=str(folder), revision=None)
         base_loss, loss = (
-            loss_of(
-                _loss_trainer(
-                    self.options, self.session, load_model(source, self.session.objective)
-                )
-            )
+            loss_of(self.session.loss_trainer(load_model(source, self.session.objective)))
             for source in (base, pruned)
         )
         return base_loss, loss

@@ -17,7 +17,7 @@ from keylayers.commands.options import RankOptions
 from keylayers.commands.repeat import card_of
 from keylayers.commands.session import Session, Tuned
 from keylayers.errors import RankingError
-from keylayers.evaluation.held_out import subset_losses
+from keylayers.evaluation.held_out import masked_losses
 from keylayers.gates import gate_groups
 from keylayers.model.options import UpdateOptions
 from keylayers.model.sharding import is_sharded
@@ -44,12 +44,11 @@ def run_rank(options: RankOptions, output: Path, progress: Progress, stage_1_in:
         folder = stage_1_in / name
         if options.has_stage_1 or options.is_extracted:
             files.check_replaceable(folder)
-        session = Session(options, training.objective, progress, is_full=is_full)
+        session = Session(options, training, progress, is_full=is_full)
         tuned = _find_update(session, options, folder)
         trainer = session.trainer(tuned.model, training)
-        modules = [update.module for update in tuned.updates]
-        held_out, names = trainer.eval_dataset["held_out"], [m.name for m in modules]
-        base, full = subset_losses(trainer, tuned.updates, [[], names], held_out)
+        with masked_losses(trainer, tuned.updates, trainer.eval_dataset["held_out"]) as loss:
+            base, full = loss([]), loss(None)
         if base.losses == full.losses:
             progress.note(ZERO)
         num_steps = scoring.num_steps(len(gate_groups(tuned.updates, scoring.granularity)))

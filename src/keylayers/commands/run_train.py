@@ -38,9 +38,7 @@ def _open(
     training, wanted = options.training, options.selection
     check_replaceable(output)
     with output_folder(output), unfinished(output) as before:
-        session = Session(
-            options, training.objective, progress, ranking=ranking, is_full=training.is_full
-        )
+        session = Session(options, training, progress, ranking=ranking, is_full=training.is_full)
         if not wanted.rank_first:  # these have no effect
             session.record["options"] = flat_values(options, without=("stability", "scoring"))
         yield FineTuning(session, training, wanted.steps, output, before)

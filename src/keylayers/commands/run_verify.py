@@ -10,10 +10,10 @@ import torch
 from transformers import Trainer
 
 from keylayers.commands.options import VerifyOptions
-from keylayers.commands.session import Session, unit_of
+from keylayers.commands.session import Session
 from keylayers.evaluation.held_out import mask_curve
 from keylayers.files import json_sha256, output_folder
-from keylayers.gates import gate_groups, part_name
+from keylayers.gates import part_name
 from keylayers.progress import Progress
 from keylayers.ranking.parts import parts_in_order
 from keylayers.ranking.ranking import FILE, Ranking
@@ -39,12 +39,18 @@ def run_verify(
 
 
 def _verification(ranking: Ranking, options: VerifyOptions, progress: Progress) -> Verification:
-    objective, wanted = options.objective, options.curve
-    session = Session(options, objective.objective, progress, ranking=ranking)
+    wanted = options.curve
+    session = Session(options, options.objective, progress, ranking=ranking)
     tuned = session.open_update(options.update, ranking)
-    trainer = session.loss_trainer(tuned.model, objective, wanted.eval_batch_size)
+    trainer = session.loss_trainer(tuned.model, wanted.eval_batch_size)
     held_out = trainer.eval_dataset["held_out"]
-    names = list(gate_groups(tuned.updates, unit_of(ranking)))
+    if ranking.is_of_parts:
+        names = [part_name(own.name, i) for own in ranking.modules for i in range(own.num_parts)]
+        best_first = [part_name(p.module_name, p.index) for p in parts_in_order(ranking.modules)]
+        rivals = orders_by_singular_values(tuned.updates)
+    else:
+        names = [module.name for module in ranking.modules]  # the same orders for every ranking
+        best_first, rivals = [module.name for module in ranking.ordered()], {}
     num_points = min(wanted.points, len(names) + 1)
 
     def measure(title: str, order: Sequence[str]) -> MaskCurve:
@@ -53,16 +59,6 @@ def _verification(ranking: Ranking, options: VerifyOptions, progress: Progress) 
                 trainer, tuned.updates, order, held_out, num_points=num_points, on_step=on_step
             )
 
-    rivals: dict[str, MaskCurve] = {}
-    if ranking.is_of_parts:
-        best_first = [part_name(p.module_name, p.index) for p in parts_in_order(ranking.modules)]
-        rivals = {
-            title: measure(title, order)
-            for title, order in orders_by_singular_values(tuned.updates).items()
-        }
-    else:
-        best_first = [module.name for module in ranking.ordered()]
-        names = [module.name for module in ranking.modules]  # the same orders for every ranking
     return Verification(
         ranking_sha256=json_sha256(ranking.to_json()),
         best_first=measure("best first", best_first),
@@ -79,7 +75,7 @@ def _verification(ranking: Ranking, options: VerifyOptions, progress: Progress) 
             if wanted.leave_one_out
             else None
         ),
-        rivals=rivals,
+        rivals={title: measure(title, order) for title, order in rivals.items()},
         margin=wanted.margin,
         provenance=session.record | tuned.record,
     )

@@ -21,7 +21,7 @@ from keylayers.model.loading import (
     max_positions,
 )
 from keylayers.model.modules import map_modules, outside_module
-from keylayers.model.options import Objective, UpdateOptions
+from keylayers.model.options import UpdateOptions
 from keylayers.model.weights import weights_sha256
 from keylayers.progress import Progress
 from keylayers.ranking.ranking import Ranking
@@ -44,7 +44,7 @@ class Session:
     def __init__(
         self,
         options: OpensModel,
-        objective: Objective,
+        objective: ObjectiveOptions,
         progress: Progress,
         *,
         ranking: Ranking | None = None,
@@ -57,7 +57,8 @@ class Session:
         """
         model = options.model
         self.source = replace(model, dtype="float32") if is_full else model
-        self.objective = objective
+        self.objective = objective.objective
+        self._objective_options = objective
         self.progress = progress
         opened = self.load()
         self.names = [info.name for info in map_modules(opened, model.towers)]
@@ -65,7 +66,7 @@ class Session:
             check_same_modules(ranking.modules, _sizes(opened, ranking))
         self.tokenizer = load_tokenizer(model)
         self.data: PreparedData = prepare(
-            options.data, self.tokenizer, max_positions(opened), objective
+            options.data, self.tokenizer, max_positions(opened), self.objective
         )
         check_tokens(opened, self.tokenizer, max(self.data.max_id, self.tokenizer.pad_token_id))
         if self.data.chat_template is not None:  # what is saved renders chats as training did
@@ -77,7 +78,7 @@ class Session:
             "model": describe(self.source, opened) | {"weights_sha256": weights_sha256(opened)},
             "data": self.data.record(),
             "options": flat_values(options),
-            "loss_unit": LOSS_UNITS[objective],
+            "loss_unit": LOSS_UNITS[self.objective],
         }
         if ranking is not None:
             self._note_other_model(ranking)
@@ -112,14 +113,15 @@ class Session:
         _check_same_update(ranking, tuned.updates)
         return tuned
 
-    def loss_trainer(self, model: Tuned, objective: ObjectiveOptions, batch_size: int) -> Trainer:
+    def loss_trainer(self, model: Tuned, batch_size: int = 8) -> Trainer:
         """A trainer that measures losses of `model` and never trains.
 
         A batch has `batch_size` examples at most, and fewer if there are few held-out examples.
         """
-        if objective.objective != "kto":  # its loss compares the answers of a batch
+        if self.objective != "kto":  # its loss compares the answers of a batch
             batch_size = max(1, min(batch_size, len(self.data.held_out) // ENOUGH_BATCHES))
-        return self.trainer(model, TrainingOptions(**asdict(objective), batch_size=batch_size))
+        objective = asdict(self._objective_options)
+        return self.trainer(model, TrainingOptions(**objective, batch_size=batch_size))
 
     def trainer(
         self,

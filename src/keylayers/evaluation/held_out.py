@@ -2,7 +2,8 @@
 """Held-out losses of a trainer's model: as it is, and with only the best updates kept."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 
 import numpy as np
@@ -17,6 +18,8 @@ from keylayers.scores.options import Granularity
 from keylayers.trainers.data import prepared_for
 from keylayers.trainers.loss import BatchLosses, TrainerLoss
 from keylayers.updates import Update
+
+MaskedLoss = Callable[[Collection[str] | None], BatchLosses]
 
 
 def held_out_loss(trainer: Trainer, dataset: Dataset) -> float:
@@ -61,14 +64,12 @@ def mask_curve(
         counts = [0, *(max(1, bisect_right(held, budget) - 1) for budget in budgets)]
     else:
         counts = [round(len(order) * step / steps) for step in range(steps + 1)]
-    measured = subset_losses(
-        trainer,
-        updates,
-        [order[:count] for count in counts],
-        held_out,
-        on_step,
-        "part" if sizes else "module",
-    )
+    measured = []
+    with masked_losses(trainer, updates, held_out, "part" if sizes else "module") as loss:
+        for step, count in enumerate(counts, start=1):
+            measured.append(loss(order[:count]))
+            if on_step is not None:
+                on_step(step, measured[-1].mean)
     return MaskCurve(
         counts=tuple(counts),
         losses=tuple(point.mean for point in measured),
@@ -78,55 +79,50 @@ def mask_curve(
     )
 
 
-def subset_losses(
+@contextmanager
+def masked_losses(
     trainer: Trainer,
     updates: Sequence[Update],
-    subsets: Sequence[Collection[str]],
     held_out: Dataset,
-    on_step: OnStep | None = None,
     granularity: Granularity = "module",
-) -> list[BatchLosses]:
-    """Held-out losses in nats with only the updates of each subset of modules, or parts, kept."""
+) -> Iterator[MaskedLoss]:
+    """Inside the block, a function that gives held-out losses in nats at any mask.
+
+    It takes the names of the modules, or rank-one parts, whose updates are kept; None keeps all.
+    """
     source = TrainerLoss(trainer, sees_every_batch=True)
     held_out = prepared_for(trainer, held_out)
-    measured = []
     with source.quiet():
         batches = list(trainer.get_eval_dataloader(held_out))
         with gated(
             trainer.model, updates, initial_score=1.0, link="identity", granularity=granularity
         ) as gates:
-            names = list(gates.groups)
-            for step, subset in enumerate(subsets, start=1):
-                kept = set(subset)
-                gates.set_scores(torch.tensor([float(name in kept) for name in names]))
-                measured.append(source.held_out(batches))
-                if on_step is not None:
-                    on_step(step, measured[-1].mean)
-    return measured
+
+            def loss(names: Collection[str] | None) -> BatchLosses:
+                kept = set(gates.groups if names is None else names)
+                gates.set_scores(torch.tensor([float(name in kept) for name in gates.groups]))
+                return source.held_out(batches)
+
+            yield loss
 
 
 def smallest_within(
-    trainer: Trainer,
-    updates: Sequence[Update],
+    loss: MaskedLoss,
     kept: Callable[[int], Collection[str]],
     num_candidates: int,
     margin_nats: float,
-    held_out: Dataset,
     on_step: OnStep,
-    granularity: Granularity,
 ) -> MaskCurve:
     """The curve at the counts that a bisection looks at, for the smallest within the margin.
 
-    `kept` gives the names of the best modules or parts of a count. The loss should fall as more are
-    kept: where it does not, a smaller count may be within the margin too.
+    `kept` gives the names of the best modules or parts of a count, whose loss `loss` measures. It
+    should fall as more are kept: where it does not, a smaller count may be within the margin too.
     """
     found: dict[int, BatchLosses] = {}
 
-    def measure(*counts: int) -> None:
-        subsets = [kept(count) if count else [] for count in counts]
-        losses = subset_losses(trainer, updates, subsets, held_out, None, granularity)
-        found.update(zip(counts, losses, strict=True))
-        on_step(len(found), losses[-1].mean)
+    def measure(count: int) -> None:
+        found[count] = loss(kept(count) if count else [])
+        on_step(len(found), found[count].mean)
 
     def curve(counts: Iterable[int]) -> MaskCurve:
         points = {count: found[count] for count in sorted(counts)}
@@ -137,7 +133,8 @@ def smallest_within(
             batch_weights=found[0].weights,
         )
 
-    measure(0, num_candidates)
+    measure(0)
+    measure(num_candidates)
     low, high = 0, num_candidates
     while high - low > 1:
         middle = (low + high) // 2
