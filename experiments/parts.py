@@ -69,7 +69,7 @@ def orders(loaded):
     yield from ((label, order, {}) for label, order in rivals.items())
     found = score_modules(loaded.trainer, updates, scoring_options("elimination"))
     modules = best_first(found.module_names, found.scores)
-    of_module = {update.module.name: len(update.parts().num_parameters) for update in updates}
+    of_module = {update.module.name: len(update.parts.num_parameters) for update in updates}
     order = [part_name(name, index) for name in modules for index in range(of_module[name])]
     yield "modules by elimination", order, {"forward_equivalents": found.forward_equivalents}
     names = list(part_sizes(updates))

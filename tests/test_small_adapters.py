@@ -84,7 +84,7 @@ def test_a_cut_adapter_loads_with_plain_peft_and_computes_what_its_gates_do(
     updates = adapter_updates(model)
     generator, ranked = torch.Generator().manual_seed(1), []
     for update in updates:
-        sizes = update.parts().num_parameters
+        sizes = update.parts.num_parameters
         scores = tuple(torch.rand(len(sizes), generator=generator).tolist())
         module = RankedModule.of(update.module, 0.0)
         own = {"part_scores": scores, "part_parameters": sizes}

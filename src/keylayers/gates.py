@@ -7,7 +7,7 @@ The model computes with `θ_0 + γ ⊙ Δθ`.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,7 @@ from keylayers.model.preserve import preserved
 from keylayers.scores.options import Granularity
 from keylayers.updates import Update
 from keylayers.updates.frozen import kept_frozen
-from keylayers.updates.gate import Gate, Link, PartBasis, PartGate
+from keylayers.updates.gate import Gate, Link, PartGate
 
 
 class Gates:
@@ -157,16 +157,14 @@ def gated(
     is_double = next(model.parameters()).dtype == torch.float64
     dtype = torch.float64 if is_double else torch.float32
     gates: dict[str, Gate]
-    num_parameters = None
+    groups, num_parameters = gate_groups(updates, granularity), None
     if granularity == "part":
-        bases = {update.module.name: update.parts() for update in updates}
         gate_of = gates = {
-            name: PartGate(initial_score, link, basis, dtype) for name, basis in bases.items()
+            update.module.name: PartGate(initial_score, link, update.parts, dtype)
+            for update in updates
         }
-        sizes = _sizes(bases)
-        groups, num_parameters = _groups_of(sizes), list(sizes.values())
+        num_parameters = list(part_sizes(updates).values())
     else:
-        groups = gate_groups(updates, granularity)
         gates = {name: Gate(initial_score, link, dtype) for name in groups}
         gate_of = {module: gates[name] for name, modules in groups.items() for module in modules}
     with preserved(model), kept_frozen(model):
@@ -184,7 +182,7 @@ def gated(
 def gate_groups(updates: Sequence[Update], granularity: Granularity) -> dict[str, tuple[str, ...]]:
     """Gate name -> names of the modules that share it, both in model order."""
     if granularity == "part":
-        return _groups_of(part_sizes(updates))
+        return {name: (name.rpartition("[")[0],) for name in part_sizes(updates)}
     names: dict[str, list[str]] = {}
     for module in (update.module for update in updates):
         is_outside = module.block_index is None  # embeddings and head have a gate each
@@ -204,16 +202,8 @@ def part_name(module_name: str, index: int) -> str:
 
 def part_sizes(updates: Sequence[Update]) -> dict[str, int]:
     """Name of each rank-one part, in the gates' order -> its parameters in an adapter."""
-    return _sizes({update.module.name: update.parts() for update in updates})
-
-
-def _sizes(bases: Mapping[str, PartBasis]) -> dict[str, int]:
     return {
-        part_name(name, index): size
-        for name, basis in bases.items()
-        for index, size in enumerate(basis.num_parameters)
+        part_name(update.module.name, index): size
+        for update in updates
+        for index, size in enumerate(update.parts.num_parameters)
     }
-
-
-def _groups_of(parts: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    return {name: (name.rpartition("[")[0],) for name in parts}

@@ -108,7 +108,7 @@ def orders_by_singular_values(updates: Sequence[Update]) -> dict[str, list[str]]
     names: list[str] = []
     costs: list[int] = []
     for update in updates:
-        basis = update.parts()
+        basis = update.parts
         own = basis.singular_values.double().cpu()
         names += [part_name(update.module.name, place) for place in range(len(own))]
         costs += basis.num_parameters

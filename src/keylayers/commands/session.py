@@ -209,7 +209,7 @@ def _check_same_update(ranking: Ranking, updates: Sequence[Update]) -> None:
         return
     ranked = {module.name: list(module.part_parameters or ()) for module in ranking.modules}
     for update in updates:
-        name, sizes = update.module.name, list(update.parts().num_parameters)
+        name, sizes = update.module.name, list(update.parts.num_parameters)
         if sizes != ranked[name]:
             raise RankingError(
                 f"the update must have the rank-one parts that were ranked, but {name} has "

@@ -8,6 +8,7 @@ Gates of parts scale Λ: AdaLoRA's own triplets are the parts.
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TypeGuard
 
 import torch
@@ -53,6 +54,7 @@ class AdaLoraUpdate(AdapterUpdate):
 
         around_forward(self.layer, scale, restore)
 
+    @cached_property
     def parts(self) -> PartBasis:
         """AdaLoRA's triplets, in its own order."""
         a, values, b = (tensor.cpu().double() for tensor in self._triplets())

@@ -9,6 +9,7 @@ update, so that the update is linear in them: `Σ_j γ_j c σ_j u_j v_jᵀ + γ_
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from keylayers.model.sharding import whole
 from keylayers.updates.base_weight import base_weight
 from keylayers.updates.gate import AdapterUpdate, Gate, PartBasis, PartGate
-from keylayers.updates.lora import factors, scale_output
+from keylayers.updates.lora import scale_output
 
 
 class DoraUpdate(AdapterUpdate):
@@ -50,14 +51,15 @@ class DoraUpdate(AdapterUpdate):
 
         magnitude.forward = forward
 
+    @cached_property
     def parts(self) -> PartBasis:
         """The rank-one parts of `c B A`, and last what the magnitude does to the base weight.
 
         `c = m / ‖θ_0 + scaling B A‖` is that of the whole update, whatever parts are closed.
         """
-        a, b = factors(self)
+        a, b, scaling = self.factors()
         scale = self._scale().cpu().double()
-        basis = PartBasis.of(a, scale[:, None] * b.cpu(), self.layer.scaling[self.adapter])
+        basis = PartBasis.of(a, scale[:, None] * b.cpu(), scaling)
         of_magnitude = ((scale - 1)[:, None] * base_weight(self.layer).cpu()).norm()
         return replace(
             basis,
@@ -67,13 +69,12 @@ class DoraUpdate(AdapterUpdate):
 
     def cut(self, kept: Sequence[int]) -> dict[str, Tensor]:
         """A, B and the magnitude of the kept parts, of which one at least is a direction."""
-        basis, (a, b), base = self.parts(), factors(self), base_weight(self.layer).cpu()
-        scale, b = self._scale().cpu().double()[:, None], b.cpu()
+        basis, (a, b, scaling) = self.parts, self.factors()
+        base, b = base_weight(self.layer).cpu(), b.cpu()
+        scale = self._scale().cpu().double()[:, None]
         directions = [index for index in kept if index < len(basis.down)]
         has_magnitude = len(directions) < len(kept)
-        new_a, new_b = basis.cut(
-            a, b if has_magnitude else scale * b, self.layer.scaling[self.adapter], directions
-        )
+        new_a, new_b = basis.cut(a, b if has_magnitude else scale * b, scaling, directions)
         norm = (base + new_b @ new_a).norm(dim=1)
         return {
             "lora_A.weight": new_a,
@@ -83,9 +84,8 @@ class DoraUpdate(AdapterUpdate):
 
     def _weights(self) -> tuple[Float[Tensor, "d_out d_in"], Float[Tensor, "d_out d_in"]]:
         """θ_0, and θ_0 + scaling B A."""
-        base, (a, b) = base_weight(self.layer), factors(self)
-        product = b.to(base.dtype) @ a.to(base.dtype)
-        return base, base + self.layer.scaling[self.adapter] * product
+        base, (a, b, scaling) = base_weight(self.layer), self.factors()
+        return base, base + scaling * (b.to(base.dtype) @ a.to(base.dtype))
 
     def _scale(self) -> Float[Tensor, " d_out"]:
         magnitude = whole(self.layer.lora_magnitude_vector[self.adapter].weight)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from keylayers.model.sharding import whole
-from keylayers.updates.gate import AdapterUpdate, Gate, PartBasis
+from keylayers.updates.gate import AdapterUpdate, Gate
 
 
 class EmbeddingUpdate(AdapterUpdate):
@@ -20,8 +20,8 @@ class EmbeddingUpdate(AdapterUpdate):
 
     def delta(self) -> Float[Tensor, "num_embeddings d_model"]:
         """`scaling * (B A)^T` in float32."""
-        a, b = self._factors()
-        return self.layer.scaling[self.adapter] * (b.float() @ a.float()).T
+        a, b, scaling = self.factors()
+        return scaling * (b.float() @ a.float()).T
 
     def connect(self, gate: Gate) -> None:
         """Scale what A gives for the tokens."""
@@ -34,17 +34,13 @@ class EmbeddingUpdate(AdapterUpdate):
 
         self.layer._embed = gated_embed
 
-    def parts(self) -> PartBasis:
-        """The singular value decomposition of `scaling * B A`."""
-        return PartBasis.of(*self._factors(), self.layer.scaling[self.adapter])
-
     def cut(self, kept: Sequence[int]) -> dict[str, Tensor]:
         """A and B of the kept parts."""
-        a, b = self.parts().cut(*self._factors(), self.layer.scaling[self.adapter], kept)
+        a, b = self.parts.cut(*self.factors(), kept)
         return {"lora_embedding_A": a, "lora_embedding_B": b}
 
-    def _factors(
-        self,
-    ) -> tuple[Float[Tensor, "lora_rank num_embeddings"], Float[Tensor, "d_model lora_rank"]]:
-        a, b = self.layer.lora_embedding_A, self.layer.lora_embedding_B
-        return whole(a[self.adapter]), whole(b[self.adapter])
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """A (r, num_embeddings), B (d_model, r) and the scaling of their product."""
+        layer, name = self.layer, self.adapter
+        a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+        return whole(a), whole(b), layer.scaling[name]

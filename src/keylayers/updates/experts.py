@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from keylayers.model.sharding import whole
-from keylayers.updates.gate import AdapterUpdate, Gate, PartBasis, PartGate
+from keylayers.updates.gate import AdapterUpdate, Gate, PartGate
 
 
 class ParameterUpdate(AdapterUpdate):
@@ -50,18 +50,17 @@ class ParameterUpdate(AdapterUpdate):
         self.layer.get_delta_factors = gated_factors
         self.layer.get_delta_weight = gated_product
 
-    def parts(self) -> PartBasis:
-        """The singular value decomposition of each expert's update.
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """A and B of every expert, and the scaling of their product.
 
         A part is the j-th singular direction of every expert: PEFT has one rank for all of them.
         """
         left, right, scaling = self.layer.get_delta_factors(self.adapter)
-        return PartBasis.of(right, left, scaling)
+        return right, left, scaling
 
     def cut(self, kept: Sequence[int]) -> dict[str, Tensor]:
         """A and B of the kept parts, laid out as PEFT stacks the experts in them."""
-        left, right, scaling = self.layer.get_delta_factors(self.adapter)
-        a, b = self.parts().cut(right, left, scaling, kept)
+        a, b = self.parts.cut(*self.factors(), kept)
         if not self.layer._did_swap_in_out_features:  # then PEFT's factors are Aᵀ and Bᵀ
             a, b = b.mT, a.mT
         return {

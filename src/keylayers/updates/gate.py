@@ -5,6 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from keylayers.errors import ModelError
 from keylayers.model.modules import ModuleInfo
+from keylayers.model.sharding import whole
 
 Link = Literal["sigmoid", "identity"]
 
@@ -160,8 +162,9 @@ class Update(ABC):
         Changes only attributes of modules (hooks, children, methods), which `preserved` restores.
         """
 
+    @cached_property
     def parts(self) -> PartBasis:
-        """Its rank-one parts; a ModelError if it has none that a gate can scale."""
+        """Its rank-one parts, found once; a ModelError if it has none that a gate can scale."""
         raise ModelError(
             f"a gate for each rank-one part needs a LoRA update, but {self.module.name} was "
             f"fine-tuned as a whole; make an adapter of the difference with `keylayers extract`"
@@ -174,6 +177,17 @@ class AdapterUpdate(Update):
 
     layer: LoraLayer
     adapter: str
+
+    @cached_property
+    def parts(self) -> PartBasis:
+        """The singular value decomposition of `scaling * B A`."""
+        return PartBasis.of(*self.factors())
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """A (r, d_in), B (d_out, r), whole even where FSDP2 shards them, and their scaling."""
+        layer, name = self.layer, self.adapter
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        return whole(a), whole(b), layer.scaling[name]
 
     @abstractmethod
     def cut(self, kept: Sequence[int]) -> dict[str, Tensor]:

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from keylayers.model.sharding import whole
-from keylayers.updates.gate import AdapterUpdate, Gate, PartBasis
+from keylayers.updates.gate import AdapterUpdate, Gate
 
 
 class LoraUpdate(AdapterUpdate):
@@ -21,34 +20,17 @@ class LoraUpdate(AdapterUpdate):
 
     def delta(self) -> Float[Tensor, "d_out d_in"]:
         """`scaling * B A` in float32."""
-        return scaled_product(self)
+        a, b, scaling = self.factors()
+        return scaling * (b.float() @ a.float())
 
     def connect(self, gate: Gate) -> None:
         """Scale the output of A."""
         scale_output(self, self.layer.lora_A[self.adapter], gate)
 
-    def parts(self) -> PartBasis:
-        """The singular value decomposition of `scaling * B A`."""
-        return PartBasis.of(*factors(self), self.layer.scaling[self.adapter])
-
     def cut(self, kept: Sequence[int]) -> dict[str, Tensor]:
         """A and B of the kept parts."""
-        a, b = self.parts().cut(*factors(self), self.layer.scaling[self.adapter], kept)
+        a, b = self.parts.cut(*self.factors(), kept)
         return {"lora_A.weight": a, "lora_B.weight": b}
-
-
-def factors(
-    update: AdapterUpdate,
-) -> tuple[Float[Tensor, "lora_rank d_in"], Float[Tensor, "d_out lora_rank"]]:
-    """A and B as they are, whole even where FSDP2 shards them."""
-    layer, adapter = update.layer, update.adapter
-    return whole(layer.lora_A[adapter].weight), whole(layer.lora_B[adapter].weight)
-
-
-def scaled_product(update: AdapterUpdate) -> Float[Tensor, "d_out d_in"]:
-    """`scaling * B A` in float32."""
-    a, b = factors(update)
-    return update.layer.scaling[update.adapter] * (b.float() @ a.float())
 
 
 def scale_output(update: AdapterUpdate, part: nn.Module, gate: Gate) -> None:
