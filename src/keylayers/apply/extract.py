@@ -5,7 +5,7 @@ One module's difference is in memory at a time. Scaling is 1, and A and B both h
 """
 
 import math
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -25,25 +25,15 @@ POWER_ITERATIONS = 4
 SEED = 0
 
 
-@dataclass(frozen=True)
-class Extracted:
-    """The adapter, and what the record says of it."""
-
-    model: PeftModel
-    num_modules: int
-    # Share of the squared norm of all modules' differences that their leading directions have.
-    share_of_energy: float
-    other_weights_that_differ: list[str]
-
-
 @torch.no_grad()
 def extract_adapter(
     model: PreTrainedModel, tuned: str, rank: int, progress: Progress, towers: Towers = "language"
-) -> Extracted:
+) -> tuple[PeftModel, dict[str, Any]]:
     """`model` with an adapter of the leading `rank` singular directions of each difference.
 
-    Modules that do not differ have no adapter. Norms, embeddings, biases and the head stay those of
-    the base; `progress` gets a note if they differ.
+    Also what the record says of it; the share of energy is that of the squared norm of all modules'
+    differences in these directions. Modules that do not differ have no adapter. Norms, embeddings,
+    biases and the head stay those of the base; `progress` gets a note if they differ.
     """
     checkpoint = Checkpoint.open(ModelOptions(model=tuned))
     stacked = [module.name for module in map_modules(model, towers) if module.is_stacked]
@@ -86,7 +76,11 @@ def extract_adapter(
         layer = adapted.get_base_model().get_submodule(name)
         layer.lora_A[adapted.active_adapter].weight.copy_(a)
         layer.lora_B[adapted.active_adapter].weight.copy_(b)
-    return Extracted(adapted, len(ranks), kept / whole, others)
+    progress.note(
+        f"rank {rank} of {len(ranks)} modules holds {kept / whole:.1%} of the squared difference"
+    )
+    record = {"tuned": tuned, "lora_rank": rank, "share_of_energy": kept / whole}
+    return adapted, record | {"other_weights_that_differ": others}
 
 
 def _leading(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -79,11 +79,7 @@ class ExtractOptions:
     def ranking(self) -> RankOptions:
         """How the parts are ranked."""
         size = self.size
-        method: dict[str, Any] = {
-            "method": "fisher-pruning",
-            "granularity": "part",
-            "mask_batches": size.mask_batches,
-        }
+        of_method: dict[str, Any] = {"granularity": "part", "mask_batches": size.mask_batches}
         return RankOptions(
             model=self.model,
             data=self.data,
@@ -91,19 +87,14 @@ class ExtractOptions:
             training=TrainingOptions(
                 **vars(self.objective), lora_rank=size.lora_rank, batch_size=size.batch_size
             ),
-            scoring=ScoringFlags(**method),
+            scoring=ScoringFlags(method="fisher-pruning", **of_method),
         )
 
     def pruning(self, output: Path) -> PruneOptions:
         """How the adapter of all parts, which is in `output`, is cut."""
-        size = self.size
+        size = {name: getattr(self.size, name) for name in ("budget", "max_loss", "pad_ranks")}
         return PruneOptions(
-            selection=CutOptions(
-                ranking=str(output),
-                budget=size.budget,
-                max_loss=size.max_loss,
-                pad_ranks=size.pad_ranks,
-            ),
+            selection=CutOptions(ranking=str(output), **size),
             model=self.model,
             data=self.data,
             update=UpdateOptions(adapter=str(output / STAGE_1_ADAPTER)),

@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from keylayers import files
 from keylayers.apply.prune import (
     WEIGHTS,
     bytes_on_disk,
@@ -24,17 +25,6 @@ from keylayers.commands.repeat import card_of
 from keylayers.commands.session import Session, loss_of, note_ties, unit_of
 from keylayers.errors import ConfigError, GuardError, OutputError
 from keylayers.evaluation.held_out import MaskedLoss, masked_losses, smallest_within
-from keylayers.files import (
-    CARD,
-    RECORD,
-    check_replaceable,
-    json_sha256,
-    output_folder,
-    replaced_folder,
-    unfinished,
-    write_json,
-    write_text,
-)
 from keylayers.gates import part_name
 from keylayers.model.loading import load_adapter, load_model
 from keylayers.progress import Progress
@@ -61,9 +51,9 @@ def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned
         raise ConfigError(
             "`heal_steps` must be left out with `tuned`: it trains the LoRA matrices of an adapter"
         )
-    check_replaceable(output)
+    files.check_replaceable(output)
     _check_apart(options, output)
-    with output_folder(output), unfinished(output):
+    with files.output_folder(output), files.unfinished(output):
         session = Session(options, options.objective, progress, ranking=ranking)
         tuned = session.open_update(options.update, ranking)
         trainer = session.loss_trainer(tuned.model)
@@ -81,7 +71,7 @@ def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned
         cut = _Cut(options, session, ranking, selection)
         record = session.record | tuned.record
         kept = tuner_layers(tuned.model).keys() - set(cut.pruned)
-        with replaced_folder(output) as folder:
+        with files.replaced_folder(output) as folder:
             sizes = cut.write(tuned.model, folder)
             del tuned, trainer, loss  # frees the memory of the model
             with progress.stage("held-out loss of the base and the pruned model", 2) as on_step:
@@ -105,11 +95,11 @@ def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned
             )
             record |= {
                 "selection": selection.record(),
-                "ranking_sha256": json_sha256(ranking.to_json()),
+                "ranking_sha256": files.json_sha256(ranking.to_json()),
                 "result": found.model_dump(exclude_none=True),
             }
-            write_text(folder / CARD, card_of("prune", record, ranking))
-            write_json(folder / RECORD, record)
+            files.write_text(folder / files.CARD, card_of("prune", record, ranking))
+            files.write_json(folder / files.RECORD, record)
     return found
 
 

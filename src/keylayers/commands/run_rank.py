@@ -93,27 +93,17 @@ def _extracted(session: Session, options: RankOptions, folder: Path) -> TunedMod
     """The base with the leading singular directions of the difference to the tuned checkpoint."""
     training, tuned = options.training, options.update.tuned
     assert tuned is not None
-    found = extract_adapter(
+    model, extracted = extract_adapter(
         session.fresh(), tuned, training.lora_rank, session.progress, options.model.towers
     )
-    extracted = {
-        "tuned": tuned,
-        "lora_rank": training.lora_rank,
-        "share_of_energy": found.share_of_energy,
-        "other_weights_that_differ": found.other_weights_that_differ,
-    }
-    session.progress.note(
-        f"rank {training.lora_rank} of {found.num_modules} modules holds "
-        f"{found.share_of_energy:.1%} of the squared difference; the adapter is in {folder}"
-    )
+    session.progress.note(f"the adapter of the difference is in {folder}")
     record = {"options": session.record["options"], "extracted": extracted}
     card = card_of("rank", session.record | record, None)
     with files.unfinished(folder):
-        save_tuned(found.model, session.tokenizer, folder, record, card)
-    adapter = {"name": str(folder), "weights_sha256": adapter_sha256(found.model), "always_on": []}
-    return TunedModel(
-        found.model, adapter_updates(found.model), {"adapter": adapter, "extracted": extracted}
-    )
+        save_tuned(model, session.tokenizer, folder, record, card)
+    adapter = {"name": str(folder), "weights_sha256": adapter_sha256(model), "always_on": []}
+    made_by = {"adapter": adapter, "extracted": extracted}
+    return TunedModel(model, adapter_updates(model), made_by)
 
 
 def _stage_1(

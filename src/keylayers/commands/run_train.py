@@ -6,11 +6,11 @@ With `--rank-first` one run trains, ranks and freezes, which is the paper's algo
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from keylayers.commands.fine_tuning import FineTuned, FineTuning, Wanted, frozen_label
 from keylayers.commands.options import Control, TrainOptions, flat_values
@@ -28,6 +28,8 @@ from keylayers.scores.scoring_options import ScoringOptions, scoring_options
 from keylayers.training.freeze import FreezeUnimportant
 from keylayers.training.memory import measured_memory
 from keylayers.training.options import StabilityOptions
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -194,13 +196,8 @@ def control_modules(ranking: Ranking, selection: Selection, control: Control, se
         return tuple(names)
     if selection.ranks is not None:
         return _control_ranks(ranking, selection, control, seed)
-    size = len(selection.modules)
-    if control == "random":
-        chosen = set(random.Random(seed).sample(names, size))
-    elif control == "worst":
-        chosen = {module.name for module in ranking.ordered()[-size:]}
-    else:
-        chosen = set(names[:size] if control == "first" else names[-size:])
+    best = [module.name for module in ranking.ordered()]
+    chosen = _chosen(control, names, best, len(selection.modules), seed)
     return tuple(name for name in names if name in chosen)
 
 
@@ -221,11 +218,17 @@ def _control_ranks(
         return dict.fromkeys(places, rank)
     size = sum((selection.ranks or {}).values())
     in_order = sorted(best, key=lambda part: (places[part.module_name], part.index))
-    chosen = {
-        "random": lambda: random.Random(seed).sample(in_order, size),
-        "worst": lambda: best[-size:],
-        "first": lambda: in_order[:size],
-        "last": lambda: in_order[-size:],
-    }[control]()
+    chosen = _chosen(control, in_order, best, size, seed)
     counts = Counter(part.module_name for part in chosen)
     return {name: counts[name] for name in places if name in counts}
+
+
+def _chosen(
+    control: Control, in_order: Sequence[T], best: Sequence[T], size: int, seed: int
+) -> Collection[T]:
+    """So many modules, or parts: of those in the model's order, or the last of the best first."""
+    if control == "random":
+        return random.Random(seed).sample(in_order, size)
+    if control == "worst":
+        return best[-size:]
+    return in_order[:size] if control == "first" else in_order[-size:]

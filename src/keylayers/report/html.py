@@ -24,15 +24,8 @@ from keylayers.ranking.certainty import undecided
 from keylayers.ranking.compare import agreement, mean_by_kind
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.selection import Selection
+from keylayers.report import charts
 from keylayers.report.agreement import agreement_notes, measures, pair_name
-from keylayers.report.charts import (
-    Chart,
-    agreement_chart,
-    curve_chart,
-    heatmap_chart,
-    losses_chart,
-    ranks_chart,
-)
 from keylayers.report.curve import carried_near, reading
 from keylayers.report.figures import VEGA_LITE
 from keylayers.report.source import Source, module_rows, num_best
@@ -74,17 +67,17 @@ def _view(source: Source, budget: WrittenBudget, repeat: str) -> dict[str, Any]:
     ranking, found = source.ranking, source.verification
     if ranking.is_of_parts:
         chosen, position = _parts_budgets(ranking, budget)
-        heatmap = ranks_chart(ranking, chosen, BUDGET)
+        heatmap = charts.ranks_chart(ranking, chosen, BUDGET)
         at = f"[{','.join(str(one.num_parameters) for one in chosen)}][{BUDGET}]"
         budgets = [_parts_budget(source, one) for one in chosen]
     else:
         position, at = num_best(ranking, budget), BUDGET
-        heatmap = heatmap_chart(ranking, BUDGET)
+        heatmap = charts.heatmap_chart(ranking, BUDGET)
         budgets = _budgets(ranking)
-    charts = {
+    drawn = {
         "heatmap": heatmap,
-        "losses": losses_chart(ranking),
-        "curve": found and curve_chart(found, at),
+        "losses": charts.losses_chart(ranking),
+        "curve": found and charts.curve_chart(found, at),
     }
     return {
         "source": source,
@@ -98,7 +91,7 @@ def _view(source: Source, budget: WrittenBudget, repeat: str) -> dict[str, Any]:
         "provenance": json.dumps(ranking.provenance, indent=2, ensure_ascii=False),
         "data": {
             "is_of_parts": ranking.is_of_parts,
-            "charts": {name: _spec(chart, position) for name, chart in charts.items() if chart},
+            "charts": {name: _spec(chart, position) for name, chart in drawn.items() if chart},
             "budgets": budgets,
             "count": position,
         },
@@ -179,14 +172,14 @@ def _agreement(sources: Sequence[Source], budget: WrittenBudget) -> dict[str, An
         return {"chart": None, "refusal": str(error)}
     return {
         "refusal": None,
-        "chart": _spec(agreement_chart(pairs, names)),
+        "chart": _spec(charts.agreement_chart(pairs, names)),
         "pairs": [(pair_name(pair, names), pair.kind, measures(pair)) for pair in pairs],
         "means": [(mean.num_pairs, mean.kind, measures(mean)) for mean in mean_by_kind(pairs)],
         "notes": agreement_notes(pairs, names),
     }
 
 
-def _spec(chart: Chart, count: int = 0) -> dict[str, Any]:
+def _spec(chart: charts.Chart, count: int = 0) -> dict[str, Any]:
     """A chart as Vega-Lite JSON that fills the width of its container."""
     return chart.to_dict() | {
         "width": "container",

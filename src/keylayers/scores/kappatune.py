@@ -12,9 +12,9 @@ Blind to: data and update. The score depends on the smallest and largest singula
 
 import torch
 
+from keylayers.model.weights import base_weight
 from keylayers.scores.options import MethodOptions
 from keylayers.scores.task import ModuleScores, Task
-from keylayers.updates.base_weight import base_weight
 
 
 def kappatune(task: Task, options: MethodOptions) -> ModuleScores:

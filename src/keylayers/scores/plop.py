@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
+from keylayers.model.weights import base_weight
 from keylayers.scores.options import Batched
 from keylayers.scores.probe import layer_values, linear_layers, tokens_of
 from keylayers.scores.task import ModuleScores, Task
-from keylayers.updates.base_weight import base_weight
 
 
 def plop(task: Task, options: Batched) -> ModuleScores:

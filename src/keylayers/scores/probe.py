@@ -12,9 +12,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from keylayers.model.modules import blocks_of
+from keylayers.model.weights import check_linear
 from keylayers.scores.task import MaskedModel, Task
 from keylayers.updates.adapter import towers_of
-from keylayers.updates.base_weight import check_linear
 
 
 def linear_layers(task: Task) -> list[nn.Module]:

@@ -22,9 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from keylayers.model.weights import base_weight
 from keylayers.scores.options import MethodOptions
 from keylayers.scores.task import ModuleScores, Task
-from keylayers.updates.base_weight import base_weight
 
 
 def spectrum(task: Task, options: MethodOptions) -> ModuleScores:

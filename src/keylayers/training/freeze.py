@@ -8,7 +8,8 @@ resumed run gives the same result as a run that was never stopped.
 import json
 import sys
 import warnings
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -108,7 +109,7 @@ class FreezeUnimportant(TrainerCallback):
         self._given_trainer = trainer
         self._recent: list[float] = []  # losses of the last steps
         self._replaced = ExitStack()  # gives trainer and model back what was replaced
-        self._losses: StepLosses | None = None
+        self._take_loss: Callable[[], float] | None = None
         self._halted: HaltedUpdates | None = None
         self._first_step_after = 0
 
@@ -145,17 +146,16 @@ class FreezeUnimportant(TrainerCallback):
         if saved is not None:
             self._take_over(trainer, saved, state)
         if self.ranking is None:
-            self._losses = StepLosses(trainer)
-            self._replaced.callback(self._losses.close)
+            self._take_loss = self._replaced.enter_context(step_losses(trainer))
         self._remember(state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         """Rank and freeze when it is time; between two steps there are no gradients to disturb."""
         if self._halted is not None and state.global_step == self._first_step_after:
             self._halted.check()  # catches an optimiser that moves weights without gradients
-        if self._losses is None:
+        if self._take_loss is None:
             return
-        self._recent = [*self._recent, self._losses.take()][-2 * self.stability.window :]
+        self._recent = [*self._recent, self._take_loss()][-2 * self.stability.window :]
         if state.global_step < state.max_steps:
             if self.stability.is_stable(self._recent):
                 self.reason = "stable"
@@ -248,7 +248,7 @@ class FreezeUnimportant(TrainerCallback):
 
     def _let_go(self) -> None:
         self._replaced.close()
-        self._losses = self._halted = None
+        self._take_loss = self._halted = None
 
     def _remember(self, state: TrainerState) -> None:
         state.stateful_callbacks[STATE_KEY] = {
@@ -276,35 +276,31 @@ def trainer_of(callback: TrainerCallback) -> Trainer:
     )
 
 
-class StepLosses:
-    """Sees the loss of each batch that a trainer trains on, until closed.
+@contextmanager
+def step_losses(trainer: Trainer) -> Iterator[Callable[[], float]]:
+    """Inside the block, a function that gives the loss in nats of the step that just ended.
 
     Logged losses are means over `logging_steps`, whose windows shift when a run resumes, so we read
     the loss from `training_step`, which transformers documents for subclasses to override.
     """
+    replaced = vars(trainer).get("training_step")  # None: the class's own method
+    training_step = trainer.training_step
+    batches: list[Tensor] = []
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._replaced = vars(trainer).get("training_step")  # None: the class's own method
-        self._training_step = trainer.training_step
-        self._batches: list[Tensor] = []
-        trainer.training_step = self._seen
-
-    def _seen(self, *arguments: Any, **options: Any) -> Tensor:
-        loss: Tensor = self._training_step(*arguments, **options)
-        self._batches.append(loss.detach())
+    def seen(*arguments: Any, **options: Any) -> Tensor:
+        loss: Tensor = training_step(*arguments, **options)
+        batches.append(loss.detach())
         return loss
 
-    def take(self) -> float:
-        """The loss in nats of the step that just ended."""
+    def taken() -> float:
         # Batches return shares of it, scaled so that their mean over processes is the step's loss.
-        loss = torch.tensor(float(sum(self._batches)), dtype=torch.float64)
-        self._batches.clear()
-        return float(summed(loss)) / self._trainer.accelerator.num_processes
+        loss = torch.tensor(float(sum(batches)), dtype=torch.float64)
+        batches.clear()
+        return float(summed(loss)) / trainer.accelerator.num_processes
 
-    def close(self) -> None:
-        """Give the trainer its method back, unless someone else has replaced it since."""
-        if vars(self._trainer).get("training_step") == self._seen:
-            del self._trainer.training_step
-            if self._replaced is not None:
-                self._trainer.training_step = self._replaced
+    trainer.training_step = seen
+    yield taken
+    if vars(trainer).get("training_step") is seen:  # else someone has replaced it since
+        del trainer.training_step
+        if replaced is not None:
+            trainer.training_step = replaced

@@ -7,10 +7,11 @@ adapters, sorted out in `adapter`) and `dense` (the difference of two checkpoint
 
 from collections.abc import Sequence
 
-from keylayers.updates.adalora import AdaLoraUpdate
-from keylayers.updates.adapter import adapter_updates
-from keylayers.updates.dense import dense_updates
-from keylayers.updates.gate import AdapterUpdate, Update
+from keylayers.updates.adalora import AdaLoraUpdate as AdaLoraUpdate
+from keylayers.updates.adapter import adapter_updates as adapter_updates
+from keylayers.updates.dense import dense_updates as dense_updates
+from keylayers.updates.gate import AdapterUpdate as AdapterUpdate
+from keylayers.updates.gate import Update as Update
 
 ZERO = "the update of every module is zero: no score says anything about this fine-tune"
 
@@ -18,13 +19,3 @@ ZERO = "the update of every module is zero: no score says anything about this fi
 def are_zero(updates: Sequence[Update]) -> bool:
     """Whether no update changes its module, as before the first step; ends at the first change."""
     return not any(bool(update.delta().any()) for update in updates)
-
-
-__all__ = [
-    "AdaLoraUpdate",
-    "AdapterUpdate",
-    "Update",
-    "adapter_updates",
-    "are_zero",
-    "dense_updates",
-]

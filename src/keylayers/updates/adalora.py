@@ -18,7 +18,7 @@ from peft.tuners.adalora import AdaLoraModel
 from torch import Tensor, nn
 
 from keylayers.model.preserve import restored
-from keylayers.updates.gate import AdapterUpdate, Gate, PartBasis, PartGate, around_forward
+from keylayers.updates.gate import AdapterUpdate, Gate, PartBasis, PartGate, cover_in_forward
 
 
 class AdaLoraUpdate(AdapterUpdate):
@@ -43,16 +43,13 @@ class AdaLoraUpdate(AdapterUpdate):
             self.layer.lora_dropout[self.adapter] = gate
             return
         self.layer.lora_dropout[self.adapter] = nn.Identity()
-        attributes, (_, values, _) = self.layer.__dict__, self._triplets()
+        _, values, _ = self._triplets()
 
-        def scale() -> None:
-            scaled = values * gate.value().to(values.device, values.dtype)[:, None]
-            attributes["lora_E"] = {self.adapter: scaled}
+        def scaled() -> dict[str, Tensor]:
+            gates = gate.value().to(values.device, values.dtype)
+            return {self.adapter: values * gates[:, None]}
 
-        def restore() -> None:
-            attributes.pop("lora_E", None)  # uncovers the parameter
-
-        around_forward(self.layer, scale, restore)
+        cover_in_forward(self.layer, "lora_E", scaled)
 
     @cached_property
     def parts(self) -> PartBasis:

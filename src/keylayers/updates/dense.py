@@ -22,7 +22,7 @@ from keylayers.errors import ModelError
 from keylayers.model.modules import map_modules
 from keylayers.model.options import Towers
 from keylayers.updates.checkpoints import difference_of, parameters_of, value_like
-from keylayers.updates.gate import Gate, Update, around_forward
+from keylayers.updates.gate import Gate, Update, cover_in_forward
 
 
 class Workspace:
@@ -127,16 +127,12 @@ class DenseExpertsUpdate(Update):
 
     def connect(self, gate: Gate) -> None:
         """Let the experts, which hold θ_0, compute with `θ_0 + γ Δθ`."""
-        name, attributes = self.module.last_name, self.layer.__dict__
 
-        def mix() -> None:
+        def mixed() -> Tensor:
             base = self._parameter()
-            attributes[name] = base + gate(difference_of(self.tuned, self.module.name, base))
+            return base + gate(difference_of(self.tuned, self.module.name, base))
 
-        def restore() -> None:
-            attributes.pop(name, None)  # uncovers the parameter
-
-        around_forward(self.layer, mix, restore)
+        cover_in_forward(self.layer, self.module.last_name, mixed)
 
     def _parameter(self) -> nn.Parameter:
         return self.layer.get_parameter(self.module.last_name)

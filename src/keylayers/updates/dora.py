@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from keylayers.model.sharding import whole
-from keylayers.updates.base_weight import base_weight
+from keylayers.model.weights import base_weight
 from keylayers.updates.gate import AdapterUpdate, Gate, PartBasis, PartGate
 from keylayers.updates.lora import scale_output
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -194,7 +194,14 @@ class AdapterUpdate(Update):
         """What PEFT saves for this layer with the kept parts alone, by name, at a scaling of 1."""
 
 
-def around_forward(layer: nn.Module, before: Callable[[], None], after: Callable[[], None]) -> None:
-    """Call `before` and `after` around every forward pass of `layer`, even one that fails."""
-    layer.register_forward_pre_hook(lambda *_: before())
-    layer.register_forward_hook(lambda *_: after(), always_call=True)
+def cover_in_forward(layer: nn.Module, name: str, value: Callable[[], Any]) -> None:
+    """Let `value()` cover a parameter of `layer` during every forward pass, even one that fails."""
+
+    def cover(*_: Any) -> None:
+        vars(layer)[name] = value()
+
+    def uncover(*_: Any) -> None:
+        vars(layer).pop(name, None)
+
+    layer.register_forward_pre_hook(cover)
+    layer.register_forward_hook(uncover, always_call=True)
