@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from keylayers.errors import GuardError, ModelError
 from keylayers.model.modules import linear_of
-from keylayers.model.preserve import preserved
+from keylayers.model.preserve import kept_frozen, preserved
 from keylayers.scores.options import Granularity
 from keylayers.updates import Update
-from keylayers.updates.frozen import kept_frozen
 from keylayers.updates.gate import Gate, Link, PartGate
 
 

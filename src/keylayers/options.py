@@ -29,6 +29,23 @@ class Options:
             if value is not None and "check" in option.metadata:
                 option.metadata["check"](option.name, value)
 
+    def check_one_given(self, **examples: str) -> None:
+        """Raise a ConfigError unless exactly one of these options is given; it shows examples."""
+        given = [name for name in examples if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            *others, last = (f"`{name}` ({example})" for name, example in examples.items())
+            raise ConfigError(
+                f"exactly one of {', '.join(others)} and {last} must be given, got "
+                f"{' and '.join(given) or 'none'}"
+            )
+
+    def check_left_out(self, without: str, *names: str, why: str = "") -> None:
+        """Raise a ConfigError if one of these options, or of all, has no effect but is given."""
+        for option in fields(self):
+            is_given = getattr(self, option.name) != option.default
+            if is_given and (option.name in names or not names):
+                raise ConfigError(f"`{option.name}` must be left out without `{without}`{why}")
+
 
 def checked(default: Any, check: Check) -> Any:
     """A field whose value must pass `check(name, value)`, unless it is None."""

@@ -21,6 +21,7 @@ from keylayers.commands.scoring_flags import ScoringFlags
 from keylayers.errors import ConfigError
 from keylayers.files import STAGE_1_ADAPTER
 from keylayers.model.options import UpdateOptions
+from keylayers.options import Options
 from keylayers.ranking.budget import Auto, Time, parse_budget
 from keylayers.training.options import ObjectiveOptions, TrainingOptions
 
@@ -31,7 +32,7 @@ keylayers extract --model base --tuned instruct --data chats.jsonl --lora-rank 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class SizeOptions:
+class SizeOptions(Options):
     """What is extracted, and how small it becomes.
 
     Attributes:
@@ -55,12 +56,8 @@ class SizeOptions:
     mask_batches: int = 4
 
     def __post_init__(self) -> None:
-        if (self.budget is None) == (self.max_loss is None):
-            given = "neither" if self.budget is None else "both"
-            raise ConfigError(
-                f"exactly one of `budget` (such as 64MiB) and `max_loss` (such as 0.01) must be "
-                f"given, got {given}"
-            )
+        super().__post_init__()
+        self.check_one_given(budget="such as 64MiB", max_loss="such as 0.01")
         if self.budget is not None and isinstance(parse_budget(self.budget), (Auto, Time)):
             raise ConfigError(
                 f"`budget` must be of parts, such as 0.1x-params or 64MiB, got {self.budget}"

@@ -72,12 +72,7 @@ class BudgetOptions(Options):
 
     def check(self) -> None:
         """Raise a ConfigError unless the options select one set of modules."""
-        if (self.budget is None) == (self.freeze is None):
-            given = "neither" if self.budget is None else "both"
-            raise ConfigError(
-                f"exactly one of `budget` (such as 0.3) and `freeze` (such as 0.25) must be given, "
-                f"got {given}"
-            )
+        self.check_one_given(budget="such as 0.3", freeze="such as 0.25")
 
     def budget_for(self, ranking: "Ranking") -> Budget:
         """The budget that is asked for; `auto` is what the ranking's verification recommends."""
@@ -121,16 +116,9 @@ class CutOptions(BudgetOptions):
 
     def check(self) -> None:
         """Raise a ConfigError unless exactly one option says how much is kept."""
-        given = [
-            name for name in ("budget", "freeze", "max_loss") if getattr(self, name) is not None
-        ]
-        if self.max_loss is None:
-            super().check()
-        elif len(given) > 1:
-            raise ConfigError(
-                f"exactly one of `budget`, `freeze` and `max_loss` must be given, got "
-                f"{' and '.join(given)}"
-            )
+        self.check_one_given(
+            budget="such as 0.3", freeze="such as 0.25", max_loss="such as 0.01 nats"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,12 +145,7 @@ class SelectionOptions(BudgetOptions):
 
     def check(self) -> None:
         """Raise a ConfigError unless the options select one set of modules."""
-        if (self.ranking is None) != self.rank_first:
-            given = "both" if self.rank_first else "neither"
-            raise ConfigError(
-                f"exactly one of `ranking` (a file) and `rank_first` (rank inside the run) must be "
-                f"given, got {given}"
-            )
+        self.check_one_given(ranking="a file", rank_first="rank inside the run")
         if self.rank_first:
             self._check_rank_first()
             return
@@ -299,12 +282,7 @@ class TrainOptions:
             self.stability.cap_within(self.selection.steps)
             return
         for part in (self.stability, self.scoring):
-            for option in fields(part):
-                if getattr(part, option.name) != option.default:
-                    raise ConfigError(
-                        f"`{option.name}` must be left out without `rank_first`: the modules are "
-                        f"ranked already"
-                    )
+            part.check_left_out("rank_first", why=": the modules are ranked already")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from docstring_parser import parse
 
+from keylayers.options import Options
 from keylayers.scores.methods import DEFAULT_METHOD, methods
 from keylayers.scores.scoring_options import ScoringOptions, all_options, scoring_from_flat
 
@@ -19,12 +20,13 @@ HELP = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Flags:
+class _Flags(Options):
     """What a type checker knows of the generated class."""
 
     method: str = DEFAULT_METHOD
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.scoring()  # refuses options of other methods
 
     def scoring(self) -> ScoringOptions:

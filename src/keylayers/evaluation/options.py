@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `keylayers eval` measures, on which models."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -12,15 +11,6 @@ from keylayers.model.options import ModelOptions
 from keylayers.options import Options, at_least, check_seed, checked
 
 BASE = "base model"  # its name in tables
-
-
-def _check_left_out(
-    options: "BenchmarkOptions | LossOptions", names: Sequence[str], without: str
-) -> None:
-    """Refuse options that have no effect without another one."""
-    for option in fields(options):
-        if option.name in names and getattr(options, option.name) != option.default:
-            raise ConfigError(f"`{option.name}` must be left out without `{without}`")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +82,7 @@ class BenchmarkOptions(Options):
         object.__setattr__(self, "tasks", tuple(dict.fromkeys(filter(None, names))))
         super().__post_init__()
         if not self.tasks:
-            _check_left_out(self, [option.name for option in fields(self)], "tasks")
+            self.check_left_out("tasks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +104,11 @@ class LossOptions(ReadingOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.data is None:
-            _check_left_out(self, ("format", "max_examples", "held_out", "split_seed"), "data")
+            self.check_left_out("data", "format", "max_examples", "held_out", "split_seed")
         if self.forgetting_data is None:
-            _check_left_out(self, ("forgetting_examples",), "forgetting_data")
+            self.check_left_out("forgetting_data", "forgetting_examples")
         if self.data is None and self.forgetting_data is None:
-            _check_left_out(self, ("data_split", "max_length"), "data")
+            self.check_left_out("data", "data_split", "max_length")
 
     def data_options(self, data: str) -> DataOptions:
         """How `data` is read and split, as `rank` and `train` do it."""

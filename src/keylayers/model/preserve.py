@@ -5,17 +5,22 @@ import contextlib
 import copy
 import random
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import Trainer
 
 from keylayers.errors import GuardError
 from keylayers.model.sharding import reshard
 from keylayers.model.weights import fingerprint
+
+SWITCHES = ("set_adapter", "enable_adapters", "set_requires_grad")  # of adapters, in PEFT
 
 
 def to_evaluation(model: nn.Module) -> None:
@@ -80,6 +85,43 @@ def _frozen(model: nn.Module) -> Iterator[None]:
         for parameter, (requires_grad, grad) in zip(parameters, states, strict=True):
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
+
+
+@contextlib.contextmanager
+def kept_frozen(model: nn.Module) -> Iterator[None]:
+    """Inside the block, switching adapters unfreezes no weight that was frozen at its start.
+
+    PEFT 0.21 sets `requires_grad` on each adapter that it activates, even one that was loaded
+    frozen (https://github.com/huggingface/peft/issues/3447). Trainers with a reference (DPO, KTO,
+    GRPO) switch to a second adapter, or to none, and back in every loss. The second loss would then
+    compute gradients of all LoRA weights, and under gradient checkpointing a recomputed activation
+    would not match the first.
+
+    Wraps three public methods of each PEFT layer; other layers are left alone.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    ]
+    for layer in layers:
+        frozen = [weight for weight in layer.parameters() if not weight.requires_grad]
+        for name in SWITCHES:
+            setattr(layer, name, partial(_switch_and_freeze, getattr(layer, name), frozen))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            for name in SWITCHES:
+                delattr(layer, name)  # uncovers the class's own method
+
+
+def _switch_and_freeze(
+    switch: Callable[..., None], frozen: list[nn.Parameter], *args: Any, **named: Any
+) -> None:
+    switch(*args, **named)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ def check_updates(updates: Sequence[Update], scoring: ScoringOptions) -> None:
     """Refuse updates that the method cannot score."""
     if find_method(scoring.method).needs != "examples":
         return
-    unseen = [update for update in updates if not update.sees_examples(scoring.granularity)]
+    unseen = [update for update in updates if scoring.granularity in update.without_examples]
     if unseen:
         raise ConfigError(
             f"`method` {scoring.method} needs the gradient of single examples, which the "

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from keylayers.errors import ConfigError
+from keylayers.model.preserve import kept_frozen
 from keylayers.model.sharding import check_can_freeze_inside
 from keylayers.options import check_fraction
 from keylayers.processes import summed
@@ -33,7 +34,6 @@ from keylayers.training.halt import HaltedUpdates, check_can_halt, halt_updates
 from keylayers.training.options import FreezeAction, StabilityOptions
 from keylayers.training.rank_modules import rank_modules
 from keylayers.updates import adapter_updates
-from keylayers.updates.frozen import kept_frozen
 
 # Key of the findings in the trainer's state. `ExportableState` would not do: from it transformers
 # 5.23 would build a new callback and drop the user's, with its `mask_dataset`.

@@ -24,6 +24,8 @@ from keylayers.updates.gate import AdapterUpdate, Gate, PartBasis, PartGate, cov
 class AdaLoraUpdate(AdapterUpdate):
     """The singular vectors and values of one linear layer."""
 
+    without_examples = ("part",)  # whose gates scale Λ
+
     def delta(self) -> Float[Tensor, "d_out d_in"]:
         """`scaling / r · P Λ Q` in float32."""
         a, values, b = (tensor.float() for tensor in self._triplets())
@@ -32,10 +34,6 @@ class AdaLoraUpdate(AdapterUpdate):
     def ranks_left(self) -> int:
         """Number of singular values that AdaLoRA has not set to zero."""
         return int((self.layer.lora_E[self.adapter].detach() != 0).sum())
-
-    def sees_examples(self, granularity: str) -> bool:
-        """Whether its gate scales something of each example."""
-        return granularity != "part"  # whose gates scale Λ
 
     def connect(self, gate: Gate) -> None:
         """Put the gate in the place of AdaLoRA's dropout, or scale the singular values."""

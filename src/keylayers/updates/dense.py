@@ -22,7 +22,7 @@ from keylayers.errors import ModelError
 from keylayers.model.modules import map_modules
 from keylayers.model.options import Towers
 from keylayers.updates.checkpoints import difference_of, parameters_of, value_like
-from keylayers.updates.gate import Gate, Update, cover_in_forward
+from keylayers.updates.gate import EVERY, Gate, Update, cover_in_forward
 
 
 class Workspace:
@@ -43,6 +43,8 @@ class Workspace:
 class DenseUpdate(Update):
     """What full fine-tuning added to one linear layer's weight, and to its bias if it has one."""
 
+    without_examples = EVERY  # the gate's gradient is summed over the tokens as they come
+
     layer: nn.Linear | Conv1D
     tuned: Mapping[str, Tensor]
     workspace: Workspace
@@ -50,10 +52,6 @@ class DenseUpdate(Update):
     def delta(self) -> Float[Tensor, "d_out d_in"]:
         """The update of the weight in float32."""
         return self._delta_weight().to(torch.float32, copy=True)
-
-    def sees_examples(self, granularity: str) -> bool:
-        """No: its gate's gradient is summed over the tokens as they come."""
-        return False
 
     def connect(self, gate: Gate) -> None:
         """Let the module, which holds θ_0, compute with `θ_0 + γ Δθ`."""
@@ -115,15 +113,13 @@ class DenseExpertsUpdate(Update):
     forward pass. Autograd keeps the mixed weight: a second copy of the experts in memory.
     """
 
+    without_examples = EVERY  # the gate scales weights
+
     tuned: Mapping[str, Tensor]
 
     def delta(self) -> Float[Tensor, "..."]:
         """The update of the parameter in its own shape, in float32."""
         return difference_of(self.tuned, self.module.name, self._parameter()).float()
-
-    def sees_examples(self, granularity: str) -> bool:
-        """No: its gate's gradient is summed over the tokens as they come."""
-        return False
 
     def connect(self, gate: Gate) -> None:
         """Let the experts, which hold θ_0, compute with `θ_0 + γ Δθ`."""

@@ -12,19 +12,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from keylayers.model.sharding import whole
-from keylayers.updates.gate import AdapterUpdate, Gate, PartGate
+from keylayers.updates.gate import EVERY, AdapterUpdate, Gate, PartGate
 
 
 class ParameterUpdate(AdapterUpdate):
     """The LoRA matrices of one parameter."""
 
+    without_examples = EVERY  # the gate scales weights
+
     def delta(self) -> Float[Tensor, "..."]:
         """The whole update of the parameter in its own shape, in float32."""
         return whole(self.layer.get_delta_weight(self.adapter)).float()
-
-    def sees_examples(self, granularity: str) -> bool:
-        """Whether its gate scales something of each example."""
-        return False  # it scales weights
 
     def connect(self, gate: Gate) -> None:
         """Scale one factor, or the product where PEFT asks for that."""

@@ -3,10 +3,10 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from keylayers.model.modules import ModuleInfo
 from keylayers.model.sharding import whole
 
 Link = Literal["sigmoid", "identity"]
+EVERY = ("module", "block", "projection", "part")  # granularity
 
 
 class Gate(nn.Module):
@@ -141,6 +142,9 @@ class PartBasis:
 class Update(ABC):
     """What a fine-tune added to one module; `layer` computes with it."""
 
+    # Granularities at which its gate scales nothing of single examples, which have no gradient then.
+    without_examples: ClassVar[Collection[str]] = ()
+
     module: ModuleInfo
     layer: nn.Module
 
@@ -150,10 +154,6 @@ class Update(ABC):
 
         Of a weight with a bias, the update of the weight.
         """
-
-    def sees_examples(self, granularity: str) -> bool:
-        """Whether its gate scales something of each example, and so has each one's gradient."""
-        return True
 
     @abstractmethod
     def connect(self, gate: Gate) -> None:
