@@ -240,9 +240,7 @@ def test_prune_keeps_the_fewest_parts_within_a_loss(ranked_parts, ranked, tmp_pa
     assert (code, "with unknown certainty, from a single held-out batch" in err) == (0, True)
     code, _, err = printed("prune", "--ranking", ranked, "--max-loss", "0.05", "--budget", "0.3")
     assert code == 2
-    assert "`max_loss` (such as 0.01 nats) must be given, got budget and" in complaint_in(
-        err
-    )
+    assert "`max_loss` (such as 0.01 nats) must be given, got budget and" in complaint_in(err)
     code, _, err = printed("prune", "--ranking", ranked, "--budget", "0.3", "--pad-ranks", "8")
     assert code == 2
     assert "rank with `granularity` part" in complaint_in(err)

@@ -142,7 +142,7 @@ class PartBasis:
 class Update(ABC):
     """What a fine-tune added to one module; `layer` computes with it."""
 
-    # Granularities at which its gate scales nothing of single examples, which have no gradient then.
+    # Granularities at which its gate scales nothing of single examples: they have no gradient.
     without_examples: ClassVar[Collection[str]] = ()
 
     module: ModuleInfo
