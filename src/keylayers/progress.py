@@ -4,14 +4,12 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol, runtime_checkable
 
 OnStep = Callable[[int, float | None], None]
 
 
-@runtime_checkable
-class Progress(Protocol):
-    """Receives the reports of a run, and does nothing with them by default."""
+class Progress:
+    """Receives the reports of a run, and does nothing with them."""
 
     def stage(self, title: str, num_steps: int | None) -> AbstractContextManager[OnStep]:
         """A part of the run; yields a function to call after each step with its number and loss."""
@@ -20,10 +18,6 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """Report a line that the user should read."""
         return
-
-
-class Silent(Progress):
-    """Shows nothing."""
 
 
 @contextmanager

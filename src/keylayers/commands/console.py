@@ -12,13 +12,13 @@ from rich import progress
 from rich.console import Console, RenderableType
 
 from keylayers.environment import is_first_process
-from keylayers.progress import OnStep
+from keylayers.progress import OnStep, Progress
 
 PIPE_WIDTH = 120
 LINE_SECONDS = 30.0  # between lines about a stage, where there is no terminal
 
 
-class ConsoleProgress:
+class ConsoleProgress(Progress):
     """Progress bars with loss and time left in a terminal; elsewhere lines, now and then."""
 
     def __init__(self) -> None:
@@ -37,16 +37,14 @@ class ConsoleProgress:
             progress.TextColumn("left"),
             progress.TimeRemainingColumn(),
         )
-        last = 0
-        start = told_at = time.perf_counter()
+        told_at = time.perf_counter()
         is_hidden = not self.console.is_terminal
         shown = progress.Progress(*columns, console=self.console, transient=True, disable=is_hidden)
         with shown as bars:
             bar = bars.add_task(title, total=num_steps, loss="")
 
             def on_step(step: int, loss: float | None) -> None:
-                nonlocal last, told_at
-                last = step
+                nonlocal told_at
                 of_loss = "" if loss is None else f"loss {loss:.3f}"
                 bars.update(bar, completed=step, loss=of_loss)
                 if is_hidden and time.perf_counter() - told_at > LINE_SECONDS:
@@ -55,8 +53,8 @@ class ConsoleProgress:
                     self.note(", ".join(filter(None, (f"{title}: step {step}{of}", of_loss))))
 
             yield on_step
-        seconds = time.perf_counter() - start
-        self.note(f"{title}: {last} steps, {seconds:.0f} s")
+        (done,) = shown.tasks
+        self.note(f"{title}: {done.completed:.0f} steps, {done.elapsed or 0:.0f} s")
 
     def note(self, text: str) -> None:
         """One line on stderr."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+import pandas as pd
 import torch
 from transformers import Trainer
 
@@ -104,27 +105,19 @@ def orders_by_singular_values(updates: Sequence[Update]) -> dict[str, list[str]]
     module keeps a share of its squared norm, or drops values below a ratio (kohya's `sv_fro` and
     `sv_ratio`).
     """
-    values, index, share, ratio = [], [], [], []
-    names: list[str] = []
-    costs: list[int] = []
+    parts = []
     for update in updates:
-        basis = update.parts
-        own = basis.singular_values.double().cpu()
-        names += [part_name(update.module.name, place) for place in range(len(own))]
-        costs += basis.num_parameters
-        energy = own.square() / own.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
-        values.append(own)
-        index.append(torch.arange(len(own)) - 0.5 * energy)  # ties go to the dominant part
-        share.append(energy.cumsum(0) - energy)  # what the parts before it keep
-        ratio.append(own / own.max().clamp(min=torch.finfo(torch.float64).tiny))
-    keys = {
-        "uniform rank": torch.cat(index),
-        "singular value": -torch.cat(values),
-        "energy per parameter": -torch.cat(values).square() / torch.tensor(costs),
-        "share of energy": torch.cat(share),
-        "ratio to the largest": -torch.cat(ratio),
-    }
-    return {
-        rule: [names[place] for place in key.argsort(stable=True).tolist()]
-        for rule, key in keys.items()
-    }
+        basis, tiny = update.parts, torch.finfo(torch.float64).tiny
+        values = basis.singular_values.double().cpu()
+        energy = values.square() / values.square().sum().clamp(min=tiny)
+        own = {
+            "uniform rank": torch.arange(len(values)) - 0.5 * energy,  # ties: the dominant part
+            "singular value": -values,
+            "energy per parameter": -values.square() / torch.tensor(basis.num_parameters),
+            "share of energy": energy.cumsum(0) - energy,  # what the parts before it keep
+            "ratio to the largest": -values / values.max().clamp(min=tiny),
+        }
+        names = [part_name(update.module.name, place) for place in range(len(values))]
+        parts.append(pd.DataFrame({rule: key.numpy() for rule, key in own.items()}, names))
+    table = pd.concat(parts)
+    return {rule: list(table[rule].sort_values(kind="stable").index) for rule in table}

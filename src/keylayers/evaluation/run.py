@@ -18,7 +18,7 @@ from keylayers.evaluation.options import EvalOptions
 from keylayers.evaluation.subjects import Loaded, each_model
 from keylayers.evaluation.texts import GAIN, Examples, examples_of
 from keylayers.files import RECORD, json_sha256, output_folder, unfinished
-from keylayers.progress import Progress, Silent
+from keylayers.progress import Progress
 from keylayers.ranking.record import read_run
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def evaluate(options: EvalOptions, output: Path, progress: Progress | None = Non
             "`tasks` need lm_eval, which is not installed; `pip install 'keylayers[eval]'`"
         )
     with output_folder(output), unfinished(output / EVALUATION) as folder:
-        run = _Run(options, Store(output, folder), progress or Silent())
+        run = _Run(options, Store(output, folder), progress or Progress())
         for loaded in each_model(options.model, options.compared, options.losses.chat_template):
             run.measure(loaded)
             del loaded  # or it would stay in memory next to the following model

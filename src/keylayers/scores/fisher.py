@@ -17,7 +17,6 @@ Blind to: the direction in which the fine-tune moves; large where the model is u
 
 from typing import Any
 
-from jaxtyping import Float
 from torch import Tensor
 
 from keylayers.errors import ConfigError
@@ -38,13 +37,9 @@ def fisher(task: Task, options: Batched) -> ModuleScores:
         # ‖Σ_t g_t x_tᵀ‖² = Σ_tu (g_t·g_u)(x_t·x_u) needs no gradient of the weight
         x, grad_y = per_example(x, batch), per_example(grad_y, batch)
         rows = zip(x.float(), grad_y.float(), strict=True)
-        squares = [float((_gram(x_row) * _gram(grad_row)).sum()) for x_row, grad_row in rows]
-        return sum(squares) * len(x)
+        squares = [float(((x @ x.T) * (grad @ grad.T)).sum()) for x, grad in rows]
+        return sum(squares) * len(squares)
 
     with task.masked(options.mask_batches, looks_inside=True) as masked:
         traces = layer_values(masked, linear_layers(task), trace, with_gradient=True)
         return masked.mean(traces, unit="squared norm of the gradient")
-
-
-def _gram(tokens: Float[Tensor, "token d"]) -> Float[Tensor, "token token"]:
-    return tokens @ tokens.T

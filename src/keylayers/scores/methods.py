@@ -74,83 +74,72 @@ class Method:
         return self.function
 
 
-def _mask_batches(options: Batched, num_gates: int) -> int:
+def _method(name: str, title: str, *more: Any, where: str = "", **options: Any) -> Method:
+    """A method whose function has its name, in a file of this name, unless it is elsewhere."""
+    own = name.replace("-", "_")
+    return Method(name, title, f"keylayers.scores.{where or f'{own}:{own}'}", *more, **options)
+
+
+def _batches(options: Batched, num_gates: int) -> int:
     return options.mask_batches
 
 
-def _mask_steps(options: LearnedOptions | AdaLoraOptions, num_gates: int) -> int:
+def _steps(options: LearnedOptions | AdaLoraOptions, num_gates: int) -> int:
     return options.mask_steps
 
 
-HERE = "keylayers.scores."
+def _rounds(options: EliminationOptions, num_gates: int) -> int:
+    return options.mask_batches * len(options.round_sizes(num_gates))
+
+
 # fmt: off
 BUILT_IN = (
-    Method("elimination", "path-integrated gate gradients under a budget that shrinks in rounds",
-           HERE + "elimination:elimination", EliminationOptions,
-           lambda options, num_gates: options.mask_batches * len(options.round_sizes(num_gates)),
-           "gradient", "keylayers; Guyon et al. 2002"),
-    Method("path", "what each update adds to the loss reduction of the fine-tune",
-           HERE + "path:path", PathOptions,
-           lambda options, num_gates: options.mask_batches * (options.path_points + 2),
-           "gradient", "Sundararajan et al. 2017, arXiv:1703.01365"),
-    Method("price", "learned gates that must be worth their price",
-           HERE + "price:price", PriceOptions, _mask_steps, "gradient",
-           "keylayers; Shi et al. 2025, arXiv:2410.17875"),
-    Method("fisher-pruning", "what closing each gate costs, to second order, in rounds",
-           HERE + "fisher_pruning:fisher_pruning", EliminationOptions,
-           lambda options, num_gates: options.mask_batches * len(options.round_sizes(num_gates)),
-           "examples", "Theis et al. 2018, arXiv:1801.05787"),
-    Method("ila", "the gates that gradient descent learns on what a fine-tune added",
-           HERE + "ila:ila", IlaOptions, _mask_steps, "gradient",
-           "Shi et al. 2025, arXiv:2410.17875"),
-    Method("leave-one-out", "how much the loss rises when one update is removed",
-           HERE + "leave_one_out:leave_one_out", GroupedBatches,
-           lambda options, num_gates: options.mask_batches * (num_gates + 1),
-           source="Mozer, Smolensky 1988"),
-    Method("shapley", "the mean gain of a module over random orders of adding it",
-           HERE + "shapley:shapley", ShapleyOptions,
-           lambda options, num_gates: options.permutations * (num_gates + 1),
-           source="Castro et al. 2009"),
-    Method("update-norm", "how far the fine-tune moved a weight",
-           HERE + "update_norm:update_norm", needs="nothing",
-           source="Han et al. 2015, arXiv:1506.02626"),
-    Method("gradient-norm", "how strongly the loss of the base model pulls at a weight",
-           HERE + "gradient_norm:gradient_norm", Batched, _mask_batches, "gradient",
-           "Saket 2026, arXiv:2604.15351"),
-    Method("fisher", "how much information the data hold about a weight of the base model",
-           HERE + "fisher:fisher", Batched, _mask_batches, "gradient",
-           "Sung et al. 2021, arXiv:2111.09839"),
-    Method("aletheia", "gradient norm by block",
-           HERE + "gradient_norm:aletheia", Batched, _mask_batches, "gradient",
-           "Saket 2026, arXiv:2604.15351"),
-    Method("adalora", "the LoRA rank that AdaLoRA's own training leaves a module",
-           HERE + "adalora:adalora", AdaLoraOptions, _mask_steps,
-           source="Zhang et al. 2023, arXiv:2303.10512"),
-    Method("lora-drop", "how large the output of each update is on the data",
-           HERE + "lora_drop:lora_drop", Batched, _mask_batches, "activations",
-           "Zhou et al. 2025, arXiv:2402.07721"),
-    Method("eva", "the LoRA rank that a module earns by the variance of its inputs",
-           HERE + "eva:eva", Batched, needs="activations",
-           source="Paischer et al. 2025, arXiv:2410.07170"),
-    Method("plop", "how little a weight's features are aligned with its inputs",
-           HERE + "plop:plop", Batched, _mask_batches, "activations",
-           "Hayou et al. 2025, arXiv:2506.20629"),
-    Method("spectrum", "signal-to-noise ratio of the base model's weights, within each projection",
-           HERE + "spectrum:spectrum", needs="nothing",
-           source="Hartford et al. 2024, arXiv:2406.06623"),
-    Method("kappatune", "low condition number of the base model's weights",
-           HERE + "kappatune:kappatune", needs="nothing", source="PEFT's KappaTune"),
-    Method("block-influence", "how much a block of the base model turns the hidden state",
-           HERE + "block_influence:block_influence", Batched, _mask_batches, "activations",
-           "Men et al. 2024, arXiv:2403.03853"),
-    Method("cka", "how much a block of the base model changes the geometry of a set of examples",
-           HERE + "cka:cka", Batched, _mask_batches, "activations",
-           "Ando Ogawa et al. 2026, arXiv:2602.05988"),
-    Method("first", "the first blocks", HERE + "controls:first", needs="nothing"),
-    Method("last", "the last blocks", HERE + "controls:last", needs="nothing"),
-    Method("middle", "the middle blocks", HERE + "controls:middle", needs="nothing"),
-    Method("random", "a random number: the control for every method",
-           HERE + "controls:random_order", needs="nothing"),
+    _method("elimination", "path-integrated gate gradients under a budget that shrinks in rounds",
+            EliminationOptions, _rounds, "gradient", "keylayers; Guyon et al. 2002"),
+    _method("path", "what each update adds to the loss reduction of the fine-tune", PathOptions,
+            lambda options, num_gates: options.mask_batches * (options.path_points + 2),
+            "gradient", "Sundararajan et al. 2017, arXiv:1703.01365"),
+    _method("price", "learned gates that must be worth their price", PriceOptions, _steps,
+            "gradient", "keylayers; Shi et al. 2025, arXiv:2410.17875"),
+    _method("fisher-pruning", "what closing each gate costs, to second order, in rounds",
+            EliminationOptions, _rounds, "examples", "Theis et al. 2018, arXiv:1801.05787"),
+    _method("ila", "the gates that gradient descent learns on what a fine-tune added",
+            IlaOptions, _steps, "gradient", "Shi et al. 2025, arXiv:2410.17875"),
+    _method("leave-one-out", "how much the loss rises when one update is removed", GroupedBatches,
+            lambda options, num_gates: options.mask_batches * (num_gates + 1),
+            source="Mozer, Smolensky 1988"),
+    _method("shapley", "the mean gain of a module over random orders of adding it",
+            ShapleyOptions, lambda options, num_gates: options.permutations * (num_gates + 1),
+            source="Castro et al. 2009"),
+    _method("update-norm", "how far the fine-tune moved a weight", needs="nothing",
+            source="Han et al. 2015, arXiv:1506.02626"),
+    _method("gradient-norm", "how strongly the loss of the base model pulls at a weight",
+            Batched, _batches, "gradient", "Saket 2026, arXiv:2604.15351"),
+    _method("fisher", "how much information the data hold about a weight of the base model",
+            Batched, _batches, "gradient", "Sung et al. 2021, arXiv:2111.09839"),
+    _method("aletheia", "gradient norm by block", Batched, _batches, "gradient",
+            "Saket 2026, arXiv:2604.15351", where="gradient_norm:aletheia"),
+    _method("adalora", "the LoRA rank that AdaLoRA's own training leaves a module",
+            AdaLoraOptions, _steps, source="Zhang et al. 2023, arXiv:2303.10512"),
+    _method("lora-drop", "how large the output of each update is on the data",
+            Batched, _batches, "activations", "Zhou et al. 2025, arXiv:2402.07721"),
+    _method("eva", "the LoRA rank that a module earns by the variance of its inputs",
+            Batched, needs="activations", source="Paischer et al. 2025, arXiv:2410.07170"),
+    _method("plop", "how little a weight's features are aligned with its inputs",
+            Batched, _batches, "activations", "Hayou et al. 2025, arXiv:2506.20629"),
+    _method("spectrum", "signal-to-noise ratio of the base model's weights, within each projection",
+            needs="nothing", source="Hartford et al. 2024, arXiv:2406.06623"),
+    _method("kappatune", "low condition number of the base model's weights",
+            needs="nothing", source="PEFT's KappaTune"),
+    _method("block-influence", "how much a block of the base model turns the hidden state",
+            Batched, _batches, "activations", "Men et al. 2024, arXiv:2403.03853"),
+    _method("cka", "how much a block of the base model changes the geometry of a set of examples",
+            Batched, _batches, "activations", "Ando Ogawa et al. 2026, arXiv:2602.05988"),
+    _method("first", "the first blocks", where="controls:first", needs="nothing"),
+    _method("last", "the last blocks", where="controls:last", needs="nothing"),
+    _method("middle", "the middle blocks", where="controls:middle", needs="nothing"),
+    _method("random", "a random number: the control for every method",
+            where="controls:random_order", needs="nothing"),
 )
 # fmt: on
 _METHODS = {method.name: method for method in BUILT_IN}

@@ -25,7 +25,7 @@ from keylayers.model.preserve import kept_frozen
 from keylayers.model.sharding import check_can_freeze_inside
 from keylayers.options import check_fraction
 from keylayers.processes import summed
-from keylayers.progress import Progress, Silent
+from keylayers.progress import Progress
 from keylayers.ranking.budget import Freeze
 from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.ranking.selection import Selection, check_same_modules
@@ -102,7 +102,7 @@ class FreezeUnimportant(TrainerCallback):
                 "part; rank parts with `keylayers rank`"
             )
         self.mask_dataset = mask_dataset
-        self.progress = progress or Silent()
+        self.progress = progress or Progress()
         self.ranking: Ranking | None = None
         self.frozen_at_step: int | None = None
         self.reason: str | None = None
