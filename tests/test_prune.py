@@ -32,7 +32,7 @@ from commands import (
 from keylayers.apply import prune as pruning
 from keylayers.commands import run_prune
 from keylayers.ranking.record import Pruned, Size
-from keylayers.report.prune import reading
+from keylayers.report.terminal import reading_of_pruning
 from tiny_files import NUM_MODULES, tiny_tokenizer, write_partial_adapter
 
 PREFIX = "base_model.model."
@@ -187,7 +187,7 @@ def test_it_says_plainly_what_is_better(losses, kept, said):
     parts = ("base", "full", "pruned")
     values = {f"{part}_loss_nats": loss for part, loss in zip(parts, losses, strict=True)}
     found = Pruned(modules=("x",) * kept, full=size, pruned=size, num_held_out=7, **values)
-    lines = reading(found)
+    lines = reading_of_pruning(found)
     assert len(lines) == len(said)
     assert all(part in line for part, line in zip(said, lines, strict=True))
 

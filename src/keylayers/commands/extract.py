@@ -119,7 +119,7 @@ def extract(
     """
     from keylayers.commands.run_prune import run_prune
     from keylayers.commands.run_rank import run_rank
-    from keylayers.report.prune import pruning_report
+    from keylayers.report.terminal import pruning_report
 
     pruning, progress = options.pruning(output), ConsoleProgress()  # checked before any work
     run_rank(options.ranking(), output, progress, output)

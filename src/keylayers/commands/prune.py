@@ -38,7 +38,7 @@ def prune(
         config: YAML file with any of these options. Flags take precedence.
     """
     from keylayers.commands.run_prune import run_prune
-    from keylayers.report.prune import pruning_report
+    from keylayers.report.terminal import pruning_report
 
     found = run_prune(options, output, ConsoleProgress())
     print_result(pruning_report(found), f"{found.kind} written to {output}")

@@ -15,7 +15,7 @@ from keylayers.apply.saving import save_tuned
 from keylayers.commands.fine_tuning import FineTuning, inputs_sha256, num_trained
 from keylayers.commands.options import RankOptions
 from keylayers.commands.repeat import card_of
-from keylayers.commands.session import Session, Tuned
+from keylayers.commands.session import Session, Tuned, TunedModel
 from keylayers.errors import RankingError
 from keylayers.evaluation.held_out import masked_losses
 from keylayers.gates import gate_groups
@@ -31,7 +31,6 @@ from keylayers.training.rank_modules import to_ranking
 from keylayers.training.step_scores import StepScores
 from keylayers.updates import ZERO, adapter_updates
 from keylayers.updates.adalora import is_adalora
-from keylayers.updates.existing import TunedModel, existing_update
 
 
 def run_rank(options: RankOptions, output: Path, progress: Progress, stage_1_in: Path) -> Ranking:
@@ -71,11 +70,11 @@ def run_rank(options: RankOptions, output: Path, progress: Progress, stage_1_in:
 
 def _find_update(session: Session, options: RankOptions, folder: Path) -> TunedModel:
     """The model with the update to rank: an existing one, or that of stage 1 in `folder`."""
-    towers, is_full = options.model.towers, options.training.is_full
+    is_full = options.training.is_full
     if options.is_extracted:
         return _extracted(session, options, folder)
     if not options.has_stage_1:
-        return existing_update(session.fresh(), options.update, session.progress, towers)
+        return session.existing_update(options.update)
     tuned, stage_1 = _stage_1(session, options, folder)
     if tuned is not None and not (is_full or is_adalora(tuned) or is_sharded(tuned)):
         return TunedModel(tuned, adapter_updates(tuned), {"stage_1": stage_1})
@@ -83,7 +82,7 @@ def _find_update(session: Session, options: RankOptions, folder: Path) -> TunedM
     # Load the update again: a full fine-tune changed the base, AdaLoRA's file lacks the ranks that
     # it cut, and a trainer cannot be built on weights that are spread over processes.
     where = UpdateOptions(tuned=str(folder)) if is_full else UpdateOptions(adapter=str(folder))
-    found = existing_update(session.fresh(), where, session.progress, towers)
+    found = session.existing_update(where)
     if not is_full:
         stage_1 |= {"adapter_sha256": found.record["adapter"]["weights_sha256"]}
     return TunedModel(found.model, found.updates, {"stage_1": stage_1})

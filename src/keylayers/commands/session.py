@@ -2,7 +2,7 @@
 """The model, tokenizer, data and update of one run: opened once, and checked against a ranking."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
 from peft import PeftModel
@@ -13,16 +13,18 @@ from keylayers.data.prepare import PreparedData, prepare
 from keylayers.environment import environment
 from keylayers.errors import RankingError
 from keylayers.evaluation.held_out import held_out_loss
+from keylayers.model.checkpoint import Checkpoint
 from keylayers.model.loading import (
     check_tokens,
     describe,
+    load_adapter,
     load_model,
     load_tokenizer,
     max_positions,
 )
 from keylayers.model.modules import map_modules, outside_module
-from keylayers.model.options import UpdateOptions
-from keylayers.model.weights import weights_sha256
+from keylayers.model.options import ModelOptions, UpdateOptions
+from keylayers.model.weights import adapter_sha256, tensors_sha256, weights_sha256
 from keylayers.progress import Progress
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import MadeBy
@@ -30,12 +32,22 @@ from keylayers.ranking.selection import Selection, check_same_modules
 from keylayers.scores.options import Granularity
 from keylayers.training.options import LOSS_UNITS, ObjectiveOptions, TrainingOptions
 from keylayers.training.run import make_trainer
-from keylayers.updates import Update
-from keylayers.updates.existing import TunedModel, existing_update
+from keylayers.updates import Update, adapter_updates, dense_updates
+from keylayers.updates.adapter import always_on
+from keylayers.updates.checkpoints import take_other_weights
 
 ENOUGH_BATCHES = 20  # of held-out examples, to resample them for an interval
 
 Tuned: TypeAlias = PreTrainedModel | PeftModel
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """A model with an update that gates can scale, and a record of where it came from."""
+
+    model: Tuned
+    updates: Sequence[Update]
+    record: dict[str, Any]
 
 
 class Session:
@@ -106,12 +118,41 @@ class Session:
                 "masking needs the update that was ranked, but the ranking names none; give "
                 "`adapter` or `tuned`"
             )
-        tuned = existing_update(self.fresh(), options, self.progress, self.source.towers)
+        tuned = self.existing_update(options)
         opened = MadeBy.model_validate(tuned.record).update_sha256s
         if made_by.update_sha256s and made_by.update_sha256s.isdisjoint(opened):
             self.progress.note("the update differs from the one that was ranked")
         _check_same_update(ranking, tuned.updates)
         return tuned
+
+    def existing_update(self, options: UpdateOptions) -> TunedModel:
+        """A fresh model with the adapter, or with the difference to the checkpoint, of `options`.
+
+        `progress` gets a note about weights that are not gated.
+        """
+        model, towers = self.fresh(), self.source.towers
+        if options.adapter is not None:
+            adapted = load_adapter(model, options.adapter)
+            outside = always_on(adapted)
+            if outside:
+                self.progress.note(f"not ranked, always on: the adapter's own {', '.join(outside)}")
+            sha256 = adapter_sha256(adapted)
+            record = {"name": options.adapter, "weights_sha256": sha256, "always_on": outside}
+            return TunedModel(adapted, adapter_updates(adapted), {"adapter": record})
+        assert options.tuned is not None
+        checkpoint = Checkpoint.open(ModelOptions(model=options.tuned))
+        updates = dense_updates(model, checkpoint, towers)
+        others = take_other_weights(model, checkpoint, towers)
+        if others:
+            self.progress.note(
+                f"not ranked, taken from the tuned checkpoint: {len(others)} other weights that "
+                f"differ ({', '.join(others[:2])}{', ...' if len(others) > 2 else ''})"
+            )
+        names = (name for name, _ in model.named_parameters())
+        sha256 = tensors_sha256((name, checkpoint[name]) for name in names)
+        record = {"name": options.tuned, "weights_sha256": sha256}
+        record["other_weights_that_differ"] = others
+        return TunedModel(model, updates, {"tuned": record})
 
     def loss_trainer(self, model: Tuned, batch_size: int = 8) -> Trainer:
         """A trainer that measures losses of `model` and never trains.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A ranking in the terminal: heatmap, best and worst modules, provenance. Imports no torch."""
+"""Results in the terminal: of rankings, trainings and prunings. Imports no torch."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +15,7 @@ from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.certainty import decisions, undecided
 from keylayers.ranking.compare import agreement
 from keylayers.ranking.ranking import Ranking
-from keylayers.ranking.record import MadeBy, TrainedSet
+from keylayers.ranking.record import MadeBy, Pruned, TrainedSet
 from keylayers.report.source import grid
 
 # Cividis, dark to bright, by relative rank: readable for colour-blind people and in grey.
@@ -26,6 +26,7 @@ SHADES = (
 FIRST_BRIGHT_SHADE = 5
 UNDECIDED_MARK = "~"
 NUM_EXTREMES = 10  # modules shown at each end
+MIB = 2**20
 
 
 def ranking_report(ranking: Ranking, budget: WrittenBudget = 0.3) -> RenderableType:
@@ -249,6 +250,55 @@ def loss_table(rows: Sequence[TrainedSet], loss_unit: str = "nats per token") ->
             f"{row.held_out_loss_nats:.4f}",
         )
     return table
+
+
+def pruning_report(found: Pruned) -> RenderableType:
+    """What the terminal shows of a pruning."""
+    return Group(_pruning_table(found), Text(), Text("\n".join(reading_of_pruning(found))))
+
+
+def _pruning_table(found: Pruned) -> Table:
+    """Base model, full and pruned update, one row each, with their mean held-out losses."""
+    title = held_out_title(found.loss_unit)
+    table = plain_table("update", "modules", "parameters", "MiB on disk", title)
+    table.add_row("none (base model)", "0", "0", "", f"{found.base_loss_nats:.4f}")
+    full, pruned = (found.full, found.full_loss_nats), (found.pruned, found.pruned_loss_nats)
+    for label, (size, loss) in (("full", full), ("pruned", pruned)):
+        counts = f"{size.num_modules:,}", f"{size.num_parameters:,}"
+        table.add_row(
+            f"{label} {found.kind}", *counts, f"{size.num_bytes / MIB:,.2f}", f"{loss:.4f}"
+        )
+    if found.healed_loss_nats is not None:
+        table.add_row("the same, trained again", "", "", "", f"{found.healed_loss_nats:.4f}")
+    return table
+
+
+def reading_of_pruning(found: Pruned) -> list[str]:
+    """Whether the pruned update is better or worse than the full one, in sentences."""
+    base, full, pruned = found.base_loss_nats, found.full_loss_nats, found.pruned_loss_nats
+    kept, num_modules = len(found.modules), found.full.num_modules
+    on = f"on the {found.num_held_out} held-out examples"
+    difference = f"{abs(full - pruned):.4f}"
+    if kept == num_modules and found.pruned.num_parts == found.full.num_parts:
+        line = f"all {kept} modules are kept: the weights are those of the full one"
+    elif difference == "0.0000":
+        line = f"the pruned {found.kind} is as good as the full one {on}"
+    else:
+        line = (
+            f"the pruned {found.kind} is {'better' if full > pruned else 'worse'} than the full "
+            f"one, by {difference}{in_nats(found.loss_unit)} {on}"
+        )
+    if full >= base:
+        return [line, "the full update does not lower the held-out loss of the base model"]
+    share = (base - pruned) / (base - full)
+    kept_share = f"{kept} of {num_modules} modules it keeps {share:.0%}"
+    if found.full.num_parts is not None:
+        size = found.pruned.num_parameters / found.full.num_parameters
+        kept_share = (
+            f"{found.pruned.num_parts} of {found.full.num_parts} rank-one parts ({size:.1%} of the "
+            f"parameters) it keeps {share:.1%}"
+        )
+    return [line, f"with {kept_share.replace('%', ' %')} of what the full one lowers the loss by"]
 
 
 def held_out_title(loss_unit: str) -> str:
