@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tune sets of modules, each on a fresh model of one session, and save the results."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,23 +10,27 @@ from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
-from transformers import Trainer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Trainer
 
-from keylayers.apply.saving import save_tuned
 from keylayers.apply.trainable import prove_trainable, prove_unchanged_elsewhere, train_only
 from keylayers.commands.options import Control
 from keylayers.commands.repeat import card_of
 from keylayers.commands.session import Session, Tuned, loss_of
+from keylayers.environment import is_first_process
 from keylayers.errors import RankingError
-from keylayers.files import CARD, RECORD, json_sha256, write_json, write_text
+from keylayers.files import CARD, RECORD, json_sha256, replaced_folder, write_json, write_text
 from keylayers.model.checkpoint import Checkpoint
-from keylayers.model.sharding import check_can_freeze_inside
+from keylayers.model.sharding import check_can_freeze_inside, is_sharded, whole
+from keylayers.model.weights import is_added
+from keylayers.processes import wait_for_all
 from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.ranking.record import TrainedSet, read_run
 from keylayers.training.checkpoints import Checkpoints
 from keylayers.training.freeze import FreezeUnimportant
 from keylayers.training.options import FreezeAction, StabilityOptions, TrainingOptions
 from keylayers.training.run import TrainingResult, fine_tune, new_adapter
+from keylayers.updates.adalora import is_adalora
 
 Wanted: TypeAlias = Sequence[str] | Mapping[str, int]  # modules, or modules with LoRA ranks
 
@@ -214,3 +219,45 @@ def _round(model: Tuned, dtype: torch.dtype) -> None:
 def num_trained(model: Tuned) -> int:
     """The number of trainable parameters."""
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+
+def save_tuned(
+    model: Tuned,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    record: Mapping[str, Any],
+    card: str,
+    json_files: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Write a PEFT model's adapter, or a whole checkpoint, all or nothing.
+
+    The card replaces the one that PEFT writes. `json_files` maps the names of further files to
+    their content. With several processes, the first one writes and the others wait.
+    """
+    values = _gathered(model) if is_sharded(model) else None
+    if not is_first_process():
+        wait_for_all()
+        return
+    with replaced_folder(folder) as temporary:
+        with warnings.catch_warnings():
+            # AdaLoRA leaves some modules no rank. PEFT mistakes their empty matrices for shards.
+            if is_adalora(model):
+                warnings.filterwarnings("ignore", message=".* LoRA tensor.* have invalid shape")
+            model.save_pretrained(temporary, state_dict=values)
+        tokenizer.save_pretrained(temporary)
+        for name, content in (json_files or {}).items():
+            write_json(temporary / name, content)
+        write_text(temporary / CARD, card)
+        write_json(temporary / RECORD, record)
+    wait_for_all()
+
+
+def _gathered(model: Tuned) -> dict[str, Tensor]:
+    """The whole tensors to save, on the CPU of the first process; a collective call."""
+    found = {}
+    for name, value in model.state_dict().items():
+        if is_added(name) or not isinstance(model, PeftModel):
+            gathered = whole(value)
+            if is_first_process():
+                found[name] = gathered.cpu()
+    return found

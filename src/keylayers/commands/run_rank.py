@@ -11,8 +11,7 @@ from peft import PeftModel
 
 from keylayers import files
 from keylayers.apply.extract import extract_adapter
-from keylayers.apply.saving import save_tuned
-from keylayers.commands.fine_tuning import FineTuning, inputs_sha256, num_trained
+from keylayers.commands.fine_tuning import FineTuning, inputs_sha256, num_trained, save_tuned
 from keylayers.commands.options import RankOptions
 from keylayers.commands.repeat import card_of
 from keylayers.commands.session import Session, Tuned, TunedModel

@@ -101,11 +101,7 @@ class Ranking:
         return {module.name: rank(module.score) for module in self.modules}
 
     def select(
-        self,
-        budget: WrittenBudget,
-        memory: StepMemory | None = None,
-        *,
-        rank_multiple: int = 1,
+        self, budget: WrittenBudget, memory: StepMemory | None = None, *, rank_multiple: int = 1
     ) -> Selection:
         """The best modules, or rank-one parts, that `budget` buys.
 

@@ -8,14 +8,7 @@ description under `Attributes` is its help on the command line. Needs no torch.
 from dataclasses import dataclass
 from typing import Literal
 
-from keylayers.options import (
-    Options,
-    at_least,
-    between,
-    check_above_zero,
-    check_fraction,
-    checked,
-)
+from keylayers.options import Options, at_least, between, check_above_zero, check_fraction, checked
 
 Granularity = Literal["module", "block", "projection", "part"]
 
