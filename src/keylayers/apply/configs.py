@@ -8,7 +8,6 @@ axolotl 0.18.0 (067b021) and LLaMA-Factory 0.9.6.dev0 (ff6d4d12) by their rules.
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from peft import AdaLoraConfig, LoraConfig
@@ -17,7 +16,6 @@ from transformers import PreTrainedModel
 
 from keylayers.errors import ConfigError
 from keylayers.model.modules import map_modules
-from keylayers.yaml_values import read_yaml
 
 Tool = Literal["peft", "trl", "axolotl", "llamafactory"]
 Content = Mapping[str, Any]
@@ -65,12 +63,6 @@ class Wanted:
     # Entry of the config -> the expression that the tool matches with the start of a parameter
     patterns: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what the user should know about the config itself
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The content of a config file, JSON or YAML. In a folder, adapter_config.json is read."""
-    file = path / "adapter_config.json" if path.is_dir() else path
-    return read_yaml(file, "config")
 
 
 def tool_of(content: Content) -> Tool:

@@ -7,7 +7,7 @@ no torch.
 
 from collections.abc import Collection
 from dataclasses import Field, asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, get_type_hints
 
 from cyclopts import Group, Parameter
 
@@ -66,13 +66,15 @@ class BudgetOptions(Options):
     budget: str | None = None
     freeze: float | None = None
 
+    one_of: ClassVar = {"budget": "such as 0.3", "freeze": "such as 0.25"}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._asked()  # refuses what is no budget
 
     def check(self) -> None:
         """Raise a ConfigError unless the options select one set of modules."""
-        self.check_one_given(budget="such as 0.3", freeze="such as 0.25")
+        self.check_one_given(**self.one_of)
 
     def budget_for(self, ranking: "Ranking") -> Budget:
         """The budget that is asked for; `auto` is what the ranking's verification recommends."""
@@ -110,15 +112,11 @@ class CutOptions(BudgetOptions):
     pad_ranks: int = checked(1, at_least(1))
     heal_steps: int = checked(0, at_least(0))
 
+    one_of: ClassVar = BudgetOptions.one_of | {"max_loss": "such as 0.01 nats"}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check()
-
-    def check(self) -> None:
-        """Raise a ConfigError unless exactly one option says how much is kept."""
-        self.check_one_given(
-            budget="such as 0.3", freeze="such as 0.25", max_loss="such as 0.01 nats"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,15 +13,8 @@ from keylayers.data.prepare import PreparedData, prepare
 from keylayers.environment import environment
 from keylayers.errors import RankingError
 from keylayers.evaluation.held_out import held_out_loss
+from keylayers.model import loading
 from keylayers.model.checkpoint import Checkpoint
-from keylayers.model.loading import (
-    check_tokens,
-    describe,
-    load_adapter,
-    load_model,
-    load_tokenizer,
-    max_positions,
-)
 from keylayers.model.modules import map_modules, outside_module
 from keylayers.model.options import ModelOptions, UpdateOptions
 from keylayers.model.weights import adapter_sha256, tensors_sha256, weights_sha256
@@ -76,18 +69,21 @@ class Session:
         self.names = [info.name for info in map_modules(opened, model.towers)]
         if ranking is not None:
             check_same_modules(ranking.modules, _sizes(opened, ranking))
-        self.tokenizer = load_tokenizer(model)
+        self.tokenizer = loading.load_tokenizer(model)
         self.data: PreparedData = prepare(
-            options.data, self.tokenizer, max_positions(opened), self.objective
+            options.data, self.tokenizer, loading.max_positions(opened), self.objective
         )
-        check_tokens(opened, self.tokenizer, max(self.data.max_id, self.tokenizer.pad_token_id))
+        loading.check_tokens(
+            opened, self.tokenizer, max(self.data.max_id, self.tokenizer.pad_token_id)
+        )
         if self.data.chat_template is not None:  # what is saved renders chats as training did
             self.tokenizer.chat_template = self.data.chat_template.text
         for line in self.data.summary():
             progress.note(line)
         self.record: dict[str, Any] = {
             "environment": environment(),
-            "model": describe(self.source, opened) | {"weights_sha256": weights_sha256(opened)},
+            "model": loading.describe(self.source, opened)
+            | {"weights_sha256": weights_sha256(opened)},
             "data": self.data.record(),
             "options": flat_values(options),
             "loss_unit": LOSS_UNITS[self.objective],
@@ -98,7 +94,7 @@ class Session:
 
     def load(self) -> PreTrainedModel:
         """Load the base model once more."""
-        return load_model(self.source, self.objective)
+        return loading.load_model(self.source, self.objective)
 
     def fresh(self) -> PreTrainedModel:
         """A base model that nothing else uses; the first is the one that was opened."""
@@ -132,7 +128,7 @@ class Session:
         """
         model, towers = self.fresh(), self.source.towers
         if options.adapter is not None:
-            adapted = load_adapter(model, options.adapter)
+            adapted = loading.load_adapter(model, options.adapter)
             outside = always_on(adapted)
             if outside:
                 self.progress.note(f"not ranked, always on: the adapter's own {', '.join(outside)}")

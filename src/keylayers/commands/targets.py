@@ -46,12 +46,13 @@ def targets(
         trust_remote_code: Run Python code of the model's repository.
         as_json: Print JSON for machines.
     """
-    from keylayers.apply.configs import MODEL_KEY, read_config, tool_of, wanted
+    from keylayers.apply.configs import MODEL_KEY, tool_of, wanted
     from keylayers.apply.trained import trained_by
     from keylayers.commands.console import print_json, stdout
     from keylayers.model.loading import empty_model
+    from keylayers.yaml_values import read_yaml
 
-    content = read_config(config)
+    content = read_yaml(config / "adapter_config.json" if config.is_dir() else config, "config")
     tool = tool or tool_of(content)
     name = model or content.get(MODEL_KEY[tool])
     if not name:

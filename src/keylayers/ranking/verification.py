@@ -217,8 +217,7 @@ class Verification(Part):
     @staticmethod
     def load(path: Path) -> "Verification":
         """Read the file."""
-        what = "the verification of the ranking"
-        return read_part(Verification, path, what, "keylayers verify")
+        return read_part(Verification, path, "the verification of the ranking", "keylayers verify")
 
 
 def auto_budget(ranking: Ranking, path: Path) -> Count:

@@ -81,11 +81,9 @@ def _single(kind: FigureKind, source: Source, budget: WrittenBudget) -> charts.C
                 f"the figure of a curve needs the verification of {source.path!r}, but it "
                 f"{came}; run `keylayers verify`"
             )
-        if ranking.is_of_parts:
-            bought = ranking.select(budget).num_parameters
-        else:
-            bought = num_best(ranking, budget)
-        return charts.curve_chart(source.verification, bought)
+        is_of_parts = ranking.is_of_parts
+        at = ranking.select(budget).num_parameters if is_of_parts else num_best(ranking, budget)
+        return charts.curve_chart(source.verification, at)
     chart = charts.losses_chart(ranking)
     if chart is None:
         raise ConfigError(
