@@ -22,10 +22,7 @@ keylayers compare lima alpaca --json | jq '.pairs[0].tau'
 
 @app.default
 def compare(
-    *rankings: Path,
-    budget: str = "0.3",
-    consensus: Path | None = None,
-    as_json: Json = False,
+    *rankings: Path, budget: str = "0.3", consensus: Path | None = None, as_json: Json = False
 ) -> None:
     """Show how far rankings pick the same modules, compared with chance.
 

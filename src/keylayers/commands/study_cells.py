@@ -83,7 +83,7 @@ def defaults_of(command: str, without: Collection[str] = ()) -> Options:
 
 def plan(study: Study, root: Path) -> list[Cell]:
     """The cells of a study below the folder `root`, each after the cells that it needs."""
-    maker = _Maker(study, root / CELLS)
+    maker = _Maker(study, root / CELLS, environment())
     set_by = {axis: set().union(*entries.values()) for axis, entries in study.axes.items()}
     cells: dict[str, Cell] = {}
     points: dict[str, list[Mapping[str, str]]] = defaultdict(list)
@@ -120,13 +120,13 @@ def check(cells: Iterable[Cell]) -> None:
         seen |= new
 
 
+@dataclass(frozen=True)
 class _Maker:
     """Makes the cells of the study's combinations."""
 
-    def __init__(self, study: Study, root: Path) -> None:
-        self.study = study
-        self.root = root
-        self.made_by = environment()  # other versions give other results: other cells
+    study: Study
+    root: Path
+    made_by: Options  # other versions give other results: other cells
 
     def cells_of(self, options: Options) -> Iterable[Cell]:
         """What one combination needs, in order; it trains if something selects modules."""
