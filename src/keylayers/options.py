@@ -15,7 +15,7 @@ MAX_SEED = 2**32 - 1  # what NumPy's generators take
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The base of all options, which checks every field."""
+    """The base of options, which checks every field."""
 
     def __post_init__(self) -> None:
         for option in fields(self):

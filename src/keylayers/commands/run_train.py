@@ -226,7 +226,7 @@ def _control_ranks(
 def _chosen(
     control: Control, in_order: Sequence[T], best: Sequence[T], size: int, seed: int
 ) -> Collection[T]:
-    """So many modules, or parts: of those in the model's order, or the last of the best first."""
+    """`size` of all modules, or parts, which are given in the model's order and best first."""
     if control == "random":
         return random.Random(seed).sample(in_order, size)
     if control == "worst":

@@ -111,7 +111,7 @@ def orders_by_singular_values(updates: Sequence[Update]) -> dict[str, list[str]]
         values = basis.singular_values.double().cpu()
         energy = values.square() / values.square().sum().clamp(min=tiny)
         own = {
-            "uniform rank": torch.arange(len(values)) - 0.5 * energy,  # ties: the dominant part
+            "uniform rank": torch.arange(len(values)) - 0.5 * energy,  # ties go to the dominant
             "singular value": -values,
             "energy per parameter": -values.square() / torch.tensor(basis.num_parameters),
             "share of energy": energy.cumsum(0) - energy,  # what the parts before it keep

@@ -37,7 +37,7 @@ def fisher(task: Task, options: Batched) -> ModuleScores:
         # ‖Σ_t g_t x_tᵀ‖² = Σ_tu (g_t·g_u)(x_t·x_u) needs no gradient of the weight
         x, grad_y = per_example(x, batch), per_example(grad_y, batch)
         rows = zip(x.float(), grad_y.float(), strict=True)
-        squares = [float(((x @ x.T) * (grad @ grad.T)).sum()) for x, grad in rows]
+        squares = [float(((own @ own.T) * (grad @ grad.T)).sum()) for own, grad in rows]
         return sum(squares) * len(squares)
 
     with task.masked(options.mask_batches, looks_inside=True) as masked:

@@ -18,7 +18,7 @@ from keylayers.model.modules import ModuleInfo
 from keylayers.model.sharding import whole
 
 Link = Literal["sigmoid", "identity"]
-EVERY = ("module", "block", "projection", "part")  # granularity
+EVERY = ("module", "block", "projection", "part")  # granularities
 
 
 class Gate(nn.Module):
