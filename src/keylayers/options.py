@@ -31,7 +31,8 @@ class Options:
 
     def check_one_given(self, **examples: str) -> None:
         """Raise a ConfigError unless exactly one of these options is given; it shows examples."""
-        given = [name for name in examples if getattr(self, name) not in (None, False)]
+        values = {name: getattr(self, name) for name in examples}
+        given = [name for name, own in values.items() if own is not None and own is not False]
         if len(given) != 1:
             *others, last = (f"`{name}` ({example})" for name, example in examples.items())
             raise ConfigError(

@@ -22,7 +22,7 @@ from keylayers.apply.prune import (
 from keylayers.apply.trainable import prove_trainable
 from keylayers.commands.options import CutOptions, PruneOptions, flat_values
 from keylayers.commands.repeat import card_of
-from keylayers.commands.session import Session, loss_of, note_ties, unit_of
+from keylayers.commands.session import Session, loss_of, note_ties
 from keylayers.errors import ConfigError, GuardError, OutputError
 from keylayers.evaluation.held_out import MaskedLoss, masked_losses, smallest_within
 from keylayers.gates import part_name
@@ -32,6 +32,7 @@ from keylayers.ranking.budget import Count, Memory, Parameters
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import Pruned, Size
 from keylayers.ranking.selection import Selection
+from keylayers.scores.options import Granularity
 from keylayers.training.options import LOSS_UNITS, TrainingOptions
 from keylayers.training.run import fine_tune
 from keylayers.updates.adapter import own_parameters, tuner_layers
@@ -57,7 +58,8 @@ def run_prune(options: PruneOptions, output: Path, progress: Progress) -> Pruned
         session = Session(options, options.objective, progress, ranking=ranking)
         tuned = session.open_update(options.update, ranking)
         trainer = session.loss_trainer(tuned.model)
-        held_out, unit = trainer.eval_dataset["held_out"], unit_of(ranking)
+        held_out = trainer.eval_dataset["held_out"]
+        unit: Granularity = "part" if ranking.is_of_parts else "module"  # that may be cut
         with masked_losses(trainer, tuned.updates, held_out, unit) as loss:
             if selection is None:
                 selection = _smallest(wanted, loss, ranking, progress)

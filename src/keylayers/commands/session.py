@@ -22,7 +22,6 @@ from keylayers.progress import Progress
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import MadeBy
 from keylayers.ranking.selection import Selection, check_same_modules
-from keylayers.scores.options import Granularity
 from keylayers.training.options import LOSS_UNITS, ObjectiveOptions, TrainingOptions
 from keylayers.training.run import make_trainer
 from keylayers.updates import Update, adapter_updates, dense_updates
@@ -197,11 +196,6 @@ class Session:
 def loss_of(trainer: Trainer) -> float:
     """The held-out loss of the model that a trainer measures."""
     return held_out_loss(trainer, trainer.eval_dataset["held_out"])
-
-
-def unit_of(ranking: Ranking) -> Granularity:
-    """What an update is cut into: rank-one parts if these are ranked, else modules."""
-    return "part" if ranking.is_of_parts else "module"
 
 
 def note_ties(selection: Selection, progress: Progress) -> None:

@@ -157,11 +157,10 @@ def curve_chart(found: Verification, budget: BudgetExpression) -> Chart:
         return list(zip(places, values[-len(places) :], strict=True))
 
     curves = {name: points(own) for name, own in losses.items()}
+    spreads = points(random_spreads(found))
     bands = [
         {at: place, "low": mean - spread, "high": mean + spread}
-        for (place, mean), (_, spread) in zip(
-            curves[RANDOM], points(random_spreads(found)), strict=True
-        )
+        for (place, mean), (_, spread) in zip(curves[RANDOM], spreads, strict=True)
     ]
     rivals = [
         {"order": name, at: place, "loss": value}
