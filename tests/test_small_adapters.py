@@ -157,11 +157,7 @@ def difference_in(name, value):
 
 NOTHING_TO_EXTRACT = [
     (["--lora-rank", "2"], None, "exactly one of `budget` .* and `max_loss` .*, got none"),
-    (
-        ["--budget", "3", "--max-loss", "1"],
-        None,
-        "one of `budget` .*, got budget and max_loss",
-    ),
+    (["--budget", "3", "--max-loss", "1"], None, "one of `budget` .*, got budget and max_loss"),
     (["--budget", "auto"], None, "`budget` must be of parts, .* got auto"),
     (["--budget", "0.5x-time"], None, "`budget` must be of parts, .* got 0.5x-time"),
     (["--budget", "3"], difference_in("model.norm.weight", 7.0), "but every module is equal"),
