@@ -23,7 +23,7 @@ from keylayers.model.sharding import is_sharded
 from keylayers.model.weights import adapter_sha256, weights_sha256
 from keylayers.progress import Progress
 from keylayers.ranking.ranking import FILE, Ranking
-from keylayers.ranking.record import read_run
+from keylayers.ranking.record import Stability, read_run
 from keylayers.scores.score_modules import check_updates, score_modules
 from keylayers.trainers.loss import finite
 from keylayers.training.rank_modules import to_ranking
@@ -135,15 +135,18 @@ def _train_all(sets: FineTuning, options: RankOptions, inputs: str) -> tuple[Tun
         trainer.add_callback(scores)
     title = "stage 1, training all modules"
     result = sets.run(trainer, "stage-1", inputs, title, options.stability)
-    reason = "the loss is stable" if result.stopped_by == "stable" else "the cap is reached"
+    seen = Stability.model_validate(result.stability)
     for score in scores.scores.values():
         finite(score, "the end of stage 1")
-    progress.note(f"stage 1 ended after {result.num_steps} steps: {reason}")
+    progress.note(f"stage 1 ended after {result.num_steps} steps: {seen.why(result.stopped_by)}")
+    if seen.num_forward:
+        progress.note(f"measuring that took {seen.num_forward} forward passes over one example")
     record = {
         "losses": list(result.losses),
         "num_steps": result.num_steps,
         "num_trained_parameters": num_trained(model),
         "stopped_by": result.stopped_by,
+        "stability": result.stability,
         "learning_rate": trainer.args.learning_rate,
         "seconds": result.seconds,
         "step_scores": dict(scores.scores),

@@ -125,7 +125,7 @@ def _save_ranked(
     provenance = {
         **callback.ranking.provenance,
         **{name: job.session.record[name] for name in ("environment", "model", "data", "options")},
-        "inside_run": frozen | {"num_steps": job.num_steps},
+        "inside_run": frozen | {"num_steps": job.num_steps, "stability": callback.stability},
     }
     own = {
         "selection": callback.selection.record(),

@@ -69,6 +69,41 @@ class UpdateSource(Part):
     weights_sha256: Text | None = None
 
 
+class Measurement(Part):
+    """The loss of a few examples after a step, and how much it improved in the window before."""
+
+    step: CountFromOne
+    loss_nats: float
+    improvement_nats: float | None = None  # of the first there is none
+    standard_error_nats: float | None = None
+    upper_nats: float | None = None  # upper 95 % bound of the improvement
+
+
+class Stability(Part):
+    """What was seen of the loss while a training waited for it to be stable."""
+
+    num_measured: CountFromZero = 0  # examples; batches for KTO
+    num_forward: CountFromZero = 0
+    measurements: ListOf[Measurement] = ()
+
+    def why(self, stopped_by: str) -> str:
+        """Why a training ended, `stable` or `max_steps`, and what the last window showed."""
+        ended = "the loss is stable" if stopped_by == "stable" else "the cap is reached"
+        if len(self.measurements) < 2:
+            return ended
+        before, last = self.measurements[-2:]
+        if last.improvement_nats is None or last.upper_nats is None:
+            return ended
+        if stopped_by != "stable":
+            ended += " and the loss was not stable yet"
+        did = "fell" if last.improvement_nats >= 0 else "rose"
+        return (
+            f"{ended}: in steps {before.step + 1} to {last.step} it {did} by "
+            f"{abs(last.improvement_nats):.4f} on {self.num_measured} examples, and with 95 % "
+            f"confidence it fell by less than {last.upper_nats:.4f}"
+        )
+
+
 class Stage1(Part):
     """The fine-tune of all modules."""
 
@@ -79,6 +114,7 @@ class Stage1(Part):
     num_trained_parameters: CountFromZero = 0
     adapter_sha256: Text | None = None
     weights_sha256: Text | None = None
+    stability: Stability = Stability()
 
 
 class Extracted(Part):
@@ -95,6 +131,7 @@ class InsideRun(Part):
     at_step: CountFromZero
     num_steps: CountFromZero
     reason: Text
+    stability: Stability = Stability()
 
 
 class Mask(Part):

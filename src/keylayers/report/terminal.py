@@ -15,7 +15,7 @@ from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.certainty import decisions, undecided
 from keylayers.ranking.compare import agreement
 from keylayers.ranking.ranking import Ranking
-from keylayers.ranking.record import MadeBy, Pruned, TrainedSet
+from keylayers.ranking.record import MadeBy, Pruned, Stability, TrainedSet
 from keylayers.report.source import grid
 
 # Cividis, dark to bright, by relative rank: readable for colour-blind people and in grey.
@@ -225,9 +225,11 @@ def _stages(made_by: MadeBy) -> Iterator[tuple[str, str]]:
     if stage_1 is not None:
         how = f"{stage_1.num_steps} steps ({stage_1.stopped_by}), {stage_1.seconds:.0f} s"
         yield "stage 1", how
+        yield from _why(stage_1.stability, stage_1.stopped_by)
     if inside is not None:
         until = f"step {inside.at_step} of {inside.num_steps} ({inside.reason})"
         yield "stage 1", f"inside a run, until {until}"
+        yield from _why(inside.stability, inside.reason)
     if mask is not None:
         unit = made_by.loss_unit if mask.score_unit == "the trainer's loss" else mask.score_unit
         unit = f", scores in {unit}" if unit else ""
@@ -236,6 +238,12 @@ def _stages(made_by: MadeBy) -> Iterator[tuple[str, str]]:
             total = f"{mask.sum_of_scores_nats:.3f}{in_nats(made_by.loss_unit)}"
             lowered = f"the fine-tune lowers the loss by {mask.loss_reduction_nats:.3f}"
             yield "", f"scores sum to {total}, {lowered} on the same batches"
+
+
+def _why(seen: Stability, reason: str) -> Iterator[tuple[str, str]]:
+    """Why stage 1 ended, if losses were measured; older files hold none."""
+    if seen.measurements:
+        yield "", seen.why(reason)
 
 
 def loss_table(rows: Sequence[TrainedSet], loss_unit: str = "nats per token") -> Table:

@@ -7,8 +7,8 @@ Source: Shi, Lu, Dong, Zhang, Zhang, Wu: "Understanding Layer Significance in LL
     2025, arXiv:2410.17875. We have only its abstract and reviews; the formula, the initial scores
     (4, 2, 1) and the dropped constraint `‖γ‖ < H` are from memory of its text.
 Differs: we do not know the paper's optimiser and learning rate; plain SGD is the default because it
-    ranks better than Adam by the mask curve (experiments/LOG.md). Stage 1 ends when two windows of
-    the training loss agree.
+    ranks better than Adam by the mask curve (experiments/LOG.md). Stage 1 ends when the
+    loss of a few examples surely falls no further.
 Cost: per mask step one forward and one backward pass for activations; the memory of the frozen
     model.
 Blind to: the constraint that the relaxation drops. At a stationary point of stage 1 the gradient at

@@ -15,24 +15,24 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, get_args
 
-import torch
 from datasets import Dataset
-from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from keylayers.errors import ConfigError
 from keylayers.model.preserve import kept_frozen
 from keylayers.model.sharding import check_can_freeze_inside
 from keylayers.options import check_fraction
-from keylayers.processes import summed
 from keylayers.progress import Progress
 from keylayers.ranking.budget import Freeze
 from keylayers.ranking.ranking import FILE, Ranking
+from keylayers.ranking.record import Stability
 from keylayers.ranking.selection import Selection, check_same_modules
 from keylayers.scores.scoring_options import ScoringOptions, scoring_options
+from keylayers.trainers.data import samples
 from keylayers.training.halt import HaltedUpdates, check_can_halt, halt_updates
 from keylayers.training.options import FreezeAction, StabilityOptions
 from keylayers.training.rank_modules import rank_modules
+from keylayers.training.stability import LossHistory, StabilityWatch
 from keylayers.updates import adapter_updates
 
 # Key of the findings in the trainer's state. `ExportableState` would not do: from it transformers
@@ -51,6 +51,7 @@ class FreezeUnimportant(TrainerCallback):
         ranking: The ranking; None before the freeze.
         frozen_at_step: The last step that trained all modules; None before the freeze.
         reason: `stable` or `max_steps`; None before the freeze.
+        stability: What was measured of the loss until then, as a record holds it.
     """
 
     def __init__(
@@ -73,9 +74,10 @@ class FreezeUnimportant(TrainerCallback):
         Args:
             freeze_fraction: Share of the modules to freeze; the paper freezes a quarter.
             action: `freeze` keeps what these modules have learned, `remove` sets it to zero.
-            window: Steps in each of the two windows whose mean losses are compared, whatever
-                `logging_steps` is.
-            epsilon: The loss is stable when the means differ by less than this many nats.
+            window: Steps between two measurements of the loss on the same 32 examples of the
+                `mask_dataset`, which start after the warm-up.
+            epsilon: The loss is stable when it surely (95 %) fell by less than this many nats in
+                the last window, or rose. 0: rank at `max_steps`.
             max_steps: The modules are ranked after this step in any case. Default: half of the
                 run's steps.
             method: Name of the scoring method (docs/methods.md).
@@ -94,7 +96,7 @@ class FreezeUnimportant(TrainerCallback):
             raise ConfigError(f"`action` must be freeze or remove, got {action!r}")
         self.freeze_fraction = freeze_fraction
         self.action = action
-        self.stability = StabilityOptions(max_steps=max_steps, window=window, epsilon=epsilon)
+        self.stability_rule = StabilityOptions(max_steps=max_steps, window=window, epsilon=epsilon)
         self.scoring = scoring_options(method, mask_seed=mask_seed, **options)
         if self.scoring.granularity == "part":
             raise ConfigError(
@@ -107,9 +109,9 @@ class FreezeUnimportant(TrainerCallback):
         self.frozen_at_step: int | None = None
         self.reason: str | None = None
         self._given_trainer = trainer
-        self._recent: list[float] = []  # losses of the last steps
         self._replaced = ExitStack()  # gives trainer and model back what was replaced
-        self._take_loss: Callable[[], float] | None = None
+        self._history = LossHistory(self.stability_rule)
+        self._watch: StabilityWatch | None = None  # until the freeze
         self._halted: HaltedUpdates | None = None
         self._first_step_after = 0
 
@@ -117,6 +119,11 @@ class FreezeUnimportant(TrainerCallback):
     def selection(self) -> Selection | None:
         """The modules that are still trained; None before the freeze."""
         return None if self.ranking is None else self.ranking.select(Freeze(self.freeze_fraction))
+
+    @property
+    def stability(self) -> dict[str, Any]:
+        """What was measured of the loss until the freeze, as a record holds it."""
+        return self._history.record()
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -131,7 +138,7 @@ class FreezeUnimportant(TrainerCallback):
         return {
             "freeze_fraction": self.freeze_fraction,
             "action": self.action,
-            "stability": asdict(self.stability),
+            "stability": asdict(self.stability_rule),
             "mask": self.scoring.flat(),
         }
 
@@ -141,25 +148,28 @@ class FreezeUnimportant(TrainerCallback):
         trainer = self._given_trainer or trainer_of(self)
         self._check(trainer, state)
         self.ranking = self.frozen_at_step = self.reason = None
-        self._recent = []
+        self._watch = StabilityWatch(trainer, self.stability_rule, self.mask_dataset)
+        self._history = self._watch.history
+        if samples(trainer) and self.stability_rule.epsilon > 0:
+            self.progress.note(
+                "the loss of sampled completions is near zero whatever the model, so its stability "
+                "is not measured: modules are ranked at `max_steps`"
+            )
         saved = state.stateful_callbacks.get(STATE_KEY)
         if saved is not None:
             self._take_over(trainer, saved, state)
-        if self.ranking is None:
-            self._take_loss = self._replaced.enter_context(step_losses(trainer))
         self._remember(state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         """Rank and freeze when it is time; between two steps there are no gradients to disturb."""
         if self._halted is not None and state.global_step == self._first_step_after:
             self._halted.check()  # catches an optimiser that moves weights without gradients
-        if self._take_loss is None:
+        if self._watch is None:
             return
-        self._recent = [*self._recent, self._take_loss()][-2 * self.stability.window :]
         if state.global_step < state.max_steps:
-            if self.stability.is_stable(self._recent):
+            if self._watch.see(state.global_step):
                 self.reason = "stable"
-            elif state.global_step >= self.stability.cap_within(state.max_steps):
+            elif state.global_step >= self.stability_rule.cap_within(state.max_steps):
                 self.reason = "max_steps"
         if self.reason is not None:
             self._rank_and_freeze(state)
@@ -200,11 +210,12 @@ class FreezeUnimportant(TrainerCallback):
                 f"`freeze_fraction` must be at least one of the adapter's {num_modules} modules, "
                 f"got {self.freeze_fraction}, which freezes none"
             )
-        self.stability.cap_within(state.max_steps)
+        self.stability_rule.cap_within(state.max_steps)
 
     def _rank_and_freeze(self, state: TrainerState) -> None:
         trainer = self._given_trainer or trainer_of(self)
-        why = "the loss is stable" if self.reason == "stable" else "the cap is reached"
+        assert self.reason is not None
+        why = Stability.model_validate(self.stability).why(self.reason)
         self.progress.note(f"step {state.global_step}: {why}; ranking by {self.scoring.method}")
         self.ranking = rank_modules(trainer, self.scoring, mask_dataset=self.mask_dataset)
         self.frozen_at_step = state.global_step
@@ -221,7 +232,7 @@ class FreezeUnimportant(TrainerCallback):
 
     def _take_over(self, trainer: Trainer, saved: dict[str, Any], state: TrainerState) -> None:
         """Continue where the run that wrote the checkpoint stopped."""
-        self._recent = list(saved["recent_losses"])
+        self._history.restore(saved["stability"])
         if saved["ranking"] is None:
             return
         for name in ("freeze_fraction", "action"):
@@ -248,13 +259,13 @@ class FreezeUnimportant(TrainerCallback):
 
     def _let_go(self) -> None:
         self._replaced.close()
-        self._take_loss = self._halted = None
+        self._watch = self._halted = None
 
     def _remember(self, state: TrainerState) -> None:
         state.stateful_callbacks[STATE_KEY] = {
             "freeze_fraction": self.freeze_fraction,
             "action": self.action,
-            "recent_losses": self._recent,
+            "stability": self._history.state(),
             "frozen_at_step": self.frozen_at_step,
             "reason": self.reason,
             # as text, because the trainer sorts the keys of what it saves
@@ -274,33 +285,3 @@ def trainer_of(callback: TrainerCallback) -> Trainer:
         f"{type(callback).__name__} must be called by the trainer that holds it, but none is on "
         f"the call stack; give it as `trainer`"
     )
-
-
-@contextmanager
-def step_losses(trainer: Trainer) -> Iterator[Callable[[], float]]:
-    """Inside the block, a function that gives the loss in nats of the step that just ended.
-
-    Logged losses are means over `logging_steps`, whose windows shift when a run resumes, so we read
-    the loss from `training_step`, which transformers documents for subclasses to override.
-    """
-    replaced = vars(trainer).get("training_step")  # None: the class's own method
-    training_step = trainer.training_step
-    batches: list[Tensor] = []
-
-    def seen(*arguments: Any, **options: Any) -> Tensor:
-        loss: Tensor = training_step(*arguments, **options)
-        batches.append(loss.detach())
-        return loss
-
-    def taken() -> float:
-        # Batches return shares of it, scaled so that their mean over processes is the step's loss.
-        loss = torch.tensor(float(sum(batches)), dtype=torch.float64)
-        batches.clear()
-        return float(summed(loss)) / trainer.accelerator.num_processes
-
-    trainer.training_step = seen
-    yield taken
-    if vars(trainer).get("training_step") is seen:  # else someone has replaced it since
-        del trainer.training_step
-        if replaced is not None:
-            trainer.training_step = replaced

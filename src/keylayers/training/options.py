@@ -2,7 +2,6 @@
 """How a model is fine-tuned, for which objective, and when the loss counts as stable."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -134,28 +133,23 @@ class StabilityOptions(Options):
     """When stage 1 ends: the loss is stable, or the cap is reached.
 
     The paper asks that the expected loss of every later step changes by less than epsilon. The
-    future is not known while training runs, so we compare the mean losses of the last two windows.
-    The paper also finds that a mask learned after 25-50 % of training is close to the final one,
-    unlike a mask after 1 % (from memory of its text): a window should be a few per cent of a run.
+    future is not known while training runs, so we measure the loss of the same few examples every
+    window (`keylayers.training.stability`). The paper also finds that a mask learned after 25-50 %
+    of training is close to the final one, unlike a mask after 1 % (from memory of its text): a
+    window should be a few per cent of a run.
 
     Attributes:
         max_steps: Largest number of steps of stage 1. Default: 300; inside a training run, half of
             that run's steps.
-        window: Steps in each of the two windows whose mean losses are compared.
-        epsilon: The loss is stable when the mean loss of the last window differs by less than this
-            many nats from that of the window before. 0: train to the cap.
+        window: Steps between two measurements of the loss on the same 32 examples, which start
+            after the warm-up.
+        epsilon: The loss is stable when it surely (95 %) fell by less than this many nats in the
+            last window, or rose. 0: train to the cap.
     """
 
     max_steps: int | None = checked(None, at_least(1))
     window: int = checked(30, at_least(1))
     epsilon: float = checked(0.02, at_least(0))
-
-    def is_stable(self, losses: Sequence[float]) -> bool:
-        """Whether the loss, one value in nats a step, is stable at its end."""
-        if len(losses) < 2 * self.window:
-            return False
-        last, before = losses[-self.window :], losses[-2 * self.window : -self.window]
-        return abs(sum(last) - sum(before)) / self.window < self.epsilon
 
     @property
     def stage_1_cap(self) -> int:

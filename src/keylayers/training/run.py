@@ -10,7 +10,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,12 +40,15 @@ from keylayers.trainers.loss import REFERENCE_ADAPTER
 from keylayers.training.checkpoints import NUM_CHECKPOINTS, Checkpoints
 from keylayers.training.options import StabilityOptions, TrainingOptions
 from keylayers.training.shallow import ShallowBackward
+from keylayers.training.stability import StabilityWatch
 from keylayers.updates.adalora import is_adalora
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # that it is experimental; docs/objectives.md says so
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
+# Key of the measured losses in the trainer's state, which is part of each checkpoint.
+STATE_KEY = "keylayers.StabilityWatch"
 # TRL's trainer and config, and the options that differ from TRL's defaults.
 OBJECTIVES: dict[Objective, tuple[type[Trainer], Callable[..., Any], dict[str, Any]]] = {
     # Examples of sft are tokenised, labelled and cut already.
@@ -70,6 +73,7 @@ class TrainingResult:
     losses: tuple[float, ...]
     stopped_by: str  # stable or max_steps
     seconds: float
+    stability: dict[str, Any] = field(default_factory=dict)  # `StabilityWatch.record`
 
     @property
     def num_steps(self) -> int:
@@ -205,9 +209,12 @@ def fine_tune(
 ) -> TrainingResult:
     """Train until the trainer's last step, or until the loss is stable if a rule is given.
 
+    Stability is measured on the trainer's `mask` examples, or on training examples without them.
     `on_step` is called after each step with its number, from 1, and its loss in nats.
     """
-    watch = _LossWatch(stability, on_step)
+    mask = (trainer.eval_dataset or {}).get("mask") if stability is not None else None
+    stable = None if stability is None else StabilityWatch(trainer, stability, mask)
+    watch = _LossWatch(stable, on_step)
     callbacks: list[TrainerCallback] = [watch, ShallowBackward()]
     if is_adalora(trainer.model):
         if trainer.is_fsdp_enabled:
@@ -239,20 +246,24 @@ def fine_tune(
             )
     seconds = time.perf_counter() - start if checkpoints is None else checkpoints.seconds
     stopped_by = "stable" if watch.is_stable else "max_steps"
-    return TrainingResult(tuple(watch.losses), stopped_by, seconds)
+    measured = {} if stable is None else stable.history.record()
+    return TrainingResult(tuple(watch.losses), stopped_by, seconds, measured)
 
 
 class _LossWatch(TrainerCallback):
     """Collects and reports the loss of each step; stops when it is stable or not finite."""
 
-    def __init__(self, stability: StabilityOptions | None, on_step: OnStep | None) -> None:
-        self.stability = stability
+    def __init__(self, stable: StabilityWatch | None, on_step: OnStep | None) -> None:
+        self.stable = stable
         self.on_step = on_step
         self.losses: list[float] = []
         self.is_stable = False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         self.losses = [float(logs["loss"]) for logs in state.log_history if "loss" in logs]
+        saved = state.stateful_callbacks.get(STATE_KEY)
+        if self.stable is not None and saved is not None and state.global_step > 0:
+            self.stable.history.restore(saved)
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if "loss" not in kw["logs"]:
@@ -266,10 +277,13 @@ class _LossWatch(TrainerCallback):
         self.losses.append(loss)
         if self.on_step is not None:
             self.on_step(len(self.losses), loss)
-        if self.stability is not None and self.stability.is_stable(self.losses):
+        if self.stable is None:
+            return
+        if self.stable.see(state.global_step):
             self.is_stable = True
             control.should_training_stop = True
             control.should_save = False  # a training would resume from there
+        state.stateful_callbacks[STATE_KEY] = self.stable.history.state()
 
 
 class _RankAllocation(TrainerCallback):
