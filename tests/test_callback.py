@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`FreezeUnimportant`: one run that ranks, freezes and continues, whole or resumed, bit for bit."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -86,7 +85,7 @@ def make(kind, folder, **options):
 
 
 def freezing(**options):
-    """Stable at exactly step 8, when two windows of losses are there."""
+    """Stable at exactly step 8, when the loss was measured twice."""
     own = {"window": FREEZE_STEP // 2, "epsilon": 1e9, "max_steps": 13, "mask_dataset": data(12)}
     if "mask_steps" not in options:
         own["mask_batches"] = 2
@@ -128,6 +127,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(kind, action, tmp_path
             assert again.ranking == stopped.ranking
         assert again.ranking.modules == whole.ranking.modules
         assert (again.frozen_at_step, again.reason) == (FREEZE_STEP, "stable")
+        assert again.stability == whole.stability
         assert equal(lora(resumed.model), weights), stop
 
 
@@ -210,39 +210,13 @@ def test_until_the_freeze_takes_effect_the_run_is_the_same(kind, method, steps, 
     )
     assert mine == others
     assert with_it.has_own_loader == without.has_own_loader == [True] * (FREEZE_STEP + 2)
-    assert "training_step" not in vars(first)
 
 
-def test_the_loss_of_each_step_is_seen_whatever_is_logged(tmp_path):
-    """As transformers logs it at every step; two batches make a step."""
-    logged = run(Trainer, tmp_path / "a", logging_steps=1).state.log_history
-    callback = freezing(window=6, epsilon=0.0, max_steps=None)
-    checkpoint = Path(killed(tmp_path / "b", callback, after=6, logging_steps=100))
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    losses = state["stateful_callbacks"]["keylayers.FreezeUnimportant"]["recent_losses"]
-    assert losses == pytest.approx([row["loss"] for row in logged[:6]], rel=1e-6)
-
-
-CURVES = {  # losses -> whether they are stable, with windows of 2 steps and 0.1 nats
-    (1.0, 1.0, 1.0): False,  # the second window is not full
-    (1.0, 1.0, 1.0, 1.0): True,
-    (3.0, 2.0, 1.0, 1.0): False,
-    (3.0, 2.0, 1.0, 1.0, 1.0, 1.0): True,
-    (1.0, 3.0, 2.0, 2.0): True,  # noise inside a window averages out
-    (1.0, 1.0, 2.0, 2.0): False,  # a rise is no stability either
-    (1.0, 1.0, 0.9, 0.9): False,  # a change of exactly epsilon is not below it
-}
 NONSENSE = [
     ({"window": 0}, "`window` must be at least 1, got 0"),
     ({"epsilon": -1.0}, "`epsilon` must be at least 0, got -1.0"),
     ({"max_steps": 0}, "`max_steps` must be at least 1, got 0"),
 ]
-
-
-@pytest.mark.parametrize("losses", CURVES)
-def test_a_loss_is_stable_when_two_windows_agree(losses):
-    assert StabilityOptions(window=2, epsilon=0.1 - 1e-12).is_stable(losses) is CURVES[losses]
-    assert not StabilityOptions(window=2, epsilon=0.0).is_stable(losses)
 
 
 @pytest.mark.parametrize(("values", "message"), NONSENSE)
@@ -265,9 +239,8 @@ def test_a_run_that_ends_too_early_says_that_nothing_was_frozen(tmp_path):
 
     callback = freezing()
     with pytest.warns(UserWarning, match="nothing was frozen: training ended at step 3 before"):
-        trainer = run(Trainer, tmp_path, callback, StopEarly())
+        run(Trainer, tmp_path, callback, StopEarly())
     assert (callback.ranking, callback.frozen) == (None, ())
-    assert "training_step" not in vars(trainer)
 
 
 @pytest.mark.parametrize("action", ["freeze", "remove"])
@@ -306,7 +279,7 @@ def test_a_callback_serves_run_after_run_and_a_trainer_goes_on_from_its_checkpoi
 def test_a_checkpoint_of_a_run_without_the_callback_can_take_it_up(tmp_path):
     callback = freezing()
     run(Trainer, tmp_path, callback, resume=killed(tmp_path, after=2))
-    assert callback.frozen_at_step == 2 + FREEZE_STEP  # it needs that many losses
+    assert callback.frozen_at_step == FREEZE_STEP  # measured at steps 4 and 8
 
 
 def test_what_cannot_work_is_refused_before_any_step(tmp_path):

@@ -53,6 +53,7 @@ COMMANDS = {
     "dpo": f"rank --data PAIRS --objective dpo {SMALL} --held-out 4 --max-steps 4 --mask-batches 1",
     "full": f"{RANK} --update full {BATCHES}",
     "dora": f"{RANK} --update dora {BATCHES}",
+    "stable": f"{RANK} --method update-norm --window 3 --epsilon 100 --warmup-steps 0",
     "train": f"{TRAIN} --controls random --gradient-accumulation 2",
     "rank-first": f"train --rank-first {SFT} --steps 8 {BATCHES} --controls last --save-steps 2",
     "train-full": f"{TRAIN} --update full --gradient-checkpointing",
@@ -88,7 +89,7 @@ WRAPPERS = {
         "DS_ACCELERATOR": "cpu",
     },
 }
-SPREAD = ("elimination", "update-norm", "dpo", "full", "train", "train-full")
+SPREAD = ("elimination", "update-norm", "dpo", "full", "stable", "train", "train-full")
 RUN_UNDER = {"ddp": tuple(COMMANDS), "fsdp2": (*SPREAD, "dora", "rank-first"), "zero2": SPREAD}
 NEEDS_DEEPSPEED = "DeepSpeed is not installed: `DS_BUILD_OPS=0 pip install deepspeed` (docs)"
 
@@ -161,7 +162,7 @@ def difference(first, second):
     return float((first - second).abs().max() / first.abs().max())
 
 
-@under_each_wrapper(*METHODS, "dpo", "full", "dora")
+@under_each_wrapper(*METHODS, "dpo", "full", "dora", "stable")
 def test_the_ranking_of_two_processes_is_that_of_one(one, two, name):
     found = two.root / name
     assert difference(scores(one / name), scores(found)) < 1e-4
@@ -169,6 +170,10 @@ def test_the_ranking_of_two_processes_is_that_of_one(one, two, name):
     assert first["held_out_loss_nats"] == pytest.approx(second["held_out_loss_nats"], rel=1e-4)
     first, second = first["stage_1"], second["stage_1"]
     assert first["losses"] == pytest.approx(second["losses"], rel=1e-4)
+    seen, others = (found["stability"]["measurements"] for found in (first, second))
+    assert len(seen) == len(others) == (2 if name == "stable" else 0)
+    for one_of, other in zip(seen, others, strict=True):
+        assert one_of == pytest.approx(other, rel=1e-3)
     if two.wrapper != "zero2":  # which hides gradients
         assert first["step_scores"] == pytest.approx(second["step_scores"], rel=1e-3, abs=1e-6)
 

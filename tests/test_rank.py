@@ -42,8 +42,11 @@ def test_both_stages_give_a_ranking_with_its_provenance_and_an_adapter(
     assert record_of(output / "adapter")
 
 
+STABLE = ("--window", "2", "--epsilon", "100")
+
+
 def test_stage_1_stops_when_the_loss_is_stable(tiny, tmp_path):
-    assert rank(tiny, tmp_path / "out", "--window", "2", "--epsilon", "100") == 0
+    assert rank(tiny, tmp_path / "out", "--warmup-steps", "0", *STABLE) == 0
     stage_1 = read(tmp_path / "out")["provenance"]["stage_1"]
     assert (stage_1["num_steps"], stage_1["stopped_by"]) == (4, "stable")
 

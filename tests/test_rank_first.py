@@ -47,6 +47,7 @@ def test_the_worst_quarter_is_frozen_halfway_and_the_output_holds_all(tiny, tmp_
 
 def test_removed_modules_are_zero_in_the_adapter(tiny, tmp_path, capsys):
     more = ("--freeze", "0.5", "--action", "remove", "--window", "2", "--epsilon", "100")
+    more += ("--warmup-steps", "0")
     assert rank_first(tiny, tmp_path / "t", *more, "--max-steps", "7") == 0
     record = record_of(tmp_path / "t")
     assert (record["frozen"]["at_step"], record["frozen"]["reason"]) == (4, "stable")

@@ -31,7 +31,7 @@ RANKINGS = {
     "accumulated": f"{RANK} --gradient-accumulation 3",
     "checkpointed": f"{RANK} --gradient-checkpointing",
     "bfloat16": f"{RANK} --dtype bfloat16",
-    "until stable": f"{RANK} --window 3 --epsilon 100",
+    "until stable": f"{RANK} --window 3 --epsilon 100 --warmup-steps 0",
     "dpo": on("pairs", "dpo"),
     "kto": on("rated", "kto"),
     "orpo": on("pairs", "orpo"),
@@ -50,7 +50,7 @@ CASES = {
     "on a ranking, full": (f"{ON_A_RANKING} --update full", 1, 5, [4, 0]),
     "on a ranking, full, in a control": (f"{ON_A_RANKING} --update full", 2, 5, [4]),
 }
-FIRST_LOOK = ("lora", "rank first")  # the others are in the long tier
+FIRST_LOOK = ("lora", "rank first", "until stable")  # the others are in the long tier
 PARAMETERS = [
     pytest.param(*case, id=name, marks=() if name in FIRST_LOOK else pytest.mark.long)
     for name, case in CASES.items()
