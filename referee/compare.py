@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: D103, T201
+# ruff: noqa: D103
 """Compares two folders of records, bit for bit: `compare.py DIR_A DIR_B [PATTERN ...]`."""
 
 import json

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: T201
 """Records what the keylayers in ./src computes: `record.py OUTPUT_DIR [PATTERN ...]`.
 
 One JSON file for each case whose name matches a pattern; cases that have a file are skipped.

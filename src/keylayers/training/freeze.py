@@ -8,8 +8,7 @@ resumed run gives the same result as a run that was never stopped.
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
