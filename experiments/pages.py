@@ -14,8 +14,12 @@ import small_study
 from tables import ROOT, filled
 
 TABLES = (*findings.TABLES, *small_study.TABLES, *performance.TABLES, *small_adapters.TABLES)
-DOCS = ("docs/methods.md", "docs/claims.md", "docs/performance.md", "docs/parts.md")
-PAGES = tuple(ROOT / page for page in ("README.md", *DOCS, "experiments/RESULTS.md"))
+DOCS = ("methods.md", "claims.md", "budgets.md", "performance.md", "parts.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / page for page in DOCS),
+    ROOT / "experiments" / "RESULTS.md",
+)
 
 if __name__ == "__main__":
     for page in PAGES:
