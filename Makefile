@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-long check bench clean
+.PHONY: demo test test-long check docs bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -29,6 +29,10 @@ check: $(VENV)/installed-dev
 	$(BIN)/mypy
 	$(BIN)/codespell src tests docs benchmarks experiments README.md CHANGELOG.md CONTRIBUTING.md
 
+# The site in build/site, which opens from disk. Fails at dead links and requests to other hosts.
+docs: $(VENV)/installed-docs
+	$(BIN)/python docs/site/build.py
+
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks
 	$(BIN)/python experiments/pages.py
@@ -43,5 +47,9 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev
 	touch $@
 
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group docs
+	touch $@
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -5,6 +5,7 @@
 """
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +16,16 @@ sys.path.append(str(ROOT / "docs" / "site"))
 import check  # noqa: E402
 import messages  # noqa: E402
 
+SITE = ROOT / "build" / "site"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+LOOKS = {
+    "light": {"color_scheme": "light"},
+    "phone, dark": {"color_scheme": "dark", "viewport": {"width": 390, "height": 844}},
+}
 GOOD = '<h2 id="there">x</h2><a href="other.html#part">x</a> <a href="#there">x</a>'
 # What a page holds -> the end of the line about it
 PROBLEMS = {
@@ -29,7 +40,7 @@ PROBLEMS = {
     "<style>@import 'https://example.org/a.css'</style>": "loads https://example.org/a.css",
     '<p style="background: url(https://example.org/a.png)">': "loads https://example.org/a.png",
 }
-SOURCE = '''
+SOURCE = """
 def raises(name):
     raise ConfigError("as it stands")
     raise DataError(f"with {name!r} and " f"more")
@@ -37,7 +48,7 @@ def raises(name):
     raise ModelError(text)
     raise ModelError(name)
     raise ValueError("of somebody else")
-'''
+"""
 
 
 @pytest.fixture
@@ -77,3 +88,47 @@ def test_troubleshooting_quotes_beginnings_of_messages_that_exist():
     assert len(quoted) > 20
     unknown = [one for one in quoted if not any(text.startswith(one) for text in beginnings)]
     assert unknown == []
+
+
+@pytest.mark.long
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+@pytest.mark.skipif(not SITE.is_dir(), reason="the site is not built; run `make docs`")
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_every_page_opens_from_disk_without_a_network(look):
+    """Nothing but files of the site is asked for, nothing is complained of, nothing sticks out."""
+    from playwright.sync_api import sync_playwright
+
+    pages = sorted(SITE.glob("*.html"))
+    pages.remove(SITE / "404.html")  # a server's page, with addresses from its root
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        page = browser.new_context(offline=True, **look).new_page()
+        heard = []
+        for event in ("console", "pageerror"):
+            page.on(event, lambda what, event=event: heard.append(f"{event}: {what}"))
+        page.on("request", lambda request: heard.append(request.url))
+        for path in pages:
+            page.goto(path.as_uri())
+            assert page.locator("h1").is_visible()
+            width = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+            assert width <= 0, path.name
+        browser.close()
+    inside = f"{SITE.as_uri()}/"
+    assert len(pages) > 30
+    assert [what for what in heard if not what.startswith(inside)] == []
+
+
+@pytest.mark.long
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+@pytest.mark.skipif(not SITE.is_dir(), reason="the site is not built; run `make docs`")
+def test_search_works_from_disk():
+    from playwright.sync_api import expect, sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        page = browser.new_context(offline=True).new_page()
+        page.goto((SITE / "index.html").as_uri())
+        page.keyboard.press("Control+k")
+        page.keyboard.type("mask curve")
+        expect(page.get_by_role("link", name="How it is measured").first).to_be_visible()
+        browser.close()

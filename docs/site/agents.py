@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The site for coding agents: llms.txt (https://llmstxt.org), each page as Markdown, and all in one.
+"""The site for coding agents: llms.txt (https://llmstxt.org), and each page and all as Markdown.
 
 Links in Markdown pages lead to the Markdown of other pages.
 """
@@ -22,7 +22,8 @@ def write_for_agents(texts: Mapping[str, str], config: Path, site: Path) -> None
     """Write llms.txt, llms-full.txt and the Markdown of every page into the site."""
     project = tomllib.loads(config.read_text(encoding="utf-8"))["project"]
     package = griffe.load("keylayers", search_paths=[config.parents[2] / "src"])
-    plain = {page: _without_directives(text, package) for page, text in texts.items()}
+    filters = project["plugins"]["mkdocstrings"]["handlers"]["python"]["options"]["filters"]
+    plain = {page: _without_directives(text, package, filters) for page, text in texts.items()}
     for page, text in plain.items():
         (site / page).write_text(text, encoding="utf-8")
     head = f"# {project['site_name']}\n\n> {project['site_description']}\n"
@@ -56,34 +57,32 @@ def _title(text: str) -> str:
 def _opening(text: str) -> str:
     """The first sentence of a page."""
     without_code = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    paragraphs = (part for part in without_code.split("\n\n") if re.match(r"[\w`\[]", part.strip()))
+    paragraphs = (part for part in without_code.split("\n\n") if re.match(r"\n*[\w`\[]", part))
     plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", " ".join(next(paragraphs, "").split()))
     return re.split(r"(?<=[.:])\s", plain)[0].rstrip(":.") + "."
 
 
-def _without_directives(text: str, package: griffe.Module) -> str:
+def _without_directives(text: str, package: griffe.Module, filters: list[str]) -> str:
     """A page with the signatures and docstrings that its directives ask for."""
+    hidden = re.compile("|".join(one.removeprefix("!") for one in filters))
 
     def documented(match: re.Match[str]) -> str:
         found = package[match[1].removeprefix("keylayers.")]
-        return "\n\n".join(_entry(match[1], found))
+        return "\n\n".join(_entry(match[1], found, hidden))
 
     return DIRECTIVE.sub(documented, text)
 
 
-def _entry(name: str, found: griffe.Object | griffe.Alias) -> Iterator[str]:
-    members = found.members if found.is_class else {}
-    shown = found.parameters if found.is_function else None
-    init = members.get("__init__")
-    if init is not None and init.is_function:
-        shown = init.parameters
+def _entry(
+    name: str, found: griffe.Object | griffe.Alias, hidden: re.Pattern[str]
+) -> Iterator[str]:
     yield f"### {name}"
-    if shown is not None:
-        parameters = ", ".join(str(one) for one in shown if one.name != "self")
-        yield f"```python\n{name}({parameters})\n```"
-    for documented in filter(None, (found, init)):
+    if found.is_function or found.is_class:
+        yield f"```python\n{found.signature(name=name)}\n```"
+    members = found.members if found.is_class else {}
+    for documented in filter(None, (found, members.get("__init__"))):
         if documented.docstring is not None:
             yield cleandoc(documented.docstring.value)
     for member in members.values():
-        if not member.name.startswith("_") and member.docstring is not None:
-            yield from _entry(f"{name}.{member.name}", member)
+        if not hidden.search(member.name) and member.docstring is not None:
+            yield from _entry(f"{name}.{member.name}", member, hidden)

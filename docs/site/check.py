@@ -61,9 +61,8 @@ def _of_page(site: Path, path: Path, pages: dict[Path, Page]) -> Iterator[str]:
             target /= "index.html"
         if not target.is_file():
             yield f"{name}: links to {link}, which does not exist"
-        elif parts.fragment and target in pages:
-            if unquote(parts.fragment) not in pages[target].ids:
-                yield f"{name}: links to {link}, which has no such anchor"
+        elif target in pages and unquote(parts.fragment) not in {"", *pages[target].ids}:
+            yield f"{name}: links to {link}, which has no such anchor"
 
 
 def _target(site: Path, page: Path, address: str) -> Path:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages of the site that repeat the code, made from it: API, commands, formulas, error messages."""
+"""Pages of the site that are made from the code: API, commands, formulas, error messages."""
 
 import ast
 import re
@@ -8,12 +8,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import griffe
-from messages import Message, messages
 
 import keylayers
 from keylayers.cli import app
 from keylayers.errors import GuardError
-from keylayers.scores.methods import methods
+from keylayers.scores.methods import BUILT_IN
+
+from messages import Message, messages
 
 ROOT = Path(__file__).resolve().parents[2]
 # Topic -> files and folders of the package whose messages it has; the first that fits
@@ -44,10 +45,10 @@ GUARDS = "Checks of keylayers on itself"
 def _scores() -> dict[Path, list[str]]:
     """The file of each scoring method, with the names of its methods."""
     files = defaultdict(list)
-    for name, method in methods().items():
+    for method in BUILT_IN:
         spec = find_spec(str(method.function).partition(":")[0])
         assert spec is not None
-        files[Path(str(spec.origin))].append(name)
+        files[Path(str(spec.origin))].append(method.name)
     return files
 
 
@@ -84,7 +85,11 @@ def api() -> str:
         "For methods of your own": FOR_METHODS,
         "Exceptions": [f"errors.{name}" for name in of_errors],
     }
-    lines = ["# Python API", "", "All names of `keylayers`, and a few that are imported from below it."]
+    lines = [
+        "# Python API",
+        "",
+        "All names of `keylayers`, and a few from below it.",
+    ]
     for title, listed in sections.items():
         lines += ["", f"## {title}", "", *(f"::: keylayers.{name}\n" for name in listed)]
     return "\n".join(lines)
@@ -119,8 +124,8 @@ def listed_messages() -> str:
     lines = [
         "# Every error message",
         "",
-        "Made from the sources. `…` is filled in by the run. The exit code is 2, except where a",
-        "heading says 1. [Troubleshooting](troubleshooting.md) explains the ones you may meet most.",
+        "Made from the sources. `…` is filled in by the run. The exit code is 2, or 1 where a",
+        "heading says so. [Troubleshooting](troubleshooting.md) explains those you may meet most.",
         "",
     ]
     for topic in [*TOPICS, GUARDS]:
