@@ -43,7 +43,7 @@ PROBLEMS = {
 SOURCE = """
 def raises(name):
     raise ConfigError("as it stands")
-    raise DataError(f"with {name!r} and " f"more")
+    raise DataError(f"with {name!r}{name} and " f"more")
     text = "by a name"
     raise ModelError(text)
     raise ModelError(name)

@@ -5,6 +5,7 @@ What a run fills in is shown as `…`.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def _in_file(path: Path) -> Iterator[Message]:
             argument = texts.get(argument.id, argument)
         text = _template(argument)
         if _is_error(error) and text.strip(FILLED_IN):
-            yield Message(file, error, text)
+            yield Message(file, error, re.sub(f"{FILLED_IN}+", FILLED_IN, text))
 
 
 def _is_error(name: str) -> bool:
