@@ -3,12 +3,14 @@
 
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import keylayers
 from keylayers.cli import COMMANDS, app, main
+from keylayers.ranking.ranking import FILE as RANKING
 from keylayers.ranking.ranking import Ranking
 from keylayers.scores.scoring_options import scoring_options
 
@@ -86,19 +88,25 @@ def test_the_architecture_names_every_folder_and_only_files_that_exist():
         assert (source / name).is_file() or (ROOT / name).is_file(), name
 
 
-README_COMMANDS = [
-    shlex.split(line.split("#")[0].strip())
-    for line in README.splitlines()
-    if line.startswith("    keylayers ")
-]
+COMMAND = re.compile(r"^(?:    |\$ )(keylayers (?:.*\\\n)*.*)$", re.MULTILINE)
+SHOWN = sorted(
+    {
+        " ".join(shlex.split(line.replace("\\\n", " "), comments=True))
+        for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+        for line in COMMAND.findall(page.read_text())
+    }
+)
 
 
-@pytest.mark.parametrize("command", README_COMMANDS, ids=" ".join)
-def test_commands_of_the_readme_parse(command, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", SHOWN)
+def test_commands_of_the_docs_parse(command, tmp_path, monkeypatch):
+    command = command.split()
     options = {"model": "base", "data": "chats.jsonl"}
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "out").mkdir()
-    ranking_of([1.0], provenance={"options": options}).save(tmp_path / "out" / "ranking.json")
+    for name, value in pairwise(["--ranking", "out", *command]):
+        if name == "--ranking":
+            (tmp_path / value).mkdir(parents=True, exist_ok=True)
+            ranking_of([1.0], provenance={"options": options}).save(tmp_path / value / RANKING)
     function, bound, _ = app.parse_args(command[1:], print_error=False, exit_on_error=False)
     assert function.__name__.rstrip("_") == command[1]
     assert bound.arguments or len(command) == 2
