@@ -78,6 +78,23 @@ def test_the_example_of_the_callback_runs(tmp_path, monkeypatch, capsys):
     assert Ranking.load("run/checkpoint-20") == ranking
 
 
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")
+def test_the_example_of_a_script_runs(tiny, preferences, tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "script.md").read_text()
+    (example,) = re.findall(r"```python\n(import keylayers\nfrom .*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(tiny / "model")
+    (tmp_path / "pairs.jsonl").symlink_to(preferences / "pairs.jsonl")
+    names: dict[str, object] = {}
+    exec(compile(example, "docs/script.md", "exec"), names)
+    chosen = names["ranking"].select(0.3).names
+    assert chosen
+    assert names["config"].r == 16
+    assert all(re.fullmatch(names["config"].target_modules, name) for name in chosen)
+
+
 def test_the_architecture_names_every_folder_and_only_files_that_exist():
     text = (ROOT / "docs" / "architecture.md").read_text()
     source = ROOT / "src" / "keylayers"
