@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from keylayers.commands.run_verify import orders_by_singular_values
 from keylayers.environment import environment
 from keylayers.evaluation.held_out import mask_curve
+from keylayers.evaluation.verify import orders_by_singular_values
 from keylayers.files import write_json
 from keylayers.gates import part_name, part_sizes
 from keylayers.ranking.parts import parts_in_order

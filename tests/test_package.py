@@ -57,8 +57,8 @@ def test_imports_point_one_way_and_in_no_circle():
 
 
 PUBLIC = """FreezeUnimportant KeylayersError Method Ranking Selection ShallowBackward StepScores
-__version__ agreement consensus export_selection mask_curve measured_memory module_weights
-rank_modules register_method"""
+Verification __version__ agreement consensus curve_chart export_selection mask_curve measured_memory
+module_weights rank_modules ranking_chart ranking_table register_method verify_ranking"""
 
 
 def test_the_public_names_are_exact():
@@ -98,6 +98,7 @@ LIGHT = [
     "from keylayers.cli import main; main(['show', 'no-such-file.json'])",
     "import keylayers.ranking.ranking, keylayers.ranking.selection, keylayers.ranking.compare",
     "import keylayers.report.terminal, keylayers.report.html, keylayers.report.figures",
+    "import keylayers.report.notebook",
     "import keylayers.evaluation.measures, keylayers.report.evaluation",
     "import keylayers.ranking.certainty, keylayers.ranking.consensus",
     "import keylayers.export",

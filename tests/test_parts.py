@@ -23,8 +23,8 @@ from commands import (
     weights_in,
 )
 from keylayers import export_selection
-from keylayers.commands.run_verify import orders_by_singular_values
 from keylayers.errors import ConfigError, KeylayersError, RankingError
+from keylayers.evaluation.verify import orders_by_singular_values
 from keylayers.export import TOOLS
 from keylayers.gates import part_sizes
 from keylayers.model.modules import map_modules

@@ -38,7 +38,7 @@ class ConsoleProgress(Progress):
             progress.TimeRemainingColumn(),
         )
         told_at = time.perf_counter()
-        is_hidden = not self.console.is_terminal
+        is_hidden = not self.console.file.isatty()
         shown = progress.Progress(*columns, console=self.console, transient=True, disable=is_hidden)
         with shown as bars:
             bar = bars.add_task(title, total=num_steps, loss="")
@@ -75,8 +75,11 @@ def print_result(report: RenderableType, where: str) -> None:
 
 
 def stdout() -> Console:
-    """Where results go; in a file or a pipe without colours, and wide enough for long names."""
+    """Where results go; in a file or a pipe wide enough for long names.
+
+    Jupyter's kernels set FORCE_COLOR, so that rich takes a pipe for a terminal.
+    """
     console = Console(highlight=False, quiet=not is_first_process())
-    if not console.is_terminal:
+    if not console.file.isatty():
         console.width = PIPE_WIDTH
     return console

@@ -14,7 +14,7 @@ from cyclopts import Group, Parameter
 from keylayers.commands.scoring_flags import ScoringFlags
 from keylayers.data.options import DataOptions
 from keylayers.errors import ConfigError
-from keylayers.evaluation.options import EvalOptions
+from keylayers.evaluation.options import CurveOptions, EvalOptions
 from keylayers.model.options import ModelOptions, UpdateOptions
 from keylayers.options import Options, at_least, check_above_zero, checked
 from keylayers.ranking.budget import Auto, Budget, Freeze, parse_budget
@@ -173,31 +173,14 @@ class SelectionOptions(BudgetOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurveOptions(Options):
+class MeasuringOptions(CurveOptions):
     """How a ranking is verified.
 
     Attributes:
-        points: Points on each mask curve, from no module to all modules.
-        random_orders: Number of random orders that serve as the control.
-        order_seed: Seed of the random orders.
-        leave_one_out: Also measure the leave-one-out order. It takes one forward pass per module
-            and batch, which is slow on large models.
-        margin: How much worse than all modules the recommended budget may be, as a share of the
-            reduction of the held-out loss by the fine-tune.
         eval_batch_size: Largest number of held-out examples per batch.
     """
 
-    points: int = checked(15, at_least(2))
-    random_orders: int = checked(5, at_least(1))
-    order_seed: int = 0
-    leave_one_out: bool = False
-    margin: float = 0.05
     eval_batch_size: int = checked(8, at_least(1))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.margin < 1:
-            raise ConfigError(f"`margin` must be a share from 0 to below 1, got {self.margin}")
 
 
 # Titles of the groups in `--help`, in the order in which they are shown.
@@ -210,7 +193,7 @@ Objective = Annotated[ObjectiveOptions, flat("Objective")]
 Training = Annotated[TrainingOptions, flat("Fine-tuning")]
 Stability = Annotated[StabilityOptions, flat("When stage 1 ends")]
 Scoring = Annotated[ScoringFlags, flat("Scoring")]
-Curve = Annotated[CurveOptions, flat("Measuring")]
+Curve = Annotated[MeasuringOptions, flat("Measuring")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +273,7 @@ class VerifyOptions:
     model: Model
     data: Data
     update: Update = UpdateOptions()
-    curve: Curve = CurveOptions()
+    curve: Curve = MeasuringOptions()
     objective: Objective = ObjectiveOptions()
 
     def __post_init__(self) -> None:

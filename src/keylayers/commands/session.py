@@ -13,6 +13,7 @@ from keylayers.data.prepare import PreparedData, prepare
 from keylayers.environment import environment
 from keylayers.errors import RankingError
 from keylayers.evaluation.held_out import held_out_loss
+from keylayers.evaluation.verify import check_same_update
 from keylayers.model import loading
 from keylayers.model.checkpoint import Checkpoint
 from keylayers.model.modules import map_modules, outside_module
@@ -117,7 +118,7 @@ class Session:
         opened = MadeBy.model_validate(tuned.record).update_sha256s
         if made_by.update_sha256s and made_by.update_sha256s.isdisjoint(opened):
             self.progress.note("the update differs from the one that was ranked")
-        _check_same_update(ranking, tuned.updates)
+        check_same_update(ranking, tuned.updates)
         return tuned
 
     def existing_update(self, options: UpdateOptions) -> TunedModel:
@@ -218,33 +219,3 @@ def _sizes(model: PreTrainedModel, ranking: Ranking) -> dict[str, int]:
     ]
     infos = (*map_modules(model, "all"), *(outside_module(model, name) for name in outside))
     return {info.name: info.num_parameters for info in infos}
-
-
-def _check_same_update(ranking: Ranking, updates: Sequence[Update]) -> None:
-    """Refuse an update of more or of fewer modules than were ranked, or of other parts."""
-    names = [module.name for module in ranking.modules]
-    updated = {update.module.name for update in updates}
-    absent = [name for name in names if name not in updated]
-    if absent:
-        raise RankingError(
-            f"the update must be of every module of the ranking, but {len(absent)} of {len(names)} "
-            f"are not updated, first {absent[0]}; give the update that was ranked, or rank this one"
-        )
-    unranked = [name for name in updated if name not in names]
-    if unranked:
-        raise RankingError(
-            f"the ranking must hold every module of the update, but {len(unranked)} are missing in "
-            f"it, first {min(unranked)}; rank this update"
-        )
-    if ranking.granularity != "part":
-        return
-    ranked = {module.name: list(module.part_parameters or ()) for module in ranking.modules}
-    for update in updates:
-        name, sizes = update.module.name, list(update.parts.num_parameters)
-        if sizes != ranked[name]:
-            raise RankingError(
-                f"the update must have the rank-one parts that were ranked, but {name} has "
-                f"{len(sizes)} with {sum(sizes):,} parameters, and in the ranking "
-                f"{len(ranked[name])} with {sum(ranked[name]):,}; give the update that was "
-                f"ranked, or rank this one"
-            )

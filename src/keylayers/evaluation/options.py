@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `keylayers eval` measures, on which models."""
+"""What `keylayers eval` measures, on which models, and how a ranking is verified."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -159,3 +159,29 @@ class EvalOptions:
     def flat(self) -> dict[str, Any]:
         """Every option by the name of its flag, for the record."""
         return {name: own for part in vars(self).values() for name, own in asdict(part).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveOptions(Options):
+    """How a ranking is verified.
+
+    Attributes:
+        points: Points on each mask curve, from no module to all modules.
+        random_orders: Number of random orders that serve as the control.
+        order_seed: Seed of the random orders.
+        leave_one_out: Also measure the leave-one-out order. It takes one forward pass per module
+            and batch, which is slow on large models.
+        margin: How much worse than all modules the recommended budget may be, as a share of the
+            reduction of the held-out loss by the fine-tune.
+    """
+
+    points: int = checked(15, at_least(2))
+    random_orders: int = checked(5, at_least(1))
+    order_seed: int = 0
+    leave_one_out: bool = False
+    margin: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.margin < 1:
+            raise ConfigError(f"`margin` must be a share from 0 to below 1, got {self.margin}")

@@ -29,7 +29,7 @@ COMMAND = "keylayers rank"
 OF_PARTS = ("part_scores", "part_parameters", "has_magnitude_part")  # absent in other files
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ranking:
     """Modules in model order with their scores, and where they come from."""
 
@@ -61,6 +61,11 @@ class Ranking:
                         f"scores and standard errors must be a finite number or None, got {number} "
                         f"for {module.name}"
                     )
+
+    def __repr__(self) -> str:
+        """One line, as notebooks show it: all modules and their provenance would fill a page."""
+        parts = f"{self.num_parts} parts of " if self.is_of_parts else ""
+        return f"<Ranking of {parts}{len(self.modules)} modules, {self.method}>"
 
     @property
     def projections(self) -> tuple[str, ...]:

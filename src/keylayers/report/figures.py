@@ -63,12 +63,15 @@ def _figure(kind: FigureKind, sources: Sequence[Source], budget: WrittenBudget) 
         pairs = agreement([source.ranking for source in sources], budget)
         return charts.agreement_chart(pairs, [source.label for source in sources])
     if len(sources) == 1:
-        return _single(kind, sources[0], budget)
-    parts = [_single(kind, source, budget).properties(title=source.label) for source in sources]
+        return single_chart(kind, sources[0], budget)
+    parts = [
+        single_chart(kind, source, budget).properties(title=source.label) for source in sources
+    ]
     return alt.concat(*parts, columns=NUM_COLUMNS).resolve_scale(color="independent")
 
 
-def _single(kind: FigureKind, source: Source, budget: WrittenBudget) -> charts.Chart:
+def single_chart(kind: FigureKind, source: Source, budget: WrittenBudget) -> charts.Chart:
+    """The chart of one ranking: any kind but an agreement."""
     ranking = source.ranking
     if kind == "heatmap":
         if ranking.is_of_parts:

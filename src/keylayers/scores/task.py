@@ -16,7 +16,7 @@ from transformers import Trainer, set_seed
 from keylayers.errors import ModelError
 from keylayers.gates import Gates, gated
 from keylayers.scores.options import Granularity
-from keylayers.trainers.data import counts_tokens
+from keylayers.trainers.data import loss_unit
 from keylayers.trainers.log import TrainerLog
 from keylayers.trainers.loss import TrainerLoss
 from keylayers.updates import Update
@@ -167,7 +167,7 @@ class MaskedModel:
     @property
     def loss_unit(self) -> str:
         """Unit of a difference of losses: nats only if the loss is one of tokens."""
-        return "nats per token" if counts_tokens(self.batches[0]) else "the trainer's loss"
+        return loss_unit(self.batches[0])
 
     def loss(self, values: Float[Tensor, " gate"] | float, batch: Any) -> float:
         """Loss in nats on one batch with the gates at `values`."""

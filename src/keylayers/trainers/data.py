@@ -116,6 +116,11 @@ def counts_tokens(inputs: Any) -> bool:
     return labels.dim() > 1 and labels.shape[-1] > 1
 
 
+def loss_unit(inputs: Any) -> str:
+    """Unit of the loss of a batch: nats only if it is one of tokens."""
+    return "nats per token" if counts_tokens(inputs) else "the trainer's loss"
+
+
 def num_labels(inputs: Mapping[str, Any]) -> float:
     """How many labelled next tokens a batch holds; without a label for each token, its rows."""
     if counts_tokens(inputs):

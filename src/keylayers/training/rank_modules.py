@@ -3,7 +3,6 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -22,8 +21,7 @@ from keylayers.scores.scoring_options import ScoringOptions, scoring_options
 from keylayers.scores.task import ModuleScores
 from keylayers.trainers.data import prepared_for
 from keylayers.trainers.loss import reference_of
-from keylayers.updates import ZERO, AdaLoraUpdate, Update, adapter_updates, are_zero, dense_updates
-from keylayers.updates.checkpoints import back_at_base
+from keylayers.updates import ZERO, AdaLoraUpdate, Update, are_zero, trained_updates
 from keylayers.updates.dora import DoraUpdate
 
 
@@ -70,16 +68,26 @@ def rank_modules(
         trainer.train_dataset = prepared_for(trainer, mask_dataset)
     reference = reference_of(trainer)
     place_model(trainer)
-    updates: Sequence[Update]
     try:
-        with nullcontext() if base_weights is None else back_at_base(model, base_weights) as tuned:
-            updates = adapter_updates(model) if tuned is None else dense_updates(model, tuned)
+        with trained_updates(model, base_weights) as updates:
             if not is_sharded(model) and are_zero(updates):
                 warnings.warn(ZERO, UserWarning, stacklevel=2)
             found = score_modules(trainer, updates, scoring, on_step)
     finally:
         trainer.train_dataset = train_dataset
     provenance = {
+        **trainer_record(trainer),
+        "reference": reference,
+        "has_mask_dataset": mask_dataset is not None,
+        "seed": trainer.args.seed if scoring.mask_seed is None else scoring.mask_seed,
+        "options": scoring.flat(),
+    }
+    return to_ranking(updates, found, scoring, provenance)
+
+
+def trainer_record(trainer: Trainer) -> dict[str, Any]:
+    """What a record says of a trainer that the user built."""
+    return {
         "environment": environment(),
         "model": {
             "name": trainer.model.config._name_or_path,
@@ -87,12 +95,7 @@ def rank_modules(
             "weights_sha256": weights_sha256(trainer.model),
         },
         "trainer": type(trainer).__name__,
-        "reference": reference,
-        "has_mask_dataset": mask_dataset is not None,
-        "seed": trainer.args.seed if scoring.mask_seed is None else scoring.mask_seed,
-        "options": scoring.flat(),
     }
-    return to_ranking(updates, found, scoring, provenance)
 
 
 def to_ranking(
