@@ -3,9 +3,9 @@
 
     minimise over s   E[ L(θ_0 + sigmoid(s) ⊙ Δθ_t) ]        score_i = s_i
 
-Source: Shi, Lu, Dong, Zhang, Zhang, Wu: "Understanding Layer Significance in LLM Alignment", COLM
-    2025, arXiv:2410.17875. We have only its abstract and reviews; the formula, the initial scores
-    (4, 2, 1) and the dropped constraint `‖γ‖ < H` are from memory of its text.
+Source: Shi, Lu, Dong, Zhang, Zhang, Feng, Wu: "Understanding Layer Significance in LLM Alignment",
+    COLM 2025, arXiv:2410.17875. We have only its abstract and reviews; the formula, the initial
+    scores (4, 2, 1) and the dropped constraint `‖γ‖ < H` are from memory of its text.
 Differs: we do not know the paper's optimiser and learning rate; plain SGD is the default because it
     ranks better than Adam by the mask curve (experiments/LOG.md). Stage 1 ends when the
     loss of a few examples surely falls no further.
