@@ -172,12 +172,20 @@ def test_the_chat_template_marks_the_answers_and_nothing_else(tokenizer, lines):
 
 
 @pytest.mark.long
-def test_the_demo_shows_everything(tmp_path, capsys):
-    assert keylayers("demo", "--output", tmp_path, "--max-steps", "5") == 0
+def test_in_the_demo_it_matters_which_modules_are_chosen(tmp_path, capsys):
+    assert keylayers("demo", "--output", tmp_path, "--max-steps", "20") == 0
     out = capsys.readouterr().out
-    for label in ("polite, list", "by chance", "base model", "selected", "all", "random"):
+    for label in ("polite, list", "by chance", "nothing retrained", "base model", "from scratch"):
         assert label in out
     for style in STYLES:
         assert f"{style} answers: ranks, 1 is the most important" in out
         assert (tmp_path / style / "ranking.json").is_file()
-    assert (tmp_path / "polite-best" / "adapter_model.safetensors").is_file()
+    verified = json.loads((tmp_path / "terse" / "verification.json").read_text())
+    assert len(verified["random"]) == 3
+    for control in (*verified["random"], verified["worst_first"]):
+        inside = zip(verified["best_first"]["losses"][1:-1], control["losses"][1:-1], strict=True)
+        assert all(best < other for best, other in inside)
+    trained = json.loads((tmp_path / "terse-best" / "keylayers.json").read_text())
+    losses = {row["label"]: row["held_out_loss_nats"] for row in trained["results"]}
+    assert losses["selected"] < losses["random"] < losses["base model"]
+    assert (tmp_path / "terse-best" / "adapter_model.safetensors").is_file()
