@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What selecting modules is worth on a real model: trainings from scratch on chosen modules.
+
+    python recipes/real/study.py RESULTS_FOLDER --model MODEL --data DATA_FOLDER [--collect RECORD]
+
+One result per line of RESULTS_FOLDER/DATA-SEED.jsonl, written as it comes; a finished training is
+not run again. Trainings of one seed share data, order of the batches and number of steps. The
+first, on all modules, is also what the rankings are made of. On the first seed every arm tries
+learning rates until its loss on 96 validation examples rises; other seeds take the best one. What
+is reported is measured on other examples: the official test set, and data of another task
+(forgetting). `README.md` explains the arms.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import TrainerCallback
+
+from keylayers.data.chat import IGNORED, encode_all
+from keylayers.data.options import DataOptions
+from keylayers.data.prepare import prepare
+from keylayers.data.reading import read_conversations
+from keylayers.data.templates import resolve_template
+from keylayers.environment import environment
+from keylayers.evaluation.held_out import held_out_loss, mask_curve
+from keylayers.files import write_json
+from keylayers.model.loading import load_model, load_tokenizer
+from keylayers.model.modules import map_modules
+from keylayers.model.options import ModelOptions
+from keylayers.ranking.budget import Time
+from keylayers.ranking.ranked_module import RankedModule
+from keylayers.ranking.ranking import Ranking
+from keylayers.scores.score_modules import score_modules
+from keylayers.scores.scoring_options import scoring_options
+from keylayers.training.memory import measured_memory
+from keylayers.training.options import TrainingOptions
+from keylayers.training.run import fine_tune, make_trainer, new_adapter
+from keylayers.training.step_scores import StepScores
+from keylayers.updates import adapter_updates
+
+NUM_VALIDATION = 96  # and as many for the mask
+NUM_FORGETTING = 96
+NUM_STEPS = 60
+BATCH_SIZE = 8
+LORA_RANK = 16
+METHODS = ("elimination", "path", "ila", "gradient-norm", "update-norm")
+RATES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # times keylayers' default
+CURVE_POINTS, CURVE_RANDOM_ORDERS = 11, 3
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set: what is trained on, what is measured, and what may be forgotten meanwhile."""
+
+    train: str
+    test: str | None = None  # None: the last examples of `train`
+    labels: tuple[str, ...] = ()  # of a classification
+    forgets: str = "alpaca"
+    max_length: int = 64
+    num_train: int | None = None  # examples to train on, from the beginning; None: all
+    num_test: int = 500
+
+
+TASKS = {
+    "trec": Task(
+        "tasks/trec_train.jsonl",
+        "tasks/trec_test.jsonl",
+        ("abbreviation", "description", "entity", "number", "person", "place"),
+    ),
+    "sst2": Task("tasks/sst2_train.jsonl", "tasks/sst2_test.jsonl", ("negative", "positive")),
+    "alpaca": Task(
+        "sft/alpaca_gpt4_999.json", forgets="trec", max_length=96, num_train=850, num_test=100
+    ),
+    "code": Task("tasks/code_alpaca_2k.json", max_length=96, num_train=1800, num_test=100),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Which modules are trained: `size` of an order of all, at LoRA's rank or of all's size."""
+
+    order: str  # all, best, worst, random, first, last, mlp, time, subset
+    size: float = 1.0
+    is_of_all_parameters: bool = False  # a higher LoRA rank, for as many parameters as `all` has
+    draw: int = 0  # of a random set
+
+    @property
+    def name(self):
+        """Its name in results."""
+        more = ", as many parameters" if self.is_of_all_parameters else ""
+        return f"{self.order} {self.size:g}{more}" + (f" #{self.draw}" if self.draw else "")
+
+    def modules(self, ranked, made_by, seed):
+        """Names of the modules, in model order; without a ranking all modules are `ranked`."""
+        names = [module.name for module in ranked]
+        if self.order == "time":
+            ranking = Ranking(ranked, "elimination", provenance=made_by)
+            return [*ranking.select(Time(self.size)).names]
+        count = round(self.size * len(names))
+        by_score = [module.name for module in sorted(ranked, key=lambda one: -one.score)]
+        shuffled = random.Random(f"{self.order} {seed} {self.draw}").sample(names, len(names))
+        order = {
+            "all": names,
+            "best": by_score,
+            "worst": by_score[::-1],
+            "random": shuffled,
+            "subset": shuffled,
+            "first": names,
+            "last": names[::-1],
+            "mlp": [name for name in shuffled if ".mlp." in name],
+        }[self.order]
+        chosen = set(order[:count])
+        return [name for name in names if name in chosen]
+
+
+TIERS = (
+    (Arm("all"), Arm("best", 0.3), Arm("random", 0.3), Arm("best", 0.1), Arm("random", 0.1)),
+    (Arm("best", 0.75), Arm("random", 0.75), Arm("worst", 0.75)),
+    tuple(Arm(order, size, True) for order in ("best", "random") for size in (0.3, 0.1)),
+    tuple(Arm(order, size) for size in (0.3, 0.1) for order in ("worst", "first", "last", "mlp")),
+    (Arm("time", 0.6),),
+)
+
+
+class Clock(TrainerCallback):
+    """CPU seconds of each step, which neighbours of the machine change little."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_step_begin(self, args, state, control, **kw):
+        """Start."""
+        self.start = time.process_time()
+
+    def on_step_end(self, args, state, control, **kw):
+        """Stop."""
+        self.seconds.append(time.process_time() - self.start)
+
+
+class Cell:
+    """One data set with one seed, and what was found of it so far."""
+
+    def __init__(self, data, seed, given):
+        self.data, self.seed, self.given = data, seed, given
+        self.task = TASKS[data]
+        self.options = ModelOptions(model=str(given.model), dtype="bfloat16")
+        self.path = given.folder / f"{data}-{seed}.jsonl"
+        self.rankings = given.folder / f"{data}-{seed}.rankings.json"
+
+    @property
+    def results(self):
+        """What is finished."""
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+    @cached_property
+    def tokenizer(self):
+        """The model's."""
+        return load_tokenizer(self.options)
+
+    @cached_property
+    def prepared(self):
+        """Training, mask and validation examples."""
+        options = DataOptions(
+            data=str(self.given.data / self.task.train),
+            max_length=self.task.max_length,
+            max_examples=self.task.num_train,
+            held_out=NUM_VALIDATION,
+            mask_data="held-out",
+        )
+        return prepare(options, self.tokenizer)
+
+    @cached_property
+    def tests(self):
+        """What is measured -> its examples, and the first tokens of the labels to choose from."""
+        labels = {
+            self.tokenizer(label, add_special_tokens=False)["input_ids"][0]: label
+            for label in self.task.labels
+        }
+        assert len(labels) == len(self.task.labels)
+        return {
+            "test": (self.examples(self.data, self.task.num_test), [*labels]),
+            "forgetting": (self.examples(self.task.forgets, NUM_FORGETTING), []),
+        }
+
+    def examples(self, data, count):
+        """The first usable test examples of a data set, or its last ones if it has no test set."""
+        task = TASKS[data]
+        source = str(self.given.data / (task.test or task.train))
+        found = read_conversations(DataOptions(data=source)).examples
+        found = found if task.test else found[task.num_train :]
+        template = resolve_template(self.tokenizer, None)
+        encoded = encode_all(found, self.tokenizer, template, task.max_length)
+        rows = [each.row for each in encoded if each.is_usable and not each.is_truncated]
+        return [(row["input_ids"], row["labels"]) for row in rows[:count]]
+
+    def trainer(self, names=None, rank=LORA_RANK, rate=1.0):
+        """A trainer of fresh LoRA matrices on the modules; all if no names are given."""
+        model = load_model(self.options)
+        names = names or [module.name for module in map_modules(model)]
+        options = TrainingOptions(
+            seed=self.seed, batch_size=BATCH_SIZE, lora_rank=rank, lora_alpha=2 * rank
+        )
+        default = options.resolved_learning_rate(model.config.hidden_size, is_full=False)
+        options = replace(options, learning_rate=rate * default)
+        tuned = new_adapter(model, names, options, num_steps=NUM_STEPS)
+        return make_trainer(
+            tuned, self.tokenizer, self.prepared.train, options, num_steps=NUM_STEPS
+        )
+
+    def measured(self, trainer):
+        """Losses in nats per token, and the accuracy among the labels, question by question."""
+        found = {"validation_nats": held_out_loss(trainer, self.prepared.held_out)}
+        for name, (examples, labels) in self.tests.items():
+            nats, num_tokens, is_right = [], 0, []
+            for start in range(0, len(examples), 16):
+                losses, count, right = answered(trainer.model, examples[start:][:16], labels)
+                nats, num_tokens, is_right = nats + losses, num_tokens + count, is_right + right
+            found[f"{name}_nats"] = sum(nats) / num_tokens
+            if labels:
+                found["is_right"] = "".join("01"[right] for right in is_right)
+        return found
+
+    def base(self):
+        """The model before any training."""
+        self.write({"arm": "base", "rate": 1.0, **self.measured(self.trainer())})
+
+    def train(self, arm, rate):
+        """Train and measure one arm; the first one is ranked, too."""
+        names, rank = None, LORA_RANK
+        if arm.order != "all":
+            ranked, made_by, widths = self.ranked()
+            names = arm.modules(ranked, made_by, self.seed)
+            if arm.is_of_all_parameters:
+                rank = round(LORA_RANK * sum(widths.values()) / sum(widths[n] for n in names))
+        trainer, clock = self.trainer(names, rank, rate), Clock()
+        trainer.add_callback(clock)
+        is_ranked = arm.order == "all" and rate == 1.0
+        scores = StepScores()
+        if is_ranked:
+            trainer.add_callback(scores)
+        result = fine_tune(trainer)
+        found = {
+            "arm": arm.name,
+            "rate": rate,
+            "num_modules": len(names or adapter_updates(trainer.model)),
+            "lora_rank": rank,
+            "num_trained_parameters": trainer.get_num_trainable_parameters(),
+            "step_cpu_seconds": round(statistics.median(clock.seconds), 3),
+            "training_nats": statistics.fmean(result.losses[-10:]),
+            **self.measured(trainer),
+        }
+        if is_ranked:
+            write_json(self.rankings, self.score(trainer, scores.scores))
+        self.write(found)
+
+    def score(self, trainer, step_scores):
+        """Every method's scores of the fine-tune of all modules."""
+        updates = adapter_updates(trainer.model)
+        trainer.train_dataset = self.prepared.mask
+        found = {"step-scores": {"scores": [*step_scores.values()], "forward_equivalents": 0}}
+        for method in METHODS:
+            scored = score_modules(trainer, updates, scoring_options(method))
+            found[method] = {
+                "scores": [float(f"{score:.6g}") for score in scored.scores],
+                "forward_equivalents": scored.forward_equivalents,
+            }
+        return {
+            "environment": environment(),
+            "split_sha256": self.prepared.record()["split_sha256"],
+            "num_head_parameters": trainer.model.get_output_embeddings().weight.numel(),
+            "modules": [asdict(update.module) for update in updates],
+            "methods": found,
+        }
+
+    def ranked(self):
+        """The modules with elimination's scores, their record, and LoRA's size of each per rank."""
+        found = json.loads(self.rankings.read_text(encoding="utf-8"))
+        infos = [ModuleInfo(**module) for module in found["modules"]]
+        modules = tuple(map(RankedModule.of, infos, found["methods"]["elimination"]["scores"]))
+        made_by = {
+            "options": {"lora_rank": LORA_RANK},
+            "model": {"num_head_parameters": found["num_head_parameters"]},
+        }
+        return modules, made_by, {info.name: sum(info.shape) for info in infos}
+
+    def write(self, found):
+        """Add a finished result."""
+        line = {"data": self.data, "seed": self.seed, **found}
+        line["commit"] = environment()["commit"]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        shown = {key: found.get(key) for key in ("arm", "rate", "validation_nats", "test_nats")}
+        print(self.path.stem, *shown.values(), flush=True)
+
+    def tried(self, arm):
+        """Learning rate -> validation loss of the finished trainings of an arm."""
+        return {one["rate"]: one["validation_nats"] for one in self.results if one["arm"] == arm}
+
+    def finish(self, arm, rates=None):
+        """Train what is left of an arm: at `rates`, or at every rate until validation says stop."""
+        while (rate := next_rate(self.tried(arm.name), rates)) is not None:
+            self.train(arm, rate)
+
+
+def next_rate(tried, rates=None):
+    """The learning rate to try next; None once the best one has a worse one on either side."""
+    for rate in rates or (1.0, 2.0):
+        if rate not in tried:
+            return rate
+    if rates:
+        return None
+    place = RATES.index(min(tried, key=tried.get))
+    around = RATES[max(0, place - 1) : place + 2]
+    return next((rate for rate in around if rate not in tried), None)
+
+
+@torch.no_grad()
+def answered(model, examples, labels):
+    """Loss of each example in nats, number of their tokens, and whether the best label is right."""
+    model.eval()
+    ids = pad_sequence([torch.tensor(row) for row, _ in examples], batch_first=True)
+    wanted = pad_sequence(
+        [torch.tensor(own) for _, own in examples], batch_first=True, padding_value=IGNORED
+    )
+    mask = pad_sequence([torch.ones(len(row)) for row, _ in examples], batch_first=True)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+    targets = wanted[:, 1:]
+    nats = cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view_as(targets)
+    is_right = []
+    for own, target in zip(logits, targets, strict=True) if labels else ():
+        first = int((target != IGNORED).nonzero()[0])
+        is_right.append(labels[int(own[first, labels].argmax())] == int(target[first]))
+    return nats.sum(1).tolist(), int((targets != IGNORED).sum()), is_right
+
+
+def main():
+    """Run what is left, or collect what is there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--tasks", nargs="+", default=["trec"], choices=TASKS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--tiers", nargs="+", type=int, default=range(len(TIERS)))
+    parser.add_argument("--collect", type=Path)
+    given = parser.parse_args()
+    if given.collect:
+        collect(given.folder, given.collect)
+        return
+    given.folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    for task in given.tasks:
+        first, *others = (Cell(task, seed, given) for seed in given.seeds)
+        for tier in given.tiers:
+            for cell in (first, *others):
+                if not cell.tried("base"):
+                    cell.base()
+                cell.finish(Arm("all"), [1.0])  # what the others are chosen by
+                for arm in TIERS[tier]:
+                    tried = first.tried(arm.name)
+                    cell.finish(arm, None if cell is first else [min(tried, key=tried.get)])
+
+
+def collect(folder, path):
+    """One record of all results."""
+    results, rankings = [], {}
+    for file in sorted(folder.glob("*.jsonl")):
+        results += [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    for file in sorted(folder.glob("*.rankings.json")):
+        rankings[file.name.removesuffix(".rankings.json")] = json.loads(file.read_text())
+    write_json(path, {"results": results, "rankings": rankings})
+
+
+if __name__ == "__main__":
+    main()
