@@ -31,17 +31,16 @@ from keylayers.data.prepare import prepare
 from keylayers.data.reading import read_conversations
 from keylayers.data.templates import resolve_template
 from keylayers.environment import environment
-from keylayers.evaluation.held_out import held_out_loss, mask_curve
+from keylayers.evaluation.held_out import held_out_loss
 from keylayers.files import write_json
 from keylayers.model.loading import load_model, load_tokenizer
-from keylayers.model.modules import map_modules
+from keylayers.model.modules import ModuleInfo, map_modules
 from keylayers.model.options import ModelOptions
 from keylayers.ranking.budget import Time
 from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import Ranking
 from keylayers.scores.score_modules import score_modules
 from keylayers.scores.scoring_options import scoring_options
-from keylayers.training.memory import measured_memory
 from keylayers.training.options import TrainingOptions
 from keylayers.training.run import fine_tune, make_trainer, new_adapter
 from keylayers.training.step_scores import StepScores
