@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well scores predict retraining: random subsets of modules, trained from scratch.
+
+    python experiments/subsets.py CELLS_FOLDER --shared SHARED_FOLDER [--collect RECORD]
+
+A good ranking for retraining has sums of scores that order the subsets as their held-out losses do
+(the linear datamodelling score of attribution research, Park et al. 2023). Nothing is fitted.
+Controls: every module counts the same, and every parameter counts the same. A finished cell is not
+run again.
+"""
+
+import argparse
+import json
+import random
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import TrainerCallback
+
+from keylayers.environment import environment
+from keylayers.evaluation.held_out import held_out_loss
+from keylayers.files import write_json
+from keylayers.scores.methods import methods
+from keylayers.scores.score_modules import score_modules
+from keylayers.training.run import fine_tune, make_trainer
+from keylayers.training.step_scores import StepScores
+
+import cells
+from rankings import options_of
+
+NUM_SUBSETS = 40
+SIZES = (0.1, 0.2, 0.3, 0.4, 0.5)
+STEPS = 100
+EARLY = (5, 10, 25, 50)  # steps after which the scores of the training itself are read
+
+
+class Snapshots(TrainerCallback):
+    """What `StepScores` has summed after a few steps, and the adapter at that time."""
+
+    def __init__(self, scores):
+        self.scores = scores
+        self.found, self.adapters = {}, {}
+
+    def on_step_end(self, args, state, control, **kw):
+        """Keep them."""
+        if state.global_step in EARLY:
+            self.found[state.global_step] = [*self.scores.scores.values()]
+            adapter = get_peft_model_state_dict(kw["model"])
+            self.adapters[state.global_step] = {k: v.clone() for k, v in adapter.items()}
+
+
+def subsets(cell, names):
+    """The same subsets for every method, in model order."""
+    generator = random.Random(f"subsets {cell.name}")
+    chosen = [
+        set(generator.sample(names, round(SIZES[index % len(SIZES)] * len(names))))
+        for index in range(NUM_SUBSETS)
+    ]
+    return [[name for name in names if name in own] for own in chosen]
+
+
+def trained(cell, folder, shared, names=None, callbacks=()):
+    """The cell after training `names` from scratch, and the losses on validation data."""
+    loaded = cells.fresh(cell, folder, shared, names)
+    model, tokenizer = loaded.trainer.model, loaded.trainer.processing_class
+    options = cell.training()
+    loaded.trainer = make_trainer(model, tokenizer, loaded.train, options, num_steps=STEPS)
+    for callback in callbacks:
+        loaded.trainer.add_callback(callback)
+    fine_tune(loaded.trainer)
+    for callback in callbacks:
+        loaded.trainer.remove_callback(callback)
+    return loaded, held_out_loss(loaded.trainer, loaded.held_out)
+
+
+def all_scores(cell, folder, shared):
+    """Label -> scores by every method of the fine-tune of all modules, and by its own steps."""
+    steps = StepScores()
+    snapshots = Snapshots(steps)
+    loaded, loss = trained(cell, folder, shared, callbacks=(steps, snapshots))
+    updates = loaded.updates
+    found = {"step-scores": [*steps.scores.values()]}
+    found |= {f"step-scores of {n} steps": own for n, own in snapshots.found.items()}
+    loaded.trainer.train_dataset = loaded.mask
+    end = {k: v.clone() for k, v in get_peft_model_state_dict(loaded.trainer.model).items()}
+    for method in methods():
+        if method != "random":
+            scored = score_modules(loaded.trainer, updates, options_of(method, cell.seed))
+            found[method] = list(scored.scores)
+    for num_steps, adapter in snapshots.adapters.items():
+        set_peft_model_state_dict(loaded.trainer.model, adapter)
+        for method in ("elimination", "gradient-norm", "fisher"):
+            scored = score_modules(loaded.trainer, updates, options_of(method, cell.seed))
+            found[f"{method} after {num_steps} steps"] = list(scored.scores)
+    set_peft_model_state_dict(loaded.trainer.model, end)
+    modules = [asdict(update.module) for update in updates]
+    return modules, found, loss
+
+
+def run(cell, folder, shared):
+    """All scores and all subsets of one cell."""
+    modules, scores, loss = all_scores(cell, folder, shared)
+    names = [module["name"] for module in modules]
+    runs = []
+    for own in subsets(cell, names):
+        runs.append({"modules": own, "held_out_loss_nats": trained(cell, folder, shared, own)[1]})
+        print(cell.name, len(own), f"{runs[-1]['held_out_loss_nats']:.4f}", flush=True)
+    return {
+        "cell": {"data": cell.data, "seed": cell.seed, "steps": STEPS},
+        "environment": {"commit": environment()["commit"]},
+        "num_parameters": {module["name"]: sum(module["shape"]) for module in modules},
+        "all_nats": loss,
+        "scores": scores,
+        "runs": runs,
+    }
+
+
+def main():
+    """Run the cells that are left, or collect what is there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shared", type=Path)
+    parser.add_argument("--data", nargs="+", default=[*cells.DEMO, *cells.REAL])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--collect", type=Path)
+    given = parser.parse_args()
+    wanted = [cells.Cell(data, seed) for seed in given.seeds for data in given.data]
+    homes = {cell: given.folder / f"{cell.name}.subsets.json" for cell in wanted}
+    if given.collect:
+        texts = [home.read_text(encoding="utf-8") for home in homes.values() if home.exists()]
+        write_json(given.collect, {"cells": [json.loads(text) for text in texts]})
+        return
+    torch.set_num_threads(1)
+    given.folder.mkdir(parents=True, exist_ok=True)
+    for cell, home in homes.items():
+        if not home.exists():
+            write_json(home, run(cell, given.folder, given.shared))
+
+
+if __name__ == "__main__":
+    main()
