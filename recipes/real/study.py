@@ -6,7 +6,7 @@
 One result per line of RESULTS_FOLDER/DATA-SEED.jsonl, written as it comes; a finished training is
 not run again. Trainings of one seed share data, order of the batches and number of steps. The
 first, on all modules, is also what the rankings are made of. On the first seed every arm tries
-learning rates until its loss on 96 validation examples rises; other seeds take the best one. What
+learning rates until its loss on new examples rises; other seeds take the best one. What
 is reported is measured on other examples: the official test set, and data of another task
 (forgetting). `README.md` explains the arms.
 """
@@ -303,8 +303,12 @@ class Cell:
         print(self.path.stem, *shown.values(), flush=True)
 
     def tried(self, arm):
-        """Learning rate -> validation loss of the finished trainings of an arm."""
-        return {one["rate"]: one["validation_nats"] for one in self.results if one["arm"] == arm}
+        """Learning rate -> loss of the finished trainings of an arm, on examples that were new.
+
+        Half of it is that of the last training steps: every batch is drawn once.
+        """
+        found = [one for one in self.results if one["arm"] == arm]
+        return {one["rate"]: (one["validation_nats"] + one["training_nats"]) / 2 for one in found}
 
     def finish(self, arm, rates=None):
         """Train what is left of an arm: at `rates`, or at every rate until validation says stop."""
@@ -365,7 +369,7 @@ def main():
         first, *others = (Cell(task, seed, given) for seed in given.seeds)
         for tier in given.tiers:
             for cell in (first, *others):
-                if not cell.tried("base"):
+                if not cell.results:
                     cell.base()
                 cell.finish(Arm("all"), [1.0])  # what the others are chosen by
                 for arm in TIERS[tier]:
