@@ -21,6 +21,8 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
@@ -31,7 +33,7 @@ from keylayers.data.prepare import prepare
 from keylayers.data.reading import read_conversations
 from keylayers.data.templates import resolve_template
 from keylayers.environment import environment
-from keylayers.evaluation.held_out import held_out_loss
+from keylayers.evaluation.held_out import held_out_loss, masked_losses
 from keylayers.files import write_json
 from keylayers.model.loading import load_model, load_tokenizer
 from keylayers.model.modules import ModuleInfo, map_modules
@@ -53,7 +55,8 @@ BATCH_SIZE = 8
 LORA_RANK = 16
 METHODS = ("elimination", "path", "ila", "gradient-norm", "update-norm")
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # times keylayers' default
-CURVE_POINTS, CURVE_RANDOM_ORDERS = 11, 3
+MASKED = (0.05, 0.1, 0.3)  # shares of the modules whose updates are kept
+NUM_RANDOM_MASKS = 3
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,8 @@ class Cell:
         self.options = ModelOptions(model=str(given.model), dtype="bfloat16")
         self.path = given.folder / f"{data}-{seed}.jsonl"
         self.rankings = given.folder / f"{data}-{seed}.rankings.json"
+        self.masks = given.folder / f"{data}-{seed}.masks.json"
+        self.adapter = given.folder / f"{data}-{seed}.safetensors"  # of all modules
 
     @property
     def results(self):
@@ -260,6 +265,7 @@ class Cell:
             **self.measured(trainer),
         }
         if is_ranked:
+            self.save(trainer)
             write_json(self.rankings, self.score(trainer, scores.scores))
         self.write(found)
 
@@ -281,6 +287,33 @@ class Cell:
             "modules": [asdict(update.module) for update in updates],
             "methods": found,
         }
+
+    def save(self, trainer):
+        """Keep the adapter of all modules."""
+        adapter = get_peft_model_state_dict(trainer.model)
+        save_file({name: value.contiguous() for name, value in adapter.items()}, self.adapter)
+
+    def mask(self):
+        """Validation losses with only some updates of the fine-tune of all kept."""
+        ranked, _, _ = self.ranked()
+        names = [module.name for module in ranked]
+        trainer = self.trainer()
+        if self.adapter.exists():
+            set_peft_model_state_dict(trainer.model, load_file(self.adapter))
+        else:
+            fine_tune(trainer)
+            self.save(trainer)
+        chosen = [(order, 0) for order in ("best", "worst", "first", "last", "mlp")]
+        chosen += [("random", draw) for draw in range(1, NUM_RANDOM_MASKS + 1)]
+        found, updates = [], adapter_updates(trainer.model)
+        with masked_losses(trainer, updates, self.prepared.held_out) as loss:
+            ends = {"base": loss([]).mean, "all": loss(names).mean}
+            for size in MASKED:
+                for order, draw in chosen:
+                    own = Arm(order, size, draw=draw).modules(ranked, None, self.seed)
+                    found.append({"order": order, "draw": draw, "size": size})
+                    found[-1]["validation_nats"] = loss(own).mean
+        write_json(self.masks, {"environment": environment(), **ends, "masks": found})
 
     def ranked(self):
         """The modules with elimination's scores, their record, and LoRA's size of each per rank."""
@@ -372,6 +405,8 @@ def main():
                 if not cell.results:
                     cell.base()
                 cell.finish(Arm("all"), [1.0])  # what the others are chosen by
+                if not cell.masks.exists():
+                    cell.mask()
                 for arm in TIERS[tier]:
                     tried = first.tried(arm.name)
                     cell.finish(arm, None if cell is first else [min(tried, key=tried.get)])
@@ -379,12 +414,14 @@ def main():
 
 def collect(folder, path):
     """One record of all results."""
-    results, rankings = [], {}
+    results, rankings, masks = [], {}, {}
     for file in sorted(folder.glob("*.jsonl")):
         results += [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     for file in sorted(folder.glob("*.rankings.json")):
         rankings[file.name.removesuffix(".rankings.json")] = json.loads(file.read_text())
-    write_json(path, {"results": results, "rankings": rankings})
+    for file in sorted(folder.glob("*.masks.json")):
+        masks[file.name.removesuffix(".masks.json")] = json.loads(file.read_text())
+    write_json(path, {"results": results, "rankings": rankings, "masks": masks})
 
 
 if __name__ == "__main__":
