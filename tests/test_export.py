@@ -29,6 +29,7 @@ from keylayers.model.modules import map_modules
 from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import Ranking
 from keylayers.updates.adapter import tuner_layers
+from merges import weight_by_rule
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
@@ -41,13 +42,14 @@ MODELS = {
     if one.title in ("Llama", "GPT-2", "Mixtral", "Qwen3-MoE", "DeepSeek-V3")
 }
 SHARES = (0.1, 0.3, 0.75, 1.0)
-REFUSED = "must be able to train exactly the selection"
+REFUSED = "must express exactly the selection"
 
 
 def ranking_of_model(title):
     draw = random.Random(0)
     modules = map_modules(MODELS[title].build())
-    made_by = {"model": {"name": "org/base: 'it'"}, "options": {"lora_rank": 2, "lora_alpha": 4}}
+    options = {"lora_rank": 2, "lora_alpha": 4, "tuned": "org/tuned"}
+    made_by = {"model": {"name": "org/base: 'it'"}, "options": options}
     ranked = tuple(RankedModule.of(one, draw.random()) for one in modules)
     return Ranking(ranked, "random", provenance=made_by)
 
@@ -134,6 +136,22 @@ def by_ms_swift(model, folder):
     return lora(model, LoraConfig(r=2, target_modules=expression))
 
 
+def by_mergekit(model, folder):
+    """By mergekit's rule, which tests/test_mergekit.py compares with its code."""
+    base, tuned = content(folder, "mergekit")["models"]
+    assert (base["model"], tuned["model"]) == ("org/base: 'it'", "org/tuned")
+    weights = [
+        [weight_by_rule(entry["parameters"]["weight"], name) for entry in (base, tuned)]
+        for name in model.state_dict()
+    ]
+    assert all(sorted(pair) == [0, 1] for pair in weights)
+    merged = {name for name, pair in zip(model.state_dict(), weights, strict=True) if pair[1]}
+    modules = {name.rpartition(".")[0] for name in merged}
+    train_only(model, modules)
+    assert trained_by(model) == merged  # biases too, and nothing else of these modules
+    return modules
+
+
 def unfrozen_by_python(model, folder):
     return trained_by(python(folder / "selected.py")["train_only_selected"](model))
 
@@ -162,6 +180,7 @@ WAYS = [
     ("torchtune", "lora", by_torchtune),
     ("unsloth", "lora", by_unsloth("FastLanguageModel")),
     ("unsloth", "lora", by_unsloth("FastModel")),
+    ("mergekit", "lora", by_mergekit),
     ("peft", "full", unfrozen_by_python),
     ("trl", "full", lambda model, folder: trained_by(get_peft_model(model, by_trl(folder)))),
     ("axolotl", "full", unfrozen_by_axolotl),
@@ -198,6 +217,7 @@ TAKES = {
     ("ms-swift", "full"): no_mixture,
     ("torchtune", "lora"): lambda title, chosen: title == "Llama",
     ("unsloth", "lora"): no_mixture,
+    ("mergekit", "lora"): no_mixture,
 }
 REFUSING = [(*way, None) for way in product(TOOLS, ("lora", "full")) if way not in TAKES]
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where options come from: flags, then the YAML file, then the record of a ranking."""
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +11,12 @@ from cyclopts.config import Dict
 
 from keylayers.data.options import DataOptions
 from keylayers.errors import ConfigError, did_you_mean
-from keylayers.files import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT
 from keylayers.model.options import ModelOptions
 from keylayers.training.options import TrainingOptions
 
 if TYPE_CHECKING:
     from cyclopts.help import HelpPanel
     from rich.console import Console, ConsoleOptions
-
-    from keylayers.ranking.record import MadeBy
 
 # Options of a run that its ranking does not decide. A file from elsewhere must not be able to
 # switch on `trust_remote_code`.
@@ -67,7 +64,7 @@ def from_ranking_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
     path = _given(arguments, "ranking") if wanted else None
     if path is None:
         return
-    from keylayers.ranking.ranking import Ranking
+    from keylayers.ranking.ranking import Ranking, ranking_file
 
     made_by = Ranking.load(path).made_by
     recorded = made_by.options.given
@@ -78,8 +75,10 @@ def from_ranking_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
         options.pop("revision", None)  # it belongs to the model
     if commands == ("train",):
         options["steps"] = None if made_by.stage_1 is None else made_by.stage_1.num_steps
+    elif _given(arguments, "adapter") or _given(arguments, "tuned"):
+        options |= {"adapter": None, "tuned": None}
     else:
-        options |= _update_of(Path(path), made_by, arguments)
+        options |= asdict(made_by.update_in(ranking_file(path).parent))
     _fill(app, arguments, options, source=path)
 
 
@@ -90,20 +89,6 @@ def refuse_grpo(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
             "`objective` must be sft, dpo, kto, orpo or reward on the command line, got grpo, "
             "whose rewards are a program; build TRL's GRPOTrainer and call keylayers.rank_modules"
         )
-
-
-def _update_of(path: Path, made_by: "MadeBy", arguments: ArgumentCollection) -> dict[str, Any]:
-    """The update that was ranked: the adapter or checkpoint of stage 1 next to the file."""
-    if _given(arguments, "adapter") or _given(arguments, "tuned"):
-        return {"adapter": None, "tuned": None}
-    folder = path if path.is_dir() else path.parent
-    option, name = "adapter", STAGE_1_ADAPTER
-    if made_by.options.update == "full":
-        option, name = "tuned", STAGE_1_CHECKPOINT
-    if made_by.extracted is not None:
-        return {"adapter": str(folder / name), "tuned": None}
-    is_there = made_by.stage_1 is not None and (folder / name).is_dir()
-    return {option: str(folder / name)} if is_there else {}
 
 
 def _fill(app: App, arguments: ArgumentCollection, options: dict[str, Any], source: str) -> None:

@@ -10,6 +10,7 @@ from keylayers.export.settings import FineTune
 app = sub_command("""\
 keylayers export out --budget 0.3 --to peft
 keylayers export out --freeze 0.25 --to axolotl --update full --output axolotl
+keylayers export out --budget 0.3 --to mergekit
 """)
 
 
@@ -24,16 +25,16 @@ def export(
     update: FineTune = "lora",
     output: Path = Path("exported"),
 ) -> None:
-    """Write the files with which another tool trains exactly the selected modules.
+    """Write the files with which another tool trains, or merges, exactly the selected modules.
 
     LoRA's rank and alpha and the model's name are those of the ranking's own run. What a tool
-    cannot train exactly is refused; docs/exports.md has the reasons.
+    cannot express exactly is refused; docs/exports.md has the reasons.
 
     Args:
         ranking: Ranking file, or the folder that holds ranking.json.
         to: The tool.
-        budget: How much is trained, as for `keylayers train`: 0.3, 17, 0.3x-params, 0.6x-time or
-            auto.
+        budget: How much is trained or merged, as for `keylayers train`: 0.3, 17, 0.3x-params,
+            0.6x-time or auto.
         freeze: Instead of a budget: train all but this share of the modules, for example 0.25.
         update: LoRA on the modules, or a full fine-tune of them.
         output: Folder of the files.
@@ -41,9 +42,10 @@ def export(
     from keylayers.commands.console import stdout
     from keylayers.commands.options import BudgetOptions
     from keylayers.export import export_selection
-    from keylayers.ranking.ranking import Ranking
+    from keylayers.ranking.ranking import Ranking, ranking_file
 
     loaded = Ranking.load(ranking)
     wanted = BudgetOptions(ranking=str(ranking), budget=budget, freeze=freeze).budget_for(loaded)
-    for path in export_selection(loaded, wanted, to, output, kind=update):
+    ranked = loaded.made_by.update_in(ranking_file(ranking).parent)
+    for path in export_selection(loaded, wanted, to, output, kind=update, update=ranked):
         stdout().print(f"{path} written", markup=False)

@@ -2,12 +2,13 @@
 """What all exports share: their input, YAML and LoRA settings, and refusals."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
 import yaml
 
 from keylayers.errors import ConfigError
+from keylayers.model.options import UpdateOptions
 from keylayers.ranking.selection import Selection
 from keylayers.ranking.targets import rank_options
 
@@ -25,6 +26,9 @@ class Settings:
     fine_tune: FineTune
     lora_rank: int
     lora_alpha: int
+    revision: str | None = None  # of the model, on the hub
+    update: UpdateOptions = field(default_factory=UpdateOptions)  # what was ranked
+    ranked: tuple[str, ...] = ()  # the names of all modules of the ranking
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -60,5 +64,5 @@ def yaml_text(content: Mapping[str, Any]) -> str:
 
 
 def refuse(tool: str, reason: str) -> NoReturn:
-    """Refuse a selection that the tool cannot train exactly."""
-    raise ConfigError(f"`to` {tool} must be able to train exactly the selection, but {reason}")
+    """Refuse what the tool cannot express exactly."""
+    raise ConfigError(f"`to` {tool} must express exactly the selection, but {reason}")

@@ -13,6 +13,8 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, model_validator
 
+from keylayers.files import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT
+from keylayers.model.options import UpdateOptions
 from keylayers.validation import CountFromOne, CountFromZero, ListOf, Part, Text, read_part
 
 
@@ -52,6 +54,8 @@ class Options(Part):
     update: Text | None = None
     lora_rank: CountFromOne = 16
     lora_alpha: CountFromOne = 32
+    revision: Text | None = None
+    adapter: Text | None = None
     tuned: Text | None = None
     seed: int | None = None
     mask_seed: int | None = None
@@ -198,6 +202,19 @@ class MadeBy(Part):
         if self.stage_1 is not None:
             hashes += [self.stage_1.adapter_sha256, self.stage_1.weights_sha256]
         return set(filter(None, hashes))
+
+    def update_in(self, folder: Path | None) -> UpdateOptions:
+        """The update that was ranked: the given one, or that of stage 1 in the ranking's folder."""
+        given = UpdateOptions(adapter=self.options.adapter, tuned=self.options.tuned)
+        if folder is None:
+            return given
+        if self.extracted is not None:
+            return UpdateOptions(adapter=str(folder / STAGE_1_ADAPTER))
+        is_full = self.options.update == "full"
+        path = folder / (STAGE_1_CHECKPOINT if is_full else STAGE_1_ADAPTER)
+        if self.stage_1 is None or not path.is_dir():
+            return given
+        return UpdateOptions(tuned=str(path)) if is_full else UpdateOptions(adapter=str(path))
 
 
 class Selected(Part):
