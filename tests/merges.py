@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mergekit's rule for weights with filters, and what its own code makes of configs.
+"""mergekit's rule for weights with filters; as a script, mergekit itself.
 
-    MERGEKIT=python-with-mergekit pytest tests/test_mergekit.py
-
-Run as a script by that Python, it reads a list of {model, config} from stdin. It prints, for each,
-the weight of every tensor that mergekit would write: [of the base, of the tuned model] by name.
+Run by a Python that has mergekit, the script reads a list of jobs from stdin. A job with an
+`output` is merged to that folder. For one with a `model` it prints the weights of every tensor that
+mergekit would write, [of the base, of the tuned model] by name.
 """
 
 import json
@@ -19,24 +18,33 @@ def weight_by_rule(entries, tensor_name):
     return None
 
 
-def weights_by_mergekit(model, config):
+def weights_by_mergekit(config, model):
     """What mergekit's own functions make of the entries, for its own names of the tensors."""
     from mergekit.architecture import get_architecture_info
-    from mergekit.config import MergeConfiguration, evaluate_setting
+    from mergekit.config import evaluate_setting
     from mergekit.options import MergeOptions
     from transformers import AutoConfig
 
-    read = MergeConfiguration.model_validate(config)
-    names = get_architecture_info(read, MergeOptions()).all_weights(
-        AutoConfig.from_pretrained(model)
-    )
-    settings = [entry.parameters["weight"] for entry in read.models]
+    architecture = get_architecture_info(config, MergeOptions())
+    settings = [entry.parameters["weight"] for entry in config.models]
     return {
         info.name: [evaluate_setting(info.name, one, validate=float) for one in settings]
-        for info in names
+        for info in architecture.all_weights(AutoConfig.from_pretrained(model))
     }
 
 
+def answer(config, model=None, output=None):
+    """Merge, or tell the weights."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    config = MergeConfiguration.model_validate(config)
+    if model is not None:
+        return weights_by_mergekit(config, model)
+    return run_merge(config, output, MergeOptions(lora_merge_cache=f"{output}-lora", quiet=True))
+
+
 if __name__ == "__main__":
-    jobs = json.load(sys.stdin)
-    print(json.dumps([weights_by_mergekit(**job) for job in jobs]))
+    answers = [answer(**job) for job in json.load(sys.stdin)]
+    sys.stdout.write("\n" + json.dumps(answers))

@@ -18,7 +18,7 @@ LAYERS = (
     "gates scores",
     "ranking",
     "data training evaluation apply export report demo",
-    "commands cli __main__",
+    "commands cli __main__ integrations",
 )
 LAYER = {name: index for index, names in enumerate(LAYERS) for name in names.split()}
 FILES = [path for path in sorted(SOURCE.rglob("*.py")) if path != SOURCE / "__init__.py"]

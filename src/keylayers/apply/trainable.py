@@ -52,9 +52,8 @@ def add_lora(
             f"{sorted(asked - hit)[:3]} and added {sorted(hit - asked)[:3]}; for some mixtures of "
             f"experts PEFT rewrites the targets"
         )
-    for name, rank in names.items() if isinstance(names, Mapping) else ():
-        if (own := layers[name].r[tuned.active_adapter]) != rank:
-            raise ModelError(f"PEFT must give {name} the rank {rank}, but gives it {own}")
+    if isinstance(names, Mapping):
+        prove_ranks(tuned, names)
     prove_trainable(tuned, names)
     return tuned
 
@@ -81,6 +80,14 @@ def prove_trainable(model: nn.Module, names: Collection[str]) -> None:
             f"the trainable modules must be exactly the selection, but {len(differ)} differ, first "
             f"{min(differ)}"
         )
+
+
+def prove_ranks(tuned: PeftModel, ranks: Mapping[str, int]) -> None:
+    """Raise a GuardError unless LoRA has these ranks by module."""
+    layers = tuner_layers(tuned)
+    for name, rank in ranks.items():
+        if (own := layers[name].r[tuned.active_adapter]) != rank:
+            raise GuardError(f"PEFT must give {name} the rank {rank}, but gives it {own}")
 
 
 def trainable_modules(model: nn.Module) -> dict[str, list[nn.Parameter]]:
