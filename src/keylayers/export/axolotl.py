@@ -53,6 +53,8 @@ def added_to(config: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
                 f"`{key}` must be left out with a ranking of keylayers, which says exactly what is "
                 f"trained, got {config[key]!r}"
             )
+    if settings.fine_tune == "full" and settings.selection.ranks is not None:
+        refuse("axolotl", "rank-one parts are for LoRA: set `adapter`")
     found = _trained(settings)
     if settings.fine_tune == "full" and config.get("gradient_checkpointing"):
         # Recomputed blocks whose input is frozen get no gradient otherwise:
