@@ -13,15 +13,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from commands import best, changed_weights, updated_modules
-from keylayers.errors import ConfigError
-from keylayers.export.axolotl import added_to
+from commands import best, changed_weights, keylayers, updated_modules
+from keylayers.errors import ConfigError, KeylayersError
+from keylayers.export.axolotl import added_to, selected_in
 from keylayers.export.settings import Settings
 from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.verification import verification_file
 
-from rankings import FALLING, ranking_of
+from rankings import FALLING, ranking_of, verification_of
 
+PLUGIN = "keylayers.integrations.axolotl.KeylayersPlugin"
 SELECTION = ranking_of([*FALLING]).select(2)  # both modules of block 0
 REGEX = r"model\.layers\.(?:0\.a_proj|0\.b_proj)"
 PATTERNS = ["^model.layers.0.a_proj.(weight|bias)$", "^model.layers.0.b_proj.(weight|bias)$"]
@@ -120,18 +122,59 @@ def test_ranks_that_axolotl_does_not_take_are_refused():
         added_to({}, settings("lora", PARTS, alpha=4))
 
 
+@pytest.mark.parametrize("adapter", ["lora", None])
+def test_targets_knows_what_the_plugin_selects(tiny, ranked, tmp_path, capsys, adapter):
+    config = {"base_model": "m", "adapter": adapter, "plugins": [PLUGIN]}
+    config |= {"keylayers_ranking": str(ranked), "keylayers_budget": 5}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    words = (tmp_path / "c.yaml", "--model", tiny / "model", "--json", "--tool", "axolotl")
+    assert keylayers("targets", *words) == 0
+    rows = json.loads(capsys.readouterr().out)["modules"]
+    trained = {row["name"] for row in rows if row["lora_rank"] or row["num_trained_weights"]}
+    assert trained == best(ranked, 5)
+
+
+def test_an_auto_budget_is_what_verify_recommended(tmp_path):
+    ranking = ranking_of([6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+    ranking.save(tmp_path / "ranking.json")
+    config = {"keylayers_ranking": str(tmp_path), "keylayers_budget": "auto"}
+    with pytest.raises(KeylayersError, match="keylayers verify"):
+        selected_in(config)
+    found = verification_of(ranking)
+    found.save(verification_file(tmp_path))
+    selection = selected_in(config).selection
+    assert selection.names == ranking.select(found.recommendation.num_modules).names
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"keylayers_budget": None}, "the plugin of keylayers needs `keylayers_budget`"),
+        ({"keylayers_budget": "12GiB"}, "`budget` 12GiB needs a measured training step"),
+        ({"keylayers_budget": True}, "`budget` must be a fraction"),
+        ({"adapter": "llama-adapter"}, "`adapter` must be lora, qlora or left out"),
+        ({"keylayers_ranking": "no-such"}, "no-such"),
+    ],
+)
+def test_keys_that_select_nothing_are_refused(ranked, keys, message):
+    config = {"keylayers_ranking": str(ranked), "keylayers_budget": 0.3, "adapter": "lora"}
+    with pytest.raises(KeylayersError, match=message):
+        selected_in(config | keys)
+
+
 AXOLOTL = os.environ.get("AXOLOTL")
 long = pytest.mark.long
 with_axolotl = pytest.mark.skipif(
     not AXOLOTL, reason="set AXOLOTL to the Python of an environment with axolotl 0.19.0"
 )
-PLUGIN = "keylayers.integrations.axolotl.KeylayersPlugin"
 NO_KERNELS = {f"lora_{kind}_kernel": False for kind in ("mlp", "qkv", "o")}  # they need CUDA
 LORA = {"adapter": "lora", **NO_KERNELS}
 TRAINED = {  # title: keys of the config
     "full": {"gradient_checkpointing": True},
     "lora": LORA,
     "dora": LORA | {"peft_use_dora": True},
+    "qlora": LORA | {"adapter": "qlora", "load_in_4bit": True},
+    "dpo": LORA | {"rl": "dpo"},
     "parts": LORA,
     "another model": LORA,
     "another plugin": {"plugins": [PLUGIN, "axolotl_runs.UnfreezesLater"]},
@@ -146,7 +189,7 @@ CHECKED = {  # not trained
 
 
 @pytest.fixture(scope="module")
-def axolotl(tiny, ranked, ranked_parts, tmp_path_factory):
+def axolotl(tiny, preferences, ranked, ranked_parts, tmp_path_factory):
     """What axolotl made of each config, and the folders that it wrote; in one process."""
     root = tmp_path_factory.mktemp("axolotl")
     common = {
@@ -177,7 +220,10 @@ def axolotl(tiny, ranked, ranked_parts, tmp_path_factory):
         "attn_implementation": "eager",
         "save_strategy": "no",
     }
+    pairs = {"field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}
+    own = {"path": str(preferences / "pairs.jsonl"), "split": "train", "type": pairs}
     more = {
+        "dpo": {"datasets": [own | {"ds_type": "json"}]},
         "parts": {"keylayers_ranking": str(ranked_parts)},
         "another model": {"base_model": str(tiny / "wide")},
     }
@@ -204,7 +250,7 @@ def axolotl(tiny, ranked, ranked_parts, tmp_path_factory):
 
 @long
 @with_axolotl
-@pytest.mark.parametrize("title", ["full", "lora", "dora", "parts"])
+@pytest.mark.parametrize("title", ["full", "lora", "dora", "qlora", "dpo", "parts"])
 def test_axolotl_changes_exactly_the_selected_modules(axolotl, tiny, ranked, ranked_parts, title):
     root, answers = axolotl
     assert "error" not in answers[title]

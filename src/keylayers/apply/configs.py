@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from keylayers.errors import ConfigError
+from keylayers.export.axolotl import selected_in
 from keylayers.model.modules import map_modules
 
 Tool = Literal["peft", "trl", "axolotl", "llamafactory"]
@@ -118,6 +119,8 @@ def _trl(content: Content, model: PreTrainedModel) -> Wanted:
 
 
 def _axolotl(content: Content, model: PreTrainedModel) -> Wanted:
+    if content.get("keylayers_ranking") is not None:  # keylayers' own plugin adds keys
+        content = {**content, **selected_in(content).added}
     towers = TOWERS if content.get("freeze_mm_modules") else ()
     patterns = content.get("unfrozen_parameters") or []
     patterns = [patterns] if isinstance(patterns, str) else patterns

@@ -8,10 +8,14 @@ the selection. The plugin (`keylayers.integrations.axolotl`) sets the same keys 
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from keylayers.errors import ConfigError
 from keylayers.export.settings import Files, FineTune, Settings, refuse, yaml_text
+from keylayers.ranking.budget import Auto, parse_budget
+from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.selection import Selection
 from keylayers.ranking.targets import by_block
 
 ADAPTERS: Mapping[Any, FineTune] = {None: "full", "lora": "lora", "qlora": "lora"}
@@ -39,8 +43,44 @@ def export(settings: Settings) -> Files:
     return {"axolotl.yaml": yaml_text(content)}
 
 
+@dataclass(frozen=True)
+class Selected:
+    """What a config with the plugin's keys selects."""
+
+    ranking: Ranking
+    selection: Selection
+    added: Mapping[str, Any]  # the keys of axolotl that train it
+
+
+def selected_in(config: Mapping[str, Any]) -> Selected:
+    """The selection that `keylayers_ranking` and `keylayers_budget` in a config ask for.
+
+    Raises:
+        ConfigError: one of the two is missing, or the config trains anything else.
+        RankingError: the ranking cannot be read, or the budget is auto and it was not verified.
+    """
+    for key in ("keylayers_ranking", "keylayers_budget"):
+        if config.get(key) is None:
+            raise ConfigError(f"the plugin of keylayers needs `{key}`, but it is not in the config")
+    path, budget = str(config["keylayers_ranking"]), parse_budget(config["keylayers_budget"])
+    adapter = config.get("adapter") or None
+    if adapter not in ADAPTERS:
+        raise ConfigError(
+            f"`adapter` must be lora, qlora or left out with a ranking of keylayers, got {adapter}"
+        )
+    ranking = Ranking.load(path)
+    if isinstance(budget, Auto):
+        from keylayers.ranking.verification import auto_budget, verification_file  # loads scipy
+
+        budget = auto_budget(ranking, verification_file(path))
+    selection, options = ranking.select(budget), ranking.made_by.options
+    base, kind = str(config.get("base_model")), ADAPTERS[adapter]
+    settings = Settings(selection, base, kind, options.lora_rank, options.lora_alpha)
+    return Selected(ranking, selection, added_to(config, settings))
+
+
 def added_to(config: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """The keys with which a config trains exactly the selection, for a plugin to set.
+    """The keys with which a config trains exactly the selection.
 
     LoRA's rank and alpha are those of the config, if it has them and modules are ranked.
 
