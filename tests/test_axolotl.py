@@ -12,14 +12,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from commands import best, changed_weights, keylayers, updated_modules
 from keylayers.errors import ConfigError, KeylayersError
 from keylayers.export.axolotl import added_to, selected_in
 from keylayers.export.settings import Settings
+from keylayers.model.modules import map_modules
 from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.verification import verification_file
+from tiny_files import write_mixture
 
 from rankings import FALLING, ranking_of, verification_of
 
@@ -176,6 +179,7 @@ TRAINED = {  # title: keys of the config
     "qlora": LORA | {"adapter": "qlora", "load_in_4bit": True},
     "dpo": LORA | {"rl": "dpo"},
     "parts": LORA,
+    "mixture": LORA,
     "another model": LORA,
     "another plugin": {"plugins": [PLUGIN, "axolotl_runs.UnfreezesLater"]},
 }
@@ -189,7 +193,22 @@ CHECKED = {  # not trained
 
 
 @pytest.fixture(scope="module")
-def axolotl(tiny, preferences, ranked, ranked_parts, tmp_path_factory):
+def mixture(tiny, once):
+    """A folder with a mixture of experts, and a ranking of its modules by hand."""
+
+    def write(folder):
+        write_mixture(tiny, folder)
+        model = AutoModelForCausalLM.from_pretrained(folder / "model")
+        modules = enumerate(map_modules(model))
+        ranked = tuple(RankedModule.of(one, float(place * 5 % 12)) for place, one in modules)
+        made_by = {"model": {"name": str(folder / "model")}}
+        Ranking(ranked, "by hand", provenance=made_by).save(folder / "ranking.json")
+
+    return once("mixture_for_axolotl", write)
+
+
+@pytest.fixture(scope="module")
+def axolotl(tiny, preferences, ranked, ranked_parts, mixture, tmp_path_factory):
     """What axolotl made of each config, and the folders that it wrote; in one process."""
     root = tmp_path_factory.mktemp("axolotl")
     common = {
@@ -225,6 +244,7 @@ def axolotl(tiny, preferences, ranked, ranked_parts, tmp_path_factory):
     more = {
         "dpo": {"datasets": [own | {"ds_type": "json"}]},
         "parts": {"keylayers_ranking": str(ranked_parts)},
+        "mixture": {"keylayers_ranking": str(mixture), "base_model": str(mixture / "model")},
         "another model": {"base_model": str(tiny / "wide")},
     }
     jobs = []
@@ -250,20 +270,35 @@ def axolotl(tiny, preferences, ranked, ranked_parts, tmp_path_factory):
 
 @long
 @with_axolotl
-@pytest.mark.parametrize("title", ["full", "lora", "dora", "qlora", "dpo", "parts"])
-def test_axolotl_changes_exactly_the_selected_modules(axolotl, tiny, ranked, ranked_parts, title):
+@pytest.mark.parametrize("title", ["full", "lora", "dora", "qlora", "dpo"])
+def test_axolotl_changes_exactly_the_selected_modules(axolotl, tiny, ranked, title):
     root, answers = axolotl
     assert "error" not in answers[title]
     if title == "full":
         names = {f"{name}.weight" for name in best(ranked, 6)}
         assert changed_weights(tiny / "model", root / title) == names
-    elif title == "parts":
-        ranks = Ranking.load(ranked_parts).select(0.3).ranks
-        config = json.loads((root / title / "adapter_config.json").read_text())
-        assert updated_modules(root / title) == set(ranks)
-        assert {name: config["rank_pattern"].get(name, config["r"]) for name in ranks} == ranks
     else:
         assert updated_modules(root / title) == best(ranked, 6)
+
+
+@long
+@with_axolotl
+def test_axolotl_gives_the_modules_of_selected_parts_their_ranks(axolotl, ranked_parts):
+    root, answers = axolotl
+    assert "error" not in answers["parts"]
+    ranks = Ranking.load(ranked_parts).select(0.3).ranks
+    config = json.loads((root / "parts" / "adapter_config.json").read_text())
+    assert updated_modules(root / "parts") == set(ranks)
+    assert {name: config["rank_pattern"].get(name, config["r"]) for name in ranks} == ranks
+
+
+@long
+@with_axolotl
+def test_axolotl_trains_the_selection_of_a_mixture_of_experts(axolotl):
+    """What is trained is compared by the plugin: PEFT's file has other names for experts."""
+    root, answers = axolotl
+    assert "error" not in answers["mixture"]
+    assert (root / "mixture" / "adapter_model.safetensors").is_file()
 
 
 @long

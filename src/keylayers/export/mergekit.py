@@ -14,7 +14,7 @@ from keylayers.export.settings import Files, Settings, refuse, yaml_text
 
 _HEAD = """\
 # The fine-tune in {count} of {num_ranked} modules; everything else has the weights of the base.
-#   mergekit-yaml mergekit.yaml merged
+#   mergekit-yaml mergekit.yaml merged{cache}
 # ties, dare_ties, dare_linear and della take the same weights. linear copies instead of adding a
 # difference, so nothing is rounded; only linear reads the weights of the base.
 """
@@ -38,8 +38,9 @@ def export(settings: Settings) -> Files:
         "base_model": base,
         "models": [entry(base, 0, 1), entry(tuned, 1, 0)],
     }
-    head = _HEAD.format(count=len(filters), num_ranked=len(settings.ranked))
     _check_filters(filters, settings)
+    cache = "" if settings.update.tuned else " --lora-merge-cache merged-adapter"
+    head = _HEAD.format(count=len(filters), num_ranked=len(settings.ranked), cache=cache)
     return {"mergekit.yaml": head + yaml_text(content)}
 
 
