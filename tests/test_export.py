@@ -147,7 +147,7 @@ def by_mergekit(model, folder):
     assert all(sorted(pair) == [0, 1] for pair in weights)
     merged = {name for name, pair in zip(model.state_dict(), weights, strict=True) if pair[1]}
     modules = {name.rpartition(".")[0] for name in merged}
-    train_only(model, modules)
+    train_only(model, sorted(modules))
     assert trained_by(model) == merged  # biases too, and nothing else of these modules
     return modules
 
