@@ -46,7 +46,7 @@ COMMANDS = {
     "exported.",
     "study": "Run every combination of models, data, seeds, methods and budgets, each once.",
     "targets": "Show which modules a training config trains, without loading weights.",
-    "export": "Write the files with which another tool trains or merges exactly the selected modules.",
+    "export": "Write the files with which a tool trains or merges exactly the selected modules.",
 }
 for _name, _help in COMMANDS.items():
     _file = {"import": "import_"}.get(_name, _name)

@@ -25,7 +25,7 @@ def export(
     update: FineTune = "lora",
     output: Path = Path("exported"),
 ) -> None:
-    """Write the files with which another tool trains or merges exactly the selected modules.
+    """Write the files with which a tool trains or merges exactly the selected modules.
 
     LoRA's rank and alpha and the model's name are those of the ranking's own run. What a tool
     cannot express exactly is refused; docs/exports.md has the reasons.
