@@ -177,7 +177,6 @@ TRAINED = {  # title: keys of the config
     "lora": LORA,
     "dora": LORA | {"peft_use_dora": True},
     "qlora": LORA | {"adapter": "qlora", "load_in_4bit": True},
-    "dpo": LORA | {"rl": "dpo"},
     "parts": LORA,
     "mixture": LORA,
     "another model": LORA,
@@ -208,7 +207,7 @@ def mixture(tiny, once):
 
 
 @pytest.fixture(scope="module")
-def axolotl(tiny, preferences, ranked, ranked_parts, mixture, tmp_path_factory):
+def axolotl(tiny, ranked, ranked_parts, mixture, tmp_path_factory):
     """What axolotl made of each config, and the folders that it wrote; in one process."""
     root = tmp_path_factory.mktemp("axolotl")
     common = {
@@ -239,10 +238,7 @@ def axolotl(tiny, preferences, ranked, ranked_parts, mixture, tmp_path_factory):
         "attn_implementation": "eager",
         "save_strategy": "no",
     }
-    pairs = {"field_prompt": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}
-    own = {"path": str(preferences / "pairs.jsonl"), "split": "train", "type": pairs}
     more = {
-        "dpo": {"datasets": [own | {"ds_type": "json"}]},
         "parts": {"keylayers_ranking": str(ranked_parts)},
         "mixture": {"keylayers_ranking": str(mixture), "base_model": str(mixture / "model")},
         "another model": {"base_model": str(tiny / "wide")},
@@ -270,7 +266,7 @@ def axolotl(tiny, preferences, ranked, ranked_parts, mixture, tmp_path_factory):
 
 @long
 @with_axolotl
-@pytest.mark.parametrize("title", ["full", "lora", "dora", "qlora", "dpo"])
+@pytest.mark.parametrize("title", ["full", "lora", "dora", "qlora"])
 def test_axolotl_changes_exactly_the_selected_modules(axolotl, tiny, ranked, title):
     root, answers = axolotl
     assert "error" not in answers[title]
