@@ -6,6 +6,7 @@
 A page holds a table between `<!-- name -->` and `<!-- /name -->`, where name is a function below.
 """
 
+import real_model
 import small_adapters
 
 import findings
@@ -13,7 +14,13 @@ import performance
 import small_study
 from tables import ROOT, filled
 
-TABLES = (*findings.TABLES, *small_study.TABLES, *performance.TABLES, *small_adapters.TABLES)
+TABLES = (
+    *findings.TABLES,
+    *small_study.TABLES,
+    *performance.TABLES,
+    *small_adapters.TABLES,
+    *real_model.TABLES,
+)
 DOCS = ("methods.md", "claims.md", "budgets.md", "performance.md", "parts.md")
 PAGES = (
     ROOT / "README.md",

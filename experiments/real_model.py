@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables of the real model's study (`recipes/real`) and of how scores predict retraining."""
 
-import random
 import statistics
 
 from scipy.stats import spearmanr
@@ -9,9 +8,13 @@ from scipy.stats import spearmanr
 from findings import DATA
 from tables import load, markdown
 
-ORDERS = {"best": "the best", "random": "random (range)", "mlp": "random MLPs (range)"}
-ORDERS |= {"first": "the first", "last": "the last", "worst": "the worst"}
-NUM_RESAMPLES = 2000
+ORDERS = {
+    "best": "the best",
+    "random": "random (3 draws)",
+    "mlp": "random MLPs",
+    "last": "the last",
+    "worst": "the worst",
+}
 
 
 def masks_table():
@@ -29,15 +32,13 @@ def masks_table():
         return f"{statistics.mean(found):.2f}{spread}"
 
     sizes = sorted({one["size"] for cell in cells for one in cell["masks"]})
-    ends = [statistics.mean(cell[end] for cell in cells) for end in ("base", "all")]
-    rows = [["none", f"{ends[0]:.2f}", "", ""]]
-    rows += [
-        [f"{size:.0%}".replace("%", " %"), shown("best", size), shown("random", size)]
-        + [shown("worst", size)]
-        for size in sizes
+    none, every = (statistics.mean(cell[end] for cell in cells) for end in ("base", "all"))
+    rows = [
+        ["none", *[f"{none:.2f}"] * len(ORDERS)],
+        *([f"{100 * size:.0f} %", *(shown(order, size) for order in ORDERS)] for size in sizes),
+        ["all", *[f"{every:.2f}"] * len(ORDERS)],
     ]
-    rows += [["all", f"{ends[1]:.2f}", "", ""]]
-    return markdown(["kept", "the best", "random (range)", "the worst"], rows)
+    return markdown(["kept", *ORDERS.values()], rows)
 
 
 def real_retraining_table():

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw ranking.svg and report.png of a verified ranking: `make.py out/demo/polite`.
+"""Draw the pictures of README and docs: `make.py [out/demo/terse]`.
 
-And memory.svg of the benchmark of long runs.
+memory.svg and real.svg come from records, report.png from a verified ranking, if one is given.
 """
 
-import io
 import json
-import re
 import shutil
 import sys
 import tempfile
@@ -14,27 +12,41 @@ from pathlib import Path
 
 import altair as alt
 from playwright.sync_api import sync_playwright
-from rich.console import Console
 
 from keylayers.commands.repeat import how_to_repeat
+from keylayers.model.modules import ModuleInfo
+from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import Ranking
 from keylayers.report.figures import drawn_chart
 from keylayers.report.html import render_report
+from keylayers.report.notebook import ranking_table
 from keylayers.report.source import load_sources
-from keylayers.report.terminal import heatmap
 
 HERE = Path(__file__).resolve().parent
+ON, OFF = alt.value(1), alt.value(0.25)  # of what is selected, and of the rest
 VIEW = {"width": 800, "height": 1000}
 
 
-def draw_ranking(folder: Path) -> None:
-    """What a terminal shows."""
-    console = Console(record=True, width=72, file=io.StringIO(), force_terminal=True)
-    console.print(heatmap(Ranking.load(folder)))
-    drawn = console.export_svg(title="keylayers demo: polite answers, 1 is the most important")
-    # rich links a web font; the picture must not call anybody
-    drawn = re.sub(r"@font-face \{.*?\}", "", drawn, flags=re.DOTALL)
-    (HERE / "ranking.svg").write_text(drawn, encoding="utf-8")
+def draw_real() -> None:
+    """The ranking of the real model in the README, from its record."""
+    record = HERE.parents[1] / "experiments" / "records" / "real.json"
+    found = json.loads(record.read_text(encoding="utf-8"))["rankings"]["trec-0"]
+    infos = [ModuleInfo(**module) for module in found["modules"]]
+    scores = found["methods"]["elimination"]["scores"]
+    ranking = Ranking(tuple(map(RankedModule.of, infos, scores)), "elimination")
+    table = ranking_table(ranking, 0.3).astype({"block": int})
+    across = alt.Chart(table).encode(
+        x=alt.X("block:O", title="block", axis=alt.Axis(labelAngle=0)),
+        y=alt.Y("projection:N", sort=list(ranking.projections), title=None),
+    )
+    # Cividis: readable for colour-blind people and in grey
+    colour = alt.Color("rank:Q", scale=alt.Scale(scheme="cividis", reverse=True), legend=None)
+    cells = across.mark_rect().encode(
+        color=colour, opacity=alt.condition("datum.selected", ON, OFF)
+    )
+    numbers = across.mark_text(fontSize=9).transform_filter("datum.selected").encode(text="rank:Q")
+    chart = alt.layer(cells, numbers).properties(width=760, height=150, background="white")
+    (HERE / "real.svg").write_bytes(drawn_chart(chart, ".svg"))
 
 
 def draw_report(folder: Path) -> None:
@@ -83,5 +95,6 @@ def draw_memory() -> None:
 
 if __name__ == "__main__":
     draw_memory()
-    draw_ranking(Path(sys.argv[1]))
-    draw_report(Path(sys.argv[1]))
+    draw_real()
+    if len(sys.argv) > 1:
+        draw_report(Path(sys.argv[1]))
