@@ -15,6 +15,7 @@ from commands import keylayers, read
 from eval_files import evaluation_of
 from keylayers.commands.study_cells import check
 from keylayers.demo.world import BASE, STYLES
+from keylayers.ranking.ranked_module import RankedModule
 from studies import plan_of
 from tiny_files import add_noise
 
@@ -145,3 +146,29 @@ def test_two_adapters_on_six_subjects_of_mmlu_are_near_chance_and_the_table_says
     assert blocks.count("chance") == 4  # what it is, and of each model that it is not above it
     assert "no model is above chance, so there is nothing to compare: mmlu_six" in shown
     assert "better" not in shown.replace("lower is better", "")
+
+
+def test_the_arms_of_the_real_study_have_their_sizes_and_rates(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "recipes" / "real")
+    from arms import RATES, TIERS, Arm, next_rate
+
+    parts = ("attn.q", "attn.o", "mlp.up", "mlp.down")
+    names = [f"{block}.{part}" for block in range(10) for part in parts]
+    ranked = [RankedModule(name, 0, "x", 1, float(99 - at)) for at, name in enumerate(names)]
+    made_by = {"options": {"lora_rank": 16}, "model": {"num_head_parameters": 1}}
+    for arm in (arm for tier in TIERS for arm in tier):
+        found = [arm.modules(tuple(ranked), made_by, seed) for seed in (0, 0, 1)]
+        assert found[0] == found[1] == sorted(found[0], key=names.index)
+        assert (found[0] != found[2]) == (arm.order in ("random", "mlp"))
+        if arm.order != "time":
+            assert len(set(found[0])) == round(arm.size * len(names))
+    for order, expected in {"best": names[:4], "first": names[:4], "worst": names[-4:]}.items():
+        assert Arm(order, 0.1).modules(ranked, None, 0) == expected
+    for best in RATES[1:-1]:  # a loss with one lowest point is followed down to it, and no further
+        tried = {}
+        while (rate := next_rate(tried)) is not None:
+            tried[rate] = abs(RATES.index(rate) - RATES.index(best))
+        assert {0, 1} <= {*tried.values()}
+        assert len(tried) <= 3 + abs(RATES.index(best) - RATES.index(1.0))
+    assert next_rate({2.0: 1.0}, [4.0]) == 4.0
+    assert next_rate({4.0: 1.0}, [4.0]) is None
