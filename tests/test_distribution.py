@@ -78,7 +78,7 @@ def test_the_page_of_the_package_names_no_file_and_no_place_of_the_repository(wh
     assert page["Version"] == keylayers.__version__
     assert page["Summary"] == keylayers.__doc__.splitlines()[0]
     assert page.get_all("Project-URL") == ["Paper, https://arxiv.org/abs/2410.17875"]
-    text = page.get_payload()
+    text = page.get_payload(decode=True).decode()
     assert page["Description-Content-Type"] == "text/markdown"
     assert set(re.findall(r"\]\(([^)]*)\)", text)) == {"https://arxiv.org/abs/2410.17875"}
     readme = (ROOT / "README.md").read_text()

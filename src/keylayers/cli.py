@@ -32,7 +32,7 @@ app = App(
 )
 # Repeats the first lines of the sub-commands' help, so that `keylayers --help` loads none of them.
 COMMANDS = {
-    "demo": "Rank, show and train on the built-in model: no network, a minute or two.",
+    "demo": "Rank, verify and train on the built-in model: no network, about two minutes.",
     "rank": "Rank the modules of a model for a fine-tune.",
     "show": "Show a ranking: heatmap of blocks by projections, best and worst modules, provenance.",
     "verify": "Measure a ranking: held-out loss with only the best modules' updates kept.",
