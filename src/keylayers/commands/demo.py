@@ -4,11 +4,11 @@
 from pathlib import Path
 
 from keylayers.commands import sub_command
-from keylayers.demo.world import BASE, STYLES, write_data
+from keylayers.demo.world import BASE, STYLES, Style, write_data
 from keylayers.errors import OutputError
 from keylayers.files import STAGE_1_ADAPTER, output_folder, write_bytes
 
-TRAINED = "terse"  # the answers on which choices are compared
+TRAINED: Style = "terse"  # the answers on which choices are compared
 BUDGET = 0.1  # there a random 30 % trains nearly as well as the best 30 %, a random 10 % does not
 AGREED = 0.3  # the share of the best modules whose agreement is shown
 NUM_POINTS, NUM_RANDOM_ORDERS = 11, 3  # of the mask curve
@@ -44,18 +44,17 @@ def demo(
     """
     from keylayers.commands.console import ConsoleProgress, stdout
     from keylayers.commands.options import (
-        CurveOptions,
+        MeasuringOptions,
         RankOptions,
         SelectionOptions,
         TrainOptions,
-        UpdateOptions,
         VerifyOptions,
     )
     from keylayers.commands.run_rank import run_rank
     from keylayers.commands.run_train import run_train
     from keylayers.commands.run_verify import run_verify
     from keylayers.data.options import DataOptions
-    from keylayers.model.options import ModelOptions
+    from keylayers.model.options import ModelOptions, UpdateOptions
     from keylayers.ranking.compare import agreement
     from keylayers.report.agreement import agreement_table
     from keylayers.report.curve import verification_report
@@ -80,24 +79,21 @@ def demo(
         options = RankOptions(model=model, data=data[style], training=training, stability=stability)
         rankings[style] = run_rank(options, output / style, progress, output / style)
     progress.note(f"--- {TRAINED} answers: the curve, and training from scratch ---")
-    own = {"model": model, "data": data[TRAINED]}
     ranked = output / TRAINED
-    verified = run_verify(
-        ranked,
-        VerifyOptions(
-            **own,
-            update=UpdateOptions(adapter=str(ranked / STAGE_1_ADAPTER)),
-            curve=CurveOptions(points=NUM_POINTS, random_orders=NUM_RANDOM_ORDERS),
-        ),
-        progress,
+    measuring = VerifyOptions(
+        model=model,
+        data=data[TRAINED],
+        update=UpdateOptions(adapter=str(ranked / STAGE_1_ADAPTER)),
+        curve=MeasuringOptions(points=NUM_POINTS, random_orders=NUM_RANDOM_ORDERS),
     )
+    verified = run_verify(ranked, measuring, progress)
     selection = SelectionOptions(
         ranking=str(ranked),
         budget=str(BUDGET),
         steps=max(1, max_steps // 2),
         controls=("all", "random"),
     )
-    wanted = TrainOptions(**own, selection=selection, training=training)
+    wanted = TrainOptions(selection=selection, model=model, data=data[TRAINED], training=training)
     trained = run_train(wanted, output / f"{TRAINED}-best", progress)
     for style, ranking in rankings.items():
         losses = next(line for line in provenance_lines(ranking) if line.startswith("held out"))
