@@ -31,6 +31,7 @@ ELSEWHERE = {
     "recipes.md": "recipes/README.md",
     "recipes-inspect.md": "recipes/inspect/README.md",
     "recipes-mmlu.md": "recipes/mmlu/README.md",
+    "recipes-real.md": "recipes/real/README.md",
 }
 LINK = re.compile(r"(\]\()(?!https?:|#)([^)\s#]+)(#[^)\s]*)?\)")
 
