@@ -16,6 +16,7 @@ from pathlib import Path
 import agents
 import check
 import generated
+import notebooks
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -33,6 +34,10 @@ ELSEWHERE = {
     "recipes-mmlu.md": "recipes/mmlu/README.md",
     "recipes-real.md": "recipes/real/README.md",
 }
+NOTEBOOKS = {
+    "notebook-rank.md": "examples/rank_and_read.ipynb",
+    "notebook-compress.md": "examples/compress_an_adapter.ipynb",
+}
 LINK = re.compile(r"(\]\()(?!https?:|#)([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -40,7 +45,7 @@ def pages() -> dict[str, str]:
     """The text of every page, by its name in the site."""
     files = {path.name: f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))}
     files |= ELSEWHERE
-    homes = {file: page for page, file in files.items()} | generated.HOMES
+    homes = {file: page for page, file in (files | NOTEBOOKS).items()} | generated.HOMES
     texts = {
         page: _with_links(file, (ROOT / file).read_text(encoding="utf-8"), homes)
         for page, file in files.items()
@@ -75,6 +80,8 @@ def main() -> int:
         shutil.rmtree(folder, ignore_errors=True)
     staged.mkdir(parents=True)
     texts = pages()
+    for page, file in NOTEBOOKS.items():
+        texts[page] = notebooks.page(ROOT / file, staged / "drawn")
     unlisted = texts.keys() ^ agents.listed(HERE / "zensical.toml")
     if unlisted:
         raise SystemExit(f"`nav` in zensical.toml must have every page once: {sorted(unlisted)}")
