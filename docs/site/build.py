@@ -13,10 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import notebook_pages
+
 import agents
 import check
 import generated
-import notebooks
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -81,7 +82,7 @@ def main() -> int:
     staged.mkdir(parents=True)
     texts = pages()
     for page, file in NOTEBOOKS.items():
-        texts[page] = notebooks.page(ROOT / file, staged / "drawn")
+        texts[page] = notebook_pages.page(ROOT / file, staged / "drawn")
     unlisted = texts.keys() ^ agents.listed(HERE / "zensical.toml")
     if unlisted:
         raise SystemExit(f"`nav` in zensical.toml must have every page once: {sorted(unlisted)}")
