@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import notebook_pages
@@ -42,8 +43,8 @@ NOTEBOOKS = {
 LINK = re.compile(r"(\]\()(?!https?:|#)([^)\s#]+)(#[^)\s]*)?\)")
 
 
-def pages() -> dict[str, str]:
-    """The text of every page, by its name in the site."""
+def pages(images: Path) -> dict[str, str]:
+    """The text of every page, by its name in the site; pictures of notebooks go to `images`."""
     files = {path.name: f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))}
     files |= ELSEWHERE
     homes = {file: page for page, file in (files | NOTEBOOKS).items()} | generated.HOMES
@@ -51,6 +52,9 @@ def pages() -> dict[str, str]:
         page: _with_links(file, (ROOT / file).read_text(encoding="utf-8"), homes)
         for page, file in files.items()
     }
+    for page, file in NOTEBOOKS.items():
+        linked = partial(_with_links, file, homes=homes)
+        texts[page] = notebook_pages.page(ROOT / file, images, linked)
     return texts | generated.pages()
 
 
@@ -80,9 +84,7 @@ def main() -> int:
     for folder in (staged, SITE):
         shutil.rmtree(folder, ignore_errors=True)
     staged.mkdir(parents=True)
-    texts = pages()
-    for page, file in NOTEBOOKS.items():
-        texts[page] = notebook_pages.page(ROOT / file, staged / "drawn")
+    texts = pages(staged / "drawn")
     unlisted = texts.keys() ^ agents.listed(HERE / "zensical.toml")
     if unlisted:
         raise SystemExit(f"`nav` in zensical.toml must have every page once: {sorted(unlisted)}")

@@ -2,19 +2,23 @@
 """The notebooks of examples/ as pages, with their stored outputs."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 
-def page(notebook: Path, images: Path) -> str:
-    """The Markdown of a notebook; its pictures become files in the folder `images`."""
+def page(notebook: Path, images: Path, linked: Callable[[str], str]) -> str:
+    """The Markdown of a notebook; its pictures become files in the folder `images`.
+
+    `linked` gives a text whose links lead to pages of the site.
+    """
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     images.mkdir(parents=True, exist_ok=True)
     parts: list[str] = []
     for number, cell in enumerate(cells):
         source = "".join(cell["source"])
-        parts.append(source if cell["cell_type"] == "markdown" else _fenced("python", source))
+        is_text = cell["cell_type"] == "markdown"
+        parts.append(linked(source) if is_text else _fenced("python", source))
         for output in cell.get("outputs", ()):
             parts += _shown(output, images, f"{notebook.stem}-{number}.svg")
     return "\n\n".join(parts) + "\n"
