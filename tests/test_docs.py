@@ -91,6 +91,7 @@ def test_the_example_of_a_script_runs(tiny, preferences, tmp_path, monkeypatch):
     exec(compile(example, "docs/script.md", "exec"), names)
     chosen = names["ranking"].select(0.3).names
     assert chosen
+    assert names["ranking"].provenance["reference"] == "base"
     assert names["config"].r == 16
     assert all(re.fullmatch(names["config"].target_modules, name) for name in chosen)
 

@@ -2,7 +2,6 @@
 """Every objective from the command line: rank, show, verify, train, and a plain load."""
 
 import math
-import re
 import shutil
 from pathlib import Path
 from typing import get_args
@@ -199,19 +198,6 @@ def test_a_trainer_that_thaws_weights_is_refused(ranked, tmp_path, monkeypatch, 
 
 
 DOCS = (Path(__file__).resolve().parents[1] / "docs" / "objectives.md").read_text()
-
-
-@pytest.mark.filterwarnings("ignore")  # those of a user's own trainer are the user's
-def test_the_example_of_the_docs_runs(tiny, preferences, tmp_path, monkeypatch):
-    [code] = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
-    (tmp_path / "base").symlink_to(tiny / "model")
-    (tmp_path / "pairs.jsonl").symlink_to(preferences / "pairs.jsonl")
-    monkeypatch.chdir(tmp_path)
-    found = {}
-    exec(code, found)
-    assert len(found["ranking"].modules) == NUM_MODULES
-    assert found["ranking"].provenance["reference"] == "base"
-    assert found["config"].r == 16
 
 
 def test_the_docs_name_every_objective_and_its_data():
