@@ -65,9 +65,11 @@ def test_the_command_line_ranks_by_a_method_of_another_package(package, tiny, tm
     assert "slope, one gate per module" in without.stdout
 
 
-def test_a_registered_method_ranks_in_python_and_inside_a_run(table):
-    namespace = {"keylayers": keylayers, "trainer": noisy()}
-    exec(FILE + IN_PYTHON, namespace)
+def test_a_registered_method_ranks_in_python_and_inside_a_run(table, tmp_path, monkeypatch):
+    (tmp_path / "slope.py").write_text(FILE)
+    monkeypatch.syspath_prepend(tmp_path)
+    namespace = {"trainer": noisy()}
+    exec(IN_PYTHON, namespace)
     ranking = namespace["ranking"]
     assert ranking.provenance["options"]["at_gate"] == 0.25
     assert ranking.provenance["options"]["price"] == 2.0  # as in every record

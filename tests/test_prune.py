@@ -173,10 +173,10 @@ def test_the_losses_of_a_checkpoint_are_measured_on_what_was_written(tiny, ranke
 
 # losses of base, full and pruned, kept of 10 modules, what is said
 READINGS = [
-    ((2.0, 1.0, 1.5), 4, ["is worse than the full one, by 0.5000 nats", "it keeps 50 % of what"]),
-    ((2.0, 1.0, 0.9), 4, ["is better than the full one, by 0.1000 nats", "keeps 110 %"]),
-    ((2.0, 1.0, 1.00001), 4, ["is as good as the full one on the 7", "keeps 100 %"]),
-    ((2.0, 1.0, 1.0), 10, ["all 10 modules are kept", "keeps 100 %"]),
+    ((2.0, 1.0, 1.5), 4, ["is worse than the full one, by 0.5000 nats", "it keeps 50.0 % of what"]),
+    ((2.0, 1.0, 0.9), 4, ["is better than the full one, by 0.1000 nats", "keeps 110.0 %"]),
+    ((2.0, 1.0, 1.00001), 4, ["is as good as the full one on the 7", "keeps 100.0 %"]),
+    ((2.0, 1.0, 1.0), 10, ["all 10 modules are kept", "keeps 100.0 %"]),
     ((1.0, 1.2, 1.1), 4, ["is better than the full one, by 0.1000", "does not lower the held-out"]),
 ]
 

@@ -299,7 +299,7 @@ def reading_of_pruning(found: Pruned) -> list[str]:
     if full >= base:
         return [line, "the full update does not lower the held-out loss of the base model"]
     share = (base - pruned) / (base - full)
-    kept_share = f"{kept} of {num_modules} modules it keeps {share:.0%}"
+    kept_share = f"{kept} of {num_modules} modules it keeps {share:.1%}"
     if found.full.num_parts is not None:
         size = found.pruned.num_parameters / found.full.num_parameters
         kept_share = (
