@@ -105,8 +105,11 @@ def data_file(cell, folder, shared):
     return path
 
 
-def fresh(cell, folder, shared, names=None):
-    """The cell before its fine-tune: new LoRA on `names` (all modules if not given), and splits."""
+def fresh(cell, folder, shared, names=None, num_steps=None):
+    """The cell before its fine-tune: new LoRA on `names` (all modules if not given), and splits.
+
+    It trains for `num_steps`, by default those of stage 1.
+    """
     model_path = BASE if cell.is_demo else shared / "models" / "english-2m"
     options = ModelOptions(model=str(model_path), dtype="float32")
     tokenizer, model = load_tokenizer(options), load_model(options)
@@ -122,7 +125,8 @@ def fresh(cell, folder, shared, names=None):
     )
     names = names or [info.name for info in map_modules(model)]
     tuned = new_adapter(model, names, cell.training(), num_steps=1)
-    trainer = make_trainer(tuned, tokenizer, data.train, cell.training(), num_steps=cell.steps)
+    num_steps = num_steps or cell.steps
+    trainer = make_trainer(tuned, tokenizer, data.train, cell.training(), num_steps=num_steps)
     record = {"cell": asdict(cell) | {"steps": cell.steps}, "data": data.record()}
     record["data"].pop("data")  # a path of this machine
     return Loaded(cell, trainer, data.train, data.mask, data.held_out, record)

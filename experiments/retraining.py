@@ -24,7 +24,7 @@ from keylayers.files import write_json
 from keylayers.ranking.budget import Time
 from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import Ranking
-from keylayers.training.run import fine_tune, make_trainer
+from keylayers.training.run import fine_tune
 
 import cells
 from rankings import best_first
@@ -105,10 +105,8 @@ def own_text(loaded):
 
 def train(cell, folder, shared, names, texts):
     """Held-out and own-text loss after training `names` from scratch."""
-    loaded = cells.fresh(cell, folder, shared, names)
-    texts = texts or own_text(loaded)
-    model, tokenizer = loaded.trainer.model, loaded.trainer.processing_class
-    trainer = make_trainer(model, tokenizer, loaded.train, cell.training(), num_steps=STEPS)
+    loaded = cells.fresh(cell, folder, shared, names, STEPS)
+    texts, trainer = texts or own_text(loaded), loaded.trainer
     before = held_out_loss(trainer, texts)
     result = fine_tune(trainer)
     return texts, {

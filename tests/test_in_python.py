@@ -22,7 +22,7 @@ from keylayers.commands.console import PIPE_WIDTH, ConsoleProgress, stdout
 from keylayers.errors import ConfigError, RankingError
 from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import Ranking
-from keylayers.report import notebook
+from keylayers.report import source
 from keylayers.report.figures import draw_figures, drawn_chart
 from keylayers.report.source import Source
 from keylayers.updates import adapter_updates
@@ -134,7 +134,7 @@ def test_charts_refuse_the_verification_of_another_ranking_and_name_the_extra(mo
     ranking = ranking_of([6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
     with pytest.raises(RankingError, match="it is of another one; verify this ranking"):
         curve_chart(replace(ranking, method="other"), verification_of(ranking))
-    monkeypatch.setattr(notebook, "find_spec", lambda name: None)
+    monkeypatch.setattr(source, "find_spec", lambda name: None)
     with pytest.raises(KeylayersError, match=r"need altair, vl_convert, .*keylayers\[report\]"):
         ranking_chart(ranking)
 

@@ -9,10 +9,10 @@ from xml.etree import ElementTree
 import pytest
 
 from commands import complaint, keylayers
-from keylayers.commands import show
 from keylayers.commands.repeat import how_to_repeat
 from keylayers.ranking.compare import agreement
 from keylayers.ranking.ranking import Ranking
+from keylayers.report import source
 from keylayers.report.source import labels
 
 from rankings import ranking_of, verification_of
@@ -109,7 +109,7 @@ def test_a_curve_of_an_earlier_ranking_is_refused_and_named(folder, capsys):
 
 
 def test_without_the_extra_the_line_says_what_to_install(folder, monkeypatch, capsys):
-    monkeypatch.setattr(show, "NEEDED", (*show.NEEDED, "no_such_library"))
+    monkeypatch.setattr(source, "CHART_PACKAGES", (*source.CHART_PACKAGES, "no_such_library"))
     assert keylayers("show", "one", "--html", "r.html") == 2
     line = complaint(capsys)
     assert "need no_such_library, which is not installed; install keylayers[report]" in line

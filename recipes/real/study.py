@@ -23,8 +23,6 @@ import torch
 from arms import TASKS, TIERS, Arm, next_rate
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 
 from keylayers.data.chat import IGNORED, encode_all
@@ -34,6 +32,7 @@ from keylayers.data.reading import read_conversations
 from keylayers.data.templates import resolve_template
 from keylayers.environment import environment
 from keylayers.evaluation.held_out import held_out_loss, masked_losses
+from keylayers.evaluation.texts import example_losses, predictions
 from keylayers.files import write_json
 from keylayers.model.loading import load_model, load_tokenizer
 from keylayers.model.modules import ModuleInfo, map_modules
@@ -149,11 +148,12 @@ class Cell:
         """Losses in nats per token, and the accuracy among the labels, question by question."""
         found = {"validation_nats": held_out_loss(trainer, self.prepared.held_out)}
         for name, (examples, labels) in self.tests.items():
-            nats, num_tokens, is_right = [], 0, []
+            losses, is_right = [], []
+            trainer.model.eval()
             for start in range(0, len(examples), 16):
-                losses, count, right = answered(trainer.model, examples[start:][:16], labels)
-                nats, num_tokens, is_right = nats + losses, num_tokens + count, is_right + right
-            found[f"{name}_nats"] = sum(nats) / num_tokens
+                own, right = answered(trainer.model, examples[start:][:16], labels)
+                losses, is_right = losses + own, is_right + right
+            found[f"{name}_nats"] = sum(nats for nats, _ in losses) / sum(n for _, n in losses)
             if labels:
                 found["is_right"] = "".join("01"[right] for right in is_right)
         return found
@@ -272,25 +272,14 @@ class Cell:
             self.train(arm, rate)
 
 
-@torch.no_grad()
 def answered(model, examples, labels):
-    """Loss of each example in nats, number of their tokens, and whether the best label is right."""
-    model.eval()
-    ids = pad_sequence([torch.tensor(row) for row, _ in examples], batch_first=True)
-    wanted = pad_sequence(
-        [torch.tensor(own) for _, own in examples], batch_first=True, padding_value=IGNORED
-    )
-    mask = pad_sequence([torch.ones(len(row)) for row, _ in examples], batch_first=True)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-    targets = wanted[:, 1:]
-    nats = cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view_as(targets)
+    """Loss and number of tokens of each example, and whether the best of the labels is right."""
+    logits, targets = predictions(examples, model)
     is_right = []
     for own, target in zip(logits, targets, strict=True) if labels else ():
         first = int((target != IGNORED).nonzero()[0])
         is_right.append(labels[int(own[first, labels].argmax())] == int(target[first]))
-    return nats.sum(1).tolist(), int((targets != IGNORED).sum()), is_right
+    return example_losses(logits, targets), is_right
 
 
 def main():

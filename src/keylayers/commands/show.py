@@ -3,7 +3,6 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
     from keylayers.ranking.budget import Budget
     from keylayers.ranking.ranking import Ranking
 
-NEEDED = ("altair", "vl_convert")  # of the extra `report`
 app = sub_command("""\
 keylayers show out/ranking.json
 keylayers show out --budget 17
@@ -78,8 +76,9 @@ def _write_files(
     rankings: Sequence[Path], budget: "Budget", html: Path | None, figures: Sequence[Path]
 ) -> None:
     """Check everything, then make everything, then write it."""
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
+    from keylayers.report.source import missing_for_charts
+
+    if missing := missing_for_charts():
         raise ConfigError(
             f"`html` and `figure` need {', '.join(missing)}, which is not installed; install "
             f"keylayers[report]"

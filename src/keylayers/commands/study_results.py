@@ -9,7 +9,6 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -26,6 +25,7 @@ from keylayers.files import write_bytes, write_json, write_text
 from keylayers.ranking.compare import agreement
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.record import MadeBy, RunRecord
+from keylayers.report.source import missing_for_charts
 from keylayers.report.templates import page_templates
 
 FIXED, MEASURED = ["cell", "kind", "status", "error"], ["measure", "value", "unit"]
@@ -60,7 +60,7 @@ def write_results(
         means["Agreement of rankings"] = agreement_means(agreed, axes)
     for title, part in means.items():
         sys.stdout.write(f"{title}\n{part.to_string(**FORMAT)}\n\n")
-    if all(find_spec(name) is not None for name in ("altair", "vl_convert")):
+    if not missing_for_charts():
         write_bytes(folder / "report.html", _page(means, table, cells))
     sys.stdout.write(f"results written to {folder}\n")
 

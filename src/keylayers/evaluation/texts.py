@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import pandas as pd
 import torch
 from peft import PeftModel
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,7 +100,8 @@ class Examples:
         found: dict[int, tuple[float, int]] = {}
         for step in range(self.num_steps):
             chosen = order[step * self.batch_size :][: self.batch_size]
-            losses = _batch([self.tokens[index] for index in chosen], loaded.model)
+            batch = [self.tokens[index] for index in chosen]
+            losses = example_losses(*predictions(batch, loaded.model))
             found |= dict(zip(chosen, losses, strict=True))
             mean = sum(nats for nats, _ in losses) / max(1, sum(num for _, num in losses))
             on_step(step + 1, mean)
@@ -161,9 +163,10 @@ def _pieces(
 
 
 @torch.no_grad()
-def _batch(
+def predictions(
     examples: Sequence[Tokens], model: PreTrainedModel | PeftModel
-) -> list[tuple[float, int]]:
+) -> tuple[Tensor, Tensor]:
+    """Logits of shape (examples, tokens, vocabulary), and the labels that they predict."""
     # Padded on the right, which no label and no earlier token sees.
     rows = [torch.tensor(tokens) for tokens, _ in examples]
     ids = pad_sequence(rows, batch_first=True)
@@ -174,9 +177,13 @@ def _batch(
     logits = model(
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
     ).logits[:, :-1]
-    wanted = labels[:, 1:].to(logits.device)
+    return logits.float(), labels[:, 1:].to(logits.device)
+
+
+def example_losses(logits: Tensor, labels: Tensor) -> list[tuple[float, int]]:
+    """The loss of each example in nats, summed over its labelled tokens, and their number."""
     nats = cross_entropy(
-        logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view_as(wanted)
-    counts = (wanted != IGNORED).sum(dim=1).tolist()
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view_as(labels)
+    counts = (labels != IGNORED).sum(dim=1).tolist()
     return list(zip(nats.double().sum(dim=1).tolist(), counts, strict=True))

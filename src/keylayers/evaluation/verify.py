@@ -49,8 +49,8 @@ def verify_ranking(
     Args:
         trainer: Its `model` carries the LoRA adapter that was ranked, or was fine-tuned as a whole.
         ranking: A ranking of the modules, or rank-one parts, of that fine-tune.
-        held_out: Examples that neither training nor ranking saw, in the format of the mask dataset
-            of `rank_modules`.
+        held_out: Examples that neither training nor ranking saw, in the same format as the
+            `mask_dataset` of `rank_modules`.
         base_weights: After a full fine-tune, the modules' weights before it, as in `rank_modules`.
         **options: Fields of `CurveOptions`, for example `points=8` or `random_orders=10`.
 

@@ -79,7 +79,7 @@ class Measurement(Part):
     step: CountFromOne
     loss_nats: float
     improvement_nats: float | None = None  # of the first there is none
-    standard_error_nats: float | None = None
+    standard_error_nats: float | None = None  # None with a single example
     upper_nats: float | None = None  # upper 95 % bound of the improvement
 
 

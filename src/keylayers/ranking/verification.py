@@ -158,7 +158,7 @@ class Verification(Part):
     # What the recommended budget may lose, as a share of what the fine-tune gained.
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.05
     provenance: dict[Any, Any] = Field(default={})  # keys may hold half a character, unlike `str`
-    # The same as types.
+    # The provenance, read as types.
     made_by: MadeBy = Field(default=MadeBy(), validation_alias="provenance", exclude=True)
 
     @model_validator(mode="after")

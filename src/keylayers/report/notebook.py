@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A ranking as a data frame and as charts, for notebooks and scripts. Needs no torch."""
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -11,7 +10,7 @@ from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.certainty import decisions
 from keylayers.ranking.ranking import Ranking
 from keylayers.ranking.verification import Verification
-from keylayers.report.source import Source, module_rows
+from keylayers.report.source import Source, missing_for_charts, module_rows
 
 if TYPE_CHECKING:
     from keylayers.report.charts import Chart
@@ -45,8 +44,8 @@ def ranking_table(ranking: Ranking, budget: WrittenBudget = 0.3) -> pd.DataFrame
 def ranking_chart(ranking: Ranking, budget: WrittenBudget = 0.3) -> "Chart":
     """An Altair heatmap of blocks by projections; needs keylayers[report].
 
-    It shows the ranks of modules, with those in the budget filled, or the LoRA ranks that a budget
-    of rank-one parts gives the modules.
+    It shows the rank of each module and fills those in the budget. If rank-one parts are ranked, it
+    shows the LoRA rank that each module gets.
     """
     return _chart("heatmap", ranking, None, budget)
 
@@ -67,8 +66,7 @@ def curve_chart(ranking: Ranking, found: Verification, budget: WrittenBudget = 0
 def _chart(
     kind: "FigureKind", ranking: Ranking, found: Verification | None, budget: WrittenBudget
 ) -> "Chart":
-    missing = [name for name in ("altair", "vl_convert") if find_spec(name) is None]
-    if missing:
+    if missing := missing_for_charts():
         raise ConfigError(
             f"charts need {', '.join(missing)}, which is not installed; install keylayers[report]"
         )

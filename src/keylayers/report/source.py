@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,13 @@ from keylayers.ranking.budget import WrittenBudget
 from keylayers.ranking.ranked_module import RankedModule, are_best
 from keylayers.ranking.ranking import FILE, Ranking
 from keylayers.ranking.verification import Verification, verification_file
+
+CHART_PACKAGES = ("altair", "vl_convert")  # of the extra `report`
+
+
+def missing_for_charts() -> list[str]:
+    """The packages for charts and HTML reports that are not installed."""
+    return [name for name in CHART_PACKAGES if find_spec(name) is None]
 
 
 @dataclass(frozen=True)

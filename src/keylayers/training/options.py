@@ -135,7 +135,7 @@ class StabilityOptions(Options):
     The paper asks that the expected loss of every later step changes by less than epsilon. The
     future is not known while training runs, so we measure the loss of the same few examples every
     window (`keylayers.training.stability`). The paper also finds that a mask learned after 25-50 %
-    of training is close to the final one, unlike a mask after 1 % (from memory of its text): a
+    of training is close to the final one, unlike a mask after 1 % (quoted from memory): a
     window should be a few per cent of a run.
 
     Attributes:

@@ -32,6 +32,7 @@ from transformers import Trainer
 
 from keylayers.model.preserve import preserved
 from keylayers.processes import from_first
+from keylayers.ranking.record import Measurement
 from keylayers.trainers.data import prepared_for, samples
 from keylayers.trainers.loss import BatchLosses, TrainerLoss
 from keylayers.training.options import StabilityOptions
@@ -64,17 +65,6 @@ class Improvement:
         return Improvement(mean, error, mean + reach)
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """What was seen after a step; no improvement at the first, nor a bound with one example."""
-
-    step: int
-    loss_nats: float
-    improvement_nats: float | None = None
-    standard_error_nats: float | None = None
-    upper_nats: float | None = None
-
-
 class LossHistory:
     """The measurements of a training so far, and whether the last says that its loss is stable."""
 
@@ -91,18 +81,19 @@ class LossHistory:
 
     def add(self, step: int, losses: BatchLosses) -> None:
         """Take in the losses of the examples after a step."""
-        found = Measurement(step, losses.mean)
+        seen = {}
         if self._last is not None:
             change = Improvement.between(self._last, losses)
-            known = (change.standard_error, change.upper) if len(losses.losses) > 1 else ()
-            found = Measurement(step, losses.mean, change.mean, *known)
+            seen = {"improvement_nats": change.mean}
+            if len(losses.losses) > 1:  # else nothing is known of the noise
+                seen |= {"standard_error_nats": change.standard_error, "upper_nats": change.upper}
         self._last = losses
-        self.seen = (*self.seen, found)
+        self.seen = (*self.seen, Measurement(step=step, loss_nats=losses.mean, **seen))
 
     def state(self) -> dict[str, Any]:
         """All of it as JSON for a checkpoint."""
         last = None if self._last is None else asdict(self._last)
-        return {"measurements": [asdict(each) for each in self.seen], "last": last}
+        return {"measurements": [each.model_dump() for each in self.seen], "last": last}
 
     def record(self) -> dict[str, Any]:
         """What a result records: the cost, and every measurement."""
@@ -110,12 +101,12 @@ class LossHistory:
         return {
             "num_measured": num,
             "num_forward": num * len(self.seen),
-            "measurements": [asdict(each) for each in self.seen],
+            "measurements": [each.model_dump() for each in self.seen],
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Continue from a checkpoint's `state`."""
-        self.seen = tuple(Measurement(**each) for each in saved["measurements"])
+        self.seen = tuple(Measurement.model_validate(each) for each in saved["measurements"])
         last = saved["last"]
         self._last = last and BatchLosses(tuple(last["losses"]), tuple(last["weights"]))
 
