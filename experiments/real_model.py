@@ -2,10 +2,10 @@
 """Tables of the real model's study (`recipes/real`) and of how scores predict retraining."""
 
 import statistics
+from collections import defaultdict
 
 from scipy.stats import spearmanr
 
-from findings import DATA
 from tables import load, markdown
 
 ORDERS = {
@@ -41,73 +41,29 @@ def masks_table():
     return markdown(["kept", *ORDERS.values()], rows)
 
 
-def real_retraining_table():
-    """Trainings from scratch on TREC at each arm's best learning rate: the official test set."""
-    results = [one for one in load("real")["results"] if one["data"] == "trec"]
-    arms = list(dict.fromkeys(one["arm"] for one in results))
-    rows = []
-    for arm in arms:
-        own = [one for one in results if one["arm"] == arm]
-        rates = {one["rate"] for one in own if one["seed"] == 0}
-        rate = min(rates, key=lambda rate: new_loss(own, rate)) if arm != "base" else 1.0
-        chosen = [one for one in own if one["rate"] == rate]
-        is_right = [one["is_right"].count("1") / len(one["is_right"]) for one in chosen]
-        rows.append(
-            [
-                arm,
-                str(chosen[0].get("num_modules", 0)),
-                f"{chosen[0].get('num_trained_parameters', 0):,}",
-                f"{rate:g} of {len(rates)}" if arm != "base" else "",
-                str(len(chosen)),
-                f"{statistics.mean(one['test_nats'] for one in chosen):.3f}",
-                f"{100 * statistics.mean(is_right):.1f}",
-                f"{statistics.mean(one['forgetting_nats'] for one in chosen):.2f}",
-            ]
-        )
-    titles = ["trained", "modules", "parameters", "rate, of tried", "seeds", "test nats"]
-    return markdown([*titles, "accuracy, %", "Alpaca nats"], rows)
-
-
-def new_loss(own, rate):
-    """What the learning rate is chosen by, on the first seed."""
-    (one,) = [one for one in own if one["seed"] == 0 and one["rate"] == rate]
-    return one["validation_nats"] + one["training_nats"]
-
-
 def prediction_table():
-    """Spearman's correlation of sums of scores with the losses of random subsets, retrained."""
-    cells = load("subsets")["cells"]
-    data = list(dict.fromkeys(cell["cell"]["data"] for cell in cells))
-    methods = dict.fromkeys(name for cell in cells for name in all_scores(cell))
-    found = {
-        method: [
-            statistics.mean(
-                predicted(cell, all_scores(cell)[method])
-                for cell in cells
-                if cell["cell"]["data"] == name
-            )
-            for name in data
-        ]
-        for method in methods
-    }
-    order = sorted(found, key=lambda method: -statistics.mean(found[method]))
-    rows = [[method, *(f"{value:.2f}" for value in found[method])] for method in order]
-    return markdown(["sum of", *(DATA[name] for name in data)], rows)
+    """Spearman's correlation of sums of scores with minus the losses of retrained subsets."""
+    (cell,) = load("subsets")["cells"]
+    sizes = cell["num_parameters"]
+    controls = {"number of modules": [1.0] * len(sizes), "LoRA parameters": [*sizes.values()]}
+    by_size = defaultdict(list)
+    for run in cell["runs"]:
+        by_size[len(run["modules"])].append(run)
+    found = []
+    for method, scores in (cell["scores"] | controls).items():
+        own = dict(zip(sizes, scores, strict=True))
+        within = statistics.mean(correlation(own, runs) for runs in by_size.values())
+        found.append((method, correlation(own, cell["runs"]), within))
+    found.sort(key=lambda one: -one[2])
+    rows = [[method, f"{over_all:.2f}", f"{within:.2f}"] for method, over_all, within in found]
+    return markdown(["sum of", "all subsets", "within a size"], rows)
 
 
-def all_scores(cell):
-    """Every method's scores of one cell, and the controls."""
-    sizes = [*cell["num_parameters"].values()]
-    controls = {"1 (number of modules)": [1.0] * len(sizes), "LoRA parameters": sizes}
-    return cell["scores"] | controls
+def correlation(scores, runs):
+    """Over subsets; 0 if all have the same sum."""
+    sums = [sum(scores[name] for name in run["modules"]) for run in runs]
+    losses = [-run["held_out_loss_nats"] for run in runs]
+    return float(spearmanr(sums, losses).statistic) if len(set(sums)) > 1 else 0.0
 
 
-def predicted(cell, scores):
-    """Spearman's correlation of minus the loss with the sum of the scores, over all subsets."""
-    by_name = dict(zip(cell["num_parameters"], scores, strict=True))
-    sums = [sum(by_name[name] for name in run["modules"]) for run in cell["runs"]]
-    losses = [-run["held_out_loss_nats"] for run in cell["runs"]]
-    return float(spearmanr(sums, losses).statistic)
-
-
-TABLES = (masks_table,)
+TABLES = (masks_table, prediction_table)

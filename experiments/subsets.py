@@ -24,7 +24,7 @@ from keylayers.evaluation.held_out import held_out_loss
 from keylayers.files import write_json
 from keylayers.scores.methods import methods
 from keylayers.scores.score_modules import score_modules
-from keylayers.training.run import fine_tune, make_trainer
+from keylayers.training.run import fine_tune
 from keylayers.training.step_scores import StepScores
 
 import cells
@@ -52,7 +52,7 @@ class Snapshots(TrainerCallback):
 
 
 def subsets(cell, names):
-    """The same subsets for every method, in model order."""
+    """Random subsets, each in model order; every method is judged by the same ones."""
     generator = random.Random(f"subsets {cell.name}")
     chosen = [
         set(generator.sample(names, round(SIZES[index % len(SIZES)] * len(names))))
@@ -63,10 +63,7 @@ def subsets(cell, names):
 
 def trained(cell, folder, shared, names=None, callbacks=()):
     """The cell after training `names` from scratch, and the losses on validation data."""
-    loaded = cells.fresh(cell, folder, shared, names)
-    model, tokenizer = loaded.trainer.model, loaded.trainer.processing_class
-    options = cell.training()
-    loaded.trainer = make_trainer(model, tokenizer, loaded.train, options, num_steps=STEPS)
+    loaded = cells.fresh(cell, folder, shared, names, STEPS)
     for callback in callbacks:
         loaded.trainer.add_callback(callback)
     fine_tune(loaded.trainer)
@@ -84,17 +81,14 @@ def all_scores(cell, folder, shared):
     found = {"step-scores": [*steps.scores.values()]}
     found |= {f"step-scores of {n} steps": own for n, own in snapshots.found.items()}
     loaded.trainer.train_dataset = loaded.mask
-    end = {k: v.clone() for k, v in get_peft_model_state_dict(loaded.trainer.model).items()}
     for method in methods():
         if method != "random":
             scored = score_modules(loaded.trainer, updates, options_of(method, cell.seed))
             found[method] = list(scored.scores)
     for num_steps, adapter in snapshots.adapters.items():
         set_peft_model_state_dict(loaded.trainer.model, adapter)
-        for method in ("elimination", "gradient-norm", "fisher"):
-            scored = score_modules(loaded.trainer, updates, options_of(method, cell.seed))
-            found[f"{method} after {num_steps} steps"] = list(scored.scores)
-    set_peft_model_state_dict(loaded.trainer.model, end)
+        scored = score_modules(loaded.trainer, updates, options_of("elimination", cell.seed))
+        found[f"elimination after {num_steps} steps"] = list(scored.scores)
     modules = [asdict(update.module) for update in updates]
     return modules, found, loss
 
