@@ -9,8 +9,9 @@ import pytest
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
 
-from commands import keylayers, record_of
+from commands import keylayers, record_of, weights_in
 from keylayers.commands.repeat import card_of as made_card
+from tiny_files import NUM_MODULES
 
 from rankings import ranking_of
 
@@ -86,6 +87,17 @@ def test_a_pruned_adapter_shows_what_it_loses(pruned):
         [label, str(number), f"{size:,}", f"{loss:.4f}"] for label, number, size, loss in rows
     ]
     assert "was pruned to 5 of 21 weight matrices" in card.text
+
+
+def test_an_adapter_of_parts_shows_the_rank_of_each_module(ranked_parts, tmp_path):
+    wanted = ("--ranking", ranked_parts, "--budget", "0.2x-params", "--output", tmp_path / "cut")
+    assert keylayers("prune", *wanted) == 0
+    shown = sorted(
+        int(cell) for row in table(card_of(tmp_path / "cut"), "Modules") for cell in row[1:]
+    )
+    found = weights_in(tmp_path / "cut").items()
+    ranks = [len(weight) for name, weight in found if ".lora_A." in name]
+    assert shown == sorted([0] * (NUM_MODULES - len(ranks)) + ranks)
 
 
 def test_ranking_inside_the_run_is_one_command(tiny, tmp_path):

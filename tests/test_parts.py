@@ -5,12 +5,14 @@ import json
 import math
 import random
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 from peft import LoraConfig, PeftConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from architectures import ARCHITECTURES
 from commands import (
@@ -310,6 +312,20 @@ def test_an_update_without_the_ranked_parts_is_refused(
     code, _, err = printed(command, *wanted, *budget)
     assert code == 2, err
     assert re.search(message, complaint_in(err))
+
+
+@pytest.mark.parametrize("command", ["prune", "verify"])
+def test_parts_of_other_weights_are_refused(ranked, ranked_parts, tmp_path, command):
+    other = shutil.copytree(ranked / "adapter", tmp_path / "other")
+    weights = load_file(other / "adapter_model.safetensors")
+    save_file(
+        {name: 2 * value for name, value in weights.items()}, other / "adapter_model.safetensors"
+    )
+    wanted = ("--ranking", ranked_parts, "--adapter", other, "--output", tmp_path / "out")
+    budget = ("--budget", "0.3") if command == "prune" else ()
+    code, _, err = printed(command, *wanted, *budget)
+    assert (code, "parts were ranked, but its weights differ" in complaint_in(err)) == (2, True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_modules_are_neither_frozen_nor_averaged_by_parts(tiny, ranked_parts, tmp_path):

@@ -159,6 +159,18 @@ def test_an_update_or_a_mask_split_that_rank_was_given_is_taken_over(tiny, ranke
     assert said(printed) == set()
 
 
+def test_an_adapter_of_another_split_of_the_same_data_is_said(
+    tiny, ranked, trained, tmp_path, capsys
+):
+    for folder in (ranked / "adapter", trained):
+        for more in ((), ("--held-out", "0.2"), ("--split-seed", "7")):
+            assert rank(tiny, tmp_path / "again", "--adapter", folder, *more) == 0
+            err = capsys.readouterr().err
+            assert ("may have been trained on examples that are now" in err) == bool(more), err
+    assert rank(tiny, tmp_path / "again", "--adapter", folder, "--max-examples", "40") == 0
+    assert "may have been trained on" not in capsys.readouterr().err  # other examples
+
+
 def test_other_inputs_than_the_rankings_own_win_and_are_said(tiny, ranking_copy, tmp_path):
     for option in ("adapter", "tuned"):
         printed = verify(ranking_copy, f"--{option}", tiny / option, fast=FASTEST)

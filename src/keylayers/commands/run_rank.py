@@ -119,7 +119,8 @@ def _stage_1(
     with files.unfinished(folder) as before:
         sets = FineTuning(session, training, options.stability.stage_1_cap, folder, before)
         tuned, stage_1 = _train_all(sets, options, inputs)
-        record = {"inputs_sha256": inputs, "options": session.record["options"], "stage_1": stage_1}
+        made_by = {key: session.record[key] for key in ("options", "data")}
+        record = {"inputs_sha256": inputs, **made_by, "stage_1": stage_1}
         card = card_of("rank", session.record | record, None)
         save_tuned(tuned, session.tokenizer, folder, record, card)
     return tuned, stage_1

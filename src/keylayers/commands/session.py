@@ -3,11 +3,13 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
+from keylayers import files
 from keylayers.commands.options import OpensModel, flat_values
 from keylayers.data.prepare import PreparedData, prepare
 from keylayers.environment import environment
@@ -21,7 +23,7 @@ from keylayers.model.options import ModelOptions, UpdateOptions
 from keylayers.model.weights import adapter_sha256, tensors_sha256, weights_sha256
 from keylayers.progress import Progress
 from keylayers.ranking.ranking import Ranking
-from keylayers.ranking.record import MadeBy
+from keylayers.ranking.record import MadeBy, read_run
 from keylayers.ranking.selection import Selection, check_same_modules
 from keylayers.training.options import LOSS_UNITS, ObjectiveOptions, TrainingOptions
 from keylayers.training.run import make_trainer
@@ -30,7 +32,7 @@ from keylayers.updates.adapter import always_on
 from keylayers.updates.checkpoints import take_other_weights
 
 ENOUGH_BATCHES = 20  # of held-out examples, to resample them for an interval
-
+SPLIT = ("split_seed", "held_out", "mask_data")  # options that decide what is trained on
 Tuned: TypeAlias = PreTrainedModel | PeftModel
 
 
@@ -115,10 +117,15 @@ class Session:
                 "`adapter` or `tuned`"
             )
         tuned = self.existing_update(options)
+        check_same_update(ranking, tuned.updates)
         opened = MadeBy.model_validate(tuned.record).update_sha256s
         if made_by.update_sha256s and made_by.update_sha256s.isdisjoint(opened):
+            if ranking.is_of_parts:
+                raise RankingError(
+                    "the update must be the one whose rank-one parts were ranked, but its weights "
+                    "differ; rank this one"
+                )
             self.progress.note("the update differs from the one that was ranked")
-        check_same_update(ranking, tuned.updates)
         return tuned
 
     def existing_update(self, options: UpdateOptions) -> TunedModel:
@@ -127,6 +134,7 @@ class Session:
         `progress` gets a note about weights that are not gated.
         """
         model, towers = self.fresh(), self.source.towers
+        self._note_other_split(Path(options.adapter or options.tuned or ""))
         if options.adapter is not None:
             adapted = loading.load_adapter(model, options.adapter)
             outside = always_on(adapted)
@@ -149,6 +157,23 @@ class Session:
         record = {"name": options.tuned, "weights_sha256": sha256}
         record["other_weights_that_differ"] = others
         return TunedModel(model, updates, {"tuned": record})
+
+    def _note_other_split(self, update: Path) -> None:
+        """Say if keylayers made the update from the same examples, split in another way."""
+        try:
+            made_by, own = read_run(update / files.RECORD), self.record
+        except RankingError:  # made by something else
+            return
+        if made_by.data.content_sha256 != own["data"]["content_sha256"]:
+            return
+        given = made_by.options.given
+        differ = [name for name in SPLIT if name in given and given[name] != own["options"][name]]
+        if differ:
+            were = ", ".join(f"`{name}` {given[name]}" for name in differ)
+            self.progress.note(
+                f"{update} was made with {were} from the same data: it may have been trained on "
+                f"examples that are now held out or for the mask"
+            )
 
     def loss_trainer(self, model: Tuned, batch_size: int = 8) -> Trainer:
         """A trainer that measures losses of `model` and never trains.

@@ -226,6 +226,7 @@ class Selected(Part):
     num_candidates: CountFromZero
     num_parameters: CountFromZero
     num_candidate_parameters: CountFromZero
+    lora_ranks: Mapping[Text, int] = Field(default_factory=dict)  # of rank-one parts
 
 
 class TrainedSet(Part):
