@@ -52,10 +52,15 @@ def _smallest(logs, excess):
 
 
 @cache
-def of_data(data, record="parts"):
-    """Order -> means over the seeds of one data set: curve, area, at 5 %, size; and how many."""
+def of_data(data, record="parts", order=None):
+    """Order -> means over the seeds of one data set: curve, area, at 5 %, size; and how many.
+
+    If `order` is given, over the seeds that have it.
+    """
     found = curves(record)
     own = found[found["data"] == data]
+    if order is not None:
+        own = own[own["seed"].isin(own[own["order"] == order]["seed"])]
     means = {}
     for order, of_order in own.groupby("order", sort=False):
         curve = np.mean(np.stack(of_order["curve"].to_list()), axis=0)
@@ -113,7 +118,7 @@ def parts_orders():
     for order in (*OURS, *RIVALS, "random"):
         cells = []
         for data in DATA:
-            means, _ = of_data(data)
+            means, _ = of_data(data, order=order)
             if means:
                 best = min(means[rival]["area"] for rival in RIVALS)
                 cells.append(f"{means[order]['area'] / best:.2f}")
