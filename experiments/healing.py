@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training adds to small adapters: cut and healed, or trained from scratch with those ranks.
+
+    python experiments/healing.py CELLS_FOLDER --shared SHARED_FOLDER [--collect RECORD]
+
+Takes the cells of `parts.py`. Every order of the parts buys the same share of the parameters. The
+cut adapter is measured, then trained for a few steps (healed); new LoRA matrices of the same ranks
+are trained from scratch. The whole adapter is the control of both. On the first seed each arm tries
+several learning rates and the mask data choose one, which the other seeds take; losses are those of
+the held-out data. A finished training is not run again.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from parts import PartCell
+
+from keylayers.apply.prune import prune_adapter
+from keylayers.environment import environment
+from keylayers.evaluation.held_out import held_out_loss
+from keylayers.evaluation.verify import orders_by_singular_values
+from keylayers.files import write_json
+from keylayers.gates import part_name, part_sizes
+from keylayers.model.loading import load_adapter, load_model
+from keylayers.model.options import ModelOptions
+from keylayers.ranking.budget import Parameters
+from keylayers.ranking.parts import parts_in_order, select_parts
+from keylayers.ranking.ranked_module import RankedModule
+from keylayers.scores.score_modules import score_modules
+from keylayers.scores.scoring_options import scoring_options
+from keylayers.training.rank_modules import to_ranking
+from keylayers.training.run import fine_tune, make_trainer
+from keylayers.updates.adapter import own_parameters, tuner_layers
+
+import cells
+from rankings import best_first
+
+SHARES = (0.05, 0.2)  # of the adapter's parameters
+STEPS = {"healed": 50, "retrained": 100}
+RATES = (0.5, 1.0, 2.0, 4.0)  # times the default
+
+
+def orders(loaded):
+    """Label -> all parts, best first."""
+    updates = loaded.updates
+    loaded.trainer.train_dataset = loaded.mask
+    scoring = scoring_options("fisher-pruning", granularity="part")
+    found = score_modules(loaded.trainer, updates, scoring)
+    parts = parts_in_order(to_ranking(updates, found, scoring, {}).modules)
+    own = {"fisher-pruning": [part_name(part.module_name, part.index) for part in parts]}
+    found = score_modules(loaded.trainer, updates, scoring_options("elimination"))
+    ranks = {update.module.name: len(update.parts.num_parameters) for update in updates}
+    own["modules by elimination"] = [
+        part_name(name, index)
+        for name in best_first(found.module_names, found.scores)
+        for index in range(ranks[name])
+    ]
+    names = list(part_sizes(updates))
+    own["random"] = random.Random(f"healing {loaded.cell.name}").sample(names, len(names))
+    return own | orders_by_singular_values(updates)
+
+
+def selected(updates, order, share):
+    """The first parts of an order that fit into a share of the parameters."""
+    place = {name: index for index, name in enumerate(order)}
+    modules = []
+    for update in updates:
+        sizes, name = update.parts.num_parameters, update.module.name
+        scores = [
+            (len(order) - place[part_name(name, index)]) * size for index, size in enumerate(sizes)
+        ]
+        ranked = RankedModule.of(update.module, sum(scores))
+        modules.append(replace(ranked, part_scores=tuple(scores), part_parameters=tuple(sizes)))
+    return select_parts(modules, Parameters(share))
+
+
+class Arms:
+    """The trainings of one cell; `first` has those of the seed on which rates were tried."""
+
+    def __init__(self, cell, given, first):
+        self.cell, self.given, self.first = cell, given, first
+        self.path = given.folder / cell.name / "healing.json"
+        self.content = {"cell": {"data": cell.data, "seed": cell.seed}, "results": []}
+        if self.path.exists():
+            self.content = json.loads(self.path.read_text(encoding="utf-8"))
+
+    def found(self, **wanted):
+        """The finished trainings with these values."""
+        results = self.content["results"]
+        return [one for one in results if wanted.items() <= one.items()]
+
+    def run(self):
+        """What is left."""
+        loaded = cells.load(self.cell, self.given.folder, self.given.shared)
+        own = orders(loaded)
+        arms = [(label, share) for share in SHARES for label in own] + [("all", 1.0)]
+        with tempfile.TemporaryDirectory() as folder:
+            loaded.trainer.model.save_pretrained(folder)
+            for label, share in arms:
+                cut = selected(loaded.updates, own.get(label, own["uniform rank"]), share)
+                for kind in STEPS:
+                    arm = {"kind": kind, "order": label, "share": share}
+                    for rate in self.rates(**arm):
+                        trainer = self.trainer(kind, cut, folder, loaded, rate)
+                        self.train(trainer, loaded, cut, arm | {"rate": rate})
+
+    def rates(self, **arm):
+        """The learning rates that are left to try."""
+        rates = RATES
+        if self.first is not self:
+            best = min(self.first.found(**arm), key=lambda one: one["mask_loss_nats"])
+            rates = [best["rate"]]
+        return [rate for rate in rates if not self.found(**arm, rate=rate)]
+
+    def trainer(self, kind, cut, adapter, loaded, rate):
+        """A trainer of the cut adapter, or of new matrices of its ranks."""
+        options, steps = self.cell.training(), STEPS[kind]
+        config = loaded.trainer.model.config
+        default = options.resolved_learning_rate(config.hidden_size, is_full=False)
+        options = replace(options, learning_rate=rate * default)
+        if kind == "retrained":
+            fresh = cells.fresh(self.cell, self.given.folder, self.given.shared, cut.ranks, steps)
+            model = fresh.trainer.model
+        else:
+            pruned = {update.module.name for update in loaded.updates} - set(cut.names)
+            with tempfile.TemporaryDirectory() as folder:
+                prune_adapter(adapter, Path(folder), loaded.trainer.model, pruned, cut)
+                base = ModelOptions(model=config._name_or_path, dtype="float32")
+                model = load_adapter(load_model(base), folder)
+            for layer in tuner_layers(model).values():
+                for weight in own_parameters(layer):
+                    weight.requires_grad_(True)
+        tokenizer = loaded.trainer.processing_class
+        return make_trainer(model, tokenizer, loaded.train, options, num_steps=steps)
+
+    def train(self, trainer, loaded, cut, arm):
+        """Train one arm and write it down."""
+        before = held_out_loss(trainer, loaded.held_out)
+        fine_tune(trainer)
+        found = {
+            "num_modules": len(cut.names),
+            "num_parameters": cut.num_parameters,
+            "before_nats": before,
+            "mask_loss_nats": held_out_loss(trainer, loaded.mask),
+            "held_out_loss_nats": held_out_loss(trainer, loaded.held_out),
+        }
+        self.content["results"].append(arm | found)
+        self.content["environment"] = {"commit": environment()["commit"]}
+        self.content["full_nats"] = loaded.record["held_out_loss_nats"]["tuned"]
+        write_json(self.path, self.content)
+        print(self.cell.name, *arm.values(), f"{found['held_out_loss_nats']:.4f}", flush=True)
+
+
+def main():
+    """Run what is left, or collect what is there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shared", type=Path)
+    parser.add_argument("--data", nargs="+", default=[*cells.DEMO, *cells.REAL])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--collect", type=Path)
+    given = parser.parse_args()
+    if given.collect:
+        files = sorted(given.folder.glob("*/healing.json"))
+        found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        write_json(given.collect, {"cells": found})
+        return
+    torch.set_num_threads(1)
+    for data in given.data:
+        first = None
+        for seed in given.seeds:
+            arms = Arms(PartCell(data, seed), given, first)
+            arms.first = first = first or arms
+            arms.run()
+
+
+if __name__ == "__main__":
+    main()
