@@ -30,8 +30,9 @@ from keylayers.training.step_scores import StepScores
 import cells
 from rankings import options_of
 
-NUM_SUBSETS = 40
+NUM_SUBSETS = 40  # of several sizes, with the first seed, and as many of one size with every seed
 SIZES = (0.1, 0.2, 0.3, 0.4, 0.5)
+ONE_SIZE = 0.2
 STEPS = 100
 EARLY = (5, 10, 25, 50)  # steps after which the scores of the training itself are read
 
@@ -53,12 +54,13 @@ class Snapshots(TrainerCallback):
 
 def subsets(cell, names):
     """Random subsets, each in model order; every method is judged by the same ones."""
-    generator = random.Random(f"subsets {cell.name}")
-    chosen = [
-        set(generator.sample(names, round(SIZES[index % len(SIZES)] * len(names))))
-        for index in range(NUM_SUBSETS)
-    ]
-    return [[name for name in names if name in own] for own in chosen]
+    sizes = [SIZES[index % len(SIZES)] for index in range(NUM_SUBSETS)] if cell.seed == 0 else []
+    draws = {"subsets": sizes, "one size": [ONE_SIZE] * NUM_SUBSETS}
+    for kind, wanted in draws.items():
+        generator = random.Random(f"{kind} {cell.name}")
+        for size in wanted:
+            own = set(generator.sample(names, round(size * len(names))))
+            yield kind, [name for name in names if name in own]
 
 
 def trained(cell, folder, shared, names=None, callbacks=()):
@@ -93,22 +95,23 @@ def all_scores(cell, folder, shared):
     return modules, found, loss
 
 
-def run(cell, folder, shared):
-    """All scores and all subsets of one cell."""
-    modules, scores, loss = all_scores(cell, folder, shared)
-    names = [module["name"] for module in modules]
-    runs = []
-    for own in subsets(cell, names):
-        runs.append({"modules": own, "held_out_loss_nats": trained(cell, folder, shared, own)[1]})
-        print(cell.name, len(own), f"{runs[-1]['held_out_loss_nats']:.4f}", flush=True)
-    return {
-        "cell": {"data": cell.data, "seed": cell.seed, "steps": STEPS},
-        "environment": {"commit": environment()["commit"]},
-        "num_parameters": {module["name"]: sum(module["shape"]) for module in modules},
-        "all_nats": loss,
-        "scores": scores,
-        "runs": runs,
-    }
+def run(cell, home, folder, shared):
+    """All scores and all subsets of one cell that are not in its file yet."""
+    content = {"cell": {"data": cell.data, "seed": cell.seed, "steps": STEPS}, "runs": []}
+    if home.exists():
+        content = json.loads(home.read_text(encoding="utf-8"))
+    else:
+        modules, scores, loss = all_scores(cell, folder, shared)
+        content["environment"] = {"commit": environment()["commit"]}
+        content["num_parameters"] = {module["name"]: sum(module["shape"]) for module in modules}
+        content |= {"all_nats": loss, "scores": scores}
+    done = [one["modules"] for one in content["runs"]]
+    for kind, own in subsets(cell, list(content["num_parameters"])):
+        if own not in done:
+            loss = trained(cell, folder, shared, own)[1]
+            content["runs"].append({"kind": kind, "modules": own, "held_out_loss_nats": loss})
+            write_json(home, content)
+            print(cell.name, kind, len(own), f"{loss:.4f}", flush=True)
 
 
 def main():
@@ -129,8 +132,7 @@ def main():
     torch.set_num_threads(1)
     given.folder.mkdir(parents=True, exist_ok=True)
     for cell, home in homes.items():
-        if not home.exists():
-            write_json(home, run(cell, given.folder, given.shared))
+        run(cell, home, given.folder, given.shared)
 
 
 if __name__ == "__main__":
