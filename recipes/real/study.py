@@ -166,8 +166,8 @@ class Cell:
         """Train and measure one arm; the first one is ranked, too."""
         names, rank = None, LORA_RANK
         if arm.order != "all":
-            ranked, made_by, widths = self.ranked()
-            names = arm.modules(ranked, made_by, self.seed)
+            ranked, widths, *more = self.ranked()
+            names = arm.modules(ranked, self.seed, *more)
             if arm.is_of_all_parameters:
                 rank = round(LORA_RANK * sum(widths.values()) / sum(widths[n] for n in names))
         trainer, clock = self.trainer(names, rank, rate), Clock()
@@ -218,7 +218,7 @@ class Cell:
 
     def mask(self):
         """Validation losses with only some updates of the fine-tune of all kept."""
-        ranked, _, _ = self.ranked()
+        ranked, *_ = self.ranked()
         names = [module.name for module in ranked]
         trainer = self.trainer()
         if self.adapter.exists():
@@ -233,13 +233,13 @@ class Cell:
             ends = {"base": loss([]).mean, "all": loss(names).mean}
             for size in MASKED:
                 for order, draw in chosen:
-                    own = Arm(order, size, draw=draw).modules(ranked, None, self.seed)
+                    own = Arm(order, size, draw=draw).modules(ranked, self.seed)
                     found.append({"order": order, "draw": draw, "size": size})
                     found[-1]["validation_nats"] = loss(own).mean
         write_json(self.masks, {"environment": environment(), **ends, "masks": found})
 
     def ranked(self):
-        """The modules with elimination's scores, their record, and LoRA's size of each per rank."""
+        """Modules with elimination's scores; sizes per rank; a record; gradient norms by name."""
         found = json.loads(self.rankings.read_text(encoding="utf-8"))
         infos = [ModuleInfo(**module) for module in found["modules"]]
         modules = tuple(map(RankedModule.of, infos, found["methods"]["elimination"]["scores"]))
@@ -247,7 +247,9 @@ class Cell:
             "options": {"lora_rank": LORA_RANK},
             "model": {"num_head_parameters": found["num_head_parameters"]},
         }
-        return modules, made_by, {info.name: sum(info.shape) for info in infos}
+        names = [info.name for info in infos]
+        gradients = dict(zip(names, found["methods"]["gradient-norm"]["scores"], strict=True))
+        return modules, {info.name: sum(info.shape) for info in infos}, made_by, gradients
 
     def write(self, found):
         """Add a finished result."""
