@@ -2,12 +2,17 @@
 """Tables of the real model's study (`recipes/real`) and of how scores predict retraining."""
 
 import statistics
-from collections import defaultdict
 
 from scipy.stats import spearmanr
 
+from findings import GROUPS
 from tables import load, markdown
 
+KINDS = {"subsets": "10 to 50 %", "one size": "20 %"}
+CONTROLS = {
+    "number of modules": lambda sizes: [1.0] * len(sizes),
+    "LoRA parameters": lambda sizes: [*sizes.values()],
+}
 ORDERS = {
     "best": "the best",
     "random": "random (3 draws)",
@@ -42,25 +47,43 @@ def masks_table():
 
 
 def prediction_table():
-    """Spearman's correlation of sums of scores with minus the losses of retrained subsets."""
-    (cell,) = load("subsets")["cells"]
+    """Spearman's correlation of sums of scores with minus the losses of retrained subsets.
+
+    Means over the cells of a model, with the lowest and the highest.
+    """
+    cells = load("subsets")["cells"]
+    models = {
+        title.removesuffix(" model"): [cell for cell in cells if cell["cell"]["data"] in group]
+        for title, group in GROUPS.items()
+    }
+    columns = {
+        f"{model}, {title} ({len(having)})": (kind, having)
+        for model, own in models.items()
+        for kind, title in KINDS.items()
+        if (having := [cell for cell in own if any(r["kind"] == kind for r in cell["runs"])])
+    }
+    rows = []
+    for method in (*cells[0]["scores"], *CONTROLS):
+        found = [
+            [correlation(cell, method, kind) for cell in having]
+            for kind, having in columns.values()
+        ]
+        shown = [
+            f"{statistics.mean(one):.2f}"
+            + (f" ({min(one):.2f} to {max(one):.2f})" if len(one) > 1 else "")
+            for one in found
+        ]
+        rows.append((statistics.mean(map(statistics.mean, found)), [method, *shown]))
+    rows.sort(key=lambda row: -row[0])
+    return markdown(["sum of", *columns], [row for _, row in rows])
+
+
+def correlation(cell, method, kind):
+    """Over the cell's subsets of one kind; 0 if all have the same sum."""
     sizes = cell["num_parameters"]
-    controls = {"number of modules": [1.0] * len(sizes), "LoRA parameters": [*sizes.values()]}
-    by_size = defaultdict(list)
-    for run in cell["runs"]:
-        by_size[len(run["modules"])].append(run)
-    found = []
-    for method, scores in (cell["scores"] | controls).items():
-        own = dict(zip(sizes, scores, strict=True))
-        within = statistics.mean(correlation(own, runs) for runs in by_size.values())
-        found.append((method, correlation(own, cell["runs"]), within))
-    found.sort(key=lambda one: -one[2])
-    rows = [[method, f"{over_all:.2f}", f"{within:.2f}"] for method, over_all, within in found]
-    return markdown(["sum of", "all subsets", "within a size"], rows)
-
-
-def correlation(scores, runs):
-    """Over subsets; 0 if all have the same sum."""
+    own = CONTROLS[method](sizes) if method in CONTROLS else cell["scores"][method]
+    scores = dict(zip(sizes, own, strict=True))
+    runs = [run for run in cell["runs"] if run["kind"] == kind]
     sums = [sum(scores[name] for name in run["modules"]) for run in runs]
     losses = [-run["held_out_loss_nats"] for run in runs]
     return float(spearmanr(sums, losses).statistic) if len(set(sums)) > 1 else 0.0
