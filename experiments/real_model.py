@@ -46,6 +46,41 @@ def masks_table():
     return markdown(["kept", *ORDERS.values()], rows)
 
 
+def arms_table():
+    """Trainings from scratch at each arm's own learning rate, means over seeds (and the range)."""
+    results = [one for one in load("real")["results"] if one["data"] == "trec"]
+    arms = dict.fromkeys(one["arm"] for one in results)
+    rows = [[arm, *_measured(results, arm)] for arm in arms]
+    titles = ["trained", "seeds", "rate", "LoRA parameters", "correct", "loss", "Alpaca's loss"]
+    return markdown([*titles, "CPU s a step"], rows)
+
+
+def _measured(results, arm):
+    """What a row shows: at the rate that the first seed chose, of all seeds that have it."""
+    own = [one for one in results if one["arm"] == arm]
+    tried = [one for one in own if one["seed"] == 0]
+    rate = min(tried, key=lambda one: one["validation_nats"] + one.get("training_nats", 0))["rate"]
+    own = [one for one in own if one["rate"] == rate]
+    right = [100 * one["is_right"].count("1") / len(one["is_right"]) for one in own]
+    yield str(len(own))
+    yield f"{rate:g}" if arm != "base" else ""
+    counts = [one.get("num_trained_parameters", 0) for one in own]
+    yield f"{statistics.mean(counts) / 1e6:.1f} M" if any(counts) else "0"
+    yield _with_range(right, ".1f") + " %"
+    yield _with_range([one["test_nats"] for one in own], ".3f")
+    yield _with_range([one["forgetting_nats"] for one in own], ".2f")
+    seconds = [one["step_cpu_seconds"] for one in own if "step_cpu_seconds" in one]
+    yield f"{statistics.mean(seconds):.1f}" if seconds else ""
+
+
+def _with_range(values, how):
+    """The mean, with the lowest and the highest if there are several."""
+    shown = format(statistics.mean(values), how)
+    if len(values) > 1:
+        shown += f" ({min(values):{how}} to {max(values):{how}})"
+    return shown
+
+
 def prediction_table():
     """Spearman's correlation of sums of scores with minus the losses of retrained subsets.
 
@@ -68,11 +103,7 @@ def prediction_table():
             [correlation(cell, method, kind) for cell in having]
             for kind, having in columns.values()
         ]
-        shown = [
-            f"{statistics.mean(one):.2f}"
-            + (f" ({min(one):.2f} to {max(one):.2f})" if len(one) > 1 else "")
-            for one in found
-        ]
+        shown = [_with_range(one, ".2f") for one in found]
         rows.append((statistics.mean(map(statistics.mean, found)), [method, *shown]))
     rows.sort(key=lambda row: -row[0])
     return markdown(["sum of", *columns], [row for _, row in rows])
@@ -89,4 +120,4 @@ def correlation(cell, method, kind):
     return float(spearmanr(sums, losses).statistic) if len(set(sums)) > 1 else 0.0
 
 
-TABLES = (masks_table, prediction_table)
+TABLES = (masks_table, arms_table, prediction_table)
