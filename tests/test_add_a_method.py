@@ -80,7 +80,7 @@ def test_a_registered_method_ranks_in_python_and_inside_a_run(table, tmp_path, m
 
 
 UNUSABLE = [
-    ("ila", [], "'ila' is taken"),
+    ("ila", [], "'ila' is that of keylayers.scores.ila:ila"),
     ("other", [("mask_batches", int, 8)], "`mask_batches` of method other must have type and def"),
     ("other", [("mask_seed", int, 0)], "got `mask_seed`"),
 ]

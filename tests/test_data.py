@@ -153,7 +153,7 @@ def test_counts_record_and_summary_say_what_was_used_and_left_out(tmp_path):
     assert re.fullmatch("[0-9a-f]{64}", record["content_sha256"])
     assert prepared.summary() == [
         "19 examples to train and 2 held out (format 'alpaca', chat template 'alpaca', up to 80 "
-        f"tokens, the loss on {num_labels} of {record['num_train_tokens']})",
+        f"tokens, the loss on {num_labels} of {record['num_train_tokens']} tokens)",
         "of the data: 1 without an answer, 1 duplicates, 1 cut at the end, 1 too long for any "
         "answer",
         "max_length 1024 lowered to the 80 positions that the model has",

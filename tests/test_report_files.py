@@ -112,7 +112,7 @@ def test_without_the_extra_the_line_says_what_to_install(folder, monkeypatch, ca
     monkeypatch.setattr(source, "CHART_PACKAGES", (*source.CHART_PACKAGES, "no_such_library"))
     assert keylayers("show", "one", "--html", "r.html") == 2
     line = complaint(capsys)
-    assert "need no_such_library, which is not installed; install keylayers[report]" in line
+    assert "need no_such_library, which is not installed; `pip install 'keylayers[report]'`" in line
 
 
 def test_a_report_of_a_model_of_the_usual_size_can_be_mailed_and_is_the_same_twice(folder):
@@ -167,7 +167,10 @@ REPEATED = {
 
 @pytest.mark.parametrize("text", REPEATED)
 def test_how_to_make_a_ranking_again(text):
-    assert text in how_to_repeat(ranking_of([1.0], provenance=REPEATED[text]))
+    ranking = ranking_of([1.0], provenance=REPEATED[text])
+    assert text in how_to_repeat(ranking, "r.json")
+    written = text.startswith("keylayers rank")
+    assert how_to_repeat(ranking, "out/ranking.json").endswith(" --output out") == written
 
 
 def test_figures_of_parts_show_the_kept_ranks_and_the_curve_over_parameters(folder):
@@ -196,4 +199,4 @@ def test_figures_of_parts_show_the_kept_ranks_and_the_curve_over_parameters(fold
     assert [mark.text for mark in marks] == ["1", "1", "1", "0", "0", "0"]
     shown = {"best first", "worst first", "best by singular values", "this budget", "recommended"}
     assert shown | {"parameters of the parts that are kept"} <= set(texts("curve.svg"))
-    assert "33.3 % of the adapter carry 95 % of the gain" in Path("report.html").read_text()
+    assert "33.3 % of the adapter carry 95.0 % of the gain" in Path("report.html").read_text()

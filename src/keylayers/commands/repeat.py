@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from keylayers.commands.config import taken_from_ranking
 from keylayers.commands.options import option_fields
-from keylayers.ranking.ranking import Ranking
+from keylayers.ranking.ranking import FILE, Ranking, ranking_file
 from keylayers.report.model_card import model_card
 
 Command = Literal["rank", "train", "prune"]
@@ -44,14 +44,17 @@ def flag_words(name: str, value: Any) -> list[str]:
     return [flag, *map(str, parts)] if parts else []
 
 
-def how_to_repeat(ranking: Ranking) -> str:
-    """The command that made the ranking, or the call where it was made from Python."""
+def how_to_repeat(ranking: Ranking, path: str) -> str:
+    """The command that writes the ranking to `path`, or the call where it was made from Python."""
     made_by = ranking.made_by
     options = made_by.options.given
     if options.get("rank_first"):
         return command_line("train", options)
     if "data" in options and "model" in options:
-        return command_line("rank", options)
+        file = ranking_file(path)
+        is_of_rank = file.name == FILE
+        where = flag_words("output", str(file.parent)) if is_of_rank else []
+        return f"{command_line('rank', options)} {shlex.join(where)}".rstrip()
     if made_by.imported is not None:
         model = str(made_by.model.name)
         return shlex.join(["keylayers", "import", made_by.imported.file, "--model", model])
@@ -72,5 +75,5 @@ def card_of(command: Command, record: Mapping[str, Any], ranking: Ranking | None
         commands = command_line(command, options)
     else:
         own = command_line(command, options, ranking.made_by.options.given)
-        commands = f"{how_to_repeat(ranking)}\n{own}"
+        commands = f"{how_to_repeat(ranking, options['ranking'])}\n{own}"
     return model_card(record, ranking, commands)

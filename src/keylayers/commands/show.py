@@ -80,8 +80,8 @@ def _write_files(
 
     if missing := missing_for_charts():
         raise ConfigError(
-            f"`html` and `figure` need {', '.join(missing)}, which is not installed; install "
-            f"keylayers[report]"
+            f"`html` and `figure` need {', '.join(missing)}, which is not installed; "
+            f"`pip install 'keylayers[report]'`"
         )
     from keylayers.commands.console import stdout
     from keylayers.commands.repeat import how_to_repeat

@@ -94,7 +94,7 @@ class PreparedData:
         lines = [
             f"{counts.num_train} examples to train{for_mask} and {counts.num_held_out} held out "
             f"(format {self.format!r}{template}, up to {self.max_length} tokens, the loss on "
-            f"{counts.num_label_tokens} of {counts.num_train_tokens})"
+            f"{counts.num_label_tokens} of {counts.num_train_tokens} tokens)"
         ]
         answers = _counted(
             ("empty", counts.num_empty_answers),

@@ -240,8 +240,9 @@ def _within_memory(
     """As many of the best modules as fit, by bisection: more modules never hold less."""
     if memory is None:
         raise ConfigError(
-            f"`budget` {budget} needs a measured training step: use it with `keylayers train`, or "
-            f"give memory=keylayers.measured_memory(trainer)"
+            f"`budget` {budget} needs a measured training step, so it is for `keylayers train` and "
+            f"`memory=keylayers.measured_memory(trainer)`; to prune, give a share or a number of "
+            f"modules, or rank with `granularity` part"
         )
     scored = [module for module in ordered if module.score is not None]
 

@@ -139,4 +139,4 @@ def carried_near(found: Verification, num_parameters: int) -> str | None:
     size, loss = min(points, key=lambda point: abs(math.log(point[0] / num_parameters)))
     share = 100 * (curve.losses[0] - loss) / curve.reduction_nats
     whole = curve.num_parameters[-1]
-    return f"measured: {100 * size / whole:.3g} % of the adapter carry {share:.0f} % of the gain"
+    return f"measured: {100 * size / whole:.3g} % of the adapter carry {share:.1f} % of the gain"

@@ -37,10 +37,12 @@ BUDGET = "budget"  # the charts' parameter that the slider sets: number of selec
 
 
 def render_report(
-    sources: Sequence[Source], budget: WrittenBudget, how_to_repeat: Callable[[Ranking], str]
+    sources: Sequence[Source], budget: WrittenBudget, how_to_repeat: Callable[[Ranking, str], str]
 ) -> bytes:
-    """The HTML report of rankings at a budget; `how_to_repeat` is the command that made one."""
-    views = [_view(source, budget, how_to_repeat(source.ranking)) for source in sources]
+    """The HTML report of rankings at a budget; `how_to_repeat` is the command that writes one."""
+    views = [
+        _view(source, budget, how_to_repeat(source.ranking, source.path)) for source in sources
+    ]
     pairs = _agreement(sources, budget) if len(sources) > 1 else None
     data = {"rankings": [view["data"] for view in views], "agreement": pairs and pairs["chart"]}
     libraries = vl_convert.javascript_bundle(vl_version=VEGA_LITE)  # type: ignore[call-arg]

@@ -68,7 +68,8 @@ def _chart(
 ) -> "Chart":
     if missing := missing_for_charts():
         raise ConfigError(
-            f"charts need {', '.join(missing)}, which is not installed; install keylayers[report]"
+            f"charts need {', '.join(missing)}, which is not installed; "
+            f"`pip install 'keylayers[report]'`"
         )
     from keylayers.report.figures import single_chart
 

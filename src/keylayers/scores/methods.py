@@ -196,7 +196,12 @@ def _load_entry_points() -> None:
 def _add(method: Method) -> None:
     """Put a method into the table, unless its name or an option of it collides with another's."""
     if method.name in _METHODS:
-        raise ConfigError(f"a method must have a name of its own, but {method.name!r} is taken")
+        taken = _METHODS[method.name].function
+        where = taken if isinstance(taken, str) else f"{taken.__module__}:{taken.__name__}"
+        raise ConfigError(
+            f"a method must have a name of its own, but {method.name!r} is that of {where}; choose "
+            f"another, or declare it once: by an entry point or by `register_method`"
+        )
     if not (isinstance(method.options, type) and is_dataclass(method.options)):
         raise ConfigError(
             f"`options` of method {method.name} must be a dataclass, got {method.options!r}"

@@ -2,7 +2,7 @@
   class Parts extends Ranking {
     constructor(section, content) {
       super(section, content);
-      // The number is a share in percent, not a position: it takes the nearest one.
+      // The number is a share in percent, not a position: it takes the next smaller one.
       this.number.addEventListener("change", (event) => {
         event.stopImmediatePropagation();
         this.chooseShare(Number(this.number.value) / 100);
@@ -14,9 +14,7 @@
     }
 
     chooseShare(wanted) {
-      const distance = (place) => Math.abs(Math.log(this.shareOf(place) / Math.max(wanted, 1e-12)));
-      const places = this.budgets.map((_, place) => place);
-      this.choose(places.reduce((best, place) => (distance(place) < distance(best) ? place : best)));
+      this.choose(this.budgets.findLastIndex((_, place) => this.shareOf(place) <= wanted));
     }
 
     choose(wanted) {
