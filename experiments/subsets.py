@@ -55,7 +55,7 @@ class Snapshots(TrainerCallback):
 def subsets(cell, names):
     """Random subsets, each in model order; every method is judged by the same ones."""
     sizes = [SIZES[index % len(SIZES)] for index in range(NUM_SUBSETS)] if cell.seed == 0 else []
-    draws = {"subsets": sizes, "one size": [ONE_SIZE] * NUM_SUBSETS}
+    draws = {"one size": [ONE_SIZE] * NUM_SUBSETS, "subsets": sizes}
     for kind, wanted in draws.items():
         generator = random.Random(f"{kind} {cell.name}")
         for size in wanted:
