@@ -96,7 +96,7 @@ def _against_rivals(record, shown):
             [
                 f"{title} ({num_seeds})",
                 *(f"{ours[key] / best[key]:.2f}" for key in ("area", "at 5 %", "size")),
-                f"{max(ours['curve'] - lowest):+.4f}",
+                f"{max(ours['curve'] - lowest):+.4f} ({_worst_seed(data, record):+.4f})",
                 f"{ours['at 5 %']:.3f} / {best['at 5 %']:.3f} / {means[shown]['at 5 %']:.3f}",
                 f"{ours['size']:.0%} / {best['size']:.0%}",
             ]
@@ -110,6 +110,16 @@ def _against_rivals(record, shown):
         f"nats at 5 %: ours / best / {shown}",
     ]
     return markdown([*titles, "size: ours / best"], rows)
+
+
+def _worst_seed(data, record):
+    """How far Fisher pruning's curve is above the best rival's at most, in any seed."""
+    found = curves(record)
+    worst = []
+    for _, cell in found[found["data"] == data].groupby("seed"):
+        of = {order: own["curve"].iloc[0] for order, own in cell.groupby("order")}
+        worst.append(max(of["fisher-pruning"] - np.min([of[name] for name in RIVALS], axis=0)))
+    return max(worst)
 
 
 def parts_orders():
