@@ -50,9 +50,19 @@ def arms_table():
     """Trainings from scratch at each arm's own learning rate, means over seeds (and the range)."""
     results = [one for one in load("real")["results"] if one["data"] == "trec"]
     arms = dict.fromkeys(one["arm"] for one in results)
-    rows = [[arm, *_measured(results, arm)] for arm in arms]
+    rows = [[_title(arm), *_measured(results, arm)] for arm in arms]
     titles = ["trained", "seeds", "rate", "LoRA parameters", "correct", "loss", "Alpaca's loss"]
     return markdown([*titles, "CPU s a step"], rows)
+
+
+def _title(arm):
+    """`best 0.3, as many parameters` in the words of a table."""
+    order, _, rest = arm.partition(" ")
+    if order in ("base", "all"):
+        return {"base": "nothing (base)", "all": "all"}[order]
+    size, _, more = rest.partition(",")
+    words = ORDERS.get(order, f"by {order}").replace(" (3 draws)", "")
+    return f"{words}, {float(size):.0%}".replace("%", " %") + (more and f",{more}")
 
 
 def _measured(results, arm):
@@ -75,10 +85,8 @@ def _measured(results, arm):
 
 def _with_range(values, how):
     """The mean, with the lowest and the highest if there are several."""
-    shown = format(statistics.mean(values), how)
-    if len(values) > 1:
-        shown += f" ({min(values):{how}} to {max(values):{how}})"
-    return shown
+    low, mean, high = (format(of(values), how) for of in (min, statistics.mean, max))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def prediction_table():
