@@ -180,8 +180,10 @@ TRAINED = {  # title: keys of the config
     "parts": LORA,
     "mixture": LORA,
     "another model": LORA,
+    "the page's": NO_KERNELS,
     "another plugin": {"plugins": [PLUGIN, "axolotl_runs.UnfreezesLater"]},
 }
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "exports.md"
 CHECKED = {  # not trained
     "linear": LORA | {"lora_target_linear": True},
     "no budget": LORA | {"keylayers_budget": None},
@@ -238,14 +240,24 @@ def axolotl(tiny, ranked, ranked_parts, mixture, tmp_path_factory):
         "attn_implementation": "eager",
         "save_strategy": "no",
     }
+    page = yaml.safe_load(PAGE.read_text().partition("```yaml\n")[2].partition("```")[0])
+    rows = map(json.loads, (tiny / "data.jsonl").read_text().splitlines())
+    with (root / "chats.jsonl").open("w") as chats:
+        for row in rows:
+            turns = zip(("user", "assistant"), (row["prompt"], row["completion"]), strict=True)
+            messages = [{"role": role, "content": content} for role, content in turns]
+            chats.write(json.dumps({"messages": messages}) + "\n")
+    page["datasets"][0]["path"] = str(root / "chats.jsonl")
+    own = ("base_model", "keylayers_ranking", "sequence_len")  # as in `common`
     more = {
+        "the page's": {key: value for key, value in page.items() if key not in own},
         "parts": {"keylayers_ranking": str(ranked_parts)},
         "mixture": {"keylayers_ranking": str(mixture), "base_model": str(mixture / "model")},
         "another model": {"base_model": str(tiny / "wide")},
     }
     jobs = []
     for title, keys in (TRAINED | CHECKED).items():
-        config = common | {"output_dir": str(root / title)} | keys | more.get(title, {})
+        config = common | keys | more.get(title, {}) | {"output_dir": str(root / title)}
         file = root / f"{title}.yaml"
         file.write_text(yaml.safe_dump(config))
         jobs.append({"file": str(file), "is_trained": title in TRAINED})
@@ -266,7 +278,7 @@ def axolotl(tiny, ranked, ranked_parts, mixture, tmp_path_factory):
 
 @long
 @with_axolotl
-@pytest.mark.parametrize("title", ["full", "lora", "dora", "qlora"])
+@pytest.mark.parametrize("title", ["full", "lora", "dora", "qlora", "the page's"])
 def test_axolotl_changes_exactly_the_selected_modules(axolotl, tiny, ranked, title):
     root, answers = axolotl
     assert "error" not in answers[title]
