@@ -13,6 +13,20 @@ CONTROLS = {
     "number of modules": lambda sizes: [1.0] * len(sizes),
     "LoRA parameters": lambda sizes: [*sizes.values()],
 }
+SHOWN = (
+    "gradient-path",
+    "gradient-norm",
+    "step-scores of 10 steps",
+    "step-scores",
+    "fisher",
+    "path",
+    "elimination",
+    "ila",
+    "leave-one-out",
+    "update-norm",
+    "spectrum",
+    "LoRA parameters",
+)
 ORDERS = {
     "best": "the best",
     "random": "random (3 draws)",
@@ -89,24 +103,29 @@ def _with_range(values, how):
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def prediction_table():
+def retrain_table():
+    """`prediction_table` of a few methods, for subsets of one size."""
+    return prediction_table(SHOWN, ["one size"])
+
+
+def prediction_table(methods=None, kinds=KINDS):
     """Spearman's correlation of sums of scores with minus the losses of retrained subsets.
 
     Means over the cells of a model, with the lowest and the highest.
     """
-    cells = load("subsets")["cells"]
+    cells = [_with_sum(cell) for cell in load("subsets")["cells"]]
     models = {
         title.removesuffix(" model"): [cell for cell in cells if cell["cell"]["data"] in group]
         for title, group in GROUPS.items()
     }
     columns = {
-        f"{model}, {title} ({len(having)})": (kind, having)
+        f"{model}, {KINDS[kind]} ({len(having)})": (kind, having)
         for model, own in models.items()
-        for kind, title in KINDS.items()
+        for kind in kinds
         if (having := [cell for cell in own if any(r["kind"] == kind for r in cell["runs"])])
     }
     rows = []
-    for method in (*cells[0]["scores"], *CONTROLS):
+    for method in methods or (*cells[0]["scores"], *CONTROLS):
         found = [
             [correlation(cell, method, kind) for cell in having]
             for kind, having in columns.values()
@@ -115,6 +134,15 @@ def prediction_table():
         rows.append((statistics.mean(map(statistics.mean, found)), [method, *shown]))
     rows.sort(key=lambda row: -row[0])
     return markdown(["sum of", *columns], [row for _, row in rows])
+
+
+def _with_sum(cell):
+    """The cell with the scores of `gradient-path`, from those of the two methods that it adds."""
+    both = [cell["scores"][name] for name in ("gradient-norm", "path")]
+    parts = [[score / sum(map(abs, own)) for score in own] for own in both]
+    return cell | {
+        "scores": cell["scores"] | {"gradient-path": [*map(sum, zip(*parts, strict=True))]}
+    }
 
 
 def correlation(cell, method, kind):
@@ -128,4 +156,4 @@ def correlation(cell, method, kind):
     return float(spearmanr(sums, losses).statistic) if len(set(sums)) > 1 else 0.0
 
 
-TABLES = (masks_table, arms_table, prediction_table)
+TABLES = (masks_table, arms_table, retrain_table, prediction_table)

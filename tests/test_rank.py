@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from commands import keylayers, plain_loss, rank, read, record_of, scores, weights_in
+from commands import complaint, keylayers, plain_loss, rank, read, record_of, scores, weights_in
 from keylayers.cli import COMMANDS, app
 from tiny_files import NUM_MODULES
 
@@ -58,6 +58,23 @@ def test_an_adapter_needs_stage_2_only_and_stage_1s_own_gives_the_same(tiny, ran
     assert made_by["adapter"]["name"].endswith("adapter")
     assert scores(tmp_path / "out") == scores(ranked)
     assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_what_a_ranking_is_for_chooses_the_method(tiny, ranked, tmp_path):
+    own = ("--adapter", ranked / "adapter")
+    for purpose, method in (("prune", "elimination"), ("retrain", "gradient-path")):
+        assert rank(tiny, tmp_path / purpose, *own, "--for", purpose) == 0
+        assert read(tmp_path / purpose)["method"] == method
+    assert scores(tmp_path / "prune") == scores(ranked)
+    (tmp_path / "rank.yaml").write_text("for: retrain\n")
+    assert rank(tiny, tmp_path / "yaml", *own, "--config", tmp_path / "rank.yaml") == 0
+    assert scores(tmp_path / "yaml") == scores(tmp_path / "retrain")
+
+
+def test_a_purpose_and_a_method_do_not_go_together(tiny, tmp_path, capsys):
+    assert rank(tiny, tmp_path / "out", "--for", "retrain", "--method", "path") == 2
+    assert "`for` must be left out with `method`, which decides" in complaint(capsys)
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_checkpoints_need_stage_2_only_and_open_gates_are_the_tuned_one(tiny, tmp_path, capsys):

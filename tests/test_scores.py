@@ -11,14 +11,25 @@ from keylayers.errors import ConfigError
 from keylayers.scores.methods import methods
 from keylayers.scores.scoring_options import scoring_options
 from keylayers.updates import adapter_updates
-from scored import PLANTED, by_name, eight_rows, everything, options_of, planted, score, scores_of
+from scored import (
+    PLANTED,
+    by_name,
+    eight_rows,
+    everything,
+    noisy,
+    options_of,
+    planted,
+    score,
+    scores_of,
+)
 
 from tiny_models import unchanged
 
 NAMES = [
     "elimination", "path", "price", "fisher-pruning", "ila", "leave-one-out", "shapley",
-    "update-norm", "gradient-norm", "fisher", "aletheia", "adalora", "lora-drop", "eva", "plop",
-    "spectrum", "kappatune", "block-influence", "cka", "first", "last", "middle", "random",
+    "update-norm", "gradient-norm", "gradient-path", "fisher", "aletheia", "adalora", "lora-drop",
+    "eva", "plop", "spectrum", "kappatune", "block-influence", "cka", "first", "last", "middle",
+    "random",
 ]  # fmt: skip
 NO_DATA = ["update-norm", "spectrum", "kappatune", "first", "last", "middle", "random"]
 FINDS_THE_UPDATE = [
@@ -27,8 +38,8 @@ FINDS_THE_UPDATE = [
 ]  # fmt: skip
 BY_BLOCK = ["aletheia", "block-influence", "cka", "first", "last", "middle"]
 HAS_ERRORS = [
-    "elimination", "path", "price", "ila", "leave-one-out", "shapley", "gradient-norm", "fisher",
-    "aletheia", "lora-drop", "plop", "block-influence",
+    "elimination", "path", "price", "ila", "leave-one-out", "shapley", "gradient-norm",
+    "gradient-path", "fisher", "aletheia", "lora-drop", "plop", "block-influence",
 ]  # fmt: skip
 # Means over examples or tokens. The others take a step, a point of a path or a step of a
 # decomposition per batch.
@@ -46,6 +57,7 @@ PASSES = {
     "shapley": (15 * 2, 0),
     "ila": (20, 20),
     "path": (4 * 2 + 2 * 2, 4 * 2),
+    "gradient-path": (5 * 2, 5 * 2),
     "elimination": (2 * 5, 2 * 5),  # rounds of 14, 10, 7, 5 and 4 modules
     "fisher-pruning": (2 * 5, 2 * 5),
     "spectrum": (0, 0),
@@ -171,3 +183,14 @@ REFUSED = [
 def test_an_option_without_effect_or_out_of_range_is_refused(method, values, message):
     with pytest.raises(ConfigError, match=message):
         scoring_options(method, **values)
+
+
+def test_gradient_path_is_the_sum_of_two_shares():
+    values = {name: score(noisy(), name) for name in ("gradient-norm", "path", "gradient-path")}
+    shares = [
+        [one / sum(map(abs, values[name].scores)) for one in values[name].scores]
+        for name in ("gradient-norm", "path")
+    ]
+    assert values["gradient-path"].scores == pytest.approx(
+        list(map(sum, zip(*shares, strict=True)))
+    )

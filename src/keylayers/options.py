@@ -45,7 +45,8 @@ class Options:
         for option in fields(self):
             is_given = getattr(self, option.name) != option.default
             if is_given and (option.name in names or not names):
-                raise ConfigError(f"`{option.name}` must be left out without `{without}`{why}")
+                name = option.name.rstrip("_")
+                raise ConfigError(f"`{name}` must be left out without `{without}`{why}")
 
 
 def checked(default: Any, check: Check) -> Any:

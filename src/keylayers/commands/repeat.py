@@ -35,7 +35,7 @@ def command_line(
 
 def flag_words(name: str, value: Any) -> list[str]:
     """An option in the words of a command line."""
-    flag = "--" + name.replace("_", "-")
+    flag = "--" + name.rstrip("_").replace("_", "-")
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag[2:]}"]
     parts = value if isinstance(value, (list, tuple)) else [value]

@@ -6,14 +6,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from docstring_parser import parse
 
+from keylayers.errors import ConfigError
 from keylayers.options import Options
-from keylayers.scores.methods import DEFAULT_METHOD, methods
+from keylayers.scores.methods import DEFAULT_FOR, methods
 from keylayers.scores.scoring_options import ScoringOptions, all_options, scoring_from_flat
 
+Purpose = Literal["prune", "retrain"]
 HELP = {
-    "method": "How modules are scored. elimination: each update's share of the loss reduction in "
-    "nats, in rounds that keep fewer and fewer modules. ila: learned gates, as published. "
-    "docs/methods.md has all methods.",
+    "for_": "What the ranking is for, which chooses the method: prune (what the updates of this "
+    "fine-tune are worth), or retrain (which modules to train from the start). Default: prune.",
+    "method": "How modules are scored. elimination (to prune): each update's share of the loss "
+    "reduction in nats, in rounds that keep fewer and fewer modules. gradient-path (to retrain): "
+    "how strongly the loss of the base model pulls at a weight, and what its update adds. ila: "
+    "learned gates, as published. docs/methods.md has all methods.",
     "mask_seed": "Seed of the order of the batches that modules are scored on. Default: the "
     "training's seed.",
 }
@@ -23,7 +28,8 @@ HELP = {
 class _Flags(Options):
     """What a type checker knows of the generated class."""
 
-    method: str = DEFAULT_METHOD
+    for_: Purpose | None = None
+    method: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -31,7 +37,13 @@ class _Flags(Options):
 
     def scoring(self) -> ScoringOptions:
         """The method and its options."""
-        return scoring_from_flat(asdict(self))
+        if self.for_ is not None and self.method is not None:
+            raise ConfigError(
+                f"`for` must be left out with `method`, which decides, got {self.for_} and "
+                f"{self.method}"
+            )
+        method = self.method or DEFAULT_FOR[self.for_ or "prune"]
+        return scoring_from_flat(asdict(self) | {"method": method})
 
 
 def option_help(name: str) -> str:
@@ -50,7 +62,7 @@ def option_help(name: str) -> str:
 def _flags_class() -> type:
     """A frozen dataclass of all options, whose docstring cyclopts shows as help."""
     choices = Literal[tuple(methods())]  # type: ignore[valid-type]
-    options: dict[str, Any] = {"method": (choices, DEFAULT_METHOD)}
+    options: dict[str, Any] = {"for_": (Purpose | None, None), "method": (choices | None, None)}
     options |= {name: (option.type, option.default) for name, option in all_options().items()}
     options["mask_seed"] = (int | None, None)
     lines = "\n".join(f"    {name}: {option_help(name)}" for name in options)

@@ -25,6 +25,7 @@ from keylayers.environment import environment
 from keylayers.errors import ConfigError, did_you_mean
 from keylayers.files import STAGE_1_ADAPTER, STAGE_1_CHECKPOINT, json_sha256
 from keylayers.model.options import ModelOptions
+from keylayers.scores.methods import DEFAULT_METHOD
 
 Options = Mapping[str, Any]
 
@@ -77,8 +78,10 @@ class Cell:
 @cache
 def defaults_of(command: str, without: Collection[str] = ()) -> Options:
     """Option -> default, for what a study may give a command; `without` names parts of options."""
-    found = option_fields(command, without)
-    return {name: option.default for name, option in found.items() if name != "ranking"}
+    options = option_fields(command, without)
+    set_here = ("ranking", "for_")  # a study names its methods
+    found = {name: option.default for name, option in options.items() if name not in set_here}
+    return found | ({"method": DEFAULT_METHOD} if "method" in found else {})
 
 
 def plan(study: Study, root: Path) -> list[Cell]:

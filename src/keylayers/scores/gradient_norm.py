@@ -29,7 +29,7 @@ from keylayers.scores.task import MaskedModel, ModuleScores, Task
 def gradient_norm(task: Task, options: Batched) -> ModuleScores:
     """The mean gradient norm of each update's module in the base model."""
     with task.masked(options.mask_batches, looks_inside=True) as masked:
-        return masked.mean(_norms(masked, task), unit="norm of the gradient")
+        return masked.mean(gradient_norms(masked, task), unit="norm of the gradient")
 
 
 def aletheia(task: Task, options: Batched) -> ModuleScores:
@@ -37,10 +37,12 @@ def aletheia(task: Task, options: Batched) -> ModuleScores:
     blocks = torch.tensor(task.blocks())
     same_block = (blocks[:, None] == blocks[None, :]).float()
     with task.masked(options.mask_batches, looks_inside=True) as masked:
-        return masked.mean(_norms(masked, task) @ same_block, unit="norm of the gradient")
+        return masked.mean(gradient_norms(masked, task) @ same_block, unit="norm of the gradient")
 
 
-def _norms(masked: MaskedModel, task: Task) -> Float[Tensor, "batch module"]:
+def gradient_norms(masked: MaskedModel, task: Task) -> Float[Tensor, "batch module"]:
+    """Norm of the loss's gradient by each updated weight of the base model, batch by batch."""
+
     def norm(batch: Any, _: int, x: Tensor, grad_y: Tensor) -> float:
         gradient = grad_y.flatten(0, -2).float().T @ x.flatten(0, -2).float()
         return float(gradient.norm())

@@ -18,6 +18,7 @@ from keylayers.scores.options import (
     AdaLoraOptions,
     Batched,
     EliminationOptions,
+    GradientPathOptions,
     GroupedBatches,
     IlaOptions,
     LearnedOptions,
@@ -28,7 +29,8 @@ from keylayers.scores.options import (
 )
 
 DEFAULT_METHOD = "elimination"
-RESERVED = ("method", "mask_seed")  # options of every method
+DEFAULT_FOR = {"prune": DEFAULT_METHOD, "retrain": "gradient-path"}
+RESERVED = ("for_", "method", "mask_seed")  # options of every method
 
 # What a method looks at. A trainer that samples its data (GRPO) has a gradient, but its losses at
 # two masks cannot be compared and its batches hold no tokens.
@@ -115,6 +117,10 @@ BUILT_IN = (
             source="Han et al. 2015, arXiv:1506.02626"),
     _method("gradient-norm", "how strongly the loss of the base model pulls at a weight",
             Batched, _batches, "gradient", "Saket 2026, arXiv:2604.15351"),
+    _method("gradient-path", "how strongly the base model's loss pulls at a weight, and what its "
+            "update adds", GradientPathOptions,
+            lambda options, num_gates: options.mask_batches * (options.path_points + 1),
+            "gradient", "keylayers"),
     _method("fisher", "how much information the data hold about a weight of the base model",
             Batched, _batches, "gradient", "Sung et al. 2021, arXiv:2111.09839"),
     _method("aletheia", "gradient norm by block", Batched, _batches, "gradient",

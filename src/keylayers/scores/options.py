@@ -91,6 +91,13 @@ class PathOptions(UntilStable, GroupedBatches):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GradientPathOptions(Batched):
+    """Options of `gradient-path`; those of `path` that it has."""
+
+    path_points: int = checked(4, at_least(1))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShapleyOptions(GroupedBatches):
     """Options of `shapley`.
 

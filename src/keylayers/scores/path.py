@@ -22,25 +22,32 @@ from functools import cache
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from keylayers.scores.options import PathOptions
-from keylayers.scores.task import ModuleScores, Task, mean_and_error
+from keylayers.scores.task import MaskedModel, ModuleScores, Task, mean_and_error
 from keylayers.trainers.data import samples
 
 
 def path(task: Task, options: PathOptions) -> ModuleScores:
     """The share of each update's module in the loss reduction of the fine-tune, in nats."""
     with task.masked(options.mask_batches, granularity=options.granularity) as masked:
-        shares = torch.zeros(len(masked.batches), len(masked.gates), dtype=torch.float64)
-        for row, batch in zip(shares, masked.batches, strict=True):
-            for point, weight in gauss_legendre(options.path_points):
-                row -= weight * masked.gradient(point, batch)
-        mean, error = mean_and_error(shares)
+        mean, error = mean_and_error(path_shares(masked, options.path_points))
         findings = {"sum_of_scores_nats": float(mean.sum())}
         if not samples(task.trainer):  # losses of two masks can be compared
             reduction = (masked.losses(0.0) - masked.losses(1.0)).mean()
             findings["loss_reduction_nats"] = float(reduction)
         return masked.result(mean, unit=masked.loss_unit, standard_errors=error, findings=findings)
+
+
+def path_shares(masked: MaskedModel, num_points: int) -> Float[Tensor, "batch gate"]:
+    """Each gate's share of the loss reduction from no update to all, in nats, batch by batch."""
+    shares = torch.zeros(len(masked.batches), len(masked.gates), dtype=torch.float64)
+    for row, batch in zip(shares, masked.batches, strict=True):
+        for point, weight in gauss_legendre(num_points):
+            row -= weight * masked.gradient(point, batch)
+    return shares
 
 
 @cache
