@@ -16,10 +16,10 @@ CONTROLS = {
 SHOWN = (
     "gradient-path",
     "gradient-norm",
-    "step-scores of 10 steps",
-    "step-scores",
-    "fisher",
     "path",
+    "step-scores",
+    "step-scores of 10 steps",
+    "fisher",
     "elimination",
     "ila",
     "leave-one-out",

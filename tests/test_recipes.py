@@ -156,16 +156,16 @@ def test_the_arms_of_the_real_study_have_their_sizes_and_rates(monkeypatch):
     names = [f"{block}.{part}" for block in range(10) for part in parts]
     ranked = [RankedModule(name, 0, "x", 1, float(99 - at)) for at, name in enumerate(names)]
     made_by = {"options": {"lora_rank": 16}, "model": {"num_head_parameters": 1}}
-    gradients = {name: float(at) for at, name in enumerate(names)}  # the other way round
+    to_retrain = {name: float(at) for at, name in enumerate(names)}  # the other way round
     for arm in (arm for tier in TIERS for arm in tier):
-        found = [arm.modules(tuple(ranked), seed, made_by, gradients) for seed in (0, 0, 1)]
+        found = [arm.modules(tuple(ranked), seed, made_by, to_retrain) for seed in (0, 0, 1)]
         assert found[0] == found[1] == sorted(found[0], key=names.index)
         assert (found[0] != found[2]) == (arm.order in ("random", "mlp"))
         if arm.order != "time":
             assert len(set(found[0])) == round(arm.size * len(names))
     first, last = names[:4], names[-4:]
-    for order, expected in {"best": first, "first": first, "worst": last, "gradient": last}.items():
-        assert Arm(order, 0.1).modules(ranked, 0, None, gradients) == expected
+    for order, expected in {"best": first, "first": first, "worst": last, "retrain": last}.items():
+        assert Arm(order, 0.1).modules(ranked, 0, None, to_retrain) == expected
     for best in RATES[1:-1]:  # a loss with one lowest point is followed down to it, and no further
         tried = {}
         while (rate := next_rate(tried)) is not None:

@@ -41,7 +41,7 @@ TASKS = {
 class Arm:
     """Which modules are trained: `size` of an order of all, at LoRA's rank or of all's size."""
 
-    order: str  # all, best, worst, gradient, random, first, last, mlp, time
+    order: str  # all, best, worst, retrain, random, first, last, mlp, time
     size: float = 1.0
     is_of_all_parameters: bool = False  # a higher LoRA rank, for as many parameters as `all` has
     draw: int = 0  # of a random set
@@ -52,10 +52,10 @@ class Arm:
         more = ", as many parameters" if self.is_of_all_parameters else ""
         return f"{self.order} {self.size:g}{more}" + (f" #{self.draw}" if self.draw else "")
 
-    def modules(self, ranked, seed, made_by=None, gradients=None):
+    def modules(self, ranked, seed, made_by=None, to_retrain=None):
         """Names of the modules, in model order.
 
-        `ranked` has elimination's scores, `gradients` the gradient norm of each of its modules.
+        `ranked` has elimination's scores, `to_retrain` the gradient-path of each of its modules.
         """
         names = [module.name for module in ranked]
         if self.order == "time":
@@ -68,7 +68,7 @@ class Arm:
             "all": names,
             "best": by_score,
             "worst": by_score[::-1],
-            "gradient": sorted(names, key=lambda name: -(gradients or {}).get(name, 0.0)),
+            "retrain": sorted(names, key=lambda name: -(to_retrain or {}).get(name, 0.0)),
             "random": shuffled,
             "first": names,
             "last": names[::-1],
@@ -84,7 +84,7 @@ TIERS = (
     tuple(Arm(order, size, True) for order in ("best", "random") for size in (0.3, 0.1)),
     tuple(Arm(order, size) for size in (0.3, 0.1) for order in ("worst", "first", "last", "mlp")),
     (Arm("time", 0.6),),
-    (Arm("gradient", 0.3), Arm("gradient", 0.1)),
+    (Arm("retrain", 0.3), Arm("retrain", 0.1)),
 )
 
 

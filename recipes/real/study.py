@@ -239,7 +239,7 @@ class Cell:
         write_json(self.masks, {"environment": environment(), **ends, "masks": found})
 
     def ranked(self):
-        """Modules with elimination's scores; sizes per rank; a record; gradient norms by name."""
+        """Modules with elimination's scores; sizes per rank; a record; gradient-path by name."""
         found = json.loads(self.rankings.read_text(encoding="utf-8"))
         infos = [ModuleInfo(**module) for module in found["modules"]]
         modules = tuple(map(RankedModule.of, infos, found["methods"]["elimination"]["scores"]))
@@ -248,8 +248,10 @@ class Cell:
             "model": {"num_head_parameters": found["num_head_parameters"]},
         }
         names = [info.name for info in infos]
-        gradients = dict(zip(names, found["methods"]["gradient-norm"]["scores"], strict=True))
-        return modules, {info.name: sum(info.shape) for info in infos}, made_by, gradients
+        both = [found["methods"][method]["scores"] for method in ("gradient-norm", "path")]
+        parts = [[score / sum(map(abs, own)) for score in own] for own in both]
+        to_retrain = dict(zip(names, map(sum, zip(*parts, strict=True)), strict=True))
+        return modules, {info.name: sum(info.shape) for info in infos}, made_by, to_retrain
 
     def write(self, found):
         """Add a finished result."""
