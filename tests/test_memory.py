@@ -36,7 +36,7 @@ REFUSED = [
     ("-1GiB", None, "as memory must be above 0"),
     ("manyGiB", None, "`budget` must be a fraction .* got 'manyGiB'"),
     ("nanGB", None, "as memory must be above 0"),
-    ("12GiB", None, "needs a measured training step: use it with `keylayers train`"),
+    ("12GiB", None, "needs a measured training step, so it is for `keylayers train`"),
     ("12G", None, "must be a fraction such as 0.3"),
     (2, Held(1), "`memory` must be left out with `budget` 2"),
     ("0.0001MiB", Held(1000), "a step of the best module, which .*2 x 8 tokens"),
