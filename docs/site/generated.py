@@ -126,8 +126,9 @@ def listed_messages() -> str:
         "",
         "Made from the sources. `…` is filled in by the run, so search for a few words that are",
         "not names or numbers. Each line says what must hold, what came, which is the cause, and",
-        "what to do. What libraries say is passed on and not listed. The exit code is 2, or 1 where",
-        "a heading says so. [Troubleshooting](troubleshooting.md) explains those you may meet most.",
+        "what to do. What libraries say is passed on and not listed. The exit code is 2, or 1",
+        "where a heading says so. [Troubleshooting](troubleshooting.md) explains those you may",
+        "meet most.",
         "",
     ]
     for topic in [*TOPICS, GUARDS]:
