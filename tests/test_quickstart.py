@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands of docs/quickstart.md print what the page shows.
 
-`...` on the page stands for any text, times are ignored, and a number with decimals may differ by
-0.01, because processors round differently.
+`...` on the page matches any text. Times are ignored. Numbers with decimals may differ by 0.01,
+because processors round differently.
 """
 
 import contextlib

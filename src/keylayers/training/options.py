@@ -134,9 +134,9 @@ class StabilityOptions(Options):
 
     The paper asks that the expected loss of every later step changes by less than epsilon. The
     future is not known while training runs, so we measure the loss of the same few examples every
-    window (`keylayers.training.stability`). The paper also finds that a mask learned after 25-50 %
-    of training is close to the final one, unlike a mask after 1 % (quoted from memory): a
-    window should be a few per cent of a run.
+    window (`keylayers.training.stability`). As we remember the paper, a mask learned after 25 to
+    50 % of the training is close to the final one and a mask after 1 % is not, so a window should
+    be a few per cent of a run.
 
     Attributes:
         max_steps: Largest number of steps of stage 1. Default: 300; inside a training run, half of
