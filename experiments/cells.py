@@ -5,8 +5,10 @@ A cell has three splits that never mix: train (stage 1), mask (what scores may b
 held out (what a ranking is measured on). Made once and taken from its folder afterwards.
 """
 
+import argparse
 import json
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -162,3 +164,19 @@ def _make(loaded, home):
         "held_out_loss_nats": {"base": base, "tuned": held_out_loss(trainer, loaded.held_out)},
         "stage_1_path": list(scores.scores.values()),
     }
+
+
+def parser(description):
+    """The command line that the studies of cells have in common."""
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("folder", type=Path)
+    found.add_argument("--shared", type=Path)
+    found.add_argument("--data", nargs="+", default=[*DEMO, *REAL])
+    found.add_argument("--collect", type=Path)
+    return found
+
+
+def collect(files, path):
+    """One record of the cells that have a file."""
+    texts = [file.read_text(encoding="utf-8") for file in files if file.exists()]
+    write_json(path, {"cells": [json.loads(text) for text in texts]})

@@ -10,7 +10,6 @@ several learning rates and the mask data choose one, which the other seeds take;
 the held-out data. A finished training is not run again.
 """
 
-import argparse
 import json
 import random
 import tempfile
@@ -18,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from parts import PartCell
+from parts import PartCell, by_modules, by_parts
 
 from keylayers.apply.prune import prune_adapter
 from keylayers.environment import environment
@@ -29,16 +28,12 @@ from keylayers.gates import part_name, part_sizes
 from keylayers.model.loading import load_adapter, load_model
 from keylayers.model.options import ModelOptions
 from keylayers.ranking.budget import Parameters
-from keylayers.ranking.parts import parts_in_order, select_parts
+from keylayers.ranking.parts import select_parts
 from keylayers.ranking.ranked_module import RankedModule
-from keylayers.scores.score_modules import score_modules
-from keylayers.scores.scoring_options import scoring_options
-from keylayers.training.rank_modules import to_ranking
 from keylayers.training.run import fine_tune, make_trainer
 from keylayers.updates.adapter import own_parameters, tuner_layers
 
 import cells
-from rankings import best_first
 
 SHARES = (0.05, 0.2)  # of the adapter's parameters
 STEPS = {"healed": 50, "retrained": 100}
@@ -47,22 +42,13 @@ RATES = (0.5, 1.0, 2.0, 4.0)  # times the default
 
 def orders(loaded):
     """Label -> all parts, best first."""
-    updates = loaded.updates
     loaded.trainer.train_dataset = loaded.mask
-    scoring = scoring_options("fisher-pruning", granularity="part")
-    found = score_modules(loaded.trainer, updates, scoring)
-    parts = parts_in_order(to_ranking(updates, found, scoring, {}).modules)
-    own = {"fisher-pruning": [part_name(part.module_name, part.index) for part in parts]}
-    found = score_modules(loaded.trainer, updates, scoring_options("elimination"))
-    ranks = {update.module.name: len(update.parts.num_parameters) for update in updates}
-    own["modules by elimination"] = [
-        part_name(name, index)
-        for name in best_first(found.module_names, found.scores)
-        for index in range(ranks[name])
-    ]
-    names = list(part_sizes(updates))
-    own["random"] = random.Random(f"healing {loaded.cell.name}").sample(names, len(names))
-    return own | orders_by_singular_values(updates)
+    ours, _ = by_parts(loaded, "fisher-pruning")
+    modules, _ = by_modules(loaded)
+    names = list(part_sizes(loaded.updates))
+    shuffled = random.Random(f"healing {loaded.cell.name}").sample(names, len(names))
+    own = {"fisher-pruning": ours, "modules by elimination": modules, "random": shuffled}
+    return own | orders_by_singular_values(loaded.updates)
 
 
 def selected(updates, order, share):
@@ -80,10 +66,10 @@ def selected(updates, order, share):
 
 
 class Arms:
-    """The trainings of one cell; `first` has those of the seed on which rates were tried."""
+    """The trainings of one cell; `first` has those of the seed on which rates are tried."""
 
     def __init__(self, cell, given, first):
-        self.cell, self.given, self.first = cell, given, first
+        self.cell, self.given, self.first = cell, given, first or self
         self.path = given.folder / cell.name / "healing.json"
         self.content = {"cell": {"data": cell.data, "seed": cell.seed}, "results": []}
         if self.path.exists():
@@ -119,24 +105,24 @@ class Arms:
 
     def trainer(self, kind, cut, adapter, loaded, rate):
         """A trainer of the cut adapter, or of new matrices of its ranks."""
-        options, steps = self.cell.training(), STEPS[kind]
-        config = loaded.trainer.model.config
-        default = options.resolved_learning_rate(config.hidden_size, is_full=False)
-        options = replace(options, learning_rate=rate * default)
+        steps = STEPS[kind]
         if kind == "retrained":
-            fresh = cells.fresh(self.cell, self.given.folder, self.given.shared, cut.ranks, steps)
-            model = fresh.trainer.model
+            folder, shared = self.given.folder, self.given.shared
+            trainer = cells.fresh(self.cell, folder, shared, cut.ranks, steps).trainer
         else:
             pruned = {update.module.name for update in loaded.updates} - set(cut.names)
             with tempfile.TemporaryDirectory() as folder:
                 prune_adapter(adapter, Path(folder), loaded.trainer.model, pruned, cut)
-                base = ModelOptions(model=config._name_or_path, dtype="float32")
-                model = load_adapter(load_model(base), folder)
+                path = loaded.trainer.model.config._name_or_path
+                base = load_model(ModelOptions(model=path, dtype="float32"))
+                model = load_adapter(base, folder)
             for layer in tuner_layers(model).values():
                 for weight in own_parameters(layer):
                     weight.requires_grad_(True)
-        tokenizer = loaded.trainer.processing_class
-        return make_trainer(model, tokenizer, loaded.train, options, num_steps=steps)
+            tokenizer, options = loaded.trainer.processing_class, self.cell.training()
+            trainer = make_trainer(model, tokenizer, loaded.train, options, num_steps=steps)
+        trainer.args.learning_rate *= rate  # before the optimiser is made
+        return trainer
 
     def train(self, trainer, loaded, cut, arm):
         """Train one arm and write it down."""
@@ -158,24 +144,18 @@ class Arms:
 
 def main():
     """Run what is left, or collect what is there."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--shared", type=Path)
-    parser.add_argument("--data", nargs="+", default=[*cells.DEMO, *cells.REAL])
+    parser = cells.parser(__doc__)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--collect", type=Path)
     given = parser.parse_args()
     if given.collect:
-        files = sorted(given.folder.glob("*/healing.json"))
-        found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-        write_json(given.collect, {"cells": found})
+        cells.collect(sorted(given.folder.glob("*/healing.json")), given.collect)
         return
     torch.set_num_threads(1)
     for data in given.data:
         first = None
         for seed in given.seeds:
             arms = Arms(PartCell(data, seed), given, first)
-            arms.first = first = first or arms
+            first = arms.first
             arms.run()
 
 

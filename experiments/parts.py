@@ -8,11 +8,9 @@ mask data; the curve is the held-out loss with the best parts kept, over their p
 retrained. Controls: random orders. A finished cell is not run again.
 """
 
-import argparse
 import json
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -54,24 +52,35 @@ class PartCell(cells.Cell):
         return replace(super().training(), lora_rank=16, lora_alpha=32)
 
 
+def by_parts(loaded, method, **values):
+    """All parts, best first by a method, and what it took to find them."""
+    scoring = scoring_options(method, granularity="part", **values)
+    found = score_modules(loaded.trainer, loaded.updates, scoring)
+    parts = parts_in_order(to_ranking(loaded.updates, found, scoring, {}).modules)
+    cost = {"forward_equivalents": found.forward_equivalents, "seconds": found.seconds}
+    return [part_name(part.module_name, part.index) for part in parts], cost
+
+
+def by_modules(loaded):
+    """All parts of the best module by elimination, then of the next; and what it took."""
+    updates = loaded.updates
+    found = score_modules(loaded.trainer, updates, scoring_options("elimination"))
+    modules = best_first(found.module_names, found.scores)
+    of_module = {update.module.name: len(update.parts.num_parameters) for update in updates}
+    order = [part_name(name, index) for name in modules for index in range(of_module[name])]
+    return order, {"forward_equivalents": found.forward_equivalents}
+
+
 def orders(loaded):
     """Label -> all parts, best first, and what it took to find them."""
     updates = loaded.updates
     loaded.trainer.train_dataset = loaded.mask
     is_first = loaded.cell.is_demo or loaded.cell.seed < 2
     for label, values in (METHODS | (OTHER_METHODS if is_first else {})).items():
-        scoring = scoring_options(label.split(",")[0], granularity="part", **values)
-        found = score_modules(loaded.trainer, updates, scoring)
-        parts = parts_in_order(to_ranking(updates, found, scoring, {}).modules)
-        cost = {"forward_equivalents": found.forward_equivalents, "seconds": found.seconds}
-        yield label, [part_name(part.module_name, part.index) for part in parts], cost
+        yield label, *by_parts(loaded, label.split(",")[0], **values)
     rivals = orders_by_singular_values(updates)
     yield from ((label, order, {}) for label, order in rivals.items())
-    found = score_modules(loaded.trainer, updates, scoring_options("elimination"))
-    modules = best_first(found.module_names, found.scores)
-    of_module = {update.module.name: len(update.parts.num_parameters) for update in updates}
-    order = [part_name(name, index) for name in modules for index in range(of_module[name])]
-    yield "modules by elimination", order, {"forward_equivalents": found.forward_equivalents}
+    yield "modules by elimination", *by_modules(loaded)
     names = list(part_sizes(updates))
     for index in range(NUM_RANDOM_ORDERS):
         order = random.Random(f"{loaded.cell.name} {index}").sample(names, len(names))
@@ -121,11 +130,7 @@ def verified(path):
 
 def main():
     """Run the cells that are left, or collect what is there."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--shared", type=Path)
-    parser.add_argument("--data", nargs="+", default=[*cells.DEMO, *cells.REAL])
-    parser.add_argument("--collect", type=Path)
+    parser = cells.parser(__doc__)
     parser.add_argument("--verified", action="store_true")
     given = parser.parse_args()
     wanted = [PartCell(data, seed) for seed in range(5) for data in given.data]
@@ -135,8 +140,7 @@ def main():
         write_json(given.collect, {"cells": [verified(path) for path in files]})
         return
     if given.collect:
-        texts = [home.read_text(encoding="utf-8") for home in homes.values() if home.exists()]
-        write_json(given.collect, {"cells": [json.loads(text) for text in texts]})
+        cells.collect(homes.values(), given.collect)
         return
     torch.set_num_threads(1)
     for cell, home in homes.items():

@@ -3,7 +3,10 @@
 
 import statistics
 
+import torch
 from scipy.stats import spearmanr
+
+from keylayers.scores.gradient_path import sum_of_shares
 
 from findings import GROUPS
 from tables import load, markdown
@@ -137,12 +140,10 @@ def prediction_table(methods=None, kinds=KINDS):
 
 
 def _with_sum(cell):
-    """The cell with the scores of `gradient-path`, from those of the two methods that it adds."""
-    both = [cell["scores"][name] for name in ("gradient-norm", "path")]
-    parts = [[score / sum(map(abs, own)) for score in own] for own in both]
-    return cell | {
-        "scores": cell["scores"] | {"gradient-path": [*map(sum, zip(*parts, strict=True))]}
-    }
+    """The cell with the scores of `gradient-path`; older cells have only the two that it adds."""
+    both = (cell["scores"][name] for name in ("gradient-norm", "path"))
+    sums = sum_of_shares(*(torch.tensor([scores]).double() for scores in both))[0].tolist()
+    return cell | {"scores": {"gradient-path": sums} | cell["scores"]}
 
 
 def correlation(cell, method, kind):

@@ -10,10 +10,8 @@ forgotten; its rise is an estimate of the divergence from the base model). Resul
 by one and never run again.
 """
 
-import argparse
 import json
 import random
-from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -140,20 +138,16 @@ def run(cell, given):
 
 def main():
     """Run the cells that are asked for, or collect what is there."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--shared", type=Path)
-    parser.add_argument("--data", nargs="+", default=["list", "alpaca"])
+    parser = cells.parser(__doc__)
+    parser.set_defaults(data=["list", "alpaca"])
     parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS)
     parser.add_argument("--methods", nargs="+", default=["elimination", "ila", "first", "last"])
     parser.add_argument("--prices", nargs="*", type=float, default=[])
-    parser.add_argument("--collect", type=Path)
     arguments = parser.parse_args()
     wanted = [cell for cell in cells.ALL if cell.data in arguments.data]
     if arguments.collect:
         paths = [arguments.folder / cell.name / "retraining.json" for cell in cells.ALL]
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
-        write_json(arguments.collect, {"cells": found})
+        cells.collect(paths, arguments.collect)
         return
     torch.set_num_threads(1)
     for cell in wanted:

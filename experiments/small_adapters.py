@@ -62,9 +62,9 @@ def of_data(data, record="parts", order=None):
     if order is not None:
         own = own[own["seed"].isin(own[own["order"] == order]["seed"])]
     means = {}
-    for order, of_order in own.groupby("order", sort=False):
+    for name, of_order in own.groupby("order", sort=False):
         curve = np.mean(np.stack(of_order["curve"].to_list()), axis=0)
-        means[order] = {
+        means[name] = {
             "curve": curve,
             "area": float(np.trapezoid(curve, np.log(GRID))),
             "at 5 %": of_order["at 5 %"].mean(),
@@ -117,8 +117,8 @@ def _worst_seed(data, record):
     found = curves(record)
     worst = []
     for _, cell in found[found["data"] == data].groupby("seed"):
-        of = {order: own["curve"].iloc[0] for order, own in cell.groupby("order")}
-        worst.append(max(of["fisher-pruning"] - np.min([of[name] for name in RIVALS], axis=0)))
+        curve = cell.drop_duplicates("order").set_index("order")["curve"]
+        worst.append(max(curve["fisher-pruning"] - np.min([*curve[[*RIVALS]]], axis=0)))
     return max(worst)
 
 

@@ -9,11 +9,9 @@ Controls: every module counts the same, and every parameter counts the same. A f
 run again.
 """
 
-import argparse
 import json
 import random
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -116,18 +114,13 @@ def run(cell, home, folder, shared):
 
 def main():
     """Run the cells that are left, or collect what is there."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--shared", type=Path)
-    parser.add_argument("--data", nargs="+", default=[*cells.DEMO, *cells.REAL])
+    parser = cells.parser(__doc__)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--collect", type=Path)
     given = parser.parse_args()
     wanted = [cells.Cell(data, seed) for seed in given.seeds for data in given.data]
     homes = {cell: given.folder / f"{cell.name}.subsets.json" for cell in wanted}
     if given.collect:
-        texts = [home.read_text(encoding="utf-8") for home in homes.values() if home.exists()]
-        write_json(given.collect, {"cells": [json.loads(text) for text in texts]})
+        cells.collect(homes.values(), given.collect)
         return
     torch.set_num_threads(1)
     given.folder.mkdir(parents=True, exist_ok=True)

@@ -38,6 +38,7 @@ from keylayers.model.loading import load_model, load_tokenizer
 from keylayers.model.modules import ModuleInfo, map_modules
 from keylayers.model.options import ModelOptions
 from keylayers.ranking.ranked_module import RankedModule
+from keylayers.scores.gradient_path import sum_of_shares
 from keylayers.scores.score_modules import score_modules
 from keylayers.scores.scoring_options import scoring_options
 from keylayers.training.options import TrainingOptions
@@ -248,9 +249,9 @@ class Cell:
             "model": {"num_head_parameters": found["num_head_parameters"]},
         }
         names = [info.name for info in infos]
-        both = [found["methods"][method]["scores"] for method in ("gradient-norm", "path")]
-        parts = [[score / sum(map(abs, own)) for score in own] for own in both]
-        to_retrain = dict(zip(names, map(sum, zip(*parts, strict=True)), strict=True))
+        both = (found["methods"][method]["scores"] for method in ("gradient-norm", "path"))
+        sums = sum_of_shares(*(torch.tensor([scores]).double() for scores in both))[0].tolist()
+        to_retrain = dict(zip(names, sums, strict=True))
         return modules, {info.name: sum(info.shape) for info in infos}, made_by, to_retrain
 
     def write(self, found):

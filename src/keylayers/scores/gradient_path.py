@@ -18,6 +18,8 @@ Blind to: how modules of a small set make up for the missing ones. What a single
 """
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from keylayers.scores.gradient_norm import gradient_norms
 from keylayers.scores.options import GradientPathOptions
@@ -28,7 +30,15 @@ from keylayers.scores.task import ModuleScores, Task
 def gradient_path(task: Task, options: GradientPathOptions) -> ModuleScores:
     """The module's part of all gradients of the base model, plus its part of what was gained."""
     with task.masked(options.mask_batches, looks_inside=True) as masked:
-        both = gradient_norms(masked, task).double(), path_shares(masked, options.path_points)
-        tiny = torch.finfo(torch.float64).tiny
-        parts = [rows / rows.mean(dim=0).abs().sum().clamp(min=tiny) for rows in both]
-        return masked.mean(parts[0] + parts[1], unit="parts of both sums")
+        pull = gradient_norms(masked, task).double()
+        gain = path_shares(masked, options.path_points)
+        return masked.mean(sum_of_shares(pull, gain), unit="parts of both sums")
+
+
+def sum_of_shares(
+    pull: Float[Tensor, "batch module"], gain: Float[Tensor, "batch module"]
+) -> Float[Tensor, "batch module"]:
+    """Both scores of each batch, each divided by the sum over the modules of its mean's size."""
+    tiny = torch.finfo(pull.dtype).tiny
+    first, second = (rows / rows.mean(dim=0).abs().sum().clamp(min=tiny) for rows in (pull, gain))
+    return first + second
