@@ -4,10 +4,11 @@
     python experiments/healing.py CELLS_FOLDER --shared SHARED_FOLDER [--collect RECORD]
 
 Takes the cells of `parts.py`. Every order of the parts buys the same share of the parameters. The
-cut adapter is measured, then trained for a few steps (healed); new LoRA matrices of the same ranks
-are trained from scratch. The whole adapter is the control of both. On the first seed each arm tries
-several learning rates and the mask data choose one, which the other seeds take; losses are those of
-the held-out data. A finished training is not run again.
+cut adapter is measured, then trained for a few steps (healed); new LoRA matrices of the ranks that
+the order buys are trained from scratch (retrained). The whole adapter is the control of both. On
+the first seed each arm tries learning rates until its loss on the mask data rises on either side;
+the other seeds take the best one. Losses are those of the held-out data. A finished training is
+not run again.
 """
 
 import json
@@ -35,9 +36,8 @@ from keylayers.updates.adapter import own_parameters, tuner_layers
 
 import cells
 
-SHARES = (0.05, 0.2)  # of the adapter's parameters
-STEPS = {"healed": 50, "retrained": 100}
-RATES = (0.5, 1.0, 2.0, 4.0)  # times the default
+SHARES = {"healed": 0.05, "retrained": 0.1}  # of the adapter's parameters
+STEPS = {"healed": 0.25, "retrained": 0.5}  # of stage 1's
 
 
 def orders(loaded):
@@ -75,37 +75,40 @@ class Arms:
         if self.path.exists():
             self.content = json.loads(self.path.read_text(encoding="utf-8"))
 
-    def found(self, **wanted):
-        """The finished trainings with these values."""
-        results = self.content["results"]
-        return [one for one in results if wanted.items() <= one.items()]
-
     def run(self):
         """What is left."""
         loaded = cells.load(self.cell, self.given.folder, self.given.shared)
         own = orders(loaded)
-        arms = [(label, share) for share in SHARES for label in own] + [("all", 1.0)]
         with tempfile.TemporaryDirectory() as folder:
             loaded.trainer.model.save_pretrained(folder)
-            for label, share in arms:
-                cut = selected(loaded.updates, own.get(label, own["uniform rank"]), share)
-                for kind in STEPS:
-                    arm = {"kind": kind, "order": label, "share": share}
-                    for rate in self.rates(**arm):
+            for kind, share in SHARES.items():
+                arms = [(label, order, share) for label, order in own.items()]
+                for label, order, size in [*arms, ("all", own["uniform rank"], 1.0)]:
+                    cut = selected(loaded.updates, order, size)
+                    arm = {"kind": kind, "order": label, "share": size}
+                    while (rate := self.next_rate(arm)) is not None:
                         trainer = self.trainer(kind, cut, folder, loaded, rate)
                         self.train(trainer, loaded, cut, arm | {"rate": rate})
 
-    def rates(self, **arm):
-        """The learning rates that are left to try."""
-        rates = RATES
-        if self.first is not self:
-            best = min(self.first.found(**arm), key=lambda one: one["mask_loss_nats"])
-            rates = [best["rate"]]
-        return [rate for rate in rates if not self.found(**arm, rate=rate)]
+    def next_rate(self, arm):
+        """The learning rate to try next, in multiples of the default; None if nothing is left."""
+        tried = self.tried(arm)
+        if self.first is self:
+            best = min(tried, key=tried.get, default=1.0)
+            rates = (best, 2 * best, best / 2)
+        else:
+            of_first = self.first.tried(arm)
+            rates = [min(of_first, key=of_first.get)]
+        return next((rate for rate in rates if rate not in tried), None)
+
+    def tried(self, arm):
+        """Learning rate -> loss on the mask data, of an arm's finished trainings."""
+        own = [one for one in self.content["results"] if arm.items() <= one.items()]
+        return {one["rate"]: one["mask_loss_nats"] for one in own}
 
     def trainer(self, kind, cut, adapter, loaded, rate):
         """A trainer of the cut adapter, or of new matrices of its ranks."""
-        steps = STEPS[kind]
+        steps = round(STEPS[kind] * self.cell.steps)
         if kind == "retrained":
             folder, shared = self.given.folder, self.given.shared
             trainer = cells.fresh(self.cell, folder, shared, cut.ranks, steps).trainer
