@@ -72,7 +72,8 @@ def one_side(side: str, folder: Path) -> None:
         embedded = model.get_input_embeddings()(tokens).requires_grad_(True)
         model(inputs_embeds=embedded, labels=tokens).loss.backward()
     else:
-        checkpoint = Checkpoint.open(ModelOptions(model=str(folder / "tuned")))
+        tuned = ModelOptions(model=str(folder / "tuned"))
+        checkpoint = Checkpoint.open(tuned).named_as_in(model)
         updates = dense_updates(model, checkpoint)
         take_other_weights(model, checkpoint)
         options = scoring_options("path", mask_batches=1, path_points=2)

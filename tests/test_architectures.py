@@ -11,6 +11,8 @@ from architectures import NAMED, changed_modules, modules_of, table, trainer_of
 from keylayers import rank_modules
 from keylayers.apply.trainable import add_lora
 from keylayers.gates import gated
+from keylayers.model.checkpoint import Checkpoint
+from keylayers.model.options import ModelOptions
 from keylayers.updates import adapter_updates
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
@@ -44,6 +46,18 @@ def test_lora_rank_select_train_save_and_reload(architecture, tmp_path):
     with torch.no_grad():
         mine, other = fresh.eval()(**batch).logits, loaded.eval()(**batch).logits
     assert float((mine - other).abs().max()) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("architecture", NAMED.values(), ids=NAMED)
+def test_a_stored_checkpoint_is_read_by_the_names_of_the_models_parameters(architecture, tmp_path):
+    """transformers stores some weights under other names, and experts one by one."""
+    model = architecture.build()
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    stored = Checkpoint.open(ModelOptions(model=str(tmp_path)))
+    named = stored.named_as_in(model)
+    assert all(torch.equal(named[name], weight) for name, weight in model.named_parameters())
+    assert {own for names in named.stored.values() for own in names} == set(stored)
 
 
 @torch.no_grad()

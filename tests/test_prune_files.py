@@ -178,7 +178,8 @@ def restore(folder):
     """The tuned checkpoint with the base's values in PRUNED; written, base, tuned."""
     (folder / "cut").mkdir()
     base = ModelOptions(model=str(folder / "base"))
-    tuned, restored = prune_checkpoint(str(folder / "tuned"), base, folder / "cut", PRUNED)
+    model, tuned = tiny_llama(attention_bias=True), str(folder / "tuned")
+    tuned, restored = prune_checkpoint(model, tuned, base, folder / "cut", PRUNED)
     assert set(restored) == RESTORED
     return Checkpoint.open(ModelOptions(model=str(folder / "cut"))), Checkpoint.open(base), tuned
 

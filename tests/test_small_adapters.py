@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from commands import (
     PLAIN_PEFT,
@@ -23,6 +23,7 @@ from commands import (
 )
 from keylayers.apply.prune import prune_adapter
 from keylayers.gates import gated, part_name
+from keylayers.model.modules import map_modules
 from keylayers.ranking.parts import parts_in_order
 from keylayers.ranking.ranked_module import RankedModule
 from keylayers.ranking.ranking import Ranking
@@ -193,12 +194,33 @@ def test_what_cannot_be_extracted_is_refused(tiny, tmp_path, options, change, me
     assert not (tmp_path / "out" / "adapter").exists()
 
 
-def test_no_adapter_is_extracted_from_stacked_experts(tiny, tmp_path):
+def test_an_adapter_is_extracted_from_stacked_experts(tiny, tmp_path):
     write_mixture(tiny, tmp_path)
-    model, output = tmp_path / "model", tmp_path / "out"
-    own = ("--model", model, "--tuned", model, "--data", tmp_path / "data.jsonl")
-    code, _, err = printed("extract", *own, "--budget", "3", "--output", output)
-    assert (code, "stacks those of several experts" in complaint_in(err)) == (2, True)
+    model, tuned, output = (tmp_path / name for name in ("model", "tuned", "out"))
+    mixture = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    names = [info.name for info in map_modules(mixture)]
+    add_noise(mixture, 0.05, "layers.1.self_attn.q_proj", "layers.1.mlp.experts")
+    for part in (mixture, AutoTokenizer.from_pretrained(model)):
+        part.save_pretrained(tuned)
+    own = ("--model", model, "--tuned", tuned, "--data", tmp_path / "data.jsonl")
+    own = (*own, "--lora-rank", "64", "--mask-batches", "1", "--dtype", "float32")
+    own = (*own, "--output", output)
+    code, _, err = printed("extract", *own, "--budget", "0.3x-params")
+    assert code == 0, err
+    assert "holds 100.0% of the squared difference" in err
+    merged = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), output / "adapter"
+    ).merge_and_unload()
+    for name in names:
+        weights = [
+            found.get_parameter(name) if "experts" in name else found.get_submodule(name).weight
+            for found in (merged, mixture)
+        ]
+        torch.testing.assert_close(*weights, rtol=0, atol=1e-5)
+    cut, whole = record_of(output / "pruned")["result"], weights_in(output / "adapter")
+    size = sum(value.numel() for value in whole.values())
+    assert 0 < cut["pruned"]["num_parameters"] <= 0.3 * size
+    assert set(fresh_process(PLAIN_PEFT, output / "pruned"))
 
 
 def test_prune_cuts_to_parts_and_says_what_it_costs(ranked_parts, tmp_path):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A LoRA adapter out of the difference of two checkpoints, by a randomised SVD of each module.
+"""A LoRA adapter out of the difference of two checkpoints, by a randomised SVD of each matrix.
 
 One module's difference is in memory at a time. Scaling is 1, and A and B both have `√σ`.
 """
@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 from keylayers.apply.trainable import add_lora
 from keylayers.errors import ModelError
 from keylayers.model.checkpoint import Checkpoint
-from keylayers.model.modules import map_modules
 from keylayers.model.options import ModelOptions, Towers
 from keylayers.progress import Progress
-from keylayers.updates import dense_updates
+from keylayers.updates import adapter_updates, dense_updates
 from keylayers.updates.checkpoints import other_differences
 
 OVERSAMPLING = 8  # directions beyond the rank, and power iterations: Halko, Martinsson, Tropp 2011
@@ -35,13 +34,7 @@ def extract_adapter(
     differences in these directions. Modules that do not differ have no adapter. Norms, embeddings,
     biases and the head stay those of the base; `progress` gets a note if they differ.
     """
-    checkpoint = Checkpoint.open(ModelOptions(model=tuned))
-    stacked = [module.name for module in map_modules(model, towers) if module.is_stacked]
-    if stacked:
-        raise ModelError(
-            f"an adapter can be extracted from plain weight matrices, but {stacked[0]} stacks "
-            f"those of several experts; rank the difference with `granularity` module"
-        )
+    checkpoint = Checkpoint.open(ModelOptions(model=tuned)).named_as_in(model)
     updates = dense_updates(model, checkpoint, towers)
     factors, kept, whole = {}, 0.0, 0.0
     with progress.stage("singular directions of the difference", len(updates)) as on_step:
@@ -57,7 +50,7 @@ def extract_adapter(
                 a, b = _leading(delta, rank)
                 factors[update.module.name] = (a.cpu(), b.cpu())
                 whole += energy
-                kept += float(b.double().square().sum(0).square().sum())
+                kept += float(b.double().square().sum(-2).square().sum())
             on_step(step, 1 - kept / whole if whole else 0.0)
     if not factors:
         raise ModelError(
@@ -70,12 +63,12 @@ def extract_adapter(
             f"not extracted, as in the base: {len(others)} other weights that differ "
             f"({', '.join(others[:2])}{', ...' if len(others) > 2 else ''})"
         )
-    ranks = {name: len(a) for name, (a, _) in factors.items()}
+    ranks = {name: a.shape[-2] for name, (a, _) in factors.items()}
     adapted = add_lora(model, ranks, r=rank, lora_alpha=rank)
-    for name, (a, b) in factors.items():
-        layer = adapted.get_base_model().get_submodule(name)
-        layer.lora_A[adapted.active_adapter].weight.copy_(a)
-        layer.lora_B[adapted.active_adapter].weight.copy_(b)
+    for found in adapter_updates(adapted):
+        own = found.stored(*factors[found.module.name])
+        found.layer.lora_A[found.adapter].weight.copy_(own["lora_A.weight"])
+        found.layer.lora_B[found.adapter].weight.copy_(own["lora_B.weight"])
     progress.note(
         f"rank {rank} of {len(ranks)} modules holds {kept / whole:.1%} of the squared difference"
     )
@@ -84,12 +77,12 @@ def extract_adapter(
 
 
 def _leading(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of the leading directions of a (d_out, d_in) matrix; the same for the same matrix."""
-    rank = min(rank, *delta.shape)
+    """A and B of the leading directions of one matrix or several; the same for the same one."""
+    rank = min(rank, *delta.shape[-2:])
     with torch.random.fork_rng(device_type=delta.device.type if delta.is_cuda else "cuda"):
         torch.manual_seed(SEED)
         left, values, right = torch.svd_lowrank(
-            delta, q=min(rank + OVERSAMPLING, *delta.shape), niter=POWER_ITERATIONS
+            delta, q=min(rank + OVERSAMPLING, *delta.shape[-2:]), niter=POWER_ITERATIONS
         )
-    root = values[:rank].sqrt()
-    return (right[:, :rank] * root).T, left[:, :rank] * root
+    root = values[..., None, :rank].sqrt()
+    return (right[..., :rank] * root).mT, left[..., :rank] * root

@@ -21,6 +21,7 @@ from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from keylayers.errors import GuardError, ModelError
 from keylayers.model.checkpoint import (
@@ -106,19 +107,28 @@ def _cut_config(config: Mapping[str, Any], ranks: Mapping[str, Any]) -> dict[str
 
 
 def prune_checkpoint(
-    tuned: str, base: ModelOptions, folder: Path, pruned: Sequence[str]
+    model: PreTrainedModel, tuned: str, base: ModelOptions, folder: Path, pruned: Sequence[str]
 ) -> tuple[Checkpoint, list[str]]:
     """Write the tuned checkpoint to `folder` with the base's weights in the modules `pruned`.
 
-    Shards, dtypes and all other tensors stay as they are, and one tensor at a time is in memory.
-    Returns the tuned checkpoint, and the names of the tensors that have the base's values now.
+    `model` is one of their kind, which tells where its modules' weights are stored. Shards, dtypes
+    and all other tensors stay as they are, and one tensor at a time is in memory. Returns the tuned
+    checkpoint, and the names of the tensors that have the base's values now.
     """
     patterns = (*CONFIG_FILES, *TOKENIZER_FILES, "model.safetensors.index.json")
     _copy_files(local_folder(tuned, patterns, "a model"), folder, patterns)
     old, source = Checkpoint.open(ModelOptions(model=tuned)), Checkpoint.open(base)
     files = old.files
-    parts = [f"{name}{end}" for name in pruned for end in ("", ".weight", ".bias")]
-    restored = [part for part in parts if part in files]
+    parts = {f"{name}{end}" for name in pruned for end in ("", ".weight", ".bias")}
+    stored = old.named_as_in(model).stored
+    restored = list(dict.fromkeys(own for part in parts for own in stored.get(part, ())))
+    for name, own in stored.items():
+        if name not in parts and (shared := set(own) & set(restored)):
+            raise ModelError(
+                f"a module that is pruned must be stored alone, but {min(shared)} of the tuned "
+                f"checkpoint also holds {name}; load it with transformers, save it again, and "
+                f"prune that"
+            )
 
     def expected(name: str) -> Tensor:
         value = old[name]

@@ -5,6 +5,7 @@ PEFT drops unknown names without a word, so we compare what it really hit with w
 refuse anything else.
 """
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from keylayers.errors import GuardError, ModelError
 from keylayers.model.modules import base_model_of, map_modules
 from keylayers.model.sharding import whole
 from keylayers.ranking.targets import lora_targets, rank_options
-from keylayers.updates.adapter import always_on, own_parameters, tuner_layers
+from keylayers.updates.adapter import FALSE_ALARM, always_on, own_parameters, tuner_layers
 
 
 def add_lora(
@@ -40,7 +41,9 @@ def add_lora(
         options["fan_in_fan_out"] = True
     kind = AdaLoraConfig if "total_step" in options else LoraConfig
     try:
-        tuned = get_peft_model(model, kind(**options))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", FALSE_ALARM, RuntimeWarning)
+            tuned = get_peft_model(model, kind(**options))
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"PEFT cannot put this adapter on the model: {reason}") from error

@@ -74,8 +74,12 @@ class ExtractOptions:
     objective: Objective = ObjectiveOptions()
 
     def ranking(self) -> RankOptions:
-        """How the parts are ranked."""
-        size = self.size
+        """How the parts are ranked; gates of experts have no gradient of single examples."""
+        from keylayers.model.loading import empty_model
+        from keylayers.model.modules import map_modules
+
+        size, infos = self.size, map_modules(empty_model(self.model), self.model.towers)
+        has_experts = any(info.is_stacked for info in infos)
         of_method: dict[str, Any] = {"granularity": "part", "mask_batches": size.mask_batches}
         return RankOptions(
             model=self.model,
@@ -84,7 +88,9 @@ class ExtractOptions:
             training=TrainingOptions(
                 **vars(self.objective), lora_rank=size.lora_rank, batch_size=size.batch_size
             ),
-            scoring=ScoringFlags(method="fisher-pruning", **of_method),
+            scoring=ScoringFlags(
+                method="elimination" if has_experts else "fisher-pruning", **of_method
+            ),
         )
 
     def pruning(self, output: Path) -> PruneOptions:
@@ -108,8 +114,9 @@ def extract(
 ) -> None:
     """Make a small LoRA adapter of the difference of two checkpoints.
 
-    Decomposes the difference of every module, ranks the rank-one parts of all modules by the loss,
-    and keeps the best: which modules, and which rank each. Writes the adapter of all parts
+    Decomposes the difference of every module, ranks the rank-one parts of all modules by the loss
+    (with fisher-pruning; mixtures of experts with elimination), and keeps the best: which modules,
+    and which rank each. Writes the adapter of all parts
     (`adapter`), their ranking, which `keylayers prune` cuts again at other sizes, and the small
     adapter (`pruned`).
 

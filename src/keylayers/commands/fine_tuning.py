@@ -157,7 +157,8 @@ class FineTuning:
         if not isinstance(model, PeftModel):
             model = model.to(self.stored_dtype)
             names = record["selection"]["modules"]
-            prove_unchanged_elsewhere(model, Checkpoint.open(self.session.source), names)
+            base = Checkpoint.open(self.session.source).named_as_in(model)
+            prove_unchanged_elsewhere(model, base, names)
         json_files = {FILE: ranking.to_json()} if "frozen" in own else {}
         card = card_of("train", record, ranking)
         save_tuned(model, self.session.tokenizer, self.output, record, card, json_files)

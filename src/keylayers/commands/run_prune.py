@@ -177,7 +177,7 @@ class _Cut:
             num_bytes = [file.stat().st_size for file in weights]
         else:
             tuned, restored = prune_checkpoint(
-                str(update.tuned), self.options.model, folder, self.pruned
+                model, str(update.tuned), self.options.model, folder, self.pruned
             )
             self.session.progress.note(
                 f"wrote {len(tuned)} tensors, {len(restored)} of them from the base"

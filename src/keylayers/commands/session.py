@@ -144,7 +144,7 @@ class Session:
             record = {"name": options.adapter, "weights_sha256": sha256, "always_on": outside}
             return TunedModel(adapted, adapter_updates(adapted), {"adapter": record})
         assert options.tuned is not None
-        checkpoint = Checkpoint.open(ModelOptions(model=options.tuned))
+        checkpoint = Checkpoint.open(ModelOptions(model=options.tuned)).named_as_in(model)
         updates = dense_updates(model, checkpoint, towers)
         others = take_other_weights(model, checkpoint, towers)
         if others:

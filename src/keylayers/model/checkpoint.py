@@ -4,6 +4,7 @@
 Only safetensors are read, never pickle.
 """
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.utils.hub import cached_file
 
 from keylayers.errors import ModelError
@@ -59,6 +68,10 @@ class Checkpoint(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.files)
 
+    def named_as_in(self, model: PreTrainedModel) -> "LoadedNames":
+        """The tensors by the names of the model's parameters."""
+        return LoadedNames(self, model)
+
     def dtype(self) -> torch.dtype:
         """The dtype of most weights on disk."""
         counts: Counter[torch.dtype] = Counter()
@@ -67,6 +80,57 @@ class Checkpoint(Mapping[str, Tensor]):
                 stored = [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118 - not a mapping
             counts.update(STORED_DTYPES.get(dtype, torch.float32) for dtype in stored)
         return counts.most_common(1)[0][0]
+
+
+class LoadedNames(Mapping[str, Tensor]):
+    """A checkpoint's tensors by the names of a model's parameters, read when they are asked for.
+
+    transformers renames and joins tensors while it loads them: experts that are stored one by one
+    become one parameter. This does the same for a single parameter, with transformers' own rules.
+
+    Attributes:
+        stored: Parameter -> the checkpoint's names of the tensors that it is made of.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+        self._checkpoint, self._model = checkpoint, model
+        transforms = get_model_conversion_mapping(model)
+        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+        converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        known, prefix = model.state_dict(), model.base_model_prefix
+        self._converters: dict[str, WeightConverter] = {}
+        self._patterns: dict[str, str] = {}
+        self.stored: dict[str, list[str]] = {}
+        for stored in sorted(checkpoint, key=dot_natural_key):
+            name, pattern = rename_source_key(stored, renamings, converters, prefix, known)
+            if name not in known:
+                name, pattern = rename_source_key(stored, [], [], prefix, known)
+            names = [name]
+            if pattern is not None:
+                converter = next(each for each in converters if pattern in each.source_patterns)
+                first, *others = converter.target_patterns
+                names += [name.replace(first, other) for other in others]
+                self._converters |= dict.fromkeys(names, converter)
+                self._patterns[stored] = pattern
+            for own in names:
+                self.stored.setdefault(own, []).append(stored)
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self.stored[name]
+        if name not in self._converters:
+            return self._checkpoint[stored[-1]]
+        converter = copy.deepcopy(self._converters[name])
+        for own in stored:
+            converter.add_tensor(name, own, self._patterns[own], self._checkpoint[own])
+        found: Tensor | list[Tensor]
+        found = converter.convert(name, model=self._model, config=self._model.config)[name]
+        return found[0] if isinstance(found, list) else found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
 
 
 def _safetensors_files(source: ModelOptions) -> list[Path]:

@@ -28,7 +28,7 @@ from transformers.utils import is_bitsandbytes_available
 from keylayers.errors import ModelError
 from keylayers.model.checkpoint import ADAPTER_FILES, check_folder, local_folder, required
 from keylayers.model.options import Dtype, ModelOptions, Objective
-from keylayers.updates.adapter import refuse_changed_base, refuse_trained_biases
+from keylayers.updates.adapter import FALSE_ALARM, refuse_changed_base, refuse_trained_biases
 
 # What PEFT and safetensors raise for configs and weights with wrong values; found by fuzzing.
 BAD_ADAPTER = (
@@ -137,8 +137,7 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
     refuse_changed_base(config)
     must = f"the adapter must be one for this base model, but {adapter!r}"
     with required(f"{must} does not fit", BAD_ADAPTER), warnings.catch_warnings():
-        # PEFT 0.21 saves AdaLoRA's ranks by names of parameters, and warns when it reads them.
-        warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+        warnings.filterwarnings("ignore", FALSE_ALARM, RuntimeWarning)
         # AdaLoRA's model cannot compute a loss unless it was loaded to be trained.
         is_trainable = config.peft_type == PeftType.ADALORA
         tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)

@@ -5,7 +5,6 @@ PEFT stores A and B as parameters and has no dropout here, so there is no module
 the method that looks up tokens in A (`_embed` of PEFT 0.21).
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Float
@@ -34,9 +33,8 @@ class EmbeddingUpdate(AdapterUpdate):
 
         self.layer._embed = gated_embed
 
-    def cut(self, kept: Sequence[int]) -> dict[str, Tensor]:
-        """A and B of the kept parts."""
-        a, b = self.parts.cut(*self.factors(), kept)
+    def stored(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        """A and B under the names of embeddings."""
         return {"lora_embedding_A": a, "lora_embedding_B": b}
 
     def factors(self) -> tuple[Tensor, Tensor, float]:

@@ -6,8 +6,6 @@ A and B instead of calling them, so hooks on them do not fire. We wrap the metho
 (PEFT 0.21); the gate scales one rank-r factor, not the whole stack.
 """
 
-from collections.abc import Sequence
-
 from jaxtyping import Float
 from torch import Tensor
 
@@ -54,11 +52,10 @@ class ParameterUpdate(AdapterUpdate):
         A part is the j-th singular direction of every expert: PEFT has one rank for all of them.
         """
         left, right, scaling = self.layer.get_delta_factors(self.adapter)
-        return right, left, scaling
+        return right.detach(), left.detach(), scaling
 
-    def cut(self, kept: Sequence[int]) -> dict[str, Tensor]:
-        """A and B of the kept parts, laid out as PEFT stacks the experts in them."""
-        a, b = self.parts.cut(*self.factors(), kept)
+    def stored(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        """A and B, laid out as PEFT stacks the experts in them."""
         if not self.layer._did_swap_in_out_features:  # then PEFT's factors are Aᵀ and Bᵀ
             a, b = b.mT, a.mT
         return {

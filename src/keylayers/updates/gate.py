@@ -189,9 +189,13 @@ class AdapterUpdate(Update):
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         return whole(a), whole(b), layer.scaling[name]
 
-    @abstractmethod
     def cut(self, kept: Sequence[int]) -> dict[str, Tensor]:
         """What PEFT saves for this layer with the kept parts alone, by name, at a scaling of 1."""
+        return self.stored(*self.parts.cut(*self.factors(), kept))
+
+    def stored(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        """What PEFT saves for this layer if these are its `factors`, by name."""
+        return {"lora_A.weight": a, "lora_B.weight": b}
 
 
 def cover_in_forward(layer: nn.Module, name: str, value: Callable[[], Any]) -> None:

@@ -7,8 +7,6 @@ memory over a frozen model. It holds for LoRA and rsLoRA, on linear layers, on `
 quantised ones.
 """
 
-from collections.abc import Sequence
-
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -26,11 +24,6 @@ class LoraUpdate(AdapterUpdate):
     def connect(self, gate: Gate) -> None:
         """Scale the output of A."""
         scale_output(self, self.layer.lora_A[self.adapter], gate)
-
-    def cut(self, kept: Sequence[int]) -> dict[str, Tensor]:
-        """A and B of the kept parts."""
-        a, b = self.parts.cut(*self.factors(), kept)
-        return {"lora_A.weight": a, "lora_B.weight": b}
 
 
 def scale_output(update: AdapterUpdate, part: nn.Module, gate: Gate) -> None:
