@@ -10,7 +10,9 @@ import sys
 
 import preloaded
 
-QUICK = ["--max-steps", "6", "--mask-batches", "2", "--batch-size", "4", "--lora-rank", "4"]
+QUICK_STAGE_1 = ["--max-steps", "6", "--lora-rank", "4"]
+QUICK_STAGE_2 = ["--mask-batches", "2", "--batch-size", "4"]
+QUICK = [*QUICK_STAGE_1, *QUICK_STAGE_2]
 STEPS = ["--steps", "8", "--learning-rate", "0.05"]
 
 PLAIN_PEFT = """
@@ -46,7 +48,8 @@ def printed(*arguments):
 
 def rank(tiny, output, *more):
     options = ("--model", tiny / "model", "--data", tiny / "data.jsonl", "--output", output)
-    return keylayers("rank", *options, *QUICK, *more)
+    has_stage_1 = not {"--adapter", "--tuned"} & set(more)
+    return keylayers("rank", *options, *(QUICK if has_stage_1 else QUICK_STAGE_2), *more)
 
 
 def read(output):

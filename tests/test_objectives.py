@@ -31,14 +31,18 @@ from tiny_files import CHAT_TEMPLATE, NUM_MODULES, write_rows
 
 OBJECTIVES = ("dpo", "kto", "orpo", "reward")
 STEPS = 12
-QUICK = ["--mask-batches", "1", "--batch-size", "4", "--lora-rank", "2", "--lora-alpha", "4"]
-QUICK += ["--epsilon", "0", "--learning-rate", "0.02", "--warmup-steps", "0"]
+QUICK_STAGE_1 = ["--lora-rank", "2", "--lora-alpha", "4", "--learning-rate", "0.02"]
+QUICK_STAGE_1 += ["--epsilon", "0", "--warmup-steps", "0"]
+QUICK_STAGE_2 = ["--mask-batches", "1", "--batch-size", "4"]
+QUICK = [*QUICK_STAGE_1, *QUICK_STAGE_2]
 UNMOVED = {"dpo": math.log(2), "kto": 0.5}  # losses without a preference
 
 
 def rank(tiny, data, objective, output, *more, steps=STEPS):
     options = ("--model", tiny / "model", "--data", file_for(data, objective), "--output", output)
-    options += ("--objective", objective, *QUICK, "--max-steps", steps)
+    options += ("--objective", objective, *QUICK_STAGE_2)
+    if not {"--adapter", "--tuned"} & set(more):
+        options += (*QUICK_STAGE_1, "--max-steps", steps)
     return keylayers("rank", *options, *more)
 
 

@@ -40,13 +40,13 @@ class Options:
                 f"{' and '.join(given) or 'none'}"
             )
 
-    def check_left_out(self, without: str, *names: str, why: str = "") -> None:
+    def check_left_out(self, where: str, *names: str, why: str = "") -> None:
         """Raise a ConfigError if one of these options, or of all, has no effect but is given."""
         for option in fields(self):
             is_given = getattr(self, option.name) != option.default
             if is_given and (option.name in names or not names):
                 name = option.name.rstrip("_")
-                raise ConfigError(f"`{name}` must be left out without `{without}`{why}")
+                raise ConfigError(f"`{name}` must be left out {where}{why}")
 
 
 def checked(default: Any, check: Check) -> Any:

@@ -192,6 +192,10 @@ Update = Annotated[UpdateOptions, flat("An update that exists already")]
 Objective = Annotated[ObjectiveOptions, flat("Objective")]
 Training = Annotated[TrainingOptions, flat("Fine-tuning")]
 Stability = Annotated[StabilityOptions, flat("When stage 1 ends")]
+OF_STAGE_1 = (  # options of training that score nothing
+    *("update", "learning_rate", "warmup_steps", "gradient_accumulation", "save_steps"),
+    *("lora_rank", "lora_alpha"),
+)
 Scoring = Annotated[ScoringFlags, flat("Scoring")]
 Curve = Annotated[MeasuringOptions, flat("Measuring")]
 
@@ -222,7 +226,12 @@ class RankOptions:
             )
         if self.has_stage_1:
             self.training.check_weights(self.model)
-        elif self.update.tuned is not None and self.model.load_in_4bit:
+            return
+        where = f"with `{'adapter' if self.update.adapter else 'tuned'}`"
+        unused = [name for name in OF_STAGE_1 if name != "lora_rank" or not self.is_extracted]
+        self.training.check_left_out(where, *unused, why=": nothing is fine-tuned")
+        self.stability.check_left_out(where, why=": nothing is fine-tuned")
+        if self.update.tuned is not None and self.model.load_in_4bit:
             raise ConfigError(
                 "`load_in_4bit` must be left out with `tuned`: the difference of two checkpoints "
                 "needs the base's own weights"
@@ -263,7 +272,7 @@ class TrainOptions:
             self.stability.cap_within(self.selection.steps)
             return
         for part in (self.stability, self.scoring):
-            part.check_left_out("rank_first", why=": the modules are ranked already")
+            part.check_left_out("without `rank_first`", why=": the modules are ranked already")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,7 +82,7 @@ class BenchmarkOptions(Options):
         object.__setattr__(self, "tasks", tuple(dict.fromkeys(filter(None, names))))
         super().__post_init__()
         if not self.tasks:
-            self.check_left_out("tasks")
+            self.check_left_out("without `tasks`")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +104,13 @@ class LossOptions(ReadingOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.data is None:
-            self.check_left_out("data", "format", "max_examples", "held_out", "split_seed")
+            self.check_left_out(
+                "without `data`", "format", "max_examples", "held_out", "split_seed"
+            )
         if self.forgetting_data is None:
-            self.check_left_out("forgetting_data", "forgetting_examples")
+            self.check_left_out("without `forgetting_data`", "forgetting_examples")
         if self.data is None and self.forgetting_data is None:
-            self.check_left_out("data", "data_split", "max_length")
+            self.check_left_out("without `data`", "data_split", "max_length")
 
     def data_options(self, data: str) -> DataOptions:
         """How `data` is read and split, as `rank` and `train` do it."""
