@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 from keylayers.scores.gradient_path import sum_of_shares
 
 from findings import GROUPS
-from tables import load, markdown
+from tables import interval, load, markdown
 
 KINDS = {"subsets": "10 to 50 %", "one size": "20 %"}
 CONTROLS = {
@@ -66,10 +66,11 @@ def masks_table():
 def arms_table():
     """Trainings from scratch at each arm's own learning rate, means over seeds (and the range)."""
     results = [one for one in load("real")["results"] if one["data"] == "trec"]
-    arms = dict.fromkeys(one["arm"] for one in results)
-    rows = [[_title(arm), *_measured(results, arm)] for arm in arms]
-    titles = ["trained", "seeds", "rate", "LoRA parameters", "correct", "loss", "Alpaca's loss"]
-    return markdown([*titles, "CPU s a step"], rows)
+    arms = {arm: _at_its_rate(results, arm) for arm in dict.fromkeys(r["arm"] for r in results)}
+    every = {one["seed"]: one["test_nats"] for one in arms["all 1"]}
+    rows = [[_title(arm), *_measured(own, every)] for arm, own in arms.items()]
+    titles = ["trained", "seeds", "rate", "LoRA parameters", "correct", "loss"]
+    return markdown([*titles, "minus that of all", "Alpaca's loss", "CPU s a step"], rows)
 
 
 def _title(arm):
@@ -82,19 +83,26 @@ def _title(arm):
     return f"{words}, {float(size):.0%}".replace("%", " %") + (more and f",{more}")
 
 
-def _measured(results, arm):
-    """What a row shows: at the rate that the first seed chose, of all seeds that have it."""
+def _at_its_rate(results, arm):
+    """The results of an arm at the rate that the first seed chose, of all seeds that have it."""
     own = [one for one in results if one["arm"] == arm]
     tried = [one for one in own if one["seed"] == 0]
     rate = min(tried, key=lambda one: one["validation_nats"] + one.get("training_nats", 0))["rate"]
-    own = [one for one in own if one["rate"] == rate]
+    return [one for one in own if one["rate"] == rate]
+
+
+def _measured(own, every):
+    """What a row shows of an arm's results; `every` has the loss of training all, by seed."""
     right = [100 * one["is_right"].count("1") / len(one["is_right"]) for one in own]
     yield str(len(own))
-    yield f"{rate:g}" if arm != "base" else ""
+    is_trained = own[0]["arm"] != "base"
+    yield f"{own[0]['rate']:g}" if is_trained else ""
     counts = [one.get("num_trained_parameters", 0) for one in own]
     yield f"{statistics.mean(counts) / 1e6:.1f} M" if any(counts) else "0"
     yield _with_range(right, ".1f") + " %"
     yield _with_range([one["test_nats"] for one in own], ".3f")
+    apart = [one["test_nats"] - every[one["seed"]] for one in own if one["seed"] in every]
+    yield interval(apart) if is_trained and any(apart) and len(apart) > 1 else ""
     yield _with_range([one["forgetting_nats"] for one in own], ".2f")
     seconds = [one["step_cpu_seconds"] for one in own if "step_cpu_seconds" in one]
     yield f"{statistics.mean(seconds):.1f}" if seconds else ""

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from findings import DATA
-from tables import load, markdown
+from tables import interval, load, markdown
 
 RIVALS = (
     "uniform rank",
@@ -17,6 +17,7 @@ RIVALS = (
     "ratio to the largest",
 )
 OURS = ("fisher-pruning", "elimination", "path", "price", "ila", "modules by elimination")
+SHOWN = ("uniform rank", "modules by elimination", "random", "all")  # of trained adapters
 GRID = np.geomspace(0.01, 1, 40)  # shares of the adapter's parameters
 MARGIN_NATS = 0.01
 
@@ -137,4 +138,45 @@ def parts_orders():
     return markdown(["order", *shown], rows)
 
 
-TABLES = (parts_table, extract_table, parts_orders)
+def healing_table():
+    """Losses after training: cut adapters (healed), and new matrices with the ranks (retrained)."""
+    rows = []
+    for (data, kind), trained in at_best_rates("healing", ["kind", "order"]).items():
+        after = trained["held_out_loss_nats"].unstack("order")
+        before = trained["before_nats"].unstack("order").mean()
+        ours, best = "fisher-pruning", after[[*RIVALS]].mean().idxmin()
+        means = after.mean()
+        rows.append(
+            [
+                f"{DATA[data]} ({len(after)})",
+                kind,
+                f"{before[ours]:.3f} / {before[best]:.3f}" if kind == "healed" else "",
+                f"{means[ours]:.3f} / {means[best]:.3f} ({best})",
+                interval(after[ours] - after[best]),
+                *(f"{means[label]:.3f}" for label in SHOWN),
+            ]
+        )
+    titles = ["data (seeds)", "trained", "before: ours / best", "after: ours / best", "paired"]
+    return markdown([*titles, *SHOWN], rows)
+
+
+def at_best_rates(record, arm):
+    """(data, first of `arm`) -> results by seed and the rest of `arm`, of seeds that have it all.
+
+    Each at the learning rate that the first seed chose by the loss on the mask data.
+    """
+    found = pd.DataFrame(
+        cell["cell"] | result for cell in load(record)["cells"] for result in cell["results"]
+    )
+    keys = ["data", *arm]
+    of_first = found[found["seed"] == 0].sort_values("mask_loss_nats").drop_duplicates(keys)
+    chosen = found.merge(of_first[[*keys, "rate"]], on=[*keys, "rate"])
+    tables = {}
+    for key, own in chosen.groupby(keys[:2], sort=False):
+        counts = own.groupby("seed").size()
+        complete = counts[counts == counts.max()].index
+        tables[key] = own[own["seed"].isin(complete)].set_index(["seed", *arm[1:]])
+    return tables
+
+
+TABLES = (parts_table, extract_table, parts_orders, healing_table)

@@ -265,30 +265,31 @@ def test_prune_keeps_the_fewest_parts_within_a_loss(ranked_parts, ranked, tmp_pa
 
 
 def test_a_cut_adapter_can_be_healed(ranked, ranked_parts, ranked_full, tmp_path):
-    losses = {}
-    for steps in (0, 12):
-        wanted = (
-            "--budget",
-            "0.1x-params",
-            "--heal-steps",
-            steps,
-            "--output",
-            tmp_path / f"{steps}",
-        )
-        code, said, err = printed("prune", "--ranking", ranked_parts, *wanted)
+    cut = ("prune", "--ranking", ranked_parts, "--budget", "0.1x-params")
+    heal = ("--heal-steps", 12)
+    results = []
+    for name, wanted in (
+        ("plain", ()),
+        ("healed", heal),
+        ("slowly", (*heal, "--heal-learning-rate", 1e-6)),
+    ):
+        code, said, err = printed(*cut, *wanted, "--output", tmp_path / name)
         assert code == 0, err
-        losses[steps] = record_of(tmp_path / f"{steps}")["result"]
-    plain, healed = losses.values()
+        results.append(record_of(tmp_path / name)["result"])
+        assert f"{results[-1].get('healed_loss_nats', 0):.4f}" in said or name == "plain"
+    plain, healed, slowly = results
     assert "healed_loss_nats" not in plain
     assert healed["pruned_loss_nats"] == plain["pruned_loss_nats"]
     assert healed["healed_loss_nats"] < healed["pruned_loss_nats"]
-    assert f"{healed['healed_loss_nats']:.4f}" in said
-    before, after = (weights_in(tmp_path / f"{steps}") for steps in losses)
+    assert slowly["healed_loss_nats"] == pytest.approx(plain["pruned_loss_nats"], abs=1e-3)
+    before, after = (weights_in(tmp_path / name) for name in ("plain", "healed"))
     assert {name: (v.shape, v.dtype) for name, v in before.items()} == {
         name: (v.shape, v.dtype) for name, v in after.items()
     }
     code, _, err = printed("prune", "--ranking", ranked_full, "--budget", "0.3", "--heal-steps", 2)
     assert (code, "it trains the LoRA matrices of an adapter" in complaint_in(err)) == (2, True)
+    code, _, err = printed(*cut, "--heal-learning-rate", 1e-3)
+    assert (code, "left out without `heal_steps`" in complaint_in(err)) == (2, True)
 
 
 KEPT_WHOLE = {"r": 4, "target_modules": ["q_proj", "up_proj"], "modules_to_save": ["lm_head"]}

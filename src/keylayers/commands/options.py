@@ -105,18 +105,23 @@ class CutOptions(BudgetOptions):
             every module is a multiple of this, for engines that need it.
         heal_steps: Train the cut adapter afterwards for this many steps on the training examples,
             with the defaults of `train`.
+        heal_learning_rate: Peak learning rate of these steps. Default: that of `train`; an adapter
+            of a few per cent of the parameters may need several times more.
     """
 
     ranking: str = field()  # required; without `field()` it would inherit the default
     max_loss: float | None = checked(None, check_above_zero)
     pad_ranks: int = checked(1, at_least(1))
     heal_steps: int = checked(0, at_least(0))
+    heal_learning_rate: float | None = checked(None, check_above_zero)
 
     one_of: ClassVar = BudgetOptions.one_of | {"max_loss": "such as 0.01 nats"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check()
+        if not self.heal_steps:
+            self.check_left_out("without `heal_steps`", "heal_learning_rate")
 
 
 @dataclass(frozen=True, kw_only=True)

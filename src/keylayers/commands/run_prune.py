@@ -242,8 +242,9 @@ class _Cut:
             for weight in own_parameters(layer):
                 weight.requires_grad_(True)
         prove_trainable(model, kept)
-        steps = self.options.selection.heal_steps
-        training = TrainingOptions(**asdict(self.options.objective))
+        wanted, objective = self.options.selection, self.options.objective
+        steps, rate = wanted.heal_steps, wanted.heal_learning_rate
+        training = TrainingOptions(**asdict(objective), learning_rate=rate)
         trainer = self.session.trainer(model, training, steps, "heal")
         with self.session.progress.stage("training the cut adapter", steps) as on_step:
             fine_tune(trainer, None, on_step)
