@@ -10,6 +10,7 @@ import pytest
 from commands import keylayers
 from damage import LARGE, damaged_yaml, fuzz, run
 from keylayers.commands import study_cells
+from keylayers.errors import ConfigError
 from studies import METHODS, plan_of, planned, tiny_study, write
 
 pytestmark = pytest.mark.filterwarnings(LARGE)
@@ -118,6 +119,18 @@ def test_a_training_may_have_another_model_and_other_data():
     for options, revision in (({}, None), ({"train_revision": "abc"}, "abc")):
         (cell,) = planned(budget=0.3, revision="abc", train_model="n", **options)["training"]
         assert (flag(cell, "--model"), flag(cell, "--revision")) == ("n", revision)
+
+
+def test_options_of_a_fine_tune_are_for_the_trainings_where_the_update_is_given():
+    cells = planned(adapter="a", budget=0.3, learning_rate=0.1, lora_rank=4)
+    study_cells.check([*cells["ranking"], *cells["training"]])
+    assert "--lora-rank" not in cells["ranking"][0].words
+    assert flag(cells["training"][0], "--lora-rank") == "4"
+    with pytest.raises(ConfigError, match=r"none of its cells .* takes `max_steps`"):
+        planned(adapter="a", max_steps=5)
+    parts = {"granularity": "part", "method": "fisher-pruning"}
+    (cell,) = planned(tuned="t", lora_rank=4, **parts)["ranking"]
+    assert flag(cell, "--lora-rank") == "4"
 
 
 def test_an_evaluation_is_of_what_was_trained():

@@ -17,7 +17,7 @@ from typing import Any
 from cyclopts import App
 
 from keylayers.cli import app as keylayers
-from keylayers.commands.options import option_fields
+from keylayers.commands.options import OF_STAGE_1, option_fields
 from keylayers.commands.repeat import flag_words
 from keylayers.commands.study_grid import Study
 from keylayers.data.options import DataOptions
@@ -146,7 +146,12 @@ class _Maker:
     def _ranked(self, options: Options) -> dict[str, Cell]:
         """A ranking; before it stage 1 if there is no update yet; after it the mask curve."""
         cells, shared, update = {}, {}, {}
-        if "adapter" not in options and "tuned" not in options:
+        if "adapter" in options or "tuned" in options:
+            is_extracted = "tuned" in options and options.get("granularity") == "part"
+            unused = {*OF_STAGE_1} - ({"lora_rank"} if is_extracted else set())
+            known = [name for name in defaults_of("rank", ("stability",)) if name not in unused]
+        else:
+            known = [*defaults_of("rank")]
             names, fastest = defaults_of("rank", ("update", "scoring")), {"method": "update-norm"}
             cells["stage-1"] = self._cell("stage-1", options, names, fastest, [])
             folder = cells["stage-1"].folder
@@ -154,7 +159,7 @@ class _Maker:
             if options.get("update") == "full":
                 update = {"tuned": folder / STAGE_1_CHECKPOINT}
         before = [*cells.values()]
-        ranking = self._cell("ranking", options, defaults_of("rank"), shared, before)
+        ranking = self._cell("ranking", options, known, shared, before)
         cells["ranking"] = ranking
         if self.study.verify or options.get("budget") == AUTO:
             names, place = defaults_of("verify"), {"ranking": ranking.folder, **update}
