@@ -4,8 +4,8 @@
     python experiments/rates.py CELLS_FOLDER --shared SHARED_FOLDER [--collect RECORD]
 
 A module's rate is the arm's own times a factor that falls evenly (on a logarithmic scale) from the
-first module of an order to the last, and is 1 in the mean. Controls: the same rate everywhere, the
-order reversed, random orders. `sweeps.py` tells how the arm's own rate is chosen.
+first module of an order to the last, with a geometric mean of 1. Controls: the same rate
+everywhere, the order reversed, random orders. `sweeps.py` tells how the arm's own rate is chosen.
 """
 
 import random
@@ -61,7 +61,11 @@ def by_module(fresh, rate, factors):
     options["lr"] = rate * trainer.args.learning_rate
     trainer.optimizer = kind(
         [
-            {"params": list(weights_of(update)), "lr": options["lr"] * factors[update.module.name]}
+            {
+                "params": list(weights_of(update)),
+                "lr": options["lr"] * factors[update.module.name],
+                "weight_decay": trainer.args.weight_decay,
+            }
             for update in fresh.updates
         ],
         **options,

@@ -19,10 +19,10 @@ import cells
 
 
 class Sweep:
-    """The trainings of one cell; `first` is that of the seed on which rates are tried."""
+    """The trainings of one cell; `first` is seed 0's, on which rates are tried."""
 
-    def __init__(self, cell, folder, shared, file, first=None):
-        self.cell, self.folder, self.shared, self.first = cell, folder, shared, first
+    def __init__(self, cell, folder, shared, file):
+        self.cell, self.folder, self.shared, self.first = cell, folder, shared, None
         self.path = folder / cell.name / file
         self.content = {"cell": {"data": cell.data, "seed": cell.seed}, "results": []}
         if self.path.exists():
@@ -46,6 +46,7 @@ class Sweep:
             rates = (best, 2 * best, best / 2)
         else:
             of_first = self.first._tried(arm)
+            assert of_first, f"{arm} of seed 0 must be trained first"
             rates = [min(of_first, key=of_first.get)]
         return next((rate for rate in rates if rate not in tried), None)
 
@@ -80,8 +81,9 @@ def main(description, cell_type, file, run):
         return
     torch.set_num_threads(1)
     for data in given.data:
-        first = None
         for seed in given.seeds:
-            sweep = Sweep(cell_type(data, seed), given.folder, given.shared, file, first)
-            run(sweep)
-            first = first or sweep
+            first, own = (
+                Sweep(cell_type(data, one), given.folder, given.shared, file) for one in (0, seed)
+            )
+            own.first = first if seed else None
+            run(own)

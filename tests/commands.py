@@ -15,6 +15,15 @@ QUICK_STAGE_2 = ["--mask-batches", "2", "--batch-size", "4"]
 QUICK = [*QUICK_STAGE_1, *QUICK_STAGE_2]
 STEPS = ["--steps", "8", "--learning-rate", "0.05"]
 
+EXPERTS_OF_PLAIN_PEFT = """
+import sys
+from peft import AutoPeftModelForCausalLM
+from peft.tuners.lora.layer import ParamWrapper
+model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1])
+found = [each.parameter_name for each in model.modules() if isinstance(each, ParamWrapper)]
+print(*sorted(found))
+"""
+
 PLAIN_PEFT = """
 import sys
 from peft import AutoPeftModelForCausalLM

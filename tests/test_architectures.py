@@ -6,11 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import Chunk, WeightConverter
 
 from architectures import NAMED, changed_modules, modules_of, table, trainer_of
 from keylayers import rank_modules
+from keylayers.apply.prune import names_in_base
 from keylayers.apply.trainable import add_lora
+from keylayers.errors import ModelError
 from keylayers.gates import gated
+from keylayers.model import checkpoint
 from keylayers.model.checkpoint import Checkpoint
 from keylayers.model.options import ModelOptions
 from keylayers.updates import adapter_updates
@@ -56,8 +62,40 @@ def test_a_stored_checkpoint_is_read_by_the_names_of_the_models_parameters(archi
     model.save_pretrained(tmp_path, max_shard_size="10KB")
     stored = Checkpoint.open(ModelOptions(model=str(tmp_path)))
     named = stored.named_as_in(model)
-    assert all(torch.equal(named[name], weight) for name, weight in model.named_parameters())
+    assert [n for n, own in model.named_parameters() if not torch.equal(named[n], own)] == []
     assert {own for names in named.stored.values() for own in names} == set(stored)
+
+
+def test_of_two_tensors_for_one_parameter_the_one_is_read_that_transformers_loads(tmp_path):
+    NAMED["Llama"].build().save_pretrained(tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.0.self_attn.q_proj.weight"
+    weights = load_file(file)
+    weights[name.removeprefix("model.")] = weights[name] + 1
+    save_file(weights, file, metadata={"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    named = Checkpoint.open(ModelOptions(model=str(tmp_path))).named_as_in(loaded)
+    assert torch.equal(named[name], loaded.get_parameter(name))
+
+
+def test_one_tensor_that_is_stored_for_three_parameters(tmp_path, monkeypatch):
+    model, block = NAMED["GPT-NeoX"].build(), "gpt_neox.layers.0"
+    parts = [f"mlp.part_{letter}.weight" for letter in "abc"]
+    file = tmp_path / "model.safetensors"
+    whole = torch.arange(12.0).reshape(6, 2)
+    save_file({f"{block}.mlp.whole.weight": whole}, file, metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text("{}")
+    for part in parts:
+        name = part.split(".")[1]
+        for layer in model.gpt_neox.layers:
+            layer.mlp.add_module(name, torch.nn.Linear(2, 2, bias=False))
+    converter = WeightConverter("mlp.whole.weight", parts, [Chunk(dim=0)])
+    monkeypatch.setattr(checkpoint, "get_model_conversion_mapping", lambda _: [converter])
+    stored = Checkpoint.open(ModelOptions(model=str(tmp_path)))
+    named = stored.named_as_in(model)
+    for index, part in enumerate(parts):
+        assert torch.equal(named[f"{block}.{part}"], whole[2 * index :][:2])
+    with pytest.raises(ModelError, match=r"be stored alone, .*mlp.whole.* also holds .*part_b"):
+        names_in_base(stored, stored, model, [f"{block}.mlp.part_a"])
 
 
 @torch.no_grad()

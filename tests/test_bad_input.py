@@ -100,6 +100,7 @@ LOOP = "{here}/circle/loop.jsonl"  # a link to itself; another link leads back t
 CASES = {
     "rank": [
         ({"adapter": "{tiny}/adapter", "max-steps": "6"}, "left out with `adapter`: nothing is"),
+        ({"adapter": "{tiny}/adapter", "stage-1": "{here}/own"}, "`stage_1` must be left out with"),
         ({"tuned": "{tiny}/tuned", "lora-rank": "4"}, "`lora_rank` must be left out with `tuned`"),
         ({"model": "{here}/nowhere"}, "there is no such folder"),
         ({"model": "{here}/no_model"}, "the folder holds no config.json"),

@@ -2,6 +2,7 @@
 """What pruning does to files: what is kept keeps its bits, whatever kind of adapter or shards."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -196,6 +197,17 @@ def test_exactly_the_pruned_modules_get_the_bases_weights_back(tmp_path, base_dt
     from_tuned = {n for n in written if torch.equal(written[n], tuned[n])}
     assert from_base == RESTORED
     assert from_tuned == set(tuned) - RESTORED
+
+
+def test_a_base_without_the_models_prefix_in_its_names_is_found(tmp_path):
+    checkpoints(tmp_path, shard="10MB")
+    written = dict(restore(tmp_path)[0])
+    file = tmp_path / "base" / "model.safetensors"
+    weights = {name.removeprefix("model."): value for name, value in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    shutil.rmtree(tmp_path / "cut")
+    again = restore(tmp_path)[0]
+    assert all(torch.equal(again[name], value) for name, value in written.items())
 
 
 def _another_is_restored(path, values, write):

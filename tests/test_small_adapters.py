@@ -9,9 +9,10 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, T5Config
 
 from commands import (
+    EXPERTS_OF_PLAIN_PEFT,
     PLAIN_PEFT,
     complaint_in,
     fresh_process,
@@ -220,7 +221,16 @@ def test_an_adapter_is_extracted_from_stacked_experts(tiny, tmp_path):
     cut, whole = record_of(output / "pruned")["result"], weights_in(output / "adapter")
     size = sum(value.numel() for value in whole.values())
     assert 0 < cut["pruned"]["num_parameters"] <= 0.3 * size
-    assert set(fresh_process(PLAIN_PEFT, output / "pruned"))
+    kept = [name for name in cut["modules"] if ".experts." in name]
+    experts = sorted(name.rpartition(".")[2] for name in kept)
+    assert fresh_process(EXPERTS_OF_PLAIN_PEFT, output / "pruned") == experts
+
+
+def test_a_base_that_is_not_causal_is_one_line(tiny, tmp_path):
+    T5Config().save_pretrained(tmp_path / "t5")
+    own = ("--tuned", tiny / "tuned", "--data", tiny / "data.jsonl", "--output", tmp_path / "out")
+    code, _, err = printed("extract", "--model", tmp_path / "t5", *own, "--budget", "3")
+    assert (code, "must be a causal language model" in complaint_in(err)) == (2, True)
 
 
 def test_prune_cuts_to_parts_and_says_what_it_costs(ranked_parts, tmp_path):
@@ -276,12 +286,14 @@ def test_a_cut_adapter_can_be_healed(ranked, ranked_parts, ranked_full, tmp_path
         code, said, err = printed(*cut, *wanted, "--output", tmp_path / name)
         assert code == 0, err
         results.append(record_of(tmp_path / name)["result"])
-        assert f"{results[-1].get('healed_loss_nats', 0):.4f}" in said or name == "plain"
+        if name != "plain":
+            assert f"{results[-1]['healed_loss_nats']:.4f}" in said
     plain, healed, slowly = results
     assert "healed_loss_nats" not in plain
     assert healed["pruned_loss_nats"] == plain["pruned_loss_nats"]
-    assert healed["healed_loss_nats"] < healed["pruned_loss_nats"]
-    assert slowly["healed_loss_nats"] == pytest.approx(plain["pruned_loss_nats"], abs=1e-3)
+    gain = plain["pruned_loss_nats"] - healed["healed_loss_nats"]
+    assert gain > 0
+    assert abs(plain["pruned_loss_nats"] - slowly["healed_loss_nats"]) < gain / 10
     before, after = (weights_in(tmp_path / name) for name in ("plain", "healed"))
     assert {name: (v.shape, v.dtype) for name, v in before.items()} == {
         name: (v.shape, v.dtype) for name, v in after.items()

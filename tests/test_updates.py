@@ -13,6 +13,7 @@ from peft import PeftModel
 
 from architectures import changed_modules
 from commands import (
+    EXPERTS_OF_PLAIN_PEFT,
     best,
     changed_weights,
     complaint,
@@ -95,6 +96,11 @@ def test_rank_again_verify_prune_and_train(tiny, kind, tmp_path, capsys):
 
     for budget in (1, 5, 11) if kind == "experts" else (5,):
         check_pruned(ranked, kind, budget, place)
+    if kind == "full experts":
+        output = tmp_path / "trained"
+        given = ("--budget", 5, "--steps", 2, "--output", output)
+        assert keylayers("train", "--ranking", ranked, *given) == 0
+        assert changed_parameters(place, output) == parameters_of(best(ranked, 5))
     if "full" not in kind and "experts" not in kind:
         check_trained(ranked, kind, tiny)
     if kind == "dora":
@@ -124,18 +130,17 @@ def check_ranking(ranked, kind):
 EXPERT = re.compile(r"block_sparse_moe\.experts\.\d+\.(w\d)\.weight")
 
 
-def stacked(found):
-    return f"mlp.experts.{'down_proj' if found[1] == 'w2' else 'gate_up_proj'}"
+def changed_parameters(place, folder):
+    """The parameters that differ from the base model's."""
+
+    def stacked(found):
+        return f"mlp.experts.{'down_proj' if found[1] == 'w2' else 'gate_up_proj'}"
+
+    return {EXPERT.sub(stacked, name) for name in changed_weights(place / "model", folder)}
 
 
-EXPERTS_OF_PLAIN_PEFT = """
-import sys
-from peft import AutoPeftModelForCausalLM
-from peft.tuners.lora.layer import ParamWrapper
-model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1])
-found = [each.parameter_name for each in model.modules() if isinstance(each, ParamWrapper)]
-print(*sorted(found))
-"""
+def parameters_of(modules):
+    return {name if ".experts." in name else f"{name}.weight" for name in modules}
 
 
 def check_pruned(ranked, kind, budget, place):
@@ -144,10 +149,7 @@ def check_pruned(ranked, kind, budget, place):
     assert keylayers("prune", "--ranking", ranked, "--budget", budget, "--output", output) == 0
     assert set(record_of(output)["result"]["modules"]) == kept
     if "full" in kind:
-        changed = changed_weights(place / "model", output)
-        assert {EXPERT.sub(stacked, name) for name in changed} == {
-            name if ".experts." in name else f"{name}.weight" for name in kept
-        }
+        assert changed_parameters(place, output) == parameters_of(kept)
         return
     before, after = weights_in(ranked / "adapter"), weights_in(output)
     if kind == "experts":

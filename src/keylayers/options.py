@@ -41,7 +41,10 @@ class Options:
             )
 
     def check_left_out(self, where: str, *names: str, why: str = "") -> None:
-        """Raise a ConfigError if one of these options, or of all, has no effect but is given."""
+        """Raise a ConfigError if one of `names` (default: of all) is given, but has no effect.
+
+        `where` says when it has none, such as "without `data`".
+        """
         for option in fields(self):
             is_given = getattr(self, option.name) != option.default
             if is_given and (option.name in names or not names):

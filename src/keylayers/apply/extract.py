@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A LoRA adapter out of the difference of two checkpoints, by a randomised SVD of each matrix.
 
-One module's difference is in memory at a time. Scaling is 1, and A and B both have `√σ`.
+One module's difference is in memory at a time (experts that are stored apart need twice that while
+they are joined). Scaling is 1, and A and B both have `√σ`.
 """
 
 import math
@@ -18,6 +19,7 @@ from keylayers.model.options import ModelOptions, Towers
 from keylayers.progress import Progress
 from keylayers.updates import adapter_updates, dense_updates
 from keylayers.updates.checkpoints import other_differences
+from keylayers.updates.gate import ProductUpdate
 
 OVERSAMPLING = 8  # directions beyond the rank, and power iterations: Halko, Martinsson, Tropp 2011
 POWER_ITERATIONS = 4
@@ -66,6 +68,7 @@ def extract_adapter(
     ranks = {name: a.shape[-2] for name, (a, _) in factors.items()}
     adapted = add_lora(model, ranks, r=rank, lora_alpha=rank)
     for found in adapter_updates(adapted):
+        assert isinstance(found, ProductUpdate)
         own = found.stored(*factors[found.module.name])
         found.layer.lora_A[found.adapter].weight.copy_(own["lora_A.weight"])
         found.layer.lora_B[found.adapter].weight.copy_(own["lora_B.weight"])
@@ -77,7 +80,10 @@ def extract_adapter(
 
 
 def _leading(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of the leading directions of one matrix or several; the same for the same one."""
+    """A and B of the leading directions of one matrix, or of each in a stack.
+
+    The same input gives the same result.
+    """
     rank = min(rank, *delta.shape[-2:])
     with torch.random.fork_rng(device_type=delta.device.type if delta.is_cuda else "cuda"):
         torch.manual_seed(SEED)

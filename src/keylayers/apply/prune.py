@@ -41,6 +41,7 @@ from keylayers.updates.checkpoints import value_like
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NESTED = ".base_layer"  # what PEFT adds to the path of a layer in another layer
+SAVE_AGAIN = "save both with save_pretrained(folder, save_original_format=False), and prune these"
 PREFIX = "base_model.model."  # PEFT's, before the names of the base model
 
 
@@ -111,7 +112,7 @@ def prune_checkpoint(
 ) -> tuple[Checkpoint, list[str]]:
     """Write the tuned checkpoint to `folder` with the base's weights in the modules `pruned`.
 
-    `model` is one of their kind, which tells where its modules' weights are stored. Shards, dtypes
+    `model` has their architecture; it says under which names weights are stored. Shards, dtypes
     and all other tensors stay as they are, and one tensor at a time is in memory. Returns the tuned
     checkpoint, and the names of the tensors that have the base's values now.
     """
@@ -119,20 +120,11 @@ def prune_checkpoint(
     _copy_files(local_folder(tuned, patterns, "a model"), folder, patterns)
     old, source = Checkpoint.open(ModelOptions(model=tuned)), Checkpoint.open(base)
     files = old.files
-    parts = {f"{name}{end}" for name in pruned for end in ("", ".weight", ".bias")}
-    stored = old.named_as_in(model).stored
-    restored = list(dict.fromkeys(own for part in parts for own in stored.get(part, ())))
-    for name, own in stored.items():
-        if name not in parts and (shared := set(own) & set(restored)):
-            raise ModelError(
-                f"a module that is pruned must be stored alone, but {min(shared)} of the tuned "
-                f"checkpoint also holds {name}; load it with transformers, save it again, and "
-                f"prune that"
-            )
+    restored = names_in_base(old, source, model, pruned)
 
     def expected(name: str) -> Tensor:
         value = old[name]
-        return value_like(source, name, value, "the base") if name in restored else value
+        return value_like(source, restored[name], value, "the base") if name in restored else value
 
     for path in dict.fromkeys(files.values()):
         copy = folder / path.name
@@ -140,7 +132,31 @@ def prune_checkpoint(
         _overwrite(copy, ((name, expected(name)) for name in restored if files[name] == path))
     written = Checkpoint.open(ModelOptions(model=str(folder)))
     _prove_same_bits(written, files, expected)
-    return old, restored
+    return old, list(restored)
+
+
+def names_in_base(
+    tuned: Checkpoint, base: Checkpoint, model: PreTrainedModel, modules: Sequence[str]
+) -> dict[str, str]:
+    """The stored tensors of the modules' weights in `tuned` -> the same ones in `base`."""
+    parts = dict.fromkeys(f"{name}{end}" for name in modules for end in ("", ".weight", ".bias"))
+    mine, theirs = (checkpoint.named_as_in(model).stored for checkpoint in (tuned, base))
+    found: dict[str, str] = {}
+    for part in (part for part in parts if part in mine):
+        others = theirs.get(part, mine[part])
+        if len(others) != len(mine[part]):
+            raise ModelError(
+                f"the two checkpoints must be stored alike, but {part} is in {len(mine[part])} "
+                f"tensors of the tuned one and in {len(others)} of the base; {SAVE_AGAIN}"
+            )
+        found |= dict(zip(mine[part], others, strict=True))
+    for name, own in mine.items():
+        if name not in parts and (shared := found.keys() & own):
+            raise ModelError(
+                f"a module that is pruned must be stored alone, but {min(shared)} of the tuned "
+                f"checkpoint also holds {name}; {SAVE_AGAIN}"
+            )
+    return found
 
 
 def _overwrite(path: Path, values: Iterable[tuple[str, Tensor]]) -> None:

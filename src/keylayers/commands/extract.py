@@ -78,8 +78,8 @@ class ExtractOptions:
         from keylayers.model.loading import empty_model
         from keylayers.model.modules import map_modules
 
-        size, infos = self.size, map_modules(empty_model(self.model), self.model.towers)
-        has_experts = any(info.is_stacked for info in infos)
+        size, model = self.size, empty_model(self.model, self.objective.objective)
+        has_experts = any(info.is_stacked for info in map_modules(model, self.model.towers))
         of_method: dict[str, Any] = {"granularity": "part", "mask_batches": size.mask_batches}
         return RankOptions(
             model=self.model,
@@ -116,9 +116,8 @@ def extract(
 
     Decomposes the difference of every module, ranks the rank-one parts of all modules by the loss
     (with fisher-pruning; mixtures of experts with elimination), and keeps the best: which modules,
-    and which rank each. Writes the adapter of all parts
-    (`adapter`), their ranking, which `keylayers prune` cuts again at other sizes, and the small
-    adapter (`pruned`).
+    and which rank each. Writes the adapter of all parts (`adapter`), their ranking, which
+    `keylayers prune` cuts again at other sizes, and the small adapter (`pruned`).
 
     Args:
         output: Folder of the three.

@@ -197,12 +197,17 @@ Update = Annotated[UpdateOptions, flat("An update that exists already")]
 Objective = Annotated[ObjectiveOptions, flat("Objective")]
 Training = Annotated[TrainingOptions, flat("Fine-tuning")]
 Stability = Annotated[StabilityOptions, flat("When stage 1 ends")]
-OF_STAGE_1 = (  # options of training that score nothing
-    *("update", "learning_rate", "warmup_steps", "gradient_accumulation", "save_steps"),
-    *("lora_rank", "lora_alpha"),
-)
 Scoring = Annotated[ScoringFlags, flat("Scoring")]
 Curve = Annotated[MeasuringOptions, flat("Measuring")]
+
+
+def of_stage_1_alone(*, is_extracted: bool) -> tuple[str, ...]:
+    """Options of training that have no effect on a ranking of an update that is there already.
+
+    An adapter that is extracted from two checkpoints has a rank, too.
+    """
+    names = ("update", "learning_rate", "warmup_steps", "gradient_accumulation", "save_steps")
+    return (*names, "lora_alpha", *(() if is_extracted else ("lora_rank",)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +238,7 @@ class RankOptions:
             self.training.check_weights(self.model)
             return
         where = f"with `{'adapter' if self.update.adapter else 'tuned'}`"
-        unused = [name for name in OF_STAGE_1 if name != "lora_rank" or not self.is_extracted]
+        unused = of_stage_1_alone(is_extracted=self.is_extracted)
         self.training.check_left_out(where, *unused, why=": nothing is fine-tuned")
         self.stability.check_left_out(where, why=": nothing is fine-tuned")
         if self.update.tuned is not None and self.model.load_in_4bit:

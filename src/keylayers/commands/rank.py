@@ -7,6 +7,7 @@ from typing import Annotated
 from keylayers.commands import sub_command
 from keylayers.commands.console import ConsoleProgress, print_result
 from keylayers.commands.options import FLAT, RankOptions
+from keylayers.errors import ConfigError
 
 app = sub_command("""\
 keylayers rank --model meta-llama/Llama-3.2-1B --data tatsu-lab/alpaca --output out
@@ -39,5 +40,9 @@ def rank(
     from keylayers.commands.run_rank import run_rank
     from keylayers.report.terminal import ranking_report
 
+    if stage_1 is not None and not (options.has_stage_1 or options.is_extracted):
+        raise ConfigError(
+            "`stage_1` must be left out with `adapter` or `tuned`: nothing is fine-tuned"
+        )
     ranking = run_rank(options, output, ConsoleProgress(), stage_1 or output)
     print_result(ranking_report(ranking), f"written to {output / 'ranking.json'}")

@@ -17,7 +17,7 @@ from typing import Any
 from cyclopts import App
 
 from keylayers.cli import app as keylayers
-from keylayers.commands.options import OF_STAGE_1, option_fields
+from keylayers.commands.options import of_stage_1_alone, option_fields
 from keylayers.commands.repeat import flag_words
 from keylayers.commands.study_grid import Study
 from keylayers.data.options import DataOptions
@@ -148,7 +148,7 @@ class _Maker:
         cells, shared, update = {}, {}, {}
         if "adapter" in options or "tuned" in options:
             is_extracted = "tuned" in options and options.get("granularity") == "part"
-            unused = {*OF_STAGE_1} - ({"lora_rank"} if is_extracted else set())
+            unused = of_stage_1_alone(is_extracted=is_extracted)
             known = [name for name in defaults_of("rank", ("stability",)) if name not in unused]
         else:
             known = [*defaults_of("rank")]

@@ -62,6 +62,9 @@ class Checkpoint(Mapping[str, Tensor]):
         with safe_open(self.files[name], framework="pt") as file:
             return file.get_tensor(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.files  # without reading it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
 
@@ -93,38 +96,44 @@ class LoadedNames(Mapping[str, Tensor]):
     """
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+        # As `convert_and_load_state_dict_in_model` of transformers 5.23, up to what it collects.
         self._checkpoint, self._model = checkpoint, model
         transforms = get_model_conversion_mapping(model)
         renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        of_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
         known, prefix = model.state_dict(), model.base_model_prefix
-        self._converters: dict[str, WeightConverter] = {}
+        self._converted: dict[str, tuple[str, WeightConverter]] = {}  # its first name
         self._patterns: dict[str, str] = {}
         self.stored: dict[str, list[str]] = {}
         for stored in sorted(checkpoint, key=dot_natural_key):
             name, pattern = rename_source_key(stored, renamings, converters, prefix, known)
-            if name not in known:
+            if name not in known and stored in known:
                 name, pattern = rename_source_key(stored, [], [], prefix, known)
             names = [name]
             if pattern is not None:
-                converter = next(each for each in converters if pattern in each.source_patterns)
+                converter = of_pattern[pattern]
                 first, *others = converter.target_patterns
                 names += [name.replace(first, other) for other in others]
-                self._converters |= dict.fromkeys(names, converter)
+                self._converted |= dict.fromkeys(names, (name, converter))
                 self._patterns[stored] = pattern
             for own in names:
                 self.stored.setdefault(own, []).append(stored)
 
     def __getitem__(self, name: str) -> Tensor:
         stored = self.stored[name]
-        if name not in self._converters:
-            return self._checkpoint[stored[-1]]
-        converter = copy.deepcopy(self._converters[name])
+        if name not in self._converted:
+            return self._checkpoint[stored[0]]  # of several, transformers takes the first
+        first, converter = self._converted[name]
+        converter = copy.deepcopy(converter)
         for own in stored:
-            converter.add_tensor(name, own, self._patterns[own], self._checkpoint[own])
+            converter.add_tensor(first, own, self._patterns[own], self._checkpoint[own])
         found: Tensor | list[Tensor]
-        found = converter.convert(name, model=self._model, config=self._model.config)[name]
+        found = converter.convert(first, model=self._model, config=self._model.config)[name]
         return found[0] if isinstance(found, list) else found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.stored  # without reading it
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)

@@ -30,6 +30,8 @@ from keylayers.model.checkpoint import ADAPTER_FILES, check_folder, local_folder
 from keylayers.model.options import Dtype, ModelOptions, Objective
 from keylayers.updates.adapter import FALSE_ALARM, refuse_changed_base, refuse_trained_biases
 
+KINDS = {"reward": AutoModelForSequenceClassification}  # by objective; else a causal model
+MUST = "be a causal language model"
 # What PEFT and safetensors raise for configs and weights with wrong values; found by fuzzing.
 BAD_ADAPTER = (
     *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError),
@@ -57,11 +59,10 @@ def load_model(source: ModelOptions, objective: Objective = "sft") -> PreTrained
     A head that the checkpoint lacks is initialised from a fixed seed.
     """
     is_reward = objective == "reward"
-    kind = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
+    kind = KINDS.get(objective, AutoModelForCausalLM)
     more = _quantisation(source) | ({"num_labels": 1} if is_reward else {})
     more |= {"dtype": _torch_dtype(source.dtype), "use_safetensors": True}
-    must = "be a causal language model"
-    model, info = _from_pretrained(kind, source, must, output_loading_info=True, **more)
+    model, info = _from_pretrained(kind, source, MUST, output_loading_info=True, **more)
     missing = sorted(info["missing_keys"])
     if is_reward:
         body = f"{model.base_model_prefix}."
@@ -137,9 +138,10 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
     refuse_changed_base(config)
     must = f"the adapter must be one for this base model, but {adapter!r}"
     with required(f"{must} does not fit", BAD_ADAPTER), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", FALSE_ALARM, RuntimeWarning)
         # AdaLoRA's model cannot compute a loss unless it was loaded to be trained.
         is_trainable = config.peft_type == PeftType.ADALORA
+        if is_trainable or getattr(config, "target_parameters", None):
+            warnings.filterwarnings("ignore", FALSE_ALARM, RuntimeWarning)
         tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
         tuned.requires_grad_(False)
         odd = _differing_weights(tuned, folder)
@@ -160,14 +162,17 @@ def _differing_weights(tuned: PeftModel, folder: Path) -> list[str]:
         return sorted({*file.keys()} ^ set(get_peft_model_state_dict(tuned)))
 
 
-def empty_model(source: ModelOptions, *, is_as_saved: bool = False) -> PreTrainedModel:
+def empty_model(
+    source: ModelOptions, objective: Objective = "sft", *, is_as_saved: bool = False
+) -> PreTrainedModel:
     """The model on the meta device, by its config; `is_as_saved` takes the checkpoint's class."""
     config = _from_pretrained(AutoConfig, source, "be a model with a config")
     name = (config.architectures or [""])[0] if is_as_saved else ""
-    with torch.device("meta"):
+    with torch.device("meta"), required(f"{source.model!r} must {MUST}"):
         if hasattr(transformers, name):  # for example one with a vision tower
             return getattr(transformers, name)._from_config(config)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+        kind = KINDS.get(objective, AutoModelForCausalLM)
+        return kind.from_config(config, trust_remote_code=source.trust_remote_code)
 
 
 def max_positions(model: PreTrainedModel | PeftModel) -> int | None:

@@ -27,8 +27,8 @@ from keylayers.updates.experts import ParameterUpdate
 from keylayers.updates.gate import AdapterUpdate
 from keylayers.updates.lora import LoraUpdate
 
-# PEFT 0.21 says that it ignores ranks of experts, which it takes, and AdaLoRA's own file has ranks
-# by names of parameters.
+# PEFT 0.21 compares these keys with names of modules only. It warns of those of experts, which it
+# does apply, and of AdaLoRA's, which name parameters.
 FALSE_ALARM = "The following (rank|alpha)_pattern keys did not match"
 # With these starts PEFT changes the base's weights when it makes or loads the adapter.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

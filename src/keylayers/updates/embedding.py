@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from keylayers.model.sharding import whole
-from keylayers.updates.gate import AdapterUpdate, Gate
+from keylayers.updates.gate import Gate, ProductUpdate
 
 
-class EmbeddingUpdate(AdapterUpdate):
+class EmbeddingUpdate(ProductUpdate):
     """The LoRA matrices of an embedding."""
 
     def delta(self) -> Float[Tensor, "num_embeddings d_model"]:

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from keylayers.model.sharding import whole
-from keylayers.updates.gate import EVERY, AdapterUpdate, Gate, PartGate
+from keylayers.updates.gate import EVERY, Gate, PartGate, ProductUpdate
 
 
-class ParameterUpdate(AdapterUpdate):
+class ParameterUpdate(ProductUpdate):
     """The LoRA matrices of one parameter."""
 
     without_examples = EVERY  # the gate scales weights

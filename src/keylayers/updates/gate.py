@@ -189,8 +189,16 @@ class AdapterUpdate(Update):
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         return whole(a), whole(b), layer.scaling[name]
 
+    @abstractmethod
     def cut(self, kept: Sequence[int]) -> dict[str, Tensor]:
         """What PEFT saves for this layer with the kept parts alone, by name, at a scaling of 1."""
+
+
+class ProductUpdate(AdapterUpdate):
+    """An update that is `scaling * B A` and nothing else."""
+
+    def cut(self, kept: Sequence[int]) -> dict[str, Tensor]:
+        """A and B of the kept parts."""
         return self.stored(*self.parts.cut(*self.factors(), kept))
 
     def stored(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:

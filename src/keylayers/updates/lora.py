@@ -10,10 +10,10 @@ quantised ones.
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from keylayers.updates.gate import AdapterUpdate, Gate
+from keylayers.updates.gate import AdapterUpdate, Gate, ProductUpdate
 
 
-class LoraUpdate(AdapterUpdate):
+class LoraUpdate(ProductUpdate):
     """The LoRA matrices of one linear layer. LoRA's dropout is off while a gate is connected."""
 
     def delta(self) -> Float[Tensor, "d_out d_in"]:
