@@ -2,6 +2,7 @@
 """Tables of docs/parts.md from the record of `parts.py`: how small an adapter can be."""
 
 from functools import cache
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -141,7 +142,11 @@ def parts_orders():
 def healing_table():
     """Losses after training: cut adapters (healed), and new matrices with the ranks (retrained)."""
     rows = []
-    for (data, kind), trained in at_best_rates("healing", ["kind", "order"]).items():
+    found = at_best_rates("healing", ["kind", "order"])
+    for data, kind in product(DATA, ("healed", "retrained")):
+        trained = found.get((data, kind))
+        if trained is None or "all" not in trained.index.get_level_values("order"):  # the last
+            continue
         after = trained["held_out_loss_nats"].unstack("order")
         before = trained["before_nats"].unstack("order").mean()
         ours, best = "fisher-pruning", after[[*RIVALS]].mean().idxmin()

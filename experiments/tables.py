@@ -24,12 +24,11 @@ def markdown(titles, rows):
 
 
 def interval(values):
-    """Mean ± half the width of its 95 % interval by Student's t."""
-    count = len(values)
-    half = float("nan")
-    if count > 1:
-        half = t.ppf(0.975, count - 1) * statistics.stdev(values) / count**0.5
-    return f"{statistics.mean(values):+.3f}±{half:.3f}"
+    """Mean ± half the width of its 95 % interval by Student's t; of a single value, itself."""
+    count, mean = len(values), f"{statistics.mean(values):+.3f}"
+    if count == 1:
+        return mean
+    return f"{mean}±{t.ppf(0.975, count - 1) * statistics.stdev(values) / count**0.5:.3f}"
 
 
 def filled(text, tables):
