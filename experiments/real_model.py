@@ -64,11 +64,14 @@ def masks_table():
 
 
 def arms_table():
-    """Trainings from scratch at each arm's own learning rate, means over seeds (and the range)."""
+    """Trainings from scratch at each arm's own learning rate, means over seeds (and the range).
+
+    Arms that only the first seed has are still being run.
+    """
     results = [one for one in load("real")["results"] if one["data"] == "trec"]
     arms = {arm: _at_its_rate(results, arm) for arm in dict.fromkeys(r["arm"] for r in results)}
     every = {one["seed"]: one["test_nats"] for one in arms["all 1"]}
-    rows = [[_title(arm), *_measured(own, every)] for arm, own in arms.items()]
+    rows = [[_title(arm), *_measured(own, every)] for arm, own in arms.items() if len(own) > 1]
     titles = ["trained", "seeds", "rate", "LoRA parameters", "correct", "loss"]
     return markdown([*titles, "minus that of all", "Alpaca's loss", "CPU s a step"], rows)
 
