@@ -27,24 +27,24 @@ STEPS = 0.5  # of stage 1's
 def orders(loaded):
     """Label -> all modules, best first."""
     loaded.trainer.train_dataset = loaded.mask
+    own = {}
     for method in ("elimination", "gradient-path"):
         found = score_modules(loaded.trainer, loaded.updates, scoring_options(method))
-        yield method, best_first(found.module_names, found.scores)
-        if method == "elimination":
-            yield "elimination reversed", best_first(found.module_names, found.scores)[::-1]
+        own[method] = best_first(found.module_names, found.scores)
+    own["elimination reversed"] = own["elimination"][::-1]
     names = [update.module.name for update in loaded.updates]
     for draw in range(NUM_RANDOM_ORDERS):
-        yield (
-            f"random {draw + 1}",
-            random.Random(f"{loaded.cell.name} {draw}").sample(names, len(names)),
-        )
+        generator = random.Random(f"{loaded.cell.name} {draw}")
+        own[f"random {draw + 1}"] = generator.sample(names, len(names))
+    return own
 
 
 def run(sweep):
     """What is left of one cell."""
     loaded = sweep.load()
-    arms = [(label, spread, order) for label, order in orders(loaded) for spread in SPREADS]
-    for label, spread, order in [("the same rate", 1.0, arms[0][2]), *arms]:
+    own = orders(loaded)
+    arms = [(label, spread, order) for label, order in own.items() for spread in SPREADS]
+    for label, spread, order in [("the same rate", 1.0, own["elimination"]), *arms]:
         arm = {"order": label, "spread": spread}
         for rate in sweep.rates(arm):
             steps = round(STEPS * sweep.cell.steps)

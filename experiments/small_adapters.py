@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of docs/parts.md from the record of `parts.py`: how small an adapter can be."""
+"""Tables of docs/parts.md: how small an adapter can be (`parts.py`, `healing.py`)."""
 
 from functools import cache
 from itertools import product

@@ -82,7 +82,7 @@ def extract_adapter(
 def _leading(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B of the leading directions of one matrix, or of each in a stack.
 
-    The same input gives the same result.
+    The random sketch has a fixed seed, so the result is reproducible.
     """
     rank = min(rank, *delta.shape[-2:])
     with torch.random.fork_rng(device_type=delta.device.type if delta.is_cuda else "cuda"):

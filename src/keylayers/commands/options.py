@@ -105,8 +105,8 @@ class CutOptions(BudgetOptions):
             every module is a multiple of this, for engines that need it.
         heal_steps: Train the cut adapter afterwards for this many steps on the training examples,
             with the defaults of `train`.
-        heal_learning_rate: Peak learning rate of these steps. Default: that of `train`; an adapter
-            of a few per cent of the parameters may need several times more.
+        heal_learning_rate: Peak learning rate of these steps. Default: that of `train`. If only a
+            few per cent of the parameters are left, a rate several times higher may be better.
     """
 
     ranking: str = field()  # required; without `field()` it would inherit the default
